@@ -1,0 +1,22 @@
+"""Harmonic heads: unembeddings whose logit for a token is `-n log d(h, w)`, with d any of the distances in `DISTANCES`.
+
+Imports nothing else of this repository and works with any PyTorch model. See `HarmonicHead` and `harmonic_loss`.
+"""
+
+from harmonic.distances import CONTROLS, DISTANCES, HEADS, Distance, contributions, distance, paired_distance
+from harmonic.loss import HarmonicHead, default_scale, harmonic_logits, harmonic_loss, softmax_linearization_kl
+
+__all__ = [
+    "CONTROLS",
+    "DISTANCES",
+    "HEADS",
+    "Distance",
+    "HarmonicHead",
+    "contributions",
+    "default_scale",
+    "distance",
+    "harmonic_logits",
+    "harmonic_loss",
+    "paired_distance",
+    "softmax_linearization_kl",
+]

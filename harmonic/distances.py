@@ -1,0 +1,340 @@
+"""Every distance: its formula, map, kernel and epilogue, in one table.
+
+A distance is a *map* of both operands, one of the *kernels* (`kernels/dense.py`) on all pairs, and an *epilogue* that turns raw values
+into log d:
+
+    log d(h, w) = log_distance(kernel(map(h), map(w)), terms(map(h)), terms(map(w)))
+
+Sources: A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01628 (the harmonic loss). To add a distance, add an entry
+here: tests, the documentation's table, `--help` and the benchmark loop over `DISTANCES`.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from harmonic.kernels import dense
+
+
+@dataclass(frozen=True)
+class Distance:
+    """One row of the table.
+
+    formula: as documentation prints it, sums over coordinates.
+    kernel: l2 | lp | linf | lse | canberra | dot (controls only).
+    map: (x, training, **settings) -> mapped x, on h and on w alike, (..., C) -> (..., C).
+    log_distance: (raw, u, v, **options) -> log d, with u and v the operands' `terms` (None where there are none).
+    terms: (mapped x) -> (...), a rank-one term the epilogue needs, such as a norm.
+    degree: k in d(ch, cw) = c^k d(h, w) for c > 0; None where d is not homogeneous.
+    options: numbers a user may set and their defaults; those named in `kernel_options` go to the kernel.
+    fixed: kernel options that are part of the definition.
+    parameters: (C) -> {name: initial tensor}, trained; they go to the map.
+    translation_invariant: d(h + t, w + t) = d(h, w).
+    straight_through: the gradient is a surrogate's, not the derivative of d.
+    exponent: the default n of the harmonic link: a number, "sqrt_dim" or "dim".
+    source: paper and equation or section.
+    """
+
+    formula: str
+    kernel: str
+    map: Callable = lambda x, training=False: x
+    log_distance: Callable = lambda raw, u, v, **options: raw.log()
+    terms: Callable | None = None
+    degree: int | None = 1
+    options: dict = field(default_factory=dict)
+    kernel_options: tuple = ()
+    fixed: dict = field(default_factory=dict)
+    parameters: Callable = lambda dim: {}
+    translation_invariant: bool = False
+    straight_through: bool = False
+    exponent: float | str = "dim"
+    source: str = "A, sec. 3"
+
+
+# maps
+
+
+def _normalize(x, training=False):
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _normalize_l1(x, training=False):
+    x = x.abs()
+    return x / x.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _soft(x, training=False, t=1.0):
+    return torch.sigmoid(x / t)
+
+
+def _gumbel(x, training=False, t=1.0):
+    """Binary Gumbel-softmax: the difference of two Gumbel variables is logistic noise, added while training only."""
+    if training:
+        u = torch.rand_like(x).clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps)
+        x = x + torch.logit(u)
+    return torch.sigmoid(x / t)
+
+
+def _hard(x, training=False, t=1.0):
+    """1[x > 0] forward, the derivative of sigmoid(x / t) backward (straight-through)."""
+    soft = torch.sigmoid(x / t)
+    return (x > 0).to(x.dtype) + (soft - soft.detach())
+
+
+EPSILON_FULL = 1e-6  # in P = A A^T + eps I, keeps P positive definite whatever A becomes
+
+
+def _full(x, training=False, factor=None):
+    if factor is None:
+        return x
+    wide = factor.double()  # the factorisation needs the digits, not the distance
+    p = wide @ wide.T + EPSILON_FULL * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    return x @ torch.linalg.cholesky(p).to(x.dtype)
+
+
+def _diagonal(x, training=False, theta=None):
+    return x if theta is None else x * (theta.to(x.dtype) / 2).exp()
+
+
+def _triangular(x, training=False, factor=None):
+    return x if factor is None else x @ factor.tril().to(x.dtype)
+
+
+# epilogues
+
+
+def _half_log(raw, u, v):
+    return raw.log() / 2  # never the square root: d = sqrt(raw) has no gradient at 0
+
+
+def _over_signed_sum(raw, u, v):
+    return raw.log() - (u + v).abs().clamp_min(1e-3).log()  # the signed sum can vanish: floored at 1e-3
+
+
+def _over_sum(raw, u, v):
+    return raw.log() - (u + v).clamp_min(torch.finfo(raw.dtype).tiny).log()
+
+
+def _sum(x):
+    return x.sum(-1)
+
+
+def _abs_sum(x):
+    return x.abs().sum(-1)
+
+
+_mahalanobis = dict(kernel="l2", log_distance=_half_log, translation_invariant=True, source="A, Mahalanobis")
+
+DISTANCES = {
+    "euclidean": Distance("sqrt(sum (h-w)^2)", "l2", log_distance=_half_log, translation_invariant=True, source="B, eq. 1"),
+    "manhattan": Distance("sum |h-w|", "lp", translation_invariant=True, source="A, Manhattan"),
+    "minkowski": Distance(
+        "(sum |h-w|^p)^(1/p)",
+        "lp",
+        log_distance=lambda raw, u, v, p: raw.log() / p,
+        options={"p": 1.5},
+        kernel_options=("p",),
+        translation_invariant=True,
+        source="A, Minkowski",
+    ),
+    "chebyshev": Distance("max |h-w|", "linf", translation_invariant=True, source="A, Chebyshev"),
+    "chebyshev_smooth": Distance(  # d(x, x) = log(C)/a, not 0
+        "log sum exp(a |h-w|) / a",
+        "lse",
+        degree=None,
+        options={"a": 10.0},
+        kernel_options=("a",),
+        translation_invariant=True,
+        source="A, Chebyshev, smooth",
+    ),
+    "cosine": Distance(
+        "1 - cos(h, w)",
+        "l2",
+        map=_normalize,
+        log_distance=lambda raw, u, v: (raw / 2).log(),
+        degree=0,
+        exponent="sqrt_dim",
+        source="A, cosine",
+    ),
+    "hamming_soft": Distance("sum |s(h)-s(w)|, s = sigmoid(x/t)", "lp", map=_soft, degree=None, options={"t": 1.0}, source="A, Hamming"),
+    "hamming_gumbel": Distance(
+        "sum |s(h)-s(w)|, logistic noise in s while training", "lp", map=_gumbel, degree=None, options={"t": 1.0}, source="A, Hamming"
+    ),
+    "hamming_hard": Distance(
+        "sum |1[h>0]-1[w>0]|, sigmoid's derivative",
+        "lp",
+        map=_hard,
+        degree=0,
+        options={"t": 1.0},
+        straight_through=True,
+        source="A, Hamming",
+    ),
+    "canberra": Distance("sum |h-w| / (|h|+|w|)", "canberra", degree=0, source="A, Canberra"),
+    "canberra_robust": Distance("sum |h-w| / max(|h|+|w|, 0.001)", "canberra", degree=None, fixed={"floor": 1e-3}, source="A, Canberra"),
+    "canberra_weighted": Distance(
+        "sum |h-w| (|h|+|w|)^(q-1) / sum (|h|+|w|)^q",
+        "canberra",
+        degree=0,
+        options={"q": 1.0},
+        kernel_options=("q",),
+        fixed={"weighted": True},
+        source="A, Canberra",
+    ),
+    "bray_curtis": Distance(  # homogeneous wherever the floor of the denominator is not reached
+        "sum |h-w| / max(|sum h + sum w|, 0.001)", "lp", log_distance=_over_signed_sum, terms=_sum, degree=0, source="A, Bray-Curtis"
+    ),
+    "bray_curtis_abs": Distance(
+        "sum |h-w| / (sum |h| + sum |w|)", "lp", log_distance=_over_sum, terms=_abs_sum, degree=0, source="A, Bray-Curtis"
+    ),
+    "bray_curtis_normalized": Distance(  # loses signs: d(x, -x) = 0
+        "sum |a(h)-a(w)| / 2, a = |x| / sum |x|",
+        "lp",
+        map=_normalize_l1,
+        log_distance=lambda raw, u, v: (raw / 2).log(),
+        degree=0,
+        source="A, Bray-Curtis",
+    ),
+    "mahalanobis": Distance(
+        "sqrt((h-w)' P (h-w)), P = A A' + 1e-6 I",
+        map=_full,
+        parameters=lambda dim: {"factor": torch.eye(dim) * math.sqrt(1 - EPSILON_FULL)},
+        **_mahalanobis,
+    ),
+    "mahalanobis_diagonal": Distance(
+        "sqrt(sum exp(theta) (h-w)^2)", map=_diagonal, parameters=lambda dim: {"theta": torch.zeros(dim)}, **_mahalanobis
+    ),
+    "mahalanobis_cholesky": Distance(
+        "|L' (h-w)|, L lower triangular", map=_triangular, parameters=lambda dim: {"factor": torch.eye(dim)}, **_mahalanobis
+    ),
+}
+
+# Not harmonic. Their `log_distance` is the logit itself, and they take neither link, exponent nor scale.
+CONTROLS = {
+    "cross_entropy": Distance(
+        "logit = h . w",
+        "dot",
+        log_distance=lambda raw, u, v: raw,
+        source="the usual softmax unembedding",
+    ),
+    "cosine_linear": Distance(
+        "logit = log((1 + cos(h, w)) / 2)",
+        "dot",
+        map=_normalize,
+        log_distance=lambda raw, u, v: ((1 + raw) / 2).clamp_min(torch.finfo(raw.dtype).eps).log(),
+        degree=0,
+        source='A\'s code, "cosine simple"',
+    ),
+}
+HEADS = {**DISTANCES, **CONTROLS}
+
+# Settings at which a general formula is another entry: the fast kernel serves them, and nothing is written twice.
+_SAME_AS = {
+    ("minkowski", "p", 1.0): "manhattan",
+    ("minkowski", "p", 2.0): "euclidean",
+    ("minkowski", "p", math.inf): "chebyshev",
+    ("canberra_weighted", "q", 1.0): "bray_curtis_abs",
+}
+
+
+def resolve(name: str, **settings) -> tuple[Distance, dict]:
+    """Looks a head up: -> (its row, its settings with defaults filled in). A setting is an option or a trained parameter.
+
+    Raises ValueError for an unknown name (naming the nearest), an unknown setting, or an option that is not a positive number.
+    """
+    if name not in HEADS:
+        near = difflib.get_close_matches(str(name), HEADS, n=1)
+        raise ValueError(f"unknown distance {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(HEADS)}"))
+    row = HEADS[name]
+    valid = [*row.options, *row.parameters(1)]
+    for key in settings:
+        if key not in valid:
+            raise ValueError(f"{name} has no setting {key!r}" + (f"; it has {', '.join(valid)}" if valid else ""))
+    for key, value in row.options.items():
+        settings.setdefault(key, value)
+        if not settings[key] > 0:
+            raise ValueError(f"{name}: {key} must be positive, got {settings[key]}")
+    for key, default in row.options.items():
+        same = _SAME_AS.get((name, key, float(settings[key])))
+        if same:
+            return HEADS[same], {}
+    return row, settings
+
+
+def split(row: Distance, settings: dict) -> tuple[dict, dict]:
+    """Settings -> (those of the map, those of the kernel and the epilogue)."""
+    kernel = {k: v for k, v in settings.items() if k in row.kernel_options}
+    return {k: v for k, v in settings.items() if k not in kernel}, kernel
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """float64 stays, everything else becomes float32: distances are never computed in less."""
+    if not x.is_floating_point():
+        raise ValueError(f"expected floating-point vectors, got {x.dtype} of shape {tuple(x.shape)}")
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def operands(h, w, name, training=False, **settings):
+    """Everything a kernel and its epilogue need: -> (row, mapped h, mapped w, terms of h, terms of w, kernel options)."""
+    row, settings = resolve(name, **settings)
+    if h.shape[-1] != w.shape[-1]:
+        raise ValueError(f"h and w differ in their last dimension: {tuple(h.shape)} and {tuple(w.shape)}")
+    mapping, options = split(row, settings)
+    h, w = (row.map(wide(x), training=training, **mapping) for x in (h, w))
+    u, v = (row.terms(h), row.terms(w)) if row.terms else (None, None)
+    return row, h, w, u, v, options
+
+
+def log_pairs(row, h, w, u, v, options) -> torch.Tensor:
+    """log d of all pairs of mapped operands: (N, C), (V, C) -> (N, V); for a control, its logits."""
+    raw = dense.pairs(h, w, row.kernel, **options, **row.fixed)
+    return row.log_distance(raw, u if u is None else u[:, None], v, **options)
+
+
+def distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
+    """d(h, w) for all pairs: (..., C), (V, C) -> (..., V), in float32 (float64 if both are).
+
+    Args:
+        name: a key of `DISTANCES`.
+        settings: the distance's options (p, a, t, q) and trained parameters (factor, theta); see its row.
+    Raises: ValueError for an unknown name or setting, or mismatched sizes.
+    """
+    if name in CONTROLS:
+        raise ValueError(f"{name} is a control, not a distance")
+    with torch.autocast(h.device.type, enabled=False):
+        row, x, y, u, v, options = operands(h.reshape(-1, h.shape[-1]), w, name, **settings)
+        return log_pairs(row, x, y, u, v, options).exp().view(*h.shape[:-1], len(w))
+
+
+def paired_distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
+    """d of rows paired by broadcasting: (..., C), (..., C) -> (...). For a control: its logits."""
+    with torch.autocast(h.device.type, enabled=False):
+        row, h, w, u, v, options = operands(h, w, name, **settings)
+        value = row.log_distance(dense.paired(h, w, row.kernel, **options, **row.fixed), u, v, **options)
+        return value if name in CONTROLS else value.exp()
+
+
+@torch.no_grad()
+def contributions(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
+    """The share of each coordinate in a pair's distance: (..., C), (..., C) -> (..., C), non-negative, adding up to 1.
+
+    Exact for the sums (l2 shares are of the square). The maximum gives all to one coordinate, the smooth maximum its softmax weights.
+    For a dot product the shares are of sum |h w|.
+    """
+    row, h, w, _, _, options = operands(h, w, name, **settings)
+    terms = dense.KERNELS[row.kernel].terms(h, w, **options, **row.fixed).abs()
+    return terms / terms.sum(-1, keepdim=True).clamp_min(torch.finfo(terms.dtype).tiny)
+
+
+def formula_table() -> str:
+    """The Markdown table of all heads that README shows."""
+    rows = ["| head | distance | kernel | degree | default n | settings | source |", "|---|---|---|---|---|---|---|"]
+    for name, d in HEADS.items():
+        formula = d.formula.replace("|", "\\|")
+        settings = ", ".join([f"{k}={v:g}" for k, v in d.options.items()] + list(d.parameters(1)))
+        exponent = "" if name in CONTROLS else d.exponent
+        rows.append(f"| `{name}` | {formula} | {d.kernel} | {'' if d.degree is None else d.degree} | {exponent} | {settings} | {d.source} |")
+    return "\n".join(rows)

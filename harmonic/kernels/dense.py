@@ -1,0 +1,164 @@
+"""The five kernels in plain PyTorch: raw values for all (token, prototype) pairs, exact and differentiable, on any device.
+
+    l2        sum (x - y)^2                     one matmul, and the difference itself where the matmul cancels
+    lp        sum |x - y|^p
+    linf      max |x - y|
+    lse       log sum exp(a |x - y|) / a
+    canberra  sum |x - y| s^(q-1) [/ sum s^q],  s = max(|x| + |y|, floor)
+    dot       x . y                             no distance: the kernel of the dot-product controls
+
+A kernel is one function `value(x, y, **options)` that reduces the last dimension of two broadcastable tensors. Everything else follows
+from it: `pairs` evaluates it block by block, so that the (N, V, C) tensor of a broadcast never exists, and differentiates it by
+recomputing each block.
+
+The floor. A logarithm follows, so a raw value of exactly zero is replaced by the smallest one the number format can tell from zero at
+the scale of its operands: `eps^k (value(h, 0) + value(w, 0))`, k the power of the raw value (2 for l2, p for lp, else 1). Being
+relative it keeps homogeneous distances homogeneous. Below the floor the gradient is zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+# A block of (rows, prototypes, coordinates) small enough to stay in a core's cache: 2^18 floats are 1 MiB.
+BLOCK = 2**18
+# The matmul form of l2 loses log2((|h|^2 + |w|^2) / d^2) bits. Pairs that lose more than 4 are computed again from the difference.
+NEAR = 2.0**-4
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`value(x, y, **options)`: (..., C), (..., C) -> (...). `terms`: the same arguments -> (..., C), what each coordinate contributes;
+    they add up to the raw value for the sums and to 1 for the maxima. `power`: the raw value's degree in the scale of x and y."""
+
+    value: Callable
+    terms: Callable
+    power: Callable = field(default=lambda **options: 1.0)
+    matmul: Callable | None = None
+
+
+def _power(x: torch.Tensor, p: float) -> torch.Tensor:
+    """x^p for x >= 0, with gradient 0 where x = 0 (for p < 1 the derivative is unbounded there)."""
+    if p == 1:
+        return x
+    if p >= 1:
+        return x.pow(p)
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).pow(p))
+
+
+def _lp_terms(x, y, p=1.0):
+    return _power((x - y).abs(), p)
+
+
+def _canberra_parts(x, y, floor, q):
+    s = x.abs() + y.abs()
+    s = s.clamp_min(floor) if floor else torch.where(s == 0, 1.0, s)  # 0/0 = 0, as in scipy
+    return (x - y).abs(), s, s.pow(q - 1)
+
+
+def _canberra_terms(x, y, floor=0.0, q=0.0, weighted=False):
+    difference, s, factor = _canberra_parts(x, y, floor, q)
+    return difference * factor / ((s * factor).sum(-1, keepdim=True) if weighted else 1.0)
+
+
+def _canberra(x, y, **options):
+    return _canberra_terms(x, y, **options).sum(-1)
+
+
+def _linf_terms(x, y):
+    """One at the coordinate that attains the maximum (the first, if several do), zero elsewhere."""
+    difference = (x - y).abs()
+    return torch.zeros_like(difference).scatter_(-1, difference.argmax(-1, keepdim=True), 1.0)
+
+
+def _l2_matmul(h, w):
+    squares = h.square().sum(-1, keepdim=True) + w.square().sum(-1)
+    raw = torch.addmm(squares, h, w.T, alpha=-2)
+    near = (raw < NEAR * squares).nonzero(as_tuple=True)
+    if near[0].numel() * h.shape[-1] > 16 * BLOCK:  # nearly everything is near: no gather, all of it from the differences
+        return _blocks(h, w, KERNELS["l2"].value)
+    if near[0].numel():
+        raw = raw.index_put(near, KERNELS["l2"].value(h[near[0]], w[near[1]]))
+    return raw
+
+
+KERNELS = {
+    "l2": Kernel(lambda x, y: (x - y).square().sum(-1), lambda x, y: (x - y).square(), lambda: 2.0, _l2_matmul),
+    "lp": Kernel(lambda x, y, p=1.0: _lp_terms(x, y, p).sum(-1), _lp_terms, lambda p=1.0: p),
+    "linf": Kernel(lambda x, y: (x - y).abs().amax(-1), _linf_terms),
+    "lse": Kernel(
+        lambda x, y, a=10.0: (a * (x - y).abs()).logsumexp(-1) / a,
+        lambda x, y, a=10.0: (a * (x - y).abs()).softmax(-1),
+    ),
+    "canberra": Kernel(_canberra, _canberra_terms),
+    "dot": Kernel(lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=lambda h, w: h @ w.T),
+}
+
+
+def floor(kernel: str, x: torch.Tensor, **options) -> torch.Tensor:
+    """The share of one operand in the floor: (..., C) -> (...)."""
+    k = KERNELS[kernel]
+    size = k.value(x.detach(), torch.zeros((), dtype=x.dtype, device=x.device), **options)
+    return size * torch.finfo(x.dtype).eps ** k.power(**options)
+
+
+def above(raw, low):
+    """raw where it exceeds the floor `low`, else `low` (no gradient there)."""
+    low = low.clamp_min(torch.finfo(raw.dtype).tiny)
+    return torch.where(raw < low, low, raw)  # this order lets a NaN through: it is never hidden
+
+
+@torch.compiler.disable  # blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing
+def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, **options) -> torch.Tensor:
+    """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra memory: a few (N, V)."""
+    k = KERNELS[kernel]
+    raw = k.matmul(h, w, **options) if k.matmul else _blocks(h, w, k.value, **options)
+    return raw if kernel == "dot" else above(raw, floor(kernel, h, **options)[:, None] + floor(kernel, w, **options))
+
+
+def paired(h: torch.Tensor, w: torch.Tensor, kernel: str, **options) -> torch.Tensor:
+    """Raw values of rows paired by broadcasting, floored: (..., C), (..., C) -> (...)."""
+    raw = KERNELS[kernel].value(h, w, **options)
+    return raw if kernel == "dot" else above(raw, floor(kernel, h, **options) + floor(kernel, w, **options))
+
+
+def _blocks(h, w, value, **options):
+    return _Blocks.apply(h, w, value, options)
+
+
+class _Blocks(torch.autograd.Function):
+    """`value` of all pairs, one cache-sized block at a time; the backward pass recomputes each block and differentiates it."""
+
+    @staticmethod
+    def forward(ctx, h, w, value, options):
+        ctx.save_for_backward(h, w)
+        ctx.value, ctx.options = value, options
+        raw = h.new_empty(len(h), len(w))
+        for rows, columns in _grid(h, w):
+            raw[rows, columns] = value(h[rows, None], w[columns], **options)
+        return raw
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        h, w = ctx.saved_tensors
+        dh, dw = torch.zeros_like(h), torch.zeros_like(w)
+        for rows, columns in _grid(h, w):
+            with torch.enable_grad():
+                x, y = h[rows].detach().requires_grad_(), w[columns].detach().requires_grad_()
+                raw = ctx.value(x[:, None], y, **ctx.options)
+            dx, dy = torch.autograd.grad(raw, (x, y), slope[rows, columns])
+            dh[rows] += dx
+            dw[columns] += dy
+        return dh, dw, None, None
+
+
+def _grid(h, w):
+    """Slices of rows and of prototypes whose blocks hold about BLOCK elements."""
+    width = max(1, min(len(w), BLOCK // (8 * h.shape[-1])))
+    height = max(1, BLOCK // (width * h.shape[-1]))
+    for j in range(0, len(w), width):
+        for i in range(0, len(h), height):
+            yield slice(i, i + height), slice(j, j + width)

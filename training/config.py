@@ -1,0 +1,169 @@
+"""Configuration: flat typed dataclasses filled from a YAML file and from `--key=value` flags.
+
+A script declares what it takes as dataclasses whose fields carry a docstring each, and calls `parse`. Types and help come from
+jsonargparse. Whatever is wrong, in the file and on the command line, is gathered into one message; `cli` prints it and exits with
+status 2, so that a user sees every mistake at once and never a traceback.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import sys
+import typing
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class UserError(ValueError):
+    """Something the user can mend. `cli` prints it without a traceback and exits with status 2."""
+
+
+def nearest(name: str, names) -> str:
+    """`'; did you mean X?'` for the valid name most like `name`, or the list of names when nothing is like it."""
+    names = [str(n) for n in names]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
+
+
+def check(problems: list[str]):
+    """Raises one UserError that lists all `problems`, if there are any."""
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def cli(main: typing.Callable):
+    """Runs `main()`; a UserError becomes its message on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        script = Path(sys.argv[0])
+        name = f"python -m {script.parent.name}.{script.stem}" if script.parent.name in ("analysis", "benchmarks") else script.name
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader (head, less) went away; leave without the interpreter's complaint at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def read_yaml(path) -> dict:
+    """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no config file {path}" + (nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+        raise UserError(f"{path}: expected flat `key: value` lines")
+    return values
+
+
+def write_yaml(path, *configs):
+    """Writes every field of the given dataclasses as one flat YAML file."""
+    merged = {k: v for c in configs for k, v in dataclasses.asdict(c).items()}
+    Path(path).write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
+
+
+def split_flags(argv: list[str], switches: set[str], known=()) -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits a command line into positional words and (key, value) pairs.
+
+    `--key=value` and `--key value` both work; a key in `switches` (the bool fields) may stand alone and means true.
+    """
+    words, flags, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals and key in switches:
+            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        elif not equals and (not known or key in known) and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not equals:
+            value = None
+        flags.append((key, value))
+    return words, flags
+
+
+def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool = False, base: dict | None = None) -> list:
+    """Fills one instance of each dataclass in `schemas` from a command line.
+
+    Args:
+        argv: the words after the script's name.
+        schemas: dataclasses with disjoint field names. One with a method `problems() -> list[str]` is asked for impossible values.
+        words: name of the list field that takes positional words (such as run folders); None when there are none.
+        config_file: the first positional word is a YAML file that the flags override.
+        base: values that stand below the file and the flags, such as a stored run's configuration.
+    Raises: UserError listing every unknown key (with the nearest valid one), wrong type and impossible value.
+    """
+    fields = {f.name: f for s in schemas for f in dataclasses.fields(s)}
+    types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
+    doc = inspect.getdoc(inspect.getmodule(schemas[-1])) or ""
+    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, default_env=False)
+    for schema in schemas:
+        parser.add_class_arguments(schema, fail_untyped=True)
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        sys.exit(0)
+
+    positional, flags = split_flags(argv, {n for n in fields if types[n] is bool}, fields)
+    problems, values = [], {}
+    given = [("stored", k, v) for k, v in (base or {}).items()]
+    if config_file and positional:
+        path = positional.pop(0)
+        given += [(path, k, v) for k, v in read_yaml(path).items()]
+    given += [("", k, v) for k, v in flags]
+    for origin, key, value in given:
+        where = f"{origin}: " if origin else "--"
+        if key not in fields:
+            problems.append(f"{where}{key}: unknown key{nearest(key, fields)}")
+            continue
+        if value is None and not origin:
+            problems.append(f"--{key} needs a value: --{key}=...")
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        if words == key and origin == "":
+            values.setdefault(key, []).append(value)
+            continue
+        try:
+            values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
+        except (jsonargparse.ArgumentError, ValueError, TypeError):
+            choices = typing.get_args(types[key]) if typing.get_origin(types[key]) is typing.Literal else None
+            if choices:
+                problems.append(f"{where}{key}={text}: unknown {key}{nearest(text, choices)}")
+            else:
+                problems.append(f"{where}{key}={text}: expected {describe(types[key])}")
+    if positional and words is None:
+        problems.append(f"unexpected word {positional[0]!r}: flags are --key=value" + (" and only one config file may be given" if config_file else ""))
+    elif words is not None and positional:
+        values.setdefault(words, []).extend(positional)
+
+    built = []
+    for schema in schemas:
+        made = schema(**{k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(schema)}})
+        problems += made.problems() if hasattr(made, "problems") else []
+        built.append(made)
+    check(problems)
+    return built
+
+
+def describe(hint) -> str:
+    """A type as a user would say it: `a whole number`, `a number, sqrt_dim, dim or null`."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    if hint in plain:
+        return plain[hint]
+    if typing.get_origin(hint) is typing.Literal:
+        names = [str(a) for a in typing.get_args(hint)]
+    else:
+        names = [describe(a) for a in typing.get_args(hint)] or [str(hint)]
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
