@@ -302,6 +302,13 @@ class HarmonicHead(nn.Module):
             h, self.prototypes(), targets, self.name, ignore_index=ignore_index, reduction=reduction, impl=self.impl, **self._settings()
         )
 
+    @torch.no_grad()
+    def target_distance(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
+        """d(h, w_target) of each row, without noise: (..., C), (...) -> (...). None for a control."""
+        if self.kind == "control":
+            return None
+        return paired_distance(h, self.weight[targets], self.name, **self.geometry())
+
 
 @torch.no_grad()
 def softmax_linearization_kl(h: torch.Tensor, head: HarmonicHead) -> float | None:

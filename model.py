@@ -1,0 +1,409 @@
+"""The decoder in one file: GPT, BERT and Qwen blocks under a swappable unembedding (harmonic.HarmonicHead).
+
+    gpt    GPT-2 (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, causal.
+    bert   BERT (Devlin et al. 2018): post-LayerNorm, learned positions, token types, erf GELU, bidirectional; a transform before the
+           head, which is computed at masked positions only.
+    qwen   Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped key/value heads, SwiGLU, bias on Q, K, V only; with qk_norm the
+           Qwen3 style (RMSNorm on Q and K per head, no bias).
+
+Shapes: B batch, T time, C = n_embd, H heads, D = C / H, V = vocab_size rows, of which the first real_vocab_size are tokens.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from harmonic import HEADS, HarmonicHead
+
+
+@dataclass
+class ModelConfig:
+    """The model"""
+
+    arch: Literal["gpt", "bert", "qwen"] = "gpt"
+    """blocks: GPT-2, BERT or Qwen2 style"""
+    n_layer: int = 12
+    """number of blocks"""
+    n_head: int = 12
+    """attention heads"""
+    n_kv_head: int = 0
+    """key/value heads shared by groups of n_head; 0 = n_head"""
+    n_embd: int = 768
+    """width"""
+    intermediate_size: int = 0
+    """width inside the MLP; 0 = 4 n_embd (gpt, bert) or 8/3 n_embd rounded up to a multiple of 64 (qwen)"""
+    block_size: int = 1024
+    """longest context, in tokens"""
+    vocab_size: int = 0
+    """rows of the token table; 0 = the data's vocabulary (and its mask token) rounded up to a multiple of 64"""
+    real_vocab_size: int = 0
+    """ids below this are tokens, rows above are padding without probability; 0 = from the data"""
+    dropout: float = 0.0
+    """dropout of embeddings, attention and residual branches"""
+    bias: bool | None = None
+    """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was published"""
+    tie_weights: bool = True
+    """prototypes are the input embedding"""
+    qk_norm: bool = False
+    """qwen: RMSNorm on queries and keys (Qwen3)"""
+    rope_theta: float = 1e6
+    """qwen: base of the rotary frequencies (1e6 in Qwen2)"""
+    head: Literal[*HEADS] = "cross_entropy"
+    """distance of the head, or a control"""
+    link: Literal["harmonic", "softmax"] = "harmonic"
+    """logits from distances: harmonic (-n log d) or softmax (-s d), its control"""
+    exponent: float | Literal["sqrt_dim", "dim"] | None = None
+    """n, the power of the distance; null = the distance's default"""
+    scale: float | None = None
+    """s of the softmax link; null = matched to the exponent at initialisation"""
+    learn_exponent: bool = False
+    """train log n"""
+    learn_scale: bool = False
+    """train log s"""
+    head_p: float | None = None
+    """minkowski: p (1.5)"""
+    head_a: float | None = None
+    """chebyshev_smooth: sharpness a (10)"""
+    head_t: float | None = None
+    """hamming_*: temperature t (1)"""
+    head_q: float | None = None
+    """canberra_weighted: power q (1)"""
+    head_init_std: float = 0.02
+    """standard deviation of the prototypes at the start; tied, of the embedding (GPT-2's 0.02)"""
+    head_impl: Literal["auto", "dense", "chunked"] = "auto"
+    """how the loss is computed; dense materialises all logits"""
+
+    def head_arguments(self) -> dict:
+        """Keyword arguments of HarmonicHead after (n_embd, vocab_size, name)."""
+        options = {k: getattr(self, f"head_{k}") for k in "patq" if getattr(self, f"head_{k}") is not None}
+        return dict(
+            exponent=self.exponent,
+            link=self.link,
+            scale=self.scale,
+            learn_exponent=self.learn_exponent,
+            learn_scale=self.learn_scale,
+            bias=self.arch == "bert" and self.head == "cross_entropy",  # BERT's decoder has one; distances have no place for it
+            init_std=self.head_init_std,
+            impl=self.head_impl,
+            **options,
+        )
+
+    def problems(self) -> list[str]:
+        found = []
+        for key in ("n_layer", "n_head", "n_embd", "block_size"):
+            if getattr(self, key) < 1:
+                found.append(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("n_kv_head", "intermediate_size", "vocab_size", "real_vocab_size"):
+            if getattr(self, key) < 0:
+                found.append(f"{key}={getattr(self, key)} must not be negative")
+        if found:
+            return found
+        if self.n_embd % self.n_head:
+            found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        elif self.arch == "qwen" and (self.n_embd // self.n_head) % 2:
+            found.append(f"rotary positions need an even head width, got n_embd/n_head={self.n_embd // self.n_head}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout={self.dropout} is not in [0, 1)")
+        if not self.head_init_std > 0:
+            found.append(f"head_init_std={self.head_init_std} must be positive")
+        if self.qk_norm and self.arch != "qwen":
+            found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
+        if self.exponent is not None and (self.head in ("cross_entropy", "cosine_linear") or (self.link == "softmax" and self.scale is not None)):
+            found.append(f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}" + (", scale set" if self.scale is not None else ""))
+        if self.scale is not None and (self.link == "harmonic" or self.head in ("cross_entropy", "cosine_linear")):
+            found.append(f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale belongs to a distance with link=softmax")
+        try:
+            HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments())
+        except ValueError as error:
+            found.append(f"head={self.head}: {error}")
+        return found
+
+
+def norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.arch == "qwen":
+        return nn.RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm(width, eps=1e-12 if config.arch == "bert" else 1e-5, bias=has_bias(config))
+
+
+def has_bias(config: ModelConfig) -> bool:
+    return not config.qk_norm if config.bias is None else config.bias
+
+
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions, halves layout: x (B, H, T, D), rope = cos and sin (B or 1, 1, T, D/2)."""
+    cos, sin = (r.to(x.dtype) for r in rope)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one buffer for all layers."""
+
+    def __init__(self, config: ModelConfig, batch: int, device, dtype):
+        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Stores k, v (B, H, T, D) behind what is there -> all keys and values so far. The model advances `length` after a pass."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.n_kv_head or config.n_head
+        self.width = config.n_embd // config.n_head
+        self.causal, self.dropout = config.arch != "bert", config.dropout
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.width, bias=has_bias(config))
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.arch != "qwen" and has_bias(config))
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=1e-6) if config.qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        B, T, C = x.shape
+        parts = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
+        q, k, v = parts.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=self.causal and mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.arch, C, bias = config.arch, config.n_embd, has_bias(config)
+        if self.arch == "qwen":
+            width = config.intermediate_size or 64 * math.ceil(8 * C / 3 / 64)
+            self.up, self.down = nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)  # up holds the gate and the value
+        else:
+            width = config.intermediate_size or 4 * C
+            self.up, self.down = nn.Linear(C, width, bias=bias), nn.Linear(width, C, bias=bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.arch == "qwen":
+            gate, value = x.chunk(2, -1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(x, approximate="tanh" if self.arch == "gpt" else "none"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.post_norm = config.arch == "bert"
+        self.norm1, self.norm2 = norm(config, config.n_embd), norm(config, config.n_embd)
+        self.attention, self.mlp = Attention(config, layer), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        if self.post_norm:
+            x = self.norm1(x + self.dropout(self.attention(x, rope, mask, cache)))
+            return self.norm2(x + self.dropout(self.mlp(x)))
+        x = x + self.dropout(self.attention(self.norm1(x), rope, mask, cache))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Model(nn.Module):
+    """A trunk and a head.
+
+    Initialisation: every weight matrix and embedding N(0, 0.02^2) as in GPT-2 and BERT, the prototypes N(0, head_init_std^2), biases 0, norms 1; for gpt the
+    projections back into the residual stream are divided by sqrt(2 n_layer) (GPT-2, section 2.3).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        C = config.n_embd
+        self.head = HarmonicHead(C, config.vocab_size, config.head, real_vocab_size=config.real_vocab_size or None, **config.head_arguments())
+        self.tokens = nn.Embedding(config.vocab_size, C)
+        self.positions = None if config.arch == "qwen" else nn.Embedding(config.block_size, C)
+        self.token_types = nn.Embedding(2, C) if config.arch == "bert" else None
+        self.embedding_norm = norm(config, C) if config.arch == "bert" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.final_norm = None if config.arch == "bert" else norm(config, C)
+        self.transform = nn.Sequential(nn.Linear(C, C), nn.GELU(), norm(config, C)) if config.arch == "bert" else None
+        for name, p in self.named_parameters():
+            if name.startswith("head."):
+                continue
+            if p.dim() >= 2:
+                residual = config.arch == "gpt" and name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        if config.tie_weights:
+            self.tokens.weight = self.head.weight
+        self.target_distance = None  # (N,) distances of the last loss's targets, for the log
+        self.trunk = self._trunk  # train.py puts the compiled trunk here; parameters and their names stay as they are
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def parameter_groups(self, weight_decay: float, prototype_decay: float | None = None) -> list[dict]:
+        """AdamW's groups: matrices decay; biases, norms, the exponent and Mahalanobis' parameters do not (decay would shrink the
+        distance itself); the prototypes decay by `prototype_decay`, None = like matrices."""
+        prototypes = [self.head.weight]
+        others = [(n, p) for n, p in self.named_parameters() if p is not self.head.weight]
+        decay = [p for n, p in others if p.dim() >= 2 and not n.startswith("head.")]
+        rest = [p for n, p in others if p.dim() < 2 or n.startswith("head.")]
+        return [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": prototypes, "weight_decay": weight_decay if prototype_decay is None else prototype_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations per token of forward + backward: 6 per weight that multiplies, 12 n_layer C T for attention (PaLM,
+        arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so that MFU compares like with like."""
+        c = self.config
+        embeddings = sum(e.weight.numel() for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens) if e is not None)
+        return 6 * (self.parameter_count() - embeddings) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def _trunk(self, idx, positions=None, mask=None, cache=None, token_types=None):
+        """Token ids (B, T) -> final hidden states (B, T, C)."""
+        c, T = self.config, idx.shape[1]
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + T, device=idx.device)
+        x, rope = self.tokens(idx), None
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        else:
+            D = c.n_embd // c.n_head
+            frequency = c.rope_theta ** (-torch.arange(0, D, 2, device=idx.device, dtype=torch.float32) / D)
+            angle = (positions.view(-1, 1, T, 1) if positions.dim() > 1 else positions[None, None, :, None]).float() * frequency
+            rope = angle.cos(), angle.sin()
+        if self.token_types is not None:
+            x = x + self.token_types(torch.zeros_like(idx) if token_types is None else token_types)
+            x = self.embedding_norm(x)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def hidden(self, idx, **arguments):
+        """What the head sees: (B, T) -> (B, T, C)."""
+        x = self.trunk(idx, **arguments)
+        return x if self.transform is None else self.transform(x)
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        """(B, T) ids -> (logits (B, T, V), None), or with targets (B, T), -1 = none, -> (None, loss in nats). With targets the logits never exist."""
+        if targets is None:
+            return self.head(self.hidden(idx)), None
+        x = self.trunk(idx)
+        if self.config.arch == "bert":  # masked positions only: 15 % of the head's work
+            kept = targets != -1
+            x, targets = self.transform(x[kept]), targets[kept]
+        if self.training:
+            self.target_distance = self.head.target_distance(x, targets)
+        return None, self.head.loss(x, targets, reduction=reduction)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        cache: bool = True,
+        explain=None,
+    ):
+        """Yields the next token of every prompt, a list of ints a step.
+
+        Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its neighbours. When a row's context reaches
+        block_size, its older half is dropped and positions start again, with the cache and without it.
+
+        Args:
+            prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and masked.
+            temperature: 0 takes the likeliest token. top_k, top_p: keep the k likeliest / the smallest set of probability p.
+            cache: keep keys and values (one token a step) or recompute the context each step: same text, slower.
+            explain: called with (hidden states (B, C), tokens (B,)) a step.
+        """
+        if self.config.arch == "bert":
+            raise ValueError("bert fills masks; it does not generate")
+        device, size = self.tokens.weight.device, self.config.block_size
+        longest = max(map(len, prompts))
+        pad = torch.tensor([longest - len(p) for p in prompts])
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
+        store, starts = None, None
+        half = max(1, size // 2)
+        for _ in range(max_new_tokens):
+            L = ids.shape[1]
+            beyond = (L - pad - size).clamp_min(0)  # how many tokens no longer fit
+            now = pad + (beyond + half - 1) // half * half
+            if cache and store is not None and torch.equal(now, starts):
+                context = ids[:, -1:]
+            else:
+                starts, first = now, int(now.min())
+                context = ids[:, first:]
+                store = KVCache(self.config, len(prompts), device, self._compute_dtype()) if cache else None
+            padded = bool((starts != first).any())
+            T = context.shape[1]
+            if padded:
+                here = torch.arange(L - T, L, device=device)
+                keys = torch.arange(first, L, device=device)
+                begin = starts.to(device)[:, None]
+                positions = (here - begin).clamp_min(0)
+                seen = (keys <= here[:, None]) & ((keys >= begin)[:, None] | (keys == here[:, None]))  # a pad sees itself: no empty softmax
+                h = self._trunk(context, positions=positions, mask=seen[:, None], cache=store)[:, -1]
+            else:
+                h = self._trunk(context, cache=store)[:, -1]
+            tokens = pick(self.head(h)[:, : self.head.real_vocab_size], temperature, top_k, top_p, generators)
+            if explain is not None:
+                explain(h, tokens)
+            ids = torch.cat((ids, tokens[:, None]), 1)
+            yield tokens.tolist()
+
+    def _compute_dtype(self):
+        device = self.tokens.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.tokens.weight.dtype
+
+
+def pick(logits, temperature, top_k, top_p, generators):
+    """Draws a token per row of logits (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(-1, descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # the mass before a token already reaches top_p; the likeliest always stays
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -math.inf)
+    p = logits.softmax(-1)
+    return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
+
+
+def adamw(model: Model, learning_rate: float, betas: tuple[float, float], weight_decay: float, prototype_decay: float | None, device: str):
+    """AdamW over the model's parameter groups, fused where the device has it."""
+    fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device in ("cuda", "cpu")
+    return torch.optim.AdamW(model.parameter_groups(weight_decay, prototype_decay), lr=learning_rate, betas=betas, fused=fused)

