@@ -23,7 +23,7 @@ from harmonic import softmax_linearization_kl
 from model import Model, ModelConfig, adamw
 from training import checkpoint, distributed
 from training.config import TrainConfig, UserError, check, cli, parse, read_yaml, split_flags, write_yaml
-from training.data import load_data, masked_count, training_batches, validation_batches, validation_windows
+from training.data import data_folder, load_data, masked_count, training_batches, validation_batches, validation_windows
 from training.telemetry import Emissions, Metrics, check_loggers, duration, environment, peak_flops
 
 
@@ -48,8 +48,8 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
 
 def fit_to_data(model: ModelConfig, config: TrainConfig):
     """Loads the data and fills in the vocabulary -> Data. UserError listing what does not fit."""
-    folder = Path(config.dataset)
-    data = load_data(folder if folder.is_dir() or len(folder.parts) > 1 else Path("data") / config.dataset, config.tokenizer)
+    data = load_data(data_folder(config.dataset), config.tokenizer)
+    config.tokenizer = data.tokenizer  # stored with the run, so that sampling knows it
     rows = data.rows(model.arch)
     problems = check_loggers(config.tensorboard, config.wandb)
     for name in ("train", "val"):

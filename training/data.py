@@ -53,6 +53,12 @@ class Data:
         return max(self.vocab_size, self.mask_id + 1 if arch == "bert" else 0)
 
 
+def data_folder(dataset: str) -> Path:
+    """`wiki` -> data/wiki; anything with a separator, or a folder that exists, is a path."""
+    path = Path(dataset)
+    return path if path.is_dir() or len(path.parts) > 1 else Path("data") / dataset
+
+
 def load_data(folder, tokenizer: str | None = None) -> Data:
     """Reads a prepared folder's meta.json; a nanoGPT folder without one is read when its tokenizer is named.
 
@@ -75,6 +81,8 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{folder}/meta.json is wrong ({what}): prepare the folder again with prepare_openwebtext.py --overwrite=true") from None
+    if tokenizer not in (None, data.tokenizer):
+        raise UserError(f"tokenizer={tokenizer}, but {folder} was prepared with {data.tokenizer}")
     if not complete:
         raise UserError(f"{folder}/meta.json is wrong (it needs dtype uint16 or uint32 and non-empty splits train and val): prepare the folder again")
     for split in splits.values():

@@ -76,7 +76,7 @@ def _linf_terms(x, y):
 def _l2_matmul(h, w):
     hh, ww = h.square().sum(-1, keepdim=True), w.square().sum(-1)
     raw = torch.addmm(hh + ww, h, w.T, alpha=-2)
-    if raw.numel() and (raw.detach().amin(-1, keepdim=True) >= NEAR * (hh + ww.amax())).all():
+    if raw.numel() and (raw.detach().amin(-1, keepdim=True) > NEAR * (hh + ww.amax())).all():
         return raw  # no pair cancels, none is near the floor: one pass settles it for almost every batch
     near = (raw < NEAR * (hh + ww)).nonzero(as_tuple=True)
     if near[0].numel() * h.shape[-1] > 16 * BLOCK:  # nearly everything is near: no gather, all of it from the differences

@@ -1,0 +1,202 @@
+"""Writes text with a trained run; fills masks with a BERT; explains which prototypes and coordinates decided.
+
+    python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100 --temperature=0.8 --top_k=200 --seed=1
+    python sample.py --out_dir=out/l1 --start="The" --explain
+    python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
+"""
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from harmonic import contributions, paired_distance
+from harmonic.distances import resolve
+from training import checkpoint
+from training.config import UserError, check, cli, parse
+from training.data import data_folder
+from training.distributed import check_device
+from training.tokenizer import load_tokenizer
+
+MASKS = ("[MASK]", "<|mask|>")  # how a prompt writes the mask, whatever the tokenizer
+
+
+@dataclass
+class SampleConfig:
+    """Sampling"""
+
+    out_dir: str = "out/run"
+    """the run's folder; its newest checkpoint is used"""
+    start: list[str] = field(default_factory=list)
+    """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file; none = the start of a document"""
+    num_samples: int = 1
+    """texts for each prompt"""
+    max_new_tokens: int = 200
+    """tokens to add; beyond block_size the context slides"""
+    temperature: float = 0.8
+    """below 1 bolder choices, above 1 more random ones; 0 = always the likeliest token"""
+    top_k: int | None = 200
+    """choose among the k likeliest tokens; null = all"""
+    top_p: float | None = None
+    """choose among the likeliest tokens that together have probability p; null = all"""
+    seed: int = 1337
+    """the same seed gives the same text"""
+    explain: bool = False
+    """for each new token: its nearest prototypes, and the coordinates that carry its distance"""
+    cache: bool = True
+    """keep keys and values; false recomputes the context at each token (same text, slower)"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """precision of the trunk (autocast)"""
+
+    def problems(self) -> list[str]:
+        found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("num_samples", "max_new_tokens") if getattr(self, k) < 1]
+        if self.temperature < 0:
+            found.append(f"temperature={self.temperature} must not be negative")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"top_k={self.top_k} must be at least 1 (null = all)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p} is not in (0, 1]")
+        return found
+
+
+def read_prompt(text: str) -> str:
+    """`FILE:path` -> the file's text; anything else is the prompt itself."""
+    if not text.startswith("FILE:"):
+        return text
+    path = Path(text[5:])
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--start={text}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--start={text}: not UTF-8 text") from None
+
+
+def encode(prompt: str, tokenizer, masked: bool) -> list[int]:
+    """Ids of a prompt; `[MASK]` becomes the mask id where `masked`."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty: give --start=TEXT, or leave --start out to begin a document")
+    if masked:
+        for mask in MASKS[1:]:
+            prompt = prompt.replace(mask, MASKS[0])
+        if MASKS[0] not in prompt:
+            raise UserError("a bert does not write on, it fills masks: put [MASK] into --start, as in --start='The film was [MASK].'")
+        pieces = tokenizer.encode_batch(prompt.split(MASKS[0]))
+        ids = [i for piece in pieces for i in (*piece, tokenizer.mask_id)][:-1]
+    else:
+        ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError(f"the prompt {prompt!r} has no tokens")
+    if (getattr(tokenizer, 'unk_id', None) in ids):
+        raise UserError(f"the prompt {prompt!r} has characters that the tokenizer {tokenizer.name} does not know")
+    return ids
+
+
+class Explainer:
+    """Collects, for each row, lines that say why each token came: called by Model.generate with (hidden states, tokens)."""
+
+    nearest, coordinates = 5, 4  # prototypes and coordinates shown
+
+    def __init__(self, model, tokenizer, rows: int):
+        self.head, self.tokenizer = model.head, tokenizer
+        self.lines = [[] for _ in range(rows)]
+        row = resolve(self.head.name, **self.head.options)[0]
+        self.share = "of sum |h w|" if row.kernel == "dot" else "of d^2" if row.kernel == "l2" and row.degree == 1 else "of d"
+        self.only = 1 if row.kernel == "linf" else self.coordinates
+
+    def __call__(self, h, tokens):
+        head = self.head
+        probability = head(h).softmax(-1)
+        for row, token in enumerate(tokens.tolist()):
+            top = probability[row].topk(min(self.nearest, head.real_vocab_size)).indices
+            values = paired_distance(h[row], head.weight[torch.cat((tokens[row : row + 1], top))], head.name, **head.geometry()).tolist()
+            shares = contributions(h[row], head.weight[token], head.name, **head.geometry())
+            best = shares.topk(min(self.only, shares.numel()))
+            carried = ", ".join(f"{c} ({s:.1%})" for s, c in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+            near = "  ".join(
+                f"{self._show(t)} {v:.4g} ({probability[row, t]:.1%})" for t, v in zip(top.tolist(), values[1:], strict=True)
+            )
+            symbol = "logit" if self.head.kind == "control" else "d"
+            self.lines[row].append(
+                f"{self._show(token):>16}  {symbol} {values[0]:.4g}  p {probability[row, token]:.1%}\n"
+                f"{'nearest:':>18} {near}\n{'coordinates:':>18} {carried} {self.share}"
+            )
+
+    def _show(self, token: int) -> str:
+        return repr(self.tokenizer.decode_token(token))
+
+
+def fill(model, tokenizer, prompts: list[list[int]]):
+    """Prints each prompt with its masks filled by the likeliest token, and the candidates of each mask."""
+    for ids in prompts:
+        if len(ids) > model.config.block_size:
+            raise UserError(f"the prompt has {len(ids)} tokens, the model's block_size is {model.config.block_size}")
+        x = torch.tensor([ids], device=model.tokens.weight.device)
+        h = model.hidden(x)[0, (x[0] == tokenizer.mask_id).nonzero()[:, 0]].float()
+        p = model.head(h).softmax(-1)
+        choices = iter(p.argmax(-1).tolist())
+        print(tokenizer.decode([next(choices) if i == tokenizer.mask_id else i for i in ids]))
+        explainer = Explainer(model, tokenizer, len(h))
+        explainer(h, p.argmax(-1))
+        for number, lines in enumerate(explainer.lines, 1):
+            print(f"  mask {number}\n{lines[0]}")
+        print("---------------")
+
+
+def main():
+    (c,) = parse(sys.argv[1:], SampleConfig, words="start")
+    device = check_device(c.device)
+    model, stored, manifest = checkpoint.load_run(c.out_dir, device)
+    tokenizer = load_tokenizer(stored["tokenizer"], data_folder(stored["dataset"]))
+    masked = model.config.arch == "bert"
+    if masked and not c.start:
+        raise UserError("a bert does not write on, it fills masks: give --start='The film was [MASK].'")
+    problems, prompts = [], []
+    for text in c.start:
+        try:
+            prompts.append(encode(read_prompt(text), tokenizer, masked))
+        except UserError as error:
+            problems.append(str(error))
+    check(problems)
+    prompts = prompts or [[tokenizer.eot_id]]
+    autocast = contextlib.nullcontext() if c.dtype == "float32" else torch.autocast(device, getattr(torch, c.dtype))
+    print(f"{c.out_dir}, iteration {manifest['iter']}: {model.head.extra_repr()}", file=sys.stderr)
+    with torch.inference_mode(), autocast:
+        if masked:
+            return fill(model, tokenizer, prompts)
+
+        rows = [p for p in prompts for _ in range(c.num_samples)]
+        longest = max(map(len, rows)) + c.max_new_tokens
+        if longest > model.config.block_size:
+            print(f"note: {longest} tokens exceed block_size={model.config.block_size}: the context slides, the oldest half is forgotten", file=sys.stderr)
+        explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
+        arguments = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed, cache=c.cache, explain=explainer)
+        steps = model.generate(rows, c.max_new_tokens, **arguments)
+        began = time.perf_counter()
+        streams = [tokenizer.stream_decoder() for _ in rows]
+        texts = ["".join(s(i) for i in row if i != tokenizer.eot_id) for s, row in zip(streams, rows, strict=True)]
+        if len(rows) == 1:  # one text streams as it is written
+            print(texts[0], end="", flush=True)
+            for (token,) in steps:
+                print(streams[0](token), end="", flush=True)
+            print(streams[0](None))
+            print("\n".join(["", *explainer.lines[0]]) if explainer else "---------------")
+        else:
+            for tokens in tqdm(steps, total=c.max_new_tokens, unit="token", disable=not sys.stderr.isatty(), leave=False):
+                texts = [text + s(t) for text, s, t in zip(texts, streams, tokens, strict=True)]
+            for row, (text, stream) in enumerate(zip(texts, streams, strict=True)):
+                print(text + stream(None))
+                print("\n".join(["", *explainer.lines[row]]) if explainer else "---------------")
+        seconds = time.perf_counter() - began
+    print(f"{len(rows) * c.max_new_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,506 @@
+"""The head against float64 formulas, scipy, and the theory's identities; loops over the tables, so a new distance is tested by being there."""
+
+import math
+
+import pytest
+import scipy.spatial.distance as scipy_distance
+import torch
+import torch.nn.functional as F
+
+import harmonic.loss
+from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead, contributions, default_scale, distance, harmonic_logits, harmonic_loss
+from harmonic import paired_distance, softmax_linearization_kl
+from harmonic.distances import formula_table, resolve
+from harmonic.kernels import dense
+
+N, V, C = 13, 103, 37  # odd on purpose: no dimension divides a block
+LINKS = ["harmonic", "softmax"]
+# settings of each distance beyond its defaults
+SETTINGS = [(name, {}) for name in DISTANCES]
+SETTINGS += [("minkowski", {"p": p}) for p in (0.5, 1.0, 2.0, 3.0, math.inf)]
+SETTINGS += [("canberra_weighted", {"q": 2.0}), ("canberra_weighted", {"q": 0.5}), ("chebyshev_smooth", {"a": 3.0}), ("hamming_soft", {"t": 0.3})]
+HOMOGENEOUS = [s for s in SETTINGS if DISTANCES[s[0]].degree is not None]
+
+
+def name_of(setting):
+    return setting[0] + "".join(f"-{k}{v}" for k, v in setting[1].items()) if isinstance(setting, tuple) else None
+
+
+def vectors(dtype=torch.float64, seed=0, n=N, v=V, c=C):
+    g = torch.Generator().manual_seed(seed)
+    # an offset keeps bray_curtis away from the floor of its denominator, where it is not homogeneous
+    return (torch.randn(n, c, generator=g).to(dtype) + 0.3), (torch.randn(v, c, generator=g).to(dtype) * 0.7 + 0.2)
+
+
+def parameters(name, c=C, seed=3):
+    """Mahalanobis parameters away from the identity."""
+    g = torch.Generator().manual_seed(seed)
+    return {k: (p + 0.3 * torch.randn(p.shape, generator=g)).double() for k, p in DISTANCES[name].parameters(c).items()}
+
+
+def reference(h, w, name, p=1.5, a=10.0, t=1.0, q=1.0, factor=None, theta=None):
+    """One pair of float64 numpy vectors, written from the formulas, independent of the code under test."""
+    import numpy as np
+
+    def s(x):
+        return 1 / (1 + np.exp(-x / t))
+
+    d, size = np.abs(h - w), np.abs(h) + np.abs(w)
+    if name in ("mahalanobis", "mahalanobis_cholesky"):
+        P = factor @ factor.T + 1e-6 * np.eye(len(h)) if name == "mahalanobis" else np.tril(factor) @ np.tril(factor).T
+        return math.sqrt((h - w) @ P @ (h - w))
+    return {
+        "euclidean": lambda: scipy_distance.euclidean(h, w),
+        "manhattan": lambda: scipy_distance.cityblock(h, w),
+        "minkowski": lambda: d.max() if math.isinf(p) else (d**p).sum() ** (1 / p),
+        "chebyshev": lambda: scipy_distance.chebyshev(h, w),
+        "chebyshev_smooth": lambda: np.log(np.exp(a * d).sum()) / a,
+        "cosine": lambda: scipy_distance.cosine(h, w),
+        "hamming_soft": lambda: np.abs(s(h) - s(w)).sum(),
+        "hamming_gumbel": lambda: np.abs(s(h) - s(w)).sum(),  # without noise: evaluation
+        "hamming_hard": lambda: scipy_distance.hamming(h > 0, w > 0) * len(h),
+        "canberra": lambda: scipy_distance.canberra(h, w),
+        "canberra_robust": lambda: (d / np.maximum(size, 1e-3)).sum(),
+        "canberra_weighted": lambda: (size**q / (size**q).sum() * d / size).sum(),
+        "bray_curtis": lambda: d.sum() / max(abs(h.sum() + w.sum()), 1e-3),
+        "bray_curtis_abs": lambda: d.sum() / (np.abs(h).sum() + np.abs(w).sum()),
+        "bray_curtis_normalized": lambda: scipy_distance.braycurtis(np.abs(h) / np.abs(h).sum(), np.abs(w) / np.abs(w).sum()),
+        "mahalanobis_diagonal": lambda: math.sqrt((np.exp(theta) * (h - w) ** 2).sum()),
+    }[name]()
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
+def test_distance_equals_the_formula(setting):
+    name, options = setting
+    h, w = vectors()
+    options = {**options, **parameters(name)}
+    plain = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    truth = torch.tensor([[reference(x, y, name, **plain) for y in w.numpy()] for x in h.numpy()], dtype=torch.float64)
+    torch.testing.assert_close(distance(h, w, name, **options), truth, rtol=1e-11, atol=0)
+    torch.testing.assert_close(paired_distance(h[:, None], w, name, **options), truth, rtol=1e-11, atol=0)
+    # bray_curtis alone cancels in its denominator, a signed sum
+    rtol = 1e-3 if name == "bray_curtis" else 3e-6
+    torch.testing.assert_close(distance(h.float(), w.float(), name, **options).double(), truth, rtol=rtol, atol=0)
+
+
+def test_every_distance_is_tested():
+    assert {name for name, _ in SETTINGS} == set(DISTANCES)
+    assert len(DISTANCES) == 18 and set(CONTROLS) == {"cross_entropy", "cosine_linear"}
+
+
+@pytest.mark.parametrize("name", [n for n in HEADS if not HEADS[n].straight_through])  # a surrogate gradient has its own test below
+@pytest.mark.parametrize("link", LINKS)
+def test_gradients_equal_finite_differences(name, link):
+    h, w = vectors(n=3, v=7, c=5)
+    targets = torch.tensor([1, 6, -1])
+    trained = parameters(name, 5) if name in DISTANCES else {}
+    strength = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+
+    for impl in ("dense", "chunked"):
+        for reduction in ("mean", "none"):
+
+            def loss(h, w, strength, *values):
+                kw = {} if name in CONTROLS else {"link": link, "exponent" if link == "harmonic" else "scale": strength}
+                settings = dict(zip(trained, values, strict=True))
+                total = harmonic_loss(h, w, targets, name, impl=impl, reduction=reduction, **kw, **settings)
+                return total if name not in CONTROLS else total + 0 * strength
+
+            inputs = [h.requires_grad_(), w.requires_grad_(), strength, *(p.requires_grad_() for p in trained.values())]
+            assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_straight_through_gradient_is_that_of_the_sigmoid():
+    h, w = vectors()
+    h.requires_grad_()
+    distance(h, w[:1], "hamming_hard")[0, 0].backward()
+    soft = torch.sigmoid(h.detach()[0])
+    sign = torch.sign((h[0] > 0).double() - (w[0] > 0).double())
+    torch.testing.assert_close(h.grad[0], sign * soft * (1 - soft))
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_chunked_equals_dense(name, link, reduction, monkeypatch):
+    monkeypatch.setattr(harmonic.loss, "CHUNK", 3 * V + 1)  # 3 rows a chunk; 13 rows leave a remainder
+    h, w = vectors()
+    targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
+    targets[4] = -1
+    found = {}
+    for impl in ("dense", "chunked"):
+        x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
+        torch.manual_seed(5)  # the noise of hamming_gumbel
+        loss = harmonic_loss(x, y, targets, name, link=link, impl=impl, reduction=reduction, training=True)
+        (loss * torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)).sum().backward()
+        found[impl] = loss.detach(), x.grad, y.grad
+    torch.testing.assert_close(found["chunked"], found["dense"], rtol=1e-10, atol=1e-13)
+    if reduction == "none":
+        assert found["dense"][0][4] == 0 and found["dense"][1][4].abs().max() == 0
+
+
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+@pytest.mark.parametrize("name", HEADS)
+def test_float32_is_as_exact_as_float32_can_be(name, impl):
+    """Against float64 at odd sizes; log-probabilities of order 10 carry an error of a few units in the last place times the exponent."""
+    h, w = vectors(torch.float32, n=61, v=1003, c=37)
+    targets = torch.arange(61) % 1003
+    kw = {} if name in CONTROLS else {"exponent": "sqrt_dim"}
+    truth = harmonic_loss(h.double(), w.double(), targets, name, impl="dense", reduction="none", **kw)
+    loss = harmonic_loss(h, w, targets, name, impl=impl, reduction="none", **kw)
+    assert loss.dtype == torch.float32
+    tolerance = 2e-2 if name == "bray_curtis" else 3e-5
+    assert (loss - truth).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["target", "other", "all", "zero"])
+def test_finite_where_the_distance_is_zero(name, link, dtype, where):
+    h, w = vectors(dtype)
+    if where == "target":
+        w[0] = h[0]
+    elif where == "other":
+        w[1] = h[0]
+    elif where == "all":
+        w = h[:1].repeat(V, 1)
+    else:
+        h, w = torch.zeros_like(h), torch.zeros_like(w)
+    for impl in ("dense", "chunked"):
+        x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = harmonic_loss(x, y, torch.zeros(N, dtype=torch.long), name, link=link, impl=impl)
+        loss.backward()
+        assert loss.isfinite() and x.grad.isfinite().all() and y.grad.isfinite().all()
+    if where == "target" and link == "harmonic" and name in DISTANCES and name not in ("chebyshev_smooth", "bray_curtis_normalized"):
+        p = harmonic_logits(h[:1], w, name).softmax(-1)[0]
+        assert p[0] > 0.99 or name == "hamming_hard"  # an exact match is certain, not uniform
+
+
+def test_a_nan_is_never_hidden():
+    h, w = vectors(torch.float32)
+    h[2, 3] = math.nan
+    for name in HEADS:
+        if name != "hamming_hard":  # nan > 0 is false: the hard code of a NaN is 0
+            assert harmonic_loss(h, w, torch.zeros(N, dtype=torch.long), name).isnan()
+
+
+@pytest.mark.parametrize("setting", HOMOGENEOUS, ids=name_of)
+def test_homogeneity(setting):
+    """d(ch, cw) = c^k d(h, w), and HarMax does not change (theory, item 1)."""
+    name, options = setting
+    h, w = vectors()
+    options = {**options, **parameters(name)}
+    for c in (1e-3, 7.0, 1e4):
+        torch.testing.assert_close(distance(c * h, c * w, name, **options), c ** DISTANCES[name].degree * distance(h, w, name, **options))
+        small = (1e-3 * h).float(), (1e-3 * w).float()
+        p, q = (harmonic_logits(x, y, name, exponent=28.0, **options).softmax(-1) for x, y in ((h.float(), w.float()), small))
+        assert (p - q).abs().max() < (1e-2 if name == "bray_curtis" else 2e-5)
+
+
+def test_distances_without_a_degree_are_not_homogeneous():
+    h, w = vectors()
+    for name in ("hamming_soft", "chebyshev_smooth"):
+        ratio = distance(10 * h, 10 * w, name) / distance(h, w, name)
+        assert ratio.max() / ratio.min() > 1.01 and DISTANCES[name].degree is None
+
+
+@pytest.mark.parametrize("setting", [s for s in HOMOGENEOUS if not DISTANCES[s[0]].straight_through], ids=name_of)
+def test_euler_identity(setting):
+    """<dL/dh, h> + sum_j <dL/dw_j, w_j> = 0 for homogeneous d; for cosine each term vanishes alone (theory, item 2)."""
+    name, options = setting
+    h, w = (x.requires_grad_() for x in vectors())
+    harmonic_loss(h, w, torch.arange(N), name, exponent=5.0, **options, **parameters(name)).backward()
+    radial_h, radial_w = (h.grad * h).sum(), (w.grad * w).sum()
+    assert abs(radial_h + radial_w) < 1e-12
+    if name in ("cosine", "bray_curtis_normalized"):  # each operand is normalised alone
+        assert radial_h.abs() < 1e-12 and radial_w.abs() < 1e-12
+    else:
+        assert radial_h.abs() > 1e-6  # the identity is not trivially 0 + 0
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if DISTANCES[s[0]].translation_invariant], ids=name_of)
+def test_translation_identity(setting):
+    """d(h + t, w + t) = d(h, w), so dL/dh + sum_j dL/dw_j = 0 (theory, item 2)."""
+    name, options = setting
+    h, w = (x.requires_grad_() for x in vectors())
+    options = {**options, **parameters(name)}
+    torch.testing.assert_close(distance(h + 2.5, w + 2.5, name, **options), distance(h, w, name, **options))
+    harmonic_loss(h, w, torch.arange(N), name, exponent=5.0, **options).backward()
+    assert (h.grad.sum(0) + w.grad.sum(0)).abs().max() < 1e-12 < w.grad.sum(0).abs().max()
+
+
+def test_gradient_with_respect_to_the_distance():
+    """dL/dd_j = (n / d_j) (1[j = y] - p_j) (theory, item 3)."""
+    h, w = vectors()
+    d = distance(h, w, "manhattan").requires_grad_()
+    loss = F.cross_entropy(-28.0 * d.log(), torch.arange(N), reduction="sum")
+    p = harmonic_logits(h, w, "manhattan", exponent=28.0).softmax(-1)
+    expected = 28.0 / d.detach() * (F.one_hot(torch.arange(N), V) - p)
+    torch.testing.assert_close(torch.autograd.grad(loss, d)[0], expected)
+    assert harmonic_loss(h, w, torch.arange(N), "manhattan", exponent=28.0, reduction="sum").item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_margin_bound(name):
+    """With rho = d_y / min_{j != y} d_j: p_y >= 1 / (1 + (V-1) rho^n) (theory, item 4), with equality when all others are equally far."""
+    h, w = vectors()
+    d = distance(h, w, name)
+    nearest = d.topk(2, largest=False).values
+    rho = nearest[:, 0] / nearest[:, 1]
+    for n in (1.0, 28.0, 200.0):
+        p = harmonic_logits(h, w, name, exponent=n).softmax(-1).amax(-1)
+        assert (p >= 1 / (1 + (V - 1) * rho**n) - 1e-12).all()
+    circle = torch.eye(C, dtype=torch.float64)[:4]
+    d = distance(0.5 * circle[0], circle, "euclidean")
+    p = harmonic_logits(0.5 * circle[0], circle, "euclidean", exponent=3.0).softmax(-1)[0]
+    assert p.item() == pytest.approx(1 / (1 + 3 * (d[0] / d[1]).item() ** 3), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_permutation_equivariance(name):
+    h, w = vectors()
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(harmonic_logits(h, w[order], name), harmonic_logits(h, w, name)[:, order])
+
+
+def test_weighted_canberra_at_power_one_is_bray_curtis_abs():
+    """Computed by the general kernel, not through the shortcut that `resolve` takes."""
+    h, w = vectors()
+    general = dense.pairs(h, w, "canberra", q=1.0, weighted=True)
+    torch.testing.assert_close(general, distance(h, w, "bray_curtis_abs"))
+    assert resolve("canberra_weighted", q=1.0)[0] is DISTANCES["bray_curtis_abs"]
+    assert not torch.allclose(distance(h, w, "canberra_weighted", q=2.0), general)
+
+
+def test_minkowski_takes_the_fast_kernels():
+    for p, name in ((1, "manhattan"), (2, "euclidean"), (math.inf, "chebyshev")):
+        assert resolve("minkowski", p=p)[0] is DISTANCES[name]
+    h, w = vectors()
+    torch.testing.assert_close(dense.pairs(h, w, "lp", p=2.0).sqrt(), distance(h, w, "euclidean"))
+
+
+def test_loss_is_cross_entropy_of_logits():
+    h, w = vectors()
+    y = torch.arange(N)
+    for name in HEADS:
+        for link in LINKS:
+            kw = {} if name in CONTROLS else {"link": link}
+            torch.testing.assert_close(F.cross_entropy(harmonic_logits(h, w, name, **kw), y), harmonic_loss(h, w, y, name, **kw))
+    torch.testing.assert_close(harmonic_loss(h, w, y, "cross_entropy"), F.cross_entropy(h @ w.T, y))
+    cos = F.cosine_similarity(h[:, None], w, dim=-1)
+    torch.testing.assert_close(harmonic_logits(h, w, "cosine_linear").softmax(-1), (1 + cos) / (1 + cos).sum(-1, keepdim=True))
+    # the softmax twin of cosine is the normalised softmax
+    torch.testing.assert_close(
+        harmonic_logits(h, w, "cosine", link="softmax", scale=7.0).log_softmax(-1), (7.0 * cos).log_softmax(-1), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("offset", [1e-1, 1e-3, 1e-5, 1e-6])
+@pytest.mark.parametrize("name", ["euclidean", "cosine", "mahalanobis_diagonal"])
+def test_small_distances_survive_cancellation(name, offset):
+    """|h|^2 + |w|^2 - 2 h.w loses d^2 when h is almost on a prototype; the distance must not."""
+    h, w = vectors(torch.float32, c=768)
+    w[3] = h[5] + offset * torch.randn(768, generator=torch.Generator().manual_seed(0))
+    truth = distance(h.double(), w.double(), name)[5, 3]
+    relative = abs(distance(h, w, name)[5, 3].item() / truth.item() - 1)
+    # mapping to the unit sphere rounds the coordinates themselves: 6e-8 of a coordinate against `offset` of one
+    assert relative < (1e-5 if name == "euclidean" else max(1e-5, 3e-7 / offset))
+
+
+def test_l2_stays_exact_when_every_pair_is_near():
+    g = torch.Generator().manual_seed(0)
+    h, w = (5 + 1e-3 * torch.randn(n, 300, generator=g) for n in (150, 120))
+    truth = distance(h.double(), w.double(), "euclidean")
+    assert (distance(h, w, "euclidean") / truth - 1).abs().max() < 1e-5
+    h.requires_grad_()
+    harmonic_loss(h, w, torch.zeros(150, dtype=torch.long), "euclidean", exponent=20.0).backward()
+    x = h.detach().double().requires_grad_()
+    harmonic_loss(x, w.double(), torch.zeros(150, dtype=torch.long), "euclidean", exponent=20.0).backward()
+    torch.testing.assert_close(h.grad.double(), x.grad, rtol=1e-3, atol=1e-6 * x.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_ignores_padded_rows(name):
+    torch.manual_seed(0)
+    head = HarmonicHead(C, 128, name, real_vocab_size=V).eval()
+    h, y = torch.randn(2, N, C), torch.randint(0, V, (2, N))
+    logits = head(h)
+    assert logits.shape == (2, N, 128) and torch.isneginf(logits[..., V:]).all() and logits[..., :V].isfinite().all()
+    before = head.loss(h, y)
+    torch.testing.assert_close(F.cross_entropy(logits.view(-1, 128), y.view(-1)), before)
+    before.backward()
+    assert head.weight.grad[V:].abs().max() == 0 and head.weight.grad[:V].abs().max() > 0
+    with torch.no_grad():
+        head.weight[V:] = 1e3
+    assert head.loss(h, y) == before
+
+
+@pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan", "cross_entropy", "canberra", "mahalanobis"])
+def test_compiled_equals_eager(name):
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, name)
+    h, y = torch.randn(N, C), torch.arange(N)
+    eager = head.loss(h, y), head(h)
+    compiled = torch.compile(lambda x: (head.loss(x * 1.0, y), head(x * 1.0)), backend="aot_eager")(h)
+    torch.testing.assert_close(compiled, eager)
+    eager[0].backward()
+    expected = head.weight.grad.clone()
+    head.weight.grad = None
+    compiled[0].backward()
+    torch.testing.assert_close(head.weight.grad, expected)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis_diagonal", "mahalanobis_cholesky"])
+def test_mahalanobis_parameters_train(name):
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, name)
+    start = {k: p.clone() for k, p in head.named_parameters()}
+    h = torch.randn(N, C)
+    torch.testing.assert_close(head(h), harmonic_logits(h, head.weight, "euclidean"), rtol=1e-4, atol=1e-3)  # P = I at first
+    optimizer = torch.optim.SGD(head.parameters(), 0.01)
+    head.loss(h, torch.arange(N)).backward()
+    optimizer.step()
+    moved = {k for k, p in head.named_parameters() if not torch.equal(p, start[k])}
+    assert moved == set(start) and len(moved) == 2
+
+
+def test_learnt_exponent_and_scale_move():
+    h, y = torch.randn(N, C), torch.arange(N)
+    for link, kw in (("harmonic", {"learn_exponent": True}), ("softmax", {"learn_scale": True})):
+        head = HarmonicHead(C, V, "cosine", link=link, **kw)
+        fixed = HarmonicHead(C, V, "cosine", link=link)
+        assert head.strength().item() == pytest.approx(fixed.strength(), rel=1e-6)
+        head.loss(h, y).backward()
+        assert head.log_strength.grad.abs() > 0
+
+
+def test_autocast_does_not_reach_the_head():
+    h, w = vectors(torch.float32)
+    y = torch.arange(N)
+    for name in HEADS:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = harmonic_loss(h, w, y, name), harmonic_logits(h, w, name)
+        torch.testing.assert_close(inside, (harmonic_loss(h, w, y, name), harmonic_logits(h, w, name)), rtol=0, atol=0)
+    assert harmonic_loss(h.bfloat16(), w, y, "euclidean").dtype == torch.float32
+
+
+def test_hamming_gumbel_is_noisy_only_while_training():
+    h, w = vectors()
+    assert torch.equal(harmonic_logits(h, w, "hamming_gumbel"), harmonic_logits(h, w, "hamming_soft"))
+    noisy = harmonic_logits(h, w, "hamming_gumbel", training=True)
+    assert not torch.equal(noisy, harmonic_logits(h, w, "hamming_gumbel", training=True))
+
+
+def test_default_scale_makes_twins_start_together():
+    """The two links give nearly the same distribution for layer-normalised states and small prototypes."""
+    g = torch.Generator().manual_seed(7)
+    h, w = F.layer_norm(torch.randn(50, 64, generator=g), (64,)), 0.02 * torch.randn(V, 64, generator=g)
+    for name in ("euclidean", "manhattan", "chebyshev", "hamming_soft"):
+        p, q = (harmonic_logits(h, w, name, link=link).log_softmax(-1) for link in LINKS)
+        assert (p - q).abs().mean() < 0.2 * (p - p.mean(-1, keepdim=True)).abs().mean(), name
+    assert default_scale("euclidean", 64) == pytest.approx(8, rel=0.05)  # n = C over |h| = sqrt(C)
+
+
+def test_kl_to_the_softmax_linearisation():
+    """After a LayerNorm and with small prototypes, -C log d is softmax(h.w - |w|^2 / 2); without the norm penalty it is not."""
+    torch.manual_seed(0)
+    h = F.layer_norm(torch.randn(64, 192), (192,))
+    found = []
+    for std in (0.02, 0.1):
+        head = HarmonicHead(192, 1000, "euclidean", exponent="dim", init_std=std)
+        found.append(softmax_linearization_kl(h, head))
+        w = head.weight.double()
+        p = head.double()(h.double()).log_softmax(-1)
+        q = (h.double() @ w.T - w.square().sum(-1) / 2).log_softmax(-1)
+        assert found[-1] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-2, abs=1e-6)
+        dot = (h.double() @ w.T).log_softmax(-1)
+        assert found[-1] < 0.2 * (p.exp() * (p - dot)).sum(-1).mean()
+    assert 0 <= found[0] < 1e-5 < found[1] < 1e-2
+    assert softmax_linearization_kl(h, HarmonicHead(192, 1000, "manhattan")) is None
+    assert softmax_linearization_kl(h, HarmonicHead(192, 1000, "euclidean", link="softmax")) is None
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_contributions_add_up(name):
+    h, w = vectors()
+    shares = contributions(h, w[:N], name)
+    assert shares.shape == (N, C) and (shares >= 0).all()
+    torch.testing.assert_close(shares.sum(-1), torch.ones(N, dtype=torch.float64))
+    if name in ("manhattan", "bray_curtis_abs", "canberra"):  # sums: taking a coordinate away takes its share away
+        d = paired_distance(h, w[:N], name)
+        one = {"canberra": 1.0, "manhattan": 1.0, "bray_curtis_abs": (h.abs() + w[:N].abs()).sum(-1)}[name]
+        scale = (h.abs() + w[:N].abs()) if name == "canberra" else 1.0
+        torch.testing.assert_close(shares * d[:, None], (h - w[:N]).abs() / scale / (one if name != "bray_curtis_abs" else one[:, None]))
+    if name == "chebyshev":
+        assert (shares.count_nonzero(-1) == 1).all() and torch.equal(shares.argmax(-1), (h - w[:N]).abs().argmax(-1))
+
+
+def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
+    """The largest tensor that appears, by torch's own dispatch, stays that of a chunk."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    Largest.size = max(Largest.size, t.untyped_storage().nbytes() // t.element_size())
+            return out
+
+    monkeypatch.setattr(harmonic.loss, "CHUNK", 8 * V)
+    monkeypatch.setattr(dense, "BLOCK", 64 * C)
+    for name in ("euclidean", "manhattan", "canberra"):
+        sizes = []
+        for n in (100, 400):
+            h, w = vectors(torch.float32, n=n)
+            h.requires_grad_(), w.requires_grad_()
+            Largest.size = 0
+            with Largest():
+                harmonic_loss(h, w, torch.zeros(n, dtype=torch.long), name, impl="chunked").backward()
+            sizes.append(Largest.size)
+        assert sizes[1] <= max(400 * C, sizes[0]), (name, sizes)  # h and its gradient are the only things that grow
+        assert sizes[1] < 400 * V
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhatan"), "did you mean 'manhattan'"),
+        (lambda h, w, y: harmonic_loss(h, w[:, :-1], y, "manhattan"), r"\(13, 37\) and \(103, 36\)"),
+        (lambda h, w, y: harmonic_loss(h, w, y + V, "manhattan"), "target 103 is outside"),
+        (lambda h, w, y: harmonic_loss(h, w, y[1:], "manhattan"), r"targets \(12,\) do not match h \(13, 37\)"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", exponent=0.0), "exponent must be a positive number"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", exponent="dims"), "'dims'"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "cosine", link="softmax", scale=-1.0), "scale must be a positive number"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "cosine", link="soft"), "unknown link 'soft'"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "minkowski", p=0.0), "p must be positive"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", p=2.0), "manhattan has no setting 'p'"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", impl="fast"), "unknown impl 'fast'"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", reduction="max"), "unknown reduction 'max'"),
+        (lambda h, w, y: harmonic_loss(h.long(), w, y, "manhattan"), "torch.int64"),
+        (lambda h, w, y: distance(h, w, "cross_entropy"), "a control, not a distance"),
+        (lambda h, w, y: HarmonicHead(C, V, "cross_entropy", learn_exponent=True), "no exponent"),
+        (lambda h, w, y: HarmonicHead(C, V, "cosine", learn_scale=True), "set learn_exponent"),
+        (lambda h, w, y: HarmonicHead(C, V, "cosine", bias=True), "takes no bias"),
+        (lambda h, w, y: HarmonicHead(C, V, "cosine", real_vocab_size=V + 1), "not in 1..103"),
+    ],
+)
+def test_bad_input_is_named(call, words):
+    h, w = vectors(torch.float32)
+    with pytest.raises(ValueError, match=words):
+        call(h, w, torch.arange(N))
+
+
+def test_the_mean_over_no_targets_is_zero():
+    h, w = vectors()
+    h.requires_grad_()
+    for impl in ("dense", "chunked"):
+        loss = harmonic_loss(h, w, torch.full((N,), -1), "cosine", impl=impl)
+        assert loss == 0 and torch.autograd.grad(loss, h)[0].abs().max() == 0
+
+
+def test_table_of_formulas_has_every_head():
+    table = formula_table()
+    assert all(f"| `{name}` |" in table for name in HEADS) and len(table.splitlines()) == len(HEADS) + 2
