@@ -115,10 +115,17 @@ class ModelConfig:
             found.append(f"head_init_std={self.head_init_std} must be positive")
         if self.qk_norm and self.arch != "qwen":
             found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
-        if self.exponent is not None and (self.head in ("cross_entropy", "cosine_linear") or (self.link == "softmax" and self.scale is not None)):
-            found.append(f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}" + (", scale set" if self.scale is not None else ""))
+        if self.exponent is not None and (
+            self.head in ("cross_entropy", "cosine_linear") or (self.link == "softmax" and self.scale is not None)
+        ):
+            found.append(
+                f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}"
+                + (", scale set" if self.scale is not None else "")
+            )
         if self.scale is not None and (self.link == "harmonic" or self.head in ("cross_entropy", "cosine_linear")):
-            found.append(f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale belongs to a distance with link=softmax")
+            found.append(
+                f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale belongs to a distance with link=softmax"
+            )
         try:
             HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments())
         except ValueError as error:
@@ -228,15 +235,17 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A trunk and a head.
 
-    Initialisation: every weight matrix and embedding N(0, 0.02^2) as in GPT-2 and BERT, the prototypes N(0, head_init_std^2), biases 0, norms 1; for gpt the
-    projections back into the residual stream are divided by sqrt(2 n_layer) (GPT-2, section 2.3).
+    Initialisation: every weight matrix and embedding N(0, 0.02^2) as in GPT-2 and BERT, the prototypes N(0, head_init_std^2), biases 0,
+    norms 1; for gpt the projections back into the residual stream are divided by sqrt(2 n_layer) (GPT-2, section 2.3).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         C = config.n_embd
-        self.head = HarmonicHead(C, config.vocab_size, config.head, real_vocab_size=config.real_vocab_size or None, **config.head_arguments())
+        self.head = HarmonicHead(
+            C, config.vocab_size, config.head, real_vocab_size=config.real_vocab_size or None, **config.head_arguments()
+        )
         self.tokens = nn.Embedding(config.vocab_size, C)
         self.positions = None if config.arch == "qwen" else nn.Embedding(config.block_size, C)
         self.token_types = nn.Embedding(2, C) if config.arch == "bert" else None
@@ -278,7 +287,9 @@ class Model(nn.Module):
         """Floating-point operations per token of forward + backward: 6 per weight that multiplies, 12 n_layer C T for attention (PaLM,
         arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so that MFU compares like with like."""
         c = self.config
-        embeddings = sum(e.weight.numel() for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens) if e is not None)
+        embeddings = sum(
+            e.weight.numel() for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens) if e is not None
+        )
         return 6 * (self.parameter_count() - embeddings) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def _trunk(self, idx, positions=None, mask=None, cache=None, token_types=None):
@@ -311,7 +322,7 @@ class Model(nn.Module):
         return x if self.transform is None else self.transform(x)
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """(B, T) ids -> (logits (B, T, V), None), or with targets (B, T), -1 = none, -> (None, loss in nats). With targets the logits never exist."""
+        """(B, T) ids -> (logits (B, T, V), None); with targets (B, T), -1 = none, -> (None, loss in nats), and the logits never exist."""
         if targets is None:
             return self.head(self.hidden(idx)), None
         x = self.trunk(idx)
@@ -336,8 +347,8 @@ class Model(nn.Module):
     ):
         """Yields the next token of every prompt, a list of ints a step.
 
-        Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its neighbours. When a row's context reaches
-        block_size, its older half is dropped and positions start again, with the cache and without it.
+        Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its neighbours. When a row's context
+        reaches block_size, its older half is dropped and positions start again, with the cache and without it.
 
         Args:
             prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and masked.

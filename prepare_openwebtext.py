@@ -5,12 +5,13 @@
     python prepare_openwebtext.py --source=a.txt b.jsonl folder/ --tokenizer=gpt2 --out_dir=data/mine
 
 A token file is raw little-endian ids, uint16 or, for a vocabulary above 65,535, uint32; the end-of-text id follows every document.
-Empty documents and exact copies are dropped. Which split a document is in depends on a hash of its text and on nothing else, so the
-files are the same bytes for any number of processes, and a document never moves from validation to training when others are added.
+Empty documents and exact copies are dropped. Which split a document is in depends on a hash of its text, not on its place or on who
+encodes it: the files are the same bytes for any number of processes, and adding documents moves none from split to split (but for the
+one that a small corpus lends to a split that would be empty).
 
 Memory does not grow with the corpus but for the hashes that find copies (16 bytes each, about 100 as Python keeps them: 0.8 GB for
-OpenWebText's 8 million documents) and, while bpe:N is trained, its distinct words. The files appear together, by one rename, when all
-is done.
+OpenWebText's 8 million documents) and, while bpe:N is trained, its distinct words. What is read at once is a document, of a parquet file
+a row group, of a .json list the whole. The files appear together, by one rename, when all is done.
 """
 
 import collections
@@ -111,7 +112,8 @@ class PrepareConfig:
     @property
     def out(self) -> Path:
         """The folder to write, absolute, links followed."""
-        return Path(self.out_dir or f"data/{self.builtin or Path(self.source[0]).resolve().stem}").resolve()
+        source = Path(self.source[0]).resolve()
+        return Path(self.out_dir or f"data/{self.builtin or (source.name if source.is_dir() else source.stem)}").resolve()
 
     @property
     def fraction(self) -> float | None:

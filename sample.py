@@ -1,8 +1,8 @@
 """Writes text with a trained run; fills masks with a BERT; explains which prototypes and coordinates decided.
 
-    python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100 --temperature=0.8 --top_k=200 --seed=1
-    python sample.py --out_dir=out/l1 --start="The" --explain
-    python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
+python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100 --temperature=0.8 --top_k=200 --seed=1
+python sample.py --out_dir=out/l1 --start="The" --explain
+python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
 """
 
 import contextlib
@@ -94,7 +94,7 @@ def encode(prompt: str, tokenizer, masked: bool) -> list[int]:
         ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError(f"the prompt {prompt!r} has no tokens")
-    if (getattr(tokenizer, 'unk_id', None) in ids):
+    if tokenizer.unk_id in ids:
         raise UserError(f"the prompt {prompt!r} has characters that the tokenizer {tokenizer.name} does not know")
     return ids
 
@@ -120,9 +120,7 @@ class Explainer:
             shares = contributions(h[row], head.weight[token], head.name, **head.geometry())
             best = shares.topk(min(self.only, shares.numel()))
             carried = ", ".join(f"{c} ({s:.1%})" for s, c in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-            near = "  ".join(
-                f"{self._show(t)} {v:.4g} ({probability[row, t]:.1%})" for t, v in zip(top.tolist(), values[1:], strict=True)
-            )
+            near = "  ".join(f"{self._show(t)} {v:.4g} ({probability[row, t]:.1%})" for t, v in zip(top.tolist(), values[1:], strict=True))
             symbol = "logit" if self.head.kind == "control" else "d"
             self.lines[row].append(
                 f"{self._show(token):>16}  {symbol} {values[0]:.4g}  p {probability[row, token]:.1%}\n"
@@ -175,7 +173,10 @@ def main():
         rows = [p for p in prompts for _ in range(c.num_samples)]
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
-            print(f"note: {longest} tokens exceed block_size={model.config.block_size}: the context slides, the oldest half is forgotten", file=sys.stderr)
+            print(
+                f"note: {longest} tokens exceed block_size={model.config.block_size}: the context slides, the oldest half is forgotten",
+                file=sys.stderr,
+            )
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
         arguments = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed, cache=c.cache, explain=explainer)
         steps = model.generate(rows, c.max_new_tokens, **arguments)

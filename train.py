@@ -40,8 +40,18 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
         base = read_yaml(out_dir / "config.yaml")
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     if resume:
-        changed = [k for k in ModelConfig.__dataclass_fields__ if k in base and k != "head_impl" and getattr(model, k) != base[k] and k != "dropout"]
-        check([f"cannot resume {out_dir} with {k}={getattr(model, k)}: the run has {k}={base[k]}" for k in changed if not (k in ("vocab_size", "real_vocab_size") and getattr(model, k) == 0)])
+        changed = [
+            k
+            for k in ModelConfig.__dataclass_fields__
+            if k in base and k != "head_impl" and getattr(model, k) != base[k] and k != "dropout"
+        ]
+        check(
+            [
+                f"cannot resume {out_dir} with {k}={getattr(model, k)}: the run has {k}={base[k]}"
+                for k in changed
+                if not (k in ("vocab_size", "real_vocab_size") and getattr(model, k) == 0)
+            ]
+        )
         model.vocab_size, model.real_vocab_size = base["vocab_size"], base["real_vocab_size"]
     return model, config, resume
 
@@ -54,15 +64,22 @@ def fit_to_data(model: ModelConfig, config: TrainConfig):
     problems = check_loggers(config.tensorboard, config.wandb)
     for name in ("train", "val"):
         if data.splits[name].tokens <= model.block_size:
-            problems.append(f"block_size={model.block_size} is longer than the data: {data.splits[name].path} has {data.splits[name].tokens:,} tokens")
+            problems.append(
+                f"block_size={model.block_size} is longer than the data: {data.splits[name].path} has {data.splits[name].tokens:,} tokens"
+            )
     if model.vocab_size == 0:
         model.vocab_size = 64 * math.ceil(rows / 64)  # a multiple of 64 multiplies faster on GPUs
     if model.vocab_size < rows:
-        problems.append(f"vocab_size={model.vocab_size} is smaller than the data's {rows} ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''})")
+        problems.append(
+            f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
+            f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''})"
+        )
     if model.real_vocab_size == 0:
         model.real_vocab_size = data.vocab_size
     if not data.vocab_size <= model.real_vocab_size <= max(model.vocab_size, rows):
-        problems.append(f"real_vocab_size={model.real_vocab_size} is not between the data's {data.vocab_size} and vocab_size={model.vocab_size}")
+        problems.append(
+            f"real_vocab_size={model.real_vocab_size} is not between the data's {data.vocab_size} and vocab_size={model.vocab_size}"
+        )
     check(problems)
     return data
 
@@ -75,7 +92,9 @@ def check_compiler(device: str):
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            raise UserError("compile=true needs a C++ compiler on a CPU and none was found: install g++ (or set CXX), or use --compile=false") from None
+            raise UserError(
+                "compile=true needs a C++ compiler on a CPU and none was found: install g++ (or set CXX), or use --compile=false"
+            ) from None
 
 
 def learning_rate(iteration: int, c: TrainConfig) -> float:
@@ -98,7 +117,10 @@ def main():
     if c.compile:
         check_compiler(device)
     if c.init_from == "scratch" and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
-        raise UserError(f"{out_dir} already holds a run: go on with --init_from=resume --out_dir={out_dir}, replace it with --overwrite=true, or name another --out_dir")
+        raise UserError(
+            f"{out_dir} already holds a run: go on with --init_from=resume --out_dir={out_dir}, "
+            "replace it with --overwrite=true, or name another --out_dir"
+        )
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir={out_dir} is a file")
 
@@ -107,7 +129,9 @@ def main():
     device, kind = p.device, p.device.split(":")[0]
     slots = c.batch_size * c.gradient_accumulation_steps
     if p.world > slots:
-        raise UserError(f"{p.world} processes share {slots} windows an iteration (batch_size * gradient_accumulation_steps): raise one of them")
+        raise UserError(
+            f"{p.world} processes share {slots} windows an iteration (batch_size * gradient_accumulation_steps): raise one of them"
+        )
     mine = p.share(slots)
     targets_per_window = masked_count(m.block_size) if m.arch == "bert" else m.block_size
     targets = slots * targets_per_window  # of an iteration, over all processes
@@ -146,20 +170,21 @@ def main():
         if not resume:
             for name in ("ckpt", "tensorboard"):
                 shutil.rmtree(out_dir / name, ignore_errors=True)
-            for name in ("config.yaml", "environment.json", "metrics.jsonl", "emissions.csv"):
+            for name in ("config.yaml", "environment.json", "metrics.jsonl", *(f.name for f in out_dir.glob("emissions*.csv"))):
                 (out_dir / name).unlink(missing_ok=True)
         out_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(out_dir / "config.yaml", m, replace(c, init_from="scratch", overwrite=False, eval_only=False))
         (out_dir / "environment.json").write_text(json.dumps(environment(device, p.world), indent=2))
-        metrics = Metrics(out_dir, iteration + 1 if resume else 0, c.tensorboard, c.wandb, {**vars(m), **vars(c)})
+        metrics = Metrics(out_dir, iteration, c.tensorboard, c.wandb, {**vars(m), **vars(c)})
     p.barrier()
     if c.emissions and p.local_rank == 0 and not c.eval_only:  # one tracker a node
         emissions = Emissions(out_dir, c.emissions_country, p.rank // max(1, torch.cuda.device_count()) if p.rank else 0)
 
     say(
         f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, {model.parameter_count() / 1e6:.2f} M parameters, head {model.head.extra_repr()}\n"
-        f"data {data.folder}: {data.splits['train'].tokens:,} training tokens, {data.tokenizer}; an iteration is {slots * m.block_size:,} tokens"
-        f" ({slots} windows of {m.block_size}); {p.world} process{'es' if p.world > 1 else ''} on {device}, {dtype}{', compiled' if c.compile else ''}"
+        f"data {data.folder}: {data.splits['train'].tokens:,} training tokens, {data.tokenizer}; "
+        f"an iteration is {slots * m.block_size:,} tokens ({slots} windows of {m.block_size})\n"
+        f"{p.world} process{'es' if p.world > 1 else ''} on {device}, {dtype}{', compiled' if c.compile else ''}"
     )
     val = data.splits["val"]
     windows = validation_windows(val.tokens, m.block_size, c.eval_iters * c.batch_size)
@@ -174,8 +199,10 @@ def main():
             for x, y in validation_batches(data, m.arch, m.block_size, windows[share.start : share.stop], c.batch_size):
                 x, y = x.to(device), y.to(device)
                 total += torch.tensor([model(x, y, reduction="sum")[1].item(), (y != -1).sum().item()], dtype=torch.float64)
-                if kl is None and p.main:  # 256 states show how far the head is from a softmax
-                    kl = softmax_linearization_kl(model.hidden(x[:, :256])[:8].reshape(-1, m.n_embd)[:256].float(), model.head)
+            if p.main:  # 256 states show how far the head is from a softmax
+                few = windows[: max(1, 256 // m.block_size)]
+                x, _ = next(validation_batches(data, m.arch, m.block_size, few, len(few)))
+                kl = softmax_linearization_kl(model.hidden(x.to(device)).reshape(-1, m.n_embd)[:256], model.head)
         model.train()
         total = p.reduce(total.to(device if kind == "cuda" else "cpu"))
         loss = (total[0] / total[1]).item()
@@ -185,13 +212,15 @@ def main():
         if kl is not None:
             found["kl_to_softmax"] = kl
         if model.head.log_strength is not None:
-            found["strength"] = float(model.head.strength())
+            found["strength"] = model.head.strength().item()
         return found
 
     def save(loss: float):
         if p.main:
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            checkpoint.save(out_dir, iteration, model, state, {"val_loss": loss, "best_val_loss": best_loss, "tokens": iteration * slots * m.block_size})
+            checkpoint.save(
+                out_dir, iteration, model, state, {"val_loss": loss, "best_val_loss": best_loss, "tokens": iteration * slots * m.block_size}
+            )
             if emissions:
                 emissions.flush()
         p.barrier()
@@ -215,14 +244,14 @@ def main():
         table = torch.cat((sums, least[:, None], table[:, 3:]), 1).tolist()
         speed = len(pending) * slots * m.block_size / (now - clock)
         mfu = speed * model.flops_per_token() / (peak * p.world) if peak else None
-        for i, (loss, distance, nearest, norm, norm_head, radius, lr) in enumerate(table, iteration - len(table)):
+        for i, (loss, distance, nearest, norm, norm_head, norm_trunk, radius, lr) in enumerate(table, iteration - len(table)):
             record = {
                 "iter": i,
                 "train_loss": loss / targets,
                 "lr": lr,
                 "grad_norm": norm,
                 "grad_norm_head": norm_head,
-                "grad_norm_trunk": math.sqrt(max(0.0, norm**2 - norm_head**2)),
+                "grad_norm_trunk": norm_trunk,
                 "prototype_radius": radius,
             }
             if model.head.kind != "control":
@@ -240,8 +269,8 @@ def main():
                 sys.exit(3)
         eta = (now - began) / (iteration - first) * (c.max_iters - iteration)
         say(
-            f"iter {iteration:>{len(str(c.max_iters))}}/{c.max_iters}  loss {record['train_loss']:.4f}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.3f}"
-            f"  {speed:,.0f} tokens/s{'' if mfu is None else f'  mfu {mfu:.1%}'}  ETA {duration(eta)}",
+            f"iter {iteration:>{len(str(c.max_iters))}}/{c.max_iters}  loss {record['train_loss']:.4f}  lr {record['lr']:.2e}"
+            f"  grad norm {record['grad_norm']:.3f}  {speed:,.0f} tokens/s{'' if mfu is None else f'  mfu {mfu:.1%}'}  ETA {duration(eta)}",
             flush=True,
         )
         pending, clock = [], time.perf_counter()
@@ -254,7 +283,11 @@ def main():
             if (iteration % c.eval_interval == 0 or iteration == c.max_iters) and iteration != evaluated:
                 flush()
                 found = evaluate()
-                say(f"iter {iteration}: " + "  ".join(f"{k.replace('_', ' ')} {v:.4g}" if k != "val_loss" else f"val loss {v:.4f}" for k, v in found.items()), flush=True)
+                say(
+                    f"iter {iteration}: "
+                    + "  ".join(f"{k.replace('_', ' ')} {v:.4g}" if k != "val_loss" else f"val loss {v:.4f}" for k, v in found.items()),
+                    flush=True,
+                )
                 if metrics:
                     metrics.write({"iter": iteration, **found})
                 best_loss = min(best_loss, found["val_loss"])
@@ -269,7 +302,7 @@ def main():
             lr = learning_rate(iteration, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            row = torch.zeros(7, device=device)
+            row = torch.zeros(8, device=device)
             row[2] = math.inf
             micro = list(training_batches(data, m.arch, m.block_size, c.seed, iteration, mine, slots, c.batch_size))
             for j, (x, y) in enumerate(micro):
@@ -287,12 +320,16 @@ def main():
                     row[1] += model.target_distance.sum()
                     row[2] = torch.minimum(row[2], model.target_distance.min())
             scaler.unscale_(optimizer)
-            norm_head, norm_trunk = (torch.nn.utils.get_total_norm([q.grad for q in qs if q.grad is not None]) for qs in (head_parameters, trunk_parameters))
+            norm_head, norm_trunk = (
+                torch.nn.utils.get_total_norm([q.grad for q in qs if q.grad is not None]) for qs in (head_parameters, trunk_parameters)
+            )
             norm = torch.hypot(norm_head, norm_trunk)
             if c.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), c.grad_clip, norm)
             with torch.no_grad():
-                row[3:] = torch.stack((norm, norm_head, model.head.prototypes().norm(dim=-1).mean(), torch.tensor(lr, device=device)))
+                row[3:] = torch.stack(
+                    (norm, norm_head, norm_trunk, model.head.prototypes().norm(dim=-1).mean(), torch.tensor(lr, device=device))
+                )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)

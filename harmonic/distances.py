@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from harmonic.kernels import dense
 
@@ -257,7 +256,7 @@ def resolve(name: str, **settings) -> tuple[Distance, dict]:
         settings.setdefault(key, value)
         if not settings[key] > 0:
             raise ValueError(f"{name}: {key} must be positive, got {settings[key]}")
-    for key, default in row.options.items():
+    for key in row.options:
         same = _SAME_AS.get((name, key, float(settings[key])))
         if same:
             return HEADS[same], {}
@@ -336,5 +335,7 @@ def formula_table() -> str:
         formula = d.formula.replace("|", "\\|")
         settings = ", ".join([f"{k}={v:g}" for k, v in d.options.items()] + list(d.parameters(1)))
         exponent = "" if name in CONTROLS else d.exponent
-        rows.append(f"| `{name}` | {formula} | {d.kernel} | {'' if d.degree is None else d.degree} | {exponent} | {settings} | {d.source} |")
+        rows.append(
+            f"| `{name}` | {formula} | {d.kernel} | {'' if d.degree is None else d.degree} | {exponent} | {settings} | {d.source} |"
+        )
     return "\n".join(rows)

@@ -17,8 +17,10 @@ from harmonic.distances import CONTROLS, HEADS, log_pairs, operands, paired_dist
 
 LINKS = ("harmonic", "softmax")
 IMPLS = ("auto", "dense", "chunked")
-# Elements of one (rows, V) chunk: 2^23 floats are 32 MiB, large enough for efficient matmuls at V = 50,304 (166 rows).
-CHUNK = 2**23
+# A chunk has about CHUNK logits, 8 MiB of floats that stay in cache from one elementwise pass to the next, but at least CHUNK_ROWS rows,
+# for each chunk also adds once to the (V, C) gradient.
+CHUNK = 2**21
+CHUNK_ROWS = 256
 
 
 def resolve_exponent(name: str, dim: int, exponent: float | str | None = None) -> float:
@@ -196,7 +198,7 @@ def _run(inputs, targets, weight, constants, needs_grad):
     shared = [t if t is None else t.detach().requires_grad_(needs_grad) for t in (y, v, strength, bias)]
     dx, du = (None if t is None else torch.zeros_like(t) for t in (x, u))
     dshared = [None if t is None else torch.zeros_like(t) for t in shared]
-    rows = max(1, CHUNK // len(y))
+    rows = max(CHUNK_ROWS, CHUNK // len(y))
     for i in range(0, len(x), rows):
         s = slice(i, i + rows)
         own = [None if t is None else t[s].detach().requires_grad_(needs_grad) for t in (x, u)]
@@ -258,7 +260,8 @@ class HarmonicHead(nn.Module):
         if name in CONTROLS and (learn_exponent or learn_scale):
             raise ValueError(f"{name} has no exponent or scale to learn")
         if (learn_exponent and link == "softmax") or (learn_scale and link == "harmonic"):
-            raise ValueError(f"the {link} link has {'a scale' if link == 'softmax' else 'an exponent'}: set learn_{'scale' if link == 'softmax' else 'exponent'}")
+            has, flag = ("a scale", "learn_scale") if link == "softmax" else ("an exponent", "learn_exponent")
+            raise ValueError(f"the {link} link has {has}: set {flag}")
         if bias and name != "cross_entropy":
             raise ValueError(f"{name} takes no bias")
         if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
@@ -272,7 +275,7 @@ class HarmonicHead(nn.Module):
         self.distance_parameters = nn.ParameterDict(row.parameters(n_embd))
 
     def extra_repr(self):
-        return f"{self.name}, link={self.kind}, strength={float(self.strength()):.4g}, V={len(self.weight)}, C={self.weight.shape[1]}"
+        return f"{self.name}, link={self.kind}, strength={float(torch.as_tensor(self.strength()).detach()):.4g}, V={len(self.weight)}, C={self.weight.shape[1]}"
 
     def strength(self):
         """n or s: a float, or a 0-dim tensor when it is learnt."""

@@ -1,4 +1,4 @@
-"""The head against float64 formulas, scipy, and the theory's identities; loops over the tables, so a new distance is tested by being there."""
+"""The head against float64 formulas, scipy and the theory's identities, looping over the tables: a new distance is tested too."""
 
 import math
 
@@ -8,8 +8,19 @@ import torch
 import torch.nn.functional as F
 
 import harmonic.loss
-from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead, contributions, default_scale, distance, harmonic_logits, harmonic_loss
-from harmonic import paired_distance, softmax_linearization_kl
+from harmonic import (
+    CONTROLS,
+    DISTANCES,
+    HEADS,
+    HarmonicHead,
+    contributions,
+    default_scale,
+    distance,
+    harmonic_logits,
+    harmonic_loss,
+    paired_distance,
+    softmax_linearization_kl,
+)
 from harmonic.distances import formula_table, resolve
 from harmonic.kernels import dense
 
@@ -18,7 +29,12 @@ LINKS = ["harmonic", "softmax"]
 # settings of each distance beyond its defaults
 SETTINGS = [(name, {}) for name in DISTANCES]
 SETTINGS += [("minkowski", {"p": p}) for p in (0.5, 1.0, 2.0, 3.0, math.inf)]
-SETTINGS += [("canberra_weighted", {"q": 2.0}), ("canberra_weighted", {"q": 0.5}), ("chebyshev_smooth", {"a": 3.0}), ("hamming_soft", {"t": 0.3})]
+SETTINGS += [
+    ("canberra_weighted", {"q": 2.0}),
+    ("canberra_weighted", {"q": 0.5}),
+    ("chebyshev_smooth", {"a": 3.0}),
+    ("hamming_soft", {"t": 0.3}),
+]
 HOMOGENEOUS = [s for s in SETTINGS if DISTANCES[s[0]].degree is not None]
 
 
@@ -99,7 +115,7 @@ def test_gradients_equal_finite_differences(name, link):
     for impl in ("dense", "chunked"):
         for reduction in ("mean", "none"):
 
-            def loss(h, w, strength, *values):
+            def loss(h, w, strength, *values, impl=impl, reduction=reduction):
                 kw = {} if name in CONTROLS else {"link": link, "exponent" if link == "harmonic" else "scale": strength}
                 settings = dict(zip(trained, values, strict=True))
                 total = harmonic_loss(h, w, targets, name, impl=impl, reduction=reduction, **kw, **settings)
@@ -123,6 +139,7 @@ def test_straight_through_gradient_is_that_of_the_sigmoid():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_chunked_equals_dense(name, link, reduction, monkeypatch):
     monkeypatch.setattr(harmonic.loss, "CHUNK", 3 * V + 1)  # 3 rows a chunk; 13 rows leave a remainder
+    monkeypatch.setattr(harmonic.loss, "CHUNK_ROWS", 1)
     h, w = vectors()
     targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
     targets[4] = -1
@@ -450,6 +467,7 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
             return out
 
     monkeypatch.setattr(harmonic.loss, "CHUNK", 8 * V)
+    monkeypatch.setattr(harmonic.loss, "CHUNK_ROWS", 1)
     monkeypatch.setattr(dense, "BLOCK", 64 * C)
     for name in ("euclidean", "manhattan", "canberra"):
         sizes = []

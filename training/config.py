@@ -5,6 +5,7 @@ jsonargparse. Whatever is wrong, in the file and on the command line, is gathere
 status 2, so that a user sees every mistake at once and never a traceback.
 """
 
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -104,6 +105,10 @@ class TrainConfig:
         return found
 
 
+class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that leaves the examples in a script's docstring as they are written."""
+
+
 class UserError(ValueError):
     """Something the user can mend. `cli` prints it without a traceback and exits with status 2."""
 
@@ -142,7 +147,9 @@ def read_yaml(path) -> dict:
     """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat mapping."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no config file {path}" + (nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""))
+        raise UserError(
+            f"no config file {path}" + (nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else "")
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -194,7 +201,7 @@ def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool
     fields = {f.name: f for s in schemas for f in dataclasses.fields(s)}
     types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
     doc = inspect.getdoc(inspect.getmodule(schemas[-1])) or ""
-    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, default_env=False)
+    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
     for schema in schemas:
         parser.add_class_arguments(schema, fail_untyped=True)
     if "--help" in argv or "-h" in argv:
@@ -203,7 +210,7 @@ def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool
 
     positional, flags = split_flags(argv, {n for n in fields if types[n] is bool}, fields)
     problems, values = [], {}
-    given = [("stored", k, v) for k, v in (base or {}).items()]
+    given = [("config.yaml", k, v) for k, v in (base or {}).items()]
     if config_file and positional:
         path = positional.pop(0)
         given += [(path, k, v) for k, v in read_yaml(path).items()]
@@ -229,7 +236,9 @@ def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool
             else:
                 problems.append(f"{where}{key}={text}: expected {describe(types[key])}")
     if positional and words is None:
-        problems.append(f"unexpected word {positional[0]!r}: flags are --key=value" + (" and only one config file may be given" if config_file else ""))
+        problems.append(
+            f"unexpected word {positional[0]!r}: flags are --key=value" + (" and only one config file may be given" if config_file else "")
+        )
     elif words is not None and positional:
         values.setdefault(words, []).extend(positional)
 

@@ -1,8 +1,8 @@
 """Token files and the order in which training reads them.
 
 A split is a raw file of token ids, `train.bin` or `val.bin`, as nanoGPT writes it, with `meta.json` beside it. A window is block_size
-tokens of it (and one more, the last target). Which window a slot of a step reads is a pure function of (seed, step, slot): it does not depend
-on the number of processes, on accumulation, evaluation or resuming, and no shuffled array exists.
+tokens of it (and one more, the last target). Which window a slot of a step reads is a pure function of (seed, step, slot): it does not
+depend on the number of processes, on accumulation, evaluation or resuming, and no shuffled array exists.
 """
 
 import hashlib
@@ -67,10 +67,14 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
     folder = Path(folder)
     if not folder.is_dir():
         there = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise UserError(f"no data folder {folder}{nearest(folder.name, there) if there else ''} (make it with prepare_openwebtext.py --out_dir={folder})")
+        near = nearest(folder.name, there) if there else ""
+        raise UserError(f"no data folder {folder}{near} (make it with prepare_openwebtext.py --out_dir={folder})")
     if not (folder / "meta.json").is_file():
         if tokenizer is None:
-            raise UserError(f"{folder} has no meta.json: prepare it with prepare_openwebtext.py, or name the tokenizer of existing .bin files with --tokenizer=gpt2")
+            raise UserError(
+                f"{folder} has no meta.json: prepare it with prepare_openwebtext.py, "
+                "or name the tokenizer of existing .bin files with --tokenizer=gpt2"
+            )
         return _without_meta(folder, tokenizer)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -80,11 +84,15 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
         complete = {"train", "val"} <= set(splits) and dtype.kind == "u" and all(s.tokens > 0 and s.bytes > 0 for s in splits.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{folder}/meta.json is wrong ({what}): prepare the folder again with prepare_openwebtext.py --overwrite=true") from None
+        raise UserError(
+            f"{folder}/meta.json is wrong ({what}): prepare the folder again with prepare_openwebtext.py --overwrite=true"
+        ) from None
     if tokenizer not in (None, data.tokenizer):
         raise UserError(f"tokenizer={tokenizer}, but {folder} was prepared with {data.tokenizer}")
     if not complete:
-        raise UserError(f"{folder}/meta.json is wrong (it needs dtype uint16 or uint32 and non-empty splits train and val): prepare the folder again")
+        raise UserError(
+            f"{folder}/meta.json is wrong (it needs dtype uint16 or uint32 and non-empty splits train and val): prepare the folder again"
+        )
     for split in splits.values():
         expected = split.tokens * split.dtype.itemsize
         size = split.path.stat().st_size if split.path.is_file() else -1
@@ -154,8 +162,8 @@ def masked_count(block_size: int) -> int:
 
 
 def mask_tokens(window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's noise on one window (T,) -> (input (T,), targets (T,)): of the chosen tokens 80 % become the mask, 10 % a random token and 10 %
-    stay. The end-of-text token is not chosen while others are left. `key` determines the draw."""
+    """BERT's noise on one window (T,) -> (input (T,), targets (T,)): of the chosen tokens 80 % become the mask, 10 % a random token and
+    10 % stay. The end-of-text token is not chosen while others are left. `key` determines the draw."""
     rng = np.random.default_rng(_hash("mask", *key))
     order = rng.permutation(len(window))
     order = order[np.argsort(window[order] == data.eot_id, kind="stable")]

@@ -38,7 +38,7 @@ class Processes:
 
 
 def check_device(device: str) -> str:
-    """"auto" becomes cuda, mps or cpu. UserError for a device that is not there."""
+    """The device that `auto` stands for: cuda, mps or cpu. UserError for a device that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

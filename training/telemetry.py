@@ -44,15 +44,16 @@ def peak_flops(device: str) -> float | None:
 class Metrics:
     """Appends one JSON object a line to metrics.jsonl, and mirrors it to TensorBoard and W&B where wanted.
 
-    Opening for `iteration` drops lines of that iteration and later ones: a run that is resumed has no line twice.
+    Opening at `iteration` drops the lines that a run from there writes again: later evaluations, and the steps from it on.
     """
 
     def __init__(self, out_dir: Path, iteration: int, tensorboard: bool = False, wandb: bool = False, config: dict | None = None):
         path = out_dir / "metrics.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _iteration(line) is not None and _iteration(line) < iteration]
+            records = (_record(line) for line in path.read_text().splitlines())
+            kept = [r for r in records if r and (r["iter"] < iteration or (r["iter"] == iteration and "val_loss" in r))]
             aside = path.with_suffix(".aside")
-            aside.write_text("".join(line + "\n" for line in kept))
+            aside.write_text("".join(json.dumps(r) + "\n" for r in kept))
             os.replace(aside, path)
         self.file = open(path, "a", buffering=1)
         self.board = self.wandb = None
@@ -84,11 +85,13 @@ class Metrics:
             self.wandb.finish()
 
 
-def _iteration(line: str) -> int | None:
+def _record(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for what is not one, such as the torn last line of a killed run."""
     try:
-        return json.loads(line)["iter"]
-    except (ValueError, KeyError, TypeError):
-        return None  # the torn last line of a killed run
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("iter"), int) else None
 
 
 def read_metrics(run) -> list[dict]:
@@ -99,7 +102,7 @@ def read_metrics(run) -> list[dict]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
-        if _iteration(line) is None:
+        if _record(line) is None:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not a metrics record: {line[:60]!r}")
             print(f"{path}: the last line is incomplete and skipped", file=sys.stderr)
@@ -165,7 +168,9 @@ def _git(*words) -> str | None:
 
 def environment(device: str, world: int) -> dict:
     """Versions, git commit, device and command line."""
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "codecarbon") if _installed(p)}
+    versions = {
+        p: importlib.metadata.version(p) for p in ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "codecarbon") if _installed(p)
+    }
     status = _git("status", "--porcelain")
     return {
         "python": platform.python_version(),

@@ -44,10 +44,11 @@ class Tokenizer:
         eot_id: ends every document.
         mask_id: hides a token in masked training. Never a token of ordinary text: BERT and bpe:N have their own; for gpt2 and qwen it is
             `vocab_size`, the first row that a padded embedding table adds, so a model that masks needs at least vocab_size + 1 rows.
+        unk_id: stands for what the vocabulary cannot write (BERT's [UNK]); None where bytes write everything.
     """
 
-    def __init__(self, name: str, vocab_size: int, eot_id: int, mask_id: int, encode_batch, token_bytes, leading_space: bool = False):
-        self.name, self.vocab_size, self.eot_id, self.mask_id = name, vocab_size, eot_id, mask_id
+    def __init__(self, name: str, vocab_size: int, eot_id: int, mask_id: int, encode_batch, token_bytes, leading_space=False, unk_id=None):
+        self.name, self.vocab_size, self.eot_id, self.mask_id, self.unk_id = name, vocab_size, eot_id, mask_id, unk_id
         self._encode_batch = encode_batch  # list of texts -> list of lists of ids
         self._token_bytes = token_bytes  # id in [0, vocab_size) -> bytes
         self._leading_space = leading_space  # WordPiece: the space before a word belongs to its token, and the first one is not shown
@@ -190,7 +191,7 @@ def load_bert() -> Tokenizer:
     def encode_batch(texts):
         return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return Tokenizer("bert", len(words), vocab["[SEP]"], vocab["[MASK]"], encode_batch, pieces.__getitem__, leading_space=True)
+    return Tokenizer("bert", len(words), vocab["[SEP]"], vocab["[MASK]"], encode_batch, pieces.__getitem__, True, vocab["[UNK]"])
 
 
 def train_bpe(texts, vocab_size: int, folder):

@@ -1,0 +1,52 @@
+# Every target makes its own environment first; only Python 3.11 (or newer) and make are needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help demo test test-slow lint format bench clean
+
+help:
+	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 6 minutes on 2 cores)"
+	@echo "make test       the tests (about 5 minutes on 2 cores); make test-slow runs the slow ones too"
+	@echo "make lint       ruff; make format mends what it can"
+	@echo "make bench      the speed and memory tables"
+	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Each step does nothing when its result is there, so that a second `make demo` only prints where the report is.
+demo: $(VENV)/installed
+	$(RUN) prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki
+	$(RUN) train.py configs/demo.yaml --head=cross_entropy --out_dir=out/demo/cross_entropy --init_from=auto
+	$(RUN) train.py configs/demo.yaml --head=cosine --out_dir=out/demo/cosine --init_from=auto
+	$(RUN) sample.py --out_dir=out/demo/cross_entropy --start="The city of" --max_new_tokens=60
+	$(RUN) sample.py --out_dir=out/demo/cosine --start="The city of" --max_new_tokens=60
+	$(RUN) -m analysis.report out/demo/cross_entropy out/demo/cosine --out=out/demo/report.html
+
+test: $(VENV)/installed-dev
+	$(RUN) -m pytest -q -n 2
+
+test-slow: $(VENV)/installed-dev
+	$(RUN) -m pytest -q -m "slow or not slow"
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+format: $(VENV)/installed-dev
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: $(VENV)/installed
+	$(RUN) -m benchmarks.head
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

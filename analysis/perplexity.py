@@ -1,0 +1,200 @@
+"""The likelihood of a whole split under each run, in nats per token, perplexity and bits per byte.
+
+    python -m analysis.perplexity out/a out/b --split=test
+
+A window of block_size tokens slides over the split by `stride`; each window scores the tokens that the one before it did not reach. So
+every token but the first is scored once, and has at least block_size - stride tokens of context where there are so many before it. A
+smaller stride gives more context, a lower loss and a longer run. bert predicts masked tokens, in windows side by side with fixed noise.
+"""
+
+import csv
+import itertools
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from analysis.runs import caution, find_runs, table, writable, write_whole
+from model import Model, ModelConfig
+from training.config import check, cli, parse
+from training.data import NONE, Data, batch, validation_batches, validation_windows
+from training.distributed import check_device
+
+
+@dataclass
+class PerplexityConfig:
+    """Perplexity"""
+
+    runs: list[str] = field(default_factory=list)
+    """run folders"""
+    split: Literal["val", "test"] = "val"
+    """which split of the runs' data"""
+    stride: int = 0
+    """tokens between windows, at most block_size; 0 = block_size // 2; bert does not use it"""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """which checkpoint of each run"""
+    batch_size: int = 16
+    """windows computed at once"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    out: str | None = None
+    """the CSV file, with the chart (.png) beside it; null = perplexity.csv in the first run's parent folder"""
+
+    def problems(self) -> list[str]:
+        found = [f"stride={self.stride} must not be negative"] if self.stride < 0 else []
+        found += [f"batch_size={self.batch_size} must be at least 1"] if self.batch_size < 1 else []
+        return found + ([f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else [])
+
+
+def default_stride(config: ModelConfig) -> int:
+    return max(1, config.block_size // 2)
+
+
+def problems(config: ModelConfig, data: Data, split: str, stride: int) -> list[str]:
+    """Why a split cannot be scored, in words; empty if it can."""
+    if split not in data.splits:
+        return [f"{data.folder} has no split {split}"]
+    found, needed = [], config.block_size + 1 if config.arch == "bert" else 2
+    if data.splits[split].tokens < needed:
+        found.append(f"{data.splits[split].path} has {data.splits[split].tokens} tokens: {needed} are needed")
+    if config.arch != "bert" and stride > config.block_size:
+        found.append(f"stride={stride} is longer than block_size={config.block_size}: tokens would be left out")
+    return found
+
+
+def sliding_windows(tokens: int, block_size: int, stride: int):
+    """Windows over a split of `tokens` tokens: yields (start, skip), where a window's first `skip` targets belong to earlier windows.
+
+    A window reads min(block_size, tokens - 1) inputs from `start`, and its targets are one further on. The last one ends with the split.
+    """
+    length = min(block_size, tokens - 1)
+    last, reached = tokens - 1 - length, 0
+    for start in itertools.chain(range(0, last, stride), [last]):
+        yield start, reached - start
+        reached = start + length
+
+
+def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_size: int):
+    """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of earlier windows being NONE."""
+    tokens = data.splits[split].tokens
+    windows = sliding_windows(tokens, block_size, stride)
+    while part := list(itertools.islice(windows, batch_size)):
+        x, y = batch(data.splits[split], data, [start for start, _ in part], min(block_size, tokens - 1))
+        for row, (_, skip) in zip(y, part, strict=True):
+            row[:skip] = NONE
+        yield x, y
+
+
+@torch.inference_mode()
+def likelihood(
+    model: Model, data: Data, split: str, stride: int = 0, batch_size: int = 16, progress: str | None = None
+) -> tuple[float, int]:
+    """The negative log likelihood of a split, added up in float64 -> (nats, tokens scored).
+
+    Args:
+        stride: tokens between windows, in 1..block_size; 0 = block_size // 2. bert does not use it.
+        progress: name of the progress bar on stderr (shown on terminals only); None = no bar.
+    Raises: UserError for a stride beyond block_size, an unknown split, or one too short to score.
+    """
+    c = model.config
+    check(problems(c, data, split, stride))
+    tokens = data.splits[split].tokens
+    if c.arch == "bert":
+        starts = validation_windows(tokens, c.block_size, tokens)
+        batches = validation_batches(data, c.arch, c.block_size, starts, batch_size, split)
+        count = len(starts)
+    else:
+        stride = stride or default_stride(c)
+        batches = sliding_batches(data, split, c.block_size, stride, batch_size)
+        count = 1 + max(0, math.ceil((tokens - 1 - c.block_size) / stride))
+
+    nats, scored = torch.zeros((), dtype=torch.float64), 0
+    device = model.tokens.weight.device
+    with tqdm(total=count, desc=progress, unit=" windows", leave=False, disable=None if progress else True) as bar:
+        for x, y in batches:
+            x, y = x.to(device), y.to(device)
+            kept = y != NONE
+            losses = model.head.loss(model.hidden(x)[kept], y[kept], reduction="none")  # (tokens scored,): logits are never held
+            nats += losses.cpu().double().sum()
+            scored += len(losses)
+            bar.update(len(x))
+    return nats.item(), scored
+
+
+def measure(run, data: Data, c: PerplexityConfig, device: str) -> dict:
+    """One row of the results."""
+    model, manifest = run.load(device, c.checkpoint)
+    nats, scored = likelihood(model, data, c.split, c.stride, c.batch_size, run.name)
+    masked, split = model.config.arch == "bert", data.splits[c.split]
+    return {
+        "run": run.name,
+        "head": model.head.name,
+        "link": None if model.head.kind == "control" else model.head.link,
+        "iter": manifest["iter"],
+        "split": c.split,
+        "stride": None if masked else c.stride or default_stride(model.config),
+        "tokens": scored,
+        "nats_per_token": nats / scored,
+        "perplexity": torch.tensor(nats / scored, dtype=torch.float64).exp().item(),
+        # the first token, which nothing predicts, is charged the mean: the same formula as in training
+        "bits_per_byte": None if masked else nats / scored / math.log(2) * split.tokens / split.bytes,
+    }
+
+
+def text_table(rows: list[dict]) -> str:
+    formats = {"tokens": ",", "nats_per_token": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}
+    names = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
+    columns = [key for key in rows[0] if key not in ("split", "stride")]
+    cells = [["-" if row[k] is None else format(row[k], formats.get(k, "")) for k in columns] for row in rows]
+    return table([names.get(k, k) for k in columns], cells)
+
+
+def write_csv(rows: list[dict], path: Path):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(rows: list[dict], path: Path):
+    """A bar for each run: bits per byte, or nats per token where a run has none. Shorter is better."""
+    from matplotlib.figure import Figure
+
+    key, label = (
+        ("bits_per_byte", "bits per byte") if all(r["bits_per_byte"] is not None for r in rows) else ("nats_per_token", "nats per token")
+    )
+    figure = Figure(figsize=(7, 1.1 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(rows)), [r[key] for r in rows], color="#0072b2", height=0.6)
+    axes.set_yticks(range(len(rows)), [r["run"] for r in rows], parse_math=False)
+    axes.bar_label(bars, [format(r[key], ".4f") for r in rows], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"{label} on {rows[0]['split']}, lower is better")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    (c,) = parse(sys.argv[1:], PerplexityConfig, words="runs")
+    runs = find_runs(c.runs)
+    device = check_device(c.device)
+    out = writable(Path(c.out) if c.out else runs[0].path.parent / "perplexity.csv")
+    data = [run.data() for run in runs]
+    check(list(dict.fromkeys(p for r, d in zip(runs, data, strict=True) for p in problems(r.model_config, d, c.split, c.stride))))
+    if warning := caution(runs, data, c.split):
+        print(f"note: {warning}", file=sys.stderr)
+
+    rows = [measure(run, d, c, device) for run, d in zip(runs, data, strict=True)]
+    print(text_table(rows))
+    write_whole(out, lambda path: write_csv(rows, path))
+    write_whole(out.with_suffix(".png"), lambda path: draw(rows, path))
+    print(f"wrote {out} and {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,377 @@
+"""One self-contained HTML page that compares finished runs: results, curves, samples and what was different.
+
+    python -m analysis.report out/a out/b --out=report.html
+
+The page is `report.html` beside this file with one JSON document put into it: it needs no network and no other file. Losses are those that
+training measured on its fixed validation windows; `python -m analysis.perplexity` scores a whole split.
+"""
+
+import csv
+import dataclasses
+import html
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from analysis.runs import Run, caution, find_runs, writable, write_whole
+from model import Model
+from training.config import UserError, cli, parse
+from training.data import Data
+from training.distributed import check_device
+from training.telemetry import read_metrics
+from training.tokenizer import Tokenizer
+
+TEMPLATE = Path(__file__).with_name("report.html")
+POINTS = 1000  # most points of a curve that the page holds; each knows the least, mean and greatest value of the iterations behind it
+PROMPTS = 2  # excerpts of the validation text that every run continues
+PROMPT_CHARACTERS, TRUTH_CHARACTERS = 80, 240  # of an excerpt: what the runs see, and how the text really goes on
+EXCERPT_TOKENS = 160  # enough for both with any tokenizer of words or their parts
+MASK_EVERY = 7  # bert fills every seventh token (`how_sampled` says so), about the share that it learns on
+
+# curves: metrics key, title, unit, whether it is noisy enough to be smoothed
+CHARTS = [
+    ("val_loss", "Validation loss", "nats/token", False),
+    ("train_loss", "Training loss", "nats/token", True),
+    ("grad_norm", "Gradient norm", "whole model, before clipping", True),
+    ("grad_norm_head", "Gradient norm, head", "before clipping", True),
+    ("grad_norm_trunk", "Gradient norm, trunk", "before clipping", True),
+    ("prototype_radius", "Prototype radius", "mean Euclidean norm", False),
+    ("target_distance_mean", "Distance to the target, mean", "in the head's own distance", True),
+    ("target_distance_min", "Distance to the target, least", "in the head's own distance", True),
+    ("kl_to_softmax", "KL to softmax", "nats, from the head to the softmax it linearises to", False),
+    ("strength", "Learnt exponent or scale", "n or s", False),
+    ("lr", "Learning rate", "", False),
+]
+
+# columns of the summary: key, title, format, which value is best, and what must agree for the best to be marked
+COLUMNS = [
+    ("head", "head", "", None, None),
+    ("link", "link", "", None, None),
+    ("strength", "exponent n / scale s", "", None, None),
+    ("iterations", "iterations", ",", None, None),
+    ("best_val_loss", "best val loss", ".4f", min, "losses"),
+    ("final_val_loss", "final val loss", ".4f", min, "losses"),
+    ("perplexity", "perplexity", ",.1f", min, "losses"),
+    ("bits_per_byte", "bits/byte", ".4f", min, "bits"),
+    ("grad_norm", "mean grad norm", ".3g", None, None),
+    ("kwh", "kWh", ".3g", min, "work"),
+    ("co2", "g CO₂e", ".3g", min, "work"),
+    ("tokens_per_s", "tokens/s", ",.0f", max, "work"),
+    ("minutes", "minutes", ".1f", min, "work"),
+]
+
+
+@dataclass
+class ReportConfig:
+    """The report"""
+
+    runs: list[str] = field(default_factory=list)
+    """run folders"""
+    out: str = "report.html"
+    """the page"""
+    samples: int = 1
+    """texts that each run writes for each of two prompts; 0 = none"""
+    max_new_tokens: int = 60
+    """tokens of a sample"""
+    temperature: float = 0.8
+    """below 1 bolder choices, above 1 more random ones; 0 = always the likeliest token"""
+    top_k: int = 200
+    """choose among the k likeliest tokens"""
+    seed: int = 1337
+    """the same seed gives the same samples"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+    def problems(self) -> list[str]:
+        least = {"samples": 0, "max_new_tokens": 1, "temperature": 0, "top_k": 1}
+        return [f"{k}={getattr(self, k)} must be at least {low}" for k, low in least.items() if getattr(self, k) < low]
+
+
+def number(value) -> float:
+    """A value of metrics.jsonl, where "nan", "inf" and "-inf" are texts. UserError for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"metrics.jsonl: {value!r} is not a number") from None
+
+
+def shown(value: float, digits: int = 5):
+    """A number as the page's JSON holds it: rounded to some significant digits, or the name of one that is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else repr(value)
+
+
+def thin(points: list[tuple[int, float]]) -> dict:
+    """A curve of at most POINTS points: x, mean y, and lo and hi where a point stands for several. One that is not finite shows."""
+    size = math.ceil(len(points) / POINTS)
+    buckets = [points[i : i + size] for i in range(0, len(points), size)]
+    values = [[y for _, y in b] for b in buckets]
+    means = [sum(v) / len(v) for v in values]
+    found = {"x": [b[len(b) // 2][0] for b in buckets], "y": [shown(m) for m in means]}
+    if size > 1:
+        for name, extreme in (("lo", min), ("hi", max)):
+            found[name] = [shown(extreme(v) if math.isfinite(m) else m) for v, m in zip(values, means, strict=True)]
+    return found
+
+
+def curves(metrics: list[dict]) -> dict:
+    """metrics key -> curve, for the keys of CHARTS that the run has."""
+    points = {key: [(m["iter"], number(m[key])) for m in metrics if key in m] for key, *_ in CHARTS}
+    return {key: thin(values) for key, values in points.items() if values}
+
+
+def energy(run: Run) -> tuple[float | None, float | None]:
+    """-> (kWh, g CO2e) of all nodes and starts of a run; None where they were not measured. UserError for a damaged file."""
+    files = sorted(run.path.glob("emissions*.csv"))
+    rows = []
+    for path in files:
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows += [(float(row["energy_consumed"]), 1000 * float(row["emissions"])) for row in csv.DictReader(file)]
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"{path} is not a CodeCarbon table") from None
+    return (sum(kwh for kwh, _ in rows), sum(co2 for _, co2 in rows)) if rows else (None, None)
+
+
+def minutes(metrics: list[dict]) -> float | None:
+    """Time in training and evaluation. `elapsed_s` begins anew when a run is resumed, so the last value of each start is added up."""
+    elapsed = [number(m["elapsed_s"]) for m in metrics if "elapsed_s" in m]
+    ends = [a for a, b in itertools.pairwise(elapsed) if b < a] + elapsed[-1:]
+    return sum(ends) / 60 if ends else None
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
+    """COLUMNS key -> value, None where there is none."""
+    evaluations = [m for m in metrics if "val_loss" in m]
+    if not evaluations:
+        raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
+    best = min(evaluations, key=lambda m: (math.isnan(number(m["val_loss"])), number(m["val_loss"])))
+    kwh, co2 = energy(run)
+    speeds = sorted(number(m["tokens_per_s"]) for m in metrics if "tokens_per_s" in m)
+    head = model.head
+    return {
+        "head": head.name,
+        "link": None if head.kind == "control" else head.link,
+        "strength": None if head.kind == "control" else f"{'n' if head.kind == 'harmonic' else 's'} = {float(head.strength()):.4g}",
+        "iterations": max([m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]),
+        "best_val_loss": number(best["val_loss"]),
+        "final_val_loss": number(evaluations[-1]["val_loss"]),
+        "perplexity": number(best["perplexity"]),
+        "bits_per_byte": number(best["bits_per_byte"]) if "bits_per_byte" in best else None,
+        "grad_norm": mean([number(m["grad_norm"]) for m in metrics if "grad_norm" in m]),
+        "kwh": kwh,
+        "co2": co2,
+        "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
+        "minutes": minutes(metrics),
+    }
+
+
+def summary_table(summaries: list[dict], agree: dict[str, bool]) -> dict:
+    """The summary as texts, the best of each column marked where its kind of value may be compared."""
+    rows = [[] for _ in summaries]
+    for key, _, form, better, kind in COLUMNS:
+        values = [s[key] for s in summaries]
+        finite = [v for v in values if better and v is not None and math.isfinite(v)]
+        best = better(finite) if len(values) > 1 and len(finite) > 0 and agree[kind] else None
+        for row, v in zip(rows, values, strict=True):
+            row.append({"text": "–" if v is None else format(v, form), "best": best is not None and v == best})
+    return {"columns": [title for _, title, *_ in COLUMNS], "rows": rows}
+
+
+def excerpts(data: Data) -> list[tuple[str, str]]:
+    """Places of the validation text, evenly spread -> (prompt, how it goes on), each from the start of a word where there are words."""
+    val, words = data.splits["val"], data.load_tokenizer()
+    found = []
+    for i in range(PROMPTS):
+        ids = val.read((2 * i + 1) * val.tokens // (2 * PROMPTS), EXCERPT_TOKENS)
+        text = words.decode(ids[ids != data.eot_id]).strip("\ufffd")
+        text = text[text.find(" ") + 1 :]
+        cut = text.rfind(" ", 0, PROMPT_CHARACTERS)
+        cut = cut if cut > 0 else min(PROMPT_CHARACTERS, len(text) // 2)
+        found.append((text[:cut], text[cut : cut + TRUTH_CHARACTERS].rsplit(" ", 1)[0]))
+    return found
+
+
+def continuations(model: Model, words: Tokenizer, eot_id: int, texts: list[tuple[str, str]], c: ReportConfig) -> list[list[list]]:
+    """What a run writes: for each excerpt `c.samples` texts, each a list of pieces [kind, text]."""
+    prompts = [words.encode(prompt) or [eot_id] for prompt, _ in texts]
+    rows = [p for p in prompts for _ in range(c.samples)]
+    steps = model.generate(rows, c.max_new_tokens, temperature=c.temperature, top_k=c.top_k, seed=c.seed)
+    written = zip(*tqdm(steps, total=c.max_new_tokens, desc="sampling", leave=False, disable=None), strict=True)  # a row of tokens a prompt
+    pieces = [[["new", words.decode([*p, *new])[len(words.decode(p)) :]]] for p, new in zip(rows, written, strict=True)]
+    return [pieces[i : i + c.samples] for i in range(0, len(pieces), c.samples)]
+
+
+@torch.inference_mode()
+def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[list[list]]:
+    """What bert puts for masked words: for each excerpt one text of pieces [kind, text, truth], kind being given, right or wrong."""
+    found = []
+    for prompt, truth in texts:
+        ids = torch.tensor(words.encode(prompt + truth)[: model.config.block_size], device=model.tokens.weight.device)
+        hidden = slice(MASK_EVERY // 2, None, MASK_EVERY)
+        masked = ids.clone()
+        masked[hidden] = words.mask_id
+        guesses = ids.clone()
+        guesses[hidden] = model(masked[None])[0][0, hidden].argmax(-1)
+        names = [(words.decode_token(g), words.decode_token(t)) for g, t in zip(guesses, ids, strict=True)]
+        kinds = ["given" if m != words.mask_id else "right" if g == t else "wrong" for m, g, t in zip(masked, guesses, ids, strict=True)]
+        found.append([[[kind, guess, true] for kind, (guess, true) in zip(kinds, names, strict=True)]])
+    return found
+
+
+def read_environment(run: Run) -> dict:
+    path = run.path / "environment.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"{path} is not JSON") from None
+
+
+def differences(runs: list[Run]) -> list[dict]:
+    """Configuration keys that are not the same in all runs, but for their folders."""
+    configs = [dataclasses.asdict(r.model_config) | dataclasses.asdict(r.config) for r in runs]
+    texts = {k: ["null" if c[k] is None else str(c[k]) for c in configs] for k in configs[0] if k != "out_dir"}
+    return [{"key": k, "values": values} for k, values in texts.items() if len(set(values)) > 1]
+
+
+def together(values: list[str]) -> str:
+    """The distinct values, in order."""
+    return " | ".join(dict.fromkeys(values))
+
+
+def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
+    """Everything the page shows, as one JSON document."""
+    metrics = [read_metrics(run.path) for run in runs]
+    notes, data, texts = [], None, []
+    try:
+        data = [run.data() for run in runs]
+        texts = excerpts(data[0]) if c.samples else []
+    except UserError as error:  # curves can be looked at where the data is not
+        notes.append(f"No samples: {error}")
+        print(f"note: {notes[0]}", file=sys.stderr)
+
+    summaries, models, samples = [], [], []
+    for i, run in enumerate(runs):
+        model, _ = run.load(device)
+        m = run.model_config
+        summaries.append(summary(run, model, metrics[i]))
+        models.append(
+            f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size}, {model.parameter_count() / 1e6:.2f} M parameters"
+        )
+        if texts:
+            words = data[i].load_tokenizer()
+            samples.append(fills(model, words, texts) if m.arch == "bert" else continuations(model, words, data[i].eot_id, texts, c))
+
+    warning = (
+        caution(runs, data)
+        if data
+        else "The runs' data was not found: nobody checked that losses may be compared"
+        if len(runs) > 1
+        else None
+    )
+    work = [(s["iterations"] * r.tokens_per_iteration()) for s, r in zip(summaries, runs, strict=True)]
+    same_windows = len({(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}) == 1
+    if warning:
+        notes.append(warning[0].upper() + warning[1:] + ".")
+    if len(set(work)) > 1:
+        notes.append("The runs have not seen the same number of tokens: more training lowers a loss, and energy and time are not ranked.")
+    if not same_windows:
+        notes.append(
+            "The runs have different validation windows (block_size, eval_iters or batch_size): small differences in loss mean nothing."
+        )
+    agree = {
+        "losses": warning is None,
+        "bits": len({r.model_config.arch == "bert" for r in runs}) == 1,
+        "work": len(set(work)) == 1,
+    }
+    environments = [read_environment(run) for run in runs]
+    steps = [f"{r.tokens_per_iteration():,}" for r in runs]
+    sizes = [
+        f"{r.config.dataset}, {d.tokenizer}, {d.splits['train'].tokens:,} training tokens" for r, d in zip(runs, data or [], strict=False)
+    ]
+    return {
+        "title": " vs ".join(r.name for r in runs) if len(runs) <= 3 else f"{len(runs)} runs",
+        "lead": lead(runs, summaries) if warning is None else "",
+        "facts": [
+            ["Data", together(sizes or [r.config.dataset for r in runs])],
+            ["Model", together(models)],
+            ["Tokens an iteration", together(steps)],
+            ["Device", together([str(e.get("device", "unknown")) for e in environments])],
+        ],
+        "notes": notes,
+        "summary": summary_table(summaries, agree),
+        "charts": [{"key": k, "title": title, "unit": unit, "noisy": noisy} for k, title, unit, noisy in CHARTS],
+        "same_step": len(set(steps)) == 1,
+        "runs": [
+            {"name": r.name, "tokens_per_iteration": r.tokens_per_iteration(), "curves": curves(m)}
+            for r, m in zip(runs, metrics, strict=True)
+        ],
+        "samples": [{"prompt": prompt, "truth": truth, "runs": [s[i] for s in samples]} for i, (prompt, truth) in enumerate(texts)],
+        "sampling": how_sampled(runs, c),
+        "differences": differences(runs),
+        "environments": [" · ".join(describe(e)) for e in environments],
+    }
+
+
+def how_sampled(runs: list[Run], c: ReportConfig) -> str:
+    fills = any(r.model_config.arch == "bert" for r in runs)
+    writes = any(r.model_config.arch != "bert" for r in runs)
+    text = "The newest checkpoint of each run."
+    text += f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens, seed {c.seed}." if writes else ""
+    return text + (
+        " bert sees the text with every seventh token hidden and puts the likeliest; struck out is what the text has." if fills else ""
+    )
+
+
+def lead(runs: list[Run], summaries: list[dict]) -> str:
+    """The result in a sentence."""
+    ranked = sorted((s["best_val_loss"], r.name) for r, s in zip(runs, summaries, strict=True) if math.isfinite(s["best_val_loss"]))
+    if not ranked:
+        return "No run has a finite validation loss."
+    text = f"{ranked[0][1]} {'reaches' if len(runs) == 1 else 'has'} the lowest validation loss, {ranked[0][0]:.3f} nats/token"
+    return text + (f", {ranked[1][0] - ranked[0][0]:.3f} below {ranked[1][1]}." if len(ranked) > 1 else ".")
+
+
+def describe(environment: dict) -> list[str]:
+    """An environment.json in a few words."""
+    versions = [f"{k} {v}" for k, v in environment.get("versions", {}).items()]
+    commit = environment.get("git_commit")
+    git = [f"commit {commit[:10]}{' with changes' if environment.get('git_dirty') else ''}"] if commit else []
+    rest = [
+        f"python {environment.get('python', '?')}",
+        *versions,
+        *git,
+        str(environment.get("platform", "")),
+        str(environment.get("command", "")),
+    ]
+    return [text for text in rest if text]
+
+
+def page(document: dict) -> str:
+    """The template with the document in it. Nothing of the document can end the script element it stands in."""
+    data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    values = {"TITLE": html.escape(document["title"]), "DATA": data}
+    return re.sub("__(TITLE|DATA)__", lambda found: values[found[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def main():
+    (c,) = parse(sys.argv[1:], ReportConfig, words="runs")
+    runs = find_runs(c.runs)
+    out, device = writable(Path(c.out)), check_device(c.device)
+    text = page(collect(runs, c, device))
+    write_whole(out, lambda path: path.write_text(text, encoding="utf-8"))
+    print(f"wrote {out}, {len(text.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    cli(main)

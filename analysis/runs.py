@@ -1,0 +1,104 @@
+"""What the analysis scripts share: opening finished runs, saying what may be compared, and writing results."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import Model, ModelConfig
+from training import checkpoint
+from training.config import TrainConfig, UserError, check, nearest, parse, read_yaml
+from training.data import Data, data_folder, load_data
+
+
+@dataclass
+class Run:
+    """A finished run. `name`: its folder's name, or its path where another run's folder has the same name."""
+
+    path: Path
+    name: str
+    model_config: ModelConfig
+    config: TrainConfig
+
+    def tokens_per_iteration(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
+
+    def data(self) -> Data:
+        """The data it was trained on. UserError when it is not there."""
+        return load_data(data_folder(self.config.dataset), self.config.tokenizer)
+
+    def load(self, device: str = "cpu", which: str = "newest") -> tuple[Model, dict]:
+        """The newest or best checkpoint -> (model in eval mode, float32; its manifest). UserError for a damaged one."""
+        model, _, manifest = checkpoint.load_run(self.path, device, which)
+        return model, manifest
+
+
+def find_runs(folders: list[str]) -> list[Run]:
+    """Opens run folders, without loading weights. UserError listing every folder that is not a run with a checkpoint."""
+    if not folders:
+        raise UserError("name one run's folder or more, such as out/run")
+    paths, problems = [Path(f) for f in folders], []
+    for i, path in enumerate(paths):
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        if not path.is_dir():
+            problems.append(f"no run {path}{nearest(path.name, siblings) if siblings else ''}")
+        elif not (path / "config.yaml").is_file():
+            problems.append(f"{path} is not a run's folder: it has no config.yaml")
+        elif not checkpoint.manifests(path):
+            problems.append(f"{path} holds no checkpoint")
+        elif path.resolve() in [p.resolve() for p in paths[:i]]:
+            problems.append(f"{path} is named twice")
+    check(problems)
+
+    names = [p.resolve().name for p in paths]
+    runs = []
+    for path, name in zip(paths, names, strict=True):
+        stored = read_yaml(path / "config.yaml")
+        try:
+            model_config, config = parse([], ModelConfig, TrainConfig, base=stored)
+        except UserError as error:
+            raise UserError(f"{path / 'config.yaml'}: {error}") from None
+        runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
+    return runs
+
+
+def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None:
+    """What keeps the losses of runs from being compared, as a sentence; None when nothing does."""
+    if len({run.model_config.arch == "bert" for run in runs}) > 1:
+        return "bert predicts masked tokens and the others predict the next one: their losses may not be compared"
+    tokens = {(d.tokenizer, d.vocab_size, d.splits[split].tokens, d.splits[split].bytes) for d in data}
+    texts = {d.splits[split].bytes for d in data}
+    if len(texts) > 1:
+        return "the runs have different data: only bits/byte may be compared, and it speaks of different texts"
+    if len(tokens) > 1:
+        return "the runs have different tokenizers: only bits/byte may be compared"
+    return None
+
+
+def writable(path: Path) -> Path:
+    """`path`, if a file can be written there. UserError otherwise."""
+    if path.is_dir():
+        raise UserError(f"--out={path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--out={path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out={path}: the folder {path.parent} is not writable")
+    return path
+
+
+def write_whole(path: Path, write):
+    """Calls `write(file)` with a file aside and renames it to `path`: the result is there whole or not at all."""
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    write(aside)
+    os.replace(aside, path)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Text columns under a header: the first one left-aligned, the others too unless every cell is a number."""
+    columns = list(zip(header, *rows, strict=True))
+    numbers = [all(c[:1].isdigit() or c in ("-", "nan", "inf") for c in column[1:]) for column in columns]
+    widths = [max(map(len, column)) for column in columns]
+    lines = (
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)).rstrip()
+        for line in [header, *rows]
+    )
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""Small prepared data and helpers to run the scripts as a user does, in this process or as real ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+WORDS = "the a small old king river house film music red blue city war light sings saw made near with and of in was".split()
+
+
+def text(documents: int, seed: int = 0) -> list[str]:
+    """Documents of random words with a bigram structure that a tiny model can learn."""
+    import random
+
+    rng = random.Random(seed)
+    out = []
+    for _ in range(documents):
+        i, words = rng.randrange(len(WORDS)), []
+        for _ in range(60):
+            words.append(WORDS[i])
+            i = (i * 3 + rng.choice((1, 2, 5))) % len(WORDS)
+        out.append(" ".join(words) + ".")
+    return out
+
+
+def script(*words, cwd=ROOT, env=None, **kw):
+    """Runs `python WORDS...` as a user would -> CompletedProcess with text output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kw)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A prepared folder: bpe:300 on 300 documents of about 80 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "text.jsonl"
+    import json
+
+    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in text(300)))
+    out = folder / "tiny"
+    done = script(
+        "prepare_openwebtext.py", f"--source={source}", "--tokenizer=bpe:300", f"--out_dir={out}", "--num_proc=1", "--val_fraction=0.1"
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+TINY = dict(
+    n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=2, warmup_iters=1, eval_iters=2, eval_interval=100,
+    log_interval=1, compile=False, emissions=False, learning_rate=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def train(tiny_data, tmp_path, monkeypatch, capsys):
+    """train(head="cosine", ...) -> (exit status, stdout, stderr), run in this process with tiny settings; words may be a config file."""
+    import train as script_module
+    from training.config import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, **flags):
+        settings = {"dataset": str(tiny_data), "out_dir": "run", **TINY, **flags}
+        arguments = [f"--{k}={v}" for k, v in settings.items() if v is not None]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, *arguments])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli(script_module.main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run

@@ -1,0 +1,461 @@
+"""The analysis scripts on tiny runs: the sums against a loop that scores one token at a time, the page, and what a user may get wrong."""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import perplexity, report
+from analysis.runs import caution, find_runs, table
+from model import Model, ModelConfig
+from training import checkpoint
+from training.config import TrainConfig, UserError, cli, write_yaml
+from training.data import load_data
+from training.telemetry import read_metrics
+from training.tokenizer import load_tokenizer, train_bpe
+
+ROOT = Path(__file__).parent.parent
+TEXT = [
+    f"The {a} of the {b} was a {c} day, and the {b} was {a}. "
+    for a in ("king", "cat", "sea")
+    for b in ("sun", "war")
+    for c in ("good", "dark")
+]
+
+
+def prepare(folder: Path, vocab_size: int = 300, repeat: int = 1) -> Path:
+    """A data folder with a trained tokenizer; val has a length that no window divides."""
+    folder.mkdir(parents=True)
+    train_bpe(TEXT, vocab_size, folder)
+    words = load_tokenizer(f"bpe:{vocab_size}", folder)
+    splits = {}
+    for name, text in {"train": "".join(TEXT) * 3 * repeat, "val": "".join(TEXT[:7]) * repeat, "test": TEXT[8]}.items():
+        ids = np.array([*words.encode(text), words.eot_id], "<u2")
+        ids.tofile(folder / f"{name}.bin")
+        splits[name] = {"file": f"{name}.bin", "tokens": len(ids), "bytes": len(text.encode())}
+    meta = {"tokenizer": words.name, "vocab_size": words.vocab_size, "dtype": "uint16", "eot_id": words.eot_id, "mask_id": words.mask_id}
+    (folder / "meta.json").write_text(json.dumps(meta | {"splits": splits}))
+    return folder
+
+
+def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
+    """A run's folder as train.py leaves it, with random weights and made-up metrics."""
+    folder.mkdir(parents=True)
+    d = load_data(data)
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 320, "real_vocab_size": d.vocab_size}
+    config = ModelConfig(**sizes | {k: v for k, v in settings.items() if k in names})
+    training = TrainConfig(dataset=str(data), out_dir=str(folder), **{k: v for k, v in settings.items() if k not in names})
+    write_yaml(folder / "config.yaml", config, training)
+    torch.manual_seed(len(folder.name))
+    model = Model(config)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    checkpoint.save(folder, 2, model, {}, {"val_loss": 1.0})
+    torch.nn.init.normal_(model.head.weight, std=0.6)
+    checkpoint.save(folder, iterations, model, {}, {"val_loss": 2.0})
+    lines = [{"iter": 0, "val_loss": 6.0, "perplexity": math.exp(6), "bits_per_byte": 4.0, "kl_to_softmax": 0.03}]
+    for i in range(iterations):
+        lines.append(
+            {
+                "iter": i,
+                "train_loss": 6 - i / iterations,
+                "lr": 1e-3,
+                "grad_norm": 2.0 + i % 2,
+                "tokens_per_s": 100.0,
+                "elapsed_s": 6.0 * (i + 1),
+            }
+        )
+    lines.append({"iter": iterations, "val_loss": 5.0, "perplexity": math.exp(5), "bits_per_byte": 3.0, "kl_to_softmax": 0.04})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "emissions.csv").write_text("duration,emissions,energy_consumed\n9,0.001,0.002\n9,0.002,0.003\n")
+    (folder / "environment.json").write_text(
+        json.dumps({"python": "3.11", "device": "cpu", "git_commit": "0123456789abcdef", "git_dirty": True})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two data folders and four runs."""
+    home = tmp_path_factory.mktemp("home")
+    prepare(home / "data" / "small")
+    prepare(home / "data" / "other", 290)
+    make_run(home / "out" / "ce", home / "data" / "small")
+    make_run(home / "out" / "cosine", home / "data" / "small", head="cosine", learning_rate=1e-3)
+    make_run(home / "out" / "other", home / "data" / "other", head="manhattan")
+    make_run(home / "out" / "bert", home / "data" / "small", arch="bert", head="euclidean")
+    return home
+
+
+def call(main, monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+    main()
+
+
+# windows and sums
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 16, 17, 18, 24, 25, 33, 100, 101])
+@pytest.mark.parametrize("stride", [1, 3, 8, 16])
+def test_windows_score_every_token_but_the_first_once_and_with_enough_context(tokens, stride):
+    block_size, scored = 16, []
+    for start, skip in perplexity.sliding_windows(tokens, block_size, stride):
+        targets = range(start + 1, start + min(block_size, tokens - 1) + 1)[skip:]
+        assert targets, "a window that scores nothing"
+        for t in targets:
+            assert t - start >= min(t, block_size - stride)  # tokens of context
+        scored += targets
+    assert scored == list(range(1, tokens))
+
+
+@pytest.mark.parametrize(("name", "stride", "batch_size"), [("ce", 0, 16), ("cosine", 5, 3), ("ce", 16, 1), ("cosine", 1, 7)])
+def test_likelihood_equals_a_loop_over_single_tokens(home, name, stride, batch_size):
+    run = find_runs([home / "out" / name])[0]
+    (model, _), data = run.load(), run.data()
+    ids = torch.from_numpy(np.fromfile(data.folder / "val.bin", "<u2").astype(np.int64))
+    size, step = 16, stride or 8
+    nats = 0.0
+    for t in range(1, len(ids)):  # the window that scores t is the first one whose end reaches it
+        start = min(max(0, math.ceil((t - size) / step)) * step, len(ids) - 1 - size)
+        logits = model(ids[None, start:t])[0][0, -1].double()
+        nats -= logits.log_softmax(-1)[ids[t]].item()
+    found, scored = perplexity.likelihood(model, data, "val", stride, batch_size)
+    assert scored == len(ids) - 1
+    assert found == pytest.approx(nats, rel=1e-6)
+
+
+def test_a_split_shorter_than_a_window(home):
+    run = find_runs([home / "out" / "ce"])[0]
+    (model, _), data = run.load(), run.data()
+    split = data.splits["test"]
+    short = dataclasses.replace(data, splits={"test": dataclasses.replace(split, tokens=7)})
+    ids = torch.from_numpy(split.read(0, 7))
+    expected = torch.nn.functional.cross_entropy(model(ids[None, :-1])[0][0].double(), ids[1:], reduction="sum").item()
+    assert perplexity.likelihood(model, short, "test") == (pytest.approx(expected, rel=1e-6), 6)
+
+
+def test_bert_is_scored_on_its_fixed_masks(home):
+    run = find_runs([home / "out" / "bert"])[0]
+    (model, _), data = run.load(), run.data()
+    first = perplexity.likelihood(model, data, "val", batch_size=3)
+    again = perplexity.likelihood(model, data, "val", batch_size=5)
+    windows = (data.splits["val"].tokens - 1) // 16
+    assert first[1] == again[1] == 2 * windows  # 15 % of 16 tokens
+    assert first[0] == pytest.approx(again[0], rel=1e-6)
+
+
+def test_a_missing_split_is_told(home):
+    run = find_runs([home / "out" / "ce"])[0]
+    data = run.data()
+    del data.splits["test"]
+    with pytest.raises(UserError, match="has no split test"):
+        perplexity.likelihood(run.load()[0], data, "test")
+
+
+def test_not_a_number_is_not_hidden(home, tmp_path):
+    run = find_runs([home / "out" / "ce"])[0]
+    (model, _), data = run.load(), run.data()
+    with torch.no_grad():
+        model.final_norm.weight.fill_(math.nan)
+    assert math.isnan(perplexity.likelihood(model, data, "val")[0])
+    row = {"run": "a", "split": "val", "nats_per_token": math.nan, "bits_per_byte": math.nan}
+    perplexity.draw([row, row | {"nats_per_token": 2.0, "bits_per_byte": 2.0}], tmp_path / "chart.png")
+
+
+def test_perplexity_prints_a_table_and_writes_csv_and_chart(home, tmp_path, monkeypatch, capsys):
+    call(perplexity.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={tmp_path / 'p.csv'}", "--device=cpu")
+    printed, errors = capsys.readouterr()
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    data = load_data(home / "data/small")
+    val = data.splits["val"]
+    assert [r["run"] for r in rows] == ["ce", "cosine"] and [r["link"] for r in rows] == ["", "harmonic"]
+    for row in rows:
+        nats = float(row["nats_per_token"])
+        assert int(row["tokens"]) == val.tokens - 1 and row["stride"] == "8" and row["iter"] == "4"
+        assert float(row["perplexity"]) == pytest.approx(math.exp(nats))
+        assert float(row["bits_per_byte"]) == pytest.approx(nats * val.tokens / math.log(2) / val.bytes)
+        assert f"{nats:.4f}" in printed
+    assert len({len(line) for line in printed.splitlines()[:3]}) == 1  # aligned
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and "note" not in errors
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.csv", "p.png"]
+
+
+def test_best_checkpoint_and_default_place(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "out" / "ce", tmp_path / "ce")
+    call(perplexity.main, monkeypatch, tmp_path / "ce", "--checkpoint=best", "--split=test")
+    with open(tmp_path / "perplexity.csv", newline="") as file:
+        assert next(csv.DictReader(file))["iter"] == "2"
+    assert (tmp_path / "perplexity.png").is_file()
+
+
+def test_different_tokenizers_are_told(home, tmp_path, monkeypatch, capsys):
+    call(perplexity.main, monkeypatch, home / "out/ce", home / "out/other", f"--out={tmp_path / 'p.csv'}")
+    assert "different tokenizers: only bits/byte may be compared" in capsys.readouterr().err
+    ce, other = find_runs([home / "out/ce", home / "out/other"])
+    longer = load_data(prepare(tmp_path / "longer", repeat=2))
+    assert caution([ce, ce], [ce.data(), ce.data()]) is None
+    assert "different data: only bits/byte" in caution([ce, other], [ce.data(), longer])
+
+
+def test_table_aligns_texts_left_and_numbers_right():
+    assert table(["run", "x"], [["a", "1.5"], ["bcde", "-"], ["f", "nan"]]).splitlines() == [
+        "run     x",
+        "a     1.5",
+        "bcde    -",
+        "f     nan",
+    ]
+
+
+# the report
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, texts of script and style elements, and whether tags are balanced."""
+
+    VOID = {"meta", "link", "input", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.scripts = [], [], {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop()[0] == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][0] in ("script", "style", "title"):
+            self.scripts[self.open[-1][1].get("id", self.open[-1][0])] = data
+
+    def document(self) -> dict:
+        return json.loads(self.scripts["data"])
+
+
+def make_report(monkeypatch, out: Path, *words) -> Page:
+    call(report.main, monkeypatch, *words, f"--out={out}", "--max_new_tokens=5", "--device=cpu")
+    page = Page(out.read_text(encoding="utf-8"))
+    assert not page.open
+    return page
+
+
+def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch):
+    page = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/cosine", "--samples=2")
+    d = page.document()
+    assert [r["name"] for r in d["runs"]] == ["ce", "cosine"] and page.scripts["title"].startswith("ce vs cosine")
+    assert d["runs"][0]["curves"]["train_loss"] == {"x": [0, 1, 2, 3], "y": [6.0, 5.75, 5.5, 5.25]}
+    assert d["runs"][1]["curves"]["val_loss"] == {"x": [0, 4], "y": [6.0, 5.0]}
+    cells = [dict(zip(d["summary"]["columns"], (c["text"] for c in row), strict=True)) for row in d["summary"]["rows"]]
+    assert cells[0] == cells[1] | {"head": "cross_entropy", "link": "–", "exponent n / scale s": "–"}
+    shown = {"link": "harmonic", "exponent n / scale s": "n = 4", "iterations": "4", "best val loss": "5.0000", "bits/byte": "3.0000"}
+    assert cells[1] == cells[1] | shown | {"mean grad norm": "2.5", "kWh": "0.005", "g CO₂e": "3", "tokens/s": "100", "minutes": "0.4"}
+    assert [{x["key"]: x["values"]} for x in d["differences"]] == [
+        {"head": ["cross_entropy", "cosine"]},
+        {"learning_rate": ["0.0006", "0.001"]},
+    ]
+    assert len(d["samples"]) == 2 and all(len(texts) == 2 for s in d["samples"] for texts in s["runs"])
+    assert d["samples"][0]["runs"][0][0][0][1]  # some text
+    assert not d["notes"] and "commit 0123456789 with changes" in d["environments"][0]
+    assert ("html", {"lang": "en"}) in page.elements
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html"]
+
+
+def test_report_is_the_same_again(home, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        make_report(monkeypatch, tmp_path / name, home / "out/cosine", home / "out/bert")
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+
+
+def test_report_loads_nothing(home, tmp_path, monkeypatch):
+    page = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce")
+    links = [a[k] for _, a in page.elements for k in ("src", "href", "srcset", "data", "action", "poster") if k in a]
+    assert links == ["data:,"]  # the icon, so that browsers ask for none
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(|WebSocket|sendBeacon|innerHTML", (tmp_path / "r.html").read_text())
+    assert any("default-src 'none'" in a.get("content", "") for _, a in page.elements)
+
+
+def test_report_escapes_what_comes_from_runs(home, tmp_path, monkeypatch):
+    hostile = tmp_path / "<script>alert(1)<%script> & __DATA__"
+    shutil.copytree(home / "out" / "ce", hostile)
+    (hostile / "environment.json").write_text(json.dumps({"device": "</script><img src=x onerror=alert(1)>"}))
+    page = make_report(monkeypatch, tmp_path / "r.html", hostile, home / "out/cosine")
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 2 and "img" not in tags
+    d = page.document()
+    assert d["runs"][0]["name"] == hostile.name and "</script><img src=x onerror=alert(1)> | cpu" in dict(d["facts"]).values()
+
+
+def test_report_shows_bert_fills(home, tmp_path, monkeypatch):
+    d = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/bert").document()
+    generated, filled = d["samples"][0]["runs"]
+    assert [p[0] for p in generated[0]] == ["new"]
+    kinds = [p[0] for p in filled[0]]
+    assert len(kinds) == 16 and set(kinds) <= {"given", "right", "wrong"} and [i for i, k in enumerate(kinds) if k != "given"] == [3, 10]
+    assert any("may not be compared" in note for note in d["notes"])
+    assert not any(c["best"] for row in d["summary"]["rows"] for c in row[4:8])
+
+
+def test_report_compares_bits_per_byte_only_between_tokenizers(home, tmp_path, monkeypatch):
+    d = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/other").document()
+    assert any("only bits/byte may be compared" in note for note in d["notes"])
+    marked = {d["summary"]["columns"][i] for row in d["summary"]["rows"] for i, c in enumerate(row) if c["best"]}
+    assert "bits/byte" in marked and not marked & {"best val loss", "final val loss", "perplexity"}
+
+
+def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(home / "out" / "ce", tmp_path / "ce")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(home / "data/small"), str(home / "data/gone")))
+    d = make_report(monkeypatch, tmp_path / "r.html", run).document()
+    assert "No samples: no data folder" in capsys.readouterr().err and d["samples"] == [] and d["runs"][0]["curves"]
+
+
+def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):
+    run = shutil.copytree(home / "out" / "ce", tmp_path / "ce")
+    lines = read_metrics(run)
+    lines[2] |= {"train_loss": "nan", "grad_norm": "inf"}
+    lines[-1]["val_loss"] = "nan"
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
+    assert d["runs"][0]["curves"]["train_loss"]["y"] == [6.0, "nan", 5.5, 5.25]
+    cells = dict(zip(d["summary"]["columns"], d["summary"]["rows"][0], strict=True))
+    assert cells["final val loss"] == {"text": "nan", "best": False}
+    assert cells["best val loss"]["text"] == "6.0000" and cells["mean grad norm"]["text"] == "inf"
+
+
+def test_long_curves_are_thinned_and_keep_their_extremes():
+    points = [(i, float(i % 7)) for i in range(123_456)]
+    points[70_000] = (70_000, -50.0)
+    points[90_000] = (90_000, math.nan)
+    curve = report.thin(points)
+    assert len(curve["x"]) == len(curve["y"]) == len(curve["lo"]) == len(curve["hi"]) <= report.POINTS
+    numbers = {key: [v for v in curve[key] if v != "nan"] for key in ("y", "lo", "hi")}
+    assert min(numbers["lo"]) == -50.0 and max(numbers["hi"]) == 6.0
+    assert all(len(v) == len(curve["x"]) - 1 for v in numbers.values())  # the point that holds NaN is NaN
+    assert all(2.4 < m < 3.2 for m in numbers["y"])
+    assert report.thin(points[:3]) == {"x": [0, 1, 2], "y": [0.0, 1.0, 2.0]}
+
+
+def test_minutes_add_up_over_resumed_starts():
+    assert report.minutes([{"elapsed_s": s} for s in (30.0, 60.0, 20.0, 120.0)] + [{"iter": 4}]) == 3.0
+
+
+# what a user may get wrong
+
+
+@pytest.mark.parametrize("main", [perplexity.main, report.main])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name one run's folder or more"),
+        (["{home}/out/cosin"], "no run {home}/out/cosin; did you mean cosine?"),
+        (["{home}/nowhere/a"], "no run {home}/nowhere/a"),
+        (["{home}/data/small"], "has no config.yaml"),
+        (["{home}/out/ce", "{home}/out/ce"], "is named twice"),
+        (["{tmp}/empty"], "holds no checkpoint"),
+        (["{tmp}/damaged"], "does not match its sha256"),
+        (["{tmp}/config"], "{tmp}/config/config.yaml: stored: haed: unknown key; did you mean head?"),
+        (["{home}/out/ce", "--out={tmp}/no/p.csv"], "the folder {tmp}/no does not exist"),
+        (["{home}/out/ce", "--device=tpux"], "unknown device"),
+        (["{home}/out/ce", "--sead=1"], "unknown key"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_nothing_is_written(home, tmp_path, monkeypatch, main, words, message):
+    for name in ("empty", "damaged", "config"):
+        shutil.copytree(home / "out" / "ce", tmp_path / name)
+    shutil.rmtree(tmp_path / "empty" / "ckpt")
+    with open(tmp_path / "damaged/ckpt/iter_000004/model.safetensors", "ab") as file:
+        file.write(b"x")
+    (tmp_path / "config/config.yaml").write_text("haed: cosine\n")
+    before = sorted(tmp_path.rglob("*"))
+    filled = [w.format(home=home, tmp=tmp_path) for w in words]
+    out = [] if any(w.startswith("--out") for w in words) else [f"--out={tmp_path / 'x.csv'}"]
+    with pytest.raises(UserError, match=re.escape(message.format(home=home, tmp=tmp_path))):
+        call(main, monkeypatch, *filled, *out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--split=tset"], "unknown split; did you mean test?"),
+        (["--stride=17"], "stride=17 is longer than block_size=16"),
+        (["--stride=-1"], "stride=-1 must not be negative"),
+        (["--batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--checkpoint=last"], "unknown checkpoint"),
+        (["--out={tmp}/p.png"], "p.png must end in .csv"),
+    ],
+)
+def test_perplexity_bad_settings(home, tmp_path, monkeypatch, words, message):
+    with pytest.raises(UserError, match=re.escape(message.format(home=home))):
+        call(perplexity.main, monkeypatch, home / "out/ce", f"--out={tmp_path / 'p.csv'}", *(w.format(tmp=tmp_path) for w in words))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", None, "has no metrics.jsonl"),
+        (
+            "metrics.jsonl",
+            '{"iter": 0, "val_loss": 1.0, "perplexity": 2.7}\n{"iter": 1, "tr\n{"iter": 2}\n',
+            "line 2 is not a metrics record",
+        ),
+        ("metrics.jsonl", '{"iter": 0, "train_loss": 1.0}\n', "has no validation loss yet"),
+        ("emissions.csv", "a,b\n1,2\n", "is not a CodeCarbon table"),
+        ("environment.json", "{", "is not JSON"),
+    ],
+)
+def test_report_damaged_runs(home, tmp_path, monkeypatch, file, content, message):
+    run = shutil.copytree(home / "out" / "ce", tmp_path / "ce")
+    (run / file).unlink() if content is None else (run / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        call(report.main, monkeypatch, run, f"--out={tmp_path / 'r.html'}", "--samples=0")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_run_of_train(tmp_path, monkeypatch, capsys):
+    """The whole way: what train.py writes, both scripts read."""
+    data, run = prepare(tmp_path / "data" / "small"), tmp_path / "out" / "run"
+    sizes = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1 --eval_iters=2".split()
+    words = [
+        "train.py",
+        *sizes,
+        "--head=cosine",
+        "--compile=false",
+        f"--dataset={data}",
+        f"--out_dir={run}",
+        "--emissions=false",
+        "--device=cpu",
+    ]
+    trained = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    call(perplexity.main, monkeypatch, run)
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["run", "cosine", "harmonic"]
+    d = make_report(monkeypatch, tmp_path / "r.html", run).document()
+    curves = {"val_loss", "train_loss", "grad_norm", "grad_norm_head", "grad_norm_trunk", "prototype_radius", "target_distance_mean"}
+    assert set(d["runs"][0]["curves"]) == curves | {"target_distance_min", "kl_to_softmax", "lr"}
+    assert d["summary"]["rows"][0][3]["text"] == "3"  # iterations
+
+
+def test_a_mistake_is_a_message_and_exit_status_2(home, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analysis/report.py", str(home / "out" / "cosin")])
+    with pytest.raises(SystemExit) as stopped:
+        cli(report.main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", f"python -m analysis.report: no run {home}/out/cosin; did you mean cosine?\n")

@@ -1,0 +1,149 @@
+"""Order, noise and the reading of token folders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from training.config import UserError
+from training.data import (
+    Data,
+    Split,
+    index,
+    load_data,
+    mask_tokens,
+    masked_count,
+    permute,
+    training_batches,
+    validation_batches,
+    validation_windows,
+)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 1000, 4097])
+def test_permutation_is_a_bijection(n):
+    for key in (0, 12345):
+        assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
+
+
+def test_permutation_looks_random():
+    n = 4000
+    order = np.array([permute(i, n, 99) for i in range(n)])
+    assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.06  # 4 standard errors
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.06
+    other = np.array([permute(i, n, 100) for i in range(n)])
+    assert (order == other).mean() < 0.002
+    assert permute(10**10, 3 * 10**10, 1) < 3 * 10**10  # needs no table
+
+
+def test_an_epoch_visits_every_window_once():
+    tokens, block, slots = 1000, 16, 4
+    windows = (tokens - 1) // block - 1
+    starts = [index(5, step, slot, slots, tokens, block) for step in range(3 * windows) for slot in range(slots)]
+    for epoch in range(3):
+        part = starts[epoch * windows : (epoch + 1) * windows]
+        assert len(set(part)) == windows and len({s % block for s in part}) == 1
+        assert min(part) >= 0 and max(part) + block + 1 <= tokens
+    assert starts[:windows] != starts[windows : 2 * windows]
+    assert index(5, 0, 0, slots, tokens, block) != index(6, 0, 0, slots, tokens, block)
+
+
+def test_small_splits_have_a_window():
+    for tokens in range(17, 60):
+        for step in range(5):
+            start = index(0, step, 0, 1, tokens, 16)
+            assert 0 <= start and start + 17 <= tokens
+
+
+def test_order_does_not_depend_on_processes_or_accumulation(tiny_data):
+    data = load_data(tiny_data)
+    for arch in ("gpt", "bert"):
+        whole = torch.cat([x for x, _ in training_batches(data, arch, 16, 1, 3, range(6), 6, 6)])
+        parts = [x for share in (range(0, 2), range(2, 6)) for x, _ in training_batches(data, arch, 16, 1, 3, share, 6, 3)]
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def test_targets_are_the_next_tokens(tiny_data):
+    data = load_data(tiny_data)
+    ((x, y),) = training_batches(data, "gpt", 16, 1, 0, range(3), 3, 3)
+    stream = np.fromfile(tiny_data / "train.bin", np.uint16)
+    for row, (a, b) in enumerate(zip(x, y, strict=True)):
+        start = index(1, 0, row, 3, data.splits["train"].tokens, 16)
+        assert a.tolist() == stream[start : start + 16].tolist() and b.tolist() == stream[start + 1 : start + 17].tolist()
+
+
+def test_validation_windows_are_fixed_and_spread():
+    assert validation_windows(1601, 16, 10) == [i * 160 for i in range(10)]
+    assert validation_windows(50, 16, 10) == [0, 16, 32]
+
+
+def test_bert_noise():
+    """15 % of each window, of which 80 % masked, 10 % random, 10 % kept; never the end-of-text token; drawn by the key alone."""
+    data = Data(None, "x", 100, 0, 101, {})
+    rng = np.random.default_rng(0)
+    counts = np.zeros(3)
+    for key in range(300):
+        window = rng.integers(1, 100, 128)
+        window[::10] = 0
+        x, y = mask_tokens(window, data, (key,))
+        chosen = y != -1
+        assert chosen.sum() == masked_count(128) == 19 and (y[chosen] == window[chosen]).all() and (window[chosen] != 0).all()
+        assert (x[~chosen] == window[~chosen]).all()
+        counts += (x[chosen] == 101).sum(), ((x[chosen] != 101) & (x[chosen] != window[chosen])).sum(), (x[chosen] == window[chosen]).sum()
+    share = counts / counts.sum()
+    assert abs(share - [0.8, 0.099, 0.101]).max() < 0.015
+    again = mask_tokens(window, data, (299,))
+    assert (again[0] == x).all() and (again[1] == y).all() and (mask_tokens(window, data, (300,))[1] != y).any()
+
+
+def test_masking_a_window_of_nothing_but_ends():
+    data = Data(None, "x", 100, 0, 101, {})
+    assert (mask_tokens(np.zeros(20, np.int64), data, (1,))[1] != -1).sum() == 3
+
+
+def test_validation_noise_depends_on_the_window_alone(tiny_data):
+    data = load_data(tiny_data)
+    starts = [0, 16, 32, 48]
+    one = list(validation_batches(data, "bert", 16, starts, 4))[0]
+    two = list(validation_batches(data, "bert", 16, starts[2:], 1))
+    assert torch.equal(one[0][2:], torch.cat([x for x, _ in two])) and torch.equal(one[1][2:], torch.cat([y for _, y in two]))
+
+
+def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
+    ids = np.array([15496, 995, 50256] * 20, np.uint16)  # "Hello world", end of text
+    for name in ("train", "val"):
+        ids.tofile(tmp_path / f"{name}.bin")
+    with pytest.raises(UserError, match="name the tokenizer"):
+        load_data(tmp_path)
+    data = load_data(tmp_path, "gpt2")
+    assert data.vocab_size == 50257 and data.splits["train"].tokens == 60 and data.rows("bert") == 50258
+    assert data.splits["val"].bytes == 20 * len("Hello world<|endoftext|>")
+
+
+def test_reading_uint32(tmp_path):
+    np.arange(70_000, 70_010, dtype="<u4").tofile(tmp_path / "a.bin")
+    assert Split(tmp_path / "a.bin", np.dtype("<u4"), 10, 1).read(3, 2).tolist() == [70_003, 70_004]
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]), "train.bin is truncated"),
+        (lambda f: (f / "val.bin").unlink(), "val.bin is missing"),
+        (lambda f: (f / "meta.json").write_text("{"), "meta.json is wrong"),
+        (lambda f: (f / "meta.json").write_text("[]"), "meta.json is wrong"),
+        (
+            lambda f: (f / "meta.json").write_text(json.dumps({**json.loads((f / "meta.json").read_text()), "dtype": "float64"})),
+            "uint16 or uint32",
+        ),
+        (lambda f: (f / "meta.json").write_text(json.dumps({"dtype": "uint16"})), "it has no 'splits'"),
+    ],
+)
+def test_damaged_folders_are_named(tiny_data, tmp_path, damage, words):
+    for path in tiny_data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    load_data(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_data(tmp_path)

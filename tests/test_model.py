@@ -1,0 +1,190 @@
+"""The decoder: causality by gradient, the cache, masks, padding, initialisation, compilation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Model, ModelConfig, adamw
+
+SIZES = dict(n_layer=2, n_head=4, n_embd=32, block_size=12, vocab_size=128, real_vocab_size=101)
+ARCHS = {
+    "gpt": dict(arch="gpt"),
+    "bert": dict(arch="bert"),
+    "qwen": dict(arch="qwen", n_kv_head=2),
+    "qwen3": dict(arch="qwen", n_kv_head=1, qk_norm=True),
+    "gpt-untied-no-bias": dict(arch="gpt", tie_weights=False, bias=False),
+}
+CAUSAL = [a for a in ARCHS if a != "bert"]
+
+
+def build(arch, seed=0, **kw):
+    torch.manual_seed(seed)
+    return Model(ModelConfig(**{**SIZES, "head": "cosine", **ARCHS[arch], **kw}))
+
+
+def ids(*shape, seed=0):
+    return torch.randint(101, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_position_depends_on_what_it_may_see(arch):
+    """By gradient: the logits of position t move with every token up to t and, unless it is bert, with none after it."""
+    model = build(arch).eval()
+    x = ids(1, 12)
+    embedded = []
+    model.tokens.register_forward_hook(lambda _, __, out: embedded.append(out.requires_grad_()) or out)
+    logits, _ = model(x)
+    for t in (0, 5, 11):
+        (gradient,) = torch.autograd.grad(logits[0, t, :101].square().sum(), embedded[0], retain_graph=True)
+        moved = gradient[0].abs().amax(-1) > 0
+        expected = torch.ones(12, dtype=torch.bool) if arch == "bert" else torch.arange(12) <= t
+        assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head", ["cross_entropy", "manhattan"])
+def test_loss_equals_cross_entropy_of_logits(arch, head):
+    model = build(arch, head=head).eval()
+    x, y = ids(3, 12), ids(3, 12, seed=1)
+    y[0, :5] = -1
+    logits, none = model(x)
+    assert none is None and logits.shape == (3, 12, 128) and torch.isneginf(logits[..., 101:]).all()
+    torch.testing.assert_close(model(x, y)[1], F.cross_entropy(logits.view(-1, 128), y.view(-1), ignore_index=-1))
+    torch.testing.assert_close(
+        model(x, y, reduction="sum")[1], F.cross_entropy(logits.view(-1, 128), y.view(-1), ignore_index=-1, reduction="sum")
+    )
+
+
+def test_bert_computes_its_head_at_masked_positions_only():
+    model = build("bert").train()
+    y = torch.full((3, 12), -1)
+    y[0, 3], y[2, 7] = 5, 6
+    seen = []
+    model.transform.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].shape))
+    model(ids(3, 12), y)
+    assert seen == [(2, 32)]
+
+
+@pytest.mark.parametrize("arch", CAUSAL)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_cache_gives_the_same_text(arch, temperature):
+    """Prompts of different lengths, well beyond block_size, where the context slides."""
+    model = build(arch, head="euclidean", head_init_std=0.3).eval()
+    prompts = [[1, 2, 3], [7], list(range(20))]
+    arguments = dict(max_new_tokens=40, temperature=temperature, top_k=50)
+    cached = list(model.generate(prompts, **arguments))
+    assert cached == list(model.generate(prompts, **arguments, cache=False))
+    assert len({tuple(r) for r in zip(*cached, strict=True)}) == 3
+    for r, prompt in enumerate(prompts):  # a row does not depend on its neighbours
+        alone = list(model.generate([prompt], **arguments, seed=r))
+        assert [t[0] for t in alone] == [t[r] for t in cached]
+
+
+def test_cached_logits_equal_full_logits():
+    for arch in CAUSAL:
+        model = build(arch).eval()
+        x = ids(2, 12)
+        from model import KVCache
+
+        cache = KVCache(model.config, 2, "cpu", torch.float32)
+        steps = [model.hidden(x[:, :5], cache=cache)] + [model.hidden(x[:, t : t + 1], cache=cache) for t in range(5, 12)]
+        torch.testing.assert_close(torch.cat(steps, 1), model.hidden(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_respects_top_k_top_p_and_padding():
+    from model import pick
+
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -math.inf]]).repeat(2000, 1)
+    generators = [torch.Generator().manual_seed(i) for i in range(2000)]
+    drawn = pick(logits, 1.0, None, None, generators)
+    frequency = torch.bincount(drawn, minlength=5) / 2000
+    assert (frequency - logits[0].softmax(-1)).abs().max() < 0.04 and frequency[4] == 0
+    assert set(pick(logits, 1.0, 2, None, generators).tolist()) == {0, 1}
+    assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {0, 1}  # 0.64 alone does not reach 0.7
+    assert set(pick(logits, 1.0, None, 0.6, generators).tolist()) == {0}
+    assert set(pick(logits, 0, None, None, generators).tolist()) == {0}
+    model = build("gpt").eval()
+    tokens = {t for row in model.generate([[1]] * 8, 30, temperature=5.0) for t in row}
+    assert max(tokens) < 101
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_trunk_compiles_whole(arch):
+    model = build(arch)
+    expected = model._trunk(ids(2, 12))
+    found = torch.compile(model._trunk, fullgraph=True, backend="aot_eager")(ids(2, 12))
+    torch.testing.assert_close(found, expected)
+
+
+def test_inductor_compiles_the_trunk_on_this_machine():
+    model = build("qwen")
+    x, y = ids(2, 12), ids(2, 12, seed=1)
+    _, eager = model(x, y)
+    eager.backward()
+    expected = model.head.weight.grad.clone()
+    model.zero_grad()
+    model.trunk = torch.compile(model._trunk, fullgraph=True)
+    _, compiled = model(x, y)
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(model.head.weight.grad, expected, rtol=1e-3, atol=1e-5)
+    assert set(model.state_dict()) == set(build("qwen").state_dict())  # names as in the uncompiled model
+
+
+def test_initialisation_is_as_documented():
+    model = build("gpt", n_embd=128, n_layer=3, vocab_size=1024, real_vocab_size=1024, head_init_std=0.05, tie_weights=False)
+    assert model.head.weight.std().item() == pytest.approx(0.05, rel=0.05)
+    assert model.tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.05)
+    assert model.blocks[0].mlp.up.bias.abs().max() == 0
+    assert build("gpt").tokens.weight is build("gpt").head.weight or build("gpt").config.tie_weights
+    tied = build("gpt")
+    assert tied.tokens.weight is tied.head.weight
+
+
+def test_sizes_of_the_published_models():
+    """Parameter counts: GPT-2 124M (124,439,808), BERT base with its decoder (109,514,298), Qwen2 0.5B (494,032,768)."""
+    published = {
+        124_439_808: dict(arch="gpt", vocab_size=50257),
+        109_514_298: dict(arch="bert", block_size=512, vocab_size=30522),
+        494_032_768: dict(
+            arch="qwen", n_layer=24, n_head=14, n_kv_head=2, n_embd=896, intermediate_size=4864, vocab_size=151936, block_size=1024
+        ),
+    }
+    for count, settings in published.items():
+        with torch.device("meta"):
+            assert Model(ModelConfig(**settings)).parameter_count() == count
+
+
+def test_every_parameter_is_in_one_group_and_prototypes_have_their_own():
+    for kw in (dict(head="mahalanobis"), dict(head="cosine", learn_exponent=True), dict(head="cross_entropy", tie_weights=False)):
+        model = build("gpt", **kw)
+        groups = adamw(model, 1e-3, (0.9, 0.95), 0.1, 0.0, "cpu").param_groups
+        listed = [id(p) for g in groups for p in g["params"]]
+        assert sorted(listed) == sorted(id(p) for p in model.parameters())
+        decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        assert decay[id(model.head.weight)] == 0.0 and decay[id(model.blocks[0].mlp.up.weight)] == 0.1
+        assert all(decay[id(p)] == 0 for n, p in model.named_parameters() if p.dim() < 2 or n.startswith("head."))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(n_embd=30), "n_embd=30 is not divisible by n_head=4"),
+        (dict(n_kv_head=3), "n_head=4 is not divisible by n_kv_head=3"),
+        (dict(n_layer=0), "n_layer=0 must be at least 1"),
+        (dict(dropout=1.0), "dropout=1.0"),
+        (dict(head="manhattan", head_p=2.0), "manhattan has no setting 'p'"),
+        (dict(head="minkowski", head_p=-1.0), "p must be positive"),
+        (dict(head="cross_entropy", exponent=2.0), "exponent=2.0 does nothing"),
+        (dict(head="cosine", scale=2.0), "scale=2.0 does nothing"),
+        (dict(head="cosine", learn_scale=True), "set learn_exponent"),
+        (dict(qk_norm=True), "qk_norm=true is for arch=qwen"),
+        (dict(arch="qwen", n_embd=12), "even head width"),
+    ],
+)
+def test_impossible_models_are_named(settings, words):
+    assert any(words in p for p in ModelConfig(**{**SIZES, **settings}).problems())

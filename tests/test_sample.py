@@ -1,0 +1,119 @@
+"""sample.py as a user runs it."""
+
+import sys
+
+import pytest
+from conftest import TINY
+
+from training.config import cli
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data, tmp_path_factory):
+    """Folders of a trained cosine GPT and a trained BERT."""
+    from conftest import script
+
+    folder = tmp_path_factory.mktemp("runs")
+    for name, extra in {"gpt": {"head": "cosine"}, "bert": {"arch": "bert", "head": "manhattan"}}.items():
+        settings = {**TINY, "dataset": tiny_data, "max_iters": 150, "learning_rate": 1e-2, "out_dir": folder / name, **extra}
+        done = script("train.py", *[f"--{k}={v}" for k, v in settings.items()])
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def sample(runs, monkeypatch, capsys):
+    import sample as module
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={runs / name}", *words])
+        status = 0
+        try:
+            cli(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_text_follows_the_prompt_and_the_seed(sample):
+    one = sample("gpt", "--start=the old king", "--max_new_tokens=30", "--seed=3")
+    assert one[0] == 0 and one[1].startswith("the old king") and len(one[1]) > 50
+    assert sample("gpt", "--start=the old king", "--max_new_tokens=30", "--seed=3")[1] == one[1]
+    assert sample("gpt", "--start=the old king", "--max_new_tokens=30", "--seed=4")[1] != one[1]
+    assert "the context slides" in one[2]  # block_size is 16
+
+
+def test_cache_gives_the_same_text(sample):
+    words = ["--start=the old king", "the", "--num_samples=2", "--max_new_tokens=40"]
+    with_cache, without = sample("gpt", *words), sample("gpt", *words, "--cache=false")
+    assert with_cache[1] == without[1] and with_cache[1].count("---------------") == 4
+
+
+def test_a_batch_gives_the_same_text_as_one(sample):
+    both = sample("gpt", "--start", "a red house", "the", "--max_new_tokens=20", "--seed=5")[1]
+    assert both.startswith(sample("gpt", "--start=a red house", "--max_new_tokens=20", "--seed=5")[1])
+
+
+def test_greedy_top_k_top_p(sample):
+    greedy = sample("gpt", "--start=the", "--temperature=0", "--max_new_tokens=20")[1]
+    assert sample("gpt", "--start=the", "--top_k=1", "--max_new_tokens=20")[1] == greedy
+    assert sample("gpt", "--start=the", "--top_p=0.000001", "--max_new_tokens=20", "--seed=9")[1] == greedy
+
+
+def test_no_prompt_starts_a_document(sample):
+    status, out, _ = sample("gpt", "--max_new_tokens=20")
+    assert status == 0 and "endoftext" not in out.split("\n")[0][:13] and len(out) > 20
+
+
+def test_prompt_from_a_file(sample, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the old king")
+    assert sample("gpt", f"--start=FILE:{tmp_path}/prompt.txt", "--seed=3")[1] == sample("gpt", "--start=the old king", "--seed=3")[1]
+
+
+def test_explain(sample):
+    status, out, _ = sample("gpt", "--start=the old", "--max_new_tokens=5", "--explain")
+    assert status == 0
+    assert out.count("nearest:") == out.count("coordinates:") == 5 and out.count("% of d") == 0
+    assert out.count(" of d\n") == 5 and "of d^2" not in out  # cosine's shares are of the distance itself
+
+
+def test_bert_fills_masks(sample):
+    status, out, _ = sample("bert", "--start=the [MASK] king sings in the <|mask|> house")
+    assert status == 0 and "MASK" not in out and "mask|" not in out
+    assert "mask 1" in out and "mask 2" in out and out.count("nearest:") == 2
+    assert out.splitlines()[0].startswith("the ") and out.splitlines()[0].endswith(" house")
+
+
+BAD = {
+    "no run": ("nowhere", [], ["nowhere holds no checkpoint", "does not exist"]),
+    "empty prompt": ("gpt", ["--start="], ["the prompt is empty"]),
+    "missing file": ("gpt", ["--start=FILE:nope.txt"], ["nope.txt", "No such file"]),
+    "several": ("gpt", ["--start", "FILE:nope.txt", "FILE:nope2.txt"], ["2 problems", "nope.txt", "nope2.txt"]),
+    "bert writes freely": ("bert", ["--start=the old king"], ["fills masks", "[MASK]"]),
+    "bert without a prompt": ("bert", [], ["fills masks"]),
+    "bert, too long": ("bert", ["--start=" + "the [MASK] old king " * 30], ["block_size is 16"]),
+    "cuda": ("gpt", ["--device=cuda"], ["no CUDA device"]),
+    "temperature": ("gpt", ["--temperature=-1", "--top_p=2"], ["2 problems", "temperature=-1.0", "top_p=2.0"]),
+    "unknown key": ("gpt", ["--temprature=1"], ["unknown key; did you mean temperature?"]),
+    "top_k": ("gpt", ["--top_k=0"], ["top_k=0 must be at least 1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(sample, case):
+    name, words, expected = BAD[case]
+    status, out, err = sample(name, *words)
+    assert status == 2 and out == "" and "Traceback" not in err
+    assert all(e in err for e in expected), err
+
+
+def test_an_unknown_character_in_a_word_piece_prompt(monkeypatch):
+    from sample import encode
+    from training.config import UserError
+    from training.tokenizer import Tokenizer
+
+    words = Tokenizer("bert", 10, 2, 3, lambda texts: [[0, 5] for _ in texts], None, unk_id=0)
+    with pytest.raises(UserError, match="does not know"):
+        encode("☃ [MASK]", words, True)

@@ -1,0 +1,338 @@
+"""Training: every head, architecture and link; what a run's folder holds; resuming; processes; every bad input."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, script
+from safetensors.torch import load_file
+
+from harmonic import CONTROLS, DISTANCES
+from training import checkpoint
+from training.telemetry import read_metrics
+
+COMBINATIONS = [(d, link) for d in DISTANCES for link in ("harmonic", "softmax")] + [(c, "harmonic") for c in CONTROLS]
+
+
+@pytest.mark.parametrize("arch", ["gpt", "bert", "qwen"])
+@pytest.mark.parametrize(("head", "link"), COMBINATIONS)
+def test_every_head_trains(train, tmp_path, arch, head, link):
+    status, out, err = train(arch=arch, head=head, link=link)
+    assert status == 0, err
+    assert "iter 0: val loss" in out  # the loss before the first step is reported
+    lines = read_metrics(tmp_path / "run")
+    steps = [r for r in lines if "train_loss" in r]
+    assert [r["iter"] for r in steps] == [0, 1] and [r["iter"] for r in lines if "val_loss" in r] == [0, 2]
+    assert all(r["grad_norm"] > 0 and r["grad_norm_head"] > 0 and r["prototype_radius"] > 0 for r in steps)
+    # where every coordinate of h lies outside all prototypes', the signs of a softmax of -s |h-w| are equal and its trunk gets no gradient
+    assert all(r["grad_norm_trunk"] > 0 for r in steps) or link == "softmax"
+    if head in DISTANCES:
+        assert all(0 < r["target_distance_min"] <= r["target_distance_mean"] for r in steps)
+    start = lines[0]
+    assert ("kl_to_softmax" in start) == (head in DISTANCES and DISTANCES[head].kernel == "l2" and link == "harmonic")
+    assert ("bits_per_byte" in start) == (arch != "bert")
+    assert lines[-1]["val_loss"] != start["val_loss"]
+
+
+def test_a_tiny_model_learns(train, tmp_path):
+    """300 steps of text with a bigram structure: far below the loss of a uniform guess, log(300) = 5.7."""
+    for head in ("cosine", "cross_entropy"):
+        status, _, err = train(head=head, max_iters=300, learning_rate=1e-2, eval_interval=300, out_dir=head)
+        assert status == 0, err
+        assert read_metrics(tmp_path / head)[-1]["val_loss"] < 3.0
+
+
+def test_the_run_folder_is_as_documented(train, tmp_path):
+    status, out, _ = train(head="mahalanobis", max_iters=4, eval_interval=2, emissions=True, log_interval=2)
+    assert status == 0 and "Wh" in out and "ETA" in out and "tokens/s" in out
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl", "emissions.csv", "ckpt"}
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    assert (
+        stored["head"] == "mahalanobis"
+        and stored["vocab_size"] == 320
+        and stored["real_vocab_size"] == 300
+        and stored["tokenizer"] == "bpe:300"
+    )
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__ and "train.py" in environment["command"]
+    assert len((run / "emissions.csv").read_text().splitlines()) == 2
+    folders = sorted(p.name for p in (run / "ckpt").iterdir())
+    assert "iter_000004" in folders and len(folders) <= 2 and not any(f.startswith(".") for f in folders)
+    manifest = json.loads((run / "ckpt/iter_000004/manifest.json").read_text())
+    assert manifest["iter"] == 4 and manifest["tokens"] == 4 * 4 * 16 and set(manifest["sha256"]) == {"model.safetensors", "train_state.pt"}
+    weights = load_file(run / "ckpt/iter_000004/model.safetensors")
+    assert "tokens.weight" not in weights  # tied: stored once, as head.weight
+    assert not torch.allclose(weights["head.distance_parameters.factor"], torch.eye(16), atol=1e-5)  # Mahalanobis' parameters train
+
+
+def test_newest_and_best_checkpoints_are_kept(train, tmp_path):
+    """A learning rate that destroys the model: the best checkpoint is an early one, and stays."""
+    status, _, err = train(head="cross_entropy", max_iters=6, eval_interval=1, learning_rate=30.0, warmup_iters=4, grad_clip=0)
+    assert status == 0, err
+    losses = {r["iter"]: r["val_loss"] for r in read_metrics(tmp_path / "run") if "val_loss" in r and r["iter"] > 0}
+    best = min(losses, key=losses.get)
+    assert best < 6
+    assert {f.name for f in checkpoint.manifests(tmp_path / "run")} == {f"iter_{best:06d}", "iter_000006"}
+    assert checkpoint.best(tmp_path / "run").name == f"iter_{best:06d}"
+
+
+@pytest.mark.parametrize("settings", [{}, {"arch": "bert", "dropout": 0.1}, {"head": "hamming_gumbel"}, {"dropout": 0.2, "head": "cosine"}])
+def test_resuming_gives_the_same_run(train, tmp_path, settings):
+    """Stopped at 3 of 6 and resumed: the same losses and weights, bit for bit, and no line of metrics twice or missing."""
+    common = dict(eval_interval=3, lr_decay_iters=6, **settings)
+    assert train(max_iters=6, out_dir="whole", **common)[0] == 0
+    assert train(max_iters=3, out_dir="halves", **common)[0] == 0
+    status, _, err = train(max_iters=6, out_dir="halves", init_from="resume", **{k: None for k in ("dataset", *TINY) if k != "max_iters"})
+    assert status == 0, err
+    one, two = (
+        [{k: v for k, v in r.items() if k not in ("tokens_per_s", "elapsed_s")} for r in read_metrics(tmp_path / d)]
+        for d in ("whole", "halves")
+    )
+    assert one == two
+    a, b = (load_file(tmp_path / d / "ckpt/iter_000006/model.safetensors") for d in ("whole", "halves"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
+    """A real process, killed without warning in mid-run, then --init_from=auto: the metrics are those of a run never interrupted."""
+    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "max_iters": 400, "eval_interval": 20, "head": "cosine"}.items()]
+    whole = script("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", *flags, f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "killed").glob("ckpt/iter_00004*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = script(*command[1:])
+    assert done.returncode == 0, done.stderr
+    one, two = ([(r["iter"], r.get("train_loss"), r.get("val_loss")) for r in read_metrics(tmp_path / d)] for d in ("whole", "killed"))
+    assert one == two
+    assert [f.name for f in (tmp_path / "killed/ckpt").iterdir() if f.name.startswith(".")] == []
+    again = script(*command[1:])
+    assert again.returncode == 0 and "already trained to iteration 400" in again.stdout
+
+
+@pytest.mark.parametrize(("arch", "processes", "accumulation"), [("gpt", 2, 1), ("bert", 3, 2)])
+def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes, accumulation):
+    """torchrun with gloo against one process, 4 * accumulation windows an iteration shared unevenly by 3: to 1e-4."""
+    settings = {
+        **TINY,
+        "dataset": tiny_data,
+        "max_iters": 20,
+        "arch": arch,
+        "head": "cosine",
+        "gradient_accumulation_steps": accumulation,
+    }
+    flags = [f"--{k}={v}" for k, v in settings.items()]
+    assert script("train.py", *flags, f"--out_dir={tmp_path / 'one'}").returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    many = script(*launcher, "train.py", *flags, f"--out_dir={tmp_path / 'many'}", "--backend=gloo")
+    assert many.returncode == 0, many.stderr
+    assert f"{processes} processes" in many.stdout and many.stdout.count("iter 0: val loss") == 1
+    one, two = (read_metrics(tmp_path / d) for d in ("one", "many"))
+    assert len(one) == len(two) == 22
+    for a, b in zip(one, two, strict=True):
+        for key in set(a) - {"tokens_per_s", "elapsed_s"}:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
+
+
+def test_accumulation_does_not_change_the_losses(train, tmp_path):
+    for batch, steps in ((8, 1), (2, 4)):
+        eval_iters = 16 // batch  # the same 16 validation windows
+        train(batch_size=batch, gradient_accumulation_steps=steps, eval_iters=eval_iters, max_iters=5, out_dir=f"b{batch}", head="cosine")
+    one, two = (read_metrics(tmp_path / d) for d in ("b8", "b2"))
+    for a, b in zip(one, two, strict=True):
+        assert a.get("train_loss", a.get("val_loss")) == pytest.approx(b.get("train_loss", b.get("val_loss")), abs=1e-5)
+
+
+def test_evaluation_does_not_disturb_training(train, tmp_path):
+    for interval in (1, 100):
+        train(max_iters=5, eval_interval=interval, out_dir=f"e{interval}", dropout=0.1, head="hamming_gumbel")
+    one, two = ([r["train_loss"] for r in read_metrics(tmp_path / d) if "train_loss" in r] for d in ("e1", "e100"))
+    assert one == two
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_trains(train, tmp_path, dtype):
+    for d in ("float32", dtype):
+        status, _, err = train(dtype=d, max_iters=10, head="euclidean", out_dir=d)
+        assert status == 0, err
+    full, half = (read_metrics(tmp_path / d)[-1]["val_loss"] for d in ("float32", dtype))
+    assert full != half and abs(full - half) < 0.02
+
+
+def test_compiled_training_equals_eager(train, tmp_path):
+    for flag in (True, False):
+        status, _, err = train(compile=flag, max_iters=5, head="cosine", out_dir=f"c{flag}")
+        assert status == 0, err
+    one, two = ([r.get("train_loss", r.get("val_loss")) for r in read_metrics(tmp_path / d)] for d in ("cTrue", "cFalse"))
+    assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_learnt_exponent_is_reported(train, tmp_path):
+    train(head="cosine", learn_exponent=True, max_iters=5, learning_rate=0.05)
+    values = [r["strength"] for r in read_metrics(tmp_path / "run") if "strength" in r]
+    assert values[0] == pytest.approx(4.0) and abs(values[-1] - 4.0) > 0.01  # sqrt(16), and it moves
+
+
+def test_eval_only_writes_nothing(train, tmp_path):
+    train(head="cosine")
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    status, out, err = train(init_from="resume", eval_only=True, **{k: None for k in TINY})
+    assert status == 0, err
+    stored = read_metrics(tmp_path / "run")[-1]["val_loss"]
+    assert f"val_loss {stored:.4f}" in out and (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    status, out, err = train(head="euclidean", learning_rate=1e30, grad_clip=0, max_iters=20, warmup_iters=0)
+    assert status == 3 and "stopped: " in err and "iteration" in err and "last good checkpoint" in err
+    assert "nan" in (tmp_path / "run/metrics.jsonl").read_text() or "inf" in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_tensorboard_and_wandb_ask_for_their_packages(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.telemetry._installed", lambda package: False)
+    status, _, err = train(tensorboard=True, wandb=True)
+    assert status == 2 and "pip install tensorboard" in err and "pip install wandb" in err and not (tmp_path / "run").exists()
+
+
+# bad input: one message, exit status 2, no traceback, nothing written
+
+BAD = {
+    "unknown key": (dict(n_layr=3), ["n_layr: unknown key", "did you mean n_layer?"]),
+    "unknown head": (dict(head="euclidian"), ["unknown head", "did you mean euclidean?"]),
+    "unknown arch": (dict(arch="gtp"), ["unknown arch", "did you mean gpt?"]),
+    "unknown link": (dict(link="softmx"), ["unknown link", "did you mean softmax?"]),
+    "wrong type": (dict(n_layer="three"), ["n_layer=three: expected a whole number"]),
+    "wrong type, float": (dict(learning_rate="fast"), ["learning_rate=fast: expected a number"]),
+    "wrong type, bool": (dict(compile="maybe"), ["compile=maybe: expected true or false"]),
+    "several": (dict(n_layr=3, arch="gtp", learning_rate="x"), ["3 problems", "n_layr", "gtp", "learning_rate=x"]),
+    "n_embd and n_head": (dict(n_embd=15), ["n_embd=15 is not divisible by n_head=2"]),
+    "n_head and n_kv_head": (dict(arch="qwen", n_head=8, n_kv_head=3), ["n_head=8 is not divisible by n_kv_head=3"]),
+    "block_size": (dict(block_size=10_000_000), ["block_size=10000000 is longer than the data", "train.bin", "val.bin"]),
+    "no data": (dict(dataset="nowhere"), ["no data folder", "nowhere", "prepare_openwebtext.py"]),
+    "vocab_size": (dict(vocab_size=64), ["vocab_size=64 is smaller than the data's 300"]),
+    "tokenizer": (dict(tokenizer="gpt2"), ["tokenizer=gpt2", "prepared with bpe:300"]),
+    "resume nothing": (dict(init_from="resume", out_dir="empty"), ["empty holds no checkpoint"]),
+    "exponent": (dict(head="cosine", exponent=-1), ["exponent must be a positive number"]),
+    "exponent, text": (dict(head="cosine", exponent="dims"), ["exponent=dims: expected a number, sqrt_dim or dim"]),
+    "useless option": (dict(head="manhattan", head_p=2), ["manhattan has no setting 'p'"]),
+    "no cuda": (dict(device="cuda"), ["device=cuda: this machine has no CUDA device"]),
+    "unknown device": (dict(device="gpu"), ["unknown device"]),
+    "batch_size": (dict(batch_size=0), ["batch_size=0 must be at least 1"]),
+    "learning_rate": (dict(learning_rate=0), ["learning_rate=0.0 must be positive"]),
+    "nccl on cpu": (dict(max_iters=-1), ["max_iters=-1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(train, tmp_path, case):
+    flags, words = BAD[case]
+    status, out, err = train(**flags)
+    assert status == 2 and out == ""
+    assert err.startswith("train.py: ") and "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("n_layer: [1", "is not YAML"),
+        ("- 1\n- 2\n", "expected flat"),
+        ("model:\n  n_layer: 2\n", "expected flat"),
+        ("n_layers: 2\n", "did you mean n_layer?"),
+        (None, "no config file"),
+    ],
+)
+def test_bad_config_file(train, tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    status, _, err = train(str(path))
+    assert status == 2 and words in err and not (tmp_path / "run").exists()
+
+
+def test_two_positional_words(train):
+    status, _, err = train(str(ROOT / "configs/demo.yaml"), "more")
+    assert status == 2 and "unexpected word 'more'" in err
+
+
+def test_an_existing_run_is_not_overwritten(train, tmp_path):
+    train(head="cosine")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    status, _, err = train(head="manhattan")
+    assert status == 2 and "--init_from=resume" in err and "--overwrite=true" in err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    assert train(head="manhattan", overwrite=True)[0] == 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["head"] == "manhattan"
+
+
+def test_resuming_another_model_is_refused(train, tmp_path):
+    train(head="cosine")
+    status, _, err = train(init_from="resume", n_layer=2, head="manhattan")
+    assert status == 2 and "n_layer=2: the run has n_layer=1" in err and "head=manhattan: the run has head=cosine" in err
+
+
+def test_a_damaged_checkpoint_is_refused(train, tmp_path):
+    train(head="cosine")
+    (folder,) = checkpoint.manifests(tmp_path / "run")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    status, _, err = train(init_from="resume", max_iters=4)
+    assert status == 2 and "model.safetensors does not match its sha256" in err
+    (folder / "manifest.json").write_text("{")
+    status, _, err = train(init_from="resume", max_iters=4)
+    assert status == 2 and "manifest.json" in err
+
+
+def test_a_pickle_in_a_checkpoint_is_not_executed(train, tmp_path):
+    train(head="cosine")
+    (folder,) = checkpoint.manifests(tmp_path / "run")
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    (folder / "train_state.pt").write_bytes(pickle.dumps(Trap()))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"]["train_state.pt"] = checkpoint._sha256(folder / "train_state.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    status, _, err = train(init_from="resume", max_iters=4)
+    assert status == 2 and "train_state.pt" in err and not (tmp_path / "executed").exists()
+
+
+def test_no_compiler(tiny_data, tmp_path):
+    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "compile": True, "out_dir": tmp_path / "run"}.items()]
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    done = script("train.py", *flags, env={"PATH": str(empty)})
+    assert done.returncode == 2 and "needs a C++ compiler" in done.stderr and "--compile=false" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_data_folder(train, tiny_data, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_data, folder)
+    (folder / "train.bin").write_bytes(b"\0\0")
+    status, _, err = train(dataset=str(folder))
+    assert status == 2 and "truncated" in err and not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_windows(tiny_data, tmp_path):
+    settings = {**TINY, "dataset": tiny_data, "batch_size": 1, "out_dir": tmp_path / "run"}
+    flags = [f"--{k}={v}" for k, v in settings.items()]
+    done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags)
+    assert done.returncode != 0 and "2 processes share 1 windows" in done.stderr and not (tmp_path / "run").exists()
