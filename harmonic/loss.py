@@ -275,7 +275,9 @@ class HarmonicHead(nn.Module):
         self.distance_parameters = nn.ParameterDict(row.parameters(n_embd))
 
     def extra_repr(self):
-        return f"{self.name}, link={self.kind}, strength={float(torch.as_tensor(self.strength()).detach()):.4g}, V={len(self.weight)}, C={self.weight.shape[1]}"
+        symbol = {"harmonic": "n = ", "softmax": "s = "}.get(self.kind)
+        strength = f", {self.kind} link, {symbol}{torch.as_tensor(self.strength()).item():.4g}" if symbol else ""
+        return f"{self.name}{strength}, {len(self.weight):,} prototypes of {self.weight.shape[1]} coordinates"
 
     def strength(self):
         """n or s: a float, or a 0-dim tensor when it is learnt."""
