@@ -1,0 +1,1 @@
+"""Experiments that produce the tables and figures of results/."""

@@ -1,0 +1,159 @@
+"""README.md stays true: its commands run (smaller), its tables are the code's, its snippets work."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, script, text
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [c for block in re.findall(r"```bash\n(.*?)```", README, re.S) for c in block.strip().splitlines()]
+# what makes a training command small enough for a test
+SMALL = ["--n_layer=1", "--eval_iters=1", "--batch_size=2", "--gradient_accumulation_steps=1", "--max_iters=2", "--compile=false"]
+# needs GPUs, other machines or the hub: its flags are checked, and that the config builds a model
+CHECKED_ONLY = ("gpt2_124m", "qwen2_0.5b", "--source=openwebtext", "--nnodes")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder like a fresh clone's: data/ and out/ are made by README's own commands, in order."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "results").mkdir()
+    (folder / "folder").mkdir()
+    (folder / "a.txt").write_text("\n\n".join(text(20)))
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text(20, 1)))
+    (folder / "folder/c.txt").write_text("\n\n".join(text(20, 2)))
+    (folder / "prompt.txt").write_text("A city")
+    return folder
+
+
+def test_readme_has_commands_of_every_script():
+    joined = "\n".join(COMMANDS)
+    for script_name in ("make demo", "make test", "prepare_openwebtext.py", "train.py", "torchrun", "sample.py", "analysis.report"):
+        assert script_name in joined
+    assert all(any(p.name in joined for p in [path]) or path.name == "bert_base.yaml" for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def test_commands_run_in_order(place):
+    """One test, for each command needs what the ones before it made."""
+    for source in ("demo/cross_entropy", "demo/cosine", "bert"):  # what `make demo` and a longer run would have made
+        prepare(place)
+        extra = ["--arch=bert"] if source == "bert" else []
+        head = "cross_entropy" if "entropy" in source else "cosine"
+        run(place, ["train.py", "configs/demo.yaml", f"--head={head}", f"--out_dir=out/{source}", *extra, *SMALL, "--emissions=false"])
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+            continue
+        launcher = []
+        if words[0] == "torchrun":
+            split = words.index("train.py")
+            launcher, words = ["-m", "torch.distributed.run", *words[1:split]], ["python", *words[split:]]
+        assert words[0] == "python", command
+        arguments = words[1:]
+        if any(mark in command for mark in CHECKED_ONLY):
+            check(arguments)
+        elif arguments[0] == "prepare_openwebtext.py":
+            run(place, [*arguments, "--max_documents=60", "--num_proc=1", "--overwrite=true"])
+        elif arguments[0] == "train.py":
+            stored = "--init_from=resume" in arguments  # the model is the stored one's: only the length is cut
+            run(place, [*launcher, *arguments, *([] if stored else SMALL[:-2]), f"--max_iters={4 if stored else 2}", "--emissions=false"])
+        elif arguments[0] == "sample.py":
+            run(place, [*arguments, "--max_new_tokens=3"])
+        else:
+            run(place, arguments)
+    assert (place / "report.html").is_file() and (place / "out/demo/perplexity.csv").is_file()
+
+
+def prepare(place):
+    if not (place / "data/wiki").is_dir():
+        run(place, ["prepare_openwebtext.py", "--source=wiki", "--tokenizer=bpe:4096", "--max_documents=60", "--num_proc=1"])
+
+
+def run(place, words):
+    words = [str(ROOT / w) if w.endswith(".py") and (ROOT / w).is_file() else w for w in words]
+    done = script(*words, cwd=place)
+    assert done.returncode == 0, (words, done.stderr[-2000:])
+
+
+def check(arguments):
+    """Parses the flags, and sizes the model without allocating it."""
+    from model import Model, ModelConfig
+    from training.config import TrainConfig, parse
+
+    if arguments[0] == "prepare_openwebtext.py":
+        from prepare_openwebtext import PrepareConfig
+
+        parse(arguments[1:], PrepareConfig, words="source")
+        return
+    model, _ = parse([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments[1:]], ModelConfig, TrainConfig, config_file=True)
+    model.vocab_size = model.vocab_size or 50304
+    with torch.device("meta"):
+        assert Model(model).parameter_count() > 1e8
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_configs_parse_and_explain_their_numbers(path):
+    from model import ModelConfig
+    from training.config import TrainConfig, parse
+
+    parse([str(path)], ModelConfig, TrainConfig, config_file=True)
+    for key in ("batch_size", "max_iters", "learning_rate"):
+        assert key in yaml.safe_load(path.read_text())
+    assert re.search(r"^(batch_size|gradient_accumulation_steps): .*#.*windows", path.read_text(), re.M)
+
+
+def test_table_of_heads_is_the_codes():
+    from harmonic.distances import formula_table
+
+    assert formula_table() in README
+
+
+def test_demo_numbers_are_the_measured_ones():
+    import csv
+
+    for row in csv.DictReader((ROOT / "results/demo.csv").open()):
+        nats, perplexity, bits = (float(row[k]) for k in ("nats_per_token", "perplexity", "bits_per_byte"))
+        assert f"| {nats:.3f} | {perplexity:.1f} | {bits:.3f} |" in README
+
+
+def test_snippets_work(monkeypatch):
+    from harmonic import DISTANCES, HEADS, Distance, HarmonicHead, distance, harmonic_loss
+
+    use, entry = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {"n_embd": 8, "vocab_size": 20, "h": torch.randn(3, 8), "targets": torch.arange(3)}
+    exec(use, names)
+    assert names["logits"].shape == (3, 20)
+    torch.testing.assert_close(names["loss"], torch.nn.functional.cross_entropy(names["logits"], names["targets"]))
+
+    ((name, row),) = eval("{" + entry + "}", {"Distance": Distance}).items()
+    monkeypatch.setitem(DISTANCES, name, row)
+    monkeypatch.setitem(HEADS, name, row)
+    h, w = torch.randn(4, 8).double(), torch.randn(6, 8).double()
+    expected = (h.softmax(-1).sqrt()[:, None] - w.softmax(-1).sqrt()).square().sum(-1)
+    torch.testing.assert_close(distance(h, w, name), expected)
+    assert harmonic_loss(h, w, torch.arange(4), name, link="softmax").isfinite()
+    assert HarmonicHead(8, 20, name)(h.float()).shape == (4, 20)
+
+
+def test_help_lists_every_key():
+    for words in (["train.py"], ["sample.py"], ["prepare_openwebtext.py"], ["-m", "analysis.report"], ["-m", "analysis.perplexity"]):
+        done = script(*words, "--help")
+        assert done.returncode == 0 and "--out" in done.stdout and done.stdout.count("(type:") > 5
+    assert "manhattan" in script("train.py", "--help").stdout
+
+
+def test_the_text_speaks_of_the_product_alone():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in tracked:
+        if name.endswith((".py", ".md", ".yaml", ".toml", ".txt", ".html")) and name != "tests/test_readme.py":
+            content = (ROOT / name).read_text()
+            assert str(ROOT.parent) + "/" not in content, name
+    assert sys.version_info >= (3, 11)
