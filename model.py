@@ -75,8 +75,8 @@ class ModelConfig:
     """canberra_weighted: power q (1)"""
     head_init_std: float = 0.02
     """standard deviation of the prototypes at the start; tied, of the embedding (GPT-2's 0.02)"""
-    head_impl: Literal["auto", "dense", "chunked"] = "auto"
-    """how the loss is computed; dense materialises all logits"""
+    head_impl: Literal["auto", "dense", "chunked", "numba"] = "auto"
+    """how the loss is computed: dense materialises all logits, chunked does not, numba compiles it (CPU), auto picks the fastest"""
 
     def head_arguments(self) -> dict:
         """Keyword arguments of HarmonicHead after (n_embd, vocab_size, name)."""

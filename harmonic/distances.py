@@ -287,9 +287,9 @@ def operands(h, w, name, training=False, **settings):
     return row, h, w, u, v, options
 
 
-def log_pairs(row, h, w, u, v, options) -> torch.Tensor:
-    """log d of all pairs of mapped operands: (N, C), (V, C) -> (N, V); for a control, its logits."""
-    raw = dense.pairs(h, w, row.kernel, **options, **row.fixed)
+def log_pairs(row, h, w, u, v, options, compiled=False) -> torch.Tensor:
+    """log d of all pairs of mapped operands: (N, C), (V, C) -> (N, V); for a control, its logits. compiled: see `dense.pairs`."""
+    raw = dense.pairs(h, w, row.kernel, compiled, **options, **row.fixed)
     return row.log_distance(raw, u if u is None else u[:, None], v, **options)
 
 

@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from harmonic.distances import CONTROLS, HEADS, log_pairs, operands, paired_distance, resolve
+from harmonic.kernels import dense
 
 LINKS = ("harmonic", "softmax")
-IMPLS = ("auto", "dense", "chunked")
+IMPLS = ("auto", "dense", "chunked", "numba")
 # A chunk has about CHUNK logits, 8 MiB of floats that stay in cache from one elementwise pass to the next, but at least CHUNK_ROWS rows,
 # for each chunk also adds once to the (V, C) gradient.
 CHUNK = 2**21
@@ -94,7 +95,7 @@ def harmonic_logits(
     with torch.autocast(h.device.type, enabled=False):
         row, x, y, u, v, options = operands(h.reshape(-1, h.shape[-1]), w, name, training, **settings)
         link, strength = _strength(name, link, w.shape[-1], exponent, scale, settings)
-        return _logits(log_pairs(row, x, y, u, v, options), strength, link, bias).view(*h.shape[:-1], len(w))
+        return _logits(log_pairs(row, x, y, u, v, options, compiled=True), strength, link, bias).view(*h.shape[:-1], len(w))
 
 
 def harmonic_loss(
@@ -118,7 +119,8 @@ def harmonic_loss(
     Args:
         h: (..., C) hidden states. w: (V, C) prototypes. targets: (...) integers in [0, V) or `ignore_index`.
         reduction: "mean" over the targets that are not ignored, "sum", or "none" -> (...).
-        impl: "dense" materialises (N, V); "chunked" never holds more than a few chunks of rows, whatever N; "auto" picks the fastest.
+        impl: "dense" materialises (N, V); "chunked" never holds more than a few chunks of rows, whatever N; "numba" is chunked with
+            compiled kernels on a CPU; "auto" picks the fastest that the device and the distance have.
         The rest: see `harmonic_logits`.
     Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h and w are). The mean over no targets is 0, with zero
         gradients (not NaN), so that a process whose share is empty does not poison the others.
@@ -126,6 +128,8 @@ def harmonic_loss(
     """
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
+    if impl == "numba" and (h.device.type != "cpu" or dense.cpu is None):
+        raise ValueError(f"impl='numba' needs a CPU and the package numba; h is on {h.device}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; choose from mean, sum, none")
     if targets.shape != h.shape[:-1]:
@@ -144,7 +148,7 @@ def harmonic_loss(
         if reduction == "mean":
             weight = weight / weight.sum().clamp_min(1)
         flat = torch.where(kept, flat, 0)
-        arguments = (x, y, u, v, strength, bias, flat, row, link, options)
+        arguments = (x, y, u, v, strength, bias, flat, row, link, options, impl in ("auto", "numba"))
         if impl == "dense":
             losses = _token_losses(*arguments) * weight
             return losses.view(targets.shape) if reduction == "none" else losses.sum()
@@ -153,8 +157,8 @@ def harmonic_loss(
         return losses.view(targets.shape) if reduction == "none" else losses
 
 
-def _token_losses(x, y, u, v, strength, bias, targets, row, link, options):
-    logits = _logits(log_pairs(row, x, y, u, v, options), strength, link, bias)
+def _token_losses(x, y, u, v, strength, bias, targets, row, link, options, compiled):
+    logits = _logits(log_pairs(row, x, y, u, v, options, compiled), strength, link, bias)
     return F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -171,8 +175,8 @@ class _Chunked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, y, u, v, strength, bias, targets, row, link, options, weight, per_token, needs_grad):
-        ctx.constants = (row, link, options)
+    def forward(ctx, x, y, u, v, strength, bias, targets, row, link, options, compiled, weight, per_token, needs_grad):
+        ctx.constants = (row, link, options, compiled)
         ctx.per_token = per_token
         inputs = (x, y, u, v, strength, bias)
         losses, gradients = _run(inputs, targets, weight, ctx.constants, needs_grad and not per_token)
@@ -188,7 +192,7 @@ class _Chunked(torch.autograd.Function):
             _, gradients = _run(inputs, targets, weight * upstream, ctx.constants, True)
         else:
             gradients = [g if g is None else g * upstream for g in ctx.saved_tensors]
-        return *gradients, *(None,) * 7
+        return *gradients, *(None,) * 8
 
 
 def _run(inputs, targets, weight, constants, needs_grad):

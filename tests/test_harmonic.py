@@ -522,3 +522,50 @@ def test_the_mean_over_no_targets_is_zero():
 def test_table_of_formulas_has_every_head():
     table = formula_table()
     assert all(f"| `{name}` |" in table for name in HEADS) and len(table.splitlines()) == len(HEADS) + 2
+
+
+@pytest.mark.parametrize(("n", "v", "c"), [(13, 103, 37), (1, 5, 3), (2, 4, 8), (61, 1003, 37), (1, 1, 1)])
+@pytest.mark.parametrize("setting", [*SETTINGS, ("minkowski", {"p": 2.5})], ids=name_of)
+def test_compiled_kernels_equal_the_truth(setting, n, v, c):
+    """Numba against float64: errors of loss and gradients no larger than dense float32's, with remainders in every dimension."""
+    name, options = setting
+    h, w = vectors(torch.float32, n=n, v=v, c=c)
+    y = torch.arange(n) % v
+    options = {**options, **{k: p.float() for k, p in parameters(name, c).items()}}
+
+    def run(dtype, impl):
+        settings = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+        a, b = h.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
+        loss = harmonic_loss(a, b, y, name, exponent=7.0, impl=impl, reduction="sum", **settings)
+        loss.backward()
+        return loss.detach().double(), a.grad.double(), b.grad.double()
+
+    truth = run(torch.float64, "dense")
+    plain, fast = run(torch.float32, "dense"), run(torch.float32, "numba")
+    for exact, naive, found in zip(truth, plain, fast, strict=True):
+        assert (found - exact).abs().max() <= (naive - exact).abs().max() + 1e-5 * max(1.0, exact.abs().max().item())
+
+
+def test_the_elementwise_distances_are_compiled():
+    """All but the smooth maximum take a Numba kernel at their default settings."""
+    x = torch.ones(2, 3)
+    slow = set()
+    for name in DISTANCES:
+        row, settings = resolve(name, **DISTANCES[name].options)
+        options = {k: v for k, v in settings.items() if k in row.kernel_options} | row.fixed
+        if row.kernel != "l2" and not dense.find_compiled(x, row.kernel, options):
+            slow.add(name)
+    assert slow == {"chebyshev_smooth"}
+
+
+def test_compiled_kernels_take_views_and_follow_torchs_threads():
+    h, w = (x[::2].requires_grad_() for x in vectors(torch.float32, n=26, v=206))  # not contiguous
+    y, before = torch.arange(13), torch.get_num_threads()
+    found = []
+    for threads in (1, before):
+        torch.set_num_threads(threads)
+        found.append(torch.autograd.grad(harmonic_loss(h, w, y, "manhattan", impl="numba"), (h, w)))
+    torch.set_num_threads(before)
+    expected = torch.autograd.grad(harmonic_loss(h, w, y, "manhattan", impl="dense"), (h, w))
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)

@@ -1,5 +1,5 @@
 """Raw values for all (token, prototype) pairs.
 
-`dense.py` is the readable truth on any device. `cpu.py` (Numba) and `gpu.py` (Triton) are the places of the fused kernels, which must
-agree with it; until they stand, `impl="auto"` takes the chunked path over `dense.py`.
+`dense.py` is the readable truth on any device; `cpu.py` (Numba) computes the elementwise kernels in float32 on CPUs, and must agree with
+it. `gpu.py` is the place of Triton kernels; until they stand, a GPU takes the chunked path over `dense.py`.
 """

@@ -21,6 +21,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+try:
+    from harmonic.kernels import cpu
+except ImportError:  # without Numba the blocks below serve everything
+    cpu = None
+
 # A block of (rows, prototypes, coordinates) small enough to stay in a core's cache: 2^18 floats are 1 MiB.
 BLOCK = 2**18
 # The matmul form of l2 loses log2((|h|^2 + |w|^2) / d^2) bits. Pairs that lose more than 4 are computed again from the difference.
@@ -113,12 +118,25 @@ def above(raw, low):
 
 
 @torch.compiler.disable  # blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing
-def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, **options) -> torch.Tensor:
-    """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra memory: a few (N, V)."""
+def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, compiled: bool = False, **options) -> torch.Tensor:
+    """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra memory: a few (N, V).
+
+    compiled: take the Numba kernel where there is one and the operands are finite float32 on a CPU.
+    """
     k = KERNELS[kernel]
     if k.matmul:
         return k.matmul(h, w)
-    return above(_blocks(h, w, k.value, **options), floor(kernel, h, **options)[:, None] + floor(kernel, w, **options))
+    found = find_compiled(h, kernel, options) if compiled else None
+    if found and (h.detach().sum() + w.detach().sum()).isfinite():  # compiled loops may reorder, so a NaN takes the readable way
+        raw = cpu.Pairs.apply(h, w, found)
+    else:
+        raw = _blocks(h, w, k.value, **options)
+    return above(raw, floor(kernel, h, **options)[:, None] + floor(kernel, w, **options))
+
+
+def find_compiled(x: torch.Tensor, kernel: str, options: dict):
+    """The Numba kernel for tensors like x, or None."""
+    return cpu.find(kernel, options) if cpu and x.device.type == "cpu" and x.dtype == torch.float32 else None
 
 
 def paired(h: torch.Tensor, w: torch.Tensor, kernel: str, **options) -> torch.Tensor:
