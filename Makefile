@@ -21,14 +21,15 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# Each step does nothing when its result is there, so that a second `make demo` only prints where the report is.
+# Preparation and training go on from what is there: a second `make demo` only samples again and prints where the report is.
 demo: $(VENV)/installed
 	$(RUN) prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki
 	$(RUN) train.py configs/demo.yaml --head=cross_entropy --out_dir=out/demo/cross_entropy --init_from=auto
 	$(RUN) train.py configs/demo.yaml --head=cosine --out_dir=out/demo/cosine --init_from=auto
 	$(RUN) sample.py --out_dir=out/demo/cross_entropy --start="The city of" --max_new_tokens=60
 	$(RUN) sample.py --out_dir=out/demo/cosine --start="The city of" --max_new_tokens=60
-	$(RUN) -m analysis.report out/demo/cross_entropy out/demo/cosine --out=out/demo/report.html
+	@test out/demo/report.html -nt out/demo/cosine/metrics.jsonl || $(RUN) -m analysis.report out/demo/cross_entropy out/demo/cosine --out=out/demo/report.html
+	@echo "the report: out/demo/report.html"
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -n 2

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from harmonic import HEADS, HarmonicHead
+from harmonic import CONTROLS, HEADS, HarmonicHead
 
 
 @dataclass
@@ -115,14 +115,16 @@ class ModelConfig:
             found.append(f"head_init_std={self.head_init_std} must be positive")
         if self.qk_norm and self.arch != "qwen":
             found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
-        if self.exponent is not None and (
-            self.head in ("cross_entropy", "cosine_linear") or (self.link == "softmax" and self.scale is not None)
-        ):
+        if self.exponent is not None and (self.head in CONTROLS or (self.link == "softmax" and self.scale is not None)):
             found.append(
                 f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}"
                 + (", scale set" if self.scale is not None else "")
             )
-        if self.scale is not None and (self.link == "harmonic" or self.head in ("cross_entropy", "cosine_linear")):
+        if self.link != "harmonic" and self.head in CONTROLS:
+            found.append(f"link={self.link} does nothing with head={self.head}: a control has no distance")
+        if self.rope_theta != 1e6 and self.arch != "qwen":
+            found.append(f"rope_theta={self.rope_theta} is for arch=qwen, not {self.arch}")
+        if self.scale is not None and (self.link == "harmonic" or self.head in CONTROLS):
             found.append(
                 f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale belongs to a distance with link=softmax"
             )
@@ -401,7 +403,7 @@ def pick(logits, temperature, top_k, top_p, generators):
     """Draws a token per row of logits (B, V) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         smallest = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)

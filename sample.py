@@ -19,7 +19,7 @@ from harmonic import contributions, paired_distance
 from harmonic.distances import resolve
 from training import checkpoint
 from training.config import UserError, check, cli, parse
-from training.data import data_folder
+from training.data import tokenizer_folder
 from training.distributed import check_device
 from training.tokenizer import load_tokenizer
 
@@ -57,6 +57,8 @@ class SampleConfig:
 
     def problems(self) -> list[str]:
         found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("num_samples", "max_new_tokens") if getattr(self, k) < 1]
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
         if self.temperature < 0:
             found.append(f"temperature={self.temperature} must not be negative")
         if self.top_k is not None and self.top_k < 1:
@@ -152,7 +154,7 @@ def main():
     (c,) = parse(sys.argv[1:], SampleConfig, words="start")
     device = check_device(c.device)
     model, stored, manifest = checkpoint.load_run(c.out_dir, device)
-    tokenizer = load_tokenizer(stored["tokenizer"], data_folder(stored["dataset"]))
+    tokenizer = load_tokenizer(stored["tokenizer"], tokenizer_folder(Path(c.out_dir), stored["dataset"]))
     masked = model.config.arch == "bert"
     if masked and not c.start:
         raise UserError("a bert does not write on, it fills masks: give --start='The film was [MASK].'")

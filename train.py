@@ -10,6 +10,7 @@ A config is a YAML file given first; flags are --key=value and override it. The 
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from training import checkpoint, distributed
 from training.config import TrainConfig, UserError, check, cli, parse, read_yaml, split_flags, write_yaml
 from training.data import data_folder, load_data, masked_count, training_batches, validation_batches, validation_windows
 from training.telemetry import Emissions, Metrics, check_loggers, duration, environment, peak_flops
+from training.tokenizer import BPE_FILE
 
 
 def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
@@ -52,6 +54,8 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
                 if not (k in ("vocab_size", "real_vocab_size") and getattr(model, k) == 0)
             ]
         )
+        if config.dataset != base["dataset"]:
+            raise UserError(f"cannot resume {out_dir} with dataset={config.dataset}: the run has dataset={base['dataset']}")
         model.vocab_size, model.real_vocab_size = base["vocab_size"], base["real_vocab_size"]
     return model, config, resume
 
@@ -167,18 +171,23 @@ def main():
     # the run's folder
     metrics = emissions = None
     if p.main and not c.eval_only:
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out_dir={out_dir} cannot be made: {error.strerror}") from None
         if not resume:
             for name in ("ckpt", "tensorboard"):
                 shutil.rmtree(out_dir / name, ignore_errors=True)
             for name in ("config.yaml", "environment.json", "metrics.jsonl", *(f.name for f in out_dir.glob("emissions*.csv"))):
                 (out_dir / name).unlink(missing_ok=True)
-        out_dir.mkdir(parents=True, exist_ok=True)
+        if (data.folder / BPE_FILE).is_file():  # so that the run can be sampled wherever it is
+            shutil.copyfile(data.folder / BPE_FILE, out_dir / BPE_FILE)
         write_yaml(out_dir / "config.yaml", m, replace(c, init_from="scratch", overwrite=False, eval_only=False))
         (out_dir / "environment.json").write_text(json.dumps(environment(device, p.world), indent=2))
         metrics = Metrics(out_dir, iteration, c.tensorboard, c.wandb, {**vars(m), **vars(c)})
     p.barrier()
     if c.emissions and p.local_rank == 0 and not c.eval_only:  # one tracker a node
-        emissions = Emissions(out_dir, c.emissions_country, p.rank // max(1, torch.cuda.device_count()) if p.rank else 0)
+        emissions = Emissions(out_dir, c.emissions_country, int(os.environ.get("GROUP_RANK", 0)))
 
     say(
         f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, {model.parameter_count() / 1e6:.2f} M parameters, head {model.head.extra_repr()}\n"
@@ -208,6 +217,7 @@ def main():
         loss = (total[0] / total[1]).item()
         found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
         if m.arch != "bert":  # masked prediction gives no likelihood of a text
+            # the split's own tokens per byte: the windows are an even sample of it
             found["bits_per_byte"] = loss / math.log(2) * val.tokens / val.bytes
         if kl is not None:
             found["kl_to_softmax"] = kl
@@ -338,7 +348,10 @@ def main():
             if iteration % c.log_interval == 0:
                 flush()
     except KeyboardInterrupt:
-        say(f"\ninterrupted at iteration {iteration}; go on with: python train.py --init_from=resume --out_dir={out_dir}", file=sys.stderr)
+        kept = [f.name for f in checkpoint.manifests(out_dir)][-1:]
+        resume_command = f"python train.py --init_from=resume --out_dir={out_dir}"
+        how = f"go on from {kept[0]} with: {resume_command}" if kept else "no checkpoint was written yet"
+        say(f"\ninterrupted at iteration {iteration}; {how}", file=sys.stderr)
         sys.exit(130)
     finally:
         used = emissions.stop() if emissions else None

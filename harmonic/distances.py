@@ -9,6 +9,7 @@ Sources: A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01
 here: tests, the documentation's table, `--help` and the benchmark loop over `DISTANCES`.
 """
 
+import contextlib
 import difflib
 import math
 from collections.abc import Callable
@@ -57,13 +58,20 @@ class Distance:
 # maps
 
 
+def _unit(x, order):
+    """x over its norm of that order, at any scale of x without over- or underflow; a row of zeros stays one."""
+    size = x.detach().abs().amax(-1, keepdim=True)
+    zero = size == 0
+    x = x / torch.where(zero, 1.0, size)  # the result does not depend on the scale, so neither does its gradient
+    return x / torch.where(zero, 1.0, torch.linalg.vector_norm(x, ord=order, dim=-1, keepdim=True))
+
+
 def _normalize(x, training=False):
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return _unit(x, 2)
 
 
 def _normalize_l1(x, training=False):
-    x = x.abs()
-    return x / x.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return _unit(x.abs(), 1)
 
 
 def _soft(x, training=False, t=1.0):
@@ -219,7 +227,7 @@ CONTROLS = {
         log_distance=lambda raw, u, v: raw,
         source="the usual softmax unembedding",
     ),
-    "cosine_linear": Distance(
+    "cosine_linear": Distance(  # 1 + cos is floored at twice the precision of the number format
         "logit = log((1 + cos(h, w)) / 2)",
         "dot",
         map=_normalize,
@@ -276,6 +284,21 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@contextlib.contextmanager
+def exactly(device: torch.device):
+    """Distances inside are float32 and nothing less: no autocast, no TF32, whatever the caller has set."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        if precision == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
 def operands(h, w, name, training=False, **settings):
     """Everything a kernel and its epilogue need: -> (row, mapped h, mapped w, terms of h, terms of w, kernel options)."""
     row, settings = resolve(name, **settings)
@@ -303,14 +326,14 @@ def distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.T
     """
     if name in CONTROLS:
         raise ValueError(f"{name} is a control, not a distance")
-    with torch.autocast(h.device.type, enabled=False):
+    with exactly(h.device):
         row, x, y, u, v, options = operands(h.reshape(-1, h.shape[-1]), w, name, **settings)
         return log_pairs(row, x, y, u, v, options).exp().view(*h.shape[:-1], len(w))
 
 
 def paired_distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
     """d of rows paired by broadcasting: (..., C), (..., C) -> (...). For a control: its logits."""
-    with torch.autocast(h.device.type, enabled=False):
+    with exactly(h.device):
         row, h, w, u, v, options = operands(h, w, name, **settings)
         value = row.log_distance(dense.paired(h, w, row.kernel, **options, **row.fixed), u, v, **options)
         return value if name in CONTROLS else value.exp()
@@ -323,8 +346,9 @@ def contributions(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> to
     Exact for the sums (l2 shares are of the square). The maximum gives all to one coordinate, the smooth maximum its softmax weights.
     For a dot product the shares are of sum |h w|.
     """
-    row, h, w, _, _, options = operands(h, w, name, **settings)
-    terms = dense.KERNELS[row.kernel].terms(h, w, **options, **row.fixed).abs()
+    with exactly(h.device):
+        row, h, w, _, _, options = operands(h, w, name, **settings)
+        terms = dense.KERNELS[row.kernel].terms(h, w, **options, **row.fixed).abs()
     return terms / terms.sum(-1, keepdim=True).clamp_min(torch.finfo(terms.dtype).tiny)
 
 

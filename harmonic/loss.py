@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from harmonic.distances import CONTROLS, HEADS, log_pairs, operands, paired_distance, resolve
+from harmonic.distances import CONTROLS, HEADS, exactly, log_pairs, operands, paired_distance, resolve
 from harmonic.kernels import dense
 
 LINKS = ("harmonic", "softmax")
@@ -92,7 +92,7 @@ def harmonic_logits(
         settings: the distance's options and trained parameters, see `distance`.
     Raises: ValueError for unknown names, non-positive numbers, mismatched sizes.
     """
-    with torch.autocast(h.device.type, enabled=False):
+    with exactly(h.device):
         row, x, y, u, v, options = operands(h.reshape(-1, h.shape[-1]), w, name, training, **settings)
         link, strength = _strength(name, link, w.shape[-1], exponent, scale, settings)
         return _logits(log_pairs(row, x, y, u, v, options, compiled=True), strength, link, bias).view(*h.shape[:-1], len(w))
@@ -134,7 +134,7 @@ def harmonic_loss(
         raise ValueError(f"unknown reduction {reduction!r}; choose from mean, sum, none")
     if targets.shape != h.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not match h {tuple(h.shape)}")
-    with torch.autocast(h.device.type, enabled=False):
+    with exactly(h.device):
         row, x, y, u, v, options = operands(h.reshape(-1, h.shape[-1]), w, name, training, **settings)
         link, strength = _strength(name, link, w.shape[-1], exponent, scale, settings)
         strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device)
@@ -189,7 +189,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, upstream):
         if ctx.per_token:
             *inputs, targets, weight = ctx.saved_tensors
-            _, gradients = _run(inputs, targets, weight * upstream, ctx.constants, True)
+            with exactly(upstream.device):
+                _, gradients = _run(inputs, targets, weight * upstream, ctx.constants, True)
         else:
             gradients = [g if g is None else g * upstream for g in ctx.saved_tensors]
         return *gradients, *(None,) * 8
@@ -331,11 +332,13 @@ def softmax_linearization_kl(h: torch.Tensor, head: HarmonicHead) -> float | Non
     row, _ = resolve(head.name, **head.options)
     if row.kernel != "l2" or head.kind != "harmonic":
         return None
-    _, x, y, u, v, options = operands(h, head.prototypes(), head.name, **head.geometry())
-    log_d = log_pairs(row, x, y, u, v, options)
-    m = head.strength() / (2 if row.degree == 1 else 1)
-    squares = x.square().sum(-1, keepdim=True)
-    r0 = squares if row.degree == 1 else torch.full_like(squares, 2.0)
-    raw = squares + y.square().sum(-1) - 2 * x @ y.T
-    p, q = (-head.strength() * log_d).log_softmax(-1), (-m * raw / r0).log_softmax(-1)
-    return F.kl_div(q, p, log_target=True, reduction="batchmean").item()
+    with exactly(h.device):
+        _, x, y, u, v, options = operands(h, head.prototypes(), head.name, **head.geometry())
+        log_d = log_pairs(row, x, y, u, v, options)
+        degree = row.degree  # 1: d is the root of the raw value r; 0: d is r / 2
+        log_r = 2 * log_d if degree == 1 else log_d + math.log(2)
+        squares = x.square().sum(-1, keepdim=True)
+        r0 = squares if degree == 1 else torch.full_like(squares, 2.0)
+        m = head.strength() / (2 if degree == 1 else 1)
+        p, q = (-m * log_r).log_softmax(-1), (-m * log_r.exp() / r0).log_softmax(-1)
+        return F.kl_div(q, p, log_target=True, reduction="batchmean").item()

@@ -54,7 +54,14 @@ def test_the_run_folder_is_as_documented(train, tmp_path):
     status, out, _ = train(head="mahalanobis", max_iters=4, eval_interval=2, emissions=True, log_interval=2)
     assert status == 0 and "Wh" in out and "ETA" in out and "tokens/s" in out
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl", "emissions.csv", "ckpt"}
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "emissions.csv",
+        "tokenizer.json",
+        "ckpt",
+    }
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert (
         stored["head"] == "mahalanobis"
@@ -76,7 +83,7 @@ def test_the_run_folder_is_as_documented(train, tmp_path):
 
 def test_newest_and_best_checkpoints_are_kept(train, tmp_path):
     """A learning rate that destroys the model: the best checkpoint is an early one, and stays."""
-    status, _, err = train(head="cross_entropy", max_iters=6, eval_interval=1, learning_rate=30.0, warmup_iters=4, grad_clip=0)
+    status, _, err = train(head="cross_entropy", max_iters=6, eval_interval=1, learning_rate=3.0, warmup_iters=4, grad_clip=0)
     assert status == 0, err
     losses = {r["iter"]: r["val_loss"] for r in read_metrics(tmp_path / "run") if "val_loss" in r and r["iter"] > 0}
     best = min(losses, key=losses.get)
@@ -233,7 +240,14 @@ BAD = {
     "unknown device": (dict(device="gpu"), ["unknown device"]),
     "batch_size": (dict(batch_size=0), ["batch_size=0 must be at least 1"]),
     "learning_rate": (dict(learning_rate=0), ["learning_rate=0.0 must be positive"]),
-    "nccl on cpu": (dict(max_iters=-1), ["max_iters=-1"]),
+    "max_iters": (dict(max_iters=-1), ["max_iters=-1"]),
+    "min_lr": (dict(min_lr=-1), ["min_lr=-1.0 must not be negative"]),
+    "seed": (dict(seed=99999999999), ["seed=99999999999 is not in"]),
+    "country": (dict(emissions_country="XX"), ["three letters"]),
+    "link of a control": (dict(head="cross_entropy", link="softmax"), ["link=softmax does nothing with head=cross_entropy"]),
+    "rope of gpt": (dict(rope_theta=1e4), ["rope_theta=10000.0 is for arch=qwen"]),
+    "meta device": (dict(device="meta"), ["unknown device"]),
+    "out_dir under a file": (dict(out_dir="/dev/null/x"), ["out_dir=/dev/null/x cannot be made"]),
 }
 
 

@@ -59,7 +59,7 @@ def save(out_dir: Path, iteration: int, model: Model, state: dict, counters: dic
     os.replace(aside, folder)
     fsync(folder.parent)
     kept = {folder, best(out_dir)}
-    for path in folder.parent.iterdir():
+    for path in (*folder.parent.glob("iter_*"), *folder.parent.glob(".iter_*")):  # and what killed runs left aside; nothing foreign
         if path not in kept:
             shutil.rmtree(path)
     return folder
@@ -106,7 +106,9 @@ def read(folder: Path, training: bool = True) -> tuple[dict, dict | None, dict]:
     manifest = _manifest(folder)
     for file, expected in manifest["sha256"].items():
         if not (folder / file).is_file() or ((training or file == "model.safetensors") and _sha256(folder / file) != expected):
-            raise UserError(f"checkpoint {folder} is damaged: {file} does not match its sha256")
+            raise UserError(
+                f"checkpoint {folder} is damaged: {file} does not match its sha256; delete the folder to use an older checkpoint"
+            )
     try:
         state = torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True) if training else None
     except pickle.UnpicklingError:

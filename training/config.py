@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import sys
 import typing
 from pathlib import Path
@@ -86,7 +87,7 @@ class TrainConfig:
     emissions: bool = True
     """measure energy with CodeCarbon (offline)"""
     emissions_country: str = "USA"
-    """ISO code of the country whose electricity is used, for kg CO2e"""
+    """ISO 3166 alpha-3 code of the country whose electricity is used, for kg CO2e"""
 
     def problems(self) -> list[str]:
         found = [
@@ -96,7 +97,15 @@ class TrainConfig:
             ).items()
             if getattr(self, key) < least
         ]
-        found += [f"{key}={getattr(self, key)} must not be negative" for key in ("weight_decay", "grad_clip") if getattr(self, key) < 0]
+        for key in ("weight_decay", "prototype_decay", "grad_clip", "min_lr"):
+            if getattr(self, key) is not None and getattr(self, key) < 0:
+                found.append(f"{key}={getattr(self, key)} must not be negative")
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
+        if not self.out_dir:
+            found.append("out_dir is empty: name a folder")
+        if not re.fullmatch("[A-Z]{3}", self.emissions_country):
+            found.append(f"emissions_country={self.emissions_country}: expected a code of three letters, such as USA, DEU or IND")
         if not self.learning_rate > 0:
             found.append(f"learning_rate={self.learning_rate} must be positive")
         found += [f"{key}={getattr(self, key)} is not in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
@@ -223,7 +232,7 @@ def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool
         if value is None and not origin:
             problems.append(f"--{key} needs a value: --{key}=...")
             continue
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
         if words == key and origin == "":
             values.setdefault(key, []).append(value)
             continue

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from training.config import UserError, nearest
-from training.tokenizer import Tokenizer, load_tokenizer
+from training.tokenizer import BPE_FILE, Tokenizer, load_tokenizer
 
 MASKED = 0.15  # share of a window's tokens that masked-language training predicts (BERT, section 3.1)
 NONE = -1  # target of a position that is not predicted
@@ -57,6 +57,11 @@ def data_folder(dataset: str) -> Path:
     """`wiki` -> data/wiki; anything with a separator, or a folder that exists, is a path."""
     path = Path(dataset)
     return path if path.is_dir() or len(path.parts) > 1 else Path("data") / dataset
+
+
+def tokenizer_folder(run: Path, dataset: str) -> Path:
+    """Where a run's trained tokenizer lies: in the run, or, for runs without a copy, beside the data."""
+    return run if (run / BPE_FILE).is_file() else data_folder(dataset)
 
 
 def load_data(folder, tokenizer: str | None = None) -> Data:
@@ -104,7 +109,7 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
 
 def _without_meta(folder: Path, tokenizer: str) -> Data:
     words = load_tokenizer(tokenizer, folder)
-    dtype = np.dtype("<u2" if words.vocab_size <= 2**16 else "<u4")
+    dtype = np.dtype("<u2" if words.vocab_size <= 2**16 - 1 else "<u4")
     splits = {}
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
@@ -112,7 +117,8 @@ def _without_meta(folder: Path, tokenizer: str) -> Data:
             raise UserError(f"{path} is missing or empty")
         splits[name] = Split(path, dtype, path.stat().st_size // dtype.itemsize, 1)
     val = splits["val"]  # bits per byte needs the bytes of val only
-    val.bytes = max(1, sum(len(words.decode(val.read(i, 2**16)).encode()) for i in range(0, val.tokens, 2**16)))
+    pieces = (val.read(i, 2**16) for i in range(0, val.tokens, 2**16))
+    val.bytes = max(1, sum(len(words.decode(ids[ids != words.eot_id]).encode()) for ids in pieces))
     return Data(folder, tokenizer, words.vocab_size, words.eot_id, words.mask_id, splits)
 
 
@@ -180,6 +186,9 @@ def mask_tokens(window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray,
 def batch(split: Split, data: Data, starts: list[int], block_size: int, masked: list[tuple] | None = None):
     """Windows at `starts` -> (inputs, targets), int64 (B, T) each: the next token, or with `masked` (a key each) BERT's noise."""
     windows = [split.read(start, block_size + (masked is None)) for start in starts]
+    highest = max(w.max() for w in windows)
+    if highest >= data.vocab_size:
+        raise UserError(f"{split.path} holds the id {highest}, but its vocabulary {data.tokenizer} has {data.vocab_size}: prepare it again")
     if masked is None:
         both = np.stack(windows)
         return torch.from_numpy(both[:, :-1].copy()), torch.from_numpy(both[:, 1:].copy())

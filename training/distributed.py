@@ -45,8 +45,12 @@ def check_device(device: str) -> str:
         kind = torch.device(device).type
     except RuntimeError:
         raise UserError(f"device={device}: unknown device; use auto, cpu, cuda or mps") from None
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={device}: unknown device; use auto, cpu, cuda or mps")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={device}: this machine has no CUDA device (or torch is a CPU build); use --device=cpu")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device={device}: this machine has no MPS device; use --device=cpu")
     return device
@@ -55,7 +59,9 @@ def check_device(device: str) -> str:
 def start(device: str, backend: str) -> Processes:
     """Joins the process group that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), if there is one."""
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if device == "cuda" and world > 1:
+    if device.startswith("cuda") and world > 1:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"more processes than CUDA devices on this machine ({torch.cuda.device_count()}): lower --nproc_per_node")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     if world > 1:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def peak_flops(device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name) and "Laptop" not in name), None)
 
 
 class Metrics:
@@ -64,7 +65,7 @@ class Metrics:
         if wandb:
             import wandb as module
 
-            self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config, resume="allow", id=f"{out_dir.name}-{os.getpid()}")
+            self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config)
 
     def write(self, record: dict):
         """A record with `iter`; a number that is not finite is written as its name, for JSON has none."""
@@ -136,6 +137,7 @@ class Emissions:
     def __init__(self, out_dir: Path, country: str, node: int = 0):
         from codecarbon import OfflineEmissionsTracker
 
+        out_dir.mkdir(parents=True, exist_ok=True)  # another node's disk may not have it yet
         logging.getLogger("codecarbon").setLevel(logging.ERROR)
         self.tracker = OfflineEmissionsTracker(
             country_iso_code=country,
@@ -178,7 +180,9 @@ def environment(device: str, world: int) -> dict:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device} ({platform.processor() or platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"{device} ({platform.processor() or platform.machine()})",
         "threads": torch.get_num_threads(),
         "world_size": world,
         "command": " ".join(sys.argv),
