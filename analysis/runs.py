@@ -56,7 +56,7 @@ def find_runs(folders: list[str]) -> list[Run]:
         try:
             model_config, config = parse([], ModelConfig, TrainConfig, base=stored)
         except UserError as error:
-            raise UserError(f"{path / 'config.yaml'}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
         runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
     return runs
 

@@ -369,7 +369,7 @@ def test_minutes_add_up_over_resumed_starts():
         (["{home}/out/ce", "{home}/out/ce"], "is named twice"),
         (["{tmp}/empty"], "holds no checkpoint"),
         (["{tmp}/damaged"], "does not match its sha256"),
-        (["{tmp}/config"], "{tmp}/config/config.yaml: stored: haed: unknown key; did you mean head?"),
+        (["{tmp}/config"], "{tmp}/config: config.yaml: haed: unknown key; did you mean head?"),
         (["{home}/out/ce", "--out={tmp}/no/p.csv"], "the folder {tmp}/no does not exist"),
         (["{home}/out/ce", "--device=tpux"], "unknown device"),
         (["{home}/out/ce", "--sead=1"], "unknown key"),

@@ -361,7 +361,7 @@ def test_killed_preparation_leaves_nothing_finished(tmp_path):
 
 
 def test_interrupted_preparation_says_so(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", make_documents(5000, length=600))
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(30000, length=600))  # some seconds of work even where this test is starved
     process = start([f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=gpt2", "--num_proc=2"], tmp_path / ".out.partial")
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the processes that encode as well
     _, stderr = process.communicate(timeout=20)
