@@ -3,11 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test lint format bench clean
 
 help:
-	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 6 minutes on 2 cores)"
-	@echo "make test       the tests (about 5 minutes on 2 cores); make test-slow runs the slow ones too"
+	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
+	@echo "make test       the tests (about 5 minutes on 2 cores)"
 	@echo "make lint       ruff; make format mends what it can"
 	@echo "make bench      the speed and memory tables"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
@@ -33,9 +33,6 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -n 2
-
-test-slow: $(VENV)/installed-dev
-	$(RUN) -m pytest -q -m "slow or not slow"
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff format --check .

@@ -39,7 +39,7 @@ class SampleConfig:
     max_new_tokens: int = 200
     """tokens to add; beyond block_size the context slides"""
     temperature: float = 0.8
-    """below 1 bolder choices, above 1 more random ones; 0 = always the likeliest token"""
+    """below 1 safer choices, above 1 more random ones; 0 = always the likeliest token"""
     top_k: int | None = 200
     """choose among the k likeliest tokens; null = all"""
     top_p: float | None = None

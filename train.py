@@ -121,10 +121,8 @@ def main():
     if c.compile:
         check_compiler(device)
     if c.init_from == "scratch" and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
-        raise UserError(
-            f"{out_dir} already holds a run: go on with --init_from=resume --out_dir={out_dir}, "
-            "replace it with --overwrite=true, or name another --out_dir"
-        )
+        go_on = f"go on with --init_from=resume --out_dir={out_dir}, " if checkpoint.manifests(out_dir) else ""
+        raise UserError(f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name another --out_dir")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir={out_dir} is a file")
 

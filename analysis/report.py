@@ -81,7 +81,7 @@ class ReportConfig:
     max_new_tokens: int = 60
     """tokens of a sample"""
     temperature: float = 0.8
-    """below 1 bolder choices, above 1 more random ones; 0 = always the likeliest token"""
+    """below 1 safer choices, above 1 more random ones; 0 = always the likeliest token"""
     top_k: int = 200
     """choose among the k likeliest tokens"""
     seed: int = 1337

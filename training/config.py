@@ -156,9 +156,8 @@ def read_yaml(path) -> dict:
     """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat mapping."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            f"no config file {path}" + (nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else "")
-        )
+        there = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.yaml")})
+        raise UserError(f"no config file {path}{nearest(path, there) if there else ''}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -209,7 +208,7 @@ def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool
     """
     fields = {f.name: f for s in schemas for f in dataclasses.fields(s)}
     types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
-    doc = inspect.getdoc(inspect.getmodule(schemas[-1])) or ""
+    doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")  # the script's own: what it does, and examples
     parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
     for schema in schemas:
         parser.add_class_arguments(schema, fail_untyped=True)
