@@ -42,21 +42,9 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
         base = read_yaml(out_dir / "config.yaml")
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     if resume:
-        changed = [
-            k
-            for k in ModelConfig.__dataclass_fields__
-            if k in base and k != "head_impl" and getattr(model, k) != base[k] and k != "dropout"
-        ]
-        check(
-            [
-                f"cannot resume {out_dir} with {k}={getattr(model, k)}: the run has {k}={base[k]}"
-                for k in changed
-                if not (k in ("vocab_size", "real_vocab_size") and getattr(model, k) == 0)
-            ]
-        )
-        if config.dataset != base["dataset"]:
-            raise UserError(f"cannot resume {out_dir} with dataset={config.dataset}: the run has dataset={base['dataset']}")
-        model.vocab_size, model.real_vocab_size = base["vocab_size"], base["real_vocab_size"]
+        free = ("head_impl", "dropout")  # no part of the weights
+        now = {**{k: v for k, v in vars(model).items() if k not in free}, "dataset": config.dataset}
+        check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
     return model, config, resume
 
 
