@@ -1,9 +1,9 @@
 """Every distance: its formula, map, kernel and epilogue, in one table.
 
 A distance is a *map* of both operands, one of the *kernels* (`kernels/dense.py`) on all pairs, and an *epilogue* that turns raw values
-into log d:
+into d, with rank-one terms in its denominator where there are any:
 
-    log d(h, w) = log_distance(kernel(map(h), map(w)), terms(map(h)), terms(map(w)))
+    d(h, w) = (factor kernel(x, y))^root / max(|terms(x) + terms(y)|, floor),   x = map(h), y = map(w)
 
 Sources: A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01628 (the harmonic loss). To add a distance, add an entry
 here: tests, the documentation's table, `--help` and the benchmark loop over `DISTANCES`.
@@ -26,9 +26,13 @@ class Distance:
 
     formula: as documentation prints it, sums over coordinates.
     kernel: l2 | lp | linf | lse | canberra | dot (controls only).
-    map: (x, training, **settings) -> mapped x, on h and on w alike, (..., C) -> (..., C).
-    log_distance: (raw, u, v, **options) -> log d, with u and v the operands' `terms` (None where there are none).
-    terms: (mapped x) -> (...), a rank-one term the epilogue needs, such as a norm.
+    map: (x, noise, **settings) -> mapped x, on h and on w alike, (..., C) -> (..., C); None: x itself. noise: a torch.Generator while
+        training, for a map that needs one, else None.
+    prepare: (**trained parameters) -> the settings that the map takes in their place, computed once.
+    noisy: the map draws noise while training.
+    elementwise: the map costs no more than a few operations a coordinate, so that it may be computed again to save memory.
+    factor, root, terms, floor: of the epilogue; root: (**options) -> number; terms: (mapped x) -> (...).
+    logit: (raw) -> logit, of a control, in place of the epilogue.
     degree: k in d(ch, cw) = c^k d(h, w) for c > 0; None where d is not homogeneous.
     options: numbers a user may set and their defaults; those named in `kernel_options` go to the kernel.
     fixed: kernel options that are part of the definition.
@@ -41,9 +45,15 @@ class Distance:
 
     formula: str
     kernel: str
-    map: Callable = lambda x, training=False: x
-    log_distance: Callable = lambda raw, u, v, **options: raw.log()
+    map: Callable | None = None
+    prepare: Callable = lambda **trained: trained
+    noisy: bool = False
+    elementwise: bool = True
+    factor: float = 1.0
+    root: Callable = lambda **options: 1.0
     terms: Callable | None = None
+    floor: float = torch.finfo(torch.float32).tiny
+    logit: Callable | None = None
     degree: int | None = 1
     options: dict = field(default_factory=dict)
     kernel_options: tuple = ()
@@ -66,27 +76,27 @@ def _unit(x, order):
     return x / torch.where(zero, 1.0, torch.linalg.vector_norm(x, ord=order, dim=-1, keepdim=True))
 
 
-def _normalize(x, training=False):
+def _normalize(x, noise=None):
     return _unit(x, 2)
 
 
-def _normalize_l1(x, training=False):
+def _normalize_l1(x, noise=None):
     return _unit(x.abs(), 1)
 
 
-def _soft(x, training=False, t=1.0):
+def _soft(x, noise=None, t=1.0):
     return torch.sigmoid(x / t)
 
 
-def _gumbel(x, training=False, t=1.0):
+def _gumbel(x, noise=None, t=1.0):
     """Binary Gumbel-softmax: the difference of two Gumbel variables is logistic noise, added while training only."""
-    if training:
-        u = torch.rand_like(x).clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps)
-        x = x + torch.logit(u)
+    if noise is not None:
+        u = torch.rand(x.shape, generator=noise, dtype=x.dtype, device=x.device)
+        x = x + torch.logit(u.clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps))
     return torch.sigmoid(x / t)
 
 
-def _hard(x, training=False, t=1.0):
+def _hard(x, noise=None, t=1.0):
     """1[x > 0] forward, the derivative of sigmoid(x / t) backward (straight-through)."""
     soft = torch.sigmoid(x / t)
     return (x > 0).to(x.dtype) + (soft - soft.detach())
@@ -95,35 +105,32 @@ def _hard(x, training=False, t=1.0):
 EPSILON_FULL = 1e-6  # in P = A A^T + eps I, keeps P positive definite whatever A becomes
 
 
-def _full(x, training=False, factor=None):
+def _positive(factor=None):
+    """Full Mahalanobis: -> L with P = L L' = A A' + eps I, from A."""
     if factor is None:
-        return x
+        return {}
     wide = factor.double()  # the factorisation needs the digits, not the distance
     p = wide @ wide.T + EPSILON_FULL * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return x @ torch.linalg.cholesky(p).to(x.dtype)
+    return {"factor": torch.linalg.cholesky(p).to(factor.dtype)}
 
 
-def _diagonal(x, training=False, theta=None):
+def _triangle(factor=None):
+    return {} if factor is None else {"factor": factor.tril()}
+
+
+def _linear(x, noise=None, factor=None):
+    return x if factor is None else x @ factor.to(x.dtype)
+
+
+def _diagonal(x, noise=None, theta=None):
     return x if theta is None else x * (theta.to(x.dtype) / 2).exp()
 
 
-def _triangular(x, training=False, factor=None):
-    return x if factor is None else x @ factor.tril().to(x.dtype)
+# roots and terms
 
 
-# epilogues
-
-
-def _half_log(raw, u, v):
-    return raw.log() / 2  # never the square root: d = sqrt(raw) has no gradient at 0
-
-
-def _over_signed_sum(raw, u, v):
-    return raw.log() - (u + v).abs().clamp_min(1e-3).log()  # the signed sum can vanish: floored at 1e-3
-
-
-def _over_sum(raw, u, v):
-    return raw.log() - (u + v).clamp_min(torch.finfo(raw.dtype).tiny).log()
+def _half(**options):
+    return 0.5  # never the square root: d = sqrt(raw) has no gradient at 0
 
 
 def _sum(x):
@@ -134,15 +141,15 @@ def _abs_sum(x):
     return x.abs().sum(-1)
 
 
-_mahalanobis = dict(kernel="l2", log_distance=_half_log, translation_invariant=True, source="A, Mahalanobis")
+_mahalanobis = dict(kernel="l2", root=_half, translation_invariant=True, source="A, Mahalanobis")
 
 DISTANCES = {
-    "euclidean": Distance("sqrt(sum (h-w)^2)", "l2", log_distance=_half_log, translation_invariant=True, source="B, eq. 1"),
+    "euclidean": Distance("sqrt(sum (h-w)^2)", "l2", root=_half, translation_invariant=True, source="B, eq. 1"),
     "manhattan": Distance("sum |h-w|", "lp", translation_invariant=True, source="A, Manhattan"),
     "minkowski": Distance(
         "(sum |h-w|^p)^(1/p)",
         "lp",
-        log_distance=lambda raw, u, v, p: raw.log() / p,
+        root=lambda p: 1 / p,
         options={"p": 1.5},
         kernel_options=("p",),
         translation_invariant=True,
@@ -162,14 +169,20 @@ DISTANCES = {
         "1 - cos(h, w)",
         "l2",
         map=_normalize,
-        log_distance=lambda raw, u, v: (raw / 2).log(),
+        factor=0.5,
         degree=0,
         exponent="sqrt_dim",
         source="A, cosine",
     ),
     "hamming_soft": Distance("sum |s(h)-s(w)|, s = sigmoid(x/t)", "lp", map=_soft, degree=None, options={"t": 1.0}, source="A, Hamming"),
     "hamming_gumbel": Distance(
-        "sum |s(h)-s(w)|, logistic noise in s while training", "lp", map=_gumbel, degree=None, options={"t": 1.0}, source="A, Hamming"
+        "sum |s(h)-s(w)|, logistic noise in s while training",
+        "lp",
+        map=_gumbel,
+        noisy=True,
+        degree=None,
+        options={"t": 1.0},
+        source="A, Hamming",
     ),
     "hamming_hard": Distance(
         "sum |1[h>0]-1[w>0]|, sigmoid's derivative",
@@ -192,22 +205,22 @@ DISTANCES = {
         source="A, Canberra",
     ),
     "bray_curtis": Distance(  # homogeneous wherever the floor of the denominator is not reached
-        "sum |h-w| / max(|sum h + sum w|, 0.001)", "lp", log_distance=_over_signed_sum, terms=_sum, degree=0, source="A, Bray-Curtis"
+        "sum |h-w| / max(|sum h + sum w|, 0.001)", "lp", terms=_sum, floor=1e-3, degree=0, source="A, Bray-Curtis"
     ),
-    "bray_curtis_abs": Distance(
-        "sum |h-w| / (sum |h| + sum |w|)", "lp", log_distance=_over_sum, terms=_abs_sum, degree=0, source="A, Bray-Curtis"
-    ),
+    "bray_curtis_abs": Distance("sum |h-w| / (sum |h| + sum |w|)", "lp", terms=_abs_sum, degree=0, source="A, Bray-Curtis"),
     "bray_curtis_normalized": Distance(  # loses signs: d(x, -x) = 0
         "sum |a(h)-a(w)| / 2, a = |x| / sum |x|",
         "lp",
         map=_normalize_l1,
-        log_distance=lambda raw, u, v: (raw / 2).log(),
+        factor=0.5,
         degree=0,
         source="A, Bray-Curtis",
     ),
     "mahalanobis": Distance(
         "sqrt((h-w)' P (h-w)), P = A A' + 1e-6 I",
-        map=_full,
+        map=_linear,
+        prepare=_positive,
+        elementwise=False,
         parameters=lambda dim: {"factor": torch.eye(dim) * math.sqrt(1 - EPSILON_FULL)},
         **_mahalanobis,
     ),
@@ -215,23 +228,28 @@ DISTANCES = {
         "sqrt(sum exp(theta) (h-w)^2)", map=_diagonal, parameters=lambda dim: {"theta": torch.zeros(dim)}, **_mahalanobis
     ),
     "mahalanobis_cholesky": Distance(
-        "|L' (h-w)|, L lower triangular", map=_triangular, parameters=lambda dim: {"factor": torch.eye(dim)}, **_mahalanobis
+        "|L' (h-w)|, L lower triangular",
+        map=_linear,
+        prepare=_triangle,
+        elementwise=False,
+        parameters=lambda dim: {"factor": torch.eye(dim)},
+        **_mahalanobis,
     ),
 }
 
-# Not harmonic. Their `log_distance` is the logit itself, and they take neither link, exponent nor scale.
+# Not harmonic: they take neither link, exponent nor scale.
 CONTROLS = {
     "cross_entropy": Distance(
         "logit = h . w",
         "dot",
-        log_distance=lambda raw, u, v: raw,
+        logit=lambda raw: raw,
         source="the usual softmax unembedding",
     ),
     "cosine_linear": Distance(  # 1 + cos is floored at twice the precision of the number format
         "logit = log((1 + cos(h, w)) / 2)",
         "dot",
         map=_normalize,
-        log_distance=lambda raw, u, v: ((1 + raw) / 2).clamp_min(torch.finfo(raw.dtype).eps).log(),
+        logit=lambda raw: ((1 + raw) / 2).clamp_min(torch.finfo(raw.dtype).eps).log(),
         degree=0,
         source='A\'s code, "cosine simple"',
     ),
@@ -272,9 +290,10 @@ def resolve(name: str, **settings) -> tuple[Distance, dict]:
 
 
 def split(row: Distance, settings: dict) -> tuple[dict, dict]:
-    """Settings -> (those of the map, those of the kernel and the epilogue)."""
-    kernel = {k: v for k, v in settings.items() if k in row.kernel_options}
-    return {k: v for k, v in settings.items() if k not in kernel}, kernel
+    """Settings -> (those that the map takes, those of the kernel and the epilogue)."""
+    trained = {k: v for k, v in settings.items() if k not in row.options}
+    mapping = {k: v for k, v in settings.items() if k in row.options and k not in row.kernel_options}
+    return {**mapping, **row.prepare(**trained)}, {k: v for k, v in settings.items() if k in row.kernel_options}
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -282,6 +301,12 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     if not x.is_floating_point():
         raise ValueError(f"expected floating-point vectors, got {x.dtype} of shape {tuple(x.shape)}")
     return x if x.dtype == torch.float64 else x.float()
+
+
+def together(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both wide, and float64 if one of them is."""
+    h, w = wide(h), wide(w)
+    return (h, w) if h.dtype == w.dtype else (h.double(), w.double())
 
 
 @contextlib.contextmanager
@@ -299,21 +324,52 @@ def exactly(device: torch.device):
             torch.set_float32_matmul_precision(precision)
 
 
-def operands(h, w, name, training=False, **settings):
-    """Everything a kernel and its epilogue need: -> (row, mapped h, mapped w, terms of h, terms of w, kernel options)."""
-    row, settings = resolve(name, **settings)
+def check_vectors(h, w, paired=False):
+    """ValueError, which names the sizes, for operands that no distance is defined for."""
     if h.shape[-1] != w.shape[-1]:
         raise ValueError(f"h and w differ in their last dimension: {tuple(h.shape)} and {tuple(w.shape)}")
+    if not paired and (w.dim() != 2 or not w.numel()):
+        raise ValueError(f"w {tuple(w.shape)} is not a table of prototypes (V, C)")
+    if h.device != w.device:
+        raise ValueError(f"h {tuple(h.shape)} is on {h.device}, w {tuple(w.shape)} on {w.device}")
+
+
+def noise_seed(row: Distance, training: bool) -> int | None:
+    """The seed of a map's noise, from torch's own generator; None where there is none. h takes it, w the next."""
+    return int(torch.randint(2**62, ())) if training and row.noisy else None
+
+
+def mapped(row: Distance, x: torch.Tensor, seed: int | None, mapping: dict) -> torch.Tensor:
+    """x behind the distance's map: (..., C) -> (..., C)."""
+    if row.map is None:
+        return x
+    return row.map(x, None if seed is None else torch.Generator(x.device).manual_seed(seed), **mapping)
+
+
+def operands(h, w, name, training=False, paired=False, **settings):
+    """Everything a kernel and its epilogue need: -> (row, mapped h, mapped w, terms of h, terms of w, kernel options)."""
+    row, settings = resolve(name, **settings)
+    check_vectors(h, w, paired)
+    h, w = together(h, w)
     mapping, options = split(row, settings)
-    h, w = (row.map(wide(x), training=training, **mapping) for x in (h, w))
+    seed = noise_seed(row, training)
+    h, w = mapped(row, h, seed, mapping), mapped(row, w, seed and seed + 1, mapping)
     u, v = (row.terms(h), row.terms(w)) if row.terms else (None, None)
     return row, h, w, u, v, options
+
+
+def log_distance(row, raw, u, v, options) -> torch.Tensor:
+    """Raw values and terms that broadcast against them -> log d; for a control, its logits."""
+    if row.logit:
+        return row.logit(raw)
+    log_d = row.root(**options) * (row.factor * raw).log()
+    return log_d if u is None else log_d - (u + v).abs().clamp_min(row.floor).log()
 
 
 def log_pairs(row, h, w, u, v, options, compiled=False) -> torch.Tensor:
     """log d of all pairs of mapped operands: (N, C), (V, C) -> (N, V); for a control, its logits. compiled: see `dense.pairs`."""
     raw = dense.pairs(h, w, row.kernel, compiled, **options, **row.fixed)
-    return row.log_distance(raw, u if u is None else u[:, None], v, **options)
+    return log_distance(row, raw, u if u is None else u[:, None], v, options)
 
 
 def distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
@@ -334,8 +390,8 @@ def distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.T
 def paired_distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
     """d of rows paired by broadcasting: (..., C), (..., C) -> (...). For a control: its logits."""
     with exactly(h.device):
-        row, h, w, u, v, options = operands(h, w, name, **settings)
-        value = row.log_distance(dense.paired(h, w, row.kernel, **options, **row.fixed), u, v, **options)
+        row, h, w, u, v, options = operands(h, w, name, paired=True, **settings)
+        value = log_distance(row, dense.paired(h, w, row.kernel, **options, **row.fixed), u, v, options)
         return value if name in CONTROLS else value.exp()
 
 
@@ -347,7 +403,7 @@ def contributions(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> to
     For a dot product the shares are of sum |h w|.
     """
     with exactly(h.device):
-        row, h, w, _, _, options = operands(h, w, name, **settings)
+        row, h, w, _, _, options = operands(h, w, name, paired=True, **settings)
         terms = dense.KERNELS[row.kernel].terms(h, w, **options, **row.fixed).abs()
     return terms / terms.sum(-1, keepdim=True).clamp_min(torch.finfo(terms.dtype).tiny)
 

@@ -8,20 +8,46 @@ under the logarithm that `kernels/dense.py` documents.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from harmonic.distances import CONTROLS, HEADS, exactly, log_pairs, operands, paired_distance, resolve
+from harmonic.distances import (
+    CONTROLS,
+    HEADS,
+    Distance,
+    check_vectors,
+    exactly,
+    log_pairs,
+    mapped,
+    noise_seed,
+    operands,
+    paired_distance,
+    resolve,
+    split,
+    together,
+)
 from harmonic.kernels import dense
+from harmonic.kernels.dense import cpu
+
+gpu = None
+if torch.cuda.is_available():
+    try:
+        from harmonic.kernels import gpu
+    except ImportError:  # without Triton the chunked implementation serves
+        pass
 
 LINKS = ("harmonic", "softmax")
-IMPLS = ("auto", "dense", "chunked", "numba")
-# A chunk has about CHUNK logits, 8 MiB of floats that stay in cache from one elementwise pass to the next, but at least CHUNK_ROWS rows,
-# for each chunk also adds once to the (V, C) gradient.
+IMPLS = ("auto", "dense", "chunked", "numba", "triton")
+# The chunked implementation: about CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the next, but
+# at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
 CHUNK = 2**21
 CHUNK_ROWS = 256
+# Rows of a table that are mapped at a time: 6 MiB of GPT-2's.
+MAP_ROWS = 2048
+SKIP = 1e-6
 
 
 def resolve_exponent(name: str, dim: int, exponent: float | str | None = None) -> float:
@@ -111,7 +137,9 @@ def harmonic_loss(
     ignore_index: int = -1,
     reduction: str = "mean",
     impl: str = "auto",
+    skip: float = SKIP,
     training: bool = False,
+    check_finite: bool = True,
     **settings,
 ) -> torch.Tensor:
     """Negative log likelihood of the targets in nats, unsmoothed.
@@ -119,88 +147,247 @@ def harmonic_loss(
     Args:
         h: (..., C) hidden states. w: (V, C) prototypes. targets: (...) integers in [0, V) or `ignore_index`.
         reduction: "mean" over the targets that are not ignored, "sum", or "none" -> (...).
-        impl: "dense" materialises (N, V); "chunked" never holds more than a few chunks of rows, whatever N; "numba" is chunked with
-            compiled kernels on a CPU; "auto" picks the fastest that the device and the distance have.
+        impl: "dense" materialises (N, V); "chunked" never holds more than a few chunks of rows, whatever N; "numba" is the same with
+            compiled kernels, on a CPU in float32; "triton" on CUDA; "auto" picks the fastest that the device and the distance have.
+        skip: elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the target's, so that what is left out of any
+            row adds up to less than `skip` of the target's slope. 0: none.
+        check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
         The rest: see `harmonic_logits`.
-    Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h and w are). The mean over no targets is 0, with zero
+    Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over no targets is 0, with zero
         gradients (not NaN), so that a process whose share is empty does not poison the others.
-    Raises: ValueError for unknown names, non-positive numbers, mismatched sizes, targets out of range.
+    Raises: ValueError for unknown names, non-positive numbers, mismatched or empty sizes, devices that differ, integer vectors; on a CPU
+        also for targets out of range and vectors that are not finite (elsewhere the check would wait for the device: a NaN comes out).
     """
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
-    if impl == "numba" and (h.device.type != "cpu" or dense.cpu is None):
-        raise ValueError(f"impl='numba' needs a CPU and the package numba; h is on {h.device}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; choose from mean, sum, none")
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip must be in [0, 1), got {skip}")
+    row, kept = resolve(name, **settings)
+    link, strength = _strength(name, link, w.shape[-1], exponent, scale, settings)
+    check_vectors(h, w)
+    _check_targets(h, targets)
+    with exactly(h.device):
+        x, y = together(h.reshape(-1, h.shape[-1]), w)
+        mapping, options = split(row, kept)
+        trained = {k: v for k, v in mapping.items() if isinstance(v, torch.Tensor)}
+        mapping = {k: v for k, v in mapping.items() if k not in trained}
+        how = _How(
+            row, link, {**options, **row.fixed}, mapping, tuple(trained), ignore_index, reduction, impl, skip, training, check_finite
+        )
+        strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device)
+        losses = _loss(x, y, targets.reshape(-1).long(), strength, bias, how, *trained.values())
+    return losses.view(targets.shape) if reduction == "none" else losses
+
+
+def _check_targets(h, targets):
+    if not targets.numel():
+        raise ValueError(f"an empty batch: h {tuple(h.shape)}, targets {tuple(targets.shape)}")
     if targets.shape != h.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not match h {tuple(h.shape)}")
-    with exactly(h.device):
-        row, x, y, u, v, options = operands(h.reshape(-1, h.shape[-1]), w, name, training, **settings)
-        link, strength = _strength(name, link, w.shape[-1], exponent, scale, settings)
-        strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device)
-        flat = targets.reshape(-1)
-        kept = flat != ignore_index
-        if not torch.compiler.is_compiling() and flat.device.type == "cpu":  # on a GPU the check would wait for it; CUDA asserts itself
-            bad = kept & ((flat < 0) | (flat >= len(w)))
-            if bad.any():
-                raise ValueError(f"target {flat[bad][0].item()} is outside [0, {len(w)}) and is not ignore_index={ignore_index}")
-        weight = kept.to(x.dtype)
-        if reduction == "mean":
-            weight = weight / weight.sum().clamp_min(1)
-        flat = torch.where(kept, flat, 0)
-        arguments = (x, y, u, v, strength, bias, flat, row, link, options, impl in ("auto", "numba"))
-        if impl == "dense":
-            losses = _token_losses(*arguments) * weight
-            return losses.view(targets.shape) if reduction == "none" else losses.sum()
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, u, v, strength, bias))
-        losses = _chunked(*arguments, weight, reduction == "none", needs_grad)
-        return losses.view(targets.shape) if reduction == "none" else losses
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets {tuple(targets.shape)} must be integers, got {targets.dtype}")
+    if targets.device != h.device:
+        raise ValueError(f"h {tuple(h.shape)} is on {h.device}, targets {tuple(targets.shape)} on {targets.device}")
 
 
-def _token_losses(x, y, u, v, strength, bias, targets, row, link, options, compiled):
-    logits = _logits(log_pairs(row, x, y, u, v, options, compiled), strength, link, bias)
+def _check_values(x, y, targets, how):
+    """ValueError for a target out of range or a vector that is not finite; without `check_finite`: -> whether all are."""
+    bad = (targets != how.ignore_index) & ((targets < 0) | (targets >= len(y)))
+    if bad.any():
+        raise ValueError(f"target {targets[bad][0].item()} is outside [0, {len(y)}) and is not ignore_index={how.ignore_index}")
+    for name, values in (("h", x), ("w", y)):
+        if values.detach().sum().isfinite() or values.isfinite().all():  # the sum settles it in one pass
+            continue
+        if not how.check_finite:
+            return False
+        bad = (~values.isfinite()).nonzero()
+        where = tuple(bad[0].tolist())
+        raise ValueError(f"{name} {tuple(values.shape)} has {len(bad):,} values that are not finite, the first at {where}")
+    return True
+
+
+@dataclass(frozen=True)
+class _How:
+    """What a loss is, beside its tensors; `trained` names the settings of the map that are tensors."""
+
+    row: Distance
+    link: str
+    options: dict
+    mapping: dict
+    trained: tuple
+    ignore_index: int
+    reduction: str
+    impl: str
+    skip: float
+    training: bool
+    check_finite: bool
+
+    def epilogue(self):
+        row = self.row
+        options = {k: v for k, v in self.options.items() if k not in row.fixed}
+        return dense.Epilogue(row.kernel, self.options, self.link, row.factor, row.root(**options), row.floor)
+
+    def implementation(self, x):
+        """The function that runs it: see `_chunked`."""
+        plain = not self.row.logit or self.row.kernel == "dot" and self.row.map is None
+        numba = x.device.type == "cpu" and x.dtype == torch.float32 and cpu and plain and cpu.supports(self.row.kernel, self.options)
+        triton = x.device.type == "cuda" and x.dtype == torch.float32 and gpu and plain and gpu.supports(self.epilogue())
+        for name, found, device in (("numba", numba, "a CPU"), ("triton", triton, "CUDA")):
+            if self.impl == name and not found:
+                raise ValueError(
+                    f"impl={name!r} needs {device}, float32, the package {name} and a kernel for this distance"
+                    f" (h is {x.dtype} on {x.device}); 'chunked' has all of them"
+                )
+        if self.impl == "chunked":
+            return _chunked
+        return cpu.run if numba else gpu.run if triton else _chunked
+
+
+@torch.compiler.disable  # loops over chunks that differentiate as they go, and checks of values: nothing to trace
+def _loss(x, y, targets, strength, bias, how, *trained):
+    if x.device.type == "cpu" and not _check_values(x, y, targets, how):
+        how = replace(how, impl="chunked")  # compiled maxima lose a NaN
+    kept = targets != how.ignore_index
+    weight = kept.to(x.dtype)
+    if how.reduction == "mean":
+        weight = weight / weight.sum().clamp_min(1)
+    targets = torch.where(kept, targets, 0)
+    seed = noise_seed(how.row, how.training)
+    if how.impl == "dense":
+        settings = {**how.mapping, **dict(zip(how.trained, trained, strict=True))}
+        x, y = mapped(how.row, x, seed, settings), mapped(how.row, y, seed and seed + 1, settings)
+        u, v = (how.row.terms(x), how.row.terms(y)) if how.row.terms else (None, None)
+        losses = _token_losses(x, y, u, v, strength, bias, targets, how) * weight
+        return losses if how.reduction == "none" else losses.sum()
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, strength, bias, *trained))
+    if x.device.type != "cpu" or how.reduction == "none" or seed is not None or kept.all():
+        return _Fused.apply(x, y, strength, bias, targets, weight, how, seed, needs_grad, *trained)
+    kept = kept.nonzero()[:, 0]  # masked language models ignore most rows: they cost nothing
+    if not len(kept):
+        kept = kept.new_zeros(1)  # of weight 0
+    return _Fused.apply(x[kept], y, strength, bias, targets[kept], weight[kept], how, seed, needs_grad, *trained)
+
+
+def _token_losses(x, y, u, v, strength, bias, targets, how):
+    options = {k: v for k, v in how.options.items() if k not in how.row.fixed}
+    logits = _logits(log_pairs(how.row, x, y, u, v, options), strength, how.link, bias)
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-@torch.compiler.disable  # a loop over chunks that differentiates as it goes: nothing to trace
-def _chunked(*arguments):
-    return _Chunked.apply(*arguments)
+class _Fused(torch.autograd.Function):
+    """The loss with every gradient taken in the forward pass, while a chunk of rows is at hand.
 
-
-class _Chunked(torch.autograd.Function):
-    """The loss a chunk of rows at a time, with every gradient taken in the forward pass while the chunk is at hand.
-
-    For "mean" and "sum" the upstream gradient is one number, so the gradients are stored up to that factor. For "none" it is a vector
-    known only in the backward pass, which computes the chunks again.
+    For "mean" and "sum" the upstream gradient is one number, so the gradients are ready up to that factor. For "none" it is a vector
+    known only in the backward pass, which computes the chunks again; so does a second backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, y, u, v, strength, bias, targets, row, link, options, compiled, weight, per_token, needs_grad):
-        ctx.constants = (row, link, options, compiled)
-        ctx.per_token = per_token
-        inputs = (x, y, u, v, strength, bias)
-        losses, gradients = _run(inputs, targets, weight, ctx.constants, needs_grad and not per_token)
-        if needs_grad:
-            ctx.save_for_backward(*((*inputs, targets, weight) if per_token else gradients))
+    def forward(ctx, x, y, strength, bias, targets, weight, how, seed, needs_grad, *trained):
+        ctx.how, ctx.seed = how, seed
+        ctx.save_for_backward(x, y, strength, bias, targets, weight, *trained)
+        per_token = how.reduction == "none"
+        losses, ctx.gradients = _run(x, y, strength, bias, targets, weight, how, seed, needs_grad and not per_token, *trained)
         return losses * weight if per_token else losses.dot(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        if ctx.per_token:
-            *inputs, targets, weight = ctx.saved_tensors
-            with exactly(upstream.device):
-                _, gradients = _run(inputs, targets, weight * upstream, ctx.constants, True)
+        x, y, strength, bias, targets, weight, *trained = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            with exactly(x.device):
+                _, gradients = _run(x, y, strength, bias, targets, weight * upstream, ctx.how, ctx.seed, True, *trained)
         else:
-            gradients = [g if g is None else g * upstream for g in ctx.saved_tensors]
-        return *gradients, *(None,) * 8
+            for g in gradients:
+                if g is not None:
+                    g.mul_(upstream)  # in place: another table would be the largest thing here
+        dx, dy, dstrength, dbias, *dtrained = gradients
+        return dx, dy, dstrength, dbias, None, None, None, None, None, *dtrained
 
 
-def _run(inputs, targets, weight, constants, needs_grad):
-    """-> (the unweighted loss of each row, the gradients of sum(weight * loss) with respect to each of `inputs`)."""
-    x, y, u, v, strength, bias = inputs
+def _run(x, y, strength, bias, targets, weight, how, seed, needs_grad, *trained):
+    """-> (the unweighted loss of each row; the gradients of sum(weight * loss) with respect to x, y, strength, bias, *trained)."""
+    settings = dict(zip(how.trained, trained, strict=True))
+    states, prototypes = Mapped(x, how, seed, settings), Mapped(y, how, seed and seed + 1, settings)
+    u, v = states.terms(), prototypes.terms()
+    losses, gradients = how.implementation(x)(states.whole(), prototypes, u, v, strength, bias, targets, weight, how, needs_grad)
+    if not needs_grad:
+        return losses, None
+    dx, dy, du, dv, dstrength, dbias = gradients
+    through_h, through_w = states.pull(dx, du), prototypes.pull(dy, dv)
+    return losses, (dx, dy, dstrength, dbias, *(a + b for a, b in zip(through_h, through_w, strict=True)))
+
+
+class Mapped:
+    """Vectors (M, C) behind their distance's map, a block of rows at a time, and the way of gradients back through it.
+
+    An elementwise map is computed whenever a block is asked for, so that a mapped copy of the prototypes never exists; others once.
+    """
+
+    def __init__(self, x, how, seed, trained):
+        self.x, self.how, self.seed, self.trained = x.detach().contiguous(), how, seed, {k: t.detach() for k, t in trained.items()}
+        self.kept = self.x if how.row.map is None else None if how.row.elementwise else self._map(self.x, 0, self.trained)
+
+        self.shift = None
+
+    def __len__(self):
+        return len(self.x)
+
+    def _map(self, x, first, trained):
+        return mapped(self.how.row, x, self.seed and self.seed + first, {**self.how.mapping, **trained})
+
+    def blocks(self):
+        """Yields (the index of the first row, the mapped rows less `shift`)."""
+        if self.kept is not None and self.shift is None:
+            yield 0, self.kept
+            return
+        for first in range(0, len(self.x), MAP_ROWS):
+            s = slice(first, first + MAP_ROWS)
+            block = self._map(self.x[s], first, self.trained) if self.kept is None else self.kept[s]
+            yield first, block if self.shift is None else block - self.shift
+
+    def whole(self):
+        """All of it: (M, C)."""
+        return self.kept if self.kept is not None else torch.cat([block for _, block in self.blocks()])
+
+    def terms(self):
+        """The rank-one terms of the epilogue: (M,), or None."""
+        terms = self.how.row.terms
+        return terms and torch.cat([terms(part) for _, block in self.blocks() for part in block.split(MAP_ROWS)])
+
+    def pull(self, gradient, of_terms) -> list:
+        """Turns the gradient with respect to the mapped vectors (M, C), and their terms (M,), into that with respect to x, in place.
+
+        Returns: the gradients with respect to the trained settings."""
+        row, trained = self.how.row, list(self.trained.values())
+        found = [torch.zeros_like(t) for t in trained]
+        if row.map is None and of_terms is None:
+            return found
+        for first in range(0, len(self.x), MAP_ROWS):
+            s = slice(first, first + MAP_ROWS)
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in (self.x[s], *trained)]
+                y = self._map(leaves[0], first, dict(zip(self.trained, leaves[1:], strict=True)))
+                outputs, upstream = [y], [gradient[s]]
+                if of_terms is not None:
+                    outputs, upstream = [y, row.terms(y)], [gradient[s], of_terms[s]]
+            gradient[s], *more = torch.autograd.grad(outputs, leaves, upstream)
+            for total, part in zip(found, more, strict=True):
+                total += part
+        return found
+
+
+def _chunked(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
+    """The loss of mapped operands in plain PyTorch, a chunk of rows at a time: what every implementation does.
+
+    Args: x (N, C) states, y: prototypes as `Mapped`; u (N,), v (V,): their terms, or None; strength (); bias (V,) or None; targets (N,)
+        in [0, V); weight (N,), of each row in the sum that is differentiated; how: `_How`.
+    Returns: losses (N,), unweighted; the gradients of sum(weight * losses) with respect to x, y, u, v, strength, bias, or None.
+    """
     losses = x.new_empty(len(x))
-    shared = [t if t is None else t.detach().requires_grad_(needs_grad) for t in (y, v, strength, bias)]
+    shared = [t if t is None else t.detach().requires_grad_(needs_grad) for t in (y.whole(), v, strength, bias)]
     dx, du = (None if t is None else torch.zeros_like(t) for t in (x, u))
     dshared = [None if t is None else torch.zeros_like(t) for t in shared]
     rows = max(CHUNK_ROWS, CHUNK // len(y))
@@ -208,7 +395,7 @@ def _run(inputs, targets, weight, constants, needs_grad):
         s = slice(i, i + rows)
         own = [None if t is None else t[s].detach().requires_grad_(needs_grad) for t in (x, u)]
         with torch.set_grad_enabled(needs_grad):
-            part = _token_losses(own[0], shared[0], own[1], *shared[1:], targets[s], *constants)
+            part = _token_losses(own[0], shared[0], own[1], *shared[1:], targets[s], how)
         losses[s] = part.detach()
         if not needs_grad:
             continue
@@ -222,7 +409,8 @@ def _run(inputs, targets, weight, constants, needs_grad):
                 gradient = next(gradients)
                 if gradient is not None:  # a control uses no strength
                     place += gradient
-    return losses, (dx, dshared[0], du, *dshared[1:])
+    dy, dv, dstrength, dbias = dshared
+    return losses, (dx, dy, du, dv, dstrength, dbias) if needs_grad else None
 
 
 class HarmonicHead(nn.Module):
@@ -238,6 +426,7 @@ class HarmonicHead(nn.Module):
         real_vocab_size: rows from here on are padding: they get logit -inf, no probability and no gradient.
         bias: a trained (V,) bias; "cross_entropy" only.
         init_std: prototypes start from N(0, init_std^2); GPT-2's 0.02 by default.
+        impl, skip: see `harmonic_loss`.
         options: the distance's options: p, a, t, q.
     Raises: ValueError for anything it could not honour.
     """
@@ -257,6 +446,7 @@ class HarmonicHead(nn.Module):
         bias: bool = False,
         init_std: float = 0.02,
         impl: str = "auto",
+        skip: float = SKIP,
         **options,
     ):
         super().__init__()
@@ -271,7 +461,7 @@ class HarmonicHead(nn.Module):
             raise ValueError(f"{name} takes no bias")
         if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
             raise ValueError(f"real_vocab_size {real_vocab_size} is not in 1..{vocab_size}")
-        self.name, self.link, self.impl, self.options = name, link, impl, options
+        self.name, self.link, self.impl, self.skip, self.options = name, link, impl, skip, options
         self.real_vocab_size = real_vocab_size or vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=init_std))
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
@@ -307,10 +497,9 @@ class HarmonicHead(nn.Module):
         return F.pad(logits, (0, len(self.weight) - self.real_vocab_size), value=-math.inf)
 
     def loss(self, h: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1, reduction: str = "mean") -> torch.Tensor:
-        """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for reduction="none"."""
-        return harmonic_loss(
-            h, self.prototypes(), targets, self.name, ignore_index=ignore_index, reduction=reduction, impl=self.impl, **self._settings()
-        )
+        """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for reduction="none". NaN where h or w is not finite."""
+        how = {"ignore_index": ignore_index, "reduction": reduction, "impl": self.impl, "skip": self.skip, "check_finite": False}
+        return harmonic_loss(h, self.prototypes(), targets, self.name, **how, **self._settings())
 
     @torch.no_grad()
     def target_distance(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:

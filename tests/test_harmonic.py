@@ -199,7 +199,12 @@ def test_a_nan_is_never_hidden():
     h, w = vectors(torch.float32)
     h[2, 3] = math.nan
     for name in HEADS:
-        assert harmonic_loss(h, w, torch.zeros(N, dtype=torch.long), name).isnan()
+        assert harmonic_logits(h, w, name)[2].isnan().all()
+        assert harmonic_loss(h, w, torch.zeros(N, dtype=torch.long), name, check_finite=False).isnan()
+        with pytest.raises(ValueError, match=r"h \(13, 37\) has 1 values that are not finite, the first at \(2, 3\)"):
+            harmonic_loss(h, w, torch.zeros(N, dtype=torch.long), name)
+        with pytest.raises(ValueError, match=r"w \(13, 37\) has 1 values that are not finite"):
+            harmonic_loss(w[:N], h, torch.zeros(N, dtype=torch.long), name)
 
 
 @pytest.mark.parametrize("setting", HOMOGENEOUS, ids=name_of)
@@ -526,6 +531,16 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
         (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", impl="fast"), "unknown impl 'fast'"),
         (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", reduction="max"), "unknown reduction 'max'"),
         (lambda h, w, y: harmonic_loss(h.long(), w, y, "manhattan"), "torch.int64"),
+        (lambda h, w, y: harmonic_loss(h, w.long(), y, "manhattan"), r"torch.int64 of shape \(103, 37\)"),
+        (lambda h, w, y: harmonic_loss(h, w, y.float(), "manhattan"), r"targets \(13,\) must be integers, got torch.float32"),
+        (lambda h, w, y: harmonic_loss(h[:0], w, y[:0], "manhattan"), r"an empty batch: h \(0, 37\)"),
+        (lambda h, w, y: harmonic_loss(h, w[0], y, "manhattan"), r"w \(37,\) is not a table of prototypes"),
+        (lambda h, w, y: harmonic_loss(h, w[:0], y, "manhattan"), r"w \(0, 37\)"),
+        (lambda h, w, y: harmonic_loss(h.to("meta"), w, y, "manhattan"), "is on meta"),
+        (lambda h, w, y: harmonic_loss(h, w, y.to("meta"), "manhattan"), r"targets \(13,\) on meta"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", skip=-1.0), r"skip must be in \[0, 1\), got -1.0"),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", impl="triton"), "needs CUDA"),
+        (lambda h, w, y: harmonic_loss(h.double(), w, y, "manhattan", impl="numba"), "needs a CPU, float32"),
         (lambda h, w, y: distance(h, w, "cross_entropy"), "a control, not a distance"),
         (lambda h, w, y: HarmonicHead(C, V, "cross_entropy", learn_exponent=True), "no exponent"),
         (lambda h, w, y: HarmonicHead(C, V, "cosine", learn_scale=True), "set learn_exponent"),
@@ -568,6 +583,10 @@ def test_compiled_kernels_equal_the_truth(setting, n, v, c):
         loss.backward()
         return loss.detach().double(), a.grad.double(), b.grad.double()
 
+    if options.get("q", 1.0) != 1:
+        with pytest.raises(ValueError, match="'chunked' has all of them"):
+            run(torch.float32, "numba")
+        return
     truth = run(torch.float64, "dense")
     plain, fast = run(torch.float32, "dense"), run(torch.float32, "numba")
     for exact, naive, found in zip(truth, plain, fast, strict=True):
@@ -575,7 +594,7 @@ def test_compiled_kernels_equal_the_truth(setting, n, v, c):
 
 
 def test_the_elementwise_distances_are_compiled():
-    """All but the smooth maximum take a Numba kernel at their default settings."""
+    """Every one takes a Numba kernel at its default settings."""
     x = torch.ones(2, 3)
     slow = set()
     for name in DISTANCES:
@@ -583,7 +602,7 @@ def test_the_elementwise_distances_are_compiled():
         options = {k: v for k, v in settings.items() if k in row.kernel_options} | row.fixed
         if row.kernel != "l2" and not dense.find_compiled(x, row.kernel, options):
             slow.add(name)
-    assert slow == {"chebyshev_smooth"}
+    assert not slow
 
 
 def test_compiled_kernels_take_views_and_follow_torchs_threads():

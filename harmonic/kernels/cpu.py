@@ -1,214 +1,610 @@
-"""The elementwise kernels on a CPU, compiled by Numba: raw values and gradients of all pairs.
+"""The head on a CPU, compiled by Numba: raw values, loss and slopes, gradients.
 
-A kernel is a *term* `t(x, y, p)` that is added up over coordinates, and its *slope*, the derivatives of the term with respect to x and
-y. One pair of templates makes both passes from them:
+Three templates do it, and every kernel is them with its own *term* (what a coordinate adds to the raw value) and *slope* (the derivatives
+of the term with respect to x and y) put in:
 
-    forward    a tile of 2 states x 4 prototypes keeps 8 accumulators in registers while it walks the coordinates
-    backward   the same tile adds slope * dL/draw to 2 rows of dh and 4 rows of dw, in one pass over memory
+    forward    a tile of 4 states x 4 prototypes keeps 16 accumulators in registers while it walks the coordinates
+    epilogue   a row of raw values becomes its loss, then dL/draw, in a core's cache (the same for all kernels)
+    backward   the same tile adds slope * dL/draw to 4 rows of dx and 4 rows of dy, in one pass over memory
 
-The maximum (linf) has templates of its own: only one coordinate of a pair has a gradient.
+l2 and dot take matrix products for the first and the last. The maximum (linf) has a backward template of its own: only one coordinate of
+a pair has a gradient. In the backward pass a thread owns a range of prototypes, hence its rows of dy; of dx each has its own share,
+added up at the end. Nothing of size (N, V, C) exists, and of size (N, V) only a chunk of rows. Sums are reassociated, as any SIMD sum
+is, so the compiler may not assume that values are finite: a NaN comes out as one. Compiled code is cached on disk, beside this file or
+in Numba's own cache folder.
 
-A thread owns a block of prototypes, hence its rows of dw; of dh each thread has its own share, added up at the end. Nothing of size
-(N, V, C) exists. Sums are reassociated, as any SIMD sum is (fastmath), so operands must be finite: `dense.pairs` sees to it. Compiled code
-is cached on disk, beside this file or in Numba's own cache folder.
+Floor, per (pair, coordinate), in vector operations: |x - y| takes 3 (subtract, absolute, add), its gradient 5 (subtract, sign, compare
+with 0, two additions); sqrt and division take as long as 10.
 """
 
+import math
 import types
 
 import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
+from llvmlite import ir
 from numba import njit, prange
+from numba.core import types as nb
+from numba.extending import intrinsic
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # fastmath, less the flags that allow to assume away NaN and infinity
+OPTIONS = {"fastmath": FAST, "error_model": "numpy"}  # 1/0 is infinity, not an exception that keeps a loop from being vectorised
+f32 = np.float32
+# The matmul form of l2 loses log2((|x|^2 + |y|^2) / d^2) bits. Pairs that lose more than 4 are computed again from the difference.
+NEAR = 2.0**-4
 
 
-def _forward(h, w, raw, p):
-    N, C = h.shape
-    for b in prange(w.shape[0] // 4):
-        j = 4 * b
-        w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
-        for i in range(0, N, 2):
-            h0, h1 = h[i], h[i + 1]
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+def _inlined(function):
+    return njit(forceinline=True, **OPTIONS)(function)
+
+
+_INT, _FLOAT = ir.IntType(32), ir.FloatType()
+
+
+@intrinsic
+def _greater(context, a, b):
+    """The greater of two numbers that are not NaN; Python's max is not vectorised."""
+
+    def code(_, b, signature, arguments):
+        function = b.module.declare_intrinsic("llvm.maxnum", [_FLOAT], ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT]))
+        return b.call(function, arguments, fastmath=("nnan", "nsz"))
+
+    return nb.float32(nb.float32, nb.float32), code
+
+
+# exp and log, for Numba's own are calls that keep a loop from being vectorised
+
+
+@intrinsic
+def _times_power_of_two(context, m, k):
+    """m 2^k for m in [0.5, 2) and an integral float k in -126..126."""
+
+    def code(_, b, signature, arguments):
+        shift = b.shl(b.fptosi(arguments[1], _INT), _INT(23))
+        return b.bitcast(b.add(b.bitcast(arguments[0], _INT), shift), _FLOAT)
+
+    return nb.float32(nb.float32, nb.float32), code
+
+
+@intrinsic
+def _exponent(context, x):
+    """floor(log2 x) of a normal positive x, as a float."""
+
+    def code(_, b, signature, arguments):
+        return b.sitofp(b.sub(b.lshr(b.bitcast(arguments[0], _INT), _INT(23)), _INT(127)), _FLOAT)
+
+    return nb.float32(nb.float32), code
+
+
+@intrinsic
+def _mantissa(context, x):
+    """x / 2^_exponent(x), in [1, 2)."""
+
+    def code(_, b, signature, arguments):
+        digits = b.and_(b.bitcast(arguments[0], _INT), _INT(0x7FFFFF))
+        return b.bitcast(b.or_(digits, _INT(0x3F800000)), _FLOAT)
+
+    return nb.float32(nb.float32), code
+
+
+@intrinsic
+def _turned(context, s, d):
+    """s with its sign changed where d is negative: one operation in a vectorised loop."""
+
+    def code(_, b, signature, arguments):
+        sign = b.and_(b.bitcast(arguments[1], _INT), _INT(0x80000000))
+        return b.bitcast(b.xor(b.bitcast(arguments[0], _INT), sign), _FLOAT)
+
+    return nb.float32(nb.float32, nb.float32), code
+
+
+@_inlined
+def _signed(s, d):
+    """s sign(d), 0 where d is 0."""
+    return _turned(s, d) if d != f32(0) else f32(0)
+
+
+def _fit(function, low, high, degree):
+    """Coefficients, constant first, of the polynomial through the function's values at the Chebyshev nodes of [low, high]."""
+    return tuple(
+        f32(c) for c in np.polynomial.Chebyshev.interpolate(function, degree, [low, high]).convert(kind=np.polynomial.Polynomial).coef
+    )
+
+
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _fit(np.exp2, -0.5, 0.5, 6)
+# log(1 + f) = f + f^2 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], which keeps small f exact
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = _fit(
+    lambda f: np.where(abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2),
+    math.sqrt(0.5) - 1,
+    math.sqrt(2) - 1,
+    8,
+)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = f32(math.log2(math.e)), f32(0.693145751953125), f32(math.log(2) - 0.693145751953125)
+
+
+@_inlined
+def _exp(x):
+    """exp(x) for x <= 88, to 2 units in the last place and 1e-38; exp of less than -87 is 1e-38. A NaN is lost."""
+    t = _greater(x * _LOG2_E, f32(-126))
+    k = np.floor(t + f32(0.5))
+    f = t - k
+    return _times_power_of_two(_E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6))))), k)
+
+
+@_inlined
+def _log_with(k, f):
+    """k log 2 + log(1 + f)."""
+    p = _L0 + f * (_L1 + f * (_L2 + f * (_L3 + f * (_L4 + f * (_L5 + f * (_L6 + f * (_L7 + f * _L8)))))))
+    return k * _LN2_HIGH + (f + (f * f * p + k * _LN2_LOW))
+
+
+@_inlined
+def _log1p(x):
+    """log(1 + x) for x >= 0, to a few units in the last place of the result."""
+    y = f32(1) + x
+    k, m = _exponent(y), _mantissa(y)
+    high = m > f32(1.4142135)
+    k, m = (k + f32(1) if high else k), (m * f32(0.5) if high else m)
+    return _log_with(k, x if x < f32(0.41421) else m - f32(1))
+
+
+@_inlined
+def _log(x):
+    """log(x) of a normal positive x, to 1e-7 absolutely and a few units in the last place far from 1."""
+    k, m = _exponent(x), _mantissa(x)
+    high = m > f32(1.4142135)
+    k, m = (k + f32(1) if high else k), (m * f32(0.5) if high else m)
+    return _log_with(k, m - f32(1))
+
+
+# the templates
+
+
+def _forward(x, y, raw, first, p):
+    """raw[:, first:] of states x (R, C) and prototypes y (B, C); at least 4 of each. A last tile that is not whole starts earlier."""
+    R, C, B = x.shape[0], x.shape[1], y.shape[0]
+    for tile in prange((B + 3) // 4):
+        j = min(4 * tile, B - 4)
+        y0, y1, y2, y3 = y[j], y[j + 1], y[j + 2], y[j + 3]
+        j += first
+        for tall in range(0, R, 4):
+            i = min(tall, R - 4)
+            x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+            r0, r1, r2, r3 = four(raw[i], j), four(raw[i + 1], j), four(raw[i + 2], j), four(raw[i + 3], j)
+            a0 = a1 = a2 = a3 = (f32(0), f32(0), f32(0), f32(0))
             for c in range(C):
-                x, z, y0, y1, y2, y3 = h0[c], h1[c], w0[c], w1[c], w2[c], w3[c]
-                a0 = add(a0, term(x, y0, p))
-                a1 = add(a1, term(x, y1, p))
-                a2 = add(a2, term(x, y2, p))
-                a3 = add(a3, term(x, y3, p))
-                b0 = add(b0, term(z, y0, p))
-                b1 = add(b1, term(z, y1, p))
-                b2 = add(b2, term(z, y2, p))
-                b3 = add(b3, term(z, y3, p))
-            raw[i, j], raw[i, j + 1], raw[i, j + 2], raw[i, j + 3] = a0, a1, a2, a3
-            raw[i + 1, j], raw[i + 1, j + 1], raw[i + 1, j + 2], raw[i + 1, j + 3] = b0, b1, b2, b3
+                z = (y0[c], y1[c], y2[c], y3[c])
+                a0 = add(a0, x0[c], z, p, r0)
+                a1 = add(a1, x1[c], z, p, r1)
+                a2 = add(a2, x2[c], z, p, r2)
+                a3 = add(a3, x3[c], z, p, r3)
+            put(raw[i], j, a0, p, r0)
+            put(raw[i + 1], j, a1, p, r1)
+            put(raw[i + 2], j, a2, p, r2)
+            put(raw[i + 3], j, a3, p, r3)
 
 
-def _backward(h, w, raw, s, dh, dw, p):
-    threads, N, C, tiles = dh.shape[0], h.shape[0], h.shape[1], w.shape[0] // 4
+def _backward(x, y, raw, s, first, dx, dy, p):
+    """Adds to dx (threads, R, C) and dy (B, C) what the slopes s[:, first:] = dL/draw give."""
+    threads, R, C, B = dx.shape[0], x.shape[0], x.shape[1], y.shape[0]
     for t in prange(threads):
-        for j in range(t * tiles // threads * 4, (t + 1) * tiles // threads * 4, 4):
-            w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
-            o0, o1, o2, o3 = dw[j], dw[j + 1], dw[j + 2], dw[j + 3]
-            for i in range(0, N, 2):
-                h0, h1, e0, e1 = h[i], h[i + 1], dh[t, i], dh[t, i + 1]
-                s0, s1, s2, s3 = s[i, j], s[i, j + 1], s[i, j + 2], s[i, j + 3]
-                r0, r1, r2, r3 = s[i + 1, j], s[i + 1, j + 1], s[i + 1, j + 2], s[i + 1, j + 3]
+        stop = (t + 1) * (B // 4) // threads * 4 if t < threads - 1 else B
+        for low in range(t * (B // 4) // threads * 4, stop, 4):
+            j = min(low, B - 4)
+            y0, y1, y2, y3 = y[j], y[j + 1], y[j + 2], y[j + 3]
+            g0, g1, g2, g3 = dy[j], dy[j + 1], dy[j + 2], dy[j + 3]
+            done = low - j  # columns of this tile that the one before has served
+            j += first
+            for tall in range(0, R, 4):
+                i = min(tall, R - 4)
+                s0 = slopes(s[i], j, done, tall <= i)
+                s1 = slopes(s[i + 1], j, done, tall <= i + 1)
+                s2 = slopes(s[i + 2], j, done, tall <= i + 2)
+                s3 = slopes(s[i + 3], j, done, True)
+                if largest(s0, s1, s2, s3) == 0:
+                    continue
+                x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+                e0, e1, e2, e3 = dx[t, i], dx[t, i + 1], dx[t, i + 2], dx[t, i + 3]
+                r0, r1, r2, r3 = four(raw[i], j), four(raw[i + 1], j), four(raw[i + 2], j), four(raw[i + 3], j)
                 for c in range(C):
-                    x, z, y0, y1, y2, y3 = h0[c], h1[c], w0[c], w1[c], w2[c], w3[c]
-                    f0, g0 = slope(x, y0, s0, p)
-                    f1, g1 = slope(x, y1, s1, p)
-                    f2, g2 = slope(x, y2, s2, p)
-                    f3, g3 = slope(x, y3, s3, p)
-                    u0, v0 = slope(z, y0, r0, p)
-                    u1, v1 = slope(z, y1, r1, p)
-                    u2, v2 = slope(z, y2, r2, p)
-                    u3, v3 = slope(z, y3, r3, p)
-                    e0[c] += (f0 + f1) + (f2 + f3)
-                    e1[c] += (u0 + u1) + (u2 + u3)
-                    o0[c] += g0 + v0
-                    o1[c] += g1 + v1
-                    o2[c] += g2 + v2
-                    o3[c] += g3 + v3
+                    z = (y0[c], y1[c], y2[c], y3[c])
+                    f0, a = pull(x0[c], z, s0, p, r0)
+                    f1, b = pull(x1[c], z, s1, p, r1)
+                    f2, d = pull(x2[c], z, s2, p, r2)
+                    f3, e = pull(x3[c], z, s3, p, r3)
+                    e0[c] += f0
+                    e1[c] += f1
+                    e2[c] += f2
+                    e3[c] += f3
+                    g0[c] += (a[0] + b[0]) + (d[0] + e[0])
+                    g1[c] += (a[1] + b[1]) + (d[1] + e[1])
+                    g2[c] += (a[2] + b[2]) + (d[2] + e[2])
+                    g3[c] += (a[3] + b[3]) + (d[3] + e[3])
 
 
-def _backward_maximum(h, w, raw, s, dh, dw, p):
-    """The gradient of a maximum goes to the coordinate that attains it (the last, if several do)."""
-    threads, N, C, V = dh.shape[0], h.shape[0], h.shape[1], w.shape[0]
+def _backward_maximum(x, y, raw, s, first, dx, dy, p):
+    """The gradient of a maximum goes to the first coordinate that attains it; the search goes by pieces that the compiler vectorises."""
+    threads, R, C, B = dx.shape[0], x.shape[0], x.shape[1], y.shape[0]
     for t in prange(threads):
-        for j in range(t * V // threads, (t + 1) * V // threads):
-            y = w[j]
-            for i in range(N):
-                if s[i, j] != 0:
-                    x, r, at = h[i], raw[i, j], np.int32(-1)
-                    for c in range(C):
-                        at = max(at, np.int32(c) if term(x[c], y[c], p) >= r else np.int32(-1))
-                    if at >= 0:
-                        f, g = slope(x[at], y[at], s[i, j], p)
-                        dh[t, i, at] += f
-                        dw[j, at] += g
+        for j in range(t * B // threads, (t + 1) * B // threads):
+            b = y[j]
+            for i in range(R):
+                g = s[i, first + j]
+                if g == 0:
+                    continue
+                a, r, c = x[i], raw[i, first + j], 0
+                while c + 64 <= C:
+                    largest = f32(0)
+                    for k in range(c, c + 64):
+                        largest = _greater(largest, abs(a[k] - b[k]))
+                    if largest >= r:
+                        break
+                    c += 64
+                while c < C - 1 and abs(a[c] - b[c]) < r:
+                    c += 1
+                g = _signed(g, a[c] - b[c])
+                dx[t, i, c] += g
+                dy[j, c] -= g
 
 
-@njit(inline="always")
-def _sum(a, b):
-    return a + b
+@njit(parallel=True, cache=True, **OPTIONS)
+def _recompute_near(raw, first, x, y, xx, yy, near):
+    """Inner products become squared distances, in place: |x|^2 + |y|^2 - 2 x.y, and sum (x - y)^2 where that cancels."""
+    for i in prange(x.shape[0]):
+        row, own, count = raw[i, first : first + y.shape[0]], xx[i], 0
+        for j in range(row.size):
+            both = own + yy[j]
+            r = both - f32(2) * row[j]
+            row[j] = r
+            count += r < near * both
+        if count > 0:
+            for j in range(row.size):
+                if row[j] < near * (own + yy[j]):
+                    total = f32(0)
+                    for c in range(x.shape[1]):
+                        d = x[i, c] - y[j, c]
+                        total += d * d
+                    row[j] = total
 
 
-@njit(inline="always")
-def _maximum(a, b):
-    return max(a, b)
+HARMONIC, SOFTMAX, CONTROL = 0, 1, 2
 
 
-@njit(inline="always")
-def _sign(x, y):
-    """-1, 0 or 1: of x - y, without a branch, so that the loop around it is vectorised."""
-    return np.float32(x > y) - np.float32(x < y)
+@njit(**OPTIONS)
+def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
+    """A row of raw values -> e with logit = -n root log e (harmonic; up to a constant) or -s e (softmax, control); -> (min e, any NaN)."""
+    if link == CONTROL:
+        for j in range(e.size):
+            e[j] = -(raw[j] + bias[j])
+    elif terms:
+        for j in range(e.size):
+            e[j] = _greater(raw[j], own + low[j]) / _greater(abs(u + v[j]), floor)
+    else:
+        for j in range(e.size):
+            least = own + low[j]
+            e[j] = least if raw[j] < least else raw[j]
+    if link == SOFTMAX:
+        for j in range(e.size):
+            e[j] *= factor
+        if root != 1:
+            for j in range(e.size):
+                e[j] = _exp(root * _log(e[j]))
+    nearest, strange = f32(np.inf), 0
+    for j in range(e.size):
+        nearest = e[j] if e[j] < nearest else nearest
+        strange += raw[j] != raw[j]
+    return nearest, strange > 0
 
 
-@njit(inline="always")
-def _l1_term(x, y, p):
+@njit(**OPTIONS)
+def _probabilities(e, p, nearest, strength, link, root):
+    """-> (sum exp(logit - max logit), sum of that times (max logit - logit) / strength); the terms of the first in p."""
+    total, moment = f32(0), f32(0)
+    if link == HARMONIC:
+        inverse = f32(1) / nearest
+        for j in range(e.size):
+            far = root * _log1p((e[j] - nearest) * inverse)
+            p[j] = _exp(-strength * far)
+            total += p[j]
+            moment += p[j] * far
+    else:
+        for j in range(e.size):
+            far = e[j] - nearest
+            p[j] = _exp(-strength * far)
+            total += p[j]
+            moment += p[j] * far
+    return total, moment
+
+
+@njit(**OPTIONS)
+def _slopes(raw, e, p, slope, y, weight, total, own, low, strength, link, root, skip):
+    """dL/draw of a row; those below `skip` of the target's are 0."""
+    share = weight / total
+    if link == CONTROL:
+        for j in range(e.size):
+            slope[j] = share * p[j]
+        slope[y] -= weight
+        return
+    k = -strength * root
+    r = max(raw[y], own + low[y])
+    at_target = (share * p[y] - weight) * k / r * (e[y] if link == SOFTMAX else f32(1)) * (f32(0) if raw[y] < own + low[y] else f32(1))
+    least = skip * abs(at_target)
+    if link == HARMONIC:
+        for j in range(e.size):
+            g = share * p[j] * k / raw[j]
+            slope[j] = f32(0) if (raw[j] < own + low[j]) | (abs(g) < least) else g
+    else:
+        for j in range(e.size):
+            g = share * p[j] * k * e[j] / raw[j]
+            slope[j] = f32(0) if (raw[j] < own + low[j]) | (abs(g) < least) else g
+    slope[y] = at_target
+
+
+@njit(**OPTIONS)
+def _sum_slopes(slope, sums):
+    """Adds a row of slopes to the sums of the columns -> the sum of the row."""
+    total = f32(0)
+    for j in range(slope.size):
+        total += slope[j]
+        sums[j] += slope[j]
+    return total
+
+
+@njit(**OPTIONS)
+def _sum_terms(e, p, y, weight, total, u, v, sums, strength, link, floor):
+    """The same for the derivative with respect to u + v, the denominator of e."""
+    whole, share = f32(0), weight / total
+    for j in range(e.size):
+        both = u + v[j]
+        g = share * p[j] - (weight if j == y else f32(0))
+        g = strength * g * (e[j] if link == SOFTMAX else f32(1)) / both if abs(both) > floor else f32(0)
+        whole += g
+        sums[j] += g
+    return whole
+
+
+@njit(parallel=True, cache=True, **OPTIONS)
+def _epilogue(
+    raw, slope, own, low, u, v, bias, targets, weight, losses, row_sums, sums, strengths, scratch, link, terms, numbers, needs_grad
+):
+    """Chunk of raw values (R, >= V) -> losses (R,) and, into `slope`, the derivatives of sum(weight losses) with respect to them.
+
+    numbers: strength, root, factor, floor of the denominator, skip. Sums of slopes (or of the derivatives of u + v): row_sums (R,), and
+    sums (threads, V) to which each thread adds; strengths (R,): the derivative with respect to n or s.
+    """
+    strength, root, factor, floor, skip = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    threads, R, V = sums.shape[0], targets.size, low.size
+    for t in prange(threads):
+        e, p = scratch[t, 0], scratch[t, 1]
+        for i in range(t * R // threads, (t + 1) * R // threads):
+            row, y = raw[i, :V], targets[i]
+            nearest, strange = _energies(row, e, own[i], low, u[i], v, bias, link, terms, floor, root, factor)
+            total, moment = _probabilities(e, p, nearest, strength, link, root)
+            far = root * _log1p((e[y] - nearest) / nearest) if link == HARMONIC else e[y] - nearest
+            losses[i] = np.nan if strange else math.log(total) + strength * far
+            if needs_grad:
+                into = slope[i, :V]
+                strengths[i] = weight[i] * (far - moment / total)
+                if terms:
+                    row_sums[i] = _sum_terms(e, p, y, weight[i], total, u[i], v, sums[t], strength, link, floor)
+                _slopes(row, e, p, into, y, weight[i], total, own[i], low, strength, link, root, skip)
+                if strange:
+                    into[:] = np.nan
+                if not terms:
+                    row_sums[i] = _sum_slopes(into, sums[t])
+
+
+# terms and slopes: term(x, y, p, r) -> float; slope(x, y, s, p, r) -> s dterm/dx, s dterm/dy. p is the kernel's number (power, a, floor),
+# r the raw value.
+
+
+def _l1_term(x, y, p, r):
     return abs(x - y)
 
 
-@njit(inline="always")
-def _l1_slope(x, y, s, p):
-    g = s * _sign(x, y)
+def _l1_slope(x, y, s, p, r):
+    g = _signed(s, x - y)
     return g, -g
 
 
-@njit(inline="always")
-def _half_term(x, y, p):
-    return np.sqrt(abs(x - y))
+def _half_term(x, y, p, r):
+    return math.sqrt(abs(x - y))
 
 
-@njit(inline="always")
-def _half_slope(x, y, s, p):
-    g = s * _sign(x, y) * np.float32(0.5) / np.sqrt(max(abs(x - y), np.float32(1e-30)))  # unbounded at 0, where the sign is 0
+def _half_slope(x, y, s, p, r):
+    d = x - y
+    g = _signed(s * f32(0.5) / math.sqrt(_greater(abs(d), f32(1e-30))), d)  # unbounded at 0, where the sign is 0
     return g, -g
 
 
-@njit(inline="always")
-def _three_halves_term(x, y, p):
+def _three_halves_term(x, y, p, r):
     d = abs(x - y)
-    return d * np.sqrt(d)
+    return d * math.sqrt(d)
 
 
-@njit(inline="always")
-def _three_halves_slope(x, y, s, p):
-    g = s * _sign(x, y) * np.float32(1.5) * np.sqrt(abs(x - y))
+def _three_halves_slope(x, y, s, p, r):
+    d = x - y
+    g = _turned(s * f32(1.5) * math.sqrt(abs(d)), d)
     return g, -g
 
 
-@njit(inline="always")
-def _cube_term(x, y, p):
+def _cube_term(x, y, p, r):
     d = abs(x - y)
     return d * d * d
 
 
-@njit(inline="always")
-def _cube_slope(x, y, s, p):
+def _cube_slope(x, y, s, p, r):
     d = x - y
-    g = s * np.float32(3) * d * abs(d)
+    g = s * f32(3) * d * abs(d)
     return g, -g
 
 
-@njit(inline="always")
-def _canberra_term(x, y, p):
-    return abs(x - y) / max(abs(x) + abs(y), p)
+def _power_term(x, y, p, r):
+    d = abs(x - y)
+    return _exp(p * _log(_greater(d, f32(1e-37)))) if d > f32(1e-37) else f32(0)
 
 
-@njit(inline="always")
-def _canberra_slope(x, y, s, p):
+def _power_slope(x, y, s, p, r):
+    d = x - y
+    size = _greater(abs(d), f32(1e-37))
+    g = _turned(s * p * _exp((p - f32(1)) * _log(size)), d) if abs(d) > f32(1e-37) else f32(0)
+    return g, -g
+
+
+def _lse_term(x, y, p, r):
+    return _exp(p * (abs(x - y) - r))  # r is the maximum, computed before
+
+
+def _lse_slope(x, y, s, p, r):
+    d = x - y
+    g = _signed(s * _exp(p * (abs(d) - r)), d)
+    return g, -g
+
+
+def _canberra_term(x, y, p, r):
+    return abs(x - y) / _greater(abs(x) + abs(y), p)
+
+
+def _canberra_slope(x, y, s, p, r):
+    """d/dx |x-y| / (|x|+|y|) is 2 |y| / (|x|+|y|)^2 sign(x-y) where x and y have one sign, else 0; half of it where one is 0."""
     size = abs(x) + abs(y)
-    inverse = np.float32(1) / max(size, p)
-    direction, ratio = _sign(x, y), np.float32(size > p) * abs(x - y) * inverse  # below the floor p the denominator is constant
-    zero = np.float32(0)
-    return s * inverse * (direction - ratio * _sign(x, zero)), s * inverse * (-direction - ratio * _sign(y, zero))
+    inverse = f32(1) / _greater(size, p)
+    g = _signed(s * inverse, x - y)
+    both = f32(1) + (_turned(_turned(f32(1), x), y) if (x != f32(0)) & (y != f32(0)) else f32(0))
+    k = both * inverse
+    within = size > p  # below the floor p the denominator is constant
+    return g * (k * abs(y) if within else f32(1)), -g * (k * abs(x) if within else f32(1))
 
 
-def _compile(name, term, slope, add=_sum, backward=_backward):
-    """The two templates with a kernel's functions put in; named, so that each has its place in Numba's cache on disk."""
-    made = []
-    for template in (_forward, backward):
-        names = {**globals(), "term": term, "slope": slope, "add": add}
-        function = types.FunctionType(template.__code__, names, f"{template.__name__}_{name}")
-        function.__qualname__, function.__module__ = function.__name__, __name__
-        made.append(njit(parallel=True, fastmath=True, cache=True)(function))
-    return tuple(made)
+# putting them in
 
 
-# (kernel, its power p, or None) -> forward and backward. Other powers, and lse, are served by the blocks of dense.py.
+def _sum(a, b):
+    return a + b
+
+
+def _maximum(a, b):
+    return _greater(a, b)
+
+
+def _same(a, p, r):
+    return a
+
+
+def _lse_end(a, p, r):
+    return r + _log(a) / p
+
+
+@_inlined
+def four(row, j):
+    return row[j], row[j + 1], row[j + 2], row[j + 3]
+
+
+@_inlined
+def slopes(row, j, done, whole):
+    """Four slopes, 0 for the first `done` columns, and for a row that the tile before has served."""
+    zero = f32(0)
+    return (
+        row[j] if whole and done < 1 else zero,
+        row[j + 1] if whole and done < 2 else zero,
+        row[j + 2] if whole and done < 3 else zero,
+        row[j + 3] if whole else zero,
+    )
+
+
+@_inlined
+def largest(a, b, c, d):
+    return max(max(_largest(a), _largest(b)), max(_largest(c), _largest(d)))
+
+
+@_inlined
+def _largest(a):
+    return max(max(abs(a[0]), abs(a[1])), max(abs(a[2]), abs(a[3])))
+
+
+def _add(a, x, z, p, r):
+    return (
+        join(a[0], term(x, z[0], p, r[0])),
+        join(a[1], term(x, z[1], p, r[1])),
+        join(a[2], term(x, z[2], p, r[2])),
+        join(a[3], term(x, z[3], p, r[3])),
+    )
+
+
+def _put(row, j, a, p, r):
+    row[j], row[j + 1] = end(a[0], p, r[0]), end(a[1], p, r[1])
+    row[j + 2], row[j + 3] = end(a[2], p, r[2]), end(a[3], p, r[3])
+
+
+def _pull(x, z, s, p, r):
+    f0, g0 = slope(x, z[0], s[0], p, r[0])
+    f1, g1 = slope(x, z[1], s[1], p, r[1])
+    f2, g2 = slope(x, z[2], s[2], p, r[2])
+    f3, g3 = slope(x, z[3], s[3], p, r[3])
+    return (f0 + f1) + (f2 + f3), (g0, g1, g2, g3)
+
+
+def _with(template, name, **functions):
+    """The template with these functions in place of the names it leaves open; named, so that each has its place in Numba's cache."""
+    made = types.FunctionType(template.__code__, {**globals(), **functions}, f"{template.__name__}_{name}")
+    made.__qualname__, made.__module__ = made.__name__, __name__
+    return made
+
+
+def _compile(name, term, slope, join=_sum, end=_same, backward=_backward):
+    """-> (forward, backward) of a kernel."""
+    functions = {"term": term, "slope": slope, "join": join, "end": end}
+    functions = {k: _inlined(f) for k, f in functions.items()}
+    for k, template in (("add", _add), ("put", _put), ("pull", _pull)):
+        functions[k] = _inlined(_with(template, name, **functions))
+    return tuple(njit(parallel=True, cache=True, **OPTIONS)(_with(f, name, **functions)) for f in (_forward, backward))
+
+
+# (kernel, its power p, or None) -> forward and backward
 COMPILED = {
     ("lp", 1.0): _compile("l1", _l1_term, _l1_slope),
     ("lp", 0.5): _compile("half", _half_term, _half_slope),
     ("lp", 1.5): _compile("three_halves", _three_halves_term, _three_halves_slope),
     ("lp", 3.0): _compile("cube", _cube_term, _cube_slope),
-    ("linf", None): _compile("linf", _l1_term, _l1_slope, _maximum, _backward_maximum),
+    ("lp", None): _compile("power", _power_term, _power_slope),
+    ("linf", None): _compile("linf", _l1_term, _l1_slope, _maximum, backward=_backward_maximum),
+    ("lse", None): _compile("lse", _lse_term, _lse_slope, end=_lse_end),
     ("canberra", None): _compile("canberra", _canberra_term, _canberra_slope),
 }
 
 
 def find(kernel: str, options: dict):
-    """-> (forward, backward, parameter) of a kernel with these options, or None where none is compiled."""
+    """-> (forward, backward, number) of a kernel with these options, or None where none is compiled."""
     if options.get("weighted"):
         return None
     if kernel == "canberra":
         return *COMPILED["canberra", None], max(options.get("floor", 0.0), 1e-37)  # 0 / 1e-37 = 0, as in scipy
-    found = COMPILED.get((kernel, float(options.get("p", 1.0)) if kernel == "lp" else None))
-    return found and (*found, 0.0)
+    if kernel == "lp":
+        p = float(options.get("p", 1.0))
+        return *(COMPILED.get(("lp", p)) or COMPILED["lp", None]), p
+    found = COMPILED.get((kernel, None))
+    return found and (*found, options.get("a", 0.0))
+
+
+def pairs(x: np.ndarray, y: np.ndarray, raw: np.ndarray, first: int, kernel: str, found):
+    """Raw values of all pairs into raw[:, first:]."""
+    if kernel == "lse":  # shifted by the maximum, as any log-sum-exp
+        COMPILED["linf", None][0](x, y, raw, first, f32(0))
+    found[0](x, y, raw, first, f32(found[2]))
 
 
 class Pairs(torch.autograd.Function):
-    """Raw values of all pairs: finite float32 CPU tensors (N, C), (V, C), and what `find` gave -> (N, V)."""
+    """Raw values of all pairs: float32 CPU tensors (N, C), (V, C), and what `find` gave -> (N, V)."""
 
     @staticmethod
-    def forward(ctx, h, w, found):
-        forward, ctx.kernel, ctx.p = found
-        ctx.sizes = len(h), len(w)
-        h, w = _whole(h, 2), _whole(w, 4)
+    def forward(ctx, h, w, kernel, found):
+        ctx.found, ctx.sizes = found, (len(h), len(w))
+        h, w = at_least_four(h.detach()), at_least_four(w.detach())
         raw = h.new_empty(len(h), len(w))
-        _threads()
-        forward(h.numpy(), w.numpy(), raw.numpy(), np.float32(ctx.p))
+        follow_torch()
+        pairs(h.numpy(), w.numpy(), raw.numpy(), 0, kernel, found)
         ctx.save_for_backward(h, w, raw)
         return raw[: ctx.sizes[0], : ctx.sizes[1]]
 
@@ -217,19 +613,117 @@ class Pairs(torch.autograd.Function):
     def backward(ctx, slope):
         h, w, raw = ctx.saved_tensors
         slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()  # padded pairs have no gradient
-        shares, dw = h.new_zeros(_threads(), *h.shape), torch.zeros_like(w)
-        ctx.kernel(h.numpy(), w.numpy(), raw.numpy(), slope.numpy(), shares.numpy(), dw.numpy(), np.float32(ctx.p))
-        return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None
+        shares, dw = h.new_zeros(follow_torch(), *h.shape), torch.zeros_like(w)
+        ctx.found[1](h.numpy(), w.numpy(), raw.numpy(), slope.numpy(), 0, shares.numpy(), dw.numpy(), f32(ctx.found[2]))
+        return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
 
 
-def _whole(x: torch.Tensor, tile: int) -> torch.Tensor:
-    """x with rows of zeros added to whole tiles, contiguous; x itself where nothing is to do."""
-    missing = -len(x) % tile
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x).detach().contiguous()
+def at_least_four(x: torch.Tensor) -> torch.Tensor:
+    """x contiguous, with rows of zeros added to make a tile; x itself where nothing is to do."""
+    return F.pad(x, (0, 0, 0, 4 - len(x))) if len(x) < 4 else x.contiguous()
 
 
-def _threads() -> int:
+def follow_torch() -> int:
     """Numba follows torch's number of threads."""
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads
+
+
+# A chunk of rows has at most CHUNK raw values: 80 MiB, or two of half of it where raw values are needed beside their slopes.
+CHUNK = 20 * 2**20
+
+
+def supports(kernel: str, options: dict) -> bool:
+    return kernel in ("l2", "dot") or find(kernel, options) is not None
+
+
+def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
+    """See `loss._chunked`: the same, float32 on a CPU, with compiled kernels and each chunk forward and backward while it is in cache."""
+    epilogue, N, V, C, threads = how.epilogue(), len(x), len(y), x.shape[1], follow_torch()
+    matmul = epilogue.kernel in ("l2", "dot")
+    found = None if matmul else find(epilogue.kernel, epilogue.options)
+    apart = epilogue.kernel in ("linf", "lse")  # their gradients need the raw values again
+    rows = min(N, max(4, CHUNK // (1 + apart) // V // 4 * 4))
+    wide = max(V, 4)
+    raw = torch.empty(max(rows, 4), wide)
+    slope = torch.empty_like(raw) if apart and needs_grad else raw
+    scratch, sums = torch.empty(threads, 2, V), torch.zeros(threads, V)
+    losses, row_sums, strengths = torch.empty(N), torch.empty(N), torch.empty(N)
+    link = {"harmonic": HARMONIC, "softmax": SOFTMAX, "control": CONTROL}[epilogue.link]
+    numbers = np.array([strength, epilogue.root, epilogue.factor, epilogue.floor, how.skip / V], f32)
+    if epilogue.kernel == "l2":
+        # Vectors with a large common part would lose their differences in the products; l2 does not change when it is taken off.
+        middle = sum(block.sum(0) for _, block in y.blocks()) / V
+        if middle.square().sum() > sum(block.square().sum() for _, block in y.blocks()) / V / 2:
+            y.shift, x = middle, x - middle
+    xx, yy = epilogue.sizes(x), torch.cat([epilogue.sizes(block) for _, block in y.blocks()])
+    own_low, low = epilogue.low(xx), epilogue.low(yy)
+    zeros = torch.zeros(max(N, V))
+    dx = torch.zeros(N, C) if needs_grad else None
+    dy = torch.empty(V, C) if needs_grad and matmul else torch.zeros(V, C) if needs_grad else None
+    shares = torch.empty(threads, max(rows, 4), C) if needs_grad and not matmul else None
+
+    for i in range(0, N, rows):
+        part = slice(i, min(i + rows, N))
+        own, n = x[part], part.stop - i
+        padded = at_least_four(own)
+        for first, block in y.blocks():
+            here = slice(first, first + len(block))
+            if matmul:
+                torch.mm(own, block.T, out=raw[:n, here])
+            else:
+                pairs(padded.numpy(), at_least_four(block).numpy(), raw.numpy(), first, epilogue.kernel, found)
+            if epilogue.kernel == "l2":
+                _recompute_near(raw.numpy(), first, own.numpy(), block.numpy(), xx[part].numpy(), yy[here].numpy(), f32(NEAR))
+        _epilogue(
+            raw.numpy(),
+            slope.numpy(),
+            own_low[part].numpy(),
+            low.numpy(),
+            (zeros if u is None else u)[part].numpy(),
+            (zeros[:V] if v is None else v).numpy(),
+            (zeros[:V] if bias is None else bias).numpy(),
+            targets[part].numpy(),
+            weight[part].numpy(),
+            losses[part].numpy(),
+            row_sums[part].numpy(),
+            sums.numpy(),
+            strengths[part].numpy(),
+            scratch.numpy(),
+            link,
+            u is not None,
+            numbers,
+            needs_grad,
+        )
+        if not needs_grad:
+            continue
+        slope[n:4] = 0  # rows that only fill a tile
+        if shares is not None:
+            shares.zero_()
+        for first, block in y.blocks():
+            here = slice(first, first + len(block))
+            if matmul:
+                s = slope[:n, here]
+                dx[part].addmm_(s, block)
+                dy[here].addmm_(s.T, own, beta=float(i > 0))
+            else:
+                tile = at_least_four(block)
+                into = dy[here] if len(tile) == len(block) else torch.zeros_like(tile)
+                slope[:, V:wide] = 0
+                found[1](padded.numpy(), tile.numpy(), raw.numpy(), slope.numpy(), first, shares.numpy(), into.numpy(), f32(found[2]))
+                if into.data_ptr() != dy[here].data_ptr():
+                    dy[here] += into[: len(block)]
+        if shares is not None:
+            dx[part] = shares.sum(0)[:n]
+
+    if not needs_grad:
+        return losses, None
+    sums = sums.sum(0)
+    if epilogue.kernel == "l2":  # of |x|^2 + |y|^2 - 2 x.y, the product is in dx and dy
+        torch.addcmul(-2 * dx, x, row_sums[:, None], value=2, out=dx)
+        for first, block in y.blocks():
+            into = dy[first : first + len(block)]
+            into.mul_(-2).addcmul_(block, sums[first : first + len(block), None], value=2)
+    terms = u is not None
+    return losses, (dx, dy, row_sums if terms else None, sums if terms else None, strengths.sum(), None if bias is None else sums)

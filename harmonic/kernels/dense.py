@@ -104,17 +104,47 @@ KERNELS = {
 }
 
 
+def sizes(kernel: str, x: torch.Tensor, **options) -> torch.Tensor:
+    """value(x, 0), a few rows at a time, without gradient: (..., C) -> (...)."""
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    rows = x.detach().reshape(-1, x.shape[-1]).split(max(1, BLOCK // max(1, x.shape[-1])))
+    return torch.cat([KERNELS[kernel].value(part, zero, **options) for part in rows]).view(x.shape[:-1])
+
+
 def floor(kernel: str, x: torch.Tensor, **options) -> torch.Tensor:
-    """The share of one operand in the floor: (..., C) -> (...)."""
-    k = KERNELS[kernel]
-    size = k.value(x.detach(), torch.zeros((), dtype=x.dtype, device=x.device), **options)
-    return size * torch.finfo(x.dtype).eps ** k.power(**options)
+    """The share of one operand in the floor: (N, C) -> (N,)."""
+    return sizes(kernel, x, **options) * torch.finfo(x.dtype).eps ** KERNELS[kernel].power(**options)
 
 
 def above(raw, low):
     """raw where it exceeds the floor `low`, else `low` (no gradient there)."""
     low = low.clamp_min(torch.finfo(raw.dtype).tiny)
     return torch.where(raw < low, low, raw)  # this order lets a NaN through: it is never hidden
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What turns raw values into logits: all that a fused implementation needs beside the operands.
+
+    d = (factor raw)^root / max(|u + v|, floor), without the denominator where there are no terms u, v;
+    logit = -n log d (link "harmonic"), -s d ("softmax"), raw + bias ("control": the dot product of cross-entropy).
+    """
+
+    kernel: str
+    options: dict
+    link: str
+    factor: float
+    root: float
+    floor: float
+
+    def sizes(self, x: torch.Tensor) -> torch.Tensor:
+        """`value(x, 0)`, which the floor is relative to: (N, C) -> (N,)."""
+        return x.new_zeros(len(x)) if self.link == "control" else sizes(self.kernel, x, **self.options)
+
+    def low(self, sizes: torch.Tensor) -> torch.Tensor:
+        """One operand's share in the floor of the raw values, never 0: (N,) -> (N,)."""
+        info = torch.finfo(sizes.dtype)
+        return (sizes * info.eps ** KERNELS[self.kernel].power(**self.options)).clamp_min(info.tiny)
 
 
 @torch.compiler.disable  # blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing
@@ -127,8 +157,8 @@ def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, compiled: bool = False,
     if k.matmul:
         return k.matmul(h, w)
     found = find_compiled(h, kernel, options) if compiled else None
-    if found and (h.detach().sum() + w.detach().sum()).isfinite():  # compiled loops may reorder, so a NaN takes the readable way
-        raw = cpu.Pairs.apply(h, w, found)
+    if found and (h.detach().sum() + w.detach().sum()).isfinite():  # compiled maxima lose a NaN, so it takes the readable way
+        raw = cpu.Pairs.apply(h, w, kernel, found)
     else:
         raw = _blocks(h, w, k.value, **options)
     return above(raw, floor(kernel, h, **options)[:, None] + floor(kernel, w, **options))
