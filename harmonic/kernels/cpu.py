@@ -624,10 +624,13 @@ def at_least_four(x: torch.Tensor) -> torch.Tensor:
 
 
 def follow_torch() -> int:
-    """Numba follows torch's number of threads."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
-    return threads
+    """Numba follows torch's number of threads, and not the other way round: starting Numba's threads sets OpenMP's number, which is torch's."""
+    threads = torch.get_num_threads()
+    ours = min(threads, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(ours)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return ours
 
 
 # A chunk of rows has at most CHUNK raw values: 80 MiB, or two of half of it where raw values are needed beside their slopes.
