@@ -75,8 +75,12 @@ class ModelConfig:
     """canberra_weighted: power q (1)"""
     head_init_std: float = 0.02
     """standard deviation of the prototypes at the start; tied, of the embedding (GPT-2's 0.02)"""
-    head_impl: Literal["auto", "dense", "chunked", "numba"] = "auto"
-    """how the loss is computed: dense materialises all logits, chunked does not, numba compiles it (CPU), auto picks the fastest"""
+    head_impl: Literal["auto", "dense", "chunked", "numba", "triton"] = "auto"
+    """how the loss is computed: dense materialises all logits, chunked does not, numba (CPU) and triton are compiled; auto = the fastest"""
+    head_skip: float = 1e-6
+    """elementwise distances leave out gradients that add up to less than this share of the target's; 0 = none"""
+    head_precision: Literal["float32", "autocast"] = "float32"
+    """products of the head's vectors (cross_entropy and the distances of kernel l2): float32, or the trunk's autocast type"""
 
     def head_arguments(self) -> dict:
         """Keyword arguments of HarmonicHead after (n_embd, vocab_size, name)."""
@@ -90,6 +94,8 @@ class ModelConfig:
             bias=self.arch == "bert" and self.head == "cross_entropy",  # BERT's decoder has one; distances have no place for it
             init_std=self.head_init_std,
             impl=self.head_impl,
+            skip=self.head_skip,
+            precision=self.head_precision,
             **options,
         )
 

@@ -42,7 +42,7 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
         base = read_yaml(out_dir / "config.yaml")
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     if resume:
-        free = ("head_impl", "dropout")  # no part of the weights
+        free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the weights
         now = {**{k: v for k, v in vars(model).items() if k not in free}, "dataset": config.dataset}
         check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
     return model, config, resume

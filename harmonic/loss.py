@@ -40,6 +40,7 @@ if torch.cuda.is_available():
         pass
 
 LINKS = ("harmonic", "softmax")
+PRECISIONS = ("float32", "autocast")
 IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 # The chunked implementation: about CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the next, but
 # at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
@@ -138,6 +139,7 @@ def harmonic_loss(
     reduction: str = "mean",
     impl: str = "auto",
     skip: float = SKIP,
+    precision: str = "float32",
     training: bool = False,
     check_finite: bool = True,
     **settings,
@@ -151,6 +153,8 @@ def harmonic_loss(
             compiled kernels, on a CPU in float32; "triton" on CUDA; "auto" picks the fastest that the device and the distance have.
         skip: elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the target's, so that what is left out of any
             row adds up to less than `skip` of the target's slope. 0: none.
+        precision: "float32" always, or "autocast": inside torch.autocast impl "numba" multiplies matrices (kernels l2 and dot) in its type,
+            with float32 norms, logarithms and sums over chunks.
         check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
         The rest: see `harmonic_logits`.
     Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over no targets is 0, with zero
@@ -162,20 +166,23 @@ def harmonic_loss(
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; choose from mean, sum, none")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     if not 0 <= skip < 1:
         raise ValueError(f"skip must be in [0, 1), got {skip}")
     row, kept = resolve(name, **settings)
     link, strength = _strength(name, link, w.shape[-1], exponent, scale, settings)
     check_vectors(h, w)
     _check_targets(h, targets)
+    lower = precision == "autocast" and torch.is_autocast_enabled(h.device.type)
+    product = torch.get_autocast_dtype(h.device.type) if lower else torch.float32
     with exactly(h.device):
         x, y = together(h.reshape(-1, h.shape[-1]), w)
         mapping, options = split(row, kept)
         trained = {k: v for k, v in mapping.items() if isinstance(v, torch.Tensor)}
         mapping = {k: v for k, v in mapping.items() if k not in trained}
-        how = _How(
-            row, link, {**options, **row.fixed}, mapping, tuple(trained), ignore_index, reduction, impl, skip, training, check_finite
-        )
+        options |= row.fixed
+        how = _How(row, link, options, mapping, tuple(trained), ignore_index, reduction, impl, skip, product, training, check_finite)
         strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device)
         losses = _loss(x, y, targets.reshape(-1).long(), strength, bias, how, *trained.values())
     return losses.view(targets.shape) if reduction == "none" else losses
@@ -221,6 +228,7 @@ class _How:
     reduction: str
     impl: str
     skip: float
+    product: torch.dtype
     training: bool
     check_finite: bool
 
@@ -426,7 +434,7 @@ class HarmonicHead(nn.Module):
         real_vocab_size: rows from here on are padding: they get logit -inf, no probability and no gradient.
         bias: a trained (V,) bias; "cross_entropy" only.
         init_std: prototypes start from N(0, init_std^2); GPT-2's 0.02 by default.
-        impl, skip: see `harmonic_loss`.
+        impl, skip, precision: see `harmonic_loss`.
         options: the distance's options: p, a, t, q.
     Raises: ValueError for anything it could not honour.
     """
@@ -447,6 +455,7 @@ class HarmonicHead(nn.Module):
         init_std: float = 0.02,
         impl: str = "auto",
         skip: float = SKIP,
+        precision: str = "float32",
         **options,
     ):
         super().__init__()
@@ -461,7 +470,8 @@ class HarmonicHead(nn.Module):
             raise ValueError(f"{name} takes no bias")
         if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
             raise ValueError(f"real_vocab_size {real_vocab_size} is not in 1..{vocab_size}")
-        self.name, self.link, self.impl, self.skip, self.options = name, link, impl, skip, options
+        self.name, self.link, self.options = name, link, options
+        self.impl, self.skip, self.precision = impl, skip, precision
         self.real_vocab_size = real_vocab_size or vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=init_std))
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
@@ -498,8 +508,8 @@ class HarmonicHead(nn.Module):
 
     def loss(self, h: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1, reduction: str = "mean") -> torch.Tensor:
         """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for reduction="none". NaN where h or w is not finite."""
-        how = {"ignore_index": ignore_index, "reduction": reduction, "impl": self.impl, "skip": self.skip, "check_finite": False}
-        return harmonic_loss(h, self.prototypes(), targets, self.name, **how, **self._settings())
+        how = {"ignore_index": ignore_index, "reduction": reduction, "impl": self.impl, "skip": self.skip, "precision": self.precision}
+        return harmonic_loss(h, self.prototypes(), targets, self.name, check_finite=False, **how, **self._settings())
 
     @torch.no_grad()
     def target_distance(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:

@@ -113,7 +113,7 @@ def _fit(function, low, high, degree):
     )
 
 
-_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _fit(np.exp2, -0.5, 0.5, 6)
+_E0, _E1, _E2, _E3, _E4, _E5 = _fit(np.exp2, -0.5, 0.5, 5)  # to 1e-7
 # log(1 + f) = f + f^2 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], which keeps small f exact
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = _fit(
     lambda f: np.where(abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2),
@@ -128,9 +128,9 @@ _LOG2_E, _LN2_HIGH, _LN2_LOW = f32(math.log2(math.e)), f32(0.693145751953125), f
 def _exp(x):
     """exp(x) for x <= 88, to 2 units in the last place and 1e-38; exp of less than -87 is 1e-38. A NaN is lost."""
     t = _greater(x * _LOG2_E, f32(-126))
-    k = np.floor(t + f32(0.5))
+    k = np.rint(t)
     f = t - k
-    return _times_power_of_two(_E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6))))), k)
+    return _times_power_of_two(_E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * _E5)))), k)
 
 
 @_inlined
@@ -225,28 +225,27 @@ def _backward(x, y, raw, s, first, dx, dy, p):
 
 
 def _backward_maximum(x, y, raw, s, first, dx, dy, p):
-    """The gradient of a maximum goes to the first coordinate that attains it; the search goes by pieces that the compiler vectorises."""
+    """The gradient of a maximum goes to one coordinate that attains it: the tile looks for it again, then each pair adds there."""
     threads, R, C, B = dx.shape[0], x.shape[0], x.shape[1], y.shape[0]
     for t in prange(threads):
-        for j in range(t * B // threads, (t + 1) * B // threads):
-            b = y[j]
+        stop = (t + 1) * (B // 4) // threads * 4 if t < threads - 1 else B
+        for low in range(t * (B // 4) // threads * 4, stop, 4):
+            j = min(low, B - 4)
+            y0, y1, y2, y3 = y[j], y[j + 1], y[j + 2], y[j + 3]
             for i in range(R):
-                g = s[i, first + j]
-                if g == 0:
+                s0 = slopes(s[i], j + first, low - j, True)
+                if _largest(s0) == 0:
                     continue
-                a, r, c = x[i], raw[i, first + j], 0
-                while c + 64 <= C:
-                    largest = f32(0)
-                    for k in range(c, c + 64):
-                        largest = _greater(largest, abs(a[k] - b[k]))
-                    if largest >= r:
-                        break
-                    c += 64
-                while c < C - 1 and abs(a[c] - b[c]) < r:
-                    c += 1
-                g = _signed(g, a[c] - b[c])
-                dx[t, i, c] += g
-                dy[j, c] -= g
+                x0, r0 = x[i], four(raw[i], j + first)
+                a = (f32(0), f32(0), f32(0), f32(0))  # the place, counted from 1
+                for c in range(C):
+                    a = _later(a, x0[c], (y0[c], y1[c], y2[c], y3[c]), f32(c + 1), r0)
+                for k in range(4):
+                    if s0[k] != 0 and a[k] > 0:
+                        c = int(a[k]) - 1
+                        g = _signed(s0[k], x0[c] - y[j + k, c])
+                        dx[t, i, c] += g
+                        dy[j + k, c] -= g
 
 
 @njit(parallel=True, cache=True, **OPTIONS)
@@ -524,6 +523,17 @@ def _largest(a):
     return max(max(abs(a[0]), abs(a[1])), max(abs(a[2]), abs(a[3])))
 
 
+@_inlined
+def _later(a, x, z, c, r):
+    """a, or c where the difference attains r."""
+    return (
+        _greater(a[0], c if abs(x - z[0]) >= r[0] else f32(0)),
+        _greater(a[1], c if abs(x - z[1]) >= r[1] else f32(0)),
+        _greater(a[2], c if abs(x - z[2]) >= r[2] else f32(0)),
+        _greater(a[3], c if abs(x - z[3]) >= r[3] else f32(0)),
+    )
+
+
 def _add(a, x, z, p, r):
     return (
         join(a[0], term(x, z[0], p, r[0])),
@@ -624,7 +634,7 @@ def at_least_four(x: torch.Tensor) -> torch.Tensor:
 
 
 def follow_torch() -> int:
-    """Numba follows torch's number of threads, and not the other way round: starting Numba's threads sets OpenMP's number, which is torch's."""
+    """Numba takes torch's number of threads; torch keeps it, though starting Numba's threads sets OpenMP's number, which is torch's."""
     threads = torch.get_num_threads()
     ours = min(threads, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(ours)
@@ -673,8 +683,10 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
         padded = at_least_four(own)
         for first, block in y.blocks():
             here = slice(first, first + len(block))
-            if matmul:
+            if matmul and how.product == torch.float32:
                 torch.mm(own, block.T, out=raw[:n, here])
+            elif matmul:
+                raw[:n, here] = own.to(how.product) @ block.to(how.product).T
             else:
                 pairs(padded.numpy(), at_least_four(block).numpy(), raw.numpy(), first, epilogue.kernel, found)
             if epilogue.kernel == "l2":
@@ -707,9 +719,15 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
         for first, block in y.blocks():
             here = slice(first, first + len(block))
             if matmul:
-                s = slope[:n, here]
-                dx[part].addmm_(s, block)
-                dy[here].addmm_(s.T, own, beta=float(i > 0))
+                s, into = slope[:n, here], dy[here]
+                if how.product == torch.float32:
+                    dx[part].addmm_(s, block)
+                    into.addmm_(s.T, own, beta=float(i > 0))
+                else:
+                    s = s.to(how.product)
+                    dx[part] += s @ block.to(how.product)
+                    more = s.T @ own.to(how.product)
+                    into.add_(more) if i else into.copy_(more)
             else:
                 tile = at_least_four(block)
                 into = dy[here] if len(tile) == len(block) else torch.zeros_like(tile)
