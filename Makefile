@@ -3,13 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench bench-gpu clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test       the tests (about 5 minutes on 2 cores)"
 	@echo "make lint       ruff; make format mends what it can"
-	@echo "make bench      the speed and memory tables"
+	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 
 $(VENV)/installed: requirements.txt
@@ -44,6 +44,11 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks.head
+	$(RUN) -m benchmarks.head --growth=true --sizes=512x50304x768 --out=results/head_growth.csv
+
+# The code that the CUDA kernels compile to: registers and spills, without a GPU.
+bench-gpu: $(VENV)/installed-dev
+	$(RUN) -m benchmarks.gpu_compile
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -250,7 +250,7 @@ class _How:
                 )
         if self.impl == "chunked":
             return _chunked
-        return cpu.run if numba else gpu.run if triton else _chunked
+        return cpu.run if numba else _triton if triton else _chunked
 
 
 @torch.compiler.disable  # loops over chunks that differentiate as they go, and checks of values: nothing to trace
@@ -385,6 +385,10 @@ class Mapped:
             for total, part in zip(found, more, strict=True):
                 total += part
         return found
+
+
+def _triton(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
+    return gpu.run(x, y.whole(), u, v, strength, bias, targets, weight, how.epilogue(), needs_grad)
 
 
 def _chunked(x, y, u, v, strength, bias, targets, weight, how, needs_grad):

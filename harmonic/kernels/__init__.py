@@ -1,5 +1,5 @@
-"""Raw values for all (token, prototype) pairs.
+"""Raw values for all (token, prototype) pairs, and the loss from them.
 
-`dense.py` is the readable truth on any device; `cpu.py` (Numba) computes the elementwise kernels in float32 on CPUs, and must agree with
-it. `gpu.py` is the place of Triton kernels; until they stand, a GPU takes the chunked path over `dense.py`.
+`dense.py` is the readable truth on any device. `cpu.py` (Numba, float32 on CPUs) and `gpu.py` (Triton, float32 on CUDA) fuse the loss and
+its gradients, and must agree with it.
 """
