@@ -234,8 +234,17 @@ def growth(c, path):
         case = Case(*size)
         for name in c.heads or ["cross_entropy", "cosine", "manhattan"]:
             rows.append(measure(case, name, None, c.rounds))
+            write(rows, path)
     torch.set_num_threads(threads)
     return rows
+
+
+def write(rows, path):
+    """The table so far."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in rows for k in r)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def table(rows):
@@ -267,12 +276,8 @@ def main():
             if size != at:
                 case, at = Case(*(int(n) for n in size.split("x"))), size
             rows.append(measure(case, name, peer, c.rounds))
+            write(rows, c.out)
     table(rows)
-    keys = list(dict.fromkeys(k for r in rows for k in r))
-    with open(c.out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows(rows)
     print(f"wrote {c.out}", end="\n" if c.growth else "")
     if not c.growth:
         picture = Path(c.out).with_suffix(".png")

@@ -346,15 +346,19 @@ class Mapped:
     def _map(self, x, first, trained):
         return mapped(self.how.row, x, self.seed and self.seed + first, {**self.how.mapping, **trained})
 
+    def _slices(self):
+        """Of MAP_ROWS rows; the last may have three more, for a kernel's tile has four."""
+        starts = [*range(0, max(1, len(self.x) - 3), MAP_ROWS), len(self.x)]
+        return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
     def blocks(self):
         """Yields (the index of the first row, the mapped rows less `shift`)."""
         if self.kept is not None and self.shift is None:
             yield 0, self.kept
             return
-        for first in range(0, len(self.x), MAP_ROWS):
-            s = slice(first, first + MAP_ROWS)
-            block = self._map(self.x[s], first, self.trained) if self.kept is None else self.kept[s]
-            yield first, block if self.shift is None else block - self.shift
+        for s in self._slices():
+            block = self._map(self.x[s], s.start, self.trained) if self.kept is None else self.kept[s]
+            yield s.start, block if self.shift is None else block - self.shift
 
     def whole(self):
         """All of it: (M, C)."""
@@ -373,11 +377,10 @@ class Mapped:
         found = [torch.zeros_like(t) for t in trained]
         if row.map is None and of_terms is None:
             return found
-        for first in range(0, len(self.x), MAP_ROWS):
-            s = slice(first, first + MAP_ROWS)
+        for s in self._slices():
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_() for t in (self.x[s], *trained)]
-                y = self._map(leaves[0], first, dict(zip(self.trained, leaves[1:], strict=True)))
+                y = self._map(leaves[0], s.start, dict(zip(self.trained, leaves[1:], strict=True)))
                 outputs, upstream = [y], [gradient[s]]
                 if of_terms is not None:
                     outputs, upstream = [y, row.terms(y)], [gradient[s], of_terms[s]]

@@ -1,11 +1,17 @@
 """The head against float64 formulas, scipy and the theory's identities, looping over the tables: a new distance is tested too."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import scipy.spatial.distance as scipy_distance
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import harmonic.loss
 from harmonic import (
@@ -24,6 +30,7 @@ from harmonic import (
 from harmonic.distances import formula_table, resolve
 from harmonic.kernels import dense
 
+ROOT = Path(__file__).resolve().parent.parent
 N, V, C = 13, 103, 37  # odd on purpose: no dimension divides a block
 LINKS = ["harmonic", "softmax"]
 # settings of each distance beyond its defaults
@@ -591,6 +598,132 @@ def test_compiled_kernels_equal_the_truth(setting, n, v, c):
     plain, fast = run(torch.float32, "dense"), run(torch.float32, "numba")
     for exact, naive, found in zip(truth, plain, fast, strict=True):
         assert (found - exact).abs().max() <= (naive - exact).abs().max() + 1e-5 * max(1.0, exact.abs().max().item())
+
+
+FAST = [n for n in HEADS if n != "cosine_linear"]  # what Numba compiles
+
+
+def gradients(h, w, y, name, dtype=torch.float32, **kw):
+    """-> loss and gradients in float64, computed in `dtype`."""
+    a, b = h.detach().to(dtype, copy=True).requires_grad_(), w.detach().to(dtype, copy=True).requires_grad_()
+    loss = harmonic_loss(a, b, y, name, **kw)
+    loss.backward()
+    return loss.detach().double(), a.grad.double(), b.grad.double()
+
+
+def no_worse(found, naive, truth, tolerance=1e-5):
+    for f, n, t in zip(found, naive, truth, strict=True):
+        assert (f - t).abs().max() <= (n - t).abs().max() + tolerance * max(1.0, t.abs().max().item())
+
+
+@given(
+    name=st.sampled_from(FAST),
+    link=st.sampled_from(LINKS),
+    size=st.tuples(st.integers(1, 30), st.integers(1, 90), st.integers(1, 70)),
+    exponent=st.floats(0.3, 300),
+    spread=st.sampled_from([0.02, 0.3, 1.0]),
+    ignored=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_loss_is_as_exact_as_dense_float32(name, link, size, exponent, spread, ignored, dtype, seed):
+    n, v, c = size
+    h, w = vectors(torch.float32, seed, n, v, c)
+    h, w = h.to(dtype), (spread * w).to(dtype)
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(v, (n,), generator=g)
+    y[torch.rand(n, generator=g) < ignored] = -1
+    kw = {} if name in CONTROLS else {"link": link, "exponent" if link == "harmonic" else "scale": exponent}
+    truth = gradients(h, w, y, name, torch.float64, impl="dense", **kw)
+    naive = gradients(h, w, y, name, impl="dense", **kw)
+    rounding = 2e-7 * harmonic_logits(h.double(), w.double(), name, **kw).abs().max().item()  # of the logits themselves
+    no_worse(gradients(h, w, y, name, impl="numba", skip=0.0, **kw), naive, truth, 1e-5 + rounding)
+    loss = harmonic_loss(h, w, y, name, impl="numba", **kw)  # half precision comes in as it is
+    assert (
+        loss.dtype == torch.float32
+        and abs(loss.item() - truth[0].item()) <= 1e-5 + 2e-4 * abs(truth[0].item()) + (naive[0] - truth[0]).abs()
+    )
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_chunks_and_blocks_change_nothing(name, monkeypatch):
+    """Several chunks of rows, several blocks of mapped prototypes, remainders of both."""
+    h, w = vectors(torch.float32)
+    y = torch.arange(N)
+    whole = gradients(h, w, y, name, impl="numba")
+    monkeypatch.setattr(dense.cpu, "CHUNK", 10 * V)
+    monkeypatch.setattr(harmonic.loss, "MAP_ROWS", 17)  # 103 = 6 * 17 + 1: the last block is one row, less than a tile
+    for found, expected in zip(gradients(h, w, y, name, impl="numba"), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["manhattan", "canberra", "bray_curtis", "cosine", "mahalanobis"])
+def test_a_second_backward_pass_and_accumulation(name):
+    torch.manual_seed(0)
+    head, h, y = HarmonicHead(C, V, name), torch.randn(N, C, requires_grad=True), torch.arange(N)
+    loss = head.loss(h, y)
+    (2 * loss).backward(retain_graph=True)
+    once = [p.grad.clone() for p in (h, *head.parameters())]
+    (2 * loss).backward()  # the gradients made in the forward pass are spent
+    head.loss(h, y).backward()
+    for p, g in zip((h, *head.parameters()), once, strict=True):
+        torch.testing.assert_close(p.grad, 2.5 * g, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    head, h, y = HarmonicHead(C, V, "hamming_gumbel").train(), torch.randn(N, C, requires_grad=True), torch.arange(N)
+    found = []
+    for use in (False, True):
+        torch.manual_seed(1)  # the same noise, which the second forward pass of a checkpoint must draw again
+        loss = checkpoint(head.loss, h, y, use_reentrant=False) if use else head.loss(h, y)
+        found.append((loss, *torch.autograd.grad(loss, (h, head.weight))))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_what_is_skipped_is_bounded():
+    """The slopes left out of a row add up to less than `skip` of the target's, so no coordinate of dL/dh moves by more."""
+    h, w = vectors(torch.float32, n=50, v=1003)
+    y = torch.arange(50)
+    exact = gradients(h, w, y, "manhattan", exponent=300.0, skip=0.0, reduction="sum")
+    d = distance(h.double(), w.double(), "manhattan")
+    p = (-300.0 * d.log()).softmax(-1)
+    slope = 300.0 / d * p
+    at_target = (300.0 / d * (1 - p))[torch.arange(50), y]
+    for skip in (1e-6, 1e-2, 0.5):
+        found = gradients(h, w, y, "manhattan", exponent=300.0, skip=skip, reduction="sum")
+        out = slope < skip / 1003 * at_target[:, None]
+        out[torch.arange(50), y] = False
+        bound = torch.where(out, slope, 0).sum(-1)
+        assert (bound <= skip * at_target).all() and found[0] == exact[0]
+        assert ((found[1] - exact[1]).abs().amax(-1) <= bound + 1e-5 * at_target).all()
+    assert out.float().mean() > 0.5 and not torch.equal(found[1], exact[1])  # the largest bound does leave pairs out
+
+
+def test_products_follow_autocast_only_when_asked():
+    h, w = vectors(torch.float32)
+    y, plain = torch.arange(N), {}
+    for name in ("cross_entropy", "euclidean", "cosine", "manhattan"):
+        plain[name] = gradients(h, w, y, name, precision="autocast")  # outside of autocast it means nothing
+        torch.testing.assert_close(plain[name], gradients(h, w, y, name), rtol=0, atol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            lower = gradients(h, w, y, name, precision="autocast")
+        assert (lower[0] != plain[name][0]) == (name != "manhattan")
+        for a, b in zip(lower, plain[name], strict=True):
+            assert (a - b).abs().max() <= 3e-2 * b.abs().max()
+
+
+def test_numba_leaves_torchs_threads_alone():
+    """Starting Numba's threads sets OpenMP's number, which is torch's: it must be put back."""
+    code = "import torch, harmonic as m; h, w = torch.randn(9, 8), torch.randn(20, 8); before = torch.get_num_threads()"
+    code += "; m.harmonic_loss(h, w, torch.arange(9), 'manhattan'); assert before == torch.get_num_threads() == 1"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_elementwise_distances_are_compiled():

@@ -113,7 +113,7 @@ def _fit(function, low, high, degree):
     )
 
 
-_E0, _E1, _E2, _E3, _E4, _E5 = _fit(np.exp2, -0.5, 0.5, 5)  # to 1e-7
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _fit(np.exp2, -0.5, 0.5, 6)  # to 3e-9; degree 5: 1e-7
 # log(1 + f) = f + f^2 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], which keeps small f exact
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = _fit(
     lambda f: np.where(abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2),
@@ -130,7 +130,7 @@ def _exp(x):
     t = _greater(x * _LOG2_E, f32(-126))
     k = np.rint(t)
     f = t - k
-    return _times_power_of_two(_E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * _E5)))), k)
+    return _times_power_of_two(_E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6))))), k)
 
 
 @_inlined
@@ -287,7 +287,10 @@ def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
     if link == SOFTMAX:
         for j in range(e.size):
             e[j] *= factor
-        if root != 1:
+        if root == f32(0.5):
+            for j in range(e.size):
+                e[j] = math.sqrt(e[j])
+        elif root != 1:
             for j in range(e.size):
                 e[j] = _exp(root * _log(e[j]))
     nearest, strange = f32(np.inf), 0

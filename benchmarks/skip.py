@@ -1,0 +1,122 @@
+"""What leaving out negligible pairs buys: share of pairs and tiles, time, and the error of the gradients it makes.
+
+    python -m benchmarks.skip out/manhattan out/canberra      # trained runs, elementwise heads
+    python -m benchmarks.skip                                 # random input alone, at the demo's size
+
+For each row the pairs whose slope |dL/draw| is below skip / V of the target's are left out (`harmonic_loss`), a 4 x 4 tile of pairs when
+all of them are. Reported for several values of `skip`, on validation tokens of a run's newest checkpoint and on random input: the time of
+forward and backward over that with skip=0, measured alternately, and |difference| / |gradient|, Frobenius norms. Writes a CSV.
+"""
+
+import csv
+import statistics
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from analysis.runs import find_runs
+from benchmarks.head import seconds
+from harmonic import HEADS, HarmonicHead
+from harmonic.distances import exactly, log_distance, operands
+from harmonic.kernels import dense
+from training.config import check, cli, parse
+from training.data import NONE, validation_batches, validation_windows
+
+
+@dataclass
+class SkipConfig:
+    """Skipping"""
+
+    runs: list[str] = field(default_factory=list)
+    """run folders"""
+    skips: str = "1e-6,1e-4,1e-2"
+    """the bounds to measure"""
+    N: int = 1024
+    """states"""
+    rounds: int = 7
+    """measurements of each"""
+    out: str = "results/skip.csv"
+    """the CSV file"""
+
+    def problems(self) -> list[str]:
+        return [f"{k}={getattr(self, k)} must be at least 1" for k in ("N", "rounds") if getattr(self, k) < 1]
+
+
+@torch.no_grad()
+def states(run, n):
+    """-> (head, hidden states (n, C), targets) of the run's first validation windows."""
+    (model, _), data, c = run.load(), run.data(), run.model_config
+    windows = validation_windows(data.splits["val"].tokens, c.block_size, -(-n // c.block_size))
+    x, y = next(validation_batches(data, c.arch, c.block_size, windows, len(windows), "val"))
+    h, y = model.hidden(x)[y != NONE], y[y != NONE]
+    return model.head, h[:n], y[:n]
+
+
+def shares(head, h, y, skip):
+    """-> the share of pairs, and of 4 x 4 tiles, that are left out."""
+    with exactly(h.device):
+        row, x, w, u, v, options = operands(h.detach(), head.prototypes().detach(), head.name, **head.geometry())
+        raw = dense.pairs(x, w, row.kernel, True, **options, **row.fixed).detach().requires_grad_()
+        log_d = log_distance(row, raw, None if u is None else u[:, None], v, options)
+        logits = -head.strength() * (log_d if head.link == "harmonic" else log_d.exp())
+        slope = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), raw)[0].abs()
+    out = slope < skip / slope.shape[1] * slope.gather(1, y[:, None])
+    tiles = F.pad(out, (0, -out.shape[1] % 4, 0, -out.shape[0] % 4), value=True).unflatten(1, (-1, 4)).unflatten(0, (-1, 4))
+    return out.float().mean().item(), tiles.all(3).all(1).float().mean().item()
+
+
+def measure(name, head, h, y, skips, rounds):
+    def run(skip):
+        head.skip = skip
+        x = h.clone().requires_grad_()
+        head.zero_grad()
+        took = seconds(lambda: head.loss(x, y).backward())
+        return took, x.grad, head.weight.grad.clone()
+
+    run(0.0)
+    rows = []
+    for skip in skips:
+        times = [(run(skip)[0], run(0.0)[0]) for _ in range(rounds)]
+        (_, dx, dw), (_, dx0, dw0) = run(skip), run(0.0)
+        pairs, tiles = shares(head, h, y, skip)
+        rows.append(
+            {
+                "input": name,
+                "head": head.name,
+                "skip": skip,
+                "pairs_left_out": f"{pairs:.4f}",
+                "tiles_left_out": f"{tiles:.4f}",
+                "time_ratio": f"{statistics.median(a / b for a, b in times):.2f}",
+                "dh_error": f"{(dx - dx0).norm() / dx0.norm():.1e}",
+                "dw_error": f"{(dw - dw0).norm() / dw0.norm():.1e}",
+            }
+        )
+    return rows
+
+
+def main():
+    (c,) = parse(sys.argv[1:], SkipConfig, words="runs")
+    runs = find_runs(c.runs) if c.runs else []
+    matmul = [r for r in runs if HEADS[r.model_config.head].kernel in ("l2", "dot")]
+    check([f"{r.path}: {r.model_config.head} leaves no pairs out, only elementwise distances do" for r in matmul])
+    skips, rows = [float(s) for s in c.skips.split(",")], []
+    g = torch.Generator().manual_seed(0)
+    head = HarmonicHead(192, 4096, "manhattan")
+    h, y = F.layer_norm(torch.randn(c.N, 192, generator=g), (192,)), torch.randint(4096, (c.N,), generator=g)
+    rows += measure("random", head, h, y, skips, c.rounds)
+    for run in runs:
+        rows += measure(run.name, *states(run, c.N), skips, c.rounds)
+    print("".join(f"{k:>16}" for k in rows[0]))
+    for r in rows:
+        print("".join(f"{str(v):>16}" for v in r.values()))
+    with open(c.out, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {c.out}")
+
+
+if __name__ == "__main__":
+    cli(main)
