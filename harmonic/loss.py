@@ -140,6 +140,7 @@ def harmonic_loss(
     impl: str = "auto",
     skip: float = SKIP,
     precision: str = "float32",
+    rows: int | None = None,
     training: bool = False,
     check_finite: bool = True,
     **settings,
@@ -155,6 +156,7 @@ def harmonic_loss(
             row adds up to less than `skip` of the target's slope. 0: none.
         precision: "float32" always, or "autocast": inside torch.autocast impl "numba" multiplies matrices (kernels l2 and dot) in its type,
             with float32 norms, logarithms and sums over chunks.
+        rows: how many rows of w are prototypes, where the rest is padding; None: all.
         check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
         The rest: see `harmonic_logits`.
     Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over no targets is 0, with zero
@@ -174,6 +176,9 @@ def harmonic_loss(
     link, strength = _strength(name, link, w.shape[-1], exponent, scale, settings)
     check_vectors(h, w)
     _check_targets(h, targets)
+    rows = len(w) if rows is None else rows
+    if not 0 < rows <= len(w):
+        raise ValueError(f"rows {rows} is not in 1..{len(w)}")
     lower = precision == "autocast" and torch.is_autocast_enabled(h.device.type)
     product = torch.get_autocast_dtype(h.device.type) if lower else torch.float32
     with exactly(h.device):
@@ -182,7 +187,7 @@ def harmonic_loss(
         trained = {k: v for k, v in mapping.items() if isinstance(v, torch.Tensor)}
         mapping = {k: v for k, v in mapping.items() if k not in trained}
         options |= row.fixed
-        how = _How(row, link, options, mapping, tuple(trained), ignore_index, reduction, impl, skip, product, training, check_finite)
+        how = _How(row, link, options, mapping, tuple(trained), ignore_index, reduction, impl, skip, product, rows, training, check_finite)
         strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device)
         losses = _loss(x, y, targets.reshape(-1).long(), strength, bias, how, *trained.values())
     return losses.view(targets.shape) if reduction == "none" else losses
@@ -201,10 +206,10 @@ def _check_targets(h, targets):
 
 def _check_values(x, y, targets, how):
     """ValueError for a target out of range or a vector that is not finite; without `check_finite`: -> whether all are."""
-    bad = (targets != how.ignore_index) & ((targets < 0) | (targets >= len(y)))
+    bad = (targets != how.ignore_index) & ((targets < 0) | (targets >= how.rows))
     if bad.any():
-        raise ValueError(f"target {targets[bad][0].item()} is outside [0, {len(y)}) and is not ignore_index={how.ignore_index}")
-    for name, values in (("h", x), ("w", y)):
+        raise ValueError(f"target {targets[bad][0].item()} is outside [0, {how.rows}) and is not ignore_index={how.ignore_index}")
+    for name, values in (("h", x), ("w", y[: how.rows])):
         if values.detach().sum().isfinite() or values.isfinite().all():  # the sum settles it in one pass
             continue
         if not how.check_finite:
@@ -229,6 +234,7 @@ class _How:
     impl: str
     skip: float
     product: torch.dtype
+    rows: int
     training: bool
     check_finite: bool
 
@@ -265,7 +271,7 @@ def _loss(x, y, targets, strength, bias, how, *trained):
     seed = noise_seed(how.row, how.training)
     if how.impl == "dense":
         settings = {**how.mapping, **dict(zip(how.trained, trained, strict=True))}
-        x, y = mapped(how.row, x, seed, settings), mapped(how.row, y, seed and seed + 1, settings)
+        x, y = mapped(how.row, x, seed, settings), mapped(how.row, y[: how.rows], seed and seed + 1, settings)
         u, v = (how.row.terms(x), how.row.terms(y)) if how.row.terms else (None, None)
         losses = _token_losses(x, y, u, v, strength, bias, targets, how) * weight
         return losses if how.reduction == "none" else losses.sum()
@@ -318,13 +324,14 @@ class _Fused(torch.autograd.Function):
 def _run(x, y, strength, bias, targets, weight, how, seed, needs_grad, *trained):
     """-> (the unweighted loss of each row; the gradients of sum(weight * loss) with respect to x, y, strength, bias, *trained)."""
     settings = dict(zip(how.trained, trained, strict=True))
-    states, prototypes = Mapped(x, how, seed, settings), Mapped(y, how, seed and seed + 1, settings)
+    states, prototypes = Mapped(x, how, seed, settings), Mapped(y[: how.rows], how, seed and seed + 1, settings, len(y) - how.rows)
     u, v = states.terms(), prototypes.terms()
     losses, gradients = how.implementation(x)(states.whole(), prototypes, u, v, strength, bias, targets, weight, how, needs_grad)
     if not needs_grad:
         return losses, None
     dx, dy, du, dv, dstrength, dbias = gradients
     through_h, through_w = states.pull(dx, du), prototypes.pull(dy, dv)
+    dy = prototypes.padded(dy)
     return losses, (dx, dy, dstrength, dbias, *(a + b for a, b in zip(through_h, through_w, strict=True)))
 
 
@@ -334,7 +341,8 @@ class Mapped:
     An elementwise map is computed whenever a block is asked for, so that a mapped copy of the prototypes never exists; others once.
     """
 
-    def __init__(self, x, how, seed, trained):
+    def __init__(self, x, how, seed, trained, padding=0):
+        self.padding, self.buffer = padding, None
         self.x, self.how, self.seed, self.trained = x.detach().contiguous(), how, seed, {k: t.detach() for k, t in trained.items()}
         self.kept = self.x if how.row.map is None else None if how.row.elementwise else self._map(self.x, 0, self.trained)
 
@@ -363,6 +371,18 @@ class Mapped:
     def whole(self):
         """All of it: (M, C)."""
         return self.kept if self.kept is not None else torch.cat([block for _, block in self.blocks()])
+
+    def new_gradient(self):
+        """An empty (M, C) for the gradient, with room for the padding behind it."""
+        self.buffer = self.x.new_empty(len(self.x) + self.padding, self.x.shape[1])
+        self.buffer[len(self.x) :] = 0
+        return self.buffer[: len(self.x)]
+
+    def padded(self, gradient):
+        """The gradient with zeros for the padding."""
+        if self.buffer is not None:
+            return self.buffer
+        return F.pad(gradient, (0, 0, 0, self.padding)) if self.padding else gradient
 
     def terms(self):
         """The rank-one terms of the epilogue: (M,), or None."""
@@ -506,7 +526,7 @@ class HarmonicHead(nn.Module):
 
     def prototypes(self) -> torch.Tensor:
         """The rows that are tokens: (real_vocab_size, C)."""
-        return self.weight[: self.real_vocab_size]
+        return self.weight if self.real_vocab_size == len(self.weight) else self.weight[: self.real_vocab_size]
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V); padded rows are -inf."""
@@ -516,7 +536,8 @@ class HarmonicHead(nn.Module):
     def loss(self, h: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1, reduction: str = "mean") -> torch.Tensor:
         """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for reduction="none". NaN where h or w is not finite."""
         how = {"ignore_index": ignore_index, "reduction": reduction, "impl": self.impl, "skip": self.skip, "precision": self.precision}
-        return harmonic_loss(h, self.prototypes(), targets, self.name, check_finite=False, **how, **self._settings())
+        how |= {"rows": self.real_vocab_size, "check_finite": False}  # a slice of the table would cost a copy of its gradient
+        return harmonic_loss(h, self.weight, targets, self.name, **how, **self._settings())
 
     @torch.no_grad()
     def target_distance(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:

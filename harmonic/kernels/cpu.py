@@ -568,8 +568,7 @@ def _with(template, name, **functions):
 
 def _compile(name, term, slope, join=_sum, end=_same, backward=_backward):
     """-> (forward, backward) of a kernel."""
-    functions = {"term": term, "slope": slope, "join": join, "end": end}
-    functions = {k: _inlined(f) for k, f in functions.items()}
+    functions = {"term": _inlined(term), "slope": _inlined(slope), "join": _inlined(join), "end": _inlined(end)}
     for k, template in (("add", _add), ("put", _put), ("pull", _pull)):
         functions[k] = _inlined(_with(template, name, **functions))
     return tuple(njit(parallel=True, cache=True, **OPTIONS)(_with(f, name, **functions)) for f in (_forward, backward))
@@ -631,6 +630,53 @@ class Pairs(torch.autograd.Function):
         return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
 
 
+@njit(parallel=True, cache=True, **OPTIONS)
+def _unit(x, out, inverse):
+    """Rows over their Euclidean norms, at any scale without over- or underflow; `inverse` of the norms. A row of zeros stays one."""
+    for i in prange(x.shape[0]):
+        row, largest, total = x[i], f32(0), f32(0)
+        for c in range(row.size):
+            largest = _greater(largest, abs(row[c]))
+        scale = f32(1) / _greater(largest, f32(1e-37))
+        for c in range(row.size):
+            total += (row[c] * scale) * (row[c] * scale)
+        inverse[i] = f32(1) if total == 0 else scale / math.sqrt(total)
+        for c in range(row.size):
+            out[i, c] = row[c] * scale * (inverse[i] / scale)
+
+
+@njit(parallel=True, cache=True, **OPTIONS)
+def _pull_unit(out, inverse, slope, dx):
+    for i in prange(out.shape[0]):
+        along = f32(0)
+        for c in range(out.shape[1]):
+            along += out[i, c] * slope[i, c]
+        for c in range(out.shape[1]):
+            dx[i, c] = inverse[i] * (slope[i, c] - along * out[i, c])
+
+
+class Unit(torch.autograd.Function):
+    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (..., C)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        out, inverse = torch.empty_like(rows), rows.new_empty(len(rows))
+        follow_torch()
+        _unit(rows.numpy(), out.numpy(), inverse.numpy())
+        ctx.save_for_backward(out, inverse)
+        return out.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        out, inverse = ctx.saved_tensors
+        rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
+        follow_torch()
+        _pull_unit(out.numpy(), inverse.numpy(), rows.numpy(), dx.numpy())
+        return dx.view(slope.shape)
+
+
 def at_least_four(x: torch.Tensor) -> torch.Tensor:
     """x contiguous, with rows of zeros added to make a tile; x itself where nothing is to do."""
     return F.pad(x, (0, 0, 0, 4 - len(x))) if len(x) < 4 else x.contiguous()
@@ -677,7 +723,9 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
     own_low, low = epilogue.low(xx), epilogue.low(yy)
     zeros = torch.zeros(max(N, V))
     dx = torch.zeros(N, C) if needs_grad else None
-    dy = torch.empty(V, C) if needs_grad and matmul else torch.zeros(V, C) if needs_grad else None
+    dy = y.new_gradient() if needs_grad else None
+    if needs_grad and not matmul:
+        dy.zero_()
     shares = torch.empty(threads, max(rows, 4), C) if needs_grad and not matmul else None
 
     for i in range(0, N, rows):
