@@ -247,6 +247,31 @@ def write(rows, path):
         writer.writerows(rows)
 
 
+def markdown(rows) -> str:
+    """The table that README shows: ratios to the yardstick; a row a head, then the peers."""
+    ours = [r for r in rows if r["impl"] == "ours"]
+    sizes = list(dict.fromkeys(tuple(int(r[k]) for k in "NVC") for r in ours))
+    first = [r for r in ours if tuple(int(r[k]) for k in "NVC") == sizes[0]]
+    columns = " | ".join("{:,} x {:,} x {:,}".format(*s) for s in sizes)
+    lines = [f"| head | {columns} | forward | peak memory | error, nats |", "|---" * (len(sizes) + 4) + "|"]
+    for head in dict.fromkeys(r["head"] for r in ours):
+        times = {tuple(int(r[k]) for k in "NVC"): r["forward_backward_ratio"] for r in ours if r["head"] == head}
+        r = next(r for r in first if r["head"] == head)
+        lines.append(
+            f"| {head} | {' | '.join(times.get(s, '') for s in sizes)} | {r['forward_ratio']} | {r['peak_ratio']} | {r['loss_error']} |"
+        )
+    lines += [
+        "",
+        f"| what a user would write, {sizes[0][1]:,} x {sizes[0][2]:,} | forward + backward | forward | peak memory |",
+        "|---|---|---|---|",
+    ]
+    for r in rows:
+        if r["impl"] != "ours":
+            where = "" if int(r["N"]) == sizes[0][0] else f" (N={r['N']})"
+            lines.append(f"| {r['head']}: {r['impl']}{where} | {r['forward_backward_ratio']} | {r['forward_ratio']} | {r['peak_ratio']} |")
+    return "\n".join(lines)
+
+
 def table(rows):
     print(f"{'head':24}{'implementation':32}{'forward':>10}{'ratio':>8}{'+ backward':>12}{'ratio':>8}{'peak':>10}{'ratio':>8}{'error':>8}")
     sizes = None

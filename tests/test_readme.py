@@ -161,10 +161,14 @@ def test_the_text_speaks_of_the_product_alone():
 def test_benchmark_numbers_are_the_measured_ones():
     import csv
 
-    for row in csv.DictReader((ROOT / "results/head_cpu.csv").open()):
-        assert f"| {row['head']} | {row['forward_ratio']} | {row['forward_backward_ratio']} |" in README
+    from benchmarks.head import markdown
+
+    assert markdown(list(csv.DictReader((ROOT / "results/head_cpu.csv").open()))) in README
+    compiled = list(csv.DictReader((ROOT / "results/gpu_compile.csv").open()))
+    assert f"{len(compiled)} compilations" in README and all(r["spill_stores"] == r["spill_loads"] == "0" for r in compiled)
 
 
 def test_the_benchmark_runs(tmp_path):
-    done = script("-m", "benchmarks.head", "cosine", "canberra", "--N=16", "--V=50", "--C=8", "--rounds=1", f"--out={tmp_path / 'b.csv'}")
-    assert done.returncode == 0 and (tmp_path / "b.csv").read_text().count("\n") == 3, done.stderr
+    done = script("-m", "benchmarks.head", "cosine", "canberra", "--sizes=16x50x8", "--rounds=1", f"--out={tmp_path / 'b.csv'}")
+    assert done.returncode == 0 and (tmp_path / "b.csv").read_text().count("\n") == 5, done.stderr  # two heads, two peers of cosine
+    assert (tmp_path / "b.png").stat().st_size > 5000

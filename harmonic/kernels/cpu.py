@@ -714,12 +714,13 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
     losses, row_sums, strengths = torch.empty(N), torch.empty(N), torch.empty(N)
     link = {"harmonic": HARMONIC, "softmax": SOFTMAX, "control": CONTROL}[epilogue.link]
     numbers = np.array([strength, epilogue.root, epilogue.factor, epilogue.floor, how.skip / V], f32)
+    xx, yy = epilogue.sizes(x), torch.cat([epilogue.sizes(block) for _, block in y.blocks()])
     if epilogue.kernel == "l2":
         # Vectors with a large common part would lose their differences in the products; l2 does not change when it is taken off.
         middle = sum(block.sum(0) for _, block in y.blocks()) / V
-        if middle.square().sum() > sum(block.square().sum() for _, block in y.blocks()) / V / 2:
+        if middle.square().sum() > yy.mean() / 2:
             y.shift, x = middle, x - middle
-    xx, yy = epilogue.sizes(x), torch.cat([epilogue.sizes(block) for _, block in y.blocks()])
+            xx, yy = epilogue.sizes(x), torch.cat([epilogue.sizes(block) for _, block in y.blocks()])
     own_low, low = epilogue.low(xx), epilogue.low(yy)
     zeros = torch.zeros(max(N, V))
     dx = torch.zeros(N, C) if needs_grad else None
