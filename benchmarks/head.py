@@ -215,8 +215,8 @@ def chart(rows, path):
     axes.bar_label(bars, [f" {r['forward_backward_ratio']}" for r in first], fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time, forward + backward, over F.linear + F.cross_entropy")
-    axes.set_title(
-        f"N={first[0]['N']:,} V={first[0]['V']:,} C={first[0]['C']:,}, {first[0]['threads']} threads; grey: what a user would write"
+    figure.suptitle(
+        f"N={int(first[0]['N']):,} V={int(first[0]['V']):,} C={int(first[0]['C']):,}, {first[0]['threads']} threads; grey: what a user would write"
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
