@@ -193,12 +193,15 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        causal = self.causal and mask is None
+        if T == 1:  # not in one expression: where the compiler holds T open, that would be no plain bool
+            causal = False
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=self.causal and mask is None and T > 1,
+            is_causal=causal,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.n_kv_head != self.n_head,
         )

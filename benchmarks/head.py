@@ -215,9 +215,8 @@ def chart(rows, path):
     axes.bar_label(bars, [f" {r['forward_backward_ratio']}" for r in first], fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time, forward + backward, over F.linear + F.cross_entropy")
-    figure.suptitle(
-        f"N={int(first[0]['N']):,} V={int(first[0]['V']):,} C={int(first[0]['C']):,}, {first[0]['threads']} threads; grey: what a user would write"
-    )
+    N, V, C = (int(first[0][k]) for k in "NVC")
+    figure.suptitle(f"N={N:,} V={V:,} C={C:,}, {first[0]['threads']} threads; grey: what a user would write", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
     figure.savefig(path, dpi=120)
