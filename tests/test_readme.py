@@ -172,3 +172,8 @@ def test_the_benchmark_runs(tmp_path):
     done = script("-m", "benchmarks.head", "cosine", "canberra", "--sizes=16x50x8", "--rounds=1", f"--out={tmp_path / 'b.csv'}")
     assert done.returncode == 0 and (tmp_path / "b.csv").read_text().count("\n") == 5, done.stderr  # two heads, two peers of cosine
     assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+def test_the_skip_benchmark_runs(tmp_path):
+    done = script("-m", "benchmarks.skip", "--N=16", "--rounds=1", "--skips=1e-6,0.1", f"--out={tmp_path / 's.csv'}")
+    assert done.returncode == 0 and (tmp_path / "s.csv").read_text().count("\n") == 3, done.stderr
