@@ -186,7 +186,6 @@ def harmonic_loss(
         mapping, options = split(row, kept)
         trained = {k: v for k, v in mapping.items() if isinstance(v, torch.Tensor)}
         mapping = {k: v for k, v in mapping.items() if k not in trained}
-        options |= row.fixed
         how = _How(row, link, options, mapping, tuple(trained), ignore_index, reduction, impl, skip, product, rows, training, check_finite)
         strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device)
         losses = _loss(x, y, targets.reshape(-1).long(), strength, bias, how, *trained.values())
@@ -240,14 +239,13 @@ class _How:
 
     def epilogue(self):
         row = self.row
-        options = {k: v for k, v in self.options.items() if k not in row.fixed}
-        return dense.Epilogue(row.kernel, self.options, self.link, row.factor, row.root(**options), row.floor)
+        return dense.Epilogue(row.kernel, {**self.options, **row.fixed}, self.link, row.factor, row.root(**self.options), row.floor)
 
     def implementation(self, x):
         """The function that runs it: see `_chunked`."""
-        plain = not self.row.logit or self.row.kernel == "dot" and self.row.map is None
-        numba = x.device.type == "cpu" and x.dtype == torch.float32 and cpu and plain and cpu.supports(self.row.kernel, self.options)
-        triton = x.device.type == "cuda" and x.dtype == torch.float32 and gpu and plain and gpu.supports(self.epilogue())
+        compiled = x.dtype == torch.float32 and (not self.row.logit or self.row is HEADS["cross_entropy"])
+        numba = compiled and x.device.type == "cpu" and cpu and cpu.supports(self.epilogue())
+        triton = compiled and x.device.type == "cuda" and gpu and gpu.supports(self.epilogue())
         for name, found, device in (("numba", numba, "a CPU"), ("triton", triton, "CUDA")):
             if self.impl == name and not found:
                 raise ValueError(
@@ -285,8 +283,7 @@ def _loss(x, y, targets, strength, bias, how, *trained):
 
 
 def _token_losses(x, y, u, v, strength, bias, targets, how):
-    options = {k: v for k, v in how.options.items() if k not in how.row.fixed}
-    logits = _logits(log_pairs(how.row, x, y, u, v, options), strength, how.link, bias)
+    logits = _logits(log_pairs(how.row, x, y, u, v, how.options), strength, how.link, bias)
     return F.cross_entropy(logits, targets, reduction="none")
 
 

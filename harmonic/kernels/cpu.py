@@ -32,8 +32,6 @@ from numba.extending import intrinsic
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # fastmath, less the flags that allow to assume away NaN and infinity
 OPTIONS = {"fastmath": FAST, "error_model": "numpy"}  # 1/0 is infinity, not an exception that keeps a loop from being vectorised
 f32 = np.float32
-# The matmul form of l2 loses log2((|x|^2 + |y|^2) / d^2) bits. Pairs that lose more than 4 are computed again from the difference.
-NEAR = 2.0**-4
 
 
 def _inlined(function):
@@ -172,7 +170,7 @@ def _forward(x, y, raw, first, p):
         for tall in range(0, R, 4):
             i = min(tall, R - 4)
             x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-            r0, r1, r2, r3 = four(raw[i], j), four(raw[i + 1], j), four(raw[i + 2], j), four(raw[i + 3], j)
+            r0, r1, r2, r3 = _four(raw[i], j), _four(raw[i + 1], j), _four(raw[i + 2], j), _four(raw[i + 3], j)
             a0 = a1 = a2 = a3 = (f32(0), f32(0), f32(0), f32(0))
             for c in range(C):
                 z = (y0[c], y1[c], y2[c], y3[c])
@@ -199,15 +197,15 @@ def _backward(x, y, raw, s, first, dx, dy, p):
             j += first
             for tall in range(0, R, 4):
                 i = min(tall, R - 4)
-                s0 = slopes(s[i], j, done, tall <= i)
-                s1 = slopes(s[i + 1], j, done, tall <= i + 1)
-                s2 = slopes(s[i + 2], j, done, tall <= i + 2)
-                s3 = slopes(s[i + 3], j, done, True)
-                if largest(s0, s1, s2, s3) == 0:
+                s0 = _four_slopes(s[i], j, done, tall <= i)
+                s1 = _four_slopes(s[i + 1], j, done, tall <= i + 1)
+                s2 = _four_slopes(s[i + 2], j, done, tall <= i + 2)
+                s3 = _four_slopes(s[i + 3], j, done, True)
+                if _largest_of(s0, s1, s2, s3) == 0:
                     continue
                 x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
                 e0, e1, e2, e3 = dx[t, i], dx[t, i + 1], dx[t, i + 2], dx[t, i + 3]
-                r0, r1, r2, r3 = four(raw[i], j), four(raw[i + 1], j), four(raw[i + 2], j), four(raw[i + 3], j)
+                r0, r1, r2, r3 = _four(raw[i], j), _four(raw[i + 1], j), _four(raw[i + 2], j), _four(raw[i + 3], j)
                 for c in range(C):
                     z = (y0[c], y1[c], y2[c], y3[c])
                     f0, a = pull(x0[c], z, s0, p, r0)
@@ -233,10 +231,10 @@ def _backward_maximum(x, y, raw, s, first, dx, dy, p):
             j = min(low, B - 4)
             y0, y1, y2, y3 = y[j], y[j + 1], y[j + 2], y[j + 3]
             for i in range(R):
-                s0 = slopes(s[i], j + first, low - j, True)
+                s0 = _four_slopes(s[i], j + first, low - j, True)
                 if _largest(s0) == 0:
                     continue
-                x0, r0 = x[i], four(raw[i], j + first)
+                x0, r0 = x[i], _four(raw[i], j + first)
                 a = (f32(0), f32(0), f32(0), f32(0))  # the place, counted from 1
                 for c in range(C):
                     a = _later(a, x0[c], (y0[c], y1[c], y2[c], y3[c]), f32(c + 1), r0)
@@ -500,12 +498,12 @@ def _lse_end(a, p, r):
 
 
 @_inlined
-def four(row, j):
+def _four(row, j):
     return row[j], row[j + 1], row[j + 2], row[j + 3]
 
 
 @_inlined
-def slopes(row, j, done, whole):
+def _four_slopes(row, j, done, whole):
     """Four slopes, 0 for the first `done` columns, and for a row that the tile before has served."""
     zero = f32(0)
     return (
@@ -517,7 +515,7 @@ def slopes(row, j, done, whole):
 
 
 @_inlined
-def largest(a, b, c, d):
+def _largest_of(a, b, c, d):
     return max(max(_largest(a), _largest(b)), max(_largest(c), _largest(d)))
 
 
@@ -696,8 +694,9 @@ def follow_torch() -> int:
 CHUNK = 20 * 2**20
 
 
-def supports(kernel: str, options: dict) -> bool:
-    return kernel in ("l2", "dot") or find(kernel, options) is not None
+def supports(epilogue) -> bool:
+    """Whether `run` has a kernel for it."""
+    return epilogue.kernel in ("l2", "dot") or find(epilogue.kernel, epilogue.options) is not None
 
 
 def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
@@ -742,7 +741,7 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
             else:
                 pairs(padded.numpy(), at_least_four(block).numpy(), raw.numpy(), first, epilogue.kernel, found)
             if epilogue.kernel == "l2":
-                _recompute_near(raw.numpy(), first, own.numpy(), block.numpy(), xx[part].numpy(), yy[here].numpy(), f32(NEAR))
+                _recompute_near(raw.numpy(), first, own.numpy(), block.numpy(), xx[part].numpy(), yy[here].numpy(), f32(epilogue.near))
         _epilogue(
             raw.numpy(),
             slope.numpy(),

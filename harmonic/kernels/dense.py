@@ -136,6 +136,7 @@ class Epilogue:
     factor: float
     root: float
     floor: float
+    near: float = NEAR  # for l2
 
     def sizes(self, x: torch.Tensor) -> torch.Tensor:
         """`value(x, 0)`, which the floor is relative to: (N, C) -> (N,)."""
