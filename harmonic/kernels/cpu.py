@@ -41,61 +41,50 @@ def _inlined(function):
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 
 
-@intrinsic
-def _greater(context, a, b):
+def _operation(build):
+    """A float32 function for Numba, of one or two numbers, that is the LLVM code `build(builder, x[, y])` makes."""
+
+    def code(context, b, signature, arguments):
+        return build(b, *arguments)
+
+    if build.__code__.co_argcount == 2:
+        return intrinsic(lambda context, x: (nb.float32(nb.float32), code))
+    return intrinsic(lambda context, x, y: (nb.float32(nb.float32, nb.float32), code))
+
+
+@_operation
+def _greater(b, x, y):
     """The greater of two numbers that are not NaN; Python's max is not vectorised."""
-
-    def code(_, b, signature, arguments):
-        function = b.module.declare_intrinsic("llvm.maxnum", [_FLOAT], ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT]))
-        return b.call(function, arguments, fastmath=("nnan", "nsz"))
-
-    return nb.float32(nb.float32, nb.float32), code
+    function = b.module.declare_intrinsic("llvm.maxnum", [_FLOAT], ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT]))
+    return b.call(function, (x, y), fastmath=("nnan", "nsz"))
 
 
 # exp and log, for Numba's own are calls that keep a loop from being vectorised
 
 
-@intrinsic
-def _times_power_of_two(context, m, k):
+@_operation
+def _times_power_of_two(b, m, k):
     """m 2^k for m in [0.5, 2) and an integral float k in -126..126."""
-
-    def code(_, b, signature, arguments):
-        shift = b.shl(b.fptosi(arguments[1], _INT), _INT(23))
-        return b.bitcast(b.add(b.bitcast(arguments[0], _INT), shift), _FLOAT)
-
-    return nb.float32(nb.float32, nb.float32), code
+    return b.bitcast(b.add(b.bitcast(m, _INT), b.shl(b.fptosi(k, _INT), _INT(23))), _FLOAT)
 
 
-@intrinsic
-def _exponent(context, x):
+@_operation
+def _exponent(b, x):
     """floor(log2 x) of a normal positive x, as a float."""
-
-    def code(_, b, signature, arguments):
-        return b.sitofp(b.sub(b.lshr(b.bitcast(arguments[0], _INT), _INT(23)), _INT(127)), _FLOAT)
-
-    return nb.float32(nb.float32), code
+    return b.sitofp(b.sub(b.lshr(b.bitcast(x, _INT), _INT(23)), _INT(127)), _FLOAT)
 
 
-@intrinsic
-def _mantissa(context, x):
+@_operation
+def _mantissa(b, x):
     """x / 2^_exponent(x), in [1, 2)."""
-
-    def code(_, b, signature, arguments):
-        digits = b.and_(b.bitcast(arguments[0], _INT), _INT(0x7FFFFF))
-        return b.bitcast(b.or_(digits, _INT(0x3F800000)), _FLOAT)
-
-    return nb.float32(nb.float32), code
+    return b.bitcast(b.or_(b.and_(b.bitcast(x, _INT), _INT(0x7FFFFF)), _INT(0x3F800000)), _FLOAT)
 
 
-@intrinsic
-def _turned(context, s, d):
+@_operation
+def _turned(b, s, d):
     """s with its sign changed where d is negative: one operation in a vectorised loop."""
-
-    def code(_, b, signature, arguments):
-        sign = b.and_(b.bitcast(arguments[1], _INT), _INT(0x80000000))
-        return b.bitcast(b.xor(b.bitcast(arguments[0], _INT), sign), _FLOAT)
-
-    return nb.float32(nb.float32, nb.float32), code
+    sign = b.and_(b.bitcast(d, _INT), _INT(0x80000000))
+    return b.bitcast(b.xor(b.bitcast(s, _INT), sign), _FLOAT)
 
 
 @_inlined
