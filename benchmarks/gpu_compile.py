@@ -7,7 +7,6 @@ at GPT-2's size, as this records them while it runs on tensors without data. Wri
 """
 
 import contextlib
-import csv
 import io
 import re
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.head import write
 from harmonic.kernels import gpu
 from training.config import check, cli, parse
 
@@ -131,10 +131,7 @@ def main():
         print(f"{r['kernel']:<9} {r['variant']:<{width}} {r['arch']:<6} {r['registers']:>9} {spilled:>8} {r['shared_bytes']:>7}")
     spills = Counter(r["arch"] for r in rows if r["spill_stores"] or r["spill_loads"])
     print(f"{len(rows)} compiled; with spills: {dict(spills) or 'none'}; most registers: {max(r['registers'] for r in rows)}")
-    with open(c.out, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, c.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ all of them are. Reported for several values of `skip`, on validation tokens of 
 forward and backward over that with skip=0, measured alternately, and |difference| / |gradient|, Frobenius norms. Writes a CSV.
 """
 
-import csv
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from analysis.runs import find_runs
-from benchmarks.head import seconds
+from benchmarks.head import seconds, write
 from harmonic import HEADS, HarmonicHead
 from harmonic.distances import exactly, log_distance, operands
 from harmonic.kernels import dense
@@ -111,10 +110,7 @@ def main():
     print("".join(f"{k:>16}" for k in rows[0]))
     for r in rows:
         print("".join(f"{str(v):>16}" for v in r.values()))
-    with open(c.out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, c.out)
     print(f"wrote {c.out}")
 
 

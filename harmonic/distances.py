@@ -347,16 +347,19 @@ def mapped(row: Distance, x: torch.Tensor, seed: int | None, mapping: dict) -> t
     return row.map(x, None if seed is None else torch.Generator(x.device).manual_seed(seed), **mapping)
 
 
+def map_both(row: Distance, h, w, seed: int | None, mapping: dict):
+    """-> (mapped h, mapped w, terms of h, terms of w); the terms are None where the distance has none."""
+    h, w = mapped(row, h, seed, mapping), mapped(row, w, None if seed is None else seed + 1, mapping)
+    return h, w, *((row.terms(h), row.terms(w)) if row.terms else (None, None))
+
+
 def operands(h, w, name, training=False, paired=False, **settings):
     """Everything a kernel and its epilogue need: -> (row, mapped h, mapped w, terms of h, terms of w, kernel options)."""
     row, settings = resolve(name, **settings)
     check_vectors(h, w, paired)
     h, w = together(h, w)
     mapping, options = split(row, settings)
-    seed = noise_seed(row, training)
-    h, w = mapped(row, h, seed, mapping), mapped(row, w, seed and seed + 1, mapping)
-    u, v = (row.terms(h), row.terms(w)) if row.terms else (None, None)
-    return row, h, w, u, v, options
+    return row, *map_both(row, h, w, noise_seed(row, training), mapping), options
 
 
 def log_distance(row, raw, u, v, options) -> torch.Tensor:

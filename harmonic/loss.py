@@ -21,6 +21,7 @@ from harmonic.distances import (
     check_vectors,
     exactly,
     log_pairs,
+    map_both,
     mapped,
     noise_seed,
     operands,
@@ -269,9 +270,8 @@ def _loss(x, y, targets, strength, bias, how, *trained):
     seed = noise_seed(how.row, how.training)
     if how.impl == "dense":
         settings = {**how.mapping, **dict(zip(how.trained, trained, strict=True))}
-        x, y = mapped(how.row, x, seed, settings), mapped(how.row, y[: how.rows], seed and seed + 1, settings)
-        u, v = (how.row.terms(x), how.row.terms(y)) if how.row.terms else (None, None)
-        losses = _token_losses(x, y, u, v, strength, bias, targets, how) * weight
+        both = map_both(how.row, x, y[: how.rows], seed, settings)
+        losses = _token_losses(*both, strength, bias, targets, how) * weight
         return losses if how.reduction == "none" else losses.sum()
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, strength, bias, *trained))
     if x.device.type != "cpu" or how.reduction == "none" or seed is not None or kept.all():
@@ -321,7 +321,8 @@ class _Fused(torch.autograd.Function):
 def _run(x, y, strength, bias, targets, weight, how, seed, needs_grad, *trained):
     """-> (the unweighted loss of each row; the gradients of sum(weight * loss) with respect to x, y, strength, bias, *trained)."""
     settings = dict(zip(how.trained, trained, strict=True))
-    states, prototypes = Mapped(x, how, seed, settings), Mapped(y[: how.rows], how, seed and seed + 1, settings, len(y) - how.rows)
+    states = Mapped(x, how, seed, settings)
+    prototypes = Mapped(y[: how.rows], how, None if seed is None else seed + 1, settings, len(y) - how.rows)
     u, v = states.terms(), prototypes.terms()
     losses, gradients = how.implementation(x)(states.whole(), prototypes, u, v, strength, bias, targets, weight, how, needs_grad)
     if not needs_grad:
@@ -339,17 +340,17 @@ class Mapped:
     """
 
     def __init__(self, x, how, seed, trained, padding=0):
-        self.padding, self.buffer = padding, None
-        self.x, self.how, self.seed, self.trained = x.detach().contiguous(), how, seed, {k: t.detach() for k, t in trained.items()}
+        self.x, self.how, self.seed, self.padding = x.detach().contiguous(), how, seed, padding
+        self.trained = {k: t.detach() for k, t in trained.items()}
         self.kept = self.x if how.row.map is None else None if how.row.elementwise else self._map(self.x, 0, self.trained)
-
-        self.shift = None
+        self.shift = self.buffer = None
 
     def __len__(self):
         return len(self.x)
 
     def _map(self, x, first, trained):
-        return mapped(self.how.row, x, self.seed and self.seed + first, {**self.how.mapping, **trained})
+        seed = None if self.seed is None else self.seed + first
+        return mapped(self.how.row, x, seed, {**self.how.mapping, **trained})
 
     def _slices(self):
         """Of MAP_ROWS rows; the last may have three more, for a kernel's tile has four."""

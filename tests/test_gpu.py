@@ -181,7 +181,7 @@ def test_supports():
     assert not gpu.supports(Epilogue("lp", link="other"))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is")
+@pytest.mark.skipif(INTERPRETED, reason="this is the run that it starts")
 def test_in_the_interpreter():
     done = script("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__, env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-5000:]
