@@ -78,7 +78,9 @@ def _unit(x, order):
 
 @torch.compiler.disable
 def _normalize(x, noise=None):
-    return dense.cpu.Unit.apply(x) if dense.cpu and x.device.type == "cpu" and x.dtype == torch.float32 else _unit(x, 2)
+    if dense.cpu and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= dense.cpu.ALONE:
+        return dense.cpu.Unit.apply(x)
+    return _unit(x, 2)
 
 
 def _normalize_l1(x, noise=None):

@@ -45,6 +45,14 @@ SETTINGS += [
 HOMOGENEOUS = [s for s in SETTINGS if DISTANCES[s[0]].degree is not None]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_work_is_shared():
+    """The sizes here are below those at which threads share the work: let them share it all the same."""
+    before, dense.cpu.ALONE = dense.cpu.ALONE, 0
+    yield
+    dense.cpu.ALONE = before
+
+
 def name_of(setting):
     return setting[0] + "".join(f"-{k}{v}" for k, v in setting[1].items()) if isinstance(setting, tuple) else None
 
@@ -439,6 +447,31 @@ def test_normalised_distances_work_at_any_scale():
     for name in ("cosine", "bray_curtis_normalized"):
         for scale in (1e-30, 1e25):
             torch.testing.assert_close(distance(scale * h, w, name), distance(h, w, name), rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_unit_vectors():
+    """Value and gradient against float64, a row of zeros and rows of extreme size included."""
+    x = vectors(torch.float32)[0]
+    x[3], x[4], x[5] = 0, 1e-30 * x[4], 1e25 * x[5]
+    g = torch.randn(N, C, generator=torch.Generator().manual_seed(0))
+    found, truth = (v.clone().requires_grad_() for v in (x, x.double()))
+    one, two = dense.cpu.Unit.apply(found), F.normalize(truth, dim=-1, eps=0)
+    kept = [i for i in range(N) if i != 3]
+    torch.testing.assert_close(one[kept].double(), two[kept], rtol=1e-6, atol=1e-7)
+    assert one[3].abs().max() == 0
+    dx, dy = torch.autograd.grad(one, found, g)[0], torch.autograd.grad(two, truth, g.double())[0]
+    for i in kept:
+        assert (dx[i].double() - dy[i]).abs().max() <= 1e-5 * dy[i].abs().max()
+    assert torch.equal(dx[3], g[3])
+
+
+def test_little_work_takes_one_thread_and_the_same_values(monkeypatch):
+    h, w = vectors(torch.float32)
+    shared = [gradients(h, w, torch.arange(N), name) for name in ("manhattan", "cosine", "chebyshev")]
+    monkeypatch.setattr(dense.cpu, "ALONE", 10**9)
+    assert dense.cpu.follow_torch(1) == 1
+    alone = [gradients(h, w, torch.arange(N), name) for name in ("manhattan", "cosine", "chebyshev")]
+    torch.testing.assert_close(alone, shared, rtol=1e-4, atol=1e-6)
 
 
 def test_hamming_gumbel_is_noisy_only_while_training():

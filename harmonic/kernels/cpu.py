@@ -602,7 +602,7 @@ class Pairs(torch.autograd.Function):
         ctx.found, ctx.sizes = found, (len(h), len(w))
         h, w = at_least_four(h.detach()), at_least_four(w.detach())
         raw = h.new_empty(len(h), len(w))
-        follow_torch()
+        follow_torch(h.numel() * len(w))
         pairs(h.numpy(), w.numpy(), raw.numpy(), 0, kernel, found)
         ctx.save_for_backward(h, w, raw)
         return raw[: ctx.sizes[0], : ctx.sizes[1]]
@@ -612,7 +612,7 @@ class Pairs(torch.autograd.Function):
     def backward(ctx, slope):
         h, w, raw = ctx.saved_tensors
         slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()  # padded pairs have no gradient
-        shares, dw = h.new_zeros(follow_torch(), *h.shape), torch.zeros_like(w)
+        shares, dw = h.new_zeros(follow_torch(h.numel() * len(w)), *h.shape), torch.zeros_like(w)
         ctx.found[1](h.numpy(), w.numpy(), raw.numpy(), slope.numpy(), 0, shares.numpy(), dw.numpy(), f32(ctx.found[2]))
         return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
 
@@ -649,7 +649,7 @@ class Unit(torch.autograd.Function):
     def forward(ctx, x):
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         out, inverse = torch.empty_like(rows), rows.new_empty(len(rows))
-        follow_torch()
+        follow_torch(rows.numel())
         _unit(rows.numpy(), out.numpy(), inverse.numpy())
         ctx.save_for_backward(out, inverse)
         return out.view(x.shape)
@@ -659,7 +659,7 @@ class Unit(torch.autograd.Function):
     def backward(ctx, slope):
         out, inverse = ctx.saved_tensors
         rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
-        follow_torch()
+        follow_torch(rows.numel())
         _pull_unit(out.numpy(), inverse.numpy(), rows.numpy(), dx.numpy())
         return dx.view(slope.shape)
 
@@ -669,10 +669,15 @@ def at_least_four(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, 4 - len(x))) if len(x) < 4 else x.contiguous()
 
 
-def follow_torch() -> int:
-    """Numba takes torch's number of threads; torch keeps it, though starting Numba's threads sets OpenMP's number, which is torch's."""
+# Additions below which one thread is faster: Numba's OpenMP and torch's are two, whose waiting threads hold up each other.
+ALONE = 2**20
+
+
+def follow_torch(work: int) -> int:
+    """Numba takes torch's number of threads, or one for little work; torch keeps it, though starting Numba's threads sets OpenMP's number,
+    which is torch's."""
     threads = torch.get_num_threads()
-    ours = min(threads, numba.config.NUMBA_NUM_THREADS)
+    ours = 1 if work < ALONE else min(threads, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(ours)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
@@ -690,7 +695,8 @@ def supports(epilogue) -> bool:
 
 def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
     """See `loss._chunked`: the same, float32 on a CPU, with compiled kernels and each chunk forward and backward while it is in cache."""
-    epilogue, N, V, C, threads = how.epilogue(), len(x), len(y), x.shape[1], follow_torch()
+    epilogue, N, V, C = how.epilogue(), len(x), len(y), x.shape[1]
+    threads = follow_torch(N * V * C)
     matmul = epilogue.kernel in ("l2", "dot")
     found = None if matmul else find(epilogue.kernel, epilogue.options)
     apart = epilogue.kernel in ("linf", "lse")  # their gradients need the raw values again
