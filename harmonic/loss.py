@@ -47,8 +47,8 @@ IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 # at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
 CHUNK = 2**21
 CHUNK_ROWS = 256
-# Rows of a table that are mapped at a time: 6 MiB of GPT-2's.
-MAP_ROWS = 2048
+# Numbers of a table that are mapped at a time, 4 MiB: large enough for threads to share, small enough for a cache.
+MAP = 2**20
 SKIP = 1e-6
 
 
@@ -353,8 +353,8 @@ class Mapped:
         return mapped(self.how.row, x, seed, {**self.how.mapping, **trained})
 
     def _slices(self):
-        """Of MAP_ROWS rows; the last may have three more, for a kernel's tile has four."""
-        starts = [*range(0, max(1, len(self.x) - 3), MAP_ROWS), len(self.x)]
+        """Of rows with about MAP numbers; the last may have three rows more, for a kernel's tile has four."""
+        starts = [*range(0, max(1, len(self.x) - 3), -(-MAP // self.x.shape[1])), len(self.x)]
         return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
 
     def blocks(self):
@@ -385,7 +385,7 @@ class Mapped:
     def terms(self):
         """The rank-one terms of the epilogue: (M,), or None."""
         terms = self.how.row.terms
-        return terms and torch.cat([terms(part) for _, block in self.blocks() for part in block.split(MAP_ROWS)])
+        return terms and torch.cat([terms(part) for _, block in self.blocks() for part in block.split(-(-MAP // block.shape[1]))])
 
     def pull(self, gradient, of_terms) -> list:
         """Turns the gradient with respect to the mapped vectors (M, C), and their terms (M,), into that with respect to x, in place.

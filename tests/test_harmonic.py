@@ -686,7 +686,7 @@ def test_chunks_and_blocks_change_nothing(name, monkeypatch):
     y = torch.arange(N)
     whole = gradients(h, w, y, name, impl="numba")
     monkeypatch.setattr(dense.cpu, "CHUNK", 10 * V)
-    monkeypatch.setattr(harmonic.loss, "MAP_ROWS", 17)  # 103 = 6 * 17 + 1: the last block is one row, less than a tile
+    monkeypatch.setattr(harmonic.loss, "MAP", 17 * C)  # 103 = 6 * 17 + 1: the last block is one row, less than a tile
     for found, expected in zip(gradients(h, w, y, name, impl="numba"), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
