@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from harmonic import CONTROLS, HEADS, HarmonicHead
 
@@ -47,6 +48,10 @@ class ModelConfig:
     """dropout of embeddings, attention and residual branches"""
     bias: bool | None = None
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was published"""
+    doc_mask: bool = False
+    """attend within a document only, and count positions from its beginning: each is seen as if it stood alone"""
+    eot_id: int | None = None
+    """doc_mask: the token that begins a document; null = the data's"""
     tie_weights: bool = True
     """prototypes are the input embedding"""
     qk_norm: bool = False
@@ -117,6 +122,8 @@ class ModelConfig:
             found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout={self.dropout} is not in [0, 1)")
+        if self.eot_id is not None and not self.doc_mask:
+            found.append(f"eot_id={self.eot_id} does nothing without doc_mask=true")
         if not self.head_init_std > 0:
             found.append(f"head_init_std={self.head_init_std} must be positive")
         if self.qk_norm and self.arch != "qwen":
@@ -276,7 +283,7 @@ class Model(nn.Module):
         if config.tie_weights:
             self.tokens.weight = self.head.weight
         self.target_distance = None  # (N,) distances of the last loss's targets, for the log
-        self.trunk = self._trunk  # train.py puts the compiled trunk here; parameters and their names stay as they are
+        self.recompute = False  # activation checkpointing: train.py's --activation_checkpointing
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -294,18 +301,33 @@ class Model(nn.Module):
             {"params": rest, "weight_decay": 0.0},
         ]
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, predicted: float = 1.0) -> float:
         """Floating-point operations per token of forward + backward: 6 per weight that multiplies, 12 n_layer C T for attention (PaLM,
-        arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so that MFU compares like with like."""
-        c = self.config
-        embeddings = sum(
-            e.weight.numel() for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens) if e is not None
-        )
-        return 6 * (self.parameter_count() - embeddings) + 12 * c.n_layer * c.n_embd * c.block_size
+        arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so that MFU compares like with like.
 
-    def _trunk(self, idx, positions=None, mask=None, cache=None, token_types=None):
+        Args:
+            predicted: share of the tokens that the head sees; bert's are the masked ones.
+        """
+        c, head = self.config, sum(q.numel() for m in (self.head, self.transform) if m is not None for q in m.parameters())
+        tables = [e.weight for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens) if e is not None]
+        trunk = self.parameter_count() - head - sum(q.numel() for q in tables)
+        return 6 * (trunk + predicted * head) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def documents(self, idx) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend (B, 1, T, T)."""
+        T = idx.shape[1]
+        begins = idx == self.config.eot_id
+        number, here = begins.cumsum(1), torch.arange(T, device=idx.device)
+        mask = number[:, :, None] == number[:, None, :]
+        if self.config.arch != "bert":
+            mask = mask & (here[:, None] >= here)
+        return here - (here * begins).cummax(1).values, mask[:, None]
+
+    def trunk(self, idx, positions=None, mask=None, cache=None, token_types=None):
         """Token ids (B, T) -> final hidden states (B, T, C)."""
         c, T = self.config, idx.shape[1]
+        if c.doc_mask and positions is None and cache is None:
+            positions, mask = self.documents(idx)
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + T, device=idx.device)
@@ -322,7 +344,10 @@ class Model(nn.Module):
             x = self.embedding_norm(x)
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += T
         return x if self.final_norm is None else self.final_norm(x)
@@ -380,6 +405,9 @@ class Model(nn.Module):
             L = ids.shape[1]
             beyond = (L - pad - size).clamp_min(0)  # how many tokens no longer fit
             now = pad + (beyond + half - 1) // half * half
+            if self.config.doc_mask:  # a context begins with the document
+                last = (torch.arange(L) * (ids == self.config.eot_id).cpu()).amax(1)
+                now = torch.maximum(now, last)
             if cache and store is not None and torch.equal(now, starts):
                 context = ids[:, -1:]
             else:
@@ -394,9 +422,9 @@ class Model(nn.Module):
                 begin = starts.to(device)[:, None]
                 positions = (here - begin).clamp_min(0)
                 seen = (keys <= here[:, None]) & ((keys >= begin)[:, None] | (keys == here[:, None]))  # a pad sees itself: no empty softmax
-                h = self._trunk(context, positions=positions, mask=seen[:, None], cache=store)[:, -1]
+                h = self.trunk(context, positions=positions, mask=seen[:, None], cache=store)[:, -1]
             else:
-                h = self._trunk(context, cache=store)[:, -1]
+                h = self.trunk(context, cache=store)[:, -1]
             tokens = pick(self.head(h)[:, : self.head.real_vocab_size], temperature, top_k, top_p, generators)
             if explain is not None:
                 explain(h, tokens)

@@ -41,6 +41,8 @@ import numpy as np
 from tqdm import tqdm
 
 from training.config import UserError, cli, nearest, parse
+from training.data import VERIFIED
+from training.files import seal
 from training.packages import PACKAGES, package_file, package_files
 from training.tokenizer import BPE_FILE, Tokenizer, load_tokenizer, name_problems, train_bpe, well_formed
 
@@ -178,7 +180,7 @@ def prepare(config: PrepareConfig):
             "empty": counts["empty"],
             "settings": settings,
         }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        (folder / "meta.json").write_text(seal(meta), encoding="utf-8")
         publish(folder, config.out)
 
     seconds = time.perf_counter() - start
@@ -598,7 +600,7 @@ def is_prepared(config: PrepareConfig, identity: dict) -> bool:
     names = {p.name for p in out.iterdir()} if out.exists() else set()
     if not config.overwrite and "meta.json" in names and is_same(out, identity):
         return True
-    if foreign := sorted(names - {"meta.json", BPE_FILE, "train.bin", "val.bin", "test.bin"}):
+    if foreign := sorted(names - {"meta.json", VERIFIED, BPE_FILE, "train.bin", "val.bin", "test.bin"}):
         raise UserError(f"--out_dir={out} holds other files ({', '.join(foreign[:3])}): name another")
     if names and not config.overwrite:
         raise UserError(f"{out} holds another preparation: replace it with --overwrite=true, or name another --out_dir")

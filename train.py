@@ -5,6 +5,9 @@
     python train.py --init_from=resume --out_dir=out/l1
 
 A config is a YAML file given first; flags are --key=value and override it. The run's folder is described in README.md.
+
+Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient that is not finite; 4 trained, but the last checkpoint could not
+be written; 130, 138, 143 stopped by Ctrl-C, SIGUSR1, SIGTERM, with a checkpoint.
 """
 
 import contextlib
@@ -12,21 +15,24 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from harmonic import softmax_linearization_kl
 from model import Model, ModelConfig, adamw
 from training import checkpoint, distributed
-from training.config import TrainConfig, UserError, check, cli, parse, read_yaml, split_flags, write_yaml
-from training.data import data_folder, load_data, masked_count, training_batches, validation_batches, validation_windows
-from training.telemetry import Emissions, Metrics, check_loggers, duration, environment, peak_flops
+from training.config import TrainConfig, UserError, check, parse, read_yaml, split_flags, write_yaml
+from training.data import data_folder, load_data, masked_count, training_batches, validation_batches, validation_windows, verify
+from training.distributed import local
+from training.files import write_whole
+from training.telemetry import Emissions, Metrics, check_loggers, duration, environment, listed, norms, peak_flops
 from training.tokenizer import BPE_FILE
+from training.verify import verify_resume
 
 
 def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
@@ -35,14 +41,18 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
     words, flags = split_flags(argv, switches)
     given = {**(read_yaml(words[0]) if words else {}), **dict(flags)}
     out_dir, init_from = Path(given.get("out_dir") or TrainConfig.out_dir), given.get("init_from")
-    resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.manifests(out_dir)))
+    if distributed.restarted() and init_from in (None, "scratch"):  # torchrun's --max-restarts
+        init_from = "auto"
+    resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
     base = None
     if resume:
-        checkpoint.newest(out_dir)  # complains when there is none
+        if not checkpoint.folders(out_dir):
+            checkpoint.newest(out_dir)  # says so
         base = read_yaml(out_dir / "config.yaml")
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
+    config.init_from = init_from or config.init_from
     if resume:
-        free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the weights
+        free = ("head_impl", "head_skip", "head_precision", "dropout", "doc_mask", "eot_id")  # no part of the weights
         now = {**{k: v for k, v in vars(model).items() if k not in free}, "dataset": config.dataset}
         check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
     return model, config, resume
@@ -66,6 +76,8 @@ def fit_to_data(model: ModelConfig, config: TrainConfig):
             f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
             f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''})"
         )
+    if model.doc_mask and model.eot_id is None:
+        model.eot_id = data.eot_id
     if model.real_vocab_size == 0:
         model.real_vocab_size = data.vocab_size
     if not data.vocab_size <= model.real_vocab_size <= max(model.vocab_size, rows):
@@ -108,20 +120,25 @@ def main():
     data = fit_to_data(m, c)
     if c.compile:
         check_compiler(device)
+    if c.verify_resume:
+        return verify_resume(sys.argv[1:])
     if c.init_from == "scratch" and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
-        go_on = f"go on with --init_from=resume --out_dir={out_dir}, " if checkpoint.manifests(out_dir) else ""
+        go_on = f"go on with --init_from=resume --out_dir={out_dir}, " if checkpoint.folders(out_dir) else ""
         raise UserError(f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name another --out_dir")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir={out_dir} is a file")
 
     # processes: each takes its share of an iteration's windows
-    p = distributed.start(device, c.backend)
+    p = distributed.start(device, c.backend, c.timeout)
     device, kind = p.device, p.device.split(":")[0]
     slots = c.batch_size * c.gradient_accumulation_steps
-    if p.world > slots:
+    if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
         raise UserError(
-            f"{p.world} processes share {slots} windows an iteration (batch_size * gradient_accumulation_steps): raise one of them"
+            f"{p.world} processes share {slots} windows an iteration (batch_size * gradient_accumulation_steps): "
+            + ("raise one of them" if p.world > slots else "parallel=fsdp needs equal shares")
         )
+    if p.local_rank == 0:
+        verify(data)
     mine = p.share(slots)
     targets_per_window = masked_count(m.block_size) if m.arch == "bert" else m.block_size
     targets = slots * targets_per_window  # of an iteration, over all processes
@@ -134,70 +151,87 @@ def main():
 
     # model and optimiser
     torch.manual_seed(c.seed)
-    model = Model(m).to(device)
-    optimizer = adamw(model, c.learning_rate, (c.beta1, c.beta2), c.weight_decay, c.prototype_decay, kind)
-    iteration, best_loss, evaluated = 0, math.inf, -1
+    model = Model(m)
+    iteration, best_loss, evaluated, skipped = 0, math.inf, -1, 0
     if resume:
-        folder = checkpoint.newest(out_dir)
-        weights, state, manifest = checkpoint.read(folder)
+        folder = p.from_main(lambda: checkpoint.newest(out_dir))  # one choice for all processes
+        weights, manifest = checkpoint.read(folder)
         checkpoint.load_weights(model, weights)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        iteration, best_loss, evaluated = manifest["iter"], manifest["best_val_loss"], manifest["iter"]
-        del weights, state
+        scaler.load_state_dict(manifest["scaler"])
+        iteration, best_loss, skipped = manifest["iter"], manifest["best_val_loss"], manifest["skipped"]
+        evaluated = -1 if manifest["val_loss"] is None else iteration
+        if manifest["data"] != data.splits["train"].sha256:
+            raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} is not the file it was trained on")
         if iteration >= c.max_iters and not c.eval_only:
             say(f"{out_dir} is already trained to iteration {iteration}; raise --max_iters to go on")
             return
-    if c.compile:
-        model.trunk = torch.compile(model._trunk, fullgraph=True)
-    ddp = DistributedDataParallel(model, device_ids=[p.local_rank] if kind == "cuda" else None) if p.world > 1 else model
-    head_parameters = list(model.head.parameters())
-    trunk_parameters = [q for q in model.parameters() if all(q is not h for h in head_parameters)]
-
-    # the run's folder
-    metrics = emissions = None
-    if p.main and not c.eval_only:
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out_dir={out_dir} cannot be made: {error.strerror}") from None
-        if not resume:
-            for name in ("ckpt", "tensorboard"):
-                shutil.rmtree(out_dir / name, ignore_errors=True)
-            for name in ("config.yaml", "environment.json", "metrics.jsonl", *(f.name for f in out_dir.glob("emissions*.csv"))):
-                (out_dir / name).unlink(missing_ok=True)
-        if (data.folder / BPE_FILE).is_file():  # so that the run can be sampled wherever it is
-            shutil.copyfile(data.folder / BPE_FILE, out_dir / BPE_FILE)
-        write_yaml(out_dir / "config.yaml", m, replace(c, init_from="scratch", overwrite=False, eval_only=False))
-        (out_dir / "environment.json").write_text(json.dumps(environment(device, p.world), indent=2))
-        metrics = Metrics(out_dir, iteration, c.tensorboard, c.wandb, {**vars(m), **vars(c)})
-    p.barrier()
-    if c.emissions and p.local_rank == 0 and not c.eval_only:  # one tracker a node
-        emissions = Emissions(out_dir, c.emissions_country, int(os.environ.get("GROUP_RANK", 0)))
-
-    say(
+    about = (
         f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, {model.parameter_count() / 1e6:.2f} M parameters, head {model.head.extra_repr()}\n"
         f"data {data.folder}: {data.splits['train'].tokens:,} training tokens, {data.tokenizer}; "
         f"an iteration is {slots * m.block_size:,} tokens ({slots} windows of {m.block_size})\n"
-        f"{p.world} process{'es' if p.world > 1 else ''} on {device}, {dtype}{', compiled' if c.compile else ''}"
+        f"{p.world} process{'es' if p.world > 1 else ''} on {device}{f' ({c.parallel})' if p.world > 1 else ''}, {dtype}"
+        f"{', compiled' if c.compile else ''}"
     )
+    flops_per_token = model.flops_per_token(targets_per_window / m.block_size)
+    model.recompute = c.activation_checkpointing
+    if c.compile:
+        for block in model.blocks:  # all alike: one compilation
+            block.compile(fullgraph=True)
+    wrapped = p.wrap(model.to(device), c.parallel)
+    sharded = p.world > 1 and c.parallel == "fsdp"
+    optimizer = adamw(model, c.learning_rate, (c.beta1, c.beta2), c.weight_decay, c.prototype_decay, kind)
+    if resume:
+        checkpoint.load_optimizer(model, optimizer, folder)
+        del weights
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    of_head = torch.tensor([name.startswith("head.") for name in names], device=device)
+
+    # the run's folder
+    metrics = writer = emissions = None
+    if p.main and not c.eval_only:
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                if c.init_from == "auto" and (out_dir / "config.yaml").exists():
+                    say(f"{out_dir} holds no checkpoint yet: beginning again")
+                for name in ("ckpt", "tensorboard"):
+                    shutil.rmtree(out_dir / name, ignore_errors=True)
+                for name in ("config.yaml", "environment.json", "metrics.jsonl", *(f.name for f in out_dir.glob("emissions*.csv"))):
+                    (out_dir / name).unlink(missing_ok=True)
+            if (data.folder / BPE_FILE).is_file():  # so that the run can be sampled wherever it is
+                write_whole(out_dir / BPE_FILE, (data.folder / BPE_FILE).read_bytes())
+            write_yaml(out_dir / "config.yaml", m, replace(c, init_from="scratch", overwrite=False, eval_only=False))
+            write_whole(out_dir / "environment.json", json.dumps(environment(device, p.world), indent=2))
+            metrics = Metrics(out_dir, iteration, c.tensorboard, c.wandb, {**vars(m), **vars(c)})
+        except OSError as error:
+            raise UserError(f"out_dir={out_dir} cannot be written: {error.strerror}") from None
+        writer = checkpoint.Writer(out_dir)
+    p.barrier()
+    if c.emissions and p.local_rank == 0 and not c.eval_only:  # one tracker a node
+        emissions = Emissions(out_dir, c.emissions_country, int(os.environ.get("GROUP_RANK", 0)))
+    say(about)
+
     val = data.splits["val"]
     windows = validation_windows(val.tokens, m.block_size, c.eval_iters * c.batch_size)
+    rounds = math.ceil(math.ceil(len(windows) / p.world) / c.batch_size)  # the same in all processes: fsdp's work together
 
     def evaluate() -> dict:
         """The unsmoothed negative log likelihood of the fixed validation windows, summed over all processes and divided once."""
         model.eval()
         share = p.share(len(windows))
         total = torch.zeros(2, dtype=torch.float64)
-        kl = None
+        batches = validation_batches(data, m.arch, m.block_size, windows[share.start : share.stop], c.batch_size)
+        nothing = torch.zeros(1, m.block_size, dtype=torch.long), torch.full((1, m.block_size), -1)
         with torch.no_grad(), autocast:
-            for x, y in validation_batches(data, m.arch, m.block_size, windows[share.start : share.stop], c.batch_size):
-                x, y = x.to(device), y.to(device)
+            for _ in range(rounds):
+                x, y = (t.to(device) for t in next(batches, nothing))
                 total += torch.tensor([model(x, y, reduction="sum")[1].item(), (y != -1).sum().item()], dtype=torch.float64)
-            if p.main:  # 256 states show how far the head is from a softmax
-                few = windows[: max(1, 256 // m.block_size)]
-                x, _ = next(validation_batches(data, m.arch, m.block_size, few, len(few)))
-                kl = softmax_linearization_kl(model.hidden(x.to(device)).reshape(-1, m.n_embd)[:256], model.head)
+            few = windows[: max(1, 256 // m.block_size)]  # 256 states show how far the head is from a softmax
+            x, _ = next(validation_batches(data, m.arch, m.block_size, few, len(few)))
+            kl = softmax_linearization_kl(model.hidden(x.to(device)).reshape(-1, m.n_embd)[:256], model.head)
+            strength = None if model.head.log_strength is None else model.head.strength().item()
+        if sharded:
+            model.reshard()  # what no backward pass does here
         model.train()
         total = p.reduce(total.to(device if kind == "cuda" else "cpu"))
         loss = (total[0] / total[1]).item()
@@ -207,25 +241,25 @@ def main():
             found["bits_per_byte"] = loss / math.log(2) * val.tokens / val.bytes
         if kl is not None:
             found["kl_to_softmax"] = kl
-        if model.head.log_strength is not None:
-            found["strength"] = model.head.strength().item()
+        if strength is not None:
+            found["strength"] = strength
         return found
 
-    def save(loss: float):
+    def save(loss: float | None):
+        """Takes a copy of everything and lets it be written while training goes on."""
+        files = checkpoint.snapshot(model, optimizer, keep=p.main)
         if p.main:
-            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            checkpoint.save(
-                out_dir, iteration, model, state, {"val_loss": loss, "best_val_loss": best_loss, "tokens": iteration * slots * m.block_size}
-            )
+            metrics.sync()
+            counters = {"val_loss": loss, "best_val_loss": best_loss, "tokens": iteration * slots * m.block_size, "skipped": skipped}
+            writer.save(iteration, files, {**counters, "scaler": scaler.state_dict(), "data": data.splits["train"].sha256})
             if emissions:
                 emissions.flush()
-        p.barrier()
 
     if c.eval_only:
         say(" ".join(f"{k} {v:.4f}" for k, v in evaluate().items()))
-        return distributed.stop()
+        return
 
-    pending = []  # one row of device scalars for each iteration since the last line
+    pending = []  # of each iteration since the last line: device scalars, the gradient norm of each parameter
     began = clock = time.perf_counter()
     first = iteration
 
@@ -235,11 +269,13 @@ def main():
         if not pending:
             return
         now = time.perf_counter()
-        table = torch.stack(pending).double().cpu() if kind == "mps" else torch.stack(pending).double()
-        sums, least = p.reduce(table[:, :2].contiguous()), p.reduce(table[:, 2].contiguous(), "min")
-        table = torch.cat((sums, least[:, None], table[:, 3:]), 1).tolist()
+        rows = torch.stack([row for row, _ in pending])
+        rows = rows.double().cpu() if kind == "mps" else rows.double()
+        own = rows[:, 0].tolist()
+        sums, least = p.reduce(rows[:, :2].contiguous()), p.reduce(rows[:, 2].contiguous(), "min")
+        table = torch.cat((sums, least[:, None], rows[:, 3:]), 1).tolist()
         speed = len(pending) * slots * m.block_size / (now - clock)
-        mfu = speed * model.flops_per_token() / (peak * p.world) if peak else None
+        mfu = speed * flops_per_token / (peak * p.world) if peak else None
         for i, (loss, distance, nearest, norm, norm_head, norm_trunk, radius, lr) in enumerate(table, iteration - len(table)):
             record = {
                 "iter": i,
@@ -252,28 +288,42 @@ def main():
             }
             if model.head.kind != "control":
                 record |= {"target_distance_min": nearest, "target_distance_mean": distance / targets}
+            if c.on_nan == "skip":
+                record["skipped"] = skipped
             record |= {"tokens_per_s": speed, "elapsed_s": now - began}
             if mfu is not None:
                 record["mfu"] = mfu
             if metrics:
                 metrics.write(record)
-            if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
-                last = [f.name for f in checkpoint.manifests(out_dir)][-1:]
+            if c.on_nan == "stop" and (not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled())):
+                j = i - iteration + len(table)
+                ranks = [r for r, x in enumerate(p.gather(own[j])) if not math.isfinite(x)]
+                where = [name for name, x in zip(names, pending[j][1].tolist(), strict=True) if not math.isfinite(x)]
                 what = f"loss {loss / targets}" if not math.isfinite(loss) else f"gradient norm {norm}"
-                say(f"stopped: {what} at iteration {i}; last good checkpoint: {last[0] if last else 'none'}", file=sys.stderr)
-                distributed.stop()
-                sys.exit(3)
+                give_up(i, f"{what}{f' on rank {listed(ranks)}' if ranks else ''}", where)
         eta = (now - began) / (iteration - first) * (c.max_iters - iteration)
         say(
             f"iter {iteration:>{len(str(c.max_iters))}}/{c.max_iters}  loss {record['train_loss']:.4f}  lr {record['lr']:.2e}"
-            f"  grad norm {record['grad_norm']:.3f}  {speed:,.0f} tokens/s{'' if mfu is None else f'  mfu {mfu:.1%}'}  ETA {duration(eta)}",
+            f"  grad norm {record['grad_norm']:.3f}  {speed:,.0f} tokens/s{'' if mfu is None else f'  mfu {mfu:.1%}'}  ETA {duration(eta)}"
+            f"{f'  {skipped} skipped' if skipped else ''}",
             flush=True,
         )
         pending, clock = [], time.perf_counter()
 
+    def give_up(i: int, what: str, where: list[str]):
+        """Stops all processes because of what is not finite: they all come here, for they all see the same sums."""
+        if writer:
+            writer.wait()
+        last = [f.name for f in checkpoint.manifests(out_dir)][-1:]
+        gradients = f"; gradients that are not finite: {listed(where)}" if where else ""
+        say(f"stopped: {what} at iteration {i}{gradients}; last good checkpoint: {last[0] if last else 'none'}", file=sys.stderr)
+        sys.exit(3)
+
     # the loop
     peak = peak_flops(device)
     model.train()
+    signals = distributed.StopSignals(p, c.timeout)
+    in_a_row = 0
     try:
         while True:
             if (iteration % c.eval_interval == 0 or iteration == c.max_iters) and iteration != evaluated:
@@ -286,11 +336,15 @@ def main():
                 )
                 if metrics:
                     metrics.write({"iter": iteration, **found})
-                best_loss = min(best_loss, found["val_loss"])
+                best_loss, evaluated = min(best_loss, found["val_loss"]), iteration
                 if iteration > 0:
                     save(found["val_loss"])
                 clock = time.perf_counter()
-            if iteration >= c.max_iters:
+            stopped = signals.agreed()
+            if stopped and iteration != evaluated and iteration > first:
+                flush()
+                save(None)
+            if stopped or iteration >= c.max_iters:
                 break
 
             # noise is a pure function of (seed, iteration, rank): no random state needs saving, evaluation cannot disturb it
@@ -302,51 +356,73 @@ def main():
             row[2] = math.inf
             micro = list(training_batches(data, m.arch, m.block_size, c.seed, iteration, mine, slots, c.batch_size))
             for j, (x, y) in enumerate(micro):
-                if p.world > 1:
-                    ddp.require_backward_grad_sync = j == len(micro) - 1
+                distributed.synchronise(wrapped, j == len(micro) - 1)
                 if kind == "cuda":
                     x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
                 else:
                     x, y = x.to(device), y.to(device)
                 with autocast:
-                    _, loss = ddp(x, y, reduction="sum")
-                scaler.scale(loss * (p.world / targets)).backward()  # DDP averages over processes, hence the factor
+                    _, loss = wrapped(x, y, reduction="sum")
+                scaler.scale(loss * (p.world / targets)).backward()  # gradients are averaged over processes, hence the factor
                 row[0] += loss.detach()
                 if model.target_distance is not None:
                     row[1] += model.target_distance.sum()
                     row[2] = torch.minimum(row[2], model.target_distance.min())
             scaler.unscale_(optimizer)
-            norm_head, norm_trunk = (
-                torch.nn.utils.get_total_norm([q.grad for q in qs if q.grad is not None]) for qs in (head_parameters, trunk_parameters)
-            )
-            norm = torch.hypot(norm_head, norm_trunk)
-            if c.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), c.grad_clip, norm)
             with torch.no_grad():
-                row[3:] = torch.stack(
-                    (norm, norm_head, norm_trunk, model.head.prototypes().norm(dim=-1).mean(), torch.tensor(lr, device=device))
-                )
-            scaler.step(optimizer)
+                gradients = [local(q.grad) for q in parameters]
+                table = local(model.head.weight)
+                here = min(max(model.head.real_vocab_size - (p.rank * len(table) if sharded else 0), 0), len(table))
+                radius = table[:here].norm(dim=-1).sum()
+                squares = torch.cat((norms(gradients).square(), radius[None]))
+                if sharded:
+                    p.reduce(squares)
+                squares, radius = squares[:-1], squares[-1] / model.head.real_vocab_size
+                norm, norm_head, norm_trunk = (s.sum().sqrt() for s in (squares, squares[of_head], squares[~of_head]))
+                row[3:] = torch.stack((norm, norm_head, norm_trunk, radius, torch.tensor(lr, device=device)))
+                if c.on_nan == "skip" and not scaler.is_enabled() and not math.isfinite(norm.item()):
+                    skipped, in_a_row = skipped + 1, in_a_row + 1
+                    if in_a_row == 100:
+                        flush()
+                        give_up(
+                            iteration,
+                            "100 iterations in a row skipped",
+                            [n for n, s in zip(names, squares, strict=True) if not s.isfinite()],
+                        )
+                else:
+                    in_a_row = 0
+                    if c.grad_clip:
+                        torch._foreach_mul_(gradients, (c.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+                    scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            pending.append(row)
+            pending.append((row, squares))
             iteration += 1
             if iteration % c.log_interval == 0:
                 flush()
+        if writer:
+            writer.wait()
     except KeyboardInterrupt:
-        kept = [f.name for f in checkpoint.manifests(out_dir)][-1:]
-        resume_command = f"python train.py --init_from=resume --out_dir={out_dir}"
-        how = f"go on from {kept[0]} with: {resume_command}" if kept else "no checkpoint was written yet"
-        say(f"\ninterrupted at iteration {iteration}; {how}", file=sys.stderr)
-        sys.exit(130)
+        stopped = signal.SIGINT
     finally:
+        signals.restore()
         used = emissions.stop() if emissions else None
         if metrics:
             metrics.close()
     energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""
+    if stopped:
+        kept = [f.name for f in checkpoint.manifests(out_dir)][-1:]
+        how = (
+            f"go on from {kept[0]} with: python train.py --init_from=resume --out_dir={out_dir}"
+            if kept
+            else "no checkpoint was written yet"
+        )
+        say(f"\n{signal.Signals(stopped).name}: stopped at iteration {iteration}{energy}; {how}", file=sys.stderr)
+        sys.exit(128 + stopped)
     say(f"done: {out_dir}, best val loss {best_loss:.4f}, {duration(time.perf_counter() - began)}{energy}")
-    distributed.stop()
+    if writer and writer.error:
+        sys.exit(4)
 
 
 if __name__ == "__main__":
-    cli(main)
+    distributed.run(main)

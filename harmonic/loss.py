@@ -501,7 +501,7 @@ class HarmonicHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=init_std))
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.fixed_strength = strength
-        self.log_strength = nn.Parameter(torch.tensor(math.log(strength))) if learn_exponent or learn_scale else None
+        self.log_strength = nn.Parameter(torch.tensor([math.log(strength)])) if learn_exponent or learn_scale else None
         self.distance_parameters = nn.ParameterDict(row.parameters(n_embd))
 
     def extra_repr(self):
@@ -511,7 +511,7 @@ class HarmonicHead(nn.Module):
 
     def strength(self):
         """n or s: a float, or a 0-dim tensor when it is learnt."""
-        return self.fixed_strength if self.log_strength is None else self.log_strength.exp()
+        return self.fixed_strength if self.log_strength is None else self.log_strength.exp()[0]
 
     def _settings(self):
         key = "scale" if self.link == "softmax" else "exponent"

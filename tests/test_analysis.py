@@ -60,9 +60,10 @@ def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
     torch.manual_seed(len(folder.name))
     model = Model(config)
     torch.nn.init.normal_(model.head.weight, std=0.5)
-    checkpoint.save(folder, 2, model, {}, {"val_loss": 1.0})
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(folder, 2, checkpoint.snapshot(model, optimizer), {"val_loss": 1.0})
     torch.nn.init.normal_(model.head.weight, std=0.6)
-    checkpoint.save(folder, iterations, model, {}, {"val_loss": 2.0})
+    checkpoint.save(folder, iterations, checkpoint.snapshot(model, optimizer), {"val_loss": 2.0})
     lines = [{"iter": 0, "val_loss": 6.0, "perplexity": math.exp(6), "bits_per_byte": 4.0, "kl_to_softmax": 0.03}]
     for i in range(iterations):
         lines.append(
@@ -379,8 +380,8 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(home, tmp_path, m
     for name in ("empty", "damaged", "config"):
         shutil.copytree(home / "out" / "ce", tmp_path / name)
     shutil.rmtree(tmp_path / "empty" / "ckpt")
-    with open(tmp_path / "damaged/ckpt/iter_000004/model.safetensors", "ab") as file:
-        file.write(b"x")
+    for path in tmp_path.glob("damaged/ckpt/*/model.safetensors"):
+        path.write_bytes(path.read_bytes() + b"x")
     (tmp_path / "config/config.yaml").write_text("haed: cosine\n")
     before = sorted(tmp_path.rglob("*"))
     filled = [w.format(home=home, tmp=tmp_path) for w in words]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare, kstest
 
 from training.config import UserError
 from training.data import (
@@ -19,6 +20,7 @@ from training.data import (
     validation_batches,
     validation_windows,
 )
+from training.files import seal, unseal
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 1000, 4097])
@@ -34,7 +36,32 @@ def test_permutation_looks_random():
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.06
     other = np.array([permute(i, n, 100) for i in range(n)])
     assert (order == other).mean() < 0.002
-    assert permute(10**10, 3 * 10**10, 1) < 3 * 10**10  # needs no table
+
+
+@pytest.mark.parametrize("n", [5, 64, 1000, 78_125_000])
+def test_permutation_is_uniform(n):
+    """Where a window lands over many keys, alone and together with the window after it, by chi-squared tests; the largest is 10^10
+    tokens in windows of 128."""
+    keys, bins = 8000, 5
+    places = np.array([[permute(i, n, key) for i in (0, 1, n // 2)] for key in range(keys)])
+    assert (places < n).all()
+    parts = places * bins // n
+    sizes = np.bincount(np.arange(n) * bins // n, minlength=bins) / n if n < 10**6 else np.full(bins, 1 / bins)
+    for column in parts.T:
+        assert chisquare(np.bincount(column, minlength=bins), keys * sizes).pvalue > 1e-4
+    for a, b in ((0, 1), (0, 2)):
+        together = np.bincount(parts[:, a] * bins + parts[:, b], minlength=bins**2)
+        same = np.eye(bins) * (sizes * n * (sizes * n - 1))[:, None] + (1 - np.eye(bins)) * np.outer(sizes * n, sizes * n)
+        expected = (same / (n * (n - 1))).ravel()
+        assert together[expected == 0].sum() == 0
+        assert chisquare(together[expected > 0], keys * expected[expected > 0]).pvalue > 1e-4
+
+
+def test_ten_billion_tokens_need_no_table():
+    tokens, block, slots = 10**10, 1024, 480
+    starts = [index(1, step, slot, slots, tokens, block) for step in (0, 10_000, 50_000) for slot in range(slots)]
+    assert len(set(starts)) == len(starts) and max(starts) + block + 1 <= tokens
+    assert kstest(np.array(starts) / tokens, "uniform").pvalue > 1e-3
 
 
 def test_an_epoch_visits_every_window_once():
@@ -133,8 +160,9 @@ def test_reading_uint32(tmp_path):
         (lambda f: (f / "val.bin").unlink(), "val.bin is missing"),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json is wrong"),
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json is wrong"),
+        (lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace('"bytes": 7', '"bytes": 8')), "checksum"),
         (
-            lambda f: (f / "meta.json").write_text(json.dumps({**json.loads((f / "meta.json").read_text()), "dtype": "float64"})),
+            lambda f: (f / "meta.json").write_text(seal({**unseal((f / "meta.json").read_text()), "dtype": "float64"})),
             "uint16 or uint32",
         ),
         (lambda f: (f / "meta.json").write_text(json.dumps({"dtype": "uint16"})), "it has no 'splits'"),

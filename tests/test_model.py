@@ -111,21 +111,66 @@ def test_sampling_respects_top_k_top_p_and_padding():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_doc_mask_shows_each_document_as_if_alone(arch):
+    model = build(arch, doc_mask=True, eot_id=0).eval()
+    documents = [torch.cat((torch.zeros(1, dtype=torch.long), 1 + ids(1, n, seed=n)[0] % 99)) for n in (3, 0, 4)]
+    rest = 1 + ids(1, 2, seed=3)[0] % 99  # the end of a document that began in the window before
+    together = model.trunk(torch.cat((rest, *documents))[None])[0]
+    alone = [model.trunk(d[None])[0] for d in (rest, *documents)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    model.config.doc_mask = False
+    assert (model.trunk(torch.cat((rest, *documents))[None])[0] - together).abs().max() > 1e-3
+
+
+def test_doc_mask_in_generation():
+    """Where a document begins inside a text, nothing in front of it matters; with the cache and without."""
+    model = build("gpt", doc_mask=True, eot_id=0).eval()
+    with torch.no_grad():
+        model.head.weight[0] *= 3  # documents end often
+    prompts = [[5, 6, 7, 0, 8], [9, 0, 8], [0, 8], [5, 5]]
+    tokens = [list(row) for row in zip(*model.generate(prompts, 40, temperature=3.0), strict=True)]
+    assert tokens == [list(row) for row in zip(*model.generate(prompts, 40, temperature=3.0, cache=False), strict=True)]
+    assert any(0 in row for row in tokens)
+    greedy = list(zip(*model.generate(prompts, 5, temperature=0), strict=True))
+    assert greedy[0] == greedy[1] == greedy[2] == next(zip(*model.generate([[0, 8]], 5, temperature=0), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_activation_checkpointing_changes_nothing(arch):
+    model = build(arch, dropout=0.3)
+    x, y = ids(2, 12), ids(2, 12, seed=1)
+    gradients = []
+    for model.recompute in (False, True):
+        torch.manual_seed(3)
+        model(x, y)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_flops_of_a_bert_count_the_head_where_it_is_used():
+    model = build("bert")
+    head = sum(p.numel() for m in (model.head, model.transform) for p in m.parameters())
+    assert model.flops_per_token() - model.flops_per_token(0.15) == pytest.approx(6 * 0.85 * head)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_trunk_compiles_whole(arch):
     model = build(arch)
-    expected = model._trunk(ids(2, 12))
-    found = torch.compile(model._trunk, fullgraph=True, backend="aot_eager")(ids(2, 12))
+    expected = model.trunk(ids(2, 12))
+    found = torch.compile(model.trunk, fullgraph=True, backend="aot_eager")(ids(2, 12))
     torch.testing.assert_close(found, expected)
 
 
-def test_inductor_compiles_the_trunk_on_this_machine():
+def test_inductor_compiles_the_blocks_on_this_machine():
     model = build("qwen")
     x, y = ids(2, 12), ids(2, 12, seed=1)
     _, eager = model(x, y)
     eager.backward()
     expected = model.head.weight.grad.clone()
     model.zero_grad()
-    model.trunk = torch.compile(model._trunk, fullgraph=True)
+    for block in model.blocks:
+        block.compile(fullgraph=True)
     _, compiled = model(x, y)
     compiled.backward()
     torch.testing.assert_close(compiled, eager)

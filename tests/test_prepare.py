@@ -103,7 +103,7 @@ def test_meta(tmp_path):
     texts = make_documents(300)
     meta = run(f"--source={write_jsonl(tmp_path / 'a.jsonl', texts)}", "--val_fraction=0.2", f"--out_dir={tmp_path / 'out'}")
     keys = "format_version source tokenizer tokenizer_file vocab_size dtype eot_id mask_id splits documents_read duplicates empty settings"
-    assert list(meta) == keys.split()
+    assert list(meta) == [*keys.split(), "checksum"]
     assert (meta["format_version"], meta["source"], meta["tokenizer"], meta["dtype"]) == (1, "a.jsonl", "bpe:300", "uint16")
     assert (meta["tokenizer_file"], meta["vocab_size"], meta["documents_read"]) == ("tokenizer.json", 300, 300)
     for name, split in meta["splits"].items():

@@ -1,6 +1,8 @@
 """Training: every head, architecture and link; what a run's folder holds; resuming; processes; every bad input."""
 
+import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,8 +20,11 @@ from conftest import ROOT, TINY, script
 from safetensors.torch import load_file
 
 from harmonic import CONTROLS, DISTANCES
+from model import Model, ModelConfig, adamw
 from training import checkpoint
-from training.telemetry import read_metrics
+from training.files import seal, sha256, unseal
+from training.telemetry import Metrics, norms, read_metrics
+from training.verify import history
 
 COMBINATIONS = [(d, link) for d in DISTANCES for link in ("harmonic", "softmax")] + [(c, "harmonic") for c in CONTROLS]
 
@@ -73,9 +80,13 @@ def test_the_run_folder_is_as_documented(train, tmp_path):
     assert environment["versions"]["torch"] == torch.__version__ and "train.py" in environment["command"]
     assert len((run / "emissions.csv").read_text().splitlines()) == 2
     folders = sorted(p.name for p in (run / "ckpt").iterdir())
-    assert "iter_000004" in folders and len(folders) <= 2 and not any(f.startswith(".") for f in folders)
+    assert "iter_000004" in folders and len(folders) <= 3 and not any(f.startswith(".") for f in folders)
     manifest = json.loads((run / "ckpt/iter_000004/manifest.json").read_text())
-    assert manifest["iter"] == 4 and manifest["tokens"] == 4 * 4 * 16 and set(manifest["sha256"]) == {"model.safetensors", "train_state.pt"}
+    assert (
+        manifest["iter"] == 4
+        and manifest["tokens"] == 4 * 4 * 16
+        and set(manifest["sha256"]) == {"model.safetensors", "train_state.safetensors"}
+    )
     weights = load_file(run / "ckpt/iter_000004/model.safetensors")
     assert "tokens.weight" not in weights  # tied: stored once, as head.weight
     assert not torch.allclose(weights["head.distance_parameters.factor"], torch.eye(16), atol=1e-5)  # Mahalanobis' parameters train
@@ -88,7 +99,7 @@ def test_newest_and_best_checkpoints_are_kept(train, tmp_path):
     losses = {r["iter"]: r["val_loss"] for r in read_metrics(tmp_path / "run") if "val_loss" in r and r["iter"] > 0}
     best = min(losses, key=losses.get)
     assert best < 6
-    assert {f.name for f in checkpoint.manifests(tmp_path / "run")} == {f"iter_{best:06d}", "iter_000006"}
+    assert {f.name for f in checkpoint.manifests(tmp_path / "run")} == {f"iter_{best:06d}", "iter_000005", "iter_000006"}
     assert checkpoint.best(tmp_path / "run").name == f"iter_{best:06d}"
 
 
@@ -247,7 +258,7 @@ BAD = {
     "link of a control": (dict(head="cross_entropy", link="softmax"), ["link=softmax does nothing with head=cross_entropy"]),
     "rope of gpt": (dict(rope_theta=1e4), ["rope_theta=10000.0 is for arch=qwen"]),
     "meta device": (dict(device="meta"), ["unknown device"]),
-    "out_dir under a file": (dict(out_dir="/dev/null/x"), ["out_dir=/dev/null/x cannot be made"]),
+    "out_dir under a file": (dict(out_dir="/dev/null/x"), ["out_dir=/dev/null/x cannot be written"]),
 }
 
 
@@ -306,10 +317,11 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     status, _, err = train(init_from="resume", max_iters=4)
-    assert status == 2 and "model.safetensors does not match its sha256" in err
+    assert status == 2 and "model.safetensors does not match its sha256" in err and "no checkpoint can be used" in err
     (folder / "manifest.json").write_text("{")
-    status, _, err = train(init_from="resume", max_iters=4)
-    assert status == 2 and "manifest.json" in err
+    for init_from in ("resume", "auto"):  # auto does not take a damaged run for none
+        status, _, err = train(init_from=init_from, max_iters=4)
+        assert status == 2 and "manifest.json" in err and weights.exists()
 
 
 def test_a_pickle_in_a_checkpoint_is_not_executed(train, tmp_path):
@@ -320,12 +332,16 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(train, tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
-    (folder / "train_state.pt").write_bytes(pickle.dumps(Trap()))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"]["train_state.pt"] = checkpoint._sha256(folder / "train_state.pt")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    status, _, err = train(init_from="resume", max_iters=4)
-    assert status == 2 and "train_state.pt" in err and not (tmp_path / "executed").exists()
+    stored = (folder / "manifest.json").read_text()
+    for file in (checkpoint.WEIGHTS, checkpoint.STATE):
+        sound = (folder / file).read_bytes()
+        (folder / file).write_bytes(pickle.dumps(Trap()))
+        manifest = unseal(stored)
+        manifest["sha256"][file] = sha256(folder / file)  # by someone who knows the format
+        (folder / "manifest.json").write_text(seal(manifest))
+        status, _, err = train(init_from="resume", max_iters=4)
+        assert status == 2 and f"{file} is not a safetensors file" in err and not (tmp_path / "executed").exists()
+        (folder / file).write_bytes(sound)
 
 
 def test_no_compiler(tiny_data, tmp_path):
@@ -343,6 +359,284 @@ def test_a_damaged_data_folder(train, tiny_data, tmp_path):
     (folder / "train.bin").write_bytes(b"\0\0")
     status, _, err = train(dataset=str(folder))
     assert status == 2 and "truncated" in err and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(train, tmp_path):
+    """... and the run ends as if nothing had happened."""
+    common = dict(head="cosine", eval_interval=2, lr_decay_iters=6)
+    for out in ("whole", "run"):
+        assert train(max_iters=6, out_dir=out, **common)[0] == 0
+    folder = tmp_path / "run/ckpt/iter_000006"
+    damage = {
+        checkpoint.STATE: lambda path: path.unlink(),
+        checkpoint.WEIGHTS: lambda path: path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8),
+        checkpoint.MANIFEST: lambda path: path.write_text(path.read_text().replace('"iter": 6', '"iter": 7')),
+    }
+    for file, spoil in damage.items():
+        spoil(folder / file)
+        status, _, err = train(init_from="resume", max_iters=6, **{k: v for k, v in common.items() if k != "head"})
+        assert status == 0 and f"checkpoint run/ckpt/iter_000006 is damaged, {file}" in err and "using iter_000004" in err
+        assert history(tmp_path / "run") == history(tmp_path / "whole")
+        assert sha256(folder / checkpoint.WEIGHTS) == sha256(tmp_path / "whole/ckpt/iter_000006" / checkpoint.WEIGHTS)
+
+
+def test_resuming_on_other_data_is_refused(train, tiny_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    assert train(dataset=str(data))[0] == 0
+    ids = np.fromfile(data / "train.bin", np.uint16)[::-1]
+    ids.tofile(data / "train.bin")
+    status, _, err = train(init_from="resume", max_iters=4, dataset=str(data))
+    assert status == 2 and "train.bin is damaged: it does not match its sha256" in err
+    meta = unseal((data / "meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = sha256(data / "train.bin")
+    (data / "meta.json").write_text(seal(meta))
+    status, _, err = train(init_from="resume", max_iters=4, dataset=str(data))
+    assert status == 2 and "is not the file it was trained on" in err
+
+
+def start(tmp_path, tiny_data, processes=1, launcher=(), saved=True, **flags):
+    """A real training process in a process group of its own, once it has a checkpoint (or, not `saved`, metrics) -> Popen."""
+    settings = {**TINY, "dataset": tiny_data, "max_iters": 100_000, "eval_interval": 20, "out_dir": tmp_path / "run", **flags}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher] if processes > 1 else []
+    process = subprocess.Popen(
+        [sys.executable, *torchrun, "train.py", *(f"--{k}={v}" for k, v in settings.items())],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (checkpoint.manifests(tmp_path / "run") if saved else (tmp_path / "run/metrics.jsonl").exists()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint(tmp_path, tiny_data, number, processes):
+    """The iteration in hand is finished and stored, whichever process the signal reaches."""
+    process = start(tmp_path, tiny_data, processes)
+    if processes == 1 or number == signal.SIGTERM:
+        process.send_signal(number)  # torchrun passes SIGTERM on to its processes
+    else:
+        os.kill(worker(process, 1), number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number if processes == 1 else process.returncode != 0
+    assert f"{number.name}: stopped at iteration" in err and "--init_from=resume" in err
+    folder, manifest = list(checkpoint.manifests(tmp_path / "run").items())[-1]
+    steps = [r["iter"] for r in read_metrics(tmp_path / "run") if "train_loss" in r]
+    assert steps == list(range(manifest["iter"])) and f"stopped at iteration {manifest['iter']}" in err  # nothing is lost
+    assert checkpoint.damage(folder) is None and (manifest["val_loss"] is None) == (manifest["iter"] % 20 != 0)
+
+
+def worker(process, rank: int) -> int:
+    """The id of the training process of that rank under a torchrun."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child.pid
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
+    process = start(tmp_path, tiny_data, saved=False, n_layer=4, n_embd=256, batch_size=64, gradient_accumulation_steps=200)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)  # an iteration takes longer
+    assert process.returncode == 130 and "Ctrl-C again stops at once" in err and "no checkpoint was written yet" in err
+
+
+def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, tiny_data):
+    flags = dict(max_iters=400, head="cosine", dropout=0.1)
+    process = start(tmp_path, tiny_data, 2, ["--max-restarts=2"], **flags)
+    os.kill(worker(process, 1), signal.SIGKILL)
+    began = time.monotonic()
+    while (tmp_path / "run/environment.json").stat().st_mtime < time.time() - (time.monotonic() - began):
+        assert process.poll() is None and time.monotonic() - began < 60
+        time.sleep(0.1)
+    assert process.wait(timeout=200) == 0
+    whole = start(tmp_path / "whole", tiny_data, 2, **flags)
+    assert whole.wait(timeout=100) == 0
+    assert history(tmp_path / "run") == history(tmp_path / "whole" / "run")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"parallel": "fsdp"},
+        {"parallel": "fsdp", "activation_checkpointing": True, "compile": True},
+        {"parallel": "ddp", "activation_checkpointing": True},
+    ],
+)
+def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, flags):
+    """... and what it stores serves any number of processes: one goes on from the checkpoint of two."""
+    settings = {**TINY, "dataset": tiny_data, "eval_interval": 10, "head": "mahalanobis", "learn_exponent": True, "lr_decay_iters": 20}
+    settings |= {"eval_iters": 1, "batch_size": 2, "gradient_accumulation_steps": 3, "n_layer": 2}  # 2 windows of validation, 6 of training
+
+    def run(out, processes=1, **more):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        words = [f"--{k}={v}" for k, v in {**settings, "out_dir": tmp_path / out, **more}.items()]
+        done = script(*torchrun, "train.py", *words)
+        assert done.returncode == 0, done.stderr
+
+    run("one", max_iters=20)
+    run("one, two, one", max_iters=5, eval_interval=5)
+    run("one, two, one", 2, max_iters=10, init_from="resume", eval_interval=10, **flags)
+    run("one, two, one", max_iters=20, init_from="resume", parallel="ddp")
+    for a, b in zip(
+        history(tmp_path / "one"), [r for r in history(tmp_path / "one, two, one") if r["iter"] != 5 or "val_loss" not in r], strict=True
+    ):
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
+
+
+def test_verify_resume(tiny_data, tmp_path):
+    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "head": "hamming_gumbel", "dropout": 0.1, "batch_size": 16}.items()]
+    done = script("train.py", *flags, "--verify_resume", f"--out_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bitwise equal") == 3 and "resumed from iteration 10" in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_verify_resume_notices_a_difference(tmp_path, monkeypatch, capsys):
+    """A run whose state is not all in its checkpoint: momentum that is lost, say."""
+    from training import verify
+
+    script = tmp_path / "forgetful.py"
+    script.write_text(FORGETFUL)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit) as stop:
+        verify.verify_resume([])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1 and "DIFFERENT" in out and "first difference: iteration 10, train_loss 21 and 11" in out
+
+
+FORGETFUL = """
+import json, sys, time
+from pathlib import Path
+import torch
+from training import checkpoint
+out = Path(next(w for w in sys.argv if w.startswith("--out_dir="))[10:])
+out.mkdir(exist_ok=True)
+path = out / "metrics.jsonl"
+first = 10 if list(checkpoint.manifests(out)) else 0
+lines = path.read_text().splitlines()[:first] if path.exists() else []
+momentum = 0
+for i in range(first, 20):
+    momentum += 1
+    lines.append(json.dumps({"iter": i, "train_loss": momentum + i}))
+    path.write_text("".join(line + chr(10) for line in lines))
+    if i in (9, 19):
+        tensors = {"a": torch.tensor(float(i))}
+        checkpoint.save(out, i + 1, {checkpoint.WEIGHTS: tensors, checkpoint.STATE: tensors}, {"val_loss": 1.0})
+    time.sleep(0.05)
+"""
+
+
+def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_path, monkeypatch):
+    """An overflow in one layer at iteration 3."""
+    from model import Model
+
+    forward, calls = Model.forward, []
+
+    def spoilt(self, *arguments, **keywords):
+        logits, loss = forward(self, *arguments, **keywords)
+        if self.training:
+            calls.append(1)
+            if len(calls) == 4:
+                loss = loss + (self.blocks[0].mlp.up.weight * math.inf).sum()
+        return logits, loss
+
+    monkeypatch.setattr(Model, "forward", spoilt)
+    status, _, err = train(head="cosine", max_iters=6, eval_interval=2)
+    assert status == 3 and "stopped: loss" in err and "on rank 0 at iteration 3" in err and "last good checkpoint: iter_000002" in err
+    assert "gradients that are not finite: blocks.0.mlp.up.weight;" in err
+    calls.clear()
+    status, _, err = train(head="cosine", max_iters=6, eval_interval=2, on_nan="skip", out_dir="skip")
+    assert status == 0, err
+    records = [r for r in read_metrics(tmp_path / "skip") if "train_loss" in r]
+    assert [r["skipped"] for r in records] == [0, 0, 0, 1, 1, 1] and records[3]["train_loss"] in ("nan", "inf")
+    assert all(isinstance(r["train_loss"], float) for i, r in enumerate(records) if i != 3)
+    (*_, manifest) = checkpoint.manifests(tmp_path / "skip").values()
+    assert manifest["skipped"] == 1
+
+
+def test_skipping_ends_when_nothing_else_happens(train, monkeypatch):
+    status, _, err = train(head="euclidean", learning_rate=1e30, grad_clip=0, max_iters=300, warmup_iters=0, on_nan="skip")
+    assert status == 3 and "100 iterations in a row skipped" in err
+
+
+def test_a_full_disk_stops_neither_training_nor_spoils_a_checkpoint(train, tmp_path, monkeypatch):
+    """The checkpoint of iteration 4 cannot be written, the last one can; were it the last, the exit status would say so."""
+    real = checkpoint.save_file
+
+    def full(tensors, path):
+        real(tensors, path)
+        if "iter_000004" in str(path) or "iter_000006" in str(path) and "last" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    status, _, err = train(head="cosine", max_iters=6, eval_interval=2)
+    assert status == 0 and "iteration 4 could not be written (No space left on device); the last good one: iter_000002" in err
+    assert [f.name for f in checkpoint.folders(tmp_path / "run")] == ["iter_000002", "iter_000006"]
+    status, _, err = train(head="cosine", max_iters=6, eval_interval=2, out_dir="last")
+    assert status == 4 and "iteration 6 could not be written" in err
+    assert [p.name for p in (tmp_path / "last/ckpt").iterdir()] == ["iter_000002"]
+
+
+def test_metrics_wait_for_room(tmp_path, capsys):
+    metrics = Metrics(tmp_path, 0)
+    metrics.write({"iter": 0})
+    file, metrics.file = metrics.file, Torn(metrics.file)
+    metrics.write({"iter": 1})
+    metrics.write({"iter": 2})
+    metrics.file = file
+    metrics.write({"iter": 3})
+    assert [r["iter"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert capsys.readouterr().err.count("its lines wait in memory") == 1
+
+
+class Torn:
+    """A file on a disk with room for three more bytes."""
+
+    def __init__(self, file):
+        self.fileno, self.truncate, self._write = file.fileno, file.truncate, file.write
+
+    def write(self, data):
+        return self._write(data[:3])
+
+
+def test_a_checkpoint_is_a_copy(tmp_path):
+    """What is written in the background does not follow the training that goes on."""
+    model = Model(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64))
+    optimizer = adamw(model, 0.1, (0.9, 0.95), 0.1, None, "cpu")
+    x = torch.randint(0, 64, (2, 16))
+    for _ in range(2):
+        model(x, x)[1].backward()
+        optimizer.step()
+        files = checkpoint.snapshot(model, optimizer)
+    before = {name: {k: v.clone() for k, v in tensors.items()} for name, tensors in files.items()}
+    optimizer.step()
+    assert all(torch.equal(before[f][k], files[f][k]) for f in files for k in files[f])
+    assert not torch.equal(files[checkpoint.WEIGHTS]["head.weight"], model.head.weight)
+    assert set(files[checkpoint.STATE]) == {f"{s}/{n}" for n, _ in model.named_parameters() for s in ("step", "exp_avg", "exp_avg_sq")}
+
+
+@pytest.mark.parametrize("arch", ["gpt", "bert", "qwen"])
+def test_doc_mask_trains(train, arch):
+    status, _, err = train(arch=arch, doc_mask=True, head="cosine")
+    assert status == 0, err
+
+
+def test_norms_are_exact():
+    tensors = [torch.randn(2003, 770), torch.randn(3), torch.zeros(0, 7)]
+    expected = torch.stack([t.double().norm() for t in tensors])
+    torch.testing.assert_close(norms(tensors).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_more_processes_than_windows(tiny_data, tmp_path):

@@ -1,124 +1,193 @@
 """Checkpoints: folders `ckpt/iter_000200/` that appear whole or not at all.
 
-    model.safetensors   weights, tied ones once
-    train_state.pt      optimiser and scaler: tensors and numbers, loaded with weights_only=True, so nothing pickled is ever executed
-    manifest.json       iteration, val_loss, counters, and the sha256 of the other files
+    model.safetensors         weights, tied ones once
+    train_state.safetensors   the optimiser's tensors, as `exp_avg/blocks.0.mlp.up.weight`
+    manifest.json             iteration, val_loss, counters, the sha256 of the other files and of itself
 
-A checkpoint is written aside, flushed to the disk and renamed. The newest one and the best one are kept.
+Nothing in them is pickled. A checkpoint is written aside, flushed to the disk and renamed, in the background of training; weights and
+optimiser are whole whatever number of processes shared them, so any number can go on from it. The newest two and the best are kept: where
+the newest turns out damaged, the one before it serves.
 """
 
-import hashlib
-import json
 import math
 import os
-import pickle
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Model, ModelConfig
 from training.config import UserError, read_yaml
+from training.files import fsync, seal, sha256, unseal
+
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _weights(model: Model) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in model.state_dict().items() if not (model.config.tie_weights and k == "tokens.weight")}
 
 
-def fsync(path: Path):
-    """Flushes a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def snapshot(model: Model, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies of weights and optimiser state on the CPU, by file and name. All processes call it, to put shards together; those that do
+    not `keep` the result get nothing."""
+    names = {q: name for name, q in model.named_parameters()}
+    state = {f"{key}/{names[q]}": v for q, values in optimizer.state.items() for key, v in values.items()}
+    found = {WEIGHTS: {}, STATE: {}}
+    for file, tensors in ((WEIGHTS, _weights(model)), (STATE, state)):
+        for name, tensor in tensors.items():
+            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if keep:
+                found[file][name] = whole.to("cpu", copy=True).contiguous()
+    return found
 
 
-def save(out_dir: Path, iteration: int, model: Model, state: dict, counters: dict) -> Path:
-    """Writes a checkpoint and removes those that are neither the newest nor the best.
+class Writer:
+    """Writes checkpoints of a run in a thread of low priority, one after the other."""
+
+    def __init__(self, out_dir: Path):
+        self.out_dir, self.thread, self.error = out_dir, None, None
+
+    def save(self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict):
+        """Begins to write a snapshot as the checkpoint of an iteration, once the one before is written.
+
+        A disk that is full or read-only does not stop training: stderr says so, `error` holds the message until a later checkpoint is
+        written, and the checkpoints that are there stay.
+        """
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(iteration, files, counters), daemon=True)
+        self.thread.start()
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+
+    def _write(self, *what):
+        if sys.platform == "linux":  # there a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            save(self.out_dir, *what)
+            self.error = None
+        except (OSError, SafetensorError) as error:
+            last = [f.name for f in manifests(self.out_dir)][-1:]
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            self.error = (
+                f"the checkpoint of iteration {what[0]} could not be written ({reason}); the last good one: {last[0] if last else 'none'}"
+            )
+            print(self.error, file=sys.stderr, flush=True)
+
+
+def save(out_dir: Path, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict) -> Path:
+    """Writes a checkpoint and removes those that are neither the newest two nor the best.
 
     Args:
-        state: optimiser and scaler state dicts. counters: what the manifest holds besides, with `val_loss`, as JSON.
+        files: a `snapshot`. counters: what the manifest holds besides, as JSON, with `val_loss` (None where there was no evaluation).
     """
     folder = out_dir / "ckpt" / f"iter_{iteration:06d}"
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True, exist_ok=True)
-    weights = {
-        k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not (model.config.tie_weights and k == "tokens.weight")
-    }
-    save_file(weights, aside / "model.safetensors")
-    torch.save(state, aside / "train_state.pt")
-    files = {f: _sha256(aside / f) for f in ("model.safetensors", "train_state.pt")}
-    (aside / "manifest.json").write_text(json.dumps({"iter": iteration, **counters, "sha256": files}, indent=2))
-    for path in (*aside.iterdir(), aside):
-        fsync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(aside, folder)
-    fsync(folder.parent)
-    kept = {folder, best(out_dir)}
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        for name, tensors in files.items():
+            save_file(tensors, aside / name)
+        hashes = {name: sha256(aside / name) for name in files}
+        (aside / MANIFEST).write_text(seal({"iter": iteration, **counters, "sha256": hashes}))
+        for path in (*aside.iterdir(), aside):
+            fsync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+        fsync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    kept = {*list(manifests(out_dir))[-2:], best(out_dir)}
     for path in (*folder.parent.glob("iter_*"), *folder.parent.glob(".iter_*")):  # and what killed runs left aside; nothing foreign
         if path not in kept:
             shutil.rmtree(path)
     return folder
 
 
-def manifests(out_dir: Path) -> dict[Path, dict]:
-    """Complete checkpoints, oldest first: folder -> manifest."""
-    found = {}
-    for path in sorted((Path(out_dir) / "ckpt").glob("iter_*/manifest.json"), key=lambda p: int(p.parent.name[5:])):
-        found[path.parent] = _manifest(path.parent)
-    return found
+def folders(out_dir: Path) -> list[Path]:
+    """Checkpoints by name, oldest first, sound or not."""
+    found = [p for p in (Path(out_dir) / "ckpt").glob("iter_*") if p.name[5:].isdecimal()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def _manifest(folder: Path) -> dict:
+    """ValueError or OSError for one that is missing or damaged."""
+    manifest = unseal((folder / MANIFEST).read_bytes())
+    if missing := {"iter", "val_loss", "sha256"} - set(manifest):
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    return manifest
+
+
+def manifests(out_dir: Path) -> dict[Path, dict]:
+    """The checkpoints with a sound manifest, oldest first: folder -> manifest."""
+    found = {}
+    for folder in folders(out_dir):
+        try:
+            found[folder] = _manifest(folder)
+        except (OSError, ValueError):
+            continue  # `damage` says what is wrong with it, where it is wanted
+    return found
+
+
+def damage(folder: Path, files=(WEIGHTS, STATE)) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is: its manifest and the given files are compared with their sha256."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if {"iter", "val_loss", "sha256"} <= set(manifest):
-            return manifest
-    except (OSError, ValueError, TypeError):
-        manifest = None
-    raise UserError(f"checkpoint {folder} is damaged: its manifest.json is not one; delete the folder to use an older checkpoint")
+        manifest = _manifest(folder)
+    except OSError as error:
+        return f"{MANIFEST}: {error.strerror}"
+    except ValueError as error:
+        return f"{MANIFEST}: {error}"
+    for file in files:
+        if not (folder / file).is_file():
+            return f"{file} is missing"
+        if sha256(folder / file) != manifest["sha256"].get(file):
+            return f"{file} does not match its sha256"
+    return None
 
 
-def newest(out_dir: Path) -> Path:
-    """The folder of the newest checkpoint. UserError when there is none."""
-    found = list(manifests(out_dir))
-    if not found:
-        raise UserError(
-            f"{out_dir} holds no checkpoint"
-            + ("" if Path(out_dir).is_dir() else " (the folder does not exist)")
-            + ": train it first, or name another --out_dir"
-        )
-    return found[-1]
+def newest(out_dir: Path, files=(WEIGHTS, STATE)) -> Path:
+    """The newest checkpoint that is not damaged; stderr names those that are. UserError when there is none."""
+    found = folders(out_dir)
+    bad = []
+    for folder in reversed(found):
+        if (problem := damage(folder, files)) is None:
+            if bad:
+                print(f"{'; '.join(bad)}: using {folder.name}", file=sys.stderr, flush=True)
+            return folder
+        bad.append(f"checkpoint {folder} is damaged, {problem}")
+    if bad:
+        raise UserError(f"no checkpoint can be used: {'; '.join(bad)}; begin again with --overwrite=true, or name another --out_dir")
+    there = "" if Path(out_dir).is_dir() else " (the folder does not exist)"
+    raise UserError(f"{out_dir} holds no checkpoint{there}: train it first, or name another --out_dir")
 
 
 def best(out_dir: Path) -> Path | None:
     """The folder with the lowest validation loss."""
-    found = manifests(out_dir)
-    return min(found, key=lambda p: (math.isnan(found[p]["val_loss"]), found[p]["val_loss"])) if found else None
+    found = {f: m["val_loss"] for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
+    return min(found, key=lambda f: (math.isnan(found[f]), found[f])) if found else None
 
 
-def read(folder: Path, training: bool = True) -> tuple[dict, dict | None, dict]:
-    """-> (weights, optimiser and scaler state, manifest). UserError for a damaged file."""
-    manifest = _manifest(folder)
-    for file, expected in manifest["sha256"].items():
-        if not (folder / file).is_file() or ((training or file == "model.safetensors") and _sha256(folder / file) != expected):
-            raise UserError(
-                f"checkpoint {folder} is damaged: {file} does not match its sha256; delete the folder to use an older checkpoint"
-            )
+def read(folder: Path) -> tuple[dict, dict]:
+    """A checkpoint's (weights, manifest), not compared with their sha256 again: `newest` and `damage` do that."""
+    return _tensors(folder / WEIGHTS), _manifest(folder)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True) if training else None
-    except pickle.UnpicklingError:
-        raise UserError(f"checkpoint {folder}: train_state.pt holds more than tensors and numbers; it is refused, not executed") from None
-    return load_file(folder / "model.safetensors"), state, manifest
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); it is refused, and nothing in it was executed") from None
 
 
 def load_weights(model: Model, weights: dict):
     """Puts weights into a model. UserError listing what does not fit."""
-    own = {k: v for k, v in model.state_dict().items() if not (model.config.tie_weights and k == "tokens.weight")}
+    own = _weights(model)
     wrong = [f"{k} is missing" for k in own if k not in weights] + [f"{k} is not part of the model" for k in weights if k not in own]
     wrong += [
         f"{k} is {tuple(weights[k].shape)}, the model's is {tuple(v.shape)}"
@@ -132,13 +201,31 @@ def load_weights(model: Model, weights: dict):
     model.load_state_dict(weights, strict=False)
 
 
+def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path):
+    """Puts a checkpoint's optimiser state into an optimiser; rates and decays stay as they are configured now."""
+    states = {name: {} for name, _ in model.named_parameters()}
+    for key, tensor in _tensors(folder / STATE).items():
+        kind, name = key.split("/", 1)
+        states[name][kind] = tensor
+    names = {q: name for name, q in model.named_parameters()}
+    state = {}
+    for i, q in enumerate(q for group in optimizer.param_groups for q in group["params"]):
+        state[i] = states[names[q]]
+        if isinstance(q, DTensor):
+            state[i] = {k: distribute_tensor(v.to(q.device), q.device_mesh, q.placements) if v.dim() else v for k, v in state[i].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def load_run(out_dir, device: str = "cpu", which: str = "newest") -> tuple[Model, dict, dict]:
     """A run's "newest" or "best" checkpoint for evaluation or sampling -> (model in eval mode, its stored config, the manifest)."""
     out_dir = Path(out_dir)
-    folder = newest(out_dir) if which == "newest" else best(out_dir) or newest(out_dir)
+    folder = best(out_dir) if which == "best" else None
+    if folder and (problem := damage(folder, (WEIGHTS,))):
+        raise UserError(f"the best checkpoint {folder} is damaged, {problem}: use the newest")
+    folder = folder or newest(out_dir, (WEIGHTS,))
     stored = read_yaml(out_dir / "config.yaml")
     config = ModelConfig(**{k: v for k, v in stored.items() if k in ModelConfig.__dataclass_fields__})
     model = Model(config)
-    weights, _, manifest = read(folder, training=False)
+    weights, manifest = read(folder)
     load_weights(model, weights)
     return model.to(device).eval(), stored, manifest

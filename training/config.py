@@ -19,6 +19,8 @@ from pathlib import Path
 import jsonargparse
 import yaml
 
+from training.files import write_whole
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -78,8 +80,16 @@ class TrainConfig:
     """torch.compile the trunk (on a CPU this needs a C++ compiler)"""
     backend: typing.Literal["auto", "nccl", "gloo"] = "auto"
     """between processes: auto = nccl on GPUs, gloo on CPUs"""
-    parallel: typing.Literal["ddp"] = "ddp"
-    """how processes share the model"""
+    parallel: typing.Literal["ddp", "fsdp"] = "ddp"
+    """how processes share the model: ddp (each holds all of it) or fsdp (each holds a part of weights, gradients and optimiser)"""
+    timeout: float = 600.0
+    """seconds that a process waits for another one before it gives up"""
+    activation_checkpointing: bool = False
+    """compute each block's activations again in the backward pass: less memory, about a third more time"""
+    on_nan: typing.Literal["stop", "skip"] = "stop"
+    """a loss or gradient that is not finite: stop the run, or skip the step (this looks at every step's norm, which a GPU waits for)"""
+    verify_resume: bool = False
+    """instead of training: train 20 iterations whole, and again killed and resumed, and say whether they are equal bit for bit"""
     tensorboard: bool = False
     """also log to TensorBoard, in out_dir/tensorboard"""
     wandb: bool = False
@@ -97,6 +107,10 @@ class TrainConfig:
             ).items()
             if getattr(self, key) < least
         ]
+        if not self.timeout > 0:
+            found.append(f"timeout={self.timeout} must be positive")
+        if self.parallel == "fsdp" and self.dtype == "float16":
+            found.append("parallel=fsdp does not scale losses as dtype=float16 needs: use bfloat16")
         for key in ("weight_decay", "prototype_decay", "grad_clip", "min_lr"):
             if getattr(self, key) is not None and getattr(self, key) < 0:
                 found.append(f"{key}={getattr(self, key)} must not be negative")
@@ -170,7 +184,7 @@ def read_yaml(path) -> dict:
 def write_yaml(path, *configs):
     """Writes every field of the given dataclasses as one flat YAML file."""
     merged = {k: v for c in configs for k, v in dataclasses.asdict(c).items()}
-    Path(path).write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
+    write_whole(Path(path), yaml.safe_dump(merged, sort_keys=False))
 
 
 def split_flags(argv: list[str], switches: set[str], known=()) -> tuple[list[str], list[tuple[str, str]]]:

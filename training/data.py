@@ -5,6 +5,7 @@ tokens of it (and one more, the last target). Which window a slot of a step read
 depend on the number of processes, on accumulation, evaluation or resuming, and no shuffled array exists.
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 
 from training.config import UserError, nearest
+from training.files import sha256, unseal, write_whole
 from training.tokenizer import BPE_FILE, Tokenizer, load_tokenizer
 
+VERIFIED = ".verified.json"  # beside meta.json: the files last compared with their sha256
 MASKED = 0.15  # share of a window's tokens that masked-language training predicts (BERT, section 3.1)
 NONE = -1  # target of a position that is not predicted
 
@@ -28,6 +31,7 @@ class Split:
     dtype: np.dtype
     tokens: int
     bytes: int
+    sha256: str | None = None
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids from `start`, int64. Read, not memory-mapped: resident memory stays flat however long training runs."""
@@ -82,9 +86,9 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
             )
         return _without_meta(folder, tokenizer)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = unseal((folder / "meta.json").read_bytes())
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        splits = {n: Split(folder / s["file"], dtype, s["tokens"], s["bytes"]) for n, s in meta["splits"].items()}
+        splits = {n: Split(folder / s["file"], dtype, s["tokens"], s["bytes"], s.get("sha256")) for n, s in meta["splits"].items()}
         data = Data(folder, meta["tokenizer"], int(meta["vocab_size"]), int(meta["eot_id"]), int(meta["mask_id"]), splits)
         complete = {"train", "val"} <= set(splits) and dtype.kind == "u" and all(s.tokens > 0 and s.bytes > 0 for s in splits.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,6 +109,25 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
             state = "is missing" if size < 0 else f"is truncated or foreign: {size:,} bytes"
             raise UserError(f"{split.path} {state}, meta.json says {expected:,}: prepare the folder again")
     return data
+
+
+def verify(data: Data):
+    """Compares the token files with the sha256 in meta.json: at their first use and whenever they have changed since. UserError naming
+    the file that differs."""
+    stamp = data.folder / VERIFIED
+    try:
+        known = json.loads(stamp.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    now = {}
+    for split in data.splits.values():
+        about = split.path.stat()
+        now[split.path.name] = [split.sha256, about.st_size, about.st_mtime_ns]
+        if split.sha256 and now[split.path.name] != known.get(split.path.name) and sha256(split.path) != split.sha256:
+            raise UserError(f"{split.path} is damaged: it does not match its sha256 in meta.json; prepare the folder again")
+    if now != known:
+        with contextlib.suppress(OSError):  # a disk that is full or read-only: the files are compared again the next time
+            write_whole(stamp, json.dumps(now))
 
 
 def _without_meta(folder: Path, tokenizer: str) -> Data:
@@ -129,7 +152,7 @@ def _hash(*key) -> int:
 def permute(i: int, n: int, key: int) -> int:
     """A keyed bijection of range(n), without a table: a four-round Feistel network on the next even number of bits, walked until it
     lands inside (Black and Rogaway 2002, cycle walking)."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    half = max(4, ((n - 1).bit_length() + 1) // 2)  # halves of fewer bits mix badly: far from uniform in a chi-squared test
     mask = (1 << half) - 1
     while True:
         left, right = i >> half, i & mask

@@ -1,12 +1,23 @@
-"""Processes: one per device, started by torchrun; without torchrun, one."""
+"""Processes: one per device, started by torchrun; without torchrun, one. What they share, and how they stop together."""
 
 import os
+import signal
+import sys
+import time
+import traceback
+import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from training.config import UserError
+from training.config import UserError, cli
+
+_KEPT = []  # a DistributedDataParallel lives as long as its process: see `run`
 
 
 @dataclass
@@ -36,6 +47,46 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def gather(self, value) -> list:
+        """A small Python value of every process, by rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make):
+        """What `make()` returns in the main process, in all of them."""
+        value = [make() if self.main else None]
+        if self.world > 1:
+            dist.broadcast_object_list(value)
+        return value[0]
+
+    def wrap(self, model, parallel: str):
+        """The model whose gradients are those of all processes: DistributedDataParallel, or FSDP2's fully_shard of blocks and root."""
+        if self.world == 1:
+            return model
+        kind = self.device.split(":")[0]
+        if parallel == "ddp":
+            _KEPT.append(DistributedDataParallel(model, device_ids=[self.local_rank] if kind == "cuda" else None))
+            return _KEPT[-1]
+        mesh = dist.device_mesh.init_device_mesh(kind, (self.world,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+
+def synchronise(wrapped, on: bool):
+    """Whether the next backward pass of a wrapped model adds its gradients up over the processes."""
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.require_backward_grad_sync = on
+    elif hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP
+        wrapped.set_requires_gradient_sync(on)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that lies here; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
 
 def check_device(device: str) -> str:
     """The device that `auto` stands for: cuda, mps or cpu. UserError for a device that is not there."""
@@ -56,8 +107,9 @@ def check_device(device: str) -> str:
     return device
 
 
-def start(device: str, backend: str) -> Processes:
-    """Joins the process group that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), if there is one."""
+def start(device: str, backend: str, timeout: float) -> Processes:
+    """Joins the process group that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), if there is one. Processes
+    that wait for another one longer than `timeout` seconds give up."""
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if device.startswith("cuda") and world > 1:
         if local_rank >= torch.cuda.device_count():
@@ -68,10 +120,96 @@ def start(device: str, backend: str) -> Processes:
         kind = device.split(":")[0]
         if backend == "nccl" and kind != "cuda":
             raise UserError("backend=nccl needs CUDA devices; use --backend=gloo")
-        dist.init_process_group("nccl" if backend == "auto" and kind == "cuda" else "gloo" if backend == "auto" else backend)
+        backend = ("nccl" if kind == "cuda" else "gloo") if backend == "auto" else backend
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store = _own_store(store, rank, world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     return Processes(rank, local_rank, world, device)
 
 
-def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """A part of torchrun's store that no earlier start of these processes has used.
+
+    PyTorch 2.13's torchrun keeps its store when it restarts processes, and the new ones would connect to the addresses of the dead. Its
+    count of restarts tells starts apart on one machine only: each machine has its own. So rank 0 opens a new part, and the others go by
+    the number of the part in which rank 0 answers them with the word they left there.
+    """
+    if rank == 0:
+        part = store.add("part", 1)
+        for other in range(1, world):
+            store.set(f"{part}/answer/{other}", store.get(f"{part}/here/{other}"))  # waits for it
+        return dist.PrefixStore(str(part), store)
+    word, end = uuid.uuid4().hex.encode(), time.monotonic() + timeout
+    while time.monotonic() < end:
+        part = store.add("part", 0)
+        store.set(f"{part}/here/{rank}", word)
+        time.sleep(0.05)
+        if store.check([f"{part}/answer/{rank}"]) and store.get(f"{part}/answer/{rank}") == word:
+            return dist.PrefixStore(str(part), store)
+    raise TimeoutError(f"rank 0 did not answer rank {rank} within {timeout:g} seconds")
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def run(main):
+    """`cli(main)`. Under torchrun the process then ends at once, without taking its process groups apart: PyTorch 2.13 can hang for ever
+    there, for `~ProcessGroupGloo` joins a thread that waits for the interpreter's lock while its caller holds that lock."""
+    if "RANK" not in os.environ:
+        return cli(main)
+    status = 0
+    try:
+        cli(main)
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class StopSignals:
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 (SLURM and spot machines send them) into a stop after the current step, on all processes alike.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. One that follows within a second counts as the same: a terminal's Ctrl-C reaches a
+    process twice under torchrun, from the terminal and from torchrun.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, processes: Processes, timeout: float):
+        self.asked = 0  # the signal that came to this process
+        self.since = -1.0
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if processes.world > 1 else None
+        self.pending = None
+        self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
+
+    def _ask(self, number, _):
+        if number == self.asked == signal.SIGINT and time.monotonic() - self.since > 1:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self.since = number, time.monotonic()
+            if number == signal.SIGINT:
+                print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def agreed(self) -> int:
+        """The signal because of which all processes stop now, or 0. Called once a step; where there are several processes, the answer is
+        that of the step before, so that nobody waits for it."""
+        if self.group is None:
+            return self.asked
+        answer = 0
+        if self.pending:
+            work, flag = self.pending
+            work.wait()
+            answer = int(flag)
+        flag = torch.tensor(self.asked)
+        self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True), flag
+        return answer
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

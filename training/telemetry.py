@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, the console, TensorBoard and W&B, energy, MFU, environment.json."""
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from training.config import UserError
+from training.files import write_whole
 
 # Peak dense bf16 FLOP/s by the name torch.cuda.get_device_name gives (vendors' data sheets, without sparsity)
 PEAK_FLOPS = {
@@ -42,6 +44,14 @@ def peak_flops(device: str) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name) and "Laptop" not in name), None)
 
 
+def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of each tensor, float32 (n,). On a CPU PyTorch adds a whole tensor up in so few parts that 50,304 x 768 numbers
+    come out 0.3 % short; row by row the error is that of rounding."""
+    if tensors[0].device.type == "cpu":
+        return torch.stack([t.norm(dim=-1).norm() for t in tensors])
+    return torch.stack(torch._foreach_norm(tensors))
+
+
 class Metrics:
     """Appends one JSON object a line to metrics.jsonl, and mirrors it to TensorBoard and W&B where wanted.
 
@@ -53,10 +63,9 @@ class Metrics:
         if path.is_file():
             records = (_record(line) for line in path.read_text().splitlines())
             kept = [r for r in records if r and (r["iter"] < iteration or (r["iter"] == iteration and "val_loss" in r))]
-            aside = path.with_suffix(".aside")
-            aside.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(aside, path)
-        self.file = open(path, "a", buffering=1)
+            write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+        self.file = open(path, "ab", buffering=0)
+        self.backlog = b""  # lines that a full disk did not take yet
         self.board = self.wandb = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -70,13 +79,31 @@ class Metrics:
     def write(self, record: dict):
         """A record with `iter`; a number that is not finite is written as its name, for JSON has none."""
         clean = {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(clean) + "\n")
+        self._append(json.dumps(clean).encode() + b"\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "iter"}
         if self.board:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, record["iter"])
         if self.wandb:
             self.wandb.log(numbers, step=record["iter"])
+
+    def _append(self, line: bytes):
+        """A full disk loses no line and tears none: what does not fit waits for the next one."""
+        warned = bool(self.backlog)
+        self.backlog += line
+        end = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(self.backlog) < len(self.backlog):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.backlog = b""
+        except OSError as error:
+            self.file.truncate(end)
+            if not warned:
+                print(f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory", file=sys.stderr, flush=True)
+
+    def sync(self):
+        """Flushes the lines to the disk: a checkpoint's lines are there before the checkpoint is."""
+        os.fsync(self.file.fileno())
 
     def close(self):
         self.file.close()
@@ -187,6 +214,11 @@ def environment(device: str, world: int) -> dict:
         "world_size": world,
         "command": " ".join(sys.argv),
     }
+
+
+def listed(items: list, most: int = 5) -> str:
+    """`a, b, c and 4 more`."""
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def duration(seconds: float) -> str:

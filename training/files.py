@@ -1,0 +1,52 @@
+"""Files that survive a crash: written aside, flushed to the disk, renamed; JSON that notices when a bit of it has changed."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path):
+    """Flushes a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: str | bytes):
+    """The file has its old content or the new one, whatever happens in between."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        fsync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def seal(content: dict) -> str:
+    """A mapping as JSON text with a `checksum` of everything else in it."""
+    return json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
+
+
+def unseal(text: bytes | str) -> dict:
+    """The mapping in a JSON text. ValueError when it is not one, or its checksum (where it has one) does not match."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    checksum = content.pop("checksum", None)
+    if checksum not in (None, _checksum(content)):
+        raise ValueError("its checksum does not match: a damaged or edited file")
+    return content
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
