@@ -53,7 +53,7 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
     config.init_from = init_from or config.init_from
     if resume:
         free = ("head_impl", "head_skip", "head_precision", "dropout", "doc_mask", "eot_id")  # no part of the weights
-        now = {**{k: v for k, v in vars(model).items() if k not in free}, "dataset": config.dataset}
+        now = {k: v for k, v in vars(model).items() if k not in free}
         check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
     return model, config, resume
 
@@ -160,7 +160,7 @@ def main():
         scaler.load_state_dict(manifest["scaler"])
         iteration, best_loss, skipped = manifest["iter"], manifest["best_val_loss"], manifest["skipped"]
         evaluated = -1 if manifest["val_loss"] is None else iteration
-        if manifest["data"] != data.splits["train"].sha256:
+        if manifest["data"] != data.splits["train"].identity():
             raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} is not the file it was trained on")
         if iteration >= c.max_iters and not c.eval_only:
             say(f"{out_dir} is already trained to iteration {iteration}; raise --max_iters to go on")
@@ -251,7 +251,7 @@ def main():
         if p.main:
             metrics.sync()
             counters = {"val_loss": loss, "best_val_loss": best_loss, "tokens": iteration * slots * m.block_size, "skipped": skipped}
-            writer.save(iteration, files, {**counters, "scaler": scaler.state_dict(), "data": data.splits["train"].sha256})
+            writer.save(iteration, files, {**counters, "scaler": scaler.state_dict(), "data": data.splits["train"].identity()})
             if emissions:
                 emissions.flush()
 

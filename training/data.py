@@ -33,6 +33,10 @@ class Split:
     bytes: int
     sha256: str | None = None
 
+    def identity(self) -> str:
+        """What tells it from other files: its sha256, or its length where no meta.json gives one."""
+        return self.sha256 or f"{self.tokens} tokens"
+
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids from `start`, int64. Read, not memory-mapped: resident memory stays flat however long training runs."""
         return np.fromfile(self.path, self.dtype, count, offset=start * self.dtype.itemsize).astype(np.int64)

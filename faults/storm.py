@@ -1,0 +1,427 @@
+"""Breaks real runs in every way that runs break, and looks at what is left.
+
+    python -m faults.storm                            # all of it, about 40 minutes on 2 cores; adds to results/faults.csv what is missing
+    python -m faults.storm --only=kills --trials=10
+
+kills     SIGKILL at random moments, half of them while a checkpoint is being written; one process, and two under torchrun
+damage    a bit flipped, a file cut short or missing, in the newest checkpoint and in train.bin, val.bin and meta.json
+disk      a disk that fills up in mid-run (and is emptied again), a folder that turns read-only, one that was read-only before
+clock     the time of day jumps by a day to and fro while training; files from the future
+hang      a process that stops answering, under torchrun --max-restarts
+
+Every run is compared in the end with one that nothing happened to: the same metrics, line by line, and the same bytes of weights and
+optimiser. A row says what was tried, what happened, how many iterations were done again, and whether all was as it should be.
+"""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from tqdm import tqdm
+
+from training import checkpoint
+from training.config import UserError, check, cli, parse
+from training.files import sha256
+from training.verify import history, written
+
+INTERVAL = 5  # iterations between checkpoints
+COLUMNS = ["fault", "processes", "trial", "tried", "happened", "done_again", "seconds", "as_it_should"]
+TINY = dict(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=8, eval_iters=1, eval_interval=INTERVAL, log_interval=1) | dict(
+    head="cosine", dropout=0.1, warmup_iters=10, lr_decay_iters=3000, compile=False, emissions=False
+)
+
+
+@dataclass
+class StormConfig:
+    """What to break"""
+
+    only: Literal["kills", "damage", "disk", "clock", "hang"] | None = None
+    """one kind of fault; null = all"""
+    trials: int | None = None
+    """how many of each; null = 50 kills for each number of processes, 100 damages"""
+    dataset: str = "data/wiki"
+    """a prepared folder"""
+    out: str = "results/faults.csv"
+    """the table; rows that it has are not tried again"""
+
+    def problems(self) -> list[str]:
+        found = [] if self.trials is None or self.trials > 0 else [f"trials={self.trials} must be at least 1"]
+        return (
+            found
+            if (Path(self.dataset) / "meta.json").is_file()
+            else [*found, f"no prepared data in {self.dataset}: make demo prepares it"]
+        )
+
+
+class Table:
+    """results/faults.csv, one row a trial, written as each ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(",".join(COLUMNS) + "\n")
+        with path.open(newline="") as file:
+            self.rows = list(csv.DictReader(file))
+
+    def has(self, fault: str, processes: int, trial: int) -> bool:
+        return any((r["fault"], r["processes"], r["trial"]) == (fault, str(processes), str(trial)) for r in self.rows)
+
+    def add(self, *values):
+        self.rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+
+
+def command(out: Path, dataset, max_iters: int, processes: int = 1, torchrun=(), **flags) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun] if processes > 1 else []
+    settings = {**TINY, "dataset": dataset, "max_iters": max_iters, "init_from": "auto", "out_dir": out, **flags}
+    return [sys.executable, *launcher, "train.py", *(f"--{k}={v}" for k, v in settings.items())]
+
+
+def begin(words: list[str], log: Path, env: dict | None = None) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    with log.open("a") as file:
+        return subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def finish(words: list[str], log: Path, env: dict | None = None, timeout: float = 900) -> int:
+    process = begin(words, log, env)
+    try:
+        return process.wait(timeout)
+    finally:
+        kill_all(process)
+
+
+def kill_all(process: subprocess.Popen):
+    """SIGKILL to a process and everything it started."""
+    family = [process.pid]
+    try:
+        family += [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        pass  # it has ended, and torchrun's children with it
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it was quicker
+    process.wait()
+
+
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 300):
+    """Waits for a condition -> whether it came true before the process ended."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process and process.poll() is not None:
+            return bool(condition())
+        if time.monotonic() > end:
+            raise TimeoutError(f"{condition} did not happen within {seconds} seconds")
+        time.sleep(0.002)
+    return True
+
+
+def newest_iteration(run: Path) -> int:
+    """Of the checkpoints that are sound."""
+    sound = [m["iter"] for f, m in checkpoint.manifests(run).items() if checkpoint.damage(f) is None]
+    return max(sound, default=0)
+
+
+def differences(a: Path, b: Path) -> str:
+    """What differs between two runs that should be one, in words; empty when nothing does."""
+    found = [] if history(a) == history(b) else ["metrics differ"]
+    ends = checkpoint.newest(a), checkpoint.newest(b)
+    return "; ".join(found + [f"{f} differs" for f in (checkpoint.WEIGHTS, checkpoint.STATE) if sha256(ends[0] / f) != sha256(ends[1] / f)])
+
+
+def kills(c: StormConfig, table: Table, home: Path):
+    for processes in (1, 2):
+        trials = [t for t in range(c.trials or 50) if not table.has("kill", processes, t)]
+        if not trials:
+            continue
+        run, whole, log = home / f"killed{processes}", home / f"whole{processes}", home / "log"
+        rng = random.Random(trials[0] * 10 + processes)
+        for trial in tqdm(trials, f"kills, {processes} process{'es' if processes > 1 else ''}", disable=None):
+            process = begin(command(run, c.dataset, 100_000, processes), log)
+            start = newest_iteration(run)
+            goal = start + INTERVAL * rng.randrange(1, 8)
+            wait_until(lambda run=run, goal=goal: newest_iteration(run) >= goal, process)
+            if writing := rng.random() < 0.5:
+                wait_until(lambda run=run: any((run / "ckpt").glob(".iter_*")), process)
+            else:
+                time.sleep(rng.random() * 0.3)
+            if processes == 1 or rng.random() < 0.5:
+                who = "all processes"
+                kill_all(process)
+                took = 0.0
+            else:  # one of them: torchrun must end the other
+                family = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
+                victim = rng.choice(family)
+                who = f"rank {victim.environ()['RANK']}"
+                victim.kill()
+                began = time.monotonic()
+                process.wait(120)
+                took = time.monotonic() - began
+            left = any((run / "ckpt").glob(".iter_*"))
+            lines, kept = written(run), newest_iteration(run)
+            lost = lines - kept
+            good = 0 <= lost <= 2 * INTERVAL and took < 10
+            when = "while a checkpoint was written" if writing else "at a random moment"
+            what = f"goes on from {kept} of {lines}{', an unfinished checkpoint was left' if left else ''}"
+            table.add("kill", processes, trial, f"SIGKILL to {who} {when}", what, lost, f"{took:.1f}", good)
+        end = newest_iteration(run) + 20
+        began = time.monotonic()
+        statuses = [finish(command(r, c.dataset, end, processes), log) for r in (run, whole)]
+        wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
+        number = len([r for r in table.rows if r["fault"] == "kill" and r["processes"] == str(processes)])
+        tried = f"the run of kills {trials[0]} to {trials[-1]}, ended, against one never killed"
+        table.add(
+            "after kills",
+            processes,
+            number,
+            tried,
+            wrong or f"bitwise equal over {end} iterations",
+            "",
+            f"{time.monotonic() - began:.1f}",
+            not wrong,
+        )
+
+
+def spoil(path: Path, how: str, rng: random.Random) -> str:
+    """Damages a file -> what was done."""
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+        return f"{path.name} missing"
+    at = rng.randrange(len(content))
+    if how == "cut":
+        path.write_bytes(content[:at])
+        return f"{path.name} cut to {at} of {len(content)} bytes"
+    bit = rng.randrange(8)
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+    return f"{path.name}: bit {bit} of byte {at} flipped"
+
+
+def damage(c: StormConfig, table: Table, home: Path):
+    trials = [t for t in range(c.trials or 100) if not table.has("damage", 1, t)]
+    if not trials:
+        return
+    data, base, whole, log = home / "data", home / "base", home / "base whole", home / "log"
+    shutil.copytree(c.dataset, data)
+    finish(command(base, data, 3 * INTERVAL), log)
+    finish(command(whole, data, 4 * INTERVAL), log)
+    in_checkpoint = [checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.MANIFEST]
+    for trial in tqdm(trials, "damage", disable=None):
+        rng = random.Random(trial)
+        run, spoilt = home / "damaged", home / "spoilt data"
+        for new, old in ((run, base), (spoilt, data)):
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.copytree(old, new)
+        name = rng.choice([*in_checkpoint, "train.bin", "val.bin", "meta.json"])
+        path = (checkpoint.newest(run) if name in in_checkpoint else spoilt) / name
+        tried = spoil(path, rng.choice(["bit", "bit", "cut", "missing"]), rng)
+        out = home / f"log {trial}"
+        began = time.monotonic()
+        status = finish(command(run, spoilt, 4 * INTERVAL), out)
+        text = out.read_text()
+        if status == 0:
+            wrong = differences(run, whole)
+            reported = "is damaged" in text
+            happened = wrong or ("reported, the checkpoint before used, bitwise equal" if reported else "of no consequence, bitwise equal")
+            good = not wrong
+        else:
+            (message,) = [line for line in text.splitlines() if line.startswith("train.py: ")] or [text[-200:]]
+            happened = f"refused: {message.removeprefix('train.py: ').replace(f'{home}/', '')}"
+            good = status == 2 and "Traceback" not in text and name in message
+        table.add("damage", 1, trial, tried, happened, INTERVAL if "reported" in happened else 0, f"{time.monotonic() - began:.1f}", good)
+
+
+class Disk:
+    """A file system of a few megabytes in memory. UserError where this user may not mount one."""
+
+    def __init__(self, path: Path, megabytes: float):
+        self.path = path
+        path.mkdir()
+        self._mount("mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(path))
+
+    def _mount(self, *words):
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(words)}: {done.stderr.strip()} (the disk faults need root)")
+
+    def remount(self, options: str):
+        self._mount("mount", "-o", f"remount,{options}", str(self.path))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        subprocess.run(["umount", "-l", str(self.path)], check=False)
+
+
+def disk(c: StormConfig, table: Table, home: Path):
+    if not table.has("full disk", 1, 0):
+        # room for the files of three checkpoints (the newest two, which are the best two or three, are kept), and some of a fourth
+        began, log = time.monotonic(), home / "full.log"
+        with Disk(home / "small", 11) as small:
+            run = small.path / "run"
+            process = begin(command(run, c.dataset, 100_000), log)
+            wait_until(lambda: "could not be written" in log.read_text(), process)
+            during = newest_iteration(run)
+            ballast = small.path / "ballast"
+            fill(ballast)
+            before = written(run)
+            time.sleep(2)
+            stuck = written(run)
+            small.remount("size=60m")
+            ballast.unlink(missing_ok=True)
+            wait_until(lambda: newest_iteration(run) > during + INTERVAL, process)
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(60)
+            end = newest_iteration(run)
+            finish(command(home / "full whole", c.dataset, end), log)
+            wrong = "" if status == 143 else f"exit status {status}; "
+            wrong += differences(run, home / "full whole").replace("metrics differ", "") if end % INTERVAL == 0 else ""
+            same = [r for r in history(run) if "train_loss" in r] == [r for r in history(home / "full whole") if "train_loss" in r]
+            wrong += "" if same else "metrics differ"
+        happened = (
+            f"reported; iter {during} stayed; metrics waited at {before} to {stuck} lines; with room again all of {end} iterations written"
+        )
+        table.add(
+            "full disk", 1, 0, "tmpfs full in mid-run, then enlarged", wrong or happened, 0, f"{time.monotonic() - began:.1f}", not wrong
+        )
+    if not table.has("read-only out_dir", 1, 0):
+        began, log = time.monotonic(), home / "ro.log"
+        with Disk(home / "ro", 50) as small:
+            small.remount("ro")
+            status = finish(command(small.path / "run", c.dataset, 20), log)
+        message = log.read_text().strip().splitlines()[-1].replace(f"{home}/", "")
+        good = status == 2 and "cannot be written: Read-only file system" in message
+        table.add("read-only out_dir", 1, 0, "out_dir on a read-only file system", message, 0, f"{time.monotonic() - began:.1f}", good)
+    if not table.has("read-only out_dir", 1, 1):
+        began, log, run = time.monotonic(), home / "immutable.log", home / "immutable"
+        process = begin(command(run, c.dataset, 100_000), log)
+        wait_until(lambda: newest_iteration(run) > 0, process)
+        if subprocess.run(["chattr", "+i", str(run / "ckpt")], capture_output=True).returncode:
+            kill_all(process)
+            raise UserError("chattr +i does not work on this file system: no folder can be made read-only for root")
+        wait_until(lambda: "could not be written" in log.read_text(), process)
+        kept = newest_iteration(run)
+        subprocess.run(["chattr", "-i", str(run / "ckpt")], check=True)
+        wait_until(lambda: newest_iteration(run) > kept, process)
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(60)
+        happened = f"reported; iter {kept} stayed; written again once it could be; exit status {status}"
+        table.add(
+            "read-only out_dir",
+            1,
+            1,
+            "ckpt turns read-only in mid-run, and back",
+            happened,
+            0,
+            f"{time.monotonic() - began:.1f}",
+            status == 143,
+        )
+
+
+def fill(path: Path):
+    """Takes what is left of a disk."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"\0" * 4096):
+                pass
+        except OSError:
+            return  # full: that was the aim
+
+
+JUMPS = """
+import time
+real, start = time.time, time.monotonic()
+def jumping():
+    return real() + (0, 86400, -86400, 3e9)[int((time.monotonic() - start) / 0.5) % 4]
+time.time = jumping
+"""
+
+
+def clock(c: StormConfig, table: Table, home: Path):
+    if table.has("clock", 1, 0):
+        return
+    began, log, run, whole = time.monotonic(), home / "log", home / "clock", home / "clock whole"
+    (home / "site").mkdir()
+    (home / "site/sitecustomize.py").write_text(JUMPS)
+    jumping = {"PYTHONPATH": str(home / "site")}
+    statuses = [finish(command(run, c.dataset, 20, emissions=True), log, jumping)]
+    for i, path in enumerate(sorted(run.rglob("*"))):
+        os.utime(path, (4e9, 4e9) if i % 2 else (0, 0))
+    statuses.append(finish(command(run, c.dataset, 40, emissions=True), log, jumping))
+    statuses.append(finish(command(whole, c.dataset, 40), log))
+    wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
+    tried = "time.time() jumps by a day and by 95 years; files of 1970 and 2096"
+    table.add("clock", 1, 0, tried, wrong or "bitwise equal", 0, f"{time.monotonic() - began:.1f}", not wrong)
+
+
+def hang(c: StormConfig, table: Table, home: Path):
+    for trial in range(2):
+        if table.has("hang", 2, trial):
+            continue
+        log, run, whole = home / f"hang{trial}.log", home / f"hang{trial}", home / f"hang{trial} whole"
+        process = begin(command(run, c.dataset, 200, 2, ["--max-restarts=1"], timeout=10), log)
+        wait_until(lambda run=run: newest_iteration(run) >= 2 * INTERVAL, process)
+        family = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == str(trial)]
+        family[0].suspend()
+        began, lines = time.monotonic(), written(run)
+        wait_until(lambda run=run, lines=lines: written(run) < lines or newest_iteration(run) > lines + INTERVAL, process)
+        took = time.monotonic() - began
+        status = process.wait(300)
+        finish(command(whole, c.dataset, 200, 2), log)
+        wrong = differences(run, whole) or (f"exit status {status}" if status else "")
+        happened = f"given up, started again and going on after {took:.0f} s; bitwise equal"
+        table.add(
+            "hang", 2, trial, f"SIGSTOP to rank {trial}, timeout=10, --max-restarts=1", wrong or happened, "", f"{took:.1f}", not wrong
+        )
+
+
+def markdown(rows: list[dict]) -> str:
+    """README's table: a line for each kind of fault."""
+    kinds = {}
+    for row in rows:
+        kinds.setdefault((row["fault"], row["processes"]), []).append(row)
+    lines = ["| fault | processes | trials | as it should | iterations done again, most | seconds, most |", "|---|---|---|---|---|---|"]
+    for (fault, processes), group in kinds.items():
+        good = sum(r["as_it_should"] == "True" for r in group)
+        again = max((int(r["done_again"]) for r in group if r["done_again"]), default=0)
+        lines.append(f"| {fault} | {processes} | {len(group)} | {good} | {again} | {max(float(r['seconds']) for r in group):.0f} |")
+    return "\n".join(lines)
+
+
+def main():
+    (c,) = parse(sys.argv[1:], StormConfig)
+    table = Table(Path(c.out))
+    kinds = {"kills": kills, "damage": damage, "disk": disk, "clock": clock, "hang": hang}
+    problems = []
+    for name, try_it in kinds.items():
+        if c.only in (None, name):
+            with tempfile.TemporaryDirectory(prefix="faults-") as home:
+                try:
+                    try_it(c, table, Path(home))
+                except UserError as error:
+                    problems.append(f"{name}: {error}")
+    print(markdown(table.rows))
+    check(problems)
+    if wrong := [r for r in table.rows if r["as_it_should"] != "True"]:
+        print(f"{len(wrong)} not as it should be:", *(f"{r['fault']}: {r['tried']}: {r['happened']}" for r in wrong), sep="\n  ")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli(main)
