@@ -118,6 +118,18 @@ def kill_all(process: subprocess.Popen):
     process.wait()
 
 
+def workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
+    """The training processes under a torchrun, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if rank := child.environ().get("RANK"):
+                found[int(rank)] = child
+        except psutil.NoSuchProcess:
+            continue  # it has ended meanwhile
+    return found
+
+
 def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 300):
     """Waits for a condition -> whether it came true before the process ended."""
     end = time.monotonic() + seconds
@@ -164,9 +176,8 @@ def kills(c: StormConfig, table: Table, home: Path):
                 kill_all(process)
                 took = 0.0
             else:  # one of them: torchrun must end the other
-                family = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
-                victim = rng.choice(family)
-                who = f"rank {victim.environ()['RANK']}"
+                rank, victim = rng.choice(list(workers(process).items()))
+                who = f"rank {rank}"
                 victim.kill()
                 began = time.monotonic()
                 process.wait(120)
@@ -377,8 +388,7 @@ def hang(c: StormConfig, table: Table, home: Path):
         log, run, whole = home / f"hang{trial}.log", home / f"hang{trial}", home / f"hang{trial} whole"
         process = begin(command(run, c.dataset, 200, 2, ["--max-restarts=1"], timeout=10), log)
         wait_until(lambda run=run: newest_iteration(run) >= 2 * INTERVAL, process)
-        family = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == str(trial)]
-        family[0].suspend()
+        workers(process)[trial].suspend()
         began, lines = time.monotonic(), written(run)
         wait_until(lambda run=run, lines=lines: written(run) < lines or newest_iteration(run) > lines + INTERVAL, process)
         took = time.monotonic() - began

@@ -12,13 +12,13 @@ import sys
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, script
 from safetensors.torch import load_file
 
+from faults.storm import workers
 from harmonic import CONTROLS, DISTANCES
 from model import Model, ModelConfig, adamw
 from training import checkpoint
@@ -422,7 +422,7 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path, tiny_data, number, processes
     if processes == 1 or number == signal.SIGTERM:
         process.send_signal(number)  # torchrun passes SIGTERM on to its processes
     else:
-        os.kill(worker(process, 1), number)
+        workers(process)[1].send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number if processes == 1 else process.returncode != 0
     assert f"{number.name}: stopped at iteration" in err and "--init_from=resume" in err
@@ -430,14 +430,6 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path, tiny_data, number, processes
     steps = [r["iter"] for r in read_metrics(tmp_path / "run") if "train_loss" in r]
     assert steps == list(range(manifest["iter"])) and f"stopped at iteration {manifest['iter']}" in err  # nothing is lost
     assert checkpoint.damage(folder) is None and (manifest["val_loss"] is None) == (manifest["iter"] % 20 != 0)
-
-
-def worker(process, rank: int) -> int:
-    """The id of the training process of that rank under a torchrun."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
-            return child.pid
-    raise AssertionError(f"no process of rank {rank}")
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
@@ -453,7 +445,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
 def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, tiny_data):
     flags = dict(max_iters=400, head="cosine", dropout=0.1)
     process = start(tmp_path, tiny_data, 2, ["--max-restarts=2"], **flags)
-    os.kill(worker(process, 1), signal.SIGKILL)
+    workers(process)[1].kill()
     began = time.monotonic()
     while (tmp_path / "run/environment.json").stat().st_mtime < time.time() - (time.monotonic() - began):
         assert process.poll() is None and time.monotonic() - began < 60

@@ -144,10 +144,11 @@ def damage(folder: Path, files=(WEIGHTS, STATE)) -> str | None:
     except ValueError as error:
         return f"{MANIFEST}: {error}"
     for file in files:
-        if not (folder / file).is_file():
-            return f"{file} is missing"
-        if sha256(folder / file) != manifest["sha256"].get(file):
-            return f"{file} does not match its sha256"
+        try:
+            if sha256(folder / file) != manifest["sha256"].get(file):
+                return f"{file} does not match its sha256"
+        except OSError as error:
+            return f"{file}: {error.strerror}"
     return None
 
 

@@ -157,7 +157,9 @@ def cli(main: typing.Callable):
         main()
     except UserError as error:
         script = Path(sys.argv[0])
-        name = f"python -m {script.parent.name}.{script.stem}" if script.parent.name in ("analysis", "benchmarks", "faults") else script.name
+        name = (
+            f"python -m {script.parent.name}.{script.stem}" if script.parent.name in ("analysis", "benchmarks", "faults") else script.name
+        )
         if os.environ.get("RANK", "0") == "0":  # one message, not one a process
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
