@@ -3,13 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format bench bench-gpu clean
+.PHONY: help demo test lint format bench bench-gpu faults multinode clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test       the tests (about 5 minutes on 2 cores)"
 	@echo "make lint       ruff; make format mends what it can"
 	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
+	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
+	@echo "make multinode  two machines as network namespaces, and the cable pulled (3 minutes; needs root)"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 
 $(VENV)/installed: requirements.txt
@@ -22,8 +24,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@touch $@
 
 # Preparation and training go on from what is there: a second `make demo` only samples again and prints where the report is.
-demo: $(VENV)/installed
-	$(RUN) prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki
+demo: $(VENV)/installed data/wiki/meta.json
 	$(RUN) train.py configs/demo.yaml --head=cross_entropy --out_dir=out/demo/cross_entropy --init_from=auto
 	$(RUN) train.py configs/demo.yaml --head=cosine --out_dir=out/demo/cosine --init_from=auto
 	$(RUN) sample.py --out_dir=out/demo/cross_entropy --start="The city of" --max_new_tokens=60
@@ -42,13 +43,25 @@ format: $(VENV)/installed-dev
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed data/wiki/meta.json
 	$(RUN) -m benchmarks.head
 	$(RUN) -m benchmarks.head --growth=true --sizes=512x50304x768 --out=results/head_growth.csv
+	$(RUN) -m benchmarks.train_speed
+	$(RUN) -m benchmarks.scaling
 
 # The code that the CUDA kernels compile to: registers and spills, without a GPU.
 bench-gpu: $(VENV)/installed-dev
 	$(RUN) -m benchmarks.gpu_compile
+
+# Rows that results/faults.csv has are not tried again; delete it to begin anew.
+faults: $(VENV)/installed data/wiki/meta.json
+	$(RUN) -m faults.storm
+
+multinode: $(VENV)/installed data/wiki/meta.json
+	$(RUN) -m faults.multinode
+
+data/wiki/meta.json: | $(VENV)/installed
+	$(RUN) prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -161,7 +161,12 @@ def main():
         iteration, best_loss, skipped = manifest["iter"], manifest["best_val_loss"], manifest["skipped"]
         evaluated = -1 if manifest["val_loss"] is None else iteration
         if manifest["data"] != data.splits["train"].identity():
-            raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} is not the file it was trained on")
+            what = (
+                "is not the file it was trained on"
+                if data.splits["train"].sha256
+                else "has no meta.json beside it, as when it was trained on"
+            )
+            raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} {what}")
         if iteration >= c.max_iters and not c.eval_only:
             say(f"{out_dir} is already trained to iteration {iteration}; raise --max_iters to go on")
             return

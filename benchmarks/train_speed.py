@@ -229,6 +229,13 @@ def memory(c: SpeedConfig, home: Path) -> list[list]:
     return [["resident memory at iteration 10,000", "float32", f"{seen[marks[1]]:.0f}", "MiB", f"{ratio:.3f}", "at iteration 1,000"]]
 
 
+def markdown(rows: list[dict]) -> str:
+    """README's table."""
+    lines = ["| | precision | | times | |", "|---|---|---|---|---|"]
+    lines += [f"| {r['what']} | {r['dtype']} | {r['value']} {r['unit']} | {r['ratio']} | {r['to']} |" for r in rows]
+    return "\n".join(lines)
+
+
 def main():
     (c,) = parse(sys.argv[1:], SpeedConfig)
     if c.only == "plain":

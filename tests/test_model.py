@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Model, ModelConfig, adamw
+from model import Model, ModelConfig, adamw, causal_attention
 
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, block_size=12, vocab_size=128, real_vocab_size=101)
 ARCHS = {
@@ -176,6 +176,32 @@ def test_inductor_compiles_the_blocks_on_this_machine():
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(model.head.weight.grad, expected, rtol=1e-3, atol=1e-5)
     assert set(model.state_dict()) == set(build("qwen").state_dict())  # names as in the uncompiled model
+
+
+def test_attention_written_out_is_no_less_exact():
+    """Odd sizes, bfloat16, values and gradients, against float64: no further off than PyTorch's kernel."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 77, 10, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    weight = torch.randn(2, 3, 77, 10)
+
+    def results(f, dtype=None):
+        xs = [x.to(dtype) for x in inputs] if dtype else inputs
+        y = f(*xs)
+        return [y, *torch.autograd.grad((y * weight).sum(), inputs)]
+
+    theirs = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True)  # noqa: E731
+    exact = results(theirs, torch.float64)
+    for a, b, c in zip(results(causal_attention), results(theirs), exact, strict=True):
+        assert (a - c).abs().mean() <= 1.1 * (b - c).abs().mean()
+
+
+def test_bfloat16_on_a_cpu_compiles_the_attention_written_out():
+    model, x, y = build("gpt"), ids(2, 12), ids(2, 12, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = model(x, y)[1].item()
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+        assert model(x, y)[1].item() == pytest.approx(eager, abs=0.01)
 
 
 def test_initialisation_is_as_documented():

@@ -157,10 +157,9 @@ def cli(main: typing.Callable):
         main()
     except UserError as error:
         script = Path(sys.argv[0])
-        name = (
-            f"python -m {script.parent.name}.{script.stem}" if script.parent.name in ("analysis", "benchmarks", "faults") else script.name
-        )
-        if os.environ.get("RANK", "0") == "0":  # one message, not one a process
+        module = script.parent.name in ("analysis", "benchmarks", "faults")  # rooms whose scripts run as modules
+        name = f"python -m {script.parent.name}.{script.stem}" if module else script.name
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader (head, less) went away; leave without the interpreter's complaint at exit

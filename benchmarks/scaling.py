@@ -1,0 +1,183 @@
+"""How training scales: measured with one and two processes, and calculated for up to 64 GPUs.
+
+    python -m benchmarks.scaling          # about five minutes on 2 cores; writes results/scaling.csv and .png
+
+Measured, with one thread a process: *strong* scaling shares the same windows of an iteration among the processes, *weak* scaling gives each
+process as many. Efficiency is tokens/s over those of one process times the number of processes, medians over rounds in turn.
+
+Calculated: an iteration takes 6 N + attention operations a token at the given share of a GPU's peak, and moves the bytes below between
+GPUs in rings, at the bandwidth inside a machine or of a machine's network, whichever is less. Two bounds: everything that can overlap
+with computing does (DDP sends gradients during the backward pass, two thirds of the computing; FSDP fetches and sends during both
+passes), or nothing does.
+
+    ddp    2 (W - 1) / W * 4 P     gradients, float32, reduced in a ring once an iteration
+    fsdp   3 (W - 1) / W * 4 P     weights gathered twice for each micro-batch (2 of the 3), gradients scattered once
+"""
+
+import csv
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import Model, ModelConfig
+from training.config import TrainConfig, cli, parse
+from training.telemetry import read_metrics
+
+COLUMNS = ["model", "how", "scaling", "processes", "tokens_per_s", "ms_computing", "ms_moving", "efficiency", "efficiency_without_overlap"]
+
+
+@dataclass
+class ScalingConfig:
+    """What to measure, and the machine that is calculated"""
+
+    rounds: int = 3
+    """measured runs of each kind"""
+    iters: int = 16
+    """iterations of a run; the first 4 are not counted"""
+    dataset: str = "data/wiki"
+    """a folder prepared with bpe:4096"""
+    peak: float = 989e12
+    """operations/s of a GPU (H100, dense bf16)"""
+    mfu: float = 0.4
+    """share of the peak that one GPU alone reaches: an assumption"""
+    per_node: int = 8
+    """GPUs of a machine"""
+    inside: float = 450e9
+    """bytes/s a GPU sends inside a machine (NVLink 4, each way)"""
+    between: float = 400e9
+    """bytes/s a machine sends to another (eight 400 Gb/s adapters; rings use them all)"""
+    ethernet: float = 12.5e9
+    """the same for a machine with one 100 Gb/s adapter"""
+    out: str = "results/scaling.csv"
+    """the table; the figure lies beside it"""
+
+
+def measured(c: ScalingConfig) -> list[dict]:
+    speeds = {}
+    with tempfile.TemporaryDirectory(prefix="scaling-") as home:
+        kinds = [("one", "strong", 1), ("ddp", "strong", 2), ("fsdp", "strong", 2), ("ddp", "weak", 2), ("fsdp", "weak", 2)]
+        for _ in tqdm(range(c.rounds), "measuring", disable=None):
+            for how, scaling, processes in kinds:
+                settings = dict(dataset=c.dataset, n_layer=4, n_head=6, n_embd=192, block_size=128, head="cosine", compile=False)
+                settings |= dict(batch_size=8, gradient_accumulation_steps=processes if scaling == "weak" else 1, max_iters=c.iters)
+                settings |= dict(eval_interval=10**6, eval_iters=1, log_interval=1, emissions=False, out_dir=f"{home}/run", overwrite=True)
+                settings |= {} if how == "one" else dict(parallel=how)
+                launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+                words = [sys.executable, *launcher, "train.py", *(f"--{k}={v}" for k, v in settings.items())]
+                subprocess.run(["env", "OMP_NUM_THREADS=1", *words], check=True, capture_output=True)
+                run = [r["tokens_per_s"] for r in read_metrics(f"{home}/run") if "tokens_per_s" in r]
+                speeds.setdefault((how, scaling, processes), []).append(statistics.median(run[4:]))
+    alone = speeds["one", "strong", 1]
+    return [
+        {
+            "model": "gpt, 4 layers, 192 wide",
+            "how": how,
+            "scaling": f"measured, {scaling}",
+            "processes": processes,
+            "tokens_per_s": f"{statistics.median(found):.0f}",
+            "efficiency": f"{statistics.median(a / b for a, b in zip(found, alone, strict=True)) / processes:.2f}",
+        }
+        for (how, scaling, processes), found in speeds.items()
+    ]
+
+
+def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict]:
+    """The config's own iteration (strong scaling), shared among 1 to 64 GPUs."""
+    model_config, config = parse([f"configs/{name}.yaml"], ModelConfig, TrainConfig, config_file=True)
+    model_config.vocab_size = model_config.vocab_size or 50304  # GPT-2's, padded
+    with torch.device("meta"):
+        model = Model(model_config)
+    windows = config.batch_size * config.gradient_accumulation_steps
+    rows = []
+    for world in (1, 2, 4, 8, 16, 32, 64):
+        mine = math.ceil(windows / world)
+        if world > windows:
+            break
+        computing = mine * model_config.block_size * model.flops_per_token() / (c.peak * c.mfu)
+        bandwidth = c.inside if world <= c.per_node else min(c.inside, getattr(c, network))
+        weights = 4 * model.parameter_count() * (world - 1) / world
+        micro = math.ceil(mine / config.batch_size)
+        moving = (2 * weights if how == "ddp" else (2 * micro + 1) * weights) / bandwidth
+        hidden = 2 / 3 * computing if how == "ddp" else computing
+        ideal = windows * model_config.block_size * model.flops_per_token() / (c.peak * c.mfu) / world
+        rows.append(
+            {
+                "model": name,
+                "how": how,
+                "scaling": f"calculated, strong, {network}",
+                "processes": world,
+                "tokens_per_s": f"{windows * model_config.block_size / (computing + max(0.0, moving - hidden)):.0f}",
+                "ms_computing": f"{1e3 * computing:.2f}",
+                "ms_moving": f"{1e3 * moving:.2f}",
+                "efficiency": f"{ideal / (computing + max(0.0, moving - hidden)):.2f}",
+                "efficiency_without_overlap": f"{ideal / (computing + moving):.2f}",
+            }
+        )
+    return rows
+
+
+def chart(rows: list[dict], path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, name in zip(axes, ("gpt2_124m", "qwen2_0.5b"), strict=True):
+        for how, colour in (("ddp", "tab:blue"), ("fsdp", "tab:orange")):
+            for network, line in (("between", "o-"), ("ethernet", "s:")):
+                own = [r for r in rows if (r["model"], r["how"]) == (name, how) and r["scaling"].endswith(network)]
+                best, worst = ([float(r[k]) for r in own] for k in ("efficiency", "efficiency_without_overlap"))
+                worlds = [r["processes"] for r in own]
+                axis.fill_between(worlds, worst, best, color=colour, alpha=0.15)
+                label = f"{how}, {'8 x 400 Gb/s' if network == 'between' else '100 Gb/s'} a machine"
+                axis.plot(worlds, best, line, color=colour, label=label, markersize=4)
+        ticks = [1, 2, 4, 8, 16, 32, 64]
+        axis.set(
+            xscale="log", xticks=ticks, xticklabels=ticks, xlabel="GPUs", title=f"{name}, one iteration shared (calculated)", ylim=(0, 1.05)
+        )
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("efficiency")
+    axes[1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def markdown(rows: list[dict]) -> str:
+    """The measured part, as docs/multi_node.md shows it."""
+    lines = ["| processes | | scaling | tokens/s | efficiency |", "|---|---|---|---|---|"]
+    for r in rows:
+        if r["scaling"].startswith("measured"):
+            lines.append(f"| {r['processes']} | {r['how']} | {r['scaling'].split()[-1]} | {r['tokens_per_s']} | {r['efficiency']} |")
+    return "\n".join(lines)
+
+
+def main():
+    (c,) = parse(sys.argv[1:], ScalingConfig)
+    rows = measured(c) + [
+        row
+        for name in ("gpt2_124m", "qwen2_0.5b")
+        for how in ("ddp", "fsdp")
+        for network in ("between", "ethernet")
+        for row in calculated(c, name, how, network)
+        if network == "between" or row["processes"] > c.per_node
+    ]
+    with open(c.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    chart(rows, Path(c.out).with_suffix(".png"))
+    for row in rows:
+        print("  ".join(f"{row.get(k, ''):>{max(len(k), 10)}}" for k in COLUMNS))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,78 @@
+"""The storm's own tools, one small storm, and the tables that README and docs/ take from results/."""
+
+import csv
+import random
+
+import pytest
+from conftest import ROOT, script
+
+from benchmarks import scaling, train_speed
+from faults import storm
+from training.config import UserError, parse
+
+
+def rows(name: str) -> list[dict]:
+    with open(ROOT / "results" / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "missing"])
+def test_spoiling_changes_a_file(tmp_path, how):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(100))
+    assert path.name in storm.spoil(path, how, random.Random(1))
+    left = path.read_bytes() if path.exists() else None
+    expected = {
+        "bit": left is not None and len(left) == 100 and sum(map(int.bit_count, left)) == 1,
+        "cut": left is not None and len(left) < 100,
+    }
+    assert expected.get(how, left is None)
+
+
+def test_a_small_storm(tiny_data, tmp_path):
+    """Two damages and one kill; asked for again, it adds nothing; then the table is README's kind."""
+    out = tmp_path / "faults.csv"
+    for kind, number in (("damage", 2), ("kills", 1)):
+        done = script("-m", "faults.storm", f"--only={kind}", f"--trials={number}", f"--dataset={tiny_data}", f"--out={out}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    with out.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [r["fault"] for r in found] == ["damage", "damage", "kill", "after kills", "kill", "after kills"]
+    assert all(r["as_it_should"] == "True" for r in found)
+    before = out.read_bytes()
+    done = script("-m", "faults.storm", "--only=damage", "--trials=2", f"--dataset={tiny_data}", f"--out={out}")
+    assert done.returncode == 0 and out.read_bytes() == before and "| damage | 1 | 2 | 2 |" in done.stdout
+
+
+def test_a_storm_needs_data(tmp_path):
+    with pytest.raises(UserError, match="no prepared data in nowhere"):
+        parse(["--dataset=nowhere", f"--out={tmp_path / 'a.csv'}"], storm.StormConfig)
+
+
+def test_tables_are_the_measured_ones():
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/multi_node.md").read_text()
+    assert storm.markdown(rows("faults.csv")) in readme
+    assert all(r["as_it_should"] == "True" for r in rows("faults.csv"))
+    assert train_speed.markdown(rows("train_speed.csv")) in readme
+    assert scaling.markdown(rows("scaling.csv")) in page
+    assert (ROOT / "results/multinode.txt").read_text() in page
+
+
+def test_the_calculation_of_scaling():
+    """GPT-2 small on two machines: 2 * 15/16 * 4 bytes of each of 124 M gradients over 12.5 GB/s are 75 ms."""
+    found = {(r["processes"]): r for r in scaling.calculated(scaling.ScalingConfig(), "gpt2_124m", "ddp", "ethernet")}
+    assert float(found[16]["ms_moving"]) == pytest.approx(2 * 15 / 16 * 4 * 124.48e6 / 12.5e9 * 1e3, rel=1e-3)
+    assert float(found[1]["efficiency"]) == 1 and float(found[16]["efficiency"]) > float(found[16]["efficiency_without_overlap"])
+
+
+def test_the_plain_loop_of_the_benchmark_is_a_gpt():
+    """Its parameters are those of the model it is compared with, but for the order of things."""
+    import torch
+
+    from model import Model, ModelConfig
+
+    plain = train_speed.Plain(2, 2, 16, 8)
+    ours = Model(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=train_speed.VOCABULARY))
+    assert sum(p.numel() for p in plain.parameters()) == ours.parameter_count()
+    x = torch.randint(0, train_speed.VOCABULARY, (2, 8))
+    assert plain(x, x).item() == pytest.approx(ours(x, x)[1].item(), abs=0.2)
