@@ -49,7 +49,8 @@ class ModelConfig:
     bias: bool | None = None
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was published"""
     doc_mask: bool = False
-    """attend within a document only, and count positions from its beginning: each is seen as if it stood alone"""
+    """attend within a document only, and count positions from its beginning: each is seen as if it stood alone (its mask costs time and
+    memory: GPUs' fastest attention kernels take none)"""
     eot_id: int | None = None
     """doc_mask: the token that begins a document; null = the data's"""
     tie_weights: bool = True
@@ -183,7 +184,8 @@ class KVCache:
 
 def causal_attention(q, k, v, rows: int = 64):
     """Scaled dot-product attention written out for blocks of queries, (B, H, T, D) each. Compiled, it spares a CPU a third of the time of
-    PyTorch's own kernel in bfloat16, and keeps the probabilities (B, H, T, T) for the backward pass: for short contexts."""
+    PyTorch's own kernel in bfloat16. Scores are rounded to bfloat16, as products are; probabilities are kept for the backward pass, so it
+    is for short contexts."""
     parts = []
     for i in range(0, q.shape[2], rows):
         end = min(i + rows, q.shape[2])
@@ -226,6 +228,8 @@ class Attention(nn.Module):
         ):
             y = causal_attention(q, k, v)
         else:
+            if gqa and mask is not None:  # grouped heads with a mask have no fast kernel on GPUs
+                k, v, gqa = *(t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v)), False
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 

@@ -41,7 +41,7 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
     words, flags = split_flags(argv, switches)
     given = {**(read_yaml(words[0]) if words else {}), **dict(flags)}
     out_dir, init_from = Path(given.get("out_dir") or TrainConfig.out_dir), given.get("init_from")
-    if distributed.restarted() and init_from in (None, "scratch"):  # torchrun's --max-restarts
+    if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):  # which has started its processes again: --max-restarts
         init_from = "auto"
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
     base = None
@@ -56,6 +56,17 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
         now = {k: v for k, v in vars(model).items() if k not in free}
         check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
     return model, config, resume
+
+
+def begun_by_this_torchrun(out_dir: Path) -> bool:
+    """Whether out_dir holds a run that an earlier start of the same torchrun began. Its identity is in environment.json; where it has none
+    of its own (--rdzv_id was not given), its count of restarts has to do."""
+    identity, restarts = os.environ.get("TORCHELASTIC_RUN_ID"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    try:
+        stored = json.loads((out_dir / "environment.json").read_bytes())["torchrun"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return identity is not None and stored == identity and (identity != "none" or restarts > 0)
 
 
 def fit_to_data(model: ModelConfig, config: TrainConfig):
@@ -137,6 +148,8 @@ def main():
             f"{p.world} processes share {slots} windows an iteration (batch_size * gradient_accumulation_steps): "
             + ("raise one of them" if p.world > slots else "parallel=fsdp needs equal shares")
         )
+    if len(set(p.gather(resume))) > 1:
+        raise UserError(f"the processes do not see the same {out_dir}: it has to lie where all machines see it")
     if p.local_rank == 0:
         verify(data)
     mine = p.share(slots)
@@ -157,15 +170,12 @@ def main():
         folder = p.from_main(lambda: checkpoint.newest(out_dir))  # one choice for all processes
         weights, manifest = checkpoint.read(folder)
         checkpoint.load_weights(model, weights)
-        scaler.load_state_dict(manifest["scaler"])
+        if manifest["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(manifest["scaler"])
         iteration, best_loss, skipped = manifest["iter"], manifest["best_val_loss"], manifest["skipped"]
         evaluated = -1 if manifest["val_loss"] is None else iteration
         if manifest["data"] != data.splits["train"].identity():
-            what = (
-                "is not the file it was trained on"
-                if data.splits["train"].sha256
-                else "has no meta.json beside it, as when it was trained on"
-            )
+            what = "is not the file it was trained on" + ("" if data.splits["train"].sha256 else " (and there is no meta.json)")
             raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} {what}")
         if iteration >= c.max_iters and not c.eval_only:
             say(f"{out_dir} is already trained to iteration {iteration}; raise --max_iters to go on")
@@ -196,7 +206,9 @@ def main():
     if p.main and not c.eval_only:
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            if not resume:
+            if resume:
+                checkpoint.set_aside(out_dir, folder)
+            else:
                 if c.init_from == "auto" and (out_dir / "config.yaml").exists():
                     say(f"{out_dir} holds no checkpoint yet: beginning again")
                 for name in ("ckpt", "tensorboard"):
@@ -252,6 +264,8 @@ def main():
 
     def save(loss: float | None):
         """Takes a copy of everything and lets it be written while training goes on."""
+        if writer:
+            writer.wait()  # before there is another copy
         files = checkpoint.snapshot(model, optimizer, keep=p.main)
         if p.main:
             metrics.sync()
@@ -273,10 +287,10 @@ def main():
         nonlocal pending, clock
         if not pending:
             return
-        now = time.perf_counter()
-        rows = torch.stack([row for row, _ in pending])
+        rows = torch.stack([row for row, *_ in pending])
         rows = rows.double().cpu() if kind == "mps" else rows.double()
-        own = rows[:, 0].tolist()
+        own = rows[:, 0].tolist()  # waits for the device
+        now = time.perf_counter()
         sums, least = p.reduce(rows[:, :2].contiguous()), p.reduce(rows[:, 2].contiguous(), "min")
         table = torch.cat((sums, least[:, None], rows[:, 3:]), 1).tolist()
         speed = len(pending) * slots * m.block_size / (now - clock)
@@ -294,7 +308,7 @@ def main():
             if model.head.kind != "control":
                 record |= {"target_distance_min": nearest, "target_distance_mean": distance / targets}
             if c.on_nan == "skip":
-                record["skipped"] = skipped
+                record["skipped"] = pending[i - iteration + len(table)][2]
             record |= {"tokens_per_s": speed, "elapsed_s": now - began}
             if mfu is not None:
                 record["mfu"] = mfu
@@ -317,11 +331,13 @@ def main():
 
     def give_up(i: int, what: str, where: list[str]):
         """Stops all processes because of what is not finite: they all come here, for they all see the same sums."""
+        gradients = f"; gradients that are not finite: {listed(where)}" if where else ""
+        say(f"stopped: {what} at iteration {i}{gradients}", file=sys.stderr, flush=True)
         if writer:
             writer.wait()
         last = [f.name for f in checkpoint.manifests(out_dir)][-1:]
-        gradients = f"; gradients that are not finite: {listed(where)}" if where else ""
-        say(f"stopped: {what} at iteration {i}{gradients}; last good checkpoint: {last[0] if last else 'none'}", file=sys.stderr)
+        say(f"last good checkpoint: {last[0] if last else 'none'}", file=sys.stderr)
+        p.barrier()  # torchrun ends all when one has ended
         sys.exit(3)
 
     # the loop
@@ -377,14 +393,17 @@ def main():
             with torch.no_grad():
                 gradients = [local(q.grad) for q in parameters]
                 table = local(model.head.weight)
-                here = min(max(model.head.real_vocab_size - (p.rank * len(table) if sharded else 0), 0), len(table))
+                before = p.rank * -(-len(model.head.weight) // p.world) if sharded else 0  # rows that other processes hold
+                here = min(max(model.head.real_vocab_size - before, 0), len(table))
                 radius = table[:here].norm(dim=-1).sum()
                 squares = torch.cat((norms(gradients).square(), radius[None]))
                 if sharded:
                     p.reduce(squares)
                 squares, radius = squares[:-1], squares[-1] / model.head.real_vocab_size
-                norm, norm_head, norm_trunk = (s.sum().sqrt() for s in (squares, squares[of_head], squares[~of_head]))
-                row[3:] = torch.stack((norm, norm_head, norm_trunk, radius, torch.tensor(lr, device=device)))
+                parts = squares, torch.where(of_head, squares, 0.0), torch.where(of_head, 0.0, squares)
+                norm, norm_head, norm_trunk = (s.sum().sqrt() for s in parts)
+                row[3:7] = torch.stack((norm, norm_head, norm_trunk, radius))
+                row[7] = lr
                 if c.on_nan == "skip" and not scaler.is_enabled() and not math.isfinite(norm.item()):
                     skipped, in_a_row = skipped + 1, in_a_row + 1
                     if in_a_row == 100:
@@ -401,19 +420,24 @@ def main():
                     scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            pending.append((row, squares))
+            pending.append((row, squares, skipped))
             iteration += 1
             if iteration % c.log_interval == 0:
                 flush()
         if writer:
             writer.wait()
+        p.barrier()  # torchrun ends all when one has ended
     except KeyboardInterrupt:
         stopped = signal.SIGINT
+    except Exception:
+        if writer:
+            writer.wait()  # what is being written is good
+        raise
     finally:
         signals.restore()
-        used = emissions.stop() if emissions else None
         if metrics:
             metrics.close()
+        used = emissions.stop() if emissions else None
     energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""
     if stopped:
         kept = [f.name for f in checkpoint.manifests(out_dir)][-1:]

@@ -188,7 +188,9 @@ def harmonic_loss(
         trained = {k: v for k, v in mapping.items() if isinstance(v, torch.Tensor)}
         mapping = {k: v for k, v in mapping.items() if k not in trained}
         how = _How(row, link, options, mapping, tuple(trained), ignore_index, reduction, impl, skip, product, rows, training, check_finite)
-        strength = torch.as_tensor(strength, dtype=x.dtype, device=x.device)
+        if not isinstance(strength, torch.Tensor):
+            strength = torch.full((), strength, device=x.device)  # filled there: a GPU need not wait for a copy
+        strength = strength.to(x)
         losses = _loss(x, y, targets.reshape(-1).long(), strength, bias, how, *trained.values())
     return losses.view(targets.shape) if reduction == "none" else losses
 

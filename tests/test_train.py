@@ -377,6 +377,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(train, 
         status, _, err = train(init_from="resume", max_iters=6, **{k: v for k, v in common.items() if k != "head"})
         assert status == 0 and f"checkpoint run/ckpt/iter_000006 is damaged, {file}" in err and "using iter_000004" in err
         assert history(tmp_path / "run") == history(tmp_path / "whole")
+        assert folder.with_name("damaged_iter_000006").is_dir()  # so that nothing takes it for a good one
         assert sha256(folder / checkpoint.WEIGHTS) == sha256(tmp_path / "whole/ckpt/iter_000006" / checkpoint.WEIGHTS)
 
 
@@ -440,6 +441,35 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)  # an iteration takes longer
     assert process.returncode == 130 and "Ctrl-C again stops at once" in err and "no checkpoint was written yet" in err
+
+
+def test_what_counts_as_a_restart(tmp_path, monkeypatch):
+    """Only a run that the same torchrun has begun: not one that it was refused, nor one that it was to replace."""
+    from train import begun_by_this_torchrun
+
+    path = tmp_path / "environment.json"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not begun_by_this_torchrun(tmp_path)
+    for stored, expected in (("abc", True), ("another", False), (None, False)):
+        path.write_text(json.dumps({"torchrun": stored}))
+        assert begun_by_this_torchrun(tmp_path) == expected
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv_id
+    path.write_text(json.dumps({"torchrun": "none"}))
+    assert begun_by_this_torchrun(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not begun_by_this_torchrun(tmp_path)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    path.write_text(json.dumps({"torchrun": None}))
+    assert not begun_by_this_torchrun(tmp_path)
+
+
+def test_retention_leaves_what_is_not_its_own(train, tmp_path):
+    train(head="cosine")
+    shutil.copytree(tmp_path / "run/ckpt/iter_000002", tmp_path / "run/ckpt/iter_000002_keep")
+    status, _, err = train(init_from="resume", max_iters=8, eval_interval=2)
+    assert status == 0, err
+    assert "iter_000002_keep" in {p.name for p in (tmp_path / "run/ckpt").iterdir()}
 
 
 def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, tiny_data):
@@ -547,7 +577,7 @@ def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_pa
     monkeypatch.setattr(Model, "forward", spoilt)
     status, _, err = train(head="cosine", max_iters=6, eval_interval=2)
     assert status == 3 and "stopped: loss" in err and "on rank 0 at iteration 3" in err and "last good checkpoint: iter_000002" in err
-    assert "gradients that are not finite: blocks.0.mlp.up.weight;" in err
+    assert "gradients that are not finite: blocks.0.mlp.up.weight\n" in err
     calls.clear()
     status, _, err = train(head="cosine", max_iters=6, eval_interval=2, on_nan="skip", out_dir="skip")
     assert status == 0, err

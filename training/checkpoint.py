@@ -72,7 +72,7 @@ class Writer:
         try:
             save(self.out_dir, *what)
             self.error = None
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, training goes on and the exit status tells
             last = [f.name for f in manifests(self.out_dir)][-1:]
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             self.error = (
@@ -104,9 +104,8 @@ def save(out_dir: Path, iteration: int, files: dict[str, dict[str, torch.Tensor]
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     kept = {*list(manifests(out_dir))[-2:], best(out_dir)}
-    for path in (*folder.parent.glob("iter_*"), *folder.parent.glob(".iter_*")):  # and what killed runs left aside; nothing foreign
-        if path not in kept:
-            shutil.rmtree(path)
+    for path in {*folders(out_dir), *folder.parent.glob(".iter_*")} - kept:  # and what killed runs left aside; nothing foreign
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is tried again at the next checkpoint
     return folder
 
 
@@ -168,6 +167,14 @@ def newest(out_dir: Path, files=(WEIGHTS, STATE)) -> Path:
     raise UserError(f"{out_dir} holds no checkpoint{there}: train it first, or name another --out_dir")
 
 
+def set_aside(out_dir: Path, chosen: Path):
+    """Renames the checkpoints after the chosen one, which are damaged, so that nothing takes them for good ones."""
+    for folder in folders(out_dir):
+        if int(folder.name[5:]) > int(chosen.name[5:]):
+            shutil.rmtree(folder.with_name(f"damaged_{folder.name}"), ignore_errors=True)
+            folder.rename(folder.with_name(f"damaged_{folder.name}"))
+
+
 def best(out_dir: Path) -> Path | None:
     """The folder with the lowest validation loss."""
     found = {f: m["val_loss"] for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
@@ -207,7 +214,7 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path)
     states = {name: {} for name, _ in model.named_parameters()}
     for key, tensor in _tensors(folder / STATE).items():
         kind, name = key.split("/", 1)
-        states[name][kind] = tensor
+        states[name][kind] = tensor.clone()  # the file is mapped: training must not hold on to it
     names = {q: name for name, q in model.named_parameters()}
     state = {}
     for i, q in enumerate(q for group in optimizer.param_groups for q in group["params"]):

@@ -112,7 +112,7 @@ def start(device: str, backend: str, timeout: float) -> Processes:
     that wait for another one longer than `timeout` seconds give up."""
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if device.startswith("cuda") and world > 1:
-        if local_rank >= torch.cuda.device_count():
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UserError(f"more processes than CUDA devices on this machine ({torch.cuda.device_count()}): lower --nproc_per_node")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
@@ -149,19 +149,23 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
     raise TimeoutError(f"rank 0 did not answer rank {rank} within {timeout:g} seconds")
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def run(main):
     """`cli(main)`. Under torchrun the process then ends at once, without taking its process groups apart: PyTorch 2.13 can hang for ever
     there, for `~ProcessGroupGloo` joins a thread that waits for the interpreter's lock while its caller holds that lock."""
     if "RANK" not in os.environ:
         return cli(main)
+
+    def tell():
+        try:
+            main()
+        except UserError as error:
+            if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":  # cli speaks for local rank 0
+                print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            raise
+
     status = 0
     try:
-        cli(main)
+        cli(tell)
     except SystemExit as stop:
         status = stop.code or 0
     except BaseException:
@@ -175,24 +179,22 @@ def run(main):
 class StopSignals:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 (SLURM and spot machines send them) into a stop after the current step, on all processes alike.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. One that follows within a second counts as the same: a terminal's Ctrl-C reaches a
-    process twice under torchrun, from the terminal and from torchrun.
+    A second Ctrl-C raises KeyboardInterrupt at once (under torchrun, which shields its processes from it, it changes nothing).
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, processes: Processes, timeout: float):
         self.asked = 0  # the signal that came to this process
-        self.since = -1.0
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if processes.world > 1 else None
         self.pending = None
         self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
 
     def _ask(self, number, _):
-        if number == self.asked == signal.SIGINT and time.monotonic() - self.since > 1:
+        if number == self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.asked:
-            self.asked, self.since = number, time.monotonic()
+            self.asked = number
             if number == signal.SIGINT:
                 print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 

@@ -61,7 +61,7 @@ class Metrics:
     def __init__(self, out_dir: Path, iteration: int, tensorboard: bool = False, wandb: bool = False, config: dict | None = None):
         path = out_dir / "metrics.jsonl"
         if path.is_file():
-            records = (_record(line) for line in path.read_text().splitlines())
+            records = (_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
             kept = [r for r in records if r and (r["iter"] < iteration or (r["iter"] == iteration and "val_loss" in r))]
             write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = open(path, "ab", buffering=0)
@@ -93,19 +93,29 @@ class Metrics:
         self.backlog += line
         end = os.fstat(self.file.fileno()).st_size
         try:
-            if self.file.write(self.backlog) < len(self.backlog):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.backlog = b""
-        except OSError as error:
-            self.file.truncate(end)
+            try:
+                if self.file.write(self.backlog) < len(self.backlog):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.backlog = b""
+            except OSError:
+                self.file.truncate(end)
+                raise
+        except OSError as error:  # of the truncation too, where the file system has turned read-only
             if not warned:
                 print(f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory", file=sys.stderr, flush=True)
 
     def sync(self):
         """Flushes the lines to the disk: a checkpoint's lines are there before the checkpoint is."""
-        os.fsync(self.file.fileno())
+        self._append(b"")
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            print(f"metrics.jsonl cannot be flushed to the disk ({error.strerror})", file=sys.stderr, flush=True)
 
     def close(self):
+        self._append(b"")
+        if self.backlog:
+            print(f"the last {self.backlog.count(10)} lines of metrics.jsonl could not be written", file=sys.stderr, flush=True)
         self.file.close()
         if self.board:
             self.board.close()
@@ -180,11 +190,11 @@ class Emissions:
     def flush(self):
         self.tracker.flush()
 
-    def stop(self) -> tuple[float, float]:
-        """-> (kWh, kg CO2e) of this process's start."""
+    def stop(self) -> tuple[float, float] | None:
+        """-> (kWh, kg CO2e) of this process's start; None where CodeCarbon could not write them."""
         self.tracker.stop()
-        data = self.tracker.final_emissions_data
-        return data.energy_consumed, data.emissions
+        data = getattr(self.tracker, "final_emissions_data", None)
+        return (data.energy_consumed, data.emissions) if data else None
 
 
 def _git(*words) -> str | None:
@@ -212,6 +222,7 @@ def environment(device: str, world: int) -> dict:
         else f"{device} ({platform.processor() or platform.machine()})",
         "threads": torch.get_num_threads(),
         "world_size": world,
+        "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
         "command": " ".join(sys.argv),
     }
 

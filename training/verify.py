@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 
 from training import checkpoint
@@ -50,9 +51,7 @@ def verify_resume(argv: list[str]):
             """Trains in `out` to the end, or kills it once iteration `until` is written and a checkpoint there."""
             log = open(Path(folder) / "log", "w+")
             before = bar.n
-            with subprocess.Popen(
-                [*command, f"--out_dir={out}"], env=environment, stdout=log, stderr=log, start_new_session=True
-            ) as process:
+            with subprocess.Popen([*command, f"--out_dir={out}"], env=environment, stdout=log, stderr=log) as process:
                 try:
                     while process.poll() is None:
                         done = written(out)
@@ -61,8 +60,7 @@ def verify_resume(argv: list[str]):
                             break
                         time.sleep(0.02)
                 finally:
-                    if process.poll() is None:
-                        os.killpg(process.pid, signal.SIGKILL)
+                    kill_all(process)
             if until is None and process.returncode:
                 log.seek(0)
                 raise UserError(f"training failed with status {process.returncode}:\n{log.read()[-2000:]}")
@@ -70,8 +68,11 @@ def verify_resume(argv: list[str]):
         run(whole)
         run(killed, KILLED)
         lost = written(killed) - SAVED
-        if not checkpoint.manifests(killed):
-            raise UserError("the run ended before it could be killed: nothing was verified")
+        kept = [f.name for f in checkpoint.manifests(killed)]
+        if kept != [f"iter_{SAVED:06d}"]:
+            raise UserError(
+                f"the run was not killed between iterations {SAVED} and {STEPS} (checkpoints: {kept}): nothing was verified; try again"
+            )
         run(killed)
         a, b = history(whole), history(killed)
         ends = [checkpoint.newest(run) for run in (whole, killed)]
@@ -89,6 +90,20 @@ def verify_resume(argv: list[str]):
     )
     if not all(equal.values()):
         sys.exit(1)
+
+
+def kill_all(process: subprocess.Popen):
+    """SIGKILL to a process and everything it started: torchrun's processes have sessions of their own."""
+    try:
+        family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        family = []  # it has ended, and torchrun's processes with it
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it was quicker
+    process.wait()
 
 
 def written(run: Path) -> int:
