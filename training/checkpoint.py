@@ -68,7 +68,7 @@ class Writer:
 
     def _write(self, *what):
         if sys.platform == "linux":  # there a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             save(self.out_dir, *what)
             self.error = None
