@@ -132,7 +132,7 @@ def main():
     if c.compile:
         check_compiler(device)
     if c.verify_resume:
-        return verify_resume(sys.argv[1:])
+        return verify_resume(sys.argv[1:], max(c.lr_decay_iters or c.max_iters, c.warmup_iters))
     if c.init_from == "scratch" and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
         go_on = f"go on with --init_from=resume --out_dir={out_dir}, " if checkpoint.folders(out_dir) else ""
         raise UserError(f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name another --out_dir")

@@ -520,7 +520,7 @@ def test_verify_resume(tiny_data, tmp_path):
     flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "head": "hamming_gumbel", "dropout": 0.1, "batch_size": 16}.items()]
     done = script("train.py", *flags, "--verify_resume", f"--out_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bitwise equal") == 3 and "resumed from iteration 10" in done.stdout and not (tmp_path / "run").exists()
+    assert done.stdout.count("bitwise equal") == 3 and "killed after iteration" in done.stdout and not (tmp_path / "run").exists()
 
 
 def test_verify_resume_notices_a_difference(tmp_path, monkeypatch, capsys):
@@ -533,9 +533,14 @@ def test_verify_resume_notices_a_difference(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "argv", [str(script)])
     with pytest.raises(SystemExit) as stop:
-        verify.verify_resume([])
+        verify.verify_resume([], 100)
     out = capsys.readouterr().out
-    assert stop.value.code == 1 and "DIFFERENT" in out and "first difference: iteration 10, train_loss 21 and 11" in out
+    assert (
+        stop.value.code == 1
+        and "DIFFERENT" in out
+        and "first difference: iteration 10, train_loss 21 and 11" in out
+        and "resumed from iteration 10" in out
+    )
 
 
 FORGETFUL = """
@@ -543,20 +548,21 @@ import json, sys, time
 from pathlib import Path
 import torch
 from training import checkpoint
-out = Path(next(w for w in sys.argv if w.startswith("--out_dir="))[10:])
+flags = dict(w[2:].split("=", 1) for w in sys.argv[1:])
+out = Path(flags["out_dir"])
 out.mkdir(exist_ok=True)
 path = out / "metrics.jsonl"
-first = 10 if list(checkpoint.manifests(out)) else 0
+first = max((m["iter"] for m in checkpoint.manifests(out).values()), default=0)
 lines = path.read_text().splitlines()[:first] if path.exists() else []
 momentum = 0
-for i in range(first, 20):
+for i in range(first, int(flags["max_iters"])):
     momentum += 1
     lines.append(json.dumps({"iter": i, "train_loss": momentum + i}))
     path.write_text("".join(line + chr(10) for line in lines))
-    if i in (9, 19):
+    if i % 10 == 9:
         tensors = {"a": torch.tensor(float(i))}
         checkpoint.save(out, i + 1, {checkpoint.WEIGHTS: tensors, checkpoint.STATE: tensors}, {"val_loss": 1.0})
-    time.sleep(0.05)
+    time.sleep(0.1)
 """
 
 

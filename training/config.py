@@ -89,7 +89,7 @@ class TrainConfig:
     on_nan: typing.Literal["stop", "skip"] = "stop"
     """a loss or gradient that is not finite: stop the run, or skip the step (this looks at every step's norm, which a GPU waits for)"""
     verify_resume: bool = False
-    """instead of training: train 20 iterations whole, and again killed and resumed, and say whether they are equal bit for bit"""
+    """instead of training: train some 20 iterations whole, and again killed and resumed, and say whether they are equal bit for bit"""
     tensorboard: bool = False
     """also log to TensorBoard, in out_dir/tensorboard"""
     wandb: bool = False

@@ -16,7 +16,7 @@ from training.config import UserError
 from training.files import sha256
 from training.telemetry import read_metrics
 
-STEPS, SAVED, KILLED = 20, 10, 13  # iterations in all; at which the checkpoint is; after which the process is killed
+INTERVAL, BEYOND = 10, 3  # iterations between checkpoints; after one of them, until the process is killed
 MEASURED = ("tokens_per_s", "elapsed_s", "mfu")  # of the clock, not of the training
 
 
@@ -25,11 +25,14 @@ def history(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(run)]
 
 
-def verify_resume(argv: list[str]):
-    """Trains STEPS iterations with the given settings in one process; in another run kills it (SIGKILL, after the checkpoint at SAVED) and
-    resumes; compares every line of metrics and the bytes of weights and optimiser. Exits with status 1 when anything differs.
+def verify_resume(argv: list[str], decay: int):
+    """Trains with the given settings and kills the process (SIGKILL) after a checkpoint; resumes it for INTERVAL iterations; trains as many
+    in one process; compares every line of metrics and the bytes of weights and optimiser. Exits with status 1 when anything differs.
 
     Under torchrun on one machine the same number of processes is used.
+
+    Args:
+        decay: the iteration at which the learning rate's decay ends, which does not depend on how long these runs are.
     """
     processes, here = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != here:
@@ -40,44 +43,43 @@ def verify_resume(argv: list[str]):
         k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    fixed = dict(max_iters=STEPS, eval_interval=SAVED, log_interval=1, eval_iters=2, emissions=False, tensorboard=False, wandb=False)
+    fixed = dict(
+        eval_interval=INTERVAL, log_interval=1, eval_iters=2, emissions=False, tensorboard=False, wandb=False, lr_decay_iters=decay
+    )
     flags = [f"--{k}={v}" for k, v in {**fixed, "verify_resume": False, "init_from": "auto"}.items()]
     command = [sys.executable, *launcher, sys.argv[0], *argv, *flags]
 
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=3 * STEPS, unit="iteration", leave=False, disable=None) as bar:
+    with tempfile.TemporaryDirectory() as folder, tqdm(unit="iteration", leave=False, disable=None) as bar:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
 
-        def run(out: Path, until: int | None = None):
-            """Trains in `out` to the end, or kills it once iteration `until` is written and a checkpoint there."""
-            log = open(Path(folder) / "log", "w+")
+        def run(out: Path, iterations: int | None = None):
+            """Trains in `out` up to an iteration, or kills training BEYOND iterations after a checkpoint."""
+            log, words = Path(folder) / "log", [*command, f"--out_dir={out}", f"--max_iters={iterations or 10**9}"]
+            with log.open("w") as file:
+                process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
             before = bar.n
-            with subprocess.Popen([*command, f"--out_dir={out}"], env=environment, stdout=log, stderr=log) as process:
-                try:
-                    while process.poll() is None:
-                        done = written(out)
-                        bar.update(max(0, before + done - bar.n))
-                        if until and done > until and checkpoint.manifests(out):
-                            break
-                        time.sleep(0.02)
-                finally:
-                    kill_all(process)
-            if until is None and process.returncode:
-                log.seek(0)
-                raise UserError(f"training failed with status {process.returncode}:\n{log.read()[-2000:]}")
+            try:
+                while process.poll() is None:
+                    done = written(out)
+                    bar.update(max(0, before + done - bar.n))
+                    saved = max((m["iter"] for m in checkpoint.manifests(out).values()), default=None)
+                    if iterations is None and saved and done >= saved + BEYOND:
+                        break
+                    time.sleep(0.02)
+            finally:
+                kill_all(process)
+            if process.returncode != (0 if iterations else -signal.SIGKILL):
+                raise UserError(f"training ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
 
-        run(whole)
-        run(killed, KILLED)
-        lost = written(killed) - SAVED
-        kept = [f.name for f in checkpoint.manifests(killed)]
-        if kept != [f"iter_{SAVED:06d}"]:
-            raise UserError(
-                f"the run was not killed between iterations {SAVED} and {STEPS} (checkpoints: {kept}): nothing was verified; try again"
-            )
         run(killed)
+        saved, lines = checkpoint.read(checkpoint.newest(killed))[1]["iter"], written(killed)
+        steps = saved + INTERVAL
+        run(killed, steps)
+        run(whole, steps)
         a, b = history(whole), history(killed)
         ends = [checkpoint.newest(run) for run in (whole, killed)]
         equal = {
-            f"losses and norms of {STEPS} iterations": a == b,
+            f"losses and norms of {steps} iterations": a == b,
             **{name: sha256(ends[0] / name) == sha256(ends[1] / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)},
         }
     for name, same in equal.items():
@@ -85,9 +87,7 @@ def verify_resume(argv: list[str]):
     if a != b:
         where = next((x["iter"], k, x.get(k), y.get(k)) for x, y in zip(a, b, strict=False) for k in x if x.get(k) != y.get(k))
         print("first difference: iteration {}, {} {} and {}".format(*where))
-    print(
-        f"killed after iteration {SAVED + lost - 1}, resumed from iteration {SAVED}, on {processes} process{'es' if processes > 1 else ''}"
-    )
+    print(f"killed after iteration {lines - 1}, resumed from iteration {saved}, on {processes} process{'es' if processes > 1 else ''}")
     if not all(equal.values()):
         sys.exit(1)
 
