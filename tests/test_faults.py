@@ -30,18 +30,14 @@ def test_spoiling_changes_a_file(tmp_path, how):
 
 
 def test_a_small_storm(tiny_data, tmp_path):
-    """Two damages and one kill; asked for again, it adds nothing; then the table is README's kind."""
+    """Two damages; asked for again, it adds nothing but the table."""
     out = tmp_path / "faults.csv"
-    for kind, number in (("damage", 2), ("kills", 1)):
-        done = script("-m", "faults.storm", f"--only={kind}", f"--trials={number}", f"--dataset={tiny_data}", f"--out={out}")
-        assert done.returncode == 0, done.stdout + done.stderr
+    for _ in range(2):
+        done = script("-m", "faults.storm", "--only=damage", "--trials=2", f"--dataset={tiny_data}", f"--out={out}")
+        assert done.returncode == 0 and "| damage | 1 | 2 | 2 |" in done.stdout, done.stdout + done.stderr
     with out.open(newline="") as file:
         found = list(csv.DictReader(file))
-    assert [r["fault"] for r in found] == ["damage", "damage", "kill", "after kills", "kill", "after kills"]
-    assert all(r["as_it_should"] == "True" for r in found)
-    before = out.read_bytes()
-    done = script("-m", "faults.storm", "--only=damage", "--trials=2", f"--dataset={tiny_data}", f"--out={out}")
-    assert done.returncode == 0 and out.read_bytes() == before and "| damage | 1 | 2 | 2 |" in done.stdout
+    assert [(r["fault"], r["trial"], r["as_it_should"]) for r in found] == [("damage", "0", "True"), ("damage", "1", "True")]
 
 
 def test_a_storm_needs_data(tmp_path):
