@@ -1,6 +1,7 @@
 """The storm's own tools, one small storm, and the tables that README and docs/ take from results/."""
 
 import csv
+import math
 import random
 
 import pytest
@@ -67,8 +68,10 @@ def test_the_plain_loop_of_the_benchmark_is_a_gpt():
 
     from model import Model, ModelConfig
 
+    torch.manual_seed(0)
     plain = train_speed.Plain(2, 2, 16, 8)
     ours = Model(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=train_speed.VOCABULARY))
     assert sum(p.numel() for p in plain.parameters()) == ours.parameter_count()
     x = torch.randint(0, train_speed.VOCABULARY, (2, 8))
-    assert plain(x, x).item() == pytest.approx(ours(x, x)[1].item(), abs=0.2)
+    for model_loss in (plain(x, x), ours(x, x)[1]):  # nothing learnt: a uniform guess
+        assert model_loss.item() == pytest.approx(math.log(train_speed.VOCABULARY), abs=0.3)
