@@ -52,7 +52,7 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     config.init_from = init_from or config.init_from
     if resume:
-        free = ("head_impl", "head_skip", "head_precision", "dropout", "doc_mask", "eot_id")  # no part of the weights
+        free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the model
         now = {k: v for k, v in vars(model).items() if k not in free}
         check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
     return model, config, resume
@@ -295,9 +295,9 @@ def main():
         table = torch.cat((sums, least[:, None], rows[:, 3:]), 1).tolist()
         speed = len(pending) * slots * m.block_size / (now - clock)
         mfu = speed * flops_per_token / (peak * p.world) if peak else None
-        for i, (loss, distance, nearest, norm, norm_head, norm_trunk, radius, lr) in enumerate(table, iteration - len(table)):
+        for j, (loss, distance, nearest, norm, norm_head, norm_trunk, radius, lr) in enumerate(table):
             record = {
-                "iter": i,
+                "iter": iteration - len(table) + j,
                 "train_loss": loss / targets,
                 "lr": lr,
                 "grad_norm": norm,
@@ -308,18 +308,17 @@ def main():
             if model.head.kind != "control":
                 record |= {"target_distance_min": nearest, "target_distance_mean": distance / targets}
             if c.on_nan == "skip":
-                record["skipped"] = pending[i - iteration + len(table)][2]
+                record["skipped"] = pending[j][2]
             record |= {"tokens_per_s": speed, "elapsed_s": now - began}
             if mfu is not None:
                 record["mfu"] = mfu
             if metrics:
                 metrics.write(record)
             if c.on_nan == "stop" and (not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled())):
-                j = i - iteration + len(table)
                 ranks = [r for r, x in enumerate(p.gather(own[j])) if not math.isfinite(x)]
                 where = [name for name, x in zip(names, pending[j][1].tolist(), strict=True) if not math.isfinite(x)]
                 what = f"loss {loss / targets}" if not math.isfinite(loss) else f"gradient norm {norm}"
-                give_up(i, f"{what}{f' on rank {listed(ranks)}' if ranks else ''}", where)
+                give_up(record["iter"], f"{what}{f' on rank {listed(ranks)}' if ranks else ''}", where)
         eta = (now - began) / (iteration - first) * (c.max_iters - iteration)
         say(
             f"iter {iteration:>{len(str(c.max_iters))}}/{c.max_iters}  loss {record['train_loss']:.4f}  lr {record['lr']:.2e}"
@@ -335,8 +334,7 @@ def main():
         say(f"stopped: {what} at iteration {i}{gradients}", file=sys.stderr, flush=True)
         if writer:
             writer.wait()
-        last = [f.name for f in checkpoint.manifests(out_dir)][-1:]
-        say(f"last good checkpoint: {last[0] if last else 'none'}", file=sys.stderr)
+        say(f"last good checkpoint: {checkpoint.last(out_dir)}", file=sys.stderr)
         p.barrier()  # torchrun ends all when one has ended
         sys.exit(3)
 
@@ -344,7 +342,7 @@ def main():
     peak = peak_flops(device)
     model.train()
     signals = distributed.StopSignals(p, c.timeout)
-    in_a_row = 0
+    in_a_row, at_once = 0, False
     try:
         while True:
             if (iteration % c.eval_interval == 0 or iteration == c.max_iters) and iteration != evaluated:
@@ -424,28 +422,22 @@ def main():
             iteration += 1
             if iteration % c.log_interval == 0:
                 flush()
-        if writer:
-            writer.wait()
-        p.barrier()  # torchrun ends all when one has ended
     except KeyboardInterrupt:
-        stopped = signal.SIGINT
-    except Exception:
-        if writer:
-            writer.wait()  # what is being written is good
-        raise
+        stopped, at_once = signal.SIGINT, True
     finally:
         signals.restore()
+        if writer and not at_once:
+            writer.wait()  # whatever ended the loop, what is being written is good
         if metrics:
             metrics.close()
         used = emissions.stop() if emissions else None
+    if not at_once:
+        p.barrier()  # torchrun ends all when one has ended
     energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""
     if stopped:
-        kept = [f.name for f in checkpoint.manifests(out_dir)][-1:]
-        how = (
-            f"go on from {kept[0]} with: python train.py --init_from=resume --out_dir={out_dir}"
-            if kept
-            else "no checkpoint was written yet"
-        )
+        how = f"go on from {checkpoint.last(out_dir)} with: python train.py --init_from=resume --out_dir={out_dir}"
+        if not checkpoint.manifests(out_dir):
+            how = "no checkpoint was written yet"
         say(f"\n{signal.Signals(stopped).name}: stopped at iteration {iteration}{energy}; {how}", file=sys.stderr)
         sys.exit(128 + stopped)
     say(f"done: {out_dir}, best val loss {best_loss:.4f}, {duration(time.perf_counter() - began)}{energy}")

@@ -11,7 +11,7 @@ with computing does (DDP sends gradients during the backward pass, two thirds of
 passes), or nothing does.
 
     ddp    2 (W - 1) / W * 4 P     gradients, float32, reduced in a ring once an iteration
-    fsdp   3 (W - 1) / W * 4 P     weights gathered twice for each micro-batch (2 of the 3), gradients scattered once
+    fsdp   (2 M + 1) (W - 1) / W * 4 P     weights gathered twice for each of M micro-batches, gradients scattered once
 """
 
 import csv
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from model import Model, ModelConfig
 from training.config import TrainConfig, cli, parse
+from training.distributed import launcher
 from training.telemetry import read_metrics
 
 COLUMNS = ["model", "how", "scaling", "processes", "tokens_per_s", "ms_computing", "ms_moving", "efficiency", "efficiency_without_overlap"]
@@ -69,8 +70,7 @@ def measured(c: ScalingConfig) -> list[dict]:
                 settings |= dict(batch_size=8, gradient_accumulation_steps=processes if scaling == "weak" else 1, max_iters=c.iters)
                 settings |= dict(eval_interval=10**6, eval_iters=1, log_interval=1, emissions=False, out_dir=f"{home}/run", overwrite=True)
                 settings |= {} if how == "one" else dict(parallel=how)
-                launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-                words = [sys.executable, *launcher, "train.py", *(f"--{k}={v}" for k, v in settings.items())]
+                words = [sys.executable, *launcher(processes), "train.py", *(f"--{k}={v}" for k, v in settings.items())]
                 subprocess.run(["env", "OMP_NUM_THREADS=1", *words], check=True, capture_output=True)
                 run = [r["tokens_per_s"] for r in read_metrics(f"{home}/run") if "tokens_per_s" in r]
                 speeds.setdefault((how, scaling, processes), []).append(statistics.median(run[4:]))

@@ -66,17 +66,11 @@ class Plain(nn.Module):
         super().__init__()
         self.heads = heads
         self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
-        block = lambda: nn.ModuleDict(  # noqa: E731
-            dict(
-                a=nn.LayerNorm(width),
-                qkv=nn.Linear(width, 3 * width),
-                out=nn.Linear(width, width),
-                b=nn.LayerNorm(width),
-                up=nn.Linear(width, 4 * width),
-                down=nn.Linear(4 * width, width),
-            )
-        )
-        self.blocks, self.last = nn.ModuleList(block() for _ in range(layers)), nn.LayerNorm(width)
+        self.blocks, self.last = nn.ModuleList(), nn.LayerNorm(width)
+        for _ in range(layers):
+            products = dict(qkv=nn.Linear(width, 3 * width), out=nn.Linear(width, width))
+            products |= dict(up=nn.Linear(width, 4 * width), down=nn.Linear(4 * width, width))
+            self.blocks.append(nn.ModuleDict(dict(a=nn.LayerNorm(width), b=nn.LayerNorm(width)) | products))
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)

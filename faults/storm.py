@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 from training import checkpoint
 from training.config import UserError, check, cli, parse
-from training.files import sha256
-from training.verify import history, kill_all, written
+from training.distributed import launcher
+from training.verify import compare, history, kill_all, written
 
 INTERVAL = 5  # iterations between checkpoints
+BATCH = 10  # kills of a run, before it is ended and compared
 COLUMNS = ["fault", "processes", "trial", "tried", "happened", "done_again", "seconds", "as_it_should"]
 TINY = dict(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=8, eval_iters=1, eval_interval=INTERVAL, log_interval=1) | dict(
     head="cosine", dropout=0.1, warmup_iters=10, lr_decay_iters=3000, compile=False, emissions=False
@@ -77,16 +78,25 @@ class Table:
     def has(self, fault: str, processes: int, trial: int) -> bool:
         return any((r["fault"], r["processes"], r["trial"]) == (fault, str(processes), str(trial)) for r in self.rows)
 
-    def add(self, *values):
+    def drop(self, fault: str, processes: int, trials: range):
+        """Forgets the rows of a batch that was not ended."""
+        gone = {(fault, str(processes), str(t)) for t in trials}
+        self.rows = [r for r in self.rows if (r["fault"], r["processes"], r["trial"]) not in gone]
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def add(self, fault: str, processes: int, trial: int, tried: str, happened: str, done_again, seconds: float, good: bool):
+        values = fault, processes, trial, tried, happened, done_again, f"{seconds:.1f}", good
         self.rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
 
 
 def command(out: Path, dataset, max_iters: int, processes: int = 1, torchrun=(), **flags) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun] if processes > 1 else []
     settings = {**TINY, "dataset": dataset, "max_iters": max_iters, "init_from": "auto", "out_dir": out, **flags}
-    return [sys.executable, *launcher, "train.py", *(f"--{k}={v}" for k, v in settings.items())]
+    return [sys.executable, *launcher(processes, *torchrun), "train.py", *(f"--{k}={v}" for k, v in settings.items())]
 
 
 def begin(words: list[str], log: Path, env: dict | None = None) -> subprocess.Popen:
@@ -135,61 +145,54 @@ def newest_iteration(run: Path) -> int:
 
 def differences(a: Path, b: Path) -> str:
     """What differs between two runs that should be one, in words; empty when nothing does."""
-    found = [] if history(a) == history(b) else ["metrics differ"]
-    ends = checkpoint.newest(a), checkpoint.newest(b)
-    return "; ".join(found + [f"{f} differs" for f in (checkpoint.WEIGHTS, checkpoint.STATE) if sha256(ends[0] / f) != sha256(ends[1] / f)])
+    return "; ".join(f"{part} differ" for part, same in compare(a, b).items() if not same)
 
 
 def kills(c: StormConfig, table: Table, home: Path):
+    """Batches of kills of one run, which is then ended and compared; a batch without its comparison is begun anew."""
+    total = c.trials or 50
     for processes in (1, 2):
-        trials = [t for t in range(c.trials or 50) if not table.has("kill", processes, t)]
-        if not trials:
-            continue
-        run, whole, log = home / f"killed{processes}", home / f"whole{processes}", home / "log"
-        rng = random.Random(trials[0] * 10 + processes)
-        for trial in tqdm(trials, f"kills, {processes} process{'es' if processes > 1 else ''}", disable=None):
-            process = begin(command(run, c.dataset, 100_000, processes), log)
-            start = newest_iteration(run)
-            goal = start + INTERVAL * rng.randrange(1, 8)
-            wait_until(lambda run=run, goal=goal: newest_iteration(run) >= goal, process)
-            if writing := rng.random() < 0.5:
-                wait_until(lambda run=run: any((run / "ckpt").glob(".iter_*")), process)
-            else:
-                time.sleep(rng.random() * 0.3)
-            if processes == 1 or rng.random() < 0.5:
-                who = "all processes"
-                kill_all(process)
-                took = 0.0
-            else:  # one of them: torchrun must end the other
-                rank, victim = rng.choice(list(workers(process).items()))
-                who = f"rank {rank}"
-                victim.kill()
-                began = time.monotonic()
-                process.wait(120)
-                took = time.monotonic() - began
-            left = any((run / "ckpt").glob(".iter_*"))
-            lines, kept = written(run), newest_iteration(run)
-            lost = lines - kept
-            good = 0 <= lost <= 2 * INTERVAL and took < 10
-            when = "while a checkpoint was written" if writing else "at a random moment"
-            what = f"goes on from {kept} of {lines}{', an unfinished checkpoint was left' if left else ''}"
-            table.add("kill", processes, trial, f"SIGKILL to {who} {when}", what, lost, f"{took:.1f}", good)
-        end = newest_iteration(run) + 20
-        began = time.monotonic()
-        statuses = [finish(command(r, c.dataset, end, processes), log) for r in (run, whole)]
-        wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
-        number = len([r for r in table.rows if r["fault"] == "kill" and r["processes"] == str(processes)])
-        tried = f"the run of kills {trials[0]} to {trials[-1]}, ended, against one never killed"
-        table.add(
-            "after kills",
-            processes,
-            number,
-            tried,
-            wrong or f"bitwise equal over {end} iterations",
-            "",
-            f"{time.monotonic() - began:.1f}",
-            not wrong,
-        )
+        for batch, first in enumerate(range(0, total, BATCH)):
+            if not table.has("after kills", processes, batch):
+                trials = range(first, min(first + BATCH, total))
+                table.drop("kill", processes, trials)
+                kill_and_compare(c, table, home / f"{processes} {batch}", processes, batch, trials)
+
+
+def kill_and_compare(c: StormConfig, table: Table, home: Path, processes: int, batch: int, trials: range):
+    home.mkdir()
+    run, whole, log, rng = home / "killed", home / "whole", home / "log", random.Random(f"{processes} {batch}")
+    for trial in tqdm(trials, f"kills, {processes} process{'es' if processes > 1 else ''}", disable=None):
+        process = begin(command(run, c.dataset, 100_000, processes), log)
+        goal = newest_iteration(run) + INTERVAL * rng.randrange(1, 8)
+        wait_until(lambda: newest_iteration(run) >= goal, process)  # noqa: B023  called before the next round
+        if writing := rng.random() < 0.5:
+            wait_until(lambda: any((run / "ckpt").glob(".iter_*")), process)
+        else:
+            time.sleep(rng.random() * 0.3)
+        took = 0.0
+        if processes == 1 or rng.random() < 0.5:
+            who = "all processes"
+            kill_all(process)
+        else:  # one of them: torchrun must end the other
+            rank, victim = rng.choice(list(workers(process).items()))
+            who = f"rank {rank}"
+            victim.kill()
+            began = time.monotonic()
+            process.wait(120)
+            took = time.monotonic() - began
+        left = any((run / "ckpt").glob(".iter_*"))
+        lines, kept = written(run), newest_iteration(run)
+        when = "while a checkpoint was written" if writing else "at a random moment"
+        what = f"goes on from {kept} of {lines}{', an unfinished checkpoint was left' if left else ''}"
+        good = 0 <= lines - kept <= 2 * INTERVAL and took < 10
+        table.add("kill", processes, trial, f"SIGKILL to {who} {when}", what, lines - kept, took, good)
+    end, began = newest_iteration(run) + 20, time.monotonic()
+    statuses = [finish(command(r, c.dataset, end, processes), log) for r in (run, whole)]
+    wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
+    tried = f"the run of kills {trials[0]} to {trials[-1]}, ended, against one never killed"
+    happened = wrong or f"bitwise equal over {end} iterations"
+    table.add("after kills", processes, batch, tried, happened, "", time.monotonic() - began, not wrong)
 
 
 def spoil(path: Path, how: str, rng: random.Random) -> str:
@@ -239,7 +242,7 @@ def damage(c: StormConfig, table: Table, home: Path):
             (message,) = [line for line in text.splitlines() if line.startswith("train.py: ")] or [text[-200:]]
             happened = f"refused: {message.removeprefix('train.py: ').replace(f'{home}/', '')}"
             good = status == 2 and "Traceback" not in text and name in message
-        table.add("damage", 1, trial, tried, happened, INTERVAL if "reported" in happened else 0, f"{time.monotonic() - began:.1f}", good)
+        table.add("damage", 1, trial, tried, happened, INTERVAL if "reported" in happened else 0, time.monotonic() - began, good)
 
 
 class Disk:
@@ -265,37 +268,39 @@ class Disk:
         subprocess.run(["umount", "-l", str(self.path)], check=False)
 
 
+def stop_and_compare(c: StormConfig, process: subprocess.Popen, run: Path, whole: Path, log: Path) -> str:
+    """SIGTERM to a run, and what differs then from one that nothing happened to."""
+    process.send_signal(signal.SIGTERM)
+    status, end = process.wait(60), newest_iteration(run)
+    finish(command(whole, c.dataset, end), log)
+    same = compare(run, whole)
+    steps = ([r for r in history(path) if "train_loss" in r] for path in (run, whole))  # the whole one evaluates at its end besides
+    same["metrics"] = next(steps) == next(steps)
+    found = [f"{part} differ" for part, equal in same.items() if not equal]
+    return "; ".join(found if status == 143 else [f"exit status {status}", *found])
+
+
 def disk(c: StormConfig, table: Table, home: Path):
     if not table.has("full disk", 1, 0):
-        # room for the files of three checkpoints (the newest two, which are the best two or three, are kept), and some of a fourth
+        # room for three checkpoints (the newest two and the best are kept) and some of a fourth
         began, log = time.monotonic(), home / "full.log"
         with Disk(home / "small", 11) as small:
-            run = small.path / "run"
+            run, ballast = small.path / "run", small.path / "ballast"
             process = begin(command(run, c.dataset, 100_000), log)
             wait_until(lambda: "could not be written" in log.read_text(), process)
             during = newest_iteration(run)
-            ballast = small.path / "ballast"
             fill(ballast)
             before = written(run)
             time.sleep(2)
             stuck = written(run)
             small.remount("size=60m")
-            ballast.unlink(missing_ok=True)
+            ballast.unlink()
             wait_until(lambda: newest_iteration(run) > during + INTERVAL, process)
-            process.send_signal(signal.SIGTERM)
-            status = process.wait(60)
-            end = newest_iteration(run)
-            finish(command(home / "full whole", c.dataset, end), log)
-            wrong = "" if status == 143 else f"exit status {status}; "
-            wrong += differences(run, home / "full whole").replace("metrics differ", "")  # they have an evaluation at the end more
-            same = [r for r in history(run) if "train_loss" in r] == [r for r in history(home / "full whole") if "train_loss" in r]
-            wrong += "" if same else "metrics differ"
+            wrong = stop_and_compare(c, process, run, home / "full whole", log)
         happened = (
-            f"reported; iter {during} stayed; metrics waited at {before} to {stuck} lines; with room again all of {end} iterations written"
+            f"reported; iter {during} stayed; metrics waited at {before} to {stuck} lines; with room again all written, bitwise equal"
         )
-        table.add(
-            "full disk", 1, 0, "tmpfs full in mid-run, then enlarged", wrong or happened, 0, f"{time.monotonic() - began:.1f}", not wrong
-        )
+        table.add("full disk", 1, 0, "tmpfs full in mid-run, then enlarged", wrong or happened, 0, time.monotonic() - began, not wrong)
     if not table.has("read-only out_dir", 1, 0):
         began, log = time.monotonic(), home / "ro.log"
         with Disk(home / "ro", 50) as small:
@@ -303,7 +308,7 @@ def disk(c: StormConfig, table: Table, home: Path):
             status = finish(command(small.path / "run", c.dataset, 20), log)
         message = log.read_text().strip().splitlines()[-1].replace(f"{home}/", "")
         good = status == 2 and "cannot be written: Read-only file system" in message
-        table.add("read-only out_dir", 1, 0, "out_dir on a read-only file system", message, 0, f"{time.monotonic() - began:.1f}", good)
+        table.add("read-only out_dir", 1, 0, "out_dir on a read-only file system", message, 0, time.monotonic() - began, good)
     if not table.has("read-only out_dir", 1, 1):
         began, log, run = time.monotonic(), home / "immutable.log", home / "immutable"
         process = begin(command(run, c.dataset, 100_000), log)
@@ -315,19 +320,10 @@ def disk(c: StormConfig, table: Table, home: Path):
         kept = newest_iteration(run)
         subprocess.run(["chattr", "-i", str(run / "ckpt")], check=True)
         wait_until(lambda: newest_iteration(run) > kept, process)
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(60)
-        happened = f"reported; iter {kept} stayed; written again once it could be; exit status {status}"
-        table.add(
-            "read-only out_dir",
-            1,
-            1,
-            "ckpt turns read-only in mid-run, and back",
-            happened,
-            0,
-            f"{time.monotonic() - began:.1f}",
-            status == 143,
-        )
+        wrong = stop_and_compare(c, process, run, home / "immutable whole", log)
+        happened = f"reported; iter {kept} stayed; written again once it could be; bitwise equal"
+        tried = "ckpt turns read-only in mid-run, and back"
+        table.add("read-only out_dir", 1, 1, tried, wrong or happened, 0, time.monotonic() - began, not wrong)
 
 
 def fill(path: Path):
@@ -363,7 +359,7 @@ def clock(c: StormConfig, table: Table, home: Path):
     statuses.append(finish(command(whole, c.dataset, 40), log))
     wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
     tried = "time.time() jumps by a day and by 95 years; files of 1970 and 2096"
-    table.add("clock", 1, 0, tried, wrong or "bitwise equal", 0, f"{time.monotonic() - began:.1f}", not wrong)
+    table.add("clock", 1, 0, tried, wrong or "bitwise equal", 0, time.monotonic() - began, not wrong)
 
 
 def hang(c: StormConfig, table: Table, home: Path):

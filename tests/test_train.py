@@ -22,6 +22,7 @@ from faults.storm import workers
 from harmonic import CONTROLS, DISTANCES
 from model import Model, ModelConfig, adamw
 from training import checkpoint
+from training.distributed import launcher
 from training.files import seal, sha256, unseal
 from training.telemetry import Metrics, norms, read_metrics
 from training.verify import history
@@ -155,8 +156,7 @@ def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes
     }
     flags = [f"--{k}={v}" for k, v in settings.items()]
     assert script("train.py", *flags, f"--out_dir={tmp_path / 'one'}").returncode == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    many = script(*launcher, "train.py", *flags, f"--out_dir={tmp_path / 'many'}", "--backend=gloo")
+    many = script(*launcher(processes), "train.py", *flags, f"--out_dir={tmp_path / 'many'}", "--backend=gloo")
     assert many.returncode == 0, many.stderr
     assert f"{processes} processes" in many.stdout and many.stdout.count("iter 0: val loss") == 1
     one, two = (read_metrics(tmp_path / d) for d in ("one", "many"))
@@ -396,12 +396,11 @@ def test_resuming_on_other_data_is_refused(train, tiny_data, tmp_path):
     assert status == 2 and "is not the file it was trained on" in err
 
 
-def start(tmp_path, tiny_data, processes=1, launcher=(), saved=True, **flags):
+def start(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
     """A real training process in a process group of its own, once it has a checkpoint (or, not `saved`, metrics) -> Popen."""
     settings = {**TINY, "dataset": tiny_data, "max_iters": 100_000, "eval_interval": 20, "out_dir": tmp_path / "run", **flags}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher] if processes > 1 else []
     process = subprocess.Popen(
-        [sys.executable, *torchrun, "train.py", *(f"--{k}={v}" for k, v in settings.items())],
+        [sys.executable, *launcher(processes, *torchrun), "train.py", *(f"--{k}={v}" for k, v in settings.items())],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -500,9 +499,8 @@ def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, flag
     settings |= {"eval_iters": 1, "batch_size": 2, "gradient_accumulation_steps": 3, "n_layer": 2}  # 2 windows of validation, 6 of training
 
     def run(out, processes=1, **more):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
         words = [f"--{k}={v}" for k, v in {**settings, "out_dir": tmp_path / out, **more}.items()]
-        done = script(*torchrun, "train.py", *words)
+        done = script(*launcher(processes), "train.py", *words)
         assert done.returncode == 0, done.stderr
 
     run("one", max_iters=20)
@@ -670,5 +668,5 @@ def test_norms_are_exact():
 def test_more_processes_than_windows(tiny_data, tmp_path):
     settings = {**TINY, "dataset": tiny_data, "batch_size": 1, "out_dir": tmp_path / "run"}
     flags = [f"--{k}={v}" for k, v in settings.items()]
-    done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags)
+    done = script(*launcher(2), "train.py", *flags)
     assert done.returncode != 0 and "2 processes share 1 windows" in done.stderr and not (tmp_path / "run").exists()

@@ -53,16 +53,16 @@ class Writer:
         self.out_dir, self.thread, self.error = out_dir, None, None
 
     def save(self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict):
-        """Begins to write a snapshot as the checkpoint of an iteration, once the one before is written.
+        """Begins to write a snapshot as the checkpoint of an iteration; `wait` for the one before first.
 
         A disk that is full or read-only does not stop training: stderr says so, `error` holds the message until a later checkpoint is
         written, and the checkpoints that are there stay.
         """
-        self.wait()
         self.thread = threading.Thread(target=self._write, args=(iteration, files, counters), daemon=True)
         self.thread.start()
 
     def wait(self):
+        """Until nothing is being written."""
         if self.thread:
             self.thread.join()
 
@@ -73,11 +73,8 @@ class Writer:
             save(self.out_dir, *what)
             self.error = None
         except Exception as error:  # whatever it is, training goes on and the exit status tells
-            last = [f.name for f in manifests(self.out_dir)][-1:]
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            self.error = (
-                f"the checkpoint of iteration {what[0]} could not be written ({reason}); the last good one: {last[0] if last else 'none'}"
-            )
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+            self.error = f"the checkpoint of iteration {what[0]} could not be written ({reason}); the last good one: {last(self.out_dir)}"
             print(self.error, file=sys.stderr, flush=True)
 
 
@@ -132,6 +129,11 @@ def manifests(out_dir: Path) -> dict[Path, dict]:
         except (OSError, ValueError):
             continue  # `damage` says what is wrong with it, where it is wanted
     return found
+
+
+def last(out_dir: Path) -> str:
+    """The name of the newest checkpoint with a sound manifest, or `none`."""
+    return next((f.name for f in reversed(manifests(out_dir))), "none")
 
 
 def damage(folder: Path, files=(WEIGHTS, STATE)) -> str | None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,13 +79,18 @@ def synchronise(wrapped, on: bool):
     """Whether the next backward pass of a wrapped model adds its gradients up over the processes."""
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.require_backward_grad_sync = on
-    elif hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP
+    elif isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(on)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a sharded tensor that lies here; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def launcher(processes: int, *torchrun: str) -> list[str]:
+    """What stands between `python` and a script for that many processes on this machine; `torchrun`: more flags of its."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun] if processes > 1 else []
 
 
 def check_device(device: str) -> str:
@@ -179,7 +184,7 @@ def run(main):
 class StopSignals:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 (SLURM and spot machines send them) into a stop after the current step, on all processes alike.
 
-    A second Ctrl-C raises KeyboardInterrupt at once (under torchrun, which shields its processes from it, it changes nothing).
+    A second Ctrl-C raises KeyboardInterrupt at once. (Under torchrun only the first reaches the processes.)
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

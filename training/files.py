@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal. OSError when it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -21,7 +22,7 @@ def fsync(path: Path):
 
 
 def write_whole(path: Path, content: str | bytes):
-    """The file has its old content or the new one, whatever happens in between."""
+    """The file has its old content or the new one, whatever happens in between. OSError when it cannot be written."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from training import checkpoint
 from training.config import UserError
+from training.distributed import launcher
 from training.files import sha256
 from training.telemetry import read_metrics
 
@@ -42,12 +43,11 @@ def verify_resume(argv: list[str], decay: int):
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     fixed = dict(
         eval_interval=INTERVAL, log_interval=1, eval_iters=2, emissions=False, tensorboard=False, wandb=False, lr_decay_iters=decay
     )
     flags = [f"--{k}={v}" for k, v in {**fixed, "verify_resume": False, "init_from": "auto"}.items()]
-    command = [sys.executable, *launcher, sys.argv[0], *argv, *flags]
+    command = [sys.executable, *launcher(processes), sys.argv[0], *argv, *flags]
 
     with tempfile.TemporaryDirectory() as folder, tqdm(unit="iteration", leave=False, disable=None) as bar:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
@@ -76,20 +76,22 @@ def verify_resume(argv: list[str], decay: int):
         steps = saved + INTERVAL
         run(killed, steps)
         run(whole, steps)
-        a, b = history(whole), history(killed)
-        ends = [checkpoint.newest(run) for run in (whole, killed)]
-        equal = {
-            f"losses and norms of {steps} iterations": a == b,
-            **{name: sha256(ends[0] / name) == sha256(ends[1] / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)},
-        }
+        equal, a, b = compare(whole, killed), history(whole), history(killed)
     for name, same in equal.items():
-        print(f"{name}: {'bitwise equal' if same else 'DIFFERENT'}")
-    if a != b:
+        print(f"{name}{f' of {steps} iterations' if name == 'metrics' else ''}: {'bitwise equal' if same else 'DIFFERENT'}")
+    if not equal["metrics"]:
         where = next((x["iter"], k, x.get(k), y.get(k)) for x, y in zip(a, b, strict=False) for k in x if x.get(k) != y.get(k))
         print("first difference: iteration {}, {} {} and {}".format(*where))
     print(f"killed after iteration {lines - 1}, resumed from iteration {saved}, on {processes} process{'es' if processes > 1 else ''}")
     if not all(equal.values()):
         sys.exit(1)
+
+
+def compare(a: Path, b: Path) -> dict[str, bool]:
+    """Which parts of two runs are equal: the metrics, and the bytes of weights and optimiser in the newest checkpoints."""
+    ends = checkpoint.newest(a), checkpoint.newest(b)
+    same = {name: sha256(ends[0] / name) == sha256(ends[1] / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)}
+    return {"metrics": history(a) == history(b), **same}
 
 
 def kill_all(process: subprocess.Popen):
