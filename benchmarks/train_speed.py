@@ -129,13 +129,11 @@ def steps(c: SpeedConfig, home: Path) -> list[list]:
                 done = subprocess.run([sys.executable, "-m", "benchmarks.train_speed", *words], check=True, capture_output=True, text=True)
                 speed = float(done.stdout)
             found[who, dtype].append(speed)
-    rows = []
+    rows, compared = [], {("train.py", "bfloat16"): ["float32", "bfloat16"]}
     for who, dtype in kinds:
-        for base in {("plain loop", "float32"): [], ("train.py", "bfloat16"): ["float32", "bfloat16"]}.get((who, dtype), ["float32"]):
+        for base in compared.get((who, dtype), ["float32"]):
             ratio = statistics.median(a / b for a, b in zip(found[who, dtype], found["plain loop", base], strict=True))
             rows.append([who, dtype, f"{statistics.median(found[who, dtype]):.0f}", "tokens/s", f"{ratio:.2f}", f"plain loop, {base}"])
-        if (who, dtype) == ("plain loop", "float32"):
-            rows.append([who, dtype, f"{statistics.median(found[who, dtype]):.0f}", "tokens/s", "1.00", "plain loop, float32"])
     return rows
 
 
