@@ -3,11 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format bench bench-gpu faults multinode clean
+.PHONY: help demo test test-slow lint format bench bench-gpu faults multinode clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test       the tests (about 5 minutes on 2 cores)"
+	@echo "make test-slow  those that take long: lm-evaluation-harness, installing harmonic/ alone (a minute)"
 	@echo "make lint       ruff; make format mends what it can"
 	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
 	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
@@ -35,6 +36,9 @@ demo: $(VENV)/installed data/wiki/meta.json
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -n 2
 
+test-slow: $(VENV)/installed-dev
+	$(RUN) -m pytest -q -m slow
+
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -48,6 +52,8 @@ bench: $(VENV)/installed data/wiki/meta.json
 	$(RUN) -m benchmarks.head --growth=true --sizes=512x50304x768 --out=results/head_growth.csv
 	$(RUN) -m benchmarks.train_speed
 	$(RUN) -m benchmarks.scaling
+	$(RUN) -m benchmarks.parity
+	test -d out/demo/cross_entropy && $(RUN) -m benchmarks.swap out/demo/cross_entropy
 
 # The code that the CUDA kernels compile to: registers and spills, without a GPU.
 bench-gpu: $(VENV)/installed-dev

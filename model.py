@@ -6,7 +6,7 @@
     qwen   Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped key/value heads, SwiGLU, bias on Q, K, V only; with qk_norm the
            Qwen3 style (RMSNorm on Q and K per head, no bias).
 
-Shapes: B batch, T time, C = n_embd, H heads, D = C / H, V = vocab_size rows, of which the first real_vocab_size are tokens.
+Shapes: B batch, T time, C = n_embd, H heads, D = head_dim (C / H), V = vocab_size rows, of which the first real_vocab_size are tokens.
 """
 
 import inspect
@@ -36,6 +36,8 @@ class ModelConfig:
     """key/value heads shared by groups of n_head; 0 = n_head"""
     n_embd: int = 768
     """width"""
+    head_dim: int = 0
+    """width of an attention head; 0 = n_embd / n_head (Qwen3 models have their own)"""
     intermediate_size: int = 0
     """width inside the MLP; 0 = 4 n_embd (gpt, bert) or 8/3 n_embd rounded up to a multiple of 64 (qwen)"""
     block_size: int = 1024
@@ -88,6 +90,14 @@ class ModelConfig:
     head_precision: Literal["float32", "autocast"] = "float32"
     """products of the head's vectors (cross_entropy and the distances of kernel l2): float32, or the trunk's autocast type"""
 
+    def attention_width(self) -> int:
+        """D, the width of an attention head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    def mlp_width(self) -> int:
+        """Width inside the MLP."""
+        return self.intermediate_size or (64 * math.ceil(8 * self.n_embd / 3 / 64) if self.arch == "qwen" else 4 * self.n_embd)
+
     def head_arguments(self) -> dict:
         """Keyword arguments of HarmonicHead after (n_embd, vocab_size, name)."""
         options = {k: getattr(self, f"head_{k}") for k in "patq" if getattr(self, f"head_{k}") is not None}
@@ -110,15 +120,15 @@ class ModelConfig:
         for key in ("n_layer", "n_head", "n_embd", "block_size"):
             if getattr(self, key) < 1:
                 found.append(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("n_kv_head", "intermediate_size", "vocab_size", "real_vocab_size"):
+        for key in ("n_kv_head", "head_dim", "intermediate_size", "vocab_size", "real_vocab_size"):
             if getattr(self, key) < 0:
                 found.append(f"{key}={getattr(self, key)} must not be negative")
         if found:
             return found
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and not self.head_dim:
             found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        elif self.arch == "qwen" and (self.n_embd // self.n_head) % 2:
-            found.append(f"rotary positions need an even head width, got n_embd/n_head={self.n_embd // self.n_head}")
+        elif self.arch == "qwen" and self.attention_width() % 2:
+            found.append(f"rotary positions need an even head width, got {self.attention_width()}")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if not 0 <= self.dropout < 1:
@@ -170,7 +180,7 @@ class KVCache:
     """Keys and values of the tokens seen so far, one buffer for all layers."""
 
     def __init__(self, config: ModelConfig, batch: int, device, dtype):
-        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.block_size, config.attention_width())
         self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
@@ -199,14 +209,14 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.n_kv_head or config.n_head
-        self.width = config.n_embd // config.n_head
+        self.width = config.attention_width()
         self.causal, self.dropout = config.arch != "bert", config.dropout
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.width, bias=has_bias(config))
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.arch != "qwen" and has_bias(config))
+        self.out = nn.Linear(self.n_head * self.width, config.n_embd, bias=config.arch != "qwen" and has_bias(config))
         self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=1e-6) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x, rope=None, mask=None, cache=None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         parts = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         q, k, v = parts.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -231,18 +241,16 @@ class Attention(nn.Module):
             if gqa and mask is not None:  # grouped heads with a mask have no fast kernel on GPUs
                 k, v, gqa = *(t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v)), False
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.arch, C, bias = config.arch, config.n_embd, has_bias(config)
+        self.arch, C, width, bias = config.arch, config.n_embd, config.mlp_width(), has_bias(config)
         if self.arch == "qwen":
-            width = config.intermediate_size or 64 * math.ceil(8 * C / 3 / 64)
             self.up, self.down = nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)  # up holds the gate and the value
         else:
-            width = config.intermediate_size or 4 * C
             self.up, self.down = nn.Linear(C, width, bias=bias), nn.Linear(width, C, bias=bias)
 
     def forward(self, x):
@@ -321,8 +329,8 @@ class Model(nn.Module):
         ]
 
     def flops_per_token(self, predicted: float = 1.0) -> float:
-        """Floating-point operations per token of forward + backward: 6 per weight that multiplies, 12 n_layer C T for attention (PaLM,
-        arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so that MFU compares like with like.
+        """Floating-point operations per token of forward + backward: 6 per weight that multiplies, 12 n_layer H D T for attention
+        (PaLM, arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so that MFU compares like with like.
 
         Args:
             predicted: share of the tokens that the head sees; bert's are the masked ones.
@@ -330,7 +338,7 @@ class Model(nn.Module):
         c, head = self.config, sum(q.numel() for m in (self.head, self.transform) if m is not None for q in m.parameters())
         tables = [e.weight for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens) if e is not None]
         trunk = self.parameter_count() - head - sum(q.numel() for q in tables)
-        return 6 * (trunk + predicted * head) + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * (trunk + predicted * head) + 12 * c.n_layer * c.n_head * c.attention_width() * c.block_size
 
     def documents(self, idx) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend (B, 1, T, T)."""
@@ -354,7 +362,7 @@ class Model(nn.Module):
         if self.positions is not None:
             x = x + self.positions(positions)
         else:
-            D = c.n_embd // c.n_head
+            D = c.attention_width()
             frequency = c.rope_theta ** (-torch.arange(0, D, 2, device=idx.device, dtype=torch.float32) / D)
             angle = (positions.view(-1, 1, T, 1) if positions.dim() > 1 else positions[None, None, :, None]).float() * frequency
             rope = angle.cos(), angle.sin()

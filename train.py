@@ -3,6 +3,7 @@
     python train.py configs/demo.yaml --head=manhattan --max_iters=200 --out_dir=out/l1
     torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_124m.yaml --head=cosine
     python train.py --init_from=resume --out_dir=out/l1
+    python train.py --init_from=gpt2 --head=cosine --dataset=openwebtext --out_dir=out/gpt2/swapped
 
 A config is a YAML file given first; flags are --key=value and override it. The run's folder is described in README.md.
 
@@ -22,10 +23,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from harmonic import softmax_linearization_kl
 from model import Model, ModelConfig, adamw
-from training import checkpoint, distributed
+from training import checkpoint, distributed, pretrained
 from training.config import TrainConfig, UserError, check, parse, read_yaml, split_flags, write_yaml
 from training.data import data_folder, load_data, masked_count, training_batches, validation_batches, validation_windows, verify
 from training.distributed import local
@@ -35,8 +37,8 @@ from training.tokenizer import BPE_FILE
 from training.verify import verify_resume
 
 
-def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
-    """Reads file, flags and, when resuming, the stored run -> (model config, training config, whether to resume)."""
+def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool, pretrained.Pretrained | None]:
+    """Reads file, flags and what there is to start from -> (model config, training config, whether to resume, the pretrained model)."""
     switches = {f.name for c in (ModelConfig, TrainConfig) for f in fields(c) if f.type in (bool, "bool")}
     words, flags = split_flags(argv, switches)
     given = {**(read_yaml(words[0]) if words else {}), **dict(flags)}
@@ -44,7 +46,10 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
     if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):  # which has started its processes again: --max-restarts
         init_from = "auto"
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
-    base = None
+    base = source = None
+    if init_from not in (None, "scratch", "resume", "auto"):
+        source = pretrained.find(init_from)
+        base = source.settings
     if resume:
         if not checkpoint.folders(out_dir):
             checkpoint.newest(out_dir)  # says so
@@ -55,7 +60,9 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool]:
         free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the model
         now = {k: v for k, v in vars(model).items() if k not in free}
         check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
-    return model, config, resume
+    if source:
+        check(source.problems(model))
+    return model, config, resume, source
 
 
 def begun_by_this_torchrun(out_dir: Path) -> bool:
@@ -69,7 +76,7 @@ def begun_by_this_torchrun(out_dir: Path) -> bool:
     return identity is not None and stored == identity and (identity != "none" or restarts > 0)
 
 
-def fit_to_data(model: ModelConfig, config: TrainConfig):
+def fit_to_data(model: ModelConfig, config: TrainConfig, source: pretrained.Pretrained | None):
     """Loads the data and fills in the vocabulary -> Data. UserError listing what does not fit."""
     data = load_data(data_folder(config.dataset), config.tokenizer)
     config.tokenizer = data.tokenizer  # stored with the run, so that sampling knows it
@@ -80,6 +87,12 @@ def fit_to_data(model: ModelConfig, config: TrainConfig):
             problems.append(
                 f"block_size={model.block_size} is longer than the data: {data.splits[name].path} has {data.splits[name].tokens:,} tokens"
             )
+    if source and source.tokenizer not in (None, data.tokenizer):
+        problems.append(
+            f"{source.name} was trained with the tokenizer {source.tokenizer}, but {data.folder} was prepared with {data.tokenizer}"
+        )
+    if source or model.real_vocab_size == 0:
+        model.real_vocab_size = data.vocab_size
     if model.vocab_size == 0:
         model.vocab_size = 64 * math.ceil(rows / 64)  # a multiple of 64 multiplies faster on GPUs
     if model.vocab_size < rows:
@@ -89,8 +102,6 @@ def fit_to_data(model: ModelConfig, config: TrainConfig):
         )
     if model.doc_mask and model.eot_id is None:
         model.eot_id = data.eot_id
-    if model.real_vocab_size == 0:
-        model.real_vocab_size = data.vocab_size
     if not data.vocab_size <= model.real_vocab_size <= max(model.vocab_size, rows):
         problems.append(
             f"real_vocab_size={model.real_vocab_size} is not between the data's {data.vocab_size} and vocab_size={model.vocab_size}"
@@ -125,15 +136,15 @@ def learning_rate(iteration: int, c: TrainConfig) -> float:
 
 def main():
     # configuration: everything is checked before anything is written
-    m, c, resume = configure(sys.argv[1:])
+    m, c, resume, source = configure(sys.argv[1:])
     device = distributed.check_device(c.device)
     out_dir = Path(c.out_dir)
-    data = fit_to_data(m, c)
+    data = fit_to_data(m, c, source)
     if c.compile:
         check_compiler(device)
     if c.verify_resume:
         return verify_resume(sys.argv[1:], max(c.lr_decay_iters or c.max_iters, c.warmup_iters))
-    if c.init_from == "scratch" and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
+    if c.init_from not in ("resume", "auto") and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
         go_on = f"go on with --init_from=resume --out_dir={out_dir}, " if checkpoint.folders(out_dir) else ""
         raise UserError(f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name another --out_dir")
     if out_dir.exists() and not out_dir.is_dir():
@@ -162,9 +173,55 @@ def main():
     autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(kind, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
+    # evaluation
+    sharded = p.world > 1 and c.parallel == "fsdp"
+    val = data.splits["val"]
+    windows = validation_windows(val.tokens, m.block_size, c.eval_iters * c.batch_size)
+    rounds = math.ceil(math.ceil(len(windows) / p.world) / c.batch_size)  # the same in all processes: fsdp's work together
+
+    def evaluate(model: Model) -> dict:
+        """The unsmoothed negative log likelihood of the fixed validation windows, summed over all processes and divided once."""
+        model.eval()
+        share = p.share(len(windows))
+        total = torch.zeros(2, dtype=torch.float64)
+        batches = validation_batches(data, m.arch, m.block_size, windows[share.start : share.stop], c.batch_size)
+        nothing = torch.zeros(1, m.block_size, dtype=torch.long), torch.full((1, m.block_size), -1)
+        with torch.no_grad(), autocast:
+            for _ in range(rounds):
+                x, y = (t.to(device) for t in next(batches, nothing))
+                total += torch.tensor([model(x, y, reduction="sum")[1].item(), (y != -1).sum().item()], dtype=torch.float64)
+            few = windows[: max(1, 256 // m.block_size)]  # 256 states show how far the head is from a softmax
+            x, _ = next(validation_batches(data, m.arch, m.block_size, few, len(few)))
+            kl = softmax_linearization_kl(model.hidden(x.to(device)).reshape(-1, m.n_embd)[:256], model.head)
+            strength = None if model.head.log_strength is None else model.head.strength().item()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # what no backward pass does here
+        model.train()
+        total = p.reduce(total.to(device if kind == "cuda" else "cpu"))
+        loss = (total[0] / total[1]).item()
+        found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+        if m.arch != "bert":  # masked prediction gives no likelihood of a text
+            # the split's own tokens per byte: the windows are an even sample of it
+            found["bits_per_byte"] = loss / math.log(2) * val.tokens / val.bytes
+        if kl is not None:
+            found["kl_to_softmax"] = kl
+        if strength is not None:
+            found["strength"] = strength
+        return found
+
     # model and optimiser
     torch.manual_seed(c.seed)
-    model = Model(m)
+    of_source = {}
+    if not source:
+        model = Model(m)
+    else:
+        model = source.load(m)
+        if m.head != source.head:
+            model.to(device)
+            of_source = {f"source_{k}": v for k, v in evaluate(model).items() if k in ("val_loss", "perplexity")}
+            model, kl = pretrained.swap(model, m, pretrained.states(model.eval(), data, c.seed, c.batch_size))
+            say(f"{source.name} as it is: val loss {of_source['source_val_loss']:.4f}, perplexity {of_source['source_perplexity']:.4g}")
+            say(f"its head swapped for {model.head.extra_repr()}: KL {kl:.2g} nats a token on training text")
     iteration, best_loss, evaluated, skipped = 0, math.inf, -1, 0
     if resume:
         folder = p.from_main(lambda: checkpoint.newest(out_dir))  # one choice for all processes
@@ -193,7 +250,6 @@ def main():
         for block in model.blocks:  # all alike: one compilation
             block.compile(fullgraph=True)
     wrapped = p.wrap(model.to(device), c.parallel)
-    sharded = p.world > 1 and c.parallel == "fsdp"
     optimizer = adamw(model, c.learning_rate, (c.beta1, c.beta2), c.weight_decay, c.prototype_decay, kind)
     if resume:
         checkpoint.load_optimizer(model, optimizer, folder)
@@ -228,40 +284,6 @@ def main():
         emissions = Emissions(out_dir, c.emissions_country, int(os.environ.get("GROUP_RANK", 0)))
     say(about)
 
-    val = data.splits["val"]
-    windows = validation_windows(val.tokens, m.block_size, c.eval_iters * c.batch_size)
-    rounds = math.ceil(math.ceil(len(windows) / p.world) / c.batch_size)  # the same in all processes: fsdp's work together
-
-    def evaluate() -> dict:
-        """The unsmoothed negative log likelihood of the fixed validation windows, summed over all processes and divided once."""
-        model.eval()
-        share = p.share(len(windows))
-        total = torch.zeros(2, dtype=torch.float64)
-        batches = validation_batches(data, m.arch, m.block_size, windows[share.start : share.stop], c.batch_size)
-        nothing = torch.zeros(1, m.block_size, dtype=torch.long), torch.full((1, m.block_size), -1)
-        with torch.no_grad(), autocast:
-            for _ in range(rounds):
-                x, y = (t.to(device) for t in next(batches, nothing))
-                total += torch.tensor([model(x, y, reduction="sum")[1].item(), (y != -1).sum().item()], dtype=torch.float64)
-            few = windows[: max(1, 256 // m.block_size)]  # 256 states show how far the head is from a softmax
-            x, _ = next(validation_batches(data, m.arch, m.block_size, few, len(few)))
-            kl = softmax_linearization_kl(model.hidden(x.to(device)).reshape(-1, m.n_embd)[:256], model.head)
-            strength = None if model.head.log_strength is None else model.head.strength().item()
-        if sharded:
-            model.reshard()  # what no backward pass does here
-        model.train()
-        total = p.reduce(total.to(device if kind == "cuda" else "cpu"))
-        loss = (total[0] / total[1]).item()
-        found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
-        if m.arch != "bert":  # masked prediction gives no likelihood of a text
-            # the split's own tokens per byte: the windows are an even sample of it
-            found["bits_per_byte"] = loss / math.log(2) * val.tokens / val.bytes
-        if kl is not None:
-            found["kl_to_softmax"] = kl
-        if strength is not None:
-            found["strength"] = strength
-        return found
-
     def save(loss: float | None):
         """Takes a copy of everything and lets it be written while training goes on."""
         if writer:
@@ -275,7 +297,7 @@ def main():
                 emissions.flush()
 
     if c.eval_only:
-        say(" ".join(f"{k} {v:.4f}" for k, v in evaluate().items()))
+        say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))
         return
 
     pending = []  # of each iteration since the last line: device scalars, the gradient norm of each parameter
@@ -347,7 +369,7 @@ def main():
         while True:
             if (iteration % c.eval_interval == 0 or iteration == c.max_iters) and iteration != evaluated:
                 flush()
-                found = evaluate()
+                found = {**evaluate(model), **(of_source if iteration == 0 else {})}
                 say(
                     f"iter {iteration}: "
                     + "  ".join(f"{k.replace('_', ' ')} {v:.4g}" if k != "val_loss" else f"val loss {v:.4f}" for k, v in found.items()),

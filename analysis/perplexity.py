@@ -5,16 +5,21 @@
 A window of block_size tokens slides over the split by `stride`; each window scores the tokens that the one before it did not reach. So
 every token but the first is scored once, and has at least block_size - stride tokens of context where there are so many before it. A
 smaller stride gives more context, a lower loss and a longer run. bert predicts masked tokens, in windows side by side with fixed noise.
+
+With --documents each document is scored alone, behind an end-of-text token, as lm-evaluation-harness does; its words and bytes are counted
+as there, so that word_perplexity, byte_perplexity and bits_per_byte are its own (`analysis.harness` makes the task).
 """
 
 import csv
 import itertools
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,7 +39,9 @@ class PerplexityConfig:
     split: Literal["val", "test"] = "val"
     """which split of the runs' data"""
     stride: int = 0
-    """tokens between windows, at most block_size; 0 = block_size // 2; bert does not use it"""
+    """tokens between windows, at most block_size; 0 = block_size // 2, with documents block_size; bert does not use it"""
+    documents: bool = False
+    """score each document alone, in windows side by side: what lm-evaluation-harness measures"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     batch_size: int = 16
@@ -50,11 +57,11 @@ class PerplexityConfig:
         return found + ([f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else [])
 
 
-def default_stride(config: ModelConfig) -> int:
-    return max(1, config.block_size // 2)
+def default_stride(config: ModelConfig, documents: bool = False) -> int:
+    return config.block_size if documents else max(1, config.block_size // 2)
 
 
-def problems(config: ModelConfig, data: Data, split: str, stride: int) -> list[str]:
+def problems(config: ModelConfig, data: Data, split: str, stride: int, documents: bool = False) -> list[str]:
     """Why a split cannot be scored, in words; empty if it can."""
     if split not in data.splits:
         return [f"{data.folder} has no split {split}"]
@@ -63,6 +70,8 @@ def problems(config: ModelConfig, data: Data, split: str, stride: int) -> list[s
         found.append(f"{data.splits[split].path} has {data.splits[split].tokens} tokens: {needed} are needed")
     if config.arch != "bert" and stride > config.block_size:
         found.append(f"stride={stride} is longer than block_size={config.block_size}: tokens would be left out")
+    if config.arch == "bert" and documents:
+        found.append("documents=true: bert predicts masked tokens, which give no likelihood of a document")
     return found
 
 
@@ -89,26 +98,56 @@ def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_
         yield x, y
 
 
+def documents_of(data: Data, split: str):
+    """Yields each document of a split as (end-of-text, its ids), int64, without the end-of-text token that ends it."""
+    start, tokens = 0, data.splits[split].tokens
+    ids = np.concatenate(([data.eot_id], data.splits[split].read(0, tokens), [data.eot_id]))
+    for end in np.flatnonzero(ids == data.eot_id)[1:]:
+        if end > start + 1:
+            yield ids[start:end]
+        start = end
+
+
+def document_batches(data: Data, split: str, block_size: int, stride: int, batch_size: int):
+    """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each, short ones filled up behind."""
+    windows = (
+        (ids[start : start + block_size + 1], skip)
+        for ids in documents_of(data, split)
+        for start, skip in sliding_windows(len(ids), block_size, stride)
+    )
+    while part := list(itertools.islice(windows, batch_size)):
+        longest = max(len(ids) for ids, _ in part) - 1
+        x, y = torch.full((len(part), longest), data.eot_id), torch.full((len(part), longest), NONE)
+        for i, (ids, skip) in enumerate(part):
+            ids = torch.from_numpy(ids)
+            x[i, : len(ids) - 1], y[i, skip : len(ids) - 1] = ids[:-1], ids[1 + skip :]
+        yield x, y
+
+
 @torch.inference_mode()
 def likelihood(
-    model: Model, data: Data, split: str, stride: int = 0, batch_size: int = 16, progress: str | None = None
+    model: Model, data: Data, split: str, stride: int = 0, batch_size: int = 16, progress: str | None = None, documents: bool = False
 ) -> tuple[float, int]:
     """The negative log likelihood of a split, added up in float64 -> (nats, tokens scored).
 
     Args:
         stride: tokens between windows, in 1..block_size; 0 = block_size // 2. bert does not use it.
         progress: name of the progress bar on stderr (shown on terminals only); None = no bar.
+        documents: score each document alone.
     Raises: UserError for a stride beyond block_size, an unknown split, or one too short to score.
     """
     c = model.config
-    check(problems(c, data, split, stride))
+    check(problems(c, data, split, stride, documents))
+    stride = stride or default_stride(c, documents)
     tokens = data.splits[split].tokens
     if c.arch == "bert":
         starts = validation_windows(tokens, c.block_size, tokens)
         batches = validation_batches(data, c.arch, c.block_size, starts, batch_size, split)
         count = len(starts)
+    elif documents:
+        batches = document_batches(data, split, c.block_size, stride, batch_size)
+        count = None
     else:
-        stride = stride or default_stride(c)
         batches = sliding_batches(data, split, c.block_size, stride, batch_size)
         count = 1 + max(0, math.ceil((tokens - 1 - c.block_size) / stride))
 
@@ -128,25 +167,34 @@ def likelihood(
 def measure(run, data: Data, c: PerplexityConfig, device: str) -> dict:
     """One row of the results."""
     model, manifest = run.load(device, c.checkpoint)
-    nats, scored = likelihood(model, data, c.split, c.stride, c.batch_size, run.name)
+    nats, scored = likelihood(model, data, c.split, c.stride, c.batch_size, run.name, c.documents)
     masked, split = model.config.arch == "bert", data.splits[c.split]
-    return {
+    row = {
         "run": run.name,
         "head": model.head.name,
         "link": None if model.head.kind == "control" else model.head.link,
         "iter": manifest["iter"],
         "split": c.split,
-        "stride": None if masked else c.stride or default_stride(model.config),
+        "stride": None if masked else c.stride or default_stride(model.config, c.documents),
         "tokens": scored,
         "nats_per_token": nats / scored,
         "perplexity": torch.tensor(nats / scored, dtype=torch.float64).exp().item(),
         # the first token, which nothing predicts, is charged the mean: the same formula as in training
         "bits_per_byte": None if masked else nats / scored / math.log(2) * split.tokens / split.bytes,
     }
+    if c.documents:  # as lm-evaluation-harness counts
+        words = data.load_tokenizer()
+        texts = [words.decode(ids[1:]) for ids in documents_of(data, c.split)]
+        length = sum(len(text.encode()) for text in texts)
+        row["bits_per_byte"] = nats / math.log(2) / length
+        row["byte_perplexity"] = math.exp(nats / length)
+        row["word_perplexity"] = math.exp(min(nats / sum(len(re.split(r"\s+", text)) for text in texts), 700))
+    return row
 
 
 def text_table(rows: list[dict]) -> str:
     formats = {"tokens": ",", "nats_per_token": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}
+    formats |= {"byte_perplexity": ".4f", "word_perplexity": ",.2f"}
     names = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
     columns = [key for key in rows[0] if key not in ("split", "stride")]
     cells = [["-" if row[k] is None else format(row[k], formats.get(k, "")) for k in columns] for row in rows]
@@ -185,7 +233,9 @@ def main():
     device = check_device(c.device)
     out = writable(Path(c.out) if c.out else runs[0].path.parent / "perplexity.csv")
     data = [run.data() for run in runs]
-    check(list(dict.fromkeys(p for r, d in zip(runs, data, strict=True) for p in problems(r.model_config, d, c.split, c.stride))))
+    check(
+        list(dict.fromkeys(p for r, d in zip(runs, data, strict=True) for p in problems(r.model_config, d, c.split, c.stride, c.documents)))
+    )
     if warning := caution(runs, data, c.split):
         print(f"note: {warning}", file=sys.stderr)
 

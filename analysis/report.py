@@ -6,7 +6,6 @@ The page is `report.html` beside this file with one JSON document put into it: i
 training measured on its fixed validation windows; `python -m analysis.perplexity` scores a whole split.
 """
 
-import csv
 import dataclasses
 import html
 import itertools
@@ -25,7 +24,7 @@ from model import Model
 from training.config import UserError, cli, parse
 from training.data import Data
 from training.distributed import check_device
-from training.telemetry import read_metrics
+from training.telemetry import energy, read_metrics
 from training.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -126,19 +125,6 @@ def curves(metrics: list[dict]) -> dict:
     return {key: thin(values) for key, values in points.items() if values}
 
 
-def energy(run: Run) -> tuple[float | None, float | None]:
-    """-> (kWh, g CO2e) of all nodes and starts of a run; None where they were not measured. UserError for a damaged file."""
-    files = sorted(run.path.glob("emissions*.csv"))
-    rows = []
-    for path in files:
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                rows += [(float(row["energy_consumed"]), 1000 * float(row["emissions"])) for row in csv.DictReader(file)]
-        except (KeyError, ValueError, TypeError):
-            raise UserError(f"{path} is not a CodeCarbon table") from None
-    return (sum(kwh for kwh, _ in rows), sum(co2 for _, co2 in rows)) if rows else (None, None)
-
-
 def minutes(metrics: list[dict]) -> float | None:
     """Time in training and evaluation. `elapsed_s` begins anew when a run is resumed, so the last value of each start is added up."""
     elapsed = [number(m["elapsed_s"]) for m in metrics if "elapsed_s" in m]
@@ -156,7 +142,7 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
     if not evaluations:
         raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
     best = min(evaluations, key=lambda m: (math.isnan(number(m["val_loss"])), number(m["val_loss"])))
-    kwh, co2 = energy(run)
+    kwh, co2 = energy(run.path)
     speeds = sorted(number(m["tokens_per_s"]) for m in metrics if "tokens_per_s" in m)
     head = model.head
     return {

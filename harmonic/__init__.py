@@ -1,10 +1,12 @@
 """Harmonic heads: unembeddings whose logit for a token is `-n log d(h, w)`, with d any of the distances in `DISTANCES`.
 
-Imports nothing else of this repository and works with any PyTorch model. See `HarmonicHead` and `harmonic_loss`.
+Imports nothing else of this repository and works with any PyTorch model. See `HarmonicHead` and `harmonic_loss`; `swap_head` puts one into
+a model of transformers.
 """
 
 from harmonic.distances import CONTROLS, DISTANCES, HEADS, Distance, contributions, distance, paired_distance
 from harmonic.loss import HarmonicHead, default_scale, harmonic_logits, harmonic_loss, softmax_linearization_kl
+from harmonic.swap import match, swap_head
 
 __all__ = [
     "CONTROLS",
@@ -17,6 +19,8 @@ __all__ = [
     "distance",
     "harmonic_logits",
     "harmonic_loss",
+    "match",
     "paired_distance",
     "softmax_linearization_kl",
+    "swap_head",
 ]

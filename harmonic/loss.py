@@ -503,6 +503,7 @@ class HarmonicHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=init_std))
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.fixed_strength = strength
+        self.given = (scale if self.kind == "softmax" else exponent) is not None
         self.log_strength = nn.Parameter(torch.tensor([math.log(strength)])) if learn_exponent or learn_scale else None
         self.distance_parameters = nn.ParameterDict(row.parameters(n_embd))
 
@@ -514,6 +515,13 @@ class HarmonicHead(nn.Module):
     def strength(self):
         """n or s: a float, or a 0-dim tensor when it is learnt."""
         return self.fixed_strength if self.log_strength is None else self.log_strength.exp()[0]
+
+    @torch.no_grad()
+    def set_strength(self, value: float):
+        """Sets n or s."""
+        self.fixed_strength = value
+        if self.log_strength is not None:
+            self.log_strength.fill_(math.log(value))
 
     def _settings(self):
         key = "scale" if self.link == "softmax" else "exponent"
@@ -551,10 +559,10 @@ class HarmonicHead(nn.Module):
 def softmax_linearization_kl(h: torch.Tensor, head: HarmonicHead) -> float | None:
     """How far a head of the l2 kernel is from the softmax it linearises to: mean KL(p || q) in nats over the rows of h (N, C).
 
-    -n log d = -m log r for the squared distance r = |x|^2 + |y|^2 - 2 x.y of the mapped vectors. Around r0 its tangent is -m r / r0, a
-    softmax of dot products with a norm penalty: q. r0 = |x|^2, the value at y = 0, where prototypes are small beside the state
-    (euclidean, mahalanobis; with n = |x|^2 = C this is softmax(x.y - |y|^2 / 2)); r0 = 2, the value at right angles, for cosine.
-    None where the kernel is not l2 or the link not harmonic.
+    -n log d = -m log r for the squared distance r = |x|^2 + |y|^2 - 2 x.y of the mapped vectors. Around r0, the mean of r over the
+    prototypes, its tangent is -m r / r0, a softmax of dot products with a norm penalty: q. Where prototypes are small beside the state r0
+    is |x|^2 (euclidean, mahalanobis; with n = |x|^2 = C this is softmax(x.y - |y|^2 / 2)), and for cosine about 2, the value at right
+    angles. None where the kernel is not l2 or the link not harmonic.
     """
     row, _ = resolve(head.name, **head.options)
     if row.kernel != "l2" or head.kind != "harmonic":
@@ -564,8 +572,7 @@ def softmax_linearization_kl(h: torch.Tensor, head: HarmonicHead) -> float | Non
         log_d = log_pairs(row, x, y, u, v, options)
         degree = row.degree  # 1: d is the root of the raw value r; 0: d is r / 2
         log_r = 2 * log_d if degree == 1 else log_d + math.log(2)
-        squares = x.square().sum(-1, keepdim=True)
-        r0 = squares if degree == 1 else torch.full_like(squares, 2.0)
+        r0 = log_r.exp().mean(-1, keepdim=True)
         m = head.strength() / (2 if degree == 1 else 1)
         p, q = (-m * log_r).log_softmax(-1), (-m * log_r.exp() / r0).log_softmax(-1)
         return F.kl_div(q, p, log_target=True, reduction="batchmean").item()

@@ -501,7 +501,8 @@ def test_kl_to_the_softmax_linearisation():
         found.append(softmax_linearization_kl(h, head))
         w = head.weight.double()
         p = head.double()(h.double()).log_softmax(-1)
-        q = (h.double() @ w.T - w.square().sum(-1) / 2).log_softmax(-1)
+        r0 = torch.cdist(h.double(), w).square().mean(-1, keepdim=True)  # nearly |h|^2 = 192 = n
+        q = (192 / r0 * (h.double() @ w.T - w.square().sum(-1) / 2)).log_softmax(-1)
         assert found[-1] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-2, abs=1e-6)
         dot = (h.double() @ w.T).log_softmax(-1)
         assert found[-1] < 0.2 * (p.exp() * (p - dot)).sum(-1).mean()

@@ -16,7 +16,7 @@ COMMANDS = [c for block in re.findall(r"```bash\n(.*?)```", README, re.S) for c 
 # what makes a training command small enough for a test
 SMALL = ["--n_layer=1", "--eval_iters=1", "--batch_size=2", "--gradient_accumulation_steps=1", "--max_iters=2", "--compile=false"]
 # needs GPUs, other machines or the hub: its flags are checked, and that the config builds a model
-CHECKED_ONLY = ("gpt2_124m", "qwen2_0.5b", "--source=openwebtext", "--nnodes")
+CHECKED_ONLY = ("gpt2_124m", "qwen2_0.5b", "--source=openwebtext", "--nnodes", "--init_from=gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_commands_run_in_order(place):
         run(place, ["train.py", "configs/demo.yaml", f"--head={head}", f"--out_dir=out/{source}", *SMALL, "--emissions=false"])
     for command in COMMANDS:
         words = shlex.split(command)
-        if "--verify_resume" in words:
-            continue  # tests/test_train.py runs it
+        if "--verify_resume" in words or words[0] == "lm_eval":
+            continue  # tests/test_train.py and test_export.py run them
         if words[0] == "make":
             assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
             continue
@@ -128,7 +128,8 @@ def test_demo_numbers_are_the_measured_ones():
 def test_snippets_work(monkeypatch):
     from harmonic import DISTANCES, HEADS, Distance, HarmonicHead, distance, harmonic_loss
 
-    use, entry = re.findall(r"```python\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    (use,), (entry,) = ([b for b in blocks if b.startswith(start)] for start in ("from harmonic import HarmonicHead", '"hellinger"'))
     names = {"n_embd": 8, "vocab_size": 20, "h": torch.randn(3, 8), "targets": torch.arange(3)}
     exec(use, names)
     assert names["logits"].shape == (3, 20)
@@ -145,6 +146,8 @@ def test_snippets_work(monkeypatch):
 
 
 def test_help_lists_every_key():
+    for words in (["-m", "training.export"], ["-m", "analysis.harness"]):
+        assert script(*words, "--help").stdout.count("(type:") > 2
     for words in (["train.py"], ["sample.py"], ["prepare_openwebtext.py"], ["-m", "analysis.report"], ["-m", "analysis.perplexity"]):
         done = script(*words, "--help")
         assert done.returncode == 0 and "--out" in done.stdout and done.stdout.count("(type:") > 5
@@ -168,6 +171,16 @@ def test_benchmark_numbers_are_the_measured_ones():
     assert markdown(list(csv.DictReader((ROOT / "results/head_cpu.csv").open()))) in README
     compiled = list(csv.DictReader((ROOT / "results/gpu_compile.csv").open()))
     assert f"{len(compiled)} compilations" in README and all(r["spill_stores"] == r["spill_loads"] == "0" for r in compiled)
+
+
+def test_swap_numbers_are_the_measured_ones():
+    import csv
+
+    from benchmarks.swap import markdown
+
+    assert markdown(list(csv.DictReader((ROOT / "results/head_swap.csv").open()))) in README
+    for number in ("2.1422", "4.4142"):
+        assert (ROOT / "results/harness.txt").read_text().count(number) == 2 == README.count(f"| {number} |")
 
 
 def test_the_benchmark_runs(tmp_path):

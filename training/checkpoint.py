@@ -28,7 +28,8 @@ from training.files import fsync, seal, sha256, unseal
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
 
 
-def _weights(model: Model) -> dict[str, torch.Tensor]:
+def own_weights(model: Model) -> dict[str, torch.Tensor]:
+    """A model's tensors by name, tied ones once."""
     return {k: v for k, v in model.state_dict().items() if not (model.config.tie_weights and k == "tokens.weight")}
 
 
@@ -38,7 +39,7 @@ def snapshot(model: Model, optimizer: torch.optim.Optimizer, keep: bool = True) 
     names = {q: name for name, q in model.named_parameters()}
     state = {f"{key}/{names[q]}": v for q, values in optimizer.state.items() for key, v in values.items()}
     found = {WEIGHTS: {}, STATE: {}}
-    for file, tensors in ((WEIGHTS, _weights(model)), (STATE, state)):
+    for file, tensors in ((WEIGHTS, own_weights(model)), (STATE, state)):
         for name, tensor in tensors.items():
             whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
             if keep:
@@ -185,10 +186,11 @@ def best(out_dir: Path) -> Path | None:
 
 def read(folder: Path) -> tuple[dict, dict]:
     """A checkpoint's (weights, manifest), not compared with their sha256 again: `newest` and `damage` do that."""
-    return _tensors(folder / WEIGHTS), _manifest(folder)
+    return load_tensors(folder / WEIGHTS), _manifest(folder)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What a safetensors file holds. UserError for one that is damaged or something else."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -197,7 +199,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def load_weights(model: Model, weights: dict):
     """Puts weights into a model. UserError listing what does not fit."""
-    own = _weights(model)
+    own = own_weights(model)
     wrong = [f"{k} is missing" for k in own if k not in weights] + [f"{k} is not part of the model" for k in weights if k not in own]
     wrong += [
         f"{k} is {tuple(weights[k].shape)}, the model's is {tuple(v.shape)}"
@@ -214,7 +216,7 @@ def load_weights(model: Model, weights: dict):
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path):
     """Puts a checkpoint's optimiser state into an optimiser; rates and decays stay as they are configured now."""
     states = {name: {} for name, _ in model.named_parameters()}
-    for key, tensor in _tensors(folder / STATE).items():
+    for key, tensor in load_tensors(folder / STATE).items():
         kind, name = key.split("/", 1)
         states[name][kind] = tensor.clone()  # the file is mapped: training must not hold on to it
     names = {q: name for name, q in model.named_parameters()}

