@@ -40,6 +40,8 @@ class ModelConfig:
     """width of an attention head; 0 = n_embd / n_head (Qwen3 models have their own)"""
     intermediate_size: int = 0
     """width inside the MLP; 0 = 4 n_embd (gpt, bert) or 8/3 n_embd rounded up to a multiple of 64 (qwen)"""
+    activation: Literal["gelu", "gelu_tanh"] | None = None
+    """gpt, bert: GELU, or its approximation by tanh; null = as published (gelu_tanh for gpt, gelu for bert)"""
     block_size: int = 1024
     """longest context, in tokens"""
     vocab_size: int = 0
@@ -94,6 +96,11 @@ class ModelConfig:
         """D, the width of an attention head."""
         return self.head_dim or self.n_embd // self.n_head
 
+    def gelu(self) -> str:
+        """GELU's `approximate` in PyTorch."""
+        tanh = self.arch == "gpt" if self.activation is None else self.activation == "gelu_tanh"
+        return "tanh" if tanh else "none"
+
     def mlp_width(self) -> int:
         """Width inside the MLP."""
         return self.intermediate_size or (64 * math.ceil(8 * self.n_embd / 3 / 64) if self.arch == "qwen" else 4 * self.n_embd)
@@ -137,6 +144,8 @@ class ModelConfig:
             found.append(f"eot_id={self.eot_id} does nothing without doc_mask=true")
         if not self.head_init_std > 0:
             found.append(f"head_init_std={self.head_init_std} must be positive")
+        if self.activation is not None and self.arch == "qwen":
+            found.append(f"activation={self.activation} is for gpt and bert: qwen has SwiGLU")
         if self.qk_norm and self.arch != "qwen":
             found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
         if self.exponent is not None and (self.head in CONTROLS or (self.link == "softmax" and self.scale is not None)):
@@ -247,7 +256,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.arch, C, width, bias = config.arch, config.n_embd, config.mlp_width(), has_bias(config)
+        C, width, bias = config.n_embd, config.mlp_width(), has_bias(config)
+        self.arch, self.gelu = config.arch, config.gelu()
         if self.arch == "qwen":
             self.up, self.down = nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)  # up holds the gate and the value
         else:
@@ -258,7 +268,7 @@ class MLP(nn.Module):
         if self.arch == "qwen":
             gate, value = x.chunk(2, -1)
             return self.down(F.silu(gate) * value)
-        return self.down(F.gelu(x, approximate="tanh" if self.arch == "gpt" else "none"))
+        return self.down(F.gelu(x, approximate=self.gelu))
 
 
 class Block(nn.Module):
@@ -298,7 +308,7 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = None if config.arch == "bert" else norm(config, C)
-        self.transform = nn.Sequential(nn.Linear(C, C), nn.GELU(), norm(config, C)) if config.arch == "bert" else None
+        self.transform = nn.Sequential(nn.Linear(C, C), nn.GELU(config.gelu()), norm(config, C)) if config.arch == "bert" else None
         for name, p in self.named_parameters():
             if name.startswith("head."):
                 continue

@@ -43,19 +43,22 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool, pretrain
     words, flags = split_flags(argv, switches)
     given = {**(read_yaml(words[0]) if words else {}), **dict(flags)}
     out_dir, init_from = Path(given.get("out_dir") or TrainConfig.out_dir), given.get("init_from")
+    start = given.get("source")
+    if init_from not in (None, "scratch", "resume", "auto"):
+        init_from, start = "scratch", init_from
     if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):  # which has started its processes again: --max-restarts
         init_from = "auto"
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
     base = source = None
-    if init_from not in (None, "scratch", "resume", "auto"):
-        source = pretrained.find(init_from)
+    if start and not resume:
+        source = pretrained.find(start)
         base = source.settings
     if resume:
         if not checkpoint.folders(out_dir):
             checkpoint.newest(out_dir)  # says so
         base = read_yaml(out_dir / "config.yaml")
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
-    config.init_from = init_from or config.init_from
+    config.init_from, config.source = init_from or "scratch", start or config.source
     if resume:
         free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the model
         now = {k: v for k, v in vars(model).items() if k not in free}
@@ -87,11 +90,9 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: pretrained.Pret
             problems.append(
                 f"block_size={model.block_size} is longer than the data: {data.splits[name].path} has {data.splits[name].tokens:,} tokens"
             )
-    if source and source.tokenizer not in (None, data.tokenizer):
-        problems.append(
-            f"{source.name} was trained with the tokenizer {source.tokenizer}, but {data.folder} was prepared with {data.tokenizer}"
-        )
-    if source or model.real_vocab_size == 0:
+    if source and (problem := source.reads(data)):
+        problems.append(problem)
+    if model.real_vocab_size == 0 or (source and model.real_vocab_size == source.settings["real_vocab_size"]):
         model.real_vocab_size = data.vocab_size
     if model.vocab_size == 0:
         model.vocab_size = 64 * math.ceil(rows / 64)  # a multiple of 64 multiplies faster on GPUs
@@ -143,8 +144,8 @@ def main():
     if c.compile:
         check_compiler(device)
     if c.verify_resume:
-        return verify_resume(sys.argv[1:], max(c.lr_decay_iters or c.max_iters, c.warmup_iters))
-    if c.init_from not in ("resume", "auto") and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
+        return verify_resume(sys.argv[1:], max(c.lr_decay_iters or c.max_iters, c.warmup_iters), c.source)
+    if c.init_from == "scratch" and not c.overwrite and ((out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()):
         go_on = f"go on with --init_from=resume --out_dir={out_dir}, " if checkpoint.folders(out_dir) else ""
         raise UserError(f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name another --out_dir")
     if out_dir.exists() and not out_dir.is_dir():
@@ -219,9 +220,12 @@ def main():
         if m.head != source.head:
             model.to(device)
             of_source = {f"source_{k}": v for k, v in evaluate(model).items() if k in ("val_loss", "perplexity")}
-            model, kl = pretrained.swap(model, m, pretrained.states(model.eval(), data, c.seed, c.batch_size))
+            kl = pretrained.swap(model, m, pretrained.states(model.eval(), data, c.seed, c.batch_size))
+            with torch.no_grad():  # one choice for all processes
+                model.head.weight.copy_(p.from_main(lambda: model.head.weight.detach().cpu()))
+                model.head.set_strength(p.from_main(lambda: float(model.head.strength())))
             say(f"{source.name} as it is: val loss {of_source['source_val_loss']:.4f}, perplexity {of_source['source_perplexity']:.4g}")
-            say(f"its head swapped for {model.head.extra_repr()}: KL {kl:.2g} nats a token on training text")
+            say(f"its head swapped for {model.head.extra_repr()}, not tied: KL {kl:.2g} nats a token on training text")
     iteration, best_loss, evaluated, skipped = 0, math.inf, -1, 0
     if resume:
         folder = p.from_main(lambda: checkpoint.newest(out_dir))  # one choice for all processes

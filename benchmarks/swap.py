@@ -54,7 +54,8 @@ def main():
     own, rows = perplexity(source), []
     for name, settings in tqdm(SETTINGS, "heads", unit=" heads", disable=None):
         began = time.perf_counter()
-        model, kl = pretrained.swap(source, replace(run.model_config, head=name, **settings), states)
+        model, _ = run.load()
+        kl = pretrained.swap(model, replace(run.model_config, head=name, **settings), states)
         took = time.perf_counter() - began
         strength = "" if model.head.kind == "control" else float(model.head.strength())
         about = ", ".join(f"{k.removeprefix('head_')}={v}" for k, v in settings.items())

@@ -6,7 +6,7 @@ a model of transformers.
 
 from harmonic.distances import CONTROLS, DISTANCES, HEADS, Distance, contributions, distance, paired_distance
 from harmonic.loss import HarmonicHead, default_scale, harmonic_logits, harmonic_loss, softmax_linearization_kl
-from harmonic.swap import match, swap_head
+from harmonic.swap import load_swapped, match, swap_head
 
 __all__ = [
     "CONTROLS",
@@ -19,6 +19,7 @@ __all__ = [
     "distance",
     "harmonic_logits",
     "harmonic_loss",
+    "load_swapped",
     "match",
     "paired_distance",
     "softmax_linearization_kl",

@@ -64,9 +64,9 @@ def match(head: HarmonicHead, states: torch.Tensor, weight: torch.Tensor, bias: 
 
 def _constant(h):
     """The vector whose products with the states h are nearest to 1 in least squares: it carries a bias. The ridge keeps it short."""
-    second = (h.T @ h).double()
-    second += 1e-2 * second.trace() / len(second) * torch.eye(len(second), dtype=second.dtype, device=h.device)
-    return torch.linalg.solve(second, h.double().sum(0)).to(h)
+    second = (h.T @ h).cpu().double()
+    second += 1e-2 * second.trace() / len(second) * torch.eye(len(second), dtype=second.dtype)
+    return torch.linalg.solve(second, h.sum(0).cpu().double()).to(h)
 
 
 def _spread(x, count):
@@ -81,7 +81,7 @@ def _on_a_sphere(head, degree, h, w, b, z, p):
     H = size.mean().item()
     if degree == 0:  # cosine: the radius carries no bias
         w = w + torch.outer(b, _constant(h))
-    covariances = [m / m.trace().clamp_min(1e-30) for m in ((w.T @ w).double(), (h.T @ h).double())]
+    covariances = [m / m.trace().clamp_min(1e-30) for m in ((w.T @ w).cpu().double(), (h.T @ h).cpu().double())]
     u = torch.linalg.eigh(sum(covariances)).eigenvectors[:, 0].to(w)
     along = h @ u
 
@@ -166,7 +166,17 @@ class ModelHead(HarmonicHead):
     """The head inside a transformers model: while there are labels it computes their loss where the model asks for logits."""
 
     labels = count = found = None
-    shift = True
+    shift = True  # the next token's label; masked models predict in place
+    padded = False
+
+    @property
+    def real_vocab_size(self) -> int:
+        """Rows that are tokens: all, also after resize_token_embeddings, unless the head was made with padding."""
+        return self._rows if self.padded else len(self.weight)
+
+    @real_vocab_size.setter
+    def real_vocab_size(self, rows: int):
+        self._rows = rows
 
     def forward(self, h):
         if self.labels is None:
@@ -176,7 +186,7 @@ class ModelHead(HarmonicHead):
         if self.count is None:
             self.found = self.loss(states, labels, ignore_index=-100)
         else:  # Trainer's: targets of all micro-batches together
-            self.found = self.loss(states, labels, ignore_index=-100, reduction="sum") / self.count
+            self.found = self.loss(states, labels, ignore_index=-100, reduction="sum") / torch.as_tensor(self.count, device=h.device)
         return h.new_empty(*h.shape[:-1], 0) if self.training else super().forward(h)
 
 
@@ -184,63 +194,112 @@ def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **argum
     """Replaces the unembedding of a transformers causal or masked language model, and its loss, by a harmonic head.
 
     `model(input_ids)` gives the head's logits, so that `generate` and pipelines work unchanged. `model(input_ids, labels=labels)` computes
-    the loss chunk by chunk; while training it gives no logits, which never exist.
+    the loss chunk by chunk; while training it gives no logits, which never exist. `save_pretrained` writes it, `load_swapped` reads it.
 
     Args:
-        model: such as GPT2LMHeadModel, Qwen2ForCausalLM, BertForMaskedLM; changed in place.
+        model: such as GPT2LMHeadModel, Qwen2ForCausalLM, BertForMaskedLM (transformers 5); changed in place.
         name: a key of `DISTANCES` or `CONTROLS`.
         match_to: token ids (B, T) of real text: the head is matched to the model's own on their states (`match`) and gets prototypes of its
-            own. None: the prototypes are the model's unembedding as it is, tied where it was, which is for training from the start.
+            own, in float32 whatever the model is. None: the prototypes are the model's unembedding as it is, tied where it was, which is
+            for training from the start.
         arguments: of `HarmonicHead` (exponent, link, impl, ...), and the distance's options (p, a, t, q).
     Returns: the head, which is the model's output embedding now; `model.config.harmonic` remembers how it was made.
-    Raises: ValueError for a model without an unembedding, for encoder-decoders, and whatever HarmonicHead could not honour.
+    Raises: ValueError for a model without an unembedding, for encoder-decoders, for models that change their logits afterwards or add a
+        loss of their own, and whatever HarmonicHead could not honour.
     """
-    old = model.get_output_embeddings()
-    if old is None or model.config.is_encoder_decoder:
+    old, config = model.get_output_embeddings(), model.config
+    if old is None or config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is not a causal or masked language model with an unembedding")
+    if not hasattr(model, "get_expanded_tied_weights_keys"):
+        raise ValueError("swap_head needs transformers 5")
+    more = [
+        key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_router_logits") if getattr(config, key, None)
+    ]
+    if more:
+        raise ValueError(f"{type(model).__name__} does more with logits than its unembedding: {', '.join(more)}")
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(f"the head of this model is {old.name} already: a head is matched to a dot product's")
     weight, bias = old.weight, getattr(old, "bias", None)
     if name == "cross_entropy" and bias is not None:
         arguments["bias"] = True
     head = ModelHead(weight.shape[1], len(weight), name, **arguments)
-    head.shift = model.can_generate()  # the next token; masked models predict in place
+    head.padded = "real_vocab_size" in arguments
+    head.shift = model.can_generate()
+    head.to(weight.device)
     if match_to is None:
         head.weight = weight
     else:
-        seen = []
-        hook = old.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        training = model.training
-        with torch.no_grad():
-            model.eval()(input_ids=match_to)
-        model.train(training)
-        hook.remove()
-        head.to(weight.device)
-        match(head, seen[0].reshape(-1, weight.shape[1]), weight, bias)
-        model.config.tie_word_embeddings = False
+        match(head, _states(model, old, match_to), weight, bias)
+        config.tie_word_embeddings = False
     if head.bias is not None:
         head.bias = bias
     if head.kind != "control" and not head.given:
         arguments["scale" if head.link == "softmax" else "exponent"] = float(head.strength())
-    model.set_output_embeddings(head.to(weight.device, weight.dtype).train(model.training))
-    gone = [k for k in model._tied_weights_keys or {} if k.endswith("bias") and head.bias is None]
-    model._tied_weights_keys = {k: v for k, v in (model._tied_weights_keys or {}).items() if k not in gone}
+    model.set_output_embeddings(head.train(model.training))
+    tied = {k: v for k, v in (model._tied_weights_keys or {}).items() if head.bias is not None or not k.endswith("bias")}
+    model._tied_weights_keys = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.config.harmonic = {"name": name, **arguments}
+    config.harmonic = {"name": name, **arguments}
     if not isinstance(old, ModelHead):  # its hooks are there
         model.register_forward_pre_hook(_take_labels, with_kwargs=True)
         model.register_forward_hook(_give_loss)
     return head
 
 
+class Swapped:
+    """In front of a class of transformers: its unembedding becomes the head that `config.harmonic` describes."""
+
+    _keep_in_fp32_modules_strict = {"lm_head", "decoder"}  # a matched head lives on small differences of large prototypes
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_head(self, **config.harmonic)
+
+
+def load_swapped(folder, **arguments):
+    """A model that `swap_head` changed and `save_pretrained` wrote; `from_pretrained` of its class would put a dot product back.
+
+    Args: folder: as for from_pretrained, and so are the arguments.
+    Raises: ValueError for a model whose head was not swapped.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not getattr(config, "harmonic", None):
+        raise ValueError(f"{folder} holds no swapped head")
+    plain = getattr(transformers, config.architectures[0])
+    return type(plain.__name__, (Swapped, plain), {}).from_pretrained(folder, **arguments)
+
+
+class _Enough(Exception):
+    pass
+
+
+@torch.no_grad()
+def _states(model, unembedding, ids):
+    """What a model's unembedding sees of token ids: (N, C). It is not computed itself."""
+    seen = []
+
+    def take(_, inputs):
+        seen.append(inputs[0])
+        raise _Enough
+
+    hook, training = unembedding.register_forward_pre_hook(take), model.training
+    try:
+        model.eval()(input_ids=ids)
+    except _Enough:
+        return seen[0].reshape(-1, seen[0].shape[-1])
+    finally:
+        hook.remove()
+        model.train(training)
+
+
 def _take_labels(model, args, kwargs):
     """Before a model's forward: hands labels to the head in the model's stead."""
     head = model.get_output_embeddings()
     given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-    given = {**{k: v for k, v in given.items() if k != "self"}, **given.get("kwargs", {})}
-    given.pop("kwargs", None)
-    head.labels, head.found = given.pop("labels", None), None
-    head.count = given.get("num_items_in_batch")
+    given = {**{k: v for k, v in given.items() if k not in ("self", "kwargs")}, **given.get("kwargs", {})}
+    head.labels, head.found, head.count = given.pop("labels", None), None, given.get("num_items_in_batch")
     return (), given
 
 
@@ -252,7 +311,5 @@ def _give_loss(model, inputs, output):
     loss, head.labels, head.found = head.found, None, None
     if isinstance(output, tuple):
         return (loss, *(output[1:] if head.training else output))
-    output.loss = loss
-    if head.training:
-        output.logits = None
-    return output
+    rest = {k: v for k, v in output.items() if k != "loss" and not (k == "logits" and head.training)}
+    return type(output)(loss=loss, **rest)

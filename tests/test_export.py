@@ -20,7 +20,7 @@ RUNS = {
     "qwen2": dict(arch="qwen", n_kv_head=1, head="cross_entropy"),
     "qwen3": dict(arch="qwen", qk_norm=True, head_dim=10, head="cross_entropy", tie_weights=False),
     "gpt-cosine": dict(arch="gpt", head="cosine", learn_exponent=True, vocab_size=320),
-    "gpt-mahalanobis": dict(arch="gpt", head="mahalanobis_diagonal", tie_weights=False, link="softmax"),
+    "gpt-mahalanobis": dict(arch="gpt", head="mahalanobis_diagonal", tie_weights=False, link="softmax", exponent=9.0, activation="gelu"),
     "bert-canberra": dict(arch="bert", head="canberra"),
     "qwen2-minkowski": dict(arch="qwen", n_kv_head=1, head="minkowski", head_p=3.0, exponent=7.0),
     "qwen3-hamming": dict(arch="qwen", qk_norm=True, head="hamming_hard", vocab_size=320),
@@ -153,6 +153,19 @@ def test_bad_input_is_refused(train, tmp_path, monkeypatch, capsys):
         status, _, err = run_export(monkeypatch, capsys, *arguments)
         assert status == 2 and words in err, arguments
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(n_kv_head=1), "transformers' gpt2 has neither n_kv_head=1 nor head_dim=0"),
+        (dict(arch="qwen", qk_norm=True, bias=True), "qwen3 has no bias on Q, K and V alone"),
+    ],
+)
+def test_what_transformers_does_not_have_is_said(train, monkeypatch, capsys, settings, words):
+    assert train(**settings)[0] == 0
+    status, _, err = run_export(monkeypatch, capsys, "run", "--to=new")
+    assert status == 2 and words in err
 
 
 TEXTS = ["The old king's 1984 letters: naïve café, 水, 😀.", "  spaces\n\n\tand\r\nlines ", "I'll <b>go</b>… 3.14159 e\u0301"]

@@ -103,8 +103,12 @@ def nanogpt(theirs, path, **changes):
 
 
 def test_nanogpts_checkpoint_is_read(gpt2, tmp_path):
-    nanogpt(gpt2[1], tmp_path / "ckpt.pt")
-    torch.testing.assert_close(logits(load(tmp_path / "ckpt.pt"), IDS), gpt2[1](input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    theirs = parity.build({**parity.CASES[GPT], "vocab_size": 300, "activation_function": "gelu"})  # nn.GELU(), not GPT-2's tanh
+    nanogpt(theirs, tmp_path / "ckpt.pt")
+    expected = theirs(input_ids=IDS).logits
+    torch.testing.assert_close(logits(load(tmp_path / "ckpt.pt"), IDS), expected, rtol=1e-4, atol=1e-4)
+    nanogpt(gpt2[1], tmp_path / "old.pt")
+    assert (logits(load(tmp_path / "old.pt"), IDS) - gpt2[1](input_ids=IDS).logits).abs().max() > 5e-4
 
 
 class Evil:
@@ -141,7 +145,7 @@ def test_missing_extra_and_wrong_tensors_are_listed(copy):
     "change, words",
     [
         ({"model_type": "llama"}, "is a model of type llama: known are gpt2, bert, qwen2, qwen3"),
-        ({"activation_function": "relu"}, "model.py does not have activation_function=relu (only gelu_new)"),
+        ({"activation_function": "relu"}, "model.py does not have the activation relu (only gelu_pytorch_tanh, gelu_new, gelu)"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
         ({"n_layer": "three"}, "config.json is wrong"),
         (None, "config.json is wrong"),
@@ -153,6 +157,28 @@ def test_other_models_are_refused(copy, change, words):
     with pytest.raises(UserError) as caught:
         load(copy)
     assert words in str(caught.value)
+
+
+def test_tied_tables_that_differ_are_refused(copy):
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1}, copy / "model.safetensors")
+    with pytest.raises(UserError, match="wte.weight and lm_head.weight differ, but its configuration ties them"):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{"])
+def test_a_wrong_index_is_named(copy, content):
+    (copy / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="model.safetensors.index.json is wrong"):
+        load(copy)
+
+
+def test_other_files_are_named(gpt2, tmp_path):
+    torch.save(torch.ones(3), tmp_path / "tensor.pt")
+    with pytest.raises(UserError, match="tensor.pt is not a checkpoint of nanoGPT"):
+        load(tmp_path / "tensor.pt")
+    with pytest.raises(UserError, match="name the folder, which has config.json too"):
+        load(gpt2[0] / "model.safetensors")
 
 
 def test_a_damaged_file_or_a_missing_shard_is_named(gpt2, copy, tmp_path):
@@ -177,6 +203,26 @@ def test_training_starts_from_it_and_reports_both_numbers(train, gpt2, tmp_path)
     assert stored["exponent"] > 10 and not stored["tie_weights"] and model.config.n_embd == 51
     status, out, _ = train(init_from="resume", max_iters=4, **{k: None for k in (*SIZES, "dataset")})
     assert status == 0 and "iter 4" in out
+    assert stored["source"] == str(gpt2[0]) and stored["init_from"] == "scratch"
+    status, again, err = train("run/config.yaml", out_dir="again", **{k: None for k in (*SIZES, "dataset")})
+    assert status == 0 and "as it is: val loss" in again, err  # the folder holds what starts it again
+    assert json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])["val_loss"] == pytest.approx(first["val_loss"], abs=0.1)
+
+
+@pytest.mark.parametrize("link", ["harmonic", "softmax"])
+def test_a_given_exponent_stays(train, gpt2, tmp_path, link):
+    flags = {**SIZES, "block_size": 16, "head": "euclidean", "link": link, "exponent": 60.0}
+    status, _, err = train(init_from="auto", source=gpt2[0], **flags)
+    assert status == 0, err
+    stored = checkpoint.load_run(tmp_path / "run")[1]
+    assert stored["exponent"] == 60.0 if link == "harmonic" else stored["scale"] > 1 and stored["exponent"] is None
+    status, out, err = train(init_from="auto", source=gpt2[0], max_iters=3, **{k: None for k in (*SIZES, "dataset")})
+    assert status == 0 and "iter 3" in out and "as it is" not in out, err  # resumed
+
+
+def test_a_matched_head_needs_float32(train, gpt2):
+    status, _, err = train(init_from=gpt2[0], head="cosine", head_precision="autocast", **{**SIZES, "block_size": 16})
+    assert status == 2 and "head_precision=autocast: a matched head" in err
 
 
 def test_a_run_and_its_own_head_go_on(train, tmp_path):
@@ -202,7 +248,18 @@ def test_the_tokenizer_has_to_be_its_own(train, tmp_path):
     settings = {**parity.CASES[GPT], "vocab_size": 50257, "n_embd": 6}
     parity.build(settings).save_pretrained(tmp_path / "gpt2")
     status, _, err = train(init_from="gpt2", **SIZES)
-    assert status == 2 and "gpt2 was trained with the tokenizer gpt2, but" in err and "was prepared with bpe:300" in err
+    assert status == 2 and "gpt2 has the tokenizer gpt2, another than" in err and "(bpe:300)" in err
+
+
+def test_a_tokenizer_of_the_same_name_is_not_the_same(train, tiny_data, tmp_path):
+    assert train()[0] == 0
+    stored = json.loads((tmp_path / "run/tokenizer.json").read_text())
+    vocabulary = stored["model"]["vocab"]
+    a, b = [token for token in vocabulary if len(token) == 1][:2]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (tmp_path / "run/tokenizer.json").write_text(json.dumps(stored))
+    status, _, err = train(init_from="run", out_dir="next")
+    assert status == 2 and "run has another tokenizer than" in err and "2 tokens differ" in err
 
 
 @pytest.mark.parametrize(
@@ -235,7 +292,19 @@ def test_the_hub_is_asked_for_safetensors_alone(monkeypatch, gpt2):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(gpt2[0]))
     torch.testing.assert_close(logits(load("gpt2"), IDS), logits(load(gpt2[0]), IDS), rtol=0, atol=0)
-    assert asked == [("gpt2", {"allow_patterns": ["config.json", "*.safetensors", "*.safetensors.index.json"]})]
+    patterns = [pattern for _, kw in asked for pattern in kw["allow_patterns"]]
+    assert patterns[:2] == ["config.json", "tokenizer.json"] and all("safetensors" in pattern for pattern in patterns[2:])
+
+
+def test_weights_are_fetched_after_everything_was_checked(train, monkeypatch, gpt2, tmp_path):
+    import huggingface_hub
+
+    (tmp_path / "hub").mkdir()
+    shutil.copy(gpt2[0] / "config.json", tmp_path / "hub")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(kw) or str(tmp_path / "hub"))
+    status, _, err = train(init_from="gpt2", lerning_rate=1, **SIZES)
+    assert status == 2 and "lerning_rate: unknown key" in err and len(asked) == 1
 
 
 def test_two_processes_swap_alike(gpt2, tiny_data, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harmonic import DISTANCES, HarmonicHead, harmonic_loss, match, swap_head
+from harmonic import DISTANCES, HarmonicHead, harmonic_loss, load_swapped, match, swap_head
+from harmonic.swap import _fit_strength
 
 ROOT = Path(__file__).resolve().parent.parent
 V, C, N = 307, 45, 400  # odd on purpose
@@ -69,7 +70,7 @@ def test_prototypes_lie_on_a_sphere():
 
 @pytest.mark.parametrize("name", [n for n in DISTANCES if DISTANCES[n].kernel != "l2"])
 def test_the_others_are_fitted_in_scale_and_exponent(name):
-    """No scale of a grid with the exponent fitted by golden sections does better; far better than unmatched."""
+    """No other exponent and no other scale of a grid does better."""
     h, w, _ = source()
     head = HarmonicHead(C, V, name).eval()
     found = match(head, h, w)
@@ -80,7 +81,11 @@ def test_the_others_are_fitted_in_scale_and_exponent(name):
     assert found < min(kl(h, w, None, before), (math.log(V) - uniform) * (0.4 if near else 0.99))
     factor = (head.weight[0] / w[0]).mean().item()
     torch.testing.assert_close(head.weight, factor * w)
-    for change in (0.8, 1.25):  # a worse exponent
+    for size in (0.3, 0.7, 1.5, 4):
+        other = HarmonicHead(C, V, name).eval()
+        other.weight.data.copy_(size * head.weight)
+        assert _fit_strength(other, h, (h @ w.T).softmax(-1)) > 0.98 * found - 1e-3
+    for change in (0.8, 1.25):
         other = HarmonicHead(C, V, name, exponent=head.strength() * change).eval()
         other.weight.data.copy_(head.weight)
         assert kl(h, w, None, other) > 0.999 * kl(h, w, None, head)
@@ -165,6 +170,61 @@ def test_swapped_models_keep_what_they_predict(kind):
     if kind != "bert":
         text = model.generate(ids[:1, :5], max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert text.shape == (1, 10)
+
+
+def test_outputs_are_ordered_as_transformers_orders_them():
+    model, ids = hugging_face("qwen2"), torch.randint(V, (2, 9))
+    before = model(input_ids=ids, labels=ids)
+    swap_head(model, "cosine")
+    assert list(model.eval()(input_ids=ids, labels=ids)) == list(before)
+    trained = model.train()(input_ids=ids, labels=ids)
+    assert trained[0] is trained.loss and "logits" not in trained
+
+
+def test_models_that_do_more_with_logits_are_refused():
+    model = hugging_face("gpt2")
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="does more with logits than its unembedding: final_logit_softcapping"):
+        swap_head(model, "cosine")
+
+
+def test_tokens_can_be_added_after_a_swap():
+    model = hugging_face("gpt2")
+    swap_head(model, "cosine")
+    model.resize_token_embeddings(V + 3)
+    ids = torch.tensor([[V + 2, 1, V + 1]])
+    out = model.eval()(input_ids=ids, labels=ids)
+    assert out.logits.shape[-1] == V + 3 and out.logits.isfinite().all() and out.loss.isfinite()
+
+
+def test_a_matched_head_of_a_bfloat16_model_stays_exact():
+    """Its prototypes are large and differ little: in bfloat16 they would lose what they say."""
+    model = hugging_face("qwen2").eval()
+    ids = torch.randint(V, (8, 40))
+    half = hugging_face("qwen2").eval().bfloat16()
+    with torch.no_grad():
+        before = half(input_ids=ids).logits.float().log_softmax(-1)
+        swap_head(half, "euclidean", match_to=ids)
+        after = half(input_ids=ids).logits.log_softmax(-1)
+        off = F.kl_div(after, before, log_target=True, reduction="sum").item() / ids.numel()
+        swap_head(model, "euclidean", match_to=ids)
+    assert half.lm_head.weight.dtype == torch.float32 and off < 0.02
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("matched", [True, False])
+def test_a_swapped_model_is_saved_and_loaded(kind, matched, tmp_path):
+    model, ids = hugging_face(kind).eval(), torch.randint(V, (4, 20))
+    swap_head(model, "minkowski", p=2.0, match_to=ids if matched else None)
+    model.save_pretrained(tmp_path / "model")
+    again = load_swapped(tmp_path / "model").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+    half = load_swapped(tmp_path / "model", dtype=torch.bfloat16)
+    weight = half.get_output_embeddings().weight
+    assert weight.dtype == (torch.float32 if matched else torch.bfloat16)
+    hugging_face(kind).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="holds no swapped head"):
+        load_swapped(tmp_path / "plain")
 
 
 def test_a_head_can_be_swapped_again_but_not_matched():

@@ -197,8 +197,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is not a safetensors file ({error}); it is refused, and nothing in it was executed") from None
 
 
-def load_weights(model: Model, weights: dict):
-    """Puts weights into a model. UserError listing what does not fit."""
+def load_weights(model: Model, weights: dict, assign: bool = False):
+    """Puts weights into a model. UserError listing what does not fit. assign: they become the model's own, which may be without any."""
     own = own_weights(model)
     wrong = [f"{k} is missing" for k in own if k not in weights] + [f"{k} is not part of the model" for k in weights if k not in own]
     wrong += [
@@ -210,7 +210,9 @@ def load_weights(model: Model, weights: dict):
         raise UserError(
             "the checkpoint does not fit the model: " + "; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights, strict=False, assign=assign)
+    if assign and model.config.tie_weights:
+        model.tokens.weight = model.head.weight
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path):

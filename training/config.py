@@ -65,9 +65,11 @@ class TrainConfig:
     eval_only: bool = False
     """evaluate once and stop"""
     init_from: str = "scratch"
-    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or a model to start from: a name on the
-    Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME), a folder in its format, nanoGPT's ckpt.pt, a run's folder. With another --head
-    than its own, that is matched to the model's softmax"""
+    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or a model to start from, which is scratch
+    with that --source"""
+    source: str | None = None
+    """a model to start from: a name on the Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME), a folder in its format, nanoGPT's
+    ckpt.pt, a run's folder. Another --head than its own is matched to the model's softmax"""
     out_dir: str = "out/run"
     """the run's folder"""
     overwrite: bool = False

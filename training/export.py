@@ -21,7 +21,7 @@ from model import Model, ModelConfig, has_bias
 from training import checkpoint
 from training.config import UserError, cli, parse
 from training.data import tokenizer_folder
-from training.pretrained import TABLES, TRUNK, layout
+from training.pretrained import ACTIVATIONS, TABLES, TRUNK, layout
 from training.telemetry import energy, read_metrics
 from training.tokenizer import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 
@@ -74,16 +74,17 @@ def config_of(c: ModelConfig, tokenizer: Tokenizer):
     )
     if kind == "gpt2":
         settings |= dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size, n_inner=c.mlp_width())
+        settings["activation_function"] = {v: k for k, v in ACTIVATIONS.items()}[c.activation or "gelu_tanh"]
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
     else:
         settings |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, hidden_size=c.n_embd, intermediate_size=c.mlp_width())
         settings["max_position_embeddings"] = c.block_size
     if kind == "bert":
+        settings["hidden_act"] = {v: k for k, v in ACTIVATIONS.items()}[c.activation or "gelu"]
         settings |= dict(hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout, pad_token_id=None)
     elif kind != "gpt2":
         settings |= dict(num_key_value_heads=c.n_kv_head or c.n_head, head_dim=c.attention_width(), attention_dropout=c.dropout)
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
-        settings |= {"attention_bias": has_bias(c)} if kind == "qwen3" else {}
     if c.head == "cross_entropy":
         return transformers.CONFIG_MAPPING[kind](**settings)
     own = ("impl", "skip", "precision", "init_std")  # no part of the function
@@ -104,8 +105,14 @@ def model_of(model: Model, tokenizer: Tokenizer):
 
     rows = max(model.config.real_vocab_size, tokenizer.mask_id + 1 if model.config.arch == "bert" else 0)
     c = replace(model.config, vocab_size=rows)
-    if model.head.kind != "control":
-        setattr(c, "scale" if c.link == "softmax" else "exponent", float(model.head.strength()))
+    if model.head.kind == "softmax":
+        c.scale, c.exponent = float(model.head.strength()), None
+    elif model.head.kind == "harmonic":
+        c.exponent = float(model.head.strength())
+    if c.arch != "qwen" and (c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)):
+        raise UserError(f"transformers' {kind_of(c)} has neither n_kv_head={c.n_kv_head} nor head_dim={c.head_dim}")
+    if c.qk_norm and has_bias(c):
+        raise UserError("transformers' qwen3 has no bias on Q, K and V alone (bias=true)")
     own, tensors = checkpoint.own_weights(model), {}
     for name, where in layout(c).items():
         part = own[name].detach()
@@ -157,7 +164,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int, masked: bo
 CARD = """---
 library_name: transformers
 pipeline_tag: {task}
-tags: [{arch}, harmonic-loss, {head}]
+tags: [{arch}, harmonic-loss, {head}]{base}
 ---
 # {name}
 
@@ -196,7 +203,10 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
     """The model card: what it is, how it was trained, what came of it."""
     evaluated = [m for m in read_metrics(run) if "val_loss" in m and m["iter"] <= manifest["iter"]]
     results = [(k, evaluated[-1][k]) for k in ("val_loss", "perplexity", "bits_per_byte") if evaluated and k in evaluated[-1]]
-    environment = json.loads((run / "environment.json").read_bytes())
+    try:
+        environment = json.loads((run / "environment.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run}/environment.json cannot be read ({error}): the model card tells what the run was made with") from None
     kwh, grams = energy(run)
     masked = stored["arch"] == "bert"
     link = {"harmonic": ": a token's logit is `-n log d(h, w)`", "softmax": ": a token's logit is `-s d(h, w)`", "control": ""}[
@@ -205,6 +215,7 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
     return CARD.format(
         **{k: v for k, v in stored.items() if k != "tie_weights"},
         **{k: environment[k] for k in ("world_size", "git_commit")},
+        base=f"\nbase_model: {stored['source']}" if stored.get("source") else "",
         task="fill-mask" if masked else "text-generation",
         auto=auto_class(model.config),
         trust=trust(model.config),

@@ -16,17 +16,9 @@ from transformers import (
 )
 
 try:
-    from harmonic import swap_head
+    from harmonic.swap import Swapped
 except ImportError:
-    from .harmonic_swap import swap_head
-
-
-class Harmonic:
-    """In front of a model's class: its unembedding becomes the head that `config.harmonic` describes."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        swap_head(self, **config.harmonic)
+    from .harmonic_swap import Swapped
 
 
 class HarmonicGPT2Config(GPT2Config):
@@ -45,17 +37,17 @@ class HarmonicQwen3Config(Qwen3Config):
     model_type = "harmonic_qwen3"
 
 
-class HarmonicGPT2(Harmonic, GPT2LMHeadModel):
+class HarmonicGPT2(Swapped, GPT2LMHeadModel):
     config_class = HarmonicGPT2Config
 
 
-class HarmonicBert(Harmonic, BertForMaskedLM):
+class HarmonicBert(Swapped, BertForMaskedLM):
     config_class = HarmonicBertConfig
 
 
-class HarmonicQwen2(Harmonic, Qwen2ForCausalLM):
+class HarmonicQwen2(Swapped, Qwen2ForCausalLM):
     config_class = HarmonicQwen2Config
 
 
-class HarmonicQwen3(Harmonic, Qwen3ForCausalLM):
+class HarmonicQwen3(Swapped, Qwen3ForCausalLM):
     config_class = HarmonicQwen3Config

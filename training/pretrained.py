@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from harmonic.swap import ROWS, match
+from harmonic import HarmonicHead, match
+from harmonic.swap import ROWS
 from model import Model, ModelConfig
 from training import checkpoint
 from training.config import UserError, nearest, read_yaml
 from training.data import NONE, Data, training_batches
+from training.tokenizer import BPE_FILE, rust_tokenizer, rust_vocabulary
 
+SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "bert-base-uncased", "bert-large-uncased")  # names without an owner
 ARCH = {"gpt2": "gpt", "bert": "bert", "qwen2": "qwen", "qwen3": "qwen"}
 TRUNK = {"gpt": "transformer.", "bert": "bert.", "qwen": "model."}  # in front of a trunk's names, where there is a head too
@@ -70,6 +73,7 @@ MODULES = {
 FREE = ("block_size", "vocab_size", "real_vocab_size", "dropout", "doc_mask", "eot_id", "head_impl", "head_skip", "head_precision")
 HEAD_KEY = re.compile("(head|link|exponent|scale|learn_exponent|learn_scale)$|head_(?!dim)")  # what a swap changes
 TABLES = ("tokens.weight", "head.weight", "head.bias")  # a row for each token
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}  # the last name of each is written
 # What checkpoints hold besides: buffers of old versions, BERT's other heads
 IGNORED = re.compile(r".*(\.attn\.(masked_)?bias|position_ids|inv_freq)|pooler\..*|cls\.(seq_relationship|predictions\.decoder\.bias).*")
 
@@ -95,8 +99,9 @@ class Tensor:
         return {n: (p.T if self.transposed else p).contiguous() for n, p in zip(self.names, parts, strict=True)}
 
     def join(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        parts = [tensors[n].float() for n in self.names]
-        return torch.cat([p.T if self.transposed else p for p in parts]) if parts[0].dim() else parts[0]
+        parts = [tensors.pop(n).float() for n in self.names]
+        parts = [p.T if self.transposed else p for p in parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def layout(config: ModelConfig, conv1d: bool = True) -> dict[str, Tensor]:
@@ -134,7 +139,11 @@ def convert(tensors: dict[str, torch.Tensor], config: ModelConfig, where: str, c
     if config.tie_weights:  # the table lies where the input embedding is; a second copy is the same
         head, tokens = f"{HEADS[config.arch]}.weight", f"{MODULES[config.arch]['tokens']}.weight"
         if tokens in plain:
-            plain[head] = plain.pop(tokens)
+            first = plain.pop(tokens)
+            if head in plain and not torch.equal(first, plain[head]):
+                why = f"{tokens} and {head} differ, but its configuration ties them (tie_word_embeddings)"
+                raise UserError(f"{where}: {why}")
+            plain[head] = first
     lost = [n for n in expected if n not in plain]
     if lost and config.arch == "bert" and all(n.startswith("cls.predictions") for n in lost):
         lost = []  # an encoder alone: the head's transform starts anew
@@ -157,7 +166,8 @@ class Pretrained:
     name: str
     settings: dict  # the keys of ModelConfig that it determines
     longest: int  # the block size that it allows
-    tokenizer: str | None  # its own, None if unknown
+    tokenizer: str | None  # the name of its own, None if unknown
+    vocabulary: Path | None  # its tokenizer.json, where it has one
     weights: Callable  # ModelConfig -> its tensors by their names in model.py
 
     @property
@@ -178,26 +188,43 @@ class Pretrained:
             found.append(f"block_size={config.block_size}: {self.name} reads at most {self.longest} tokens")
         if config.vocab_size < self.settings["vocab_size"]:
             found.append(f"vocab_size={config.vocab_size}: {self.name} has {self.settings['vocab_size']}")
+        if config.head != self.head and config.head_precision == "autocast":
+            found.append("head_precision=autocast: a matched head lives on small differences of large prototypes and needs float32")
         if self.head not in ("cross_entropy", config.head):
             found.append(f"head={config.head}: a head is swapped for one of cross_entropy, and {self.name} has {self.head}")
         return found
+
+    def reads(self, data: Data) -> str | None:
+        """Why it cannot read the data's tokens, in words; None if it can. Where nothing tells, a note on stderr."""
+        where = f"{data.folder} ({data.tokenizer})"
+        if self.vocabulary:
+            own, theirs = (rust_vocabulary(f) for f in (self.vocabulary, rust_tokenizer(data.tokenizer, data.folder)))
+            if other := [token for token, i in theirs.items() if own.get(token) != i]:
+                return f"{self.name} has another tokenizer than {where}: {len(other):,} tokens differ, such as {other[0]!r}"
+        elif self.tokenizer not in (None, data.tokenizer):
+            return f"{self.name} has the tokenizer {self.tokenizer}, another than {where}"
+        elif self.tokenizer is None:
+            print(f"note: nothing says which tokenizer {self.name} was trained with; it gets the tokens of {where}", file=sys.stderr)
+        return None
 
     def load(self, config: ModelConfig) -> Model:
         """Its model with its own head, and the block size, vocabulary and dropout of `config`."""
         own = ModelConfig(**self.settings)
         weights = self.weights(own)
         own = replace(own, **{key: getattr(config, key) for key in FREE})
-        model = Model(own)
         if "positions.weight" in weights:
             weights["positions.weight"] = weights["positions.weight"][: own.block_size]
         for name in TABLES:
             if name in weights:
                 more = own.vocab_size - len(weights[name])
                 weights[name] = F.pad(weights[name], (0, 0, 0, more) if weights[name].dim() == 2 else (0, more))
-        fresh = checkpoint.own_weights(model)
-        if new := [name for name in fresh if name not in weights]:
+        with torch.device("meta"):  # no time and memory for numbers that are replaced
+            model = Model(own)
+        if new := [name for name in checkpoint.own_weights(model) if name not in weights]:
             print(f"{self.name} has no {', '.join(new)}: they start anew", file=sys.stderr)
-        checkpoint.load_weights(model, {**{name: fresh[name] for name in new}, **weights})
+            fresh = checkpoint.own_weights(Model(own))
+            weights |= {name: fresh[name] for name in new}
+        checkpoint.load_weights(model, weights, assign=True)
         return model
 
 
@@ -211,6 +238,8 @@ def find(name: str) -> Pretrained:
         return _from_run(path)
     if path.is_dir():
         return _from_folder(path, name)
+    if path.suffix == ".safetensors":
+        raise UserError(f"init_from={name}: name the folder, which has config.json too")
     if path.is_file():
         return _from_nanogpt(path)
     if name not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "out/")):
@@ -218,13 +247,12 @@ def find(name: str) -> Pretrained:
             f"init_from={name}: no such file or folder, and no model{nearest(name, ['scratch', 'resume', 'auto', *HUB])}; "
             "other models of the hub are written OWNER/NAME"
         )
-    return _from_folder(_download(name), name)
+    return _from_folder(_download(name, ["config.json", "tokenizer.json"]), name, lambda: _download(name, SAFETENSORS))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, hub, access, disk: each raises its own
@@ -238,14 +266,18 @@ def _download(name: str) -> Path:
 def _from_run(path: Path) -> Pretrained:
     stored, folder = read_yaml(path / "config.yaml"), checkpoint.newest(path, (checkpoint.WEIGHTS,))
     settings = {k: v for k, v in stored.items() if k in ModelConfig.__dataclass_fields__}
-    return Pretrained(
-        str(path), settings, settings["block_size"], stored["tokenizer"], lambda _: checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
-    )
+    if lost := {"block_size", "vocab_size", "tokenizer"} - set(stored):
+        raise UserError(f"{path}/config.yaml has no {', '.join(sorted(lost))}")
+    vocabulary = path / BPE_FILE if (path / BPE_FILE).is_file() else None
+    weights = lambda _: checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
+    return Pretrained(str(path), settings, settings["block_size"], stored["tokenizer"], vocabulary, weights)
 
 
 def _from_nanogpt(path: Path) -> Pretrained:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(stored, dict):
+            raise KeyError("model_args")
         arguments = stored["model_args"]
         settings = {key: arguments[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")}
         tensors = dict(stored["model"])
@@ -254,20 +286,24 @@ def _from_nanogpt(path: Path) -> Pretrained:
         raise UserError(
             f"init_from={path} is not a checkpoint of nanoGPT, or holds more than tensors; nothing in it was run ({reason})"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"init_from={path} is not a checkpoint of nanoGPT: it has no {error}") from None
-    settings |= {"arch": "gpt", "real_vocab_size": settings["vocab_size"]}
+    settings |= {"arch": "gpt", "real_vocab_size": settings["vocab_size"], "activation": "gelu"}
     tokenizer = "gpt2" if settings["vocab_size"] in (50257, 50304) else None
-    return Pretrained(str(path), settings, settings["block_size"], tokenizer, lambda own: convert(tensors, own, str(path), conv1d=False))
+    weights = lambda own: convert(tensors, own, str(path), conv1d=False)
+    return Pretrained(str(path), settings, settings["block_size"], tokenizer, None, weights)
 
 
-def _from_folder(folder: Path, name: str) -> Pretrained:
+def _from_folder(folder: Path, name: str, fetch: Callable | None = None) -> Pretrained:
+    """fetch: gets the weights and returns their folder; None: they are in this one."""
     config = read_config(folder, name)
     settings, longest = settings_of(config, name)
     rows = settings["vocab_size"]
     by_rows = {("gpt", 50257): "gpt2", ("gpt", 50304): "gpt2", ("bert", 30522): "bert"}
     tokenizer = "qwen" if settings["arch"] == "qwen" and rows > 151642 else by_rows.get((settings["arch"], rows))
-    return Pretrained(name, settings, longest, tokenizer, lambda own: convert(read_tensors(folder, name), own, name))
+    vocabulary = folder / BPE_FILE if (folder / BPE_FILE).is_file() else None
+    weights = lambda own: convert(read_tensors(fetch() if fetch else folder, name), own, name)
+    return Pretrained(name, settings, longest, tokenizer, vocabulary, weights)
 
 
 def read_config(folder: Path, name: str):
@@ -296,12 +332,14 @@ def settings_of(config, name: str) -> tuple[dict, int]:
     arch = ARCH[config.model_type]
     rope = getattr(config, "rope_parameters", None) or {}
     required = {
-        "gpt": dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                    scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
-        "bert": dict(hidden_act="gelu", layer_norm_eps=1e-12, type_vocab_size=2, is_decoder=False, add_cross_attention=False),
+        "gpt": dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+        "bert": dict(layer_norm_eps=1e-12, type_vocab_size=2, is_decoder=False, add_cross_attention=False),
         "qwen": dict(hidden_act="silu", rms_norm_eps=1e-6, use_sliding_window=False, attention_bias=False),
     }[arch]  # fmt: skip
     wrong = [f"{key}={getattr(config, key)} (only {value})" for key, value in required.items() if getattr(config, key, value) != value]
+    activation = getattr(config, "activation_function", None) or config.hidden_act
+    if arch != "qwen" and activation not in ACTIVATIONS:
+        wrong.append(f"the activation {activation} (only {', '.join(ACTIVATIONS)})")
     if rope.get("rope_type", "default") != "default":
         wrong.append(f"rope_type={rope['rope_type']} (only default)")
     if wrong:
@@ -318,6 +356,7 @@ def settings_of(config, name: str) -> tuple[dict, int]:
         "real_vocab_size": config.vocab_size,
         "tie_weights": bool(config.tie_word_embeddings),
         "bias": config.model_type != "qwen3",
+        "activation": ACTIVATIONS.get(activation),
     }
     if arch == "qwen":
         settings |= {
@@ -329,7 +368,7 @@ def settings_of(config, name: str) -> tuple[dict, int]:
         settings["head_dim"] = 0 if width * config.num_attention_heads == config.hidden_size else width
     head = dict(getattr(config, "harmonic", None) or {})  # an export of a harmonic head
     if head:
-        settings |= {"head": head.pop("name"), "real_vocab_size": head.pop("real_vocab_size", config.vocab_size)}
+        settings |= {"head": head.pop("name", None), "real_vocab_size": head.pop("real_vocab_size", config.vocab_size)}
         settings |= {key if key in ModelConfig.__dataclass_fields__ else f"head_{key}": value for key, value in head.items()}
     return settings, longest
 
@@ -340,8 +379,8 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     files = ["model.safetensors"]
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = sorted({Path(file).name for file in json.loads(index.read_bytes())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"init_from={name}: {index.name} is wrong ({error})") from None
     if lost := [file for file in files if not (folder / file).is_file()]:
         pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
@@ -364,17 +403,20 @@ def states(model: Model, data: Data, seed: int, batch_size: int) -> torch.Tensor
 
 
 @torch.no_grad()
-def swap(source: Model, config: ModelConfig, states: torch.Tensor) -> tuple[Model, float]:
-    """The source's trunk under the head of `config`, whose prototypes and strength are matched to the source's softmax (`harmonic.swap`).
+def swap(model: Model, config: ModelConfig, states: torch.Tensor) -> float:
+    """Gives a model the head of `config`, with prototypes of its own that are matched to its softmax (`harmonic.swap`).
 
-    The model has prototypes of its own, not tied to its input embedding. `config` is changed: it gets the exponent (or scale) that was
-    found. Returns: the model, and the KL divergence from the source's predictions on the states in nats per token.
+    `config` is changed: it gets the exponent (or scale) that was found, and its head and input embedding are not tied.
+    Returns: the KL divergence from the model's predictions on the states in nats per token.
     """
     config.tie_weights = False
-    model = Model(config).to(states.device)
-    trunk = {k: v for k, v in source.state_dict().items() if not k.startswith("head.")}
-    checkpoint.load_weights(model, {**{k: v for k, v in model.state_dict().items() if k.startswith("head.")}, **trunk})
-    kl = match(model.head, states, source.head.weight, source.head.bias)
-    if model.head.kind != "control":
-        setattr(config, "scale" if model.head.kind == "softmax" else "exponent", float(model.head.strength()))
-    return model, kl
+    old = model.head
+    arguments = dict(real_vocab_size=config.real_vocab_size or None, **config.head_arguments())
+    model.head = HarmonicHead(config.n_embd, config.vocab_size, config.head, **arguments).to(states.device)
+    kl = match(model.head, states, old.weight, old.bias)
+    if model.head.kind == "softmax":
+        config.scale, config.exponent = float(model.head.strength()), None
+    elif model.head.kind == "harmonic":
+        config.exponent = float(model.head.strength())
+    model.config = config
+    return kl

@@ -147,6 +147,16 @@ def load_gpt2() -> Tokenizer:
     return from_tiktoken("gpt2", gpt2, lambda text: text)
 
 
+def rust_vocabulary(tokenizer) -> dict[str, int]:
+    """Token -> id of a tokenizer of the package tokenizers, or of the file of one. UserError for another file."""
+    from tokenizers import Tokenizer as Rust
+
+    try:
+        return (Rust.from_file(str(tokenizer)) if isinstance(tokenizer, Path) else tokenizer).get_vocab()
+    except Exception as error:  # the library raises plain Exception for a file that it cannot read
+        raise UserError(f"{tokenizer} is not a tokenizer ({error})") from None
+
+
 def rust_tokenizer(name: str, folder=None):
     """The tokenizer called `name` as one of the package tokenizers, which transformers reads: byte for byte the same ids."""
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers

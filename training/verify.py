@@ -26,13 +26,14 @@ def history(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(run)]
 
 
-def verify_resume(argv: list[str], decay: int):
+def verify_resume(argv: list[str], decay: int, source: str | None = None):
     """Trains with the given settings and kills the process (SIGKILL) after a checkpoint; resumes it for INTERVAL iterations; trains as many
     in one process; compares every line of metrics and the bytes of weights and optimiser. Exits with status 1 when anything differs.
 
     Under torchrun on one machine the same number of processes is used.
 
     Args:
+        source: the model to start from, if any.
         decay: the iteration at which the learning rate's decay ends, which does not depend on how long these runs are.
     """
     processes, here = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -47,6 +48,7 @@ def verify_resume(argv: list[str], decay: int):
         eval_interval=INTERVAL, log_interval=1, eval_iters=2, emissions=False, tensorboard=False, wandb=False, lr_decay_iters=decay
     )
     flags = [f"--{k}={v}" for k, v in {**fixed, "verify_resume": False, "init_from": "auto"}.items()]
+    flags += [f"--source={source}"] if source else []
     command = [sys.executable, *launcher(processes), sys.argv[0], *argv, *flags]
 
     with tempfile.TemporaryDirectory() as folder, tqdm(unit="iteration", leave=False, disable=None) as bar:
