@@ -206,7 +206,9 @@ def test_training_starts_from_it_and_reports_both_numbers(train, gpt2, tmp_path)
     assert stored["source"] == str(gpt2[0]) and stored["init_from"] == "scratch"
     status, again, err = train("run/config.yaml", out_dir="again", **{k: None for k in (*SIZES, "dataset")})
     assert status == 0 and "as it is: val loss" in again, err  # the folder holds what starts it again
-    assert json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])["val_loss"] == pytest.approx(first["val_loss"], abs=0.1)
+    assert json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])["val_loss"] == pytest.approx(
+        first["val_loss"], abs=0.1
+    )
 
 
 @pytest.mark.parametrize("link", ["harmonic", "softmax"])
