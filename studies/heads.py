@@ -1,0 +1,307 @@
+"""The study of heads: every distance with both links beside cross-entropy; the same model, tokens and order, as many settings for each.
+
+    python prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
+    python -m studies.heads                     # goes on where it stopped; results/heads.csv has a row for each run
+    python -m studies.heads --config=configs/study_gpt2_124m.yaml --out=results/heads_gpt2.csv --workers=1 --nproc_per_node=8
+
+Stage 1 sweeps learning rate and exponent of each family and link: 12 settings, then beyond the edge on which the winner lies (EDGES more
+settings at most), then two other scales of the prototypes at the start. cross_entropy and cosine_linear, which have no exponent, sweep the
+scale of their prototypes in its place. A further variant of a family takes 4 settings around the family's winner.
+Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one.
+
+The softmax twin sweeps the scale that has the slope of the same exponents at the start (`harmonic.default_scale`).
+"""
+
+import csv
+import itertools
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from analysis.geometry import spectrum
+from analysis.gradients import stability
+from training import checkpoint
+from training.config import UserError, cli, parse, read_yaml
+from training.distributed import launcher
+from training.telemetry import energy, read_metrics
+
+FAMILIES = ("cosine", "euclidean", "manhattan", "minkowski", "mahalanobis", "hamming_soft", "chebyshev", "canberra", "bray_curtis")
+CONTROLS = ("cross_entropy", "cosine_linear")
+VARIANTS = {  # a further variant: (its head, its flags, its family)
+    "minkowski p=3": ("minkowski", {"head_p": 3.0}, "minkowski"),
+    "mahalanobis_diagonal": ("mahalanobis_diagonal", {}, "mahalanobis"),
+    "mahalanobis_cholesky": ("mahalanobis_cholesky", {}, "mahalanobis"),
+    "hamming_gumbel": ("hamming_gumbel", {}, "hamming_soft"),
+    "hamming_hard": ("hamming_hard", {}, "hamming_soft"),
+    "chebyshev_smooth": ("chebyshev_smooth", {}, "chebyshev"),
+    "canberra_robust": ("canberra_robust", {}, "canberra"),
+    "canberra_weighted": ("canberra_weighted", {"head_q": 0.5}, "canberra"),
+    "bray_curtis_abs": ("bray_curtis_abs", {}, "bray_curtis"),
+    "bray_curtis_normalized": ("bray_curtis_normalized", {}, "bray_curtis"),
+}
+LINKS = ("harmonic", "softmax")
+RATES = (1e-3, 3e-3, 1e-2)  # about half a decade apart, around the best of short runs; more where a winner lies on the edge
+EXPONENTS = (1 / 16, 1 / 4, 1, 4)  # times n_embd
+STDS = (0.01, 0.02, 0.05, 0.1)  # of the prototypes of a head without an exponent
+OTHER_STDS = (0.005, 0.1)  # of the others, whose grid has 0.02
+RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and around a family's winner
+EDGES = 4
+SEEDS = (1337, 1338, 1339)
+COLUMNS = [
+    "stage", "dataset", "arch", "head", "p", "q", "link", "exponent", "scale", "init_std", "learning_rate", "seed", "iters", "val_loss",
+    "bits_per_byte", "first_val_loss", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius", "pca_top2",
+    "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
+]  # fmt: skip
+KEY = ("stage", "head", "p", "q", "link", "exponent", "init_std", "learning_rate", "seed")  # what tells runs apart
+
+
+@dataclass
+class StudyConfig:
+    """The study of heads"""
+
+    config: str = "configs/study.yaml"
+    """model, data and budget of stage 1"""
+    out: str = "results/heads.csv"
+    """the table; runs that it has are not repeated"""
+    runs: str = "out/study"
+    """where the runs' folders go"""
+    stages: str = "12"
+    """which stages to run"""
+    long_iters: int = 1000
+    """iterations of stage 2"""
+    workers: int = 2
+    """runs side by side, each on one CPU thread"""
+    nproc_per_node: int = 1
+    """processes of each run, for GPUs"""
+    only: str | None = None
+    """one head alone, such as cosine"""
+
+    def problems(self) -> list[str]:
+        found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("long_iters", "workers", "nproc_per_node") if getattr(self, k) < 1]
+        if not self.stages or set(self.stages) - set("12"):
+            found.append(f"stages={self.stages} is not made of 1 and 2")
+        names = sorted({*FAMILIES, *CONTROLS, *(head for head, *_ in VARIANTS.values())})
+        if self.only not in (None, *names):
+            found.append(f"only={self.only} is not a head of the study: {', '.join(names)}")
+        return found
+
+
+def setting(stage: int, head: str, link: str, rate: float, exponent=None, std=0.02, seed=SEEDS[0], flags=None) -> dict:
+    """One run: what tells it apart, as the texts of the table."""
+    text = lambda x: "" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x)
+    p, q = ((flags or {}).get(f"head_{k}") for k in "pq")
+    values = (stage, head, p, q, link, exponent, float(std), float(rate), seed)
+    return dict(zip(KEY, map(text, values), strict=True))
+
+
+class Rows:
+    """The table on the disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+
+    def find(self, wanted: dict) -> dict | None:
+        return next((r for r in self.rows if all(r[k] == v for k, v in wanted.items())), None)
+
+    def add(self, row: dict):
+        new = not self.rows
+        self.rows.append({k: str(row.get(k, "")) for k in COLUMNS})
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(self.rows[-1])
+
+
+def loss(row: dict) -> float:
+    """A row's validation loss; what diverged is last."""
+    value = float(row["val_loss"] or "nan")
+    return value if math.isfinite(value) else math.inf
+
+
+def best(rows: list[dict]) -> dict:
+    return min(rows, key=loss)
+
+
+class Sweep:
+    """Stage 1 of one head and link, as a generator of settings that looks at what its earlier ones gave."""
+
+    def __init__(self, table: Rows, head: str, link: str, dim: int, flags: dict | None = None, around: dict | None = None):
+        self.table, self.head, self.link, self.dim, self.flags, self.around = table, head, link, dim, flags or {}, around
+
+    def make(self, rate, second, std=None) -> dict:
+        """second: the exponent, or a control's init_std."""
+        if self.link == "control":
+            return setting(1, self.head, self.link, rate, None, second, flags=self.flags)
+        return setting(1, self.head, self.link, rate, float(second), 0.02 if std is None else std, flags=self.flags)
+
+    def second(self, row: dict) -> float:
+        return float(row["init_std" if self.link == "control" else "exponent"])
+
+    def done(self, wanted: list[dict]) -> list[dict]:
+        return [r for w in wanted if (r := self.table.find(w))]
+
+    def settings(self) -> list[dict]:
+        """All settings that are known to be wanted by now, done or not."""
+        if self.around:  # a variant: half a step of each around its family's winner
+            rate, n, std = (float(self.around[k]) for k in ("learning_rate", "exponent", "init_std"))
+            return [self.make(rate * a, n * b, std) for a in (1, RATE_STEP**-1) for b in (1, 0.5)]
+        seconds = STDS if self.link == "control" else [x * self.dim for x in EXPONENTS]
+        wanted = [self.make(rate, second) for rate, second in itertools.product(RATES, seconds)]
+        for _ in range(EDGES):
+            found = self.done(wanted)
+            if len(found) < len(wanted):
+                return wanted
+            top = best(found)
+            beyond = self.beyond(top, found)
+            if beyond is None:
+                break
+            wanted.append(beyond)
+        found = self.done(wanted)
+        if len(found) == len(wanted) and self.link != "control":
+            top = best(found)
+            wanted += [self.make(float(top["learning_rate"]), self.second(top), std) for std in OTHER_STDS]
+        return wanted
+
+    def beyond(self, top: dict, found: list[dict]) -> dict | None:
+        """The setting next to the winner on the outside of the grid; None where it lies inside."""
+        rate, second = float(top["learning_rate"]), self.second(top)
+        step = STD_STEP if self.link == "control" else EXPONENT_STEP
+        rates = [float(r["learning_rate"]) for r in found if math.isclose(self.second(r), second, rel_tol=1e-3)]
+        seconds = [self.second(r) for r in found if math.isclose(float(r["learning_rate"]), rate, rel_tol=1e-3)]
+        if second == max(seconds):
+            return self.make(rate, second * step)
+        if second == min(seconds):
+            return self.make(rate, second / step)
+        if rate == max(rates):
+            return self.make(rate * RATE_STEP, second)
+        if rate == min(rates):
+            return self.make(rate / RATE_STEP, second)
+        return None
+
+    def winner(self) -> dict | None:
+        """The best row, once all are done."""
+        wanted = self.settings()
+        found = self.done(wanted)
+        return best(found) if len(found) == len(wanted) else None
+
+
+def sweeps(table: Rows, dim: int) -> list[Sweep]:
+    """All of stage 1 that can begin: variants wait for their family's winner."""
+    families = {(head, link): Sweep(table, head, link, dim) for head in FAMILIES for link in LINKS}
+    found = [Sweep(table, head, "control", dim) for head in CONTROLS] + list(families.values())
+    for (head, flags, family), link in itertools.product(VARIANTS.values(), LINKS):
+        if winner := families[family, link].winner():
+            found.append(Sweep(table, head, link, dim, flags, winner))
+    return found
+
+
+def wanted(table: Rows, c: StudyConfig, dim: int) -> list[dict]:
+    """Every setting that is known to be wanted by now, done or not, in order."""
+    every = [s for s in sweeps(table, dim) if c.only in (None, s.head)]
+    found = [x for s in every for x in s.settings()] if "1" in c.stages else []
+    if "2" in c.stages:
+        winners = [(s, w) for s in every if (w := s.winner()) and math.isfinite(loss(w))]
+        for seed in SEEDS:
+            found += [{**{k: w[k] for k in KEY}, "stage": "2", "seed": str(seed)} for s, w in winners if not s.around or seed == SEEDS[0]]
+    return found
+
+
+def folder(c: StudyConfig, s: dict) -> Path:
+    return Path(c.runs) / "-".join(v for v in s.values() if v)
+
+
+def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
+    """Starts the run of a setting."""
+    flags = {"head": s["head"], "learning_rate": s["learning_rate"], "min_lr": float(s["learning_rate"]) / 10, "seed": s["seed"]}
+    flags |= {"head_init_std": s["init_std"], "out_dir": folder(c, s), "overwrite": True}
+    flags |= {f"head_{k}": s[k] for k in "pq" if s[k]}
+    flags |= {"link": s["link"], "exponent": s["exponent"]} if s["link"] != "control" else {}
+    if s["stage"] == "2":
+        flags |= {"max_iters": c.long_iters, "warmup_iters": c.long_iters // 10, "eval_interval": c.long_iters // 10, "emissions": True}
+    command = [sys.executable, *(launcher(c.nproc_per_node) if c.nproc_per_node > 1 else []), "train.py", c.config]
+    folder(c, s).mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if c.workers > 1 else None
+    with open(folder(c, s).with_suffix(".log"), "w") as log:
+        return subprocess.Popen([*command, *(f"--{k}={v}" for k, v in flags.items())], stdout=log, stderr=log, env=environment)
+
+
+@torch.no_grad()
+def result(c: StudyConfig, s: dict, status: int, seconds: float, commit: str) -> dict:
+    """The row of a run that has ended; one that stopped with status 3, at a loss that is not finite, has no losses."""
+    run, settings = folder(c, s), read_yaml(c.config)
+    row = {**s, "dataset": settings["dataset"], "arch": settings["arch"], "seconds": f"{seconds:.1f}", "commit": commit}
+    row["iters"] = settings["max_iters"] if s["stage"] == "1" else c.long_iters
+    if status == 3:
+        return row
+    if status:
+        raise UserError(f"{run} ended with status {status}:\n{run.with_suffix('.log').read_text()[-2000:]}")
+    metrics = read_metrics(run)
+    losses = [m for m in metrics if "val_loss" in m]
+    model, *_ = checkpoint.load_run(run)
+    steady = stability(metrics, settings.get("grad_clip", 1.0))
+    shape = spectrum(model.head.prototypes())
+    kwh = energy(run)[0]
+    row |= {
+        "scale": "" if s["link"] != "softmax" else f"{float(model.head.strength()):.6g}",
+        "val_loss": f"{losses[-1]['val_loss']:.6f}",
+        "bits_per_byte": f"{losses[-1].get('bits_per_byte', math.nan):.6f}",
+        "first_val_loss": f"{losses[0]['val_loss']:.4f}",
+        "grad_norm_mean": f"{steady['mean']:.4g}",
+        "grad_norm_cv": f"{steady['cv']:.4g}",
+        "grad_spikes": f"{steady['spike_rate']:.4g}",
+        "grad_clipped": f"{steady['clip_rate']:.4g}",
+        "prototype_radius": f"{model.head.prototypes().norm(dim=-1).mean().item():.4g}",
+        "pca_top2": f"{shape['top2']:.4g}",
+        "pca_components_90": shape["components_90"],
+        "effective_rank": f"{shape['effective_rank']:.4g}",
+        "kwh": "" if kwh is None else f"{kwh / c.workers:.5g}",  # each run is charged for the whole machine
+    }
+    return row
+
+
+def main():
+    (c,) = parse(sys.argv[1:], StudyConfig)
+    if not Path(c.config).is_file():
+        raise UserError(f"no file {c.config}")
+    dim = yaml.safe_load(Path(c.config).read_text())["n_embd"]
+    table = Rows(Path(c.out))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    running: list[tuple[dict, subprocess.Popen, float]] = []
+    bar = tqdm(desc="runs", unit=" runs", disable=None)
+    try:
+        while True:
+            known = wanted(table, c, dim)
+            under_way = [s for s, *_ in running]
+            todo = [s for s in known if not table.find(s) and s not in under_way]
+            bar.total, bar.n = len(known), len(known) - len(todo) - len(running)
+            bar.refresh()
+            while todo and len(running) < c.workers:
+                running.append((todo[0], begin(c, todo[0]), time.monotonic()))
+                todo = todo[1:]
+            if not running:
+                break
+            time.sleep(0.5)
+            for item in [x for x in running if x[1].poll() is not None]:
+                running.remove(item)
+                s, process, began = item
+                row = result(c, s, process.returncode, time.monotonic() - began, commit)
+                table.add(row)
+                tqdm.write(f"{' '.join(v for v in s.values() if v)}: {row.get('val_loss', 'not finite')}, {row['seconds']} s")
+    finally:
+        for _, process, _ in running:
+            process.kill()
+        bar.close()
+
+
+if __name__ == "__main__":
+    cli(main)
