@@ -1,14 +1,65 @@
-"""The shape of an embedding: how many directions it uses and how evenly, beside a null model."""
+"""The shape of what a model has learnt: prototypes, input embedding and last hidden states, each beside what chance would give.
+
+    python -m analysis.geometry out/a out/b --words="king city"
+
+For each: share of variance in the top 2 and top 5 principal components, components for 90 %, effective rank, participation ratio, isotropy
+(mean cosine of two rows), the correlation of a row's norm with its token's frequency, and the parallelogram loss of word relations. The
+null models have the same norms of rows in random directions (for the spectrum) and the same words in shuffled pairs (for the
+parallelograms). With several runs: linear CKA of their hidden states, layer by layer, on the same text. `--words` prints nearest
+prototypes.
+"""
+
+import itertools
+import random
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
+from analysis.relations import RELATIONS, pairs
+from analysis.runs import about, caution, default_out, find_runs, publish, shown, table, write_csv, write_whole
+from harmonic import CONTROLS, distance
+from training.config import cli, parse
+from training.data import validation_batches, validation_windows
+from training.distributed import check_device
+
+STATES = 4096  # hidden states looked at
+
+
+@dataclass
+class GeometryConfig:
+    """Geometry"""
+
+    runs: list[str] = field(default_factory=list)
+    """run folders"""
+    words: str | None = None
+    """words, with spaces between, whose nearest prototypes are printed"""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """which checkpoint of each run"""
+    split: Literal["val", "test"] = "val"
+    """the text that hidden states are taken of"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    out: str | None = None
+    """the CSV file, with the map (.png) and _cka.csv beside it; null = geometry.csv in the first run's parent folder"""
+
+    def problems(self) -> list[str]:
+        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
+
+
+def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows (M, C) -> (centred rows, variances of the principal components, largest first, their directions in columns), float64."""
+    x = x.detach().cpu().double()
+    x = x - x.mean(0)
+    variance, directions = torch.linalg.eigh(x.T @ x / len(x))
+    return x, variance.flip(0).clamp_min(0), directions.flip(1)
+
 
 def spectrum(x: torch.Tensor) -> dict:
-    """Principal components of the rows of x (M, C), centred: shares of variance of the top 2 and top 5, components for 90 %, effective rank
+    """Principal components of the rows of x (M, C): shares of variance of the top 2 and top 5, components for 90 %, effective rank
     exp(entropy of the normalised singular values) (Roy and Vetterli 2007), participation ratio (sum v)^2 / sum v^2 of the variances v."""
-    x = x.detach().double()
-    x = x - x.mean(0)
-    variance = torch.linalg.eigvalsh(x.T @ x).flip(0).clamp_min(0)
+    _, variance, _ = principal(x)
     share = variance / variance.sum()
     singular = variance.sqrt() / variance.sqrt().sum()
     return {
@@ -18,3 +69,170 @@ def spectrum(x: torch.Tensor) -> dict:
         "effective_rank": torch.special.entr(singular).sum().exp().item(),
         "participation_ratio": (1 / share.square().sum()).item(),
     }
+
+
+def mean_cosine(x: torch.Tensor) -> float:
+    """The mean cosine of two different rows: 0 for directions spread evenly, 1 for one direction (Ethayarajh 2019)."""
+    unit = torch.nn.functional.normalize(x.detach().cpu().double(), dim=-1)
+    return ((unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))).item()
+
+
+def matched_null(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Rows of the same norms in random directions."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(noise, dim=-1) * x.detach().cpu().norm(dim=-1, keepdim=True)
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Spearman's; ties keep their order."""
+    return torch.corrcoef(torch.stack([x.argsort().argsort().double() for x in (a, b)]))[0, 1].item()
+
+
+def word_ids(tokenizer, word: str) -> int:
+    """The token of a word inside a text, or the last one of its tokens."""
+    return tokenizer.encode(f" {word}")[-1]
+
+
+def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float, float, dict]:
+    """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the root of their variance: the mean over all
+    pairs of pairs of a relation, and over relations.
+
+    Returns: (the loss, the same with each relation's second words shuffled, the loss of each relation).
+    """
+    rows, variance, directions = principal(x)
+    plane = rows @ directions[:, :2] / variance[:2].sum().sqrt()
+    found, null, rng = {}, [], random.Random(0)
+    for name in RELATIONS:
+        first, second = (plane[[word_ids(tokenizer, w) for w in words]] for words in zip(*pairs(name), strict=True))
+        both = torch.tensor(list(itertools.combinations(range(len(first)), 2)))
+
+        def mean(offset, both=both):
+            return (offset[both[:, 0]] - offset[both[:, 1]]).norm(dim=-1).mean().item()
+
+        found[name] = mean(second - first)
+        for _ in range(shuffles):
+            null.append(mean(second[rng.sample(range(len(second)), len(second))] - first))
+    return sum(found.values()) / len(found), sum(null) / len(null), found
+
+
+def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Linear centred kernel alignment of two sets of states of the same tokens, (N, C), (N, C') (Kornblith et al. 2019): 1 where one is a
+    rotation and scaling of the other."""
+    a, b = (x.cpu().double() - x.cpu().double().mean(0) for x in (a, b))
+    return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())).item()
+
+
+@torch.inference_mode()
+def layers(model, data, split: str) -> list[torch.Tensor]:
+    """Hidden states of the split's text at the output of each block, and last what the head sees: [(N, C)], N about STATES."""
+    c, seen = model.config, []
+    hooks = [block.register_forward_hook(lambda _, __, out: seen[-1].append(out)) for block in model.blocks]
+    tokens = data.splits[split].tokens
+    starts = validation_windows(tokens, c.block_size, max(1, STATES // c.block_size))
+    for x, _ in validation_batches(data, "gpt", c.block_size, starts, 16, split):  # text as it is, without BERT's masks
+        seen.append([])
+        seen[-1].append(model.hidden(x.to(model.tokens.weight.device)))
+    for hook in hooks:
+        hook.remove()
+    found = [torch.cat([part[i].flatten(0, 1) for part in seen]).cpu() for i in range(len(model.blocks) + 1)]
+    return found
+
+
+def frequency(data) -> torch.Tensor:
+    """How often each token occurs in the first 4 M tokens of the training split: (vocab_size,)."""
+    split = data.splits["train"]
+    return torch.bincount(torch.from_numpy(split.read(0, min(split.tokens, 2**22))), minlength=data.vocab_size)[: data.vocab_size]
+
+
+def measure(run, model, data, states) -> list[dict]:
+    """Rows of a run: the prototypes, the input embedding where it is another, the hidden states, and their null models."""
+    tokenizer, counts, rows = data.load_tokenizer(), frequency(data), []
+    real = model.head.prototypes().detach().cpu()
+    what = {"prototypes": real}
+    if not model.config.tie_weights:
+        what["input embedding"] = model.tokens.weight.detach().cpu()[: len(real)]
+    what["hidden states"] = states
+    for name, x in what.items():
+        table_of_tokens = name != "hidden states"
+        often = counts > 0
+        row = {**about(run), "what": name, **spectrum(x), "null_effective_rank": spectrum(matched_null(x))["effective_rank"]}
+        row |= {"mean_cosine": mean_cosine(x), "radius": x.norm(dim=-1).mean().item()}
+        norms = x.norm(dim=-1)
+        row["radius_frequency"] = rank_correlation(norms[: len(counts)][often], counts[often]) if table_of_tokens else None
+        row["parallelogram"], row["null_parallelogram"] = parallelogram(x, tokenizer)[:2] if table_of_tokens else (None, None)
+        rows.append(row)
+    return rows
+
+
+def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
+    """The nearest prototypes of each word's prototype, by the head's own distance (a control: by cosine)."""
+    w, lines = model.head.prototypes().detach(), []
+    for word in words:
+        i = word_ids(tokenizer, word)
+        if model.head.name in CONTROLS:
+            order = torch.nn.functional.cosine_similarity(w[i : i + 1], w).argsort(descending=True)
+        else:
+            order = distance(w[i : i + 1], w, model.head.name, **model.head.geometry())[0].argsort()
+        near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:count]
+        lines.append([repr(tokenizer.decode_token(i)), "  ".join(map(repr, near))])
+    return table(["word", "nearest"], lines)
+
+
+def draw(maps, figure):
+    """The prototypes on their first two principal components: grey points, relations as arrows with their words."""
+    figure.set_size_inches(6 * len(maps), 6)
+    for axes, (name, x, tokenizer) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        rows, variance, directions = principal(x)
+        plane = rows @ directions[:, :2]
+        axes.scatter(*plane.T, s=2, color="0.8", linewidths=0)
+        for color, relation in zip(("#0072b2", "#d55e00", "#009e73"), ("country: capital", "man: woman", "one: many"), strict=True):
+            for first, second in pairs(relation)[:5]:
+                a, b = (plane[word_ids(tokenizer, w)] for w in (first, second))
+                axes.annotate("", b.tolist(), a.tolist(), arrowprops={"arrowstyle": "->", "color": color, "lw": 1})
+                axes.text(*a.tolist(), first, fontsize=7, color=color)
+                axes.text(*b.tolist(), second, fontsize=7, color=color)
+        share = variance / variance.sum()
+        axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
+        axes.set_ylabel(f"PC 2 ({share[1]:.1%})")
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+FORMATS = dict(top2=".1%", top5=".1%", effective_rank=".1f", participation_ratio=".1f", null_effective_rank=".1f", mean_cosine=".3f")
+FORMATS |= dict(radius=".3g", radius_frequency=".2f", parallelogram=".3f", null_parallelogram=".3f")
+NAMES = dict(components_90="for 90 %", null_effective_rank="(chance)", null_parallelogram="(shuffled)", participation_ratio="participation")
+
+
+def main():
+    (c,) = parse(sys.argv[1:], GeometryConfig, words="runs")
+    runs = find_runs(c.runs)
+    device, out = check_device(c.device), default_out(c, runs, "geometry")
+    data = [run.data() for run in runs]
+    if warning := caution(runs, data, c.split):
+        print(f"note: {warning}", file=sys.stderr)
+    rows, maps, states, texts = [], [], [], []
+    for run, d in zip(runs, data, strict=True):
+        model, _ = run.load(device, c.checkpoint)
+        states.append(layers(model, d, c.split))
+        rows += measure(run, model, d, states[-1][-1])
+        maps.append((run.name, model.head.prototypes(), d.load_tokenizer()))
+        if c.words:
+            texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), c.words.split())}")
+    print(shown(rows, FORMATS, NAMES))
+    print("".join(texts), end="\n" if texts else "")
+    alike = {(d.tokenizer, d.splits[c.split].tokens, run.model_config.block_size) for run, d in zip(runs, data, strict=True)}
+    if len(runs) > 1 and len(alike) == 1:
+        cka = [
+            {"a": a.name, "b": b.name, "layer": "head" if i + 1 == len(x) else i, "cka": linear_cka(x[i], y[min(i, len(y) - 1)])}
+            for (a, x), (b, y) in itertools.combinations(zip(runs, states, strict=True), 2)
+            for i in range(len(x))
+            if len(x) == len(y)
+        ]
+        if cka:
+            print(shown(cka, {"cka": ".3f"}))
+            write_whole(out.with_name(f"{out.stem}_cka.csv"), lambda path: write_csv(cka, path))
+    publish(rows, out, lambda figure: draw(maps, figure))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,34 +1,139 @@
-"""How steady training was: the gradient norms before clipping, head and trunk apart, loss spikes, and the growth of weights.
+"""How steady training was: gradient norms before clipping, head and trunk apart, loss spikes, and the growth of the prototypes.
 
     python -m analysis.gradients out/a out/b
 
-"Gradient stability" has no definition in the papers. Here: mean and coefficient of variation (standard deviation over mean) after warm-up,
-the spike rate (share of steps whose norm is above SPIKE times the median of the WINDOW steps before) and the clip rate.
+"Gradient stability" has no definition in the papers. Here, over the steps after the first tenth: mean and coefficient of variation
+(standard deviation over mean), the spike rate (share of steps whose norm is above SPIKE times the median of the WINDOW steps before), the
+clip rate (share of steps whose norm is above grad_clip) and loss spikes (share of steps whose loss is SPIKE robust standard deviations
+above that median). Growth is the exponent a in `mean |w| ~ iterations^a` over the second half: 0 where the prototypes have stopped growing.
 """
 
 import math
+import sys
+from dataclasses import dataclass, field
 
 import numpy as np
 
-SPIKE, WINDOW = 3.0, 50  # times the running median; steps
+from analysis.runs import about, default_out, find_runs, publish, shown
+from training.config import UserError, cli, parse
+from training.telemetry import read_metrics
+
+SPIKE, WINDOW, SKIP = 3.0, 50, 0.1
+PARTS = {"all": "grad_norm", "head": "grad_norm_head", "trunk": "grad_norm_trunk"}
 
 
-def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm", skip: float = 0.1) -> dict:
-    """Gradient-norm stability of a run: mean, cv, spike_rate, clip_rate of the norms after the first `skip` of the steps.
+@dataclass
+class GradientsConfig:
+    """Gradient norms"""
+
+    runs: list[str] = field(default_factory=list)
+    """run folders"""
+    out: str | None = None
+    """the CSV file, with the chart (.png) beside it; null = gradients.csv in the first run's parent folder"""
+
+    def problems(self) -> list[str]:
+        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
+
+
+def series(metrics: list[dict], key: str) -> np.ndarray:
+    """The values of a key over the steps that have it."""
+    return np.array([float(m[key]) for m in metrics if key in m])
+
+
+def medians_before(values: np.ndarray) -> np.ndarray:
+    """The median of the WINDOW values before each; infinite for the first."""
+    return np.array([np.median(values[max(0, i - WINDOW) : i]) if i else math.inf for i in range(len(values))])
+
+
+def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") -> dict:
+    """-> mean, cv, spike_rate, clip_rate of a run's gradient norms; NaN where it has none.
 
     Args:
         metrics: lines of metrics.jsonl. clip: grad_clip, 0 = never. key: grad_norm, grad_norm_head or grad_norm_trunk.
     """
-    norms = np.array([float(m[key]) for m in metrics if key in m])
-    start = int(len(norms) * skip)
-    medians = np.array([np.median(norms[max(0, i - WINDOW) : i]) if i else math.inf for i in range(len(norms))])
-    norms, medians = norms[start:], medians[start:]
+    norms = series(metrics, key)
+    start = int(len(norms) * SKIP)
+    medians, norms = medians_before(norms)[start:], norms[start:]
     if not len(norms):
         return dict.fromkeys(("mean", "cv", "spike_rate", "clip_rate"), math.nan)
-    mean = norms.mean()
+    mean = float(norms.mean())
     return {
-        "mean": float(mean),
+        "mean": mean,
         "cv": float(norms.std() / mean) if mean else math.nan,
         "spike_rate": float((norms > SPIKE * medians).mean()),
         "clip_rate": float((norms > clip).mean()) if clip else 0.0,
     }
+
+
+def loss_spikes(metrics: list[dict]) -> float:
+    """Share of steps whose training loss is far above the median of those before; 1.4826 times the median deviation is a robust sd."""
+    losses = series(metrics, "train_loss")
+    above = losses - medians_before(losses)
+    start = int(len(losses) * SKIP)
+    rest = above[start:]
+    scale = 1.4826 * np.median(np.abs(rest - np.median(rest))) if len(rest) else math.nan
+    return float((rest > SPIKE * scale).mean()) if len(rest) else math.nan
+
+
+def growth(metrics: list[dict]) -> dict:
+    """The prototypes' mean norm at the start and at the end, and the exponent of its growth over the second half."""
+    radius = series(metrics, "prototype_radius")
+    half = np.arange(len(radius)) >= max(1, len(radius) // 2)
+    exponent = math.nan
+    if half.sum() > 2 and (radius[half] > 0).all():
+        exponent = float(np.polyfit(np.log(np.arange(len(radius))[half]), np.log(radius[half]), 1)[0])
+    return {"radius_start": float(radius[0]), "radius_end": float(radius[-1]), "growth": exponent}
+
+
+def measure(run) -> list[dict]:
+    """Three rows of a run: all parameters, the head's, the trunk's."""
+    metrics = read_metrics(run.path)
+    if not any("grad_norm" in m for m in metrics):
+        raise UserError(f"{run.path}/metrics.jsonl has no steps: train the run first")
+    rows = []
+    for part, key in PARTS.items():
+        row = {**about(run), "part": part, "steps": len(series(metrics, key)), **stability(metrics, run.config.grad_clip, key)}
+        more = {"loss_spikes": loss_spikes(metrics), **growth(metrics)} if part == "all" else {}
+        rows.append({**row, **{k: more.get(k) for k in ("loss_spikes", "radius_start", "radius_end", "growth")}})
+    return rows
+
+
+def smooth(values: np.ndarray, points: int = 200):
+    """-> (steps, median, lowest tenth, highest tenth) of at most `points` pieces."""
+    pieces = np.array_split(np.arange(len(values)), min(points, len(values)))
+    take = lambda q: np.array([np.quantile(values[p], q) for p in pieces])
+    return np.array([p.mean() for p in pieces]), take(0.5), take(0.1), take(0.9)
+
+
+def draw(runs, figure):
+    """Gradient norms of head and trunk, and the prototypes' radius, over the steps."""
+    figure.set_size_inches(11, 3.6)
+    panels = (("grad_norm_head", "gradient norm, head"), ("grad_norm_trunk", "gradient norm, trunk"), ("prototype_radius", "mean |w|"))
+    for axes, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for run in runs:
+            x, middle, low, high = smooth(series(read_metrics(run.path), key))
+            (line,) = axes.plot(x, middle, label=run.name, linewidth=1.4)
+            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        axes.set_yscale("log")
+        axes.set_xlabel("iteration")
+        axes.set_title(label, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+
+
+FORMATS = dict(
+    mean=".3g", cv=".3f", spike_rate=".2%", clip_rate=".1%", loss_spikes=".2%", radius_start=".3g", radius_end=".3g", growth=".3f"
+)
+
+
+def main():
+    (c,) = parse(sys.argv[1:], GradientsConfig, words="runs")
+    runs = find_runs(c.runs)
+    out = default_out(c, runs, "gradients")
+    rows = [row for run in runs for row in measure(run)]
+    print(shown(rows, FORMATS))
+    publish(rows, out, lambda figure: draw(runs, figure))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -142,7 +142,8 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
     if not evaluations:
         raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
     best = min(evaluations, key=lambda m: (math.isnan(number(m["val_loss"])), number(m["val_loss"])))
-    kwh, co2 = energy(run.path)
+    used = energy(run.path)
+    kwh, co2 = (used["energy_consumed"], 1000 * used["emissions"]) if used else (None, None)
     speeds = sorted(number(m["tokens_per_s"]) for m in metrics if "tokens_per_s" in m)
     head = model.head
     return {

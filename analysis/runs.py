@@ -1,9 +1,11 @@
 """What the analysis scripts share: opening finished runs, saying what may be compared, and writing results."""
 
+import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from harmonic import CONTROLS
 from model import Model, ModelConfig
 from training import checkpoint
 from training.config import TrainConfig, UserError, check, nearest, parse, read_yaml
@@ -102,3 +104,39 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         for line in [header, *rows]
     )
     return "\n".join(lines)
+
+
+def write_csv(rows: list[dict], path: Path):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def shown(rows: list[dict], formats: dict[str, str], names: dict[str, str] | None = None, left_out=()) -> str:
+    """Rows as text columns: `formats` of numbers by key, `names` of columns; None shows as -."""
+    columns = [key for key in rows[0] if key not in left_out]
+    cells = [["-" if row[k] is None else format(row[k], formats.get(k, "")) for k in columns] for row in rows]
+    return table([(names or {}).get(k, k) for k in columns], cells)
+
+
+def publish(rows: list[dict], out: Path, draw):
+    """Writes the CSV and beside it the picture that `draw(figure)` makes, and says so."""
+    from matplotlib.figure import Figure
+
+    write_whole(out, lambda path: write_csv(rows, path))
+    figure = Figure(layout="constrained")
+    draw(figure)
+    write_whole(out.with_suffix(".png"), lambda path: figure.savefig(path, dpi=150))
+    print(f"wrote {out} and {out.with_suffix('.png')}")
+
+
+def about(run: Run) -> dict:
+    """What every table begins with."""
+    c = run.model_config
+    return {"run": run.name, "head": c.head, "link": None if c.head in CONTROLS else c.link}
+
+
+def default_out(c, runs: list[Run], name: str) -> Path:
+    """Where an analysis writes: --out, or NAME.csv in the first run's parent folder."""
+    return writable(Path(c.out) if c.out else runs[0].path.parent / f"{name}.csv")

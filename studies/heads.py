@@ -250,7 +250,7 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, commit: str) ->
     model, *_ = checkpoint.load_run(run)
     steady = stability(metrics, settings.get("grad_clip", 1.0))
     shape = spectrum(model.head.prototypes())
-    kwh = energy(run)[0]
+    used = energy(run)
     row |= {
         "scale": "" if s["link"] != "softmax" else f"{float(model.head.strength()):.6g}",
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
@@ -264,7 +264,7 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, commit: str) ->
         "pca_top2": f"{shape['top2']:.4g}",
         "pca_components_90": shape["components_90"],
         "effective_rank": f"{shape['effective_rank']:.4g}",
-        "kwh": "" if kwh is None else f"{kwh / c.workers:.5g}",  # each run is charged for the whole machine
+        "kwh": "" if used is None else f"{used['energy_consumed'] / c.workers:.5g}",  # each run is charged for the whole machine
     }
     return row
 

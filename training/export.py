@@ -207,7 +207,7 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
         environment = json.loads((run / "environment.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{run}/environment.json cannot be read ({error}): the model card tells what the run was made with") from None
-    kwh, grams = energy(run)
+    used = energy(run)
     masked = stored["arch"] == "bert"
     link = {"harmonic": ": a token's logit is `-n log d(h, w)`", "softmax": ": a token's logit is `-s d(h, w)`", "control": ""}[
         model.head.kind
@@ -226,10 +226,14 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
         iterations=manifest["iter"],
         what="masked token" if masked else "token",
         results="\n".join(f"| {k.replace('_', ' ')} | {v:.4f} |" for k, v in results),
-        energy="not measured" if kwh is None else f"{1000 * kwh:.2f} Wh, {grams:.2f} g CO2e (CodeCarbon, {stored['emissions_country']})",
+        energy="not measured" if used is None else consumed(used, stored["emissions_country"]),
         torch=environment["versions"]["torch"],
         settings="\n".join(f"| `{k}` | {v} |" for k, v in stored.items() if v is not None),
     )
+
+
+def consumed(used: dict, country: str) -> str:
+    return f"{1000 * used['energy_consumed']:.2f} Wh, {1000 * used['emissions']:.2f} g CO2e (CodeCarbon, {country})"
 
 
 def auto_class(c: ModelConfig) -> str:

@@ -241,13 +241,17 @@ def duration(seconds: float) -> str:
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
-def energy(run: Path) -> tuple[float | None, float | None]:
-    """-> (kWh, g CO2e) of all nodes and starts of a run; None where they were not measured. UserError for a damaged file."""
-    rows = []
+ENERGY = ("energy_consumed", "cpu_energy", "gpu_energy", "ram_energy", "emissions", "duration")  # CodeCarbon's kWh, kg CO2e, seconds
+
+
+def energy(run: Path) -> dict[str, float] | None:
+    """The columns of ENERGY added up over all nodes and starts of a run; None where they were not measured. UserError for a damaged file."""
+    total = dict.fromkeys(ENERGY, 0.0)
     for path in sorted(run.glob("emissions*.csv")):
         try:
             with open(path, newline="", encoding="utf-8") as file:
-                rows += [(float(row["energy_consumed"]), 1000 * float(row["emissions"])) for row in csv.DictReader(file)]
+                for row in csv.DictReader(file):
+                    total = {key: total[key] + float(row[key]) for key in ENERGY}
         except (KeyError, ValueError, TypeError):
             raise UserError(f"{path} is not a CodeCarbon table") from None
-    return (sum(kwh for kwh, _ in rows), sum(co2 for _, co2 in rows)) if rows else (None, None)
+    return total if total["duration"] else None
