@@ -99,7 +99,7 @@ def measure(run: Run, target: float) -> dict:
         **about(run),
         "minutes": elapsed / 60,
         "evaluation": 1 - steps / elapsed if elapsed else None,
-        "start_up": 1 - elapsed / used["duration"] if used else None,
+        "start_up": 1 - elapsed / used["duration"] if used and used["duration"] else None,
         "kwh": kwh,
         "kwh_cpu": used and used["cpu_energy"],
         "kwh_gpu": used and used["gpu_energy"],

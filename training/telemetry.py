@@ -241,17 +241,17 @@ def duration(seconds: float) -> str:
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
-ENERGY = ("energy_consumed", "cpu_energy", "gpu_energy", "ram_energy", "emissions", "duration")  # CodeCarbon's kWh, kg CO2e, seconds
+ENERGY = ("energy_consumed", "emissions", "cpu_energy", "gpu_energy", "ram_energy", "duration")  # CodeCarbon's kWh, kg CO2e, seconds
 
 
 def energy(run: Path) -> dict[str, float] | None:
-    """The columns of ENERGY added up over all nodes and starts of a run; None where they were not measured. UserError for a damaged file."""
-    total = dict.fromkeys(ENERGY, 0.0)
+    """The columns of ENERGY added up over all nodes and starts of a run, 0 for those that its files do not have; None where nothing was
+    measured. UserError for a damaged file."""
+    rows = []
     for path in sorted(run.glob("emissions*.csv")):
         try:
             with open(path, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    total = {key: total[key] + float(row[key]) for key in ENERGY}
+                rows += [{key: float(row[key]) for key in ENERGY if key in ENERGY[:2] or key in row} for row in csv.DictReader(file)]
         except (KeyError, ValueError, TypeError):
             raise UserError(f"{path} is not a CodeCarbon table") from None
-    return total if total["duration"] else None
+    return {key: sum(row.get(key, 0.0) for row in rows) for key in ENERGY} if rows else None
