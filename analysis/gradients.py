@@ -78,6 +78,8 @@ def loss_spikes(metrics: list[dict]) -> float:
 def growth(metrics: list[dict]) -> dict:
     """The prototypes' mean norm at the start and at the end, and the exponent of its growth over the second half."""
     radius = series(metrics, "prototype_radius")
+    if not len(radius):
+        return dict.fromkeys(("radius_start", "radius_end", "growth"))
     half = np.arange(len(radius)) >= max(1, len(radius) // 2)
     exponent = math.nan
     if half.sum() > 2 and (radius[half] > 0).all():
@@ -111,14 +113,18 @@ def draw(runs, figure):
     panels = (("grad_norm_head", "gradient norm, head"), ("grad_norm_trunk", "gradient norm, trunk"), ("prototype_radius", "mean |w|"))
     for axes, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
         for run in runs:
-            x, middle, low, high = smooth(series(read_metrics(run.path), key))
+            values = series(read_metrics(run.path), key)
+            if not len(values):
+                continue
+            x, middle, low, high = smooth(values)
             (line,) = axes.plot(x, middle, label=run.name, linewidth=1.4)
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
         axes.set_yscale("log")
         axes.set_xlabel("iteration")
         axes.set_title(label, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    if axes.lines:
+        axes.legend(fontsize=8, frameon=False)
 
 
 FORMATS = dict(

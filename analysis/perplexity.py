@@ -8,9 +8,12 @@ smaller stride gives more context, a lower loss and a longer run. bert predicts 
 
 With --documents each document is scored alone, behind an end-of-text token, as lm-evaluation-harness does; its words and bytes are counted
 as there, so that word_perplexity, byte_perplexity and bits_per_byte are its own (`analysis.harness` makes the task).
+
+With --detail some tokens are looked at one by one: calibration, and the loss by position, frequency and distance to the nearest prototype
+(`analysis.calibration`). With --corpus another prepared folder's text is scored too, encoded by the run's own tokenizer: bits per byte
+out of distribution.
 """
 
-import csv
 import itertools
 import math
 import re
@@ -23,10 +26,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.runs import caution, find_runs, table, writable, write_whole
+from analysis import calibration
+from analysis.geometry import frequency
+from analysis.runs import about, caution, default_out, find_runs, publish, shown
 from model import Model, ModelConfig
 from training.config import check, cli, parse
-from training.data import NONE, Data, batch, validation_batches, validation_windows
+from training.data import NONE, Data, batch, data_folder, load_data, validation_batches, validation_windows
 from training.distributed import check_device
 
 
@@ -42,6 +47,12 @@ class PerplexityConfig:
     """tokens between windows, at most block_size; 0 = block_size // 2, with documents block_size; bert does not use it"""
     documents: bool = False
     """score each document alone, in windows side by side: what lm-evaluation-harness measures"""
+    detail: bool = False
+    """also calibration and the loss by position, frequency and distance, into _detail.csv and .png"""
+    corpus: str | None = None
+    """a folder under data/, or a path: other text to score, in bits per byte"""
+    corpus_bytes: int = 1_000_000
+    """how much of it"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     batch_size: int = 16
@@ -108,16 +119,18 @@ def documents_of(data: Data, split: str):
         start = end
 
 
-def document_batches(data: Data, split: str, block_size: int, stride: int, batch_size: int):
-    """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each, short ones filled up behind."""
+def document_batches(documents, eot_id: int, block_size: int, stride: int, batch_size: int):
+    """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each, short ones filled up behind.
+
+    Args:
+        documents: as from `documents_of`.
+    """
     windows = (
-        (ids[start : start + block_size + 1], skip)
-        for ids in documents_of(data, split)
-        for start, skip in sliding_windows(len(ids), block_size, stride)
+        (ids[start : start + block_size + 1], skip) for ids in documents for start, skip in sliding_windows(len(ids), block_size, stride)
     )
     while part := list(itertools.islice(windows, batch_size)):
         longest = max(len(ids) for ids, _ in part) - 1
-        x, y = torch.full((len(part), longest), data.eot_id), torch.full((len(part), longest), NONE)
+        x, y = torch.full((len(part), longest), eot_id), torch.full((len(part), longest), NONE)
         for i, (ids, skip) in enumerate(part):
             ids = torch.from_numpy(ids)
             x[i, : len(ids) - 1], y[i, skip : len(ids) - 1] = ids[:-1], ids[1 + skip :]
@@ -145,7 +158,7 @@ def likelihood(
         batches = validation_batches(data, c.arch, c.block_size, starts, batch_size, split)
         count = len(starts)
     elif documents:
-        batches = document_batches(data, split, c.block_size, stride, batch_size)
+        batches = document_batches(documents_of(data, split), data.eot_id, c.block_size, stride, batch_size)
         count = None
     else:
         batches = sliding_batches(data, split, c.block_size, stride, batch_size)
@@ -167,12 +180,34 @@ def likelihood(
 def measure(run, data: Data, c: PerplexityConfig, device: str) -> dict:
     """One row of the results."""
     model, manifest = run.load(device, c.checkpoint)
+    return {**_scores(run, model, manifest, data, c), **_out_of_distribution(model, data, c)}
+
+
+@torch.inference_mode()
+def _out_of_distribution(model: Model, data: Data, c: PerplexityConfig) -> dict:
+    """Bits per byte of another corpus' validation split, each document alone, in the run's own tokens."""
+    if not c.corpus:
+        return {}
+    other, own = load_data(data_folder(c.corpus)), data.load_tokenizer()
+    words, texts, size = other.load_tokenizer(), [], 0
+    for ids in documents_of(other, "val"):
+        texts.append(words.decode(ids[1:]))
+        size += len(texts[-1].encode())
+        if size > c.corpus_bytes:
+            break
+    documents = (np.concatenate(([data.eot_id], ids)).astype(np.int64) for ids in own.encode_batch(texts) if ids)
+    block, device, nats = model.config.block_size, model.tokens.weight.device, 0.0
+    for x, y in document_batches(documents, data.eot_id, block, block, c.batch_size):
+        x, y = x.to(device), y.to(device)
+        nats += model.head.loss(model.hidden(x)[y != NONE], y[y != NONE], reduction="sum").item()
+    return {"other_bits_per_byte": nats / math.log(2) / size}
+
+
+def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) -> dict:
     nats, scored = likelihood(model, data, c.split, c.stride, c.batch_size, run.name, c.documents)
     masked, split = model.config.arch == "bert", data.splits[c.split]
     row = {
-        "run": run.name,
-        "head": model.head.name,
-        "link": None if model.head.kind == "control" else model.head.link,
+        **about(run),
         "iter": manifest["iter"],
         "split": c.split,
         "stride": None if masked else c.stride or default_stride(model.config, c.documents),
@@ -192,30 +227,29 @@ def measure(run, data: Data, c: PerplexityConfig, device: str) -> dict:
     return row
 
 
-def text_table(rows: list[dict]) -> str:
-    formats = {"tokens": ",", "nats_per_token": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f"}
-    formats |= {"byte_perplexity": ".4f", "word_perplexity": ",.2f"}
-    names = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
-    columns = [key for key in rows[0] if key not in ("split", "stride")]
-    cells = [["-" if row[k] is None else format(row[k], formats.get(k, "")) for k in columns] for row in rows]
-    return table([names.get(k, k) for k in columns], cells)
+FORMATS = {"tokens": ",", "nats_per_token": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "other_bits_per_byte": ".4f"}
+FORMATS |= {"byte_perplexity": ".4f", "word_perplexity": ",.2f", "calibration_error": ".3f"}
+NAMES = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "other_bits_per_byte": "bits/byte there", "calibration_error": "ECE"}
 
 
-def write_csv(rows: list[dict], path: Path):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path) -> list[float]:
+    """Writes the details of all runs beside `out` -> the calibration error of each."""
+    rows, errors = [], []
+    for run, d in zip(runs, data, strict=True):
+        model, _ = run.load(device, c.checkpoint)
+        tokens = calibration.examine(model, d, c.split)
+        errors.append(calibration.calibration_error(tokens))
+        rows += [{**about(run), **row} for row in calibration.detail(tokens, frequency(d).numpy(), run.model_config.block_size)]
+    publish(rows, out.with_name(f"{out.stem}_detail.csv"), lambda figure: calibration.draw(rows, figure))
+    return errors
 
 
-def draw(rows: list[dict], path: Path):
+def draw(rows: list[dict], figure):
     """A bar for each run: bits per byte, or nats per token where a run has none. Shorter is better."""
-    from matplotlib.figure import Figure
-
     key, label = (
         ("bits_per_byte", "bits per byte") if all(r["bits_per_byte"] is not None for r in rows) else ("nats_per_token", "nats per token")
     )
-    figure = Figure(figsize=(7, 1.1 + 0.4 * len(rows)), layout="constrained")
+    figure.set_size_inches(7, 1.1 + 0.4 * len(rows))
     axes = figure.subplots()
     bars = axes.barh(range(len(rows)), [r[key] for r in rows], color="#0072b2", height=0.6)
     axes.set_yticks(range(len(rows)), [r["run"] for r in rows], parse_math=False)
@@ -224,14 +258,13 @@ def draw(rows: list[dict], path: Path):
     axes.margins(x=0.15)
     axes.set_xlabel(f"{label} on {rows[0]['split']}, lower is better")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 def main():
     (c,) = parse(sys.argv[1:], PerplexityConfig, words="runs")
     runs = find_runs(c.runs)
     device = check_device(c.device)
-    out = writable(Path(c.out) if c.out else runs[0].path.parent / "perplexity.csv")
+    out = default_out(c, runs, "perplexity")
     data = [run.data() for run in runs]
     check(
         list(dict.fromkeys(p for r, d in zip(runs, data, strict=True) for p in problems(r.model_config, d, c.split, c.stride, c.documents)))
@@ -240,10 +273,10 @@ def main():
         print(f"note: {warning}", file=sys.stderr)
 
     rows = [measure(run, d, c, device) for run, d in zip(runs, data, strict=True)]
-    print(text_table(rows))
-    write_whole(out, lambda path: write_csv(rows, path))
-    write_whole(out.with_suffix(".png"), lambda path: draw(rows, path))
-    print(f"wrote {out} and {out.with_suffix('.png')}")
+    if c.detail:
+        rows = [{**row, "calibration_error": error} for row, error in zip(rows, details(runs, data, c, device, out), strict=True)]
+    print(shown(rows, FORMATS, NAMES, left_out=("split", "stride")))
+    publish(rows, out, lambda figure: draw(rows, figure))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from analysis.compare import compare, window_losses
+from analysis.geometry import frequency, principal, spectrum
 from analysis.runs import Run, caution, find_runs, writable, write_whole
 from model import Model
 from training.config import UserError, cli, parse
@@ -49,17 +51,18 @@ CHARTS = [
     ("lr", "Learning rate", "", False),
 ]
 
+MAPS, MAP_POINTS = 6, 1500  # maps of the best runs; prototypes on a map, those of the most frequent tokens
+
 # columns of the summary: key, title, format, which value is best, and what must agree for the best to be marked
 COLUMNS = [
     ("head", "head", "", None, None),
-    ("link", "link", "", None, None),
     ("strength", "exponent n / scale s", "", None, None),
     ("iterations", "iterations", ",", None, None),
     ("best_val_loss", "best val loss", ".4f", min, "losses"),
-    ("final_val_loss", "final val loss", ".4f", min, "losses"),
     ("perplexity", "perplexity", ",.1f", min, "losses"),
     ("bits_per_byte", "bits/byte", ".4f", min, "bits"),
-    ("grad_norm", "mean grad norm", ".3g", None, None),
+    ("difference", "above the best (95 %)", "", None, None),
+    ("components", "PCs for 90 %", "", None, None),
     ("kwh", "kWh", ".3g", min, "work"),
     ("co2", "g CO₂e", ".3g", min, "work"),
     ("tokens_per_s", "tokens/s", ",.0f", max, "work"),
@@ -132,8 +135,18 @@ def minutes(metrics: list[dict]) -> float | None:
     return sum(ends) / 60 if ends else None
 
 
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def prototype_map(model: Model, data: Data) -> dict:
+    """The prototypes of the MAP_POINTS most frequent tokens on the first two principal components of all of them."""
+    rows, variance, directions = principal(model.head.prototypes())
+    words, share = data.load_tokenizer(), variance / variance.sum()
+    tokens = frequency(data)[: len(rows)].argsort(descending=True)[:MAP_POINTS]
+    plane = rows[tokens] @ directions[:, :2]
+    return {
+        "axes": [f"PC {i + 1} ({share[i]:.1%})" for i in range(2)],
+        "x": [shown(v, 4) for v in plane[:, 0].tolist()],
+        "y": [shown(v, 4) for v in plane[:, 1].tolist()],
+        "tokens": [words.decode_token(t).strip() or repr(words.decode_token(t)) for t in tokens.tolist()],
+    }
 
 
 def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
@@ -147,16 +160,16 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
     speeds = sorted(number(m["tokens_per_s"]) for m in metrics if "tokens_per_s" in m)
     head = model.head
     return {
-        "head": head.name,
-        "link": None if head.kind == "control" else head.link,
+        "head": head.name + (", softmax link" if head.kind == "softmax" else ""),
         "strength": None if head.kind == "control" else f"{'n' if head.kind == 'harmonic' else 's'} = {float(head.strength()):.4g}",
         "iterations": max([m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]),
         "best_val_loss": number(best["val_loss"]),
-        "final_val_loss": number(evaluations[-1]["val_loss"]),
         "perplexity": number(best["perplexity"]),
         "bits_per_byte": number(best["bits_per_byte"]) if "bits_per_byte" in best else None,
-        "grad_norm": mean([number(m["grad_norm"]) for m in metrics if "grad_norm" in m]),
+        "difference": None,
+        "components": spectrum(model.head.prototypes())["components_90"],
         "kwh": kwh,
+        "energy": used,
         "co2": co2,
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
         "minutes": minutes(metrics),
@@ -173,6 +186,35 @@ def summary_table(summaries: list[dict], agree: dict[str, bool]) -> dict:
         for row, v in zip(rows, values, strict=True):
             row.append({"text": "–" if v is None else format(v, form), "best": best is not None and v == best})
     return {"columns": [title for _, title, *_ in COLUMNS], "rows": rows}
+
+
+def paired(summaries: list[dict], losses: list) -> dict | None:
+    """Puts differences to the best run, on the same windows, into the summaries -> what a picture of them needs."""
+    if len(losses) < 2:
+        return None
+    best, found = compare(losses)
+    for i, (s, d) in enumerate(zip(summaries, found, strict=True)):
+        if i == best:
+            s["difference"] = "the best"
+        else:
+            s["difference"] = "within noise: " if d.low <= 0 <= d.high else ""
+            s["difference"] += f"{d.mean:.3f} ({d.low:.3f} to {d.high:.3f}), {f'p = {d.p:.3f}' if d.p >= 0.001 else 'p < 0.001'}"
+    return {"best": best, "windows": len(losses[0]), "rows": [[shown(v) for v in (d.mean, d.low, d.high)] for d in found]}
+
+
+def energy_parts(used: dict) -> dict:
+    """Wh of the processor, GPUs, memory, and what CodeCarbon's file does not assign."""
+    parts = {k: used[f"{k}_energy"] for k in ("cpu", "gpu", "ram")}
+    return {k: shown(1000 * v) for k, v in {**parts, "rest": max(0.0, used["energy_consumed"] - sum(parts.values()))}.items()}
+
+
+def radar(summaries: list[dict], agree: dict[str, bool]) -> list[dict] | None:
+    """The papers' three axes, 0 to 10, 10 the best of this page: best / value. None where they may not be compared."""
+    axes = (("performance", "bits_per_byte"), ("interpretability", "components"), ("sustainability", "kwh"))
+    if len(summaries) < 2 or not all(agree.values()) or any(not s[key] or not math.isfinite(s[key]) for s in summaries for _, key in axes):
+        return None
+    best = {key: min(s[key] for s in summaries) for _, key in axes}
+    return [{"axes": [a for a, _ in axes], "values": [shown(10 * best[key] / s[key], 3) for _, key in axes]} for s in summaries]
 
 
 def excerpts(data: Data) -> list[tuple[str, str]]:
@@ -247,7 +289,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         notes.append(f"No samples: {error}")
         print(f"note: {notes[0]}", file=sys.stderr)
 
-    summaries, models, samples = [], [], []
+    summaries, models, samples, maps, losses = [], [], [], [], []
     for i, run in enumerate(runs):
         model, _ = run.load(device)
         m = run.model_config
@@ -255,6 +297,9 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         models.append(
             f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size}, {model.parameter_count() / 1e6:.2f} M parameters"
         )
+        if data:
+            maps.append({"run": i, **prototype_map(model, data[i])})
+            losses.append(window_losses(model, data[i]))
         if texts:
             words = data[i].load_tokenizer()
             samples.append(fills(model, words, texts) if m.arch == "bert" else continuations(model, words, data[i].eot_id, texts, c))
@@ -268,6 +313,10 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     )
     work = [(s["iterations"] * r.tokens_per_iteration()) for s, r in zip(summaries, runs, strict=True)]
     same_windows = len({(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}) == 1
+    last = [[m["val_loss"] for m in ms if "val_loss" in m][-1] for ms in metrics]
+    notes += [
+        f"Beware: the last validation loss of {r.name} is {v}." for r, v in zip(runs, last, strict=True) if not math.isfinite(number(v))
+    ]
     if warning:
         notes.append(warning[0].upper() + warning[1:] + ".")
     if len(set(work)) > 1:
@@ -281,6 +330,8 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         "bits": len({r.model_config.arch == "bert" for r in runs}) == 1,
         "work": len(set(work)) == 1,
     }
+    comparable = agree["losses"] and data and len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
+    differences_to_best = paired(summaries, losses) if comparable else None
     environments = [read_environment(run) for run in runs]
     steps = [f"{r.tokens_per_iteration():,}" for r in runs]
     sizes = [
@@ -303,6 +354,10 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
             {"name": r.name, "tokens_per_iteration": r.tokens_per_iteration(), "curves": curves(m)}
             for r, m in zip(runs, metrics, strict=True)
         ],
+        "paired": differences_to_best,
+        "radar": radar(summaries, agree),
+        "maps": [maps[i] for i in sorted(sorted(range(len(maps)), key=lambda i: summaries[i]["best_val_loss"])[:MAPS])],
+        "energy": [s["energy"] and energy_parts(s["energy"]) for s in summaries],
         "samples": [{"prompt": prompt, "truth": truth, "runs": [s[i] for s in samples]} for i, (prompt, truth) in enumerate(texts)],
         "sampling": how_sampled(runs, c),
         "differences": differences(runs),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from analysis import perplexity, report
 from analysis.runs import caution, find_runs, table
@@ -170,7 +171,7 @@ def test_not_a_number_is_not_hidden(home, tmp_path):
         model.final_norm.weight.fill_(math.nan)
     assert math.isnan(perplexity.likelihood(model, data, "val")[0])
     row = {"run": "a", "split": "val", "nats_per_token": math.nan, "bits_per_byte": math.nan}
-    perplexity.draw([row, row | {"nats_per_token": 2.0, "bits_per_byte": 2.0}], tmp_path / "chart.png")
+    perplexity.draw([row, row | {"nats_per_token": 2.0, "bits_per_byte": 2.0}], Figure())
 
 
 def test_perplexity_prints_a_table_and_writes_csv_and_chart(home, tmp_path, monkeypatch, capsys):
@@ -262,9 +263,17 @@ def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch):
     assert d["runs"][0]["curves"]["train_loss"] == {"x": [0, 1, 2, 3], "y": [6.0, 5.75, 5.5, 5.25]}
     assert d["runs"][1]["curves"]["val_loss"] == {"x": [0, 4], "y": [6.0, 5.0]}
     cells = [dict(zip(d["summary"]["columns"], (c["text"] for c in row), strict=True)) for row in d["summary"]["rows"]]
-    assert cells[0] == cells[1] | {"head": "cross_entropy", "link": "–", "exponent n / scale s": "–"}
-    shown = {"link": "harmonic", "exponent n / scale s": "n = 4", "iterations": "4", "best val loss": "5.0000", "bits/byte": "3.0000"}
-    assert cells[1] == cells[1] | shown | {"mean grad norm": "2.5", "kWh": "0.005", "g CO₂e": "3", "tokens/s": "100", "minutes": "0.4"}
+    own = ("head", "exponent n / scale s", "above the best (95 %)", "PCs for 90 %")
+    assert {k: v for k, v in cells[0].items() if k not in own} == {k: v for k, v in cells[1].items() if k not in own}
+    assert [c["head"] for c in cells] == ["cross_entropy", "cosine"] and cells[0]["exponent n / scale s"] == "–"
+    shown = {"exponent n / scale s": "n = 4", "iterations": "4", "best val loss": "5.0000", "bits/byte": "3.0000"}
+    assert cells[1] == cells[1] | shown | {"kWh": "0.005", "g CO₂e": "3", "tokens/s": "100", "minutes": "0.4"}
+    differences = [c["above the best (95 %)"] for c in cells]
+    assert differences.count("the best") == 1 and re.fullmatch(
+        r"(within noise: )?[\d.]+ \(-?[\d.]+ to [\d.]+\), p [=<] [\d.]+", min(differences)
+    )
+    assert d["paired"]["windows"] > 5 and max(max(r["values"]) for r in d["radar"]) == 10 and len(d["maps"]) == 2
+    assert set(d["maps"][0]["tokens"]) & {"king", "sun", "day"}
     assert [{x["key"]: x["values"]} for x in d["differences"]] == [
         {"head": ["cross_entropy", "cosine"]},
         {"learning_rate": ["0.0006", "0.001"]},
@@ -308,7 +317,7 @@ def test_report_shows_bert_fills(home, tmp_path, monkeypatch):
     kinds = [p[0] for p in filled[0]]
     assert len(kinds) == 16 and set(kinds) <= {"given", "right", "wrong"} and [i for i, k in enumerate(kinds) if k != "given"] == [3, 10]
     assert any("may not be compared" in note for note in d["notes"])
-    assert not any(c["best"] for row in d["summary"]["rows"] for c in row[4:8])
+    assert not any(c["best"] for row in d["summary"]["rows"] for c in row[3:6])
 
 
 def test_report_compares_bits_per_byte_only_between_tokenizers(home, tmp_path, monkeypatch):
@@ -335,8 +344,8 @@ def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):
     d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
     assert d["runs"][0]["curves"]["train_loss"]["y"] == [6.0, "nan", 5.5, 5.25]
     cells = dict(zip(d["summary"]["columns"], d["summary"]["rows"][0], strict=True))
-    assert cells["final val loss"] == {"text": "nan", "best": False}
-    assert cells["best val loss"]["text"] == "6.0000" and cells["mean grad norm"]["text"] == "inf"
+    assert cells["best val loss"]["text"] == "6.0000" and any("the last validation loss of ce is nan" in note for note in d["notes"])
+    assert "inf" in d["runs"][0]["curves"]["grad_norm"]["y"]
 
 
 def test_long_curves_are_thinned_and_keep_their_extremes():
@@ -451,7 +460,7 @@ def test_a_run_of_train(tmp_path, monkeypatch, capsys):
     d = make_report(monkeypatch, tmp_path / "r.html", run).document()
     curves = {"val_loss", "train_loss", "grad_norm", "grad_norm_head", "grad_norm_trunk", "prototype_radius", "target_distance_mean"}
     assert set(d["runs"][0]["curves"]) == curves | {"target_distance_min", "kl_to_softmax", "lr"}
-    assert d["summary"]["rows"][0][3]["text"] == "3"  # iterations
+    assert d["summary"]["rows"][0][2]["text"] == "3"  # iterations
 
 
 def test_a_mistake_is_a_message_and_exit_status_2(home, monkeypatch, capsys):

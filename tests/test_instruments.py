@@ -1,0 +1,332 @@
+"""gradients, geometry, emissions, theory, calibration and paired comparison: against definitions, known cases and libraries."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+import torch
+from matplotlib.figure import Figure
+from test_analysis import call, home  # noqa: F401  (a fixture)
+
+from analysis import calibration, compare, emissions, geometry, gradients, perplexity, report, theory
+from analysis.relations import RELATIONS, pairs
+from analysis.runs import find_runs
+from harmonic import HarmonicHead
+from training.config import UserError
+
+g = np.random.default_rng(0)
+
+
+def steps(norms, **more):
+    return [{"iter": i, "grad_norm": float(n), "train_loss": 5.0, "prototype_radius": 1.0, **more} for i, n in enumerate(norms)]
+
+
+# gradients
+
+
+def test_stability_of_known_series():
+    norms = np.full(1000, 0.5)
+    norms[::100] = 2.0  # from 100 on nine spikes in 900 steps, each above 3 medians and above the clip
+    found = gradients.stability(steps(norms), clip=1.0)
+    assert found["spike_rate"] == found["clip_rate"] == 9 / 900
+    assert found["mean"] == pytest.approx(norms[100:].mean()) and found["cv"] == pytest.approx(norms[100:].std() / norms[100:].mean())
+    assert gradients.stability(steps(norms), clip=0)["clip_rate"] == 0
+    assert math.isnan(gradients.stability([{"iter": 0, "val_loss": 1.0}])["mean"])
+    assert math.isnan(gradients.stability(steps([1.0] * 50 + [math.nan] * 50))["mean"])  # a NaN is not hidden
+
+
+def test_growth_is_the_exponent_of_a_power_law():
+    radius = 2 * np.maximum(np.arange(2000), 1) ** 0.25
+    metrics = [{"prototype_radius": float(r)} for r in radius]
+    assert gradients.growth(metrics)["growth"] == pytest.approx(0.25, abs=1e-6)
+    assert gradients.growth([{"prototype_radius": 3.0}] * 100)["growth"] == pytest.approx(0)
+
+
+def test_loss_spikes_are_counted():
+    losses = 5 + 0.1 * g.standard_normal(1000)
+    losses[[300, 500, 700]] += 3
+    found = gradients.loss_spikes([{"train_loss": float(x)} for x in losses])
+    assert 3 / 900 <= found < 8 / 900  # and what of the noise is three deviations off
+
+
+# geometry
+
+
+def test_spectrum_of_known_shapes():
+    x = torch.randn(20000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = geometry.spectrum(x)
+    assert found["effective_rank"] == pytest.approx(6, abs=0.01) and found["participation_ratio"] == pytest.approx(6, abs=0.02)
+    assert found["components_90"] == 6 and found["top2"] == pytest.approx(1 / 3, abs=0.02)
+    line = geometry.spectrum(x[:, :1] * torch.arange(1.0, 5) + 100)  # its offset is no direction
+    assert line["effective_rank"] == pytest.approx(1, abs=1e-3) and line["components_90"] == 1 and line["top2"] == pytest.approx(1)
+    scaled = geometry.spectrum(x * torch.tensor([10.0, 10, 0.1, 0.1, 0.1, 0.1]))
+    assert scaled["components_90"] == 2 and scaled["top2"] > 0.99
+
+
+def test_mean_cosine_and_null_model():
+    x = torch.randn(40, 7) + 1
+    unit = x / x.norm(dim=1, keepdim=True)
+    pairwise = 1 - scipy.spatial.distance.pdist(unit.double().numpy(), "cosine")
+    assert geometry.mean_cosine(x) == pytest.approx(pairwise.mean(), abs=1e-6)
+    null = geometry.matched_null(x)
+    torch.testing.assert_close(null.norm(dim=1), x.norm(dim=1))
+    assert abs(geometry.mean_cosine(null)) < 0.1 < geometry.mean_cosine(x)
+
+
+def test_rank_correlation_is_spearmans():
+    a, b = torch.randn(50), torch.randn(50)
+    assert geometry.rank_correlation(a, a + 0.3 * b) == pytest.approx(scipy.stats.spearmanr(a, a + 0.3 * b).statistic, abs=1e-6)
+
+
+def test_linear_cka():
+    a = torch.randn(300, 8)
+    q = torch.linalg.qr(torch.randn(8, 8)).Q
+    assert geometry.linear_cka(a, 3 * a @ q + 5) == pytest.approx(1)
+    assert geometry.linear_cka(a, torch.randn(300, 8)) < 0.1
+    b = torch.randn(300, 5) + a[:, :5]
+    h = torch.eye(300) - 1 / 300
+    k, l = h @ a @ a.T @ h, h @ b @ b.T @ h  # the definition with kernels
+    assert geometry.linear_cka(a, b) == pytest.approx(((k * l).sum() / (k.norm() * l.norm())).item(), abs=1e-5)
+
+
+class Words:
+    """A tokenizer of whole words."""
+
+    def __init__(self):
+        self.ids = {w: i for i, w in enumerate(dict.fromkeys(w for r in RELATIONS for pair in pairs(r) for w in pair))}
+
+    def encode(self, text):
+        return [self.ids[text.strip()]]
+
+
+def test_parallelogram_loss_is_zero_for_parallelograms():
+    words = Words()
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(len(words.ids), 12, generator=rng)
+    loss, null, _ = geometry.parallelogram(x, words)
+    assert loss == pytest.approx(null, rel=0.15) and loss > 0.5  # chance
+    for first, second in pairs("opposites"):
+        x[words.ids[second]] = x[words.ids[first]] + torch.arange(12.0)
+    changed, _, each = geometry.parallelogram(x, words)
+    assert each["opposites"] < 1e-6 and each["one: many"] > 0.1 and changed < loss
+
+
+def test_relations_are_pairs():
+    assert len(RELATIONS) >= 12 and all(len(pairs(r)) >= 6 and all(len(p) == 2 for p in pairs(r)) for r in RELATIONS)
+
+
+def test_geometry_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    call(
+        geometry.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={tmp_path / 'g.csv'}", "--words=king sun", "--device=cpu"
+    )
+    out = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "g.csv").open()))
+    assert [(r["run"], r["what"]) for r in rows] == [(r, w) for r in ("ce", "cosine") for w in ("prototypes", "hidden states")]
+    cka = list(csv.DictReader((tmp_path / "g_cka.csv").open()))
+    assert [r["layer"] for r in cka] == ["0", "head"] and all(0 <= float(r["cka"]) <= 1 for r in cka)
+    assert "' king'" in out and (tmp_path / "g.png").stat().st_size > 10_000
+
+
+# emissions
+
+
+def test_time_and_energy_to_a_target():
+    points = [(0.0, 8.0), (10.0, 6.0), (20.0, 5.0), (30.0, 5.5)]
+    assert emissions.time_to(5.5, points) == pytest.approx(15) and emissions.time_to(9.0, points) == 0.0
+    assert emissions.time_to(4.0, points) is None and emissions.time_to(5.0, points) == 20.0
+
+
+def test_emissions_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    call(emissions.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={tmp_path / 'e.csv'}")
+    rows = list(csv.DictReader((tmp_path / "e.csv").open()))
+    assert "target: 5.0000" in capsys.readouterr().out
+    for row in rows:
+        assert float(row["kwh"]) == pytest.approx(0.005) and float(row["kg_co2e"]) == pytest.approx(0.003)
+        tokens = 4 * 12 * 16  # iterations, windows, block_size
+        assert float(row["joules_per_token"]) == pytest.approx(0.005 * 3.6e6 / tokens)
+        assert float(row["minutes"]) == pytest.approx(24 / 60) == float(row["minutes_to_target"])
+        assert float(row["start_up"]) == pytest.approx(1 - 24 / 18)  # made-up files
+        assert 0.3 < float(row["mflop_counted"]) / float(row["mflop_per_token"]) < 1.1
+    assert (tmp_path / "e.png").stat().st_size > 10_000
+
+
+# theory
+
+
+def test_margins_are_those_of_a_loop():
+    torch.manual_seed(0)
+    h, y = torch.randn(9, 5), torch.randint(7, (9,))
+    head = HarmonicHead(5, 7, "manhattan", exponent=3.0, init_std=1.0)
+    rho, gamma, p = theory.margins(head, h, y)
+    for i in range(9):
+        d = (h[i] - head.weight.detach()).abs().sum(-1)
+        other = min(d[j] for j in range(7) if j != y[i])
+        assert rho[i] == pytest.approx((d[y[i]] / other).item(), rel=1e-5) and gamma[i] == pytest.approx((other - d[y[i]]).item(), abs=1e-5)
+        assert p[i] == pytest.approx((d[y[i]] ** -3 / (d**-3).sum()).item(), rel=1e-4)
+        assert p[i] >= 1 / (1 + 6 * rho[i] ** 3) * (1 - 1e-5)
+
+
+def test_the_toy_has_a_finite_minimiser():
+    """|W| of a distance head ends at the class centres, on a sphere of radius 1; cross-entropy's grows on."""
+    found = {name: theory.toy(name, 1000) for name in theory.TOY}
+    for name in ("euclidean", "manhattan"):
+        torch.testing.assert_close(found[name]["prototypes"], found[name]["points"], rtol=0, atol=0.1)
+        assert found[name]["norms"][-1] == pytest.approx(math.sqrt(5), rel=0.02)
+    for name in ("euclidean", "manhattan", "cosine"):
+        assert found[name]["losses"][-1] < 1e-3 and found[name]["norms"][-1] / found[name]["norms"][500] < 1.02
+    assert found["cross_entropy"]["norms"][-1] / found["cross_entropy"]["norms"][500] > 1.15
+
+
+def test_theory_command(home, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(theory, "toy", lambda name: {"norms": [1.0, 2.0]})
+    call(theory.main, monkeypatch, home / "out/ce", home / "out/cosine", home / "out/bert", f"--out={tmp_path / 't.csv'}", "--device=cpu")
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert [r["margin_bound_holds"] for r in rows] == ["", "1.0", "1.0"] and rows[0]["rho_50"] == ""
+    assert float(rows[1]["rho_5"]) < float(rows[1]["rho_95"]) and (tmp_path / "t.png").stat().st_size > 10_000
+
+
+# calibration
+
+
+def test_calibration_error_of_known_predictions():
+    n = 10_000
+    confidence = g.uniform(0.02, 1, n)
+    honest = {"confidence": confidence, "correct": (g.uniform(size=n) < confidence).astype(float), "nll": confidence}
+    assert calibration.calibration_error(honest) < 0.02
+    boastful = {**honest, "correct": np.zeros(n)}
+    assert calibration.calibration_error(boastful) == pytest.approx(confidence.mean(), abs=1e-6)
+
+
+def test_bins_hold_every_token_once():
+    tokens = {"x": np.array([0.0, 0.5, 1.0, 2.0, 5.0]), "nll": np.arange(5.0), "confidence": np.ones(5), "correct": np.ones(5)}
+    rows = calibration.bins_of(tokens, "x", np.array([0.0, 1.0, 2.0]))
+    assert [(r["from"], r["tokens"], r["nll"]) for r in rows] == [(0.0, 2, 0.5), (1.0, 3, 3.0)]
+
+
+def test_detail_and_another_corpus(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    words = ["--detail", f"--corpus={home / 'data/other'}", f"--out={tmp_path / 'p.csv'}", "--device=cpu"]
+    call(perplexity.main, monkeypatch, home / "out/ce", home / "out/cosine", *words)
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    details = list(csv.DictReader((tmp_path / "p_detail.csv").open()))
+    assert {(r["run"], r["by"]) for r in details} == {
+        *((run, by) for run in ("ce", "cosine") for by in ("position", "frequency", "confidence")), ("cosine", "nearest")
+    }  # fmt: skip
+    for run in ("ce", "cosine"):
+        for by in ("position", "frequency", "confidence"):
+            mine = [r for r in details if (r["run"], r["by"]) == (run, by)]
+            total = sum(int(r["tokens"]) for r in mine)
+            mean = sum(int(r["tokens"]) * float(r["nll"]) for r in mine) / total
+            assert total > 100 and mean == pytest.approx(float(next(r for r in rows if r["run"] == run)["nats_per_token"]), rel=0.2)
+    # the same text in other tokens: the same bits per byte as scoring it document by document
+    call(perplexity.main, monkeypatch, home / "out/ce", "--documents", f"--out={tmp_path / 'd.csv'}", "--device=cpu")
+    own = next(csv.DictReader((tmp_path / "d.csv").open()))
+    assert float(rows[0]["other_bits_per_byte"]) == pytest.approx(float(own["bits_per_byte"]), rel=1e-4)
+    assert "ECE" in capsys.readouterr().out
+
+
+def test_nearest_is_the_distance_to_the_nearest_prototype(home):  # noqa: F811
+    run = find_runs([home / "out/cosine"])[0]
+    (model, _), data = run.load(), run.data()
+    tokens = calibration.examine(model, data, "val", tokens=64)
+    h, y = theory.states_of(model, data, "val")
+    w = torch.nn.functional.normalize(model.head.prototypes(), dim=-1)
+    d = (1 - torch.nn.functional.normalize(h, dim=-1) @ w.T).amin(-1)
+    np.testing.assert_allclose(np.sort(tokens["nearest"][:16]), np.sort(d[:16].detach().numpy()), rtol=1e-3)
+
+
+# paired comparison
+
+
+def test_difference_agrees_with_the_paired_t_test():
+    a = 5 + g.standard_normal(200)
+    for shift in (0.0, 0.05, 0.5):
+        b = a - shift + 0.3 * g.standard_normal(200)
+        found, t = compare.difference(a, b), scipy.stats.ttest_rel(a, b)
+        assert found.mean == pytest.approx((a - b).mean())
+        assert found.p == pytest.approx(t.pvalue, abs=0.02) or found.p == pytest.approx(1e-4, abs=1e-4)
+        interval = t.confidence_interval()
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.01)
+
+
+def test_window_losses_average_to_the_likelihood(home):  # noqa: F811
+    run = find_runs([home / "out/ce"])[0]
+    (model, _), data = run.load(), run.data()
+    losses = compare.window_losses(model, data)
+    nats, tokens = perplexity.likelihood(model, data, "val", stride=16)
+    assert losses.mean() == pytest.approx(nats / tokens, rel=0.05) and len(losses) == (data.splits["val"].tokens - 1) // 16
+    assert compare.compare([losses, losses - 1])[0] == 1
+
+
+# bad input
+
+
+@pytest.mark.parametrize("main", [gradients.main, geometry.main, emissions.main, theory.main])
+def test_bad_runs_are_told(home, tmp_path, monkeypatch, main):  # noqa: F811
+    for words, message in (
+        ([], "name one run's folder"),
+        ([home / "out/cosin"], "did you mean cosine"),
+        ([home / "out/ce", f"--out={tmp_path}/no/x.csv"], "does not exist"),
+        ([home / "out/ce", "--out=x.txt"], "must end in .csv"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(main, monkeypatch, *words)
+
+
+def test_broken_metrics(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run = shutil.copytree(home / "out/ce", tmp_path / "ce")
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines + '{"iter": 5, "train_l')
+    call(gradients.main, monkeypatch, run)
+    assert "the last line is incomplete and skipped" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text("{broken\n" + lines)
+    with pytest.raises(UserError, match="line 1 is not a metrics record"):
+        call(gradients.main, monkeypatch, run)
+    (run / "metrics.jsonl").write_text(json.dumps({"iter": 0, "val_loss": 3.0}) + "\n")
+    with pytest.raises(UserError, match="has no steps"):
+        call(gradients.main, monkeypatch, run)
+
+
+def test_pictures_are_drawn_of_a_run_without_all_norms(home):  # noqa: F811
+    gradients.draw(find_runs([home / "out/ce"]), Figure())
+
+
+# the page in a browser
+
+CLICKS = """
+<script>
+addEventListener("error", event => document.title = "ERROR " + event.message);
+const waiting = setInterval(() => {
+  if (!document.querySelector(".curve")) return;
+  clearInterval(waiting);
+  const chart = document.querySelector("svg.chart"), curves = () => chart.querySelectorAll(".curve").length, found = [curves()];
+  const [first] = document.querySelectorAll("#legend button");
+  first.click(); found.push(curves(), first.getAttribute("aria-pressed"));
+  first.click(); found.push(curves());
+  const before = chart.innerHTML, log = document.getElementById("log");
+  log.click(); found.push(chart.innerHTML !== before);
+  document.getElementById("find").value = "king"; document.getElementById("find").dispatchEvent(new Event("input"));
+  found.push([...document.querySelectorAll("#mapped circle")].filter(c => c.getAttribute("r") === "7").length);
+  found.push(document.querySelectorAll("#panels figure").length, document.documentElement.scrollWidth <= innerWidth);
+  if (!document.title.startsWith("ERROR")) document.title = JSON.stringify(found);
+}, 50);
+</script></body>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [1400, 500])
+def test_the_page_in_chromium(home, tmp_path, monkeypatch, width):  # noqa: F811
+    page = tmp_path / "r.html"
+    call(report.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={page}", "--max_new_tokens=5", "--device=cpu")
+    page.write_text(page.read_text().replace("</body>", CLICKS))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},2000"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    assert json.loads(title) == [2, 1, "false", 2, True, 2, 3, True]
