@@ -302,7 +302,7 @@ CLICKS = """
 <script>
 addEventListener("error", event => document.title = "ERROR " + event.message);
 const waiting = setInterval(() => {
-  if (!document.querySelector(".curve")) return;
+  if (!document.querySelector("#charts .curve")) return;
   clearInterval(waiting);
   const chart = document.querySelector("svg.chart"), curves = () => chart.querySelectorAll(".curve").length, found = [curves()];
   const [first] = document.querySelectorAll("#legend button");
