@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-slow lint format bench bench-gpu faults multinode clean
+.PHONY: help demo test test-slow lint format bench bench-gpu faults multinode study clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
 	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
 	@echo "make multinode  two machines as network namespaces, and the cable pulled (3 minutes; needs root)"
+	@echo "make study      the study of heads (some six hours on 2 cores; may be stopped, and goes on)"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 
 $(VENV)/installed: requirements.txt
@@ -65,6 +66,14 @@ faults: $(VENV)/installed data/wiki/meta.json
 
 multinode: $(VENV)/installed data/wiki/meta.json
 	$(RUN) -m faults.multinode
+
+# Runs that results/heads.csv has are not repeated.
+study: $(VENV)/installed data/wikitext2/meta.json
+	$(RUN) -m studies.heads
+	$(RUN) -m studies.heads_report
+
+data/wikitext2/meta.json: | $(VENV)/installed
+	$(RUN) prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
 
 data/wiki/meta.json: | $(VENV)/installed
 	$(RUN) prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki

@@ -5,8 +5,8 @@
     python -m studies.heads --config=configs/study_gpt2_124m.yaml --out=results/heads_gpt2.csv --workers=1 --nproc_per_node=8
 
 Stage 1 sweeps learning rate and exponent of each family and link: 12 settings, then beyond the edge on which the winner lies (EDGES more
-settings at most), then two other scales of the prototypes at the start. cross_entropy and cosine_linear, which have no exponent, sweep the
-scale of their prototypes in its place. A further variant of a family takes 4 settings around the family's winner.
+settings at most), then two other scales of the prototypes at the start, then half a step of the exponent to either side of the best.
+cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place. A further variant of a family takes 4 settings around the family's winner.
 Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one.
 
 The softmax twin sweeps the scale that has the slope of the same exponents at the start (`harmonic.default_scale`).
@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from analysis.geometry import spectrum
 from analysis.gradients import stability
 from training import checkpoint
-from training.config import UserError, cli, parse, read_yaml
+from training.config import UserError, check, cli, parse, read_yaml
 from training.distributed import launcher
 from training.telemetry import energy, read_metrics
 
@@ -48,7 +47,7 @@ VARIANTS = {  # a further variant: (its head, its flags, its family)
     "bray_curtis_normalized": ("bray_curtis_normalized", {}, "bray_curtis"),
 }
 LINKS = ("harmonic", "softmax")
-RATES = (1e-3, 3e-3, 1e-2)  # about half a decade apart, around the best of short runs; more where a winner lies on the edge
+RATES = (1 / 3, 1, 10 / 3)  # times the config's learning_rate: half a decade apart; more where a winner lies on the edge
 EXPONENTS = (1 / 16, 1 / 4, 1, 4)  # times n_embd
 STDS = (0.01, 0.02, 0.05, 0.1)  # of the prototypes of a head without an exponent
 OTHER_STDS = (0.005, 0.1)  # of the others, whose grid has 0.02
@@ -108,13 +107,15 @@ class Rows:
     def __init__(self, path: Path):
         self.path = path
         self.rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+        self.index = {tuple(r[k] for k in KEY): r for r in self.rows}
 
-    def find(self, wanted: dict) -> dict | None:
-        return next((r for r in self.rows if all(r[k] == v for k, v in wanted.items())), None)
+    def find(self, setting: dict) -> dict | None:
+        return self.index.get(tuple(setting[k] for k in KEY))
 
     def add(self, row: dict):
         new = not self.rows
         self.rows.append({k: str(row.get(k, "")) for k in COLUMNS})
+        self.index[tuple(self.rows[-1][k] for k in KEY)] = self.rows[-1]
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if new:
@@ -133,10 +134,14 @@ def best(rows: list[dict]) -> dict:
 
 
 class Sweep:
-    """Stage 1 of one head and link, as a generator of settings that looks at what its earlier ones gave."""
+    """Stage 1 of one head and link: which settings are wanted, given what earlier ones gave.
 
-    def __init__(self, table: Rows, head: str, link: str, dim: int, flags: dict | None = None, around: dict | None = None):
-        self.table, self.head, self.link, self.dim, self.flags, self.around = table, head, link, dim, flags or {}, around
+    Args:
+        base: the study's configuration, of which n_embd and learning_rate count. around: a variant's family's winner.
+    """
+
+    def __init__(self, table: Rows, head: str, link: str, base: dict, flags: dict | None = None, around: dict | None = None):
+        self.table, self.head, self.link, self.base, self.flags, self.around = table, head, link, base, flags or {}, around
 
     def make(self, rate, second, std=None) -> dict:
         """second: the exponent, or a control's init_std."""
@@ -150,26 +155,32 @@ class Sweep:
     def done(self, wanted: list[dict]) -> list[dict]:
         return [r for w in wanted if (r := self.table.find(w))]
 
+    def top(self, wanted: list[dict]) -> dict | None:
+        """The best of them, once all are done."""
+        found = self.done(wanted)
+        return best(found) if len(found) == len(wanted) else None
+
     def settings(self) -> list[dict]:
         """All settings that are known to be wanted by now, done or not."""
         if self.around:  # a variant: half a step of each around its family's winner
             rate, n, std = (float(self.around[k]) for k in ("learning_rate", "exponent", "init_std"))
             return [self.make(rate * a, n * b, std) for a in (1, RATE_STEP**-1) for b in (1, 0.5)]
-        seconds = STDS if self.link == "control" else [x * self.dim for x in EXPONENTS]
-        wanted = [self.make(rate, second) for rate, second in itertools.product(RATES, seconds)]
+        seconds = STDS if self.link == "control" else [x * self.base["n_embd"] for x in EXPONENTS]
+        wanted = [self.make(rate * float(self.base["learning_rate"]), second) for rate, second in itertools.product(RATES, seconds)]
         for _ in range(EDGES):
-            found = self.done(wanted)
-            if len(found) < len(wanted):
+            top = self.top(wanted)
+            if top is None:
                 return wanted
-            top = best(found)
-            beyond = self.beyond(top, found)
+            beyond = self.beyond(top, self.done(wanted))
             if beyond is None:
                 break
             wanted.append(beyond)
-        found = self.done(wanted)
-        if len(found) == len(wanted) and self.link != "control":
-            top = best(found)
+        if self.link != "control" and (top := self.top(wanted)):
             wanted += [self.make(float(top["learning_rate"]), self.second(top), std) for std in OTHER_STDS]
+        if top := self.top(wanted):  # half a step to either side
+            half = (STD_STEP if self.link == "control" else EXPONENT_STEP) ** 0.5
+            rate, second, std = float(top["learning_rate"]), self.second(top), float(top["init_std"])
+            wanted += [self.make(rate, second * x, std) for x in (half, 1 / half)]
         return wanted
 
     def beyond(self, top: dict, found: list[dict]) -> dict | None:
@@ -190,24 +201,22 @@ class Sweep:
 
     def winner(self) -> dict | None:
         """The best row, once all are done."""
-        wanted = self.settings()
-        found = self.done(wanted)
-        return best(found) if len(found) == len(wanted) else None
+        return self.top(self.settings())
 
 
-def sweeps(table: Rows, dim: int) -> list[Sweep]:
+def sweeps(table: Rows, base: dict) -> list[Sweep]:
     """All of stage 1 that can begin: variants wait for their family's winner."""
-    families = {(head, link): Sweep(table, head, link, dim) for head in FAMILIES for link in LINKS}
-    found = [Sweep(table, head, "control", dim) for head in CONTROLS] + list(families.values())
+    families = {(head, link): Sweep(table, head, link, base) for head in FAMILIES for link in LINKS}
+    found = [Sweep(table, head, "control", base) for head in CONTROLS] + list(families.values())
     for (head, flags, family), link in itertools.product(VARIANTS.values(), LINKS):
         if winner := families[family, link].winner():
-            found.append(Sweep(table, head, link, dim, flags, winner))
+            found.append(Sweep(table, head, link, base, flags, winner))
     return found
 
 
-def wanted(table: Rows, c: StudyConfig, dim: int) -> list[dict]:
+def wanted(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
     """Every setting that is known to be wanted by now, done or not, in order."""
-    every = [s for s in sweeps(table, dim) if c.only in (None, s.head)]
+    every = [s for s in sweeps(table, base) if c.only in (None, s.head)]
     found = [x for s in every for x in s.settings()] if "1" in c.stages else []
     if "2" in c.stages:
         winners = [(s, w) for s in every if (w := s.winner()) and math.isfinite(loss(w))]
@@ -271,16 +280,15 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, commit: str) ->
 
 def main():
     (c,) = parse(sys.argv[1:], StudyConfig)
-    if not Path(c.config).is_file():
-        raise UserError(f"no file {c.config}")
-    dim = yaml.safe_load(Path(c.config).read_text())["n_embd"]
+    base = read_yaml(c.config)
+    check([f"{c.config} has no {key}" for key in ("n_embd", "learning_rate", "max_iters", "dataset", "arch") if key not in base])
     table = Rows(Path(c.out))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     running: list[tuple[dict, subprocess.Popen, float]] = []
     bar = tqdm(desc="runs", unit=" runs", disable=None)
     try:
         while True:
-            known = wanted(table, c, dim)
+            known = wanted(table, c, base)
             under_way = [s for s, *_ in running]
             todo = [s for s in known if not table.find(s) and s not in under_way]
             bar.total, bar.n = len(known), len(known) - len(todo) - len(running)

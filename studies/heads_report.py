@@ -1,0 +1,162 @@
+"""The study's tables and picture from results/heads.csv, as far as it has got.
+
+    python -m studies.heads_report              # prints Markdown, writes results/heads.png
+
+Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it.
+Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
+"""
+
+import csv
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.runs import write_whole
+from studies.heads import LINKS, loss
+from training.config import UserError, cli, parse
+
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 97.5 % by number of seeds (degrees of freedom one less)
+
+
+@dataclass
+class ReportConfig:
+    """The study's tables"""
+
+    table: str = "results/heads.csv"
+    """the study's rows"""
+    out: str = "results/heads.png"
+    """the picture"""
+
+
+def name(row: dict) -> str:
+    return row["head"] + "".join(f" {k}={row[k]}" for k in "pq" if row[k])
+
+
+def groups(rows: list[dict], stage: str) -> dict[tuple[str, str], list[dict]]:
+    """(head with its options, link) -> its rows of a stage."""
+    found = {}
+    for row in rows:
+        if row["stage"] == stage:
+            found.setdefault((name(row), row["link"]), []).append(row)
+    return found
+
+
+def best_settings(rows: list[dict]) -> list[dict]:
+    """Stage 1: the winner of each head and link, lowest loss first, with its difference to the twin where both are there."""
+    winners = {key: min(group, key=loss) for key, group in groups(rows, "1").items()}
+    counts = {key: len(group) for key, group in groups(rows, "1").items()}
+    found = []
+    for (head, link), row in winners.items():
+        twin = winners.get((head, "softmax")) if link == "harmonic" else None
+        difference = loss(row) - loss(twin) if twin else None
+        found.append({**row, "name": head, "settings": counts[head, link], "harmax": difference})
+    return sorted(found, key=loss)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """-> (mean, half width of the 95 % interval; NaN for one value)."""
+    n = len(values)
+    return float(np.mean(values)), float(T[n] * np.std(values, ddof=1) / math.sqrt(n)) if n in T else math.nan
+
+
+def long_runs(rows: list[dict]) -> list[dict]:
+    """Stage 2: each head and link over its seeds."""
+    every = {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
+    baseline = every.get(("cross_entropy", "control"), {})
+    found = []
+    for (head, link), runs in every.items():
+        row = {"name": head, "link": link, "seeds": len(runs)}
+        row["loss"], row["half"] = interval([loss(r) for r in runs.values()])
+        row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
+        for key, other in (("above_ce", baseline), ("harmax", every.get((head, "softmax"), {}) if link == "harmonic" else {})):
+            shared = [loss(r) - loss(other[s]) for s, r in runs.items() if s in other]
+            row[key] = interval(shared) if shared else None
+        for key in ("grad_norm_cv", "grad_spikes", "pca_components_90", "effective_rank", "kwh"):
+            values = [float(r[key]) for r in runs.values() if r[key]]
+            row[key] = float(np.mean(values)) if values else None
+        found.append(row)
+    return sorted(found, key=lambda r: r["loss"])
+
+
+def shown(value, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def with_half(pair, form: str = "+.3f") -> str:
+    return "" if pair is None else format(pair[0], form) + ("" if math.isnan(pair[1]) else f" ± {pair[1]:.3f}")
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
+
+
+def stage_one(rows: list[dict]) -> str:
+    columns = ["head", "link", "n (softmax: s)", "init std", "learning rate", "val loss", "less its softmax twin", "settings"]
+    cells = []
+    for r in best_settings(rows):
+        strength = {"harmonic": r["exponent"], "softmax": r["scale"]}.get(r["link"], "")
+        setting = [f"{float(strength):.4g}" if strength else "", r["init_std"], r["learning_rate"]]
+        cells.append([r["name"], r["link"], *setting, f"{loss(r):.4f}", shown(r["harmax"], "+.4f"), str(r["settings"])])
+    return markdown(columns, cells)
+
+
+def stage_two(rows: list[dict]) -> str:
+    columns = ["head", "link", "seeds", "val loss", "bits/byte", "less cross_entropy", "less its softmax twin"]
+    cells = []
+    for r in long_runs(rows):
+        losses = [with_half((r["loss"], r["half"]), ".4f"), f"{r['bits']:.4f}", with_half(r["above_ce"]), with_half(r["harmax"])]
+        wh = None if r["kwh"] is None else 1000 * r["kwh"]
+        more = [shown(r["grad_norm_cv"], ".3f"), shown(r["pca_components_90"], ".0f"), shown(wh, ".2f")]
+        cells.append([r["name"], r["link"], str(r["seeds"]), *losses, *more])
+    return markdown([*columns, "grad norm CV", "PCs for 90 %", "Wh"], cells)
+
+
+def draw(rows: list[dict], path: Path):
+    """Stage 1: a dot for every setting of every head, the two links in two colours, the best one ringed."""
+    from matplotlib.figure import Figure
+
+    colors = dict(zip((*LINKS, "control"), ("#0072b2", "#e69f00", "#59616b"), strict=True))
+    best = best_settings(rows)
+    heads = list(dict.fromkeys(r["name"] for r in best))
+    figure = Figure(figsize=(8, 0.9 + 0.36 * len(heads)), layout="constrained")
+    axes = figure.subplots()
+    low = loss(best[0])
+    for i, head in enumerate(heads):
+        for j, (link, color) in enumerate(colors.items()):
+            group = [loss(r) for r in rows if r["stage"] == "1" and name(r) == head and r["link"] == link]
+            if group:
+                y = i + (0 if link == "control" else (j - 0.5) * 0.3)
+                axes.plot(
+                    [min(v, low + 2) for v in group], [y] * len(group), "o", color=color, markersize=3.5, alpha=0.5, markeredgewidth=0
+                )
+                axes.plot(min(group), y, "o", color="none", markeredgecolor=color, markersize=8)
+    for link, color in colors.items():
+        axes.plot([], [], "o", color=color, label=link)
+    axes.set_yticks(range(len(heads)), heads)
+    axes.invert_yaxis()
+    axes.set_xlim(low - 0.05, low + 2.05)
+    axes.set_xlabel("validation loss, nats a token (what is above the edge lies on it); ringed: the best setting")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(axis="x", alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    (c,) = parse(sys.argv[1:], ReportConfig)
+    if not Path(c.table).is_file():
+        raise UserError(f"no table {c.table}: python -m studies.heads writes it")
+    with open(c.table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for stage, table in (("1", stage_one), ("2", stage_two)):
+        count = sum(r["stage"] == stage for r in rows)
+        print(f"Stage {stage}: {count} runs\n\n{table(rows)}\n" if count else f"Stage {stage}: no runs yet\n")
+    write_whole(Path(c.out), lambda path: draw(rows, path))
+    print(f"wrote {c.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,145 @@
+"""The study's plan: which settings it wants as results come in. No training here but for one tiny run."""
+
+import csv
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import scipy.stats
+from conftest import ROOT, script
+
+from studies import heads, heads_report
+from training.config import UserError, read_yaml
+
+BASE = {"n_embd": 128, "learning_rate": 3e-3}
+
+
+def run(tmp_path, loss, base=BASE, **settings) -> heads.Rows:
+    """Plays the study with `loss(row)` in place of training -> the table."""
+    table = heads.Rows(tmp_path / "heads.csv")
+    c = heads.StudyConfig(**settings)
+    for _ in range(40):
+        todo = [s for s in heads.wanted(table, c, base) if not table.find(s)]
+        if not todo:
+            return table
+        for s in todo:
+            table.add({**s, "val_loss": f"{loss(s):.6f}"})
+    raise AssertionError("it does not end")
+
+
+def bowl(row) -> float:
+    """Best at learning rate 0.003 and exponent 40; any head and link alike."""
+    n = float(row["exponent"] or 40)
+    return 6 + math.log(float(row["learning_rate"]) / 3e-3) ** 2 + math.log(n / 40) ** 2 + abs(math.log(float(row["init_std"]) / 0.02)) / 10
+
+
+def test_every_family_gets_the_same_number_of_settings(tmp_path):
+    table = run(tmp_path, bowl, stages="1")
+    counts = {key: len(list(rows)) for key, rows in itertools.groupby(sorted((r["head"], r["link"], r["p"]) for r in table.rows))}
+    for head, link in itertools.product(heads.FAMILIES, heads.LINKS):
+        assert counts[head, link, ""] == 12 + 2 + 2, (head, link)
+    for (head, flags, _), link in itertools.product(heads.VARIANTS.values(), heads.LINKS):
+        assert counts[head, link, f"{flags['head_p']:.6g}" if "head_p" in flags else ""] == 4, (head, link)
+    assert all(counts[head, "control", ""] >= 12 for head in heads.CONTROLS)
+
+
+def test_the_grid_is_extended_beyond_its_edge(tmp_path):
+    """A head whose best exponent lies far below the grid: it is followed, but not for ever."""
+    table = run(tmp_path, lambda r: bowl({**r, "exponent": str(float(r["exponent"] or 40) * 400)}), stages="1", only="cosine")
+    exponents = sorted({float(r["exponent"]) for r in table.rows})
+    assert min(exponents) == pytest.approx(8 / 4**4 / 2) and max(exponents) == 512
+    assert len(table.rows) == 2 * (12 + heads.EDGES + 2 + 2)
+
+
+def test_stage_two_trains_winners_with_every_seed(tmp_path):
+    table = run(tmp_path, bowl, stages="12")
+    long = [r for r in table.rows if r["stage"] == "2"]
+    for head, link in [*itertools.product(heads.FAMILIES, heads.LINKS), *((h, "control") for h in heads.CONTROLS)]:
+        mine = [r for r in long if (r["head"], r["link"], r["p"]) == (head, link, "")]
+        assert sorted(r["seed"] for r in mine) == ["1337", "1338", "1339"] and len({r["exponent"] for r in mine}) == 1
+        best = min((r for r in table.rows if r["stage"] == "1" and (r["head"], r["link"], r["p"]) == (head, link, "")), key=heads.loss)
+        assert mine[0]["exponent"] == best["exponent"] and mine[0]["learning_rate"] == best["learning_rate"]
+    assert sum(r["head"] == "hamming_gumbel" for r in long) == 2
+
+
+def test_a_run_that_diverged_is_no_winner(tmp_path):
+    table = run(tmp_path, lambda r: math.nan if float(r["learning_rate"]) > 5e-3 else bowl(r), stages="1", only="euclidean")
+    assert any(r["val_loss"] == "nan" for r in table.rows)
+    (sweep,) = [s for s in heads.sweeps(table, BASE) if (s.head, s.link) == ("euclidean", "harmonic")]
+    assert float(sweep.winner()["learning_rate"]) == 0.003
+
+
+def test_it_goes_on_where_it_stopped(tmp_path):
+    done = run(tmp_path, bowl, stages="1", only="manhattan").rows
+    again = heads.Rows(tmp_path / "heads.csv")
+    assert again.rows == done and not [
+        s for s in heads.wanted(again, heads.StudyConfig(stages="1", only="manhattan"), BASE) if not again.find(s)
+    ]
+
+
+def test_the_committed_table_belongs_to_this_plan():
+    """Its settings are ones that the plan wants: no row of another grid."""
+    table = heads.Rows(ROOT / "results" / "heads.csv")
+    known = heads.wanted(table, heads.StudyConfig(), read_yaml(ROOT / "configs" / "study.yaml"))
+    keys = {tuple(s.values()) for s in known}
+    assert table.rows and all(tuple(r[k] for k in heads.KEY) in keys for r in table.rows)
+    assert len({tuple(r[k] for k in heads.KEY) for r in table.rows}) == len(table.rows)
+
+
+def test_a_run_of_the_study(tiny_data, tmp_path):
+    """One setting, trained and written; started again, it is not repeated."""
+    config = tmp_path / "study.yaml"
+    sizes = dict(arch="gpt", n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=3, warmup_iters=1, eval_iters=2)
+    sizes |= dict(eval_interval=3, learning_rate=0.003, compile=False, emissions=False, dataset=str(tiny_data))
+    config.write_text("".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in sizes.items()))
+    c = heads.StudyConfig(config=str(config), runs=str(tmp_path / "runs"))
+    s = heads.setting(1, "cosine", "softmax", 1e-3, 4.0)
+    process = heads.begin(c, s)
+    assert process.wait(120) == 0, heads.folder(c, s).with_suffix(".log").read_text()
+    row = heads.result(c, s, 0, 1.0, "abc")
+    assert 4 < float(row["val_loss"]) < 7 and float(row["scale"]) > 1 and 1 < float(row["effective_rank"]) <= 16 and row["iters"] == 3
+    table = heads.Rows(tmp_path / "table.csv")
+    table.add(row)
+    assert heads.Rows(tmp_path / "table.csv").find(s) and list(csv.DictReader((tmp_path / "table.csv").open()))[0]["head"] == "cosine"
+    (Path(heads.folder(c, s)) / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="has no metrics.jsonl"):
+        heads.result(c, s, 0, 1.0, "abc")
+    assert heads.result(c, s, 3, 1.0, "abc").get("val_loss") is None  # it stopped at a loss that is not finite
+    with pytest.raises(UserError, match="ended with status 2"):
+        heads.result(c, s, 2, 1.0, "abc")
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--stages=3", "stages=3 is not made of"),
+        ("--only=cosin", "only=cosin is not a head"),
+        ("--config=configs/studi.yaml", "study.yaml"),
+    ],
+)
+def test_bad_flags(flag, words):
+    done = script("-m", "studies.heads", flag)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_report_of_known_rows():
+    empty = dict.fromkeys(heads.COLUMNS, "")
+    row = lambda stage, head, link, value, seed=1: {**empty, "stage": stage, "head": head, "link": link} | {
+        "val_loss": str(value), "seed": str(seed), "bits_per_byte": "2", "exponent": "8", "scale": "8", "learning_rate": "0.001"
+    }  # fmt: skip
+    rows = [row("1", "cosine", "harmonic", 6.0), row("1", "cosine", "harmonic", "nan"), row("1", "cosine", "softmax", 6.25)]
+    first, second = heads_report.best_settings(rows)
+    assert (first["link"], first["harmax"], first["settings"]) == ("harmonic", -0.25, 2) and second["harmax"] is None
+    rows += [row("2", "cross_entropy", "control", 5 + s / 10, s) for s in range(3)]
+    rows += [row("2", "cosine", "harmonic", 4.5 + s / 10, s) for s in range(3)]
+    best, _ = heads_report.long_runs(rows)
+    assert best["name"] == "cosine" and best["above_ce"] == pytest.approx((-0.5, 0), abs=1e-9)  # paired: seeds cancel
+    assert best["loss"] == pytest.approx(4.6)
+    assert best["half"] == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3), rel=1e-3)
+    assert "| cosine | harmonic | 8 |" in heads_report.stage_one(rows) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
+
+
+def test_the_report_of_the_committed_table(tmp_path):
+    done = script("-m", "studies.heads_report", f"--out={tmp_path / 'heads.png'}")
+    assert done.returncode == 0 and "Stage 1" in done.stdout and (tmp_path / "heads.png").stat().st_size > 10_000, done.stderr
