@@ -6,7 +6,8 @@
 
 Stage 1 sweeps learning rate and exponent of each family and link: 12 settings, then beyond the edge on which the winner lies (EDGES more
 settings at most), then two other scales of the prototypes at the start, then half a step of the exponent to either side of the best.
-cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place. A further variant of a family takes 4 settings around the family's winner.
+cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place. A further variant of a family
+takes 4 settings around the family's winner.
 Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one.
 
 The softmax twin sweeps the scale that has the slope of the same exponents at the start (`harmonic.default_scale`).
