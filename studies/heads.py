@@ -5,7 +5,8 @@
     python -m studies.heads --config=configs/study_gpt2_124m.yaml --out=results/heads_gpt2.csv --workers=1 --nproc_per_node=8
 
 Stage 1 sweeps learning rate and exponent of each family and link: 12 settings, then beyond the edge on which the winner lies (EDGES more
-settings at most), then two other scales of the prototypes at the start, then half a step of the exponent to either side of the best.
+settings at most), then two other scales of the prototypes at the start, then half a step of the exponent to either side of the best, then
+two more scales.
 cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place. A further variant of a family
 takes 4 settings around the family's winner.
 Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one.
@@ -51,7 +52,7 @@ LINKS = ("harmonic", "softmax")
 RATES = (1 / 3, 1, 10 / 3)  # times the config's learning_rate: half a decade apart; more where a winner lies on the edge
 EXPONENTS = (1 / 16, 1 / 4, 1, 4)  # times n_embd
 STDS = (0.01, 0.02, 0.05, 0.1)  # of the prototypes of a head without an exponent
-OTHER_STDS = (0.005, 0.1)  # of the others, whose grid has 0.02
+OTHER_STDS, LAST_STDS = (0.005, 0.1), (0.01, 0.05)  # of the others, whose grid has 0.02: far ones, and at last near ones
 RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and around a family's winner
 EDGES = 4
 SEEDS = (1337, 1338, 1339)
@@ -182,6 +183,8 @@ class Sweep:
             half = (STD_STEP if self.link == "control" else EXPONENT_STEP) ** 0.5
             rate, second, std = float(top["learning_rate"]), self.second(top), float(top["init_std"])
             wanted += [self.make(rate, second * x, std) for x in (half, 1 / half)]
+        if self.link != "control" and (top := self.top(wanted)):
+            wanted += [self.make(float(top["learning_rate"]), self.second(top), std) for std in LAST_STDS]
         return wanted
 
     def beyond(self, top: dict, found: list[dict]) -> dict | None:

@@ -38,7 +38,7 @@ def test_every_family_gets_the_same_number_of_settings(tmp_path):
     table = run(tmp_path, bowl, stages="1")
     counts = {key: len(list(rows)) for key, rows in itertools.groupby(sorted((r["head"], r["link"], r["p"]) for r in table.rows))}
     for head, link in itertools.product(heads.FAMILIES, heads.LINKS):
-        assert counts[head, link, ""] == 12 + 2 + 2, (head, link)
+        assert counts[head, link, ""] == 12 + 2 + 2 + 2, (head, link)
     for (head, flags, _), link in itertools.product(heads.VARIANTS.values(), heads.LINKS):
         assert counts[head, link, f"{flags['head_p']:.6g}" if "head_p" in flags else ""] == 4, (head, link)
     assert all(counts[head, "control", ""] >= 12 for head in heads.CONTROLS)
@@ -49,7 +49,7 @@ def test_the_grid_is_extended_beyond_its_edge(tmp_path):
     table = run(tmp_path, lambda r: bowl({**r, "exponent": str(float(r["exponent"] or 40) * 400)}), stages="1", only="cosine")
     exponents = sorted({float(r["exponent"]) for r in table.rows})
     assert min(exponents) == 8 / 4**4 and max(exponents) == 512 and 0.0625 in exponents  # 0.125 is the best of the grid: half a step
-    assert len(table.rows) == 2 * (12 + heads.EDGES + 2 + 2)
+    assert len(table.rows) == 2 * (12 + heads.EDGES + 2 + 2 + 2)
 
 
 def test_stage_two_trains_winners_with_every_seed(tmp_path):
