@@ -1,6 +1,6 @@
 """The study's tables and picture from results/heads.csv, as far as it has got.
 
-    python -m studies.heads_report              # prints Markdown, writes results/heads.png
+    python -m studies.heads_report              # prints Markdown, writes results/study.png
 
 Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
@@ -27,7 +27,7 @@ class ReportConfig:
 
     table: str = "results/heads.csv"
     """the study's rows"""
-    out: str = "results/heads.png"
+    out: str = "results/study.png"
     """the picture"""
 
 

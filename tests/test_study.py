@@ -141,5 +141,5 @@ def test_the_report_of_known_rows():
 
 
 def test_the_report_of_the_committed_table(tmp_path):
-    done = script("-m", "studies.heads_report", f"--out={tmp_path / 'heads.png'}")
-    assert done.returncode == 0 and "Stage 1" in done.stdout and (tmp_path / "heads.png").stat().st_size > 10_000, done.stderr
+    done = script("-m", "studies.heads_report", f"--out={tmp_path / 'study.png'}")
+    assert done.returncode == 0 and "Stage 1" in done.stdout and (tmp_path / "study.png").stat().st_size > 10_000, done.stderr
