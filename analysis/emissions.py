@@ -9,12 +9,12 @@ runs' best ones, which all of them reached. Time and energy to it are interpolat
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.runs import Run, about, caution, default_out, find_runs, publish, shown
+from analysis.runs import AnalysisConfig, Run, about, caution, default_out, find_runs, publish, shown
 from model import Model
 from training.config import UserError, cli, parse
 from training.data import masked_count
@@ -22,18 +22,11 @@ from training.telemetry import energy, read_metrics
 
 
 @dataclass
-class EmissionsConfig:
+class EmissionsConfig(AnalysisConfig):
     """Energy and emissions"""
 
-    runs: list[str] = field(default_factory=list)
-    """run folders"""
     target: float | None = None
     """a validation loss in nats a token; null = the highest of the runs' best ones"""
-    out: str | None = None
-    """the CSV file, with the chart (.png) beside it; null = emissions.csv in the first run's parent folder"""
-
-    def problems(self) -> list[str]:
-        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
 
 
 def steps_time(metrics: list[dict]) -> tuple[float, float]:

@@ -12,13 +12,13 @@ prototypes.
 import itertools
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from analysis.relations import RELATIONS, pairs
-from analysis.runs import about, caution, default_out, find_runs, publish, shown, table, write_csv, write_whole
+from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown, table, write_csv, write_whole
 from harmonic import CONTROLS, distance
 from training.config import cli, parse
 from training.data import validation_batches, validation_windows
@@ -28,11 +28,9 @@ STATES = 4096  # hidden states looked at
 
 
 @dataclass
-class GeometryConfig:
+class GeometryConfig(AnalysisConfig):
     """Geometry"""
 
-    runs: list[str] = field(default_factory=list)
-    """run folders"""
     words: str | None = None
     """words, with spaces between, whose nearest prototypes are printed"""
     checkpoint: Literal["newest", "best"] = "newest"
@@ -41,11 +39,6 @@ class GeometryConfig:
     """the text that hidden states are taken of"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    out: str | None = None
-    """the CSV file, with the map (.png) and _cka.csv beside it; null = geometry.csv in the first run's parent folder"""
-
-    def problems(self) -> list[str]:
-        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
 
 
 def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,11 +10,11 @@ above that median). Growth is the exponent a in `mean |w| ~ iterations^a` over t
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.runs import about, default_out, find_runs, publish, shown
+from analysis.runs import AnalysisConfig, about, default_out, find_runs, publish, shown
 from training.config import UserError, cli, parse
 from training.telemetry import read_metrics
 
@@ -23,16 +23,8 @@ PARTS = {"all": "grad_norm", "head": "grad_norm_head", "trunk": "grad_norm_trunk
 
 
 @dataclass
-class GradientsConfig:
+class GradientsConfig(AnalysisConfig):
     """Gradient norms"""
-
-    runs: list[str] = field(default_factory=list)
-    """run folders"""
-    out: str | None = None
-    """the CSV file, with the chart (.png) beside it; null = gradients.csv in the first run's parent folder"""
-
-    def problems(self) -> list[str]:
-        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
 
 
 def series(metrics: list[dict], key: str) -> np.ndarray:

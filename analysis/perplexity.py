@@ -18,7 +18,7 @@ import itertools
 import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from analysis import calibration
 from analysis.geometry import frequency
-from analysis.runs import about, caution, default_out, find_runs, publish, shown
+from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown
 from model import Model, ModelConfig
 from training.config import check, cli, parse
 from training.data import NONE, Data, batch, data_folder, load_data, validation_batches, validation_windows
@@ -36,11 +36,9 @@ from training.distributed import check_device
 
 
 @dataclass
-class PerplexityConfig:
+class PerplexityConfig(AnalysisConfig):
     """Perplexity"""
 
-    runs: list[str] = field(default_factory=list)
-    """run folders"""
     split: Literal["val", "test"] = "val"
     """which split of the runs' data"""
     stride: int = 0
@@ -59,13 +57,11 @@ class PerplexityConfig:
     """windows computed at once"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    out: str | None = None
-    """the CSV file, with the chart (.png) beside it; null = perplexity.csv in the first run's parent folder"""
 
     def problems(self) -> list[str]:
         found = [f"stride={self.stride} must not be negative"] if self.stride < 0 else []
         found += [f"batch_size={self.batch_size} must be at least 1"] if self.batch_size < 1 else []
-        return found + ([f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else [])
+        return found + super().problems()
 
 
 def default_stride(config: ModelConfig, documents: bool = False) -> int:

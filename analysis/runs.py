@@ -2,7 +2,7 @@
 
 import csv
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harmonic import CONTROLS
@@ -32,6 +32,19 @@ class Run:
         """The newest or best checkpoint -> (model in eval mode, float32; its manifest). UserError for a damaged one."""
         model, _, manifest = checkpoint.load_run(self.path, device, which)
         return model, manifest
+
+
+@dataclass
+class AnalysisConfig:
+    """What every analysis that writes a table takes."""
+
+    runs: list[str] = field(default_factory=list)
+    """run folders"""
+    out: str | None = None
+    """the CSV file, with the picture (.png) beside it; null = named after the analysis, in the first run's parent folder"""
+
+    def problems(self) -> list[str]:
+        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
 
 
 def find_runs(folders: list[str]) -> list[Run]:

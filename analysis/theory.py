@@ -11,12 +11,12 @@ margins, the KL to the linearised softmax over training, and a toy: five separab
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from analysis.runs import about, default_out, find_runs, publish, shown
+from analysis.runs import AnalysisConfig, about, default_out, find_runs, publish, shown
 from harmonic import HarmonicHead, distance
 from training.config import cli, parse
 from training.data import NONE, validation_batches, validation_windows
@@ -29,22 +29,15 @@ TOY = ("cross_entropy", "euclidean", "manhattan", "cosine")
 
 
 @dataclass
-class TheoryConfig:
+class TheoryConfig(AnalysisConfig):
     """Margins and bounds"""
 
-    runs: list[str] = field(default_factory=list)
-    """run folders"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     split: Literal["val", "test"] = "val"
     """whose tokens"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    out: str | None = None
-    """the CSV file, with the picture (.png) beside it; null = theory.csv in the first run's parent folder"""
-
-    def problems(self) -> list[str]:
-        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
 
 
 @torch.no_grad()
