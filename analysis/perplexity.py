@@ -30,7 +30,7 @@ from analysis import calibration
 from analysis.geometry import frequency
 from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown
 from model import Model, ModelConfig
-from training.config import check, cli, parse
+from training.config import UserError, check, cli, parse
 from training.data import NONE, Data, batch, data_folder, load_data, validation_batches, validation_windows
 from training.distributed import check_device
 
@@ -265,6 +265,8 @@ def main():
     check(
         list(dict.fromkeys(p for r, d in zip(runs, data, strict=True) for p in problems(r.model_config, d, c.split, c.stride, c.documents)))
     )
+    if c.corpus and (masked := [run.name for run in runs if run.model_config.arch == "bert"]):
+        raise UserError(f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which give no likelihood of a text")
     if warning := caution(runs, data, c.split):
         print(f"note: {warning}", file=sys.stderr)
 

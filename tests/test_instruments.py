@@ -230,6 +230,11 @@ def test_detail_and_another_corpus(home, tmp_path, monkeypatch, capsys):  # noqa
     assert "ECE" in capsys.readouterr().out
 
 
+def test_bert_scores_no_other_corpus(home, tmp_path, monkeypatch):  # noqa: F811
+    with pytest.raises(UserError, match="bert predicts masked tokens"):
+        call(perplexity.main, monkeypatch, home / "out/bert", f"--corpus={home / 'data/other'}", f"--out={tmp_path / 'p.csv'}")
+
+
 def test_nearest_is_the_distance_to_the_nearest_prototype(home):  # noqa: F811
     run = find_runs([home / "out/cosine"])[0]
     (model, _), data = run.load(), run.data()
