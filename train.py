@@ -29,7 +29,7 @@ from harmonic import softmax_linearization_kl
 from model import Model, ModelConfig, adamw
 from training import checkpoint, distributed, pretrained
 from training.config import TrainConfig, UserError, check, parse, read_yaml, split_flags, write_yaml
-from training.data import data_folder, load_data, masked_count, training_batches, validation_batches, validation_windows, verify
+from training.data import data_folder, load_data, predicted_count, training_batches, validation_batches, validation_windows, verify
 from training.distributed import local
 from training.files import write_whole
 from training.telemetry import Emissions, Metrics, check_loggers, duration, environment, listed, norms, peak_flops
@@ -165,7 +165,7 @@ def main():
     if p.local_rank == 0:
         verify(data)
     mine = p.share(slots)
-    targets_per_window = masked_count(m.block_size) if m.arch == "bert" else m.block_size
+    targets_per_window = predicted_count(m.arch, m.block_size)
     targets = slots * targets_per_window  # of an iteration, over all processes
     say = print if p.main else lambda *_, **__: None
 

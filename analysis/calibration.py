@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from harmonic import CONTROLS
-from training.data import NONE, Data, validation_batches, validation_windows
+from training.data import NONE, Data, predicted_count, validation_batches, validation_windows
 
 BINS, TOKENS, ROWS = 15, 32768, 256
 
@@ -22,8 +22,8 @@ def examine(model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np
     (largest probability), correct, nearest (distance to the nearest prototype; NaN for a control)."""
     c, head, found = model.config, model.head, []
     device = model.tokens.weight.device
-    each = c.block_size if c.arch != "bert" else max(1, c.block_size // 7)
-    starts = validation_windows(data.splits[split].tokens, c.block_size, max(1, tokens // each))
+    count = max(1, tokens // predicted_count(c.arch, c.block_size))
+    starts = validation_windows(data.splits[split].tokens, c.block_size, count)
     for x, y in validation_batches(data, c.arch, c.block_size, starts, 8, split):
         kept = y != NONE
         h = model.hidden(x.to(device))[kept.to(device)]

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.runs import AnalysisConfig, Run, about, caution, default_out, find_runs, publish, shown
 from model import Model
 from training.config import UserError, cli, parse
-from training.data import masked_count
+from training.data import predicted_count
 from training.telemetry import energy, read_metrics
 
 
@@ -72,8 +72,7 @@ def counted_flops(run: Run) -> float:
     model.head.impl = "dense"
     x = torch.randint(min(c.real_vocab_size, 1000), (1, c.block_size))
     y = x.clone()
-    if c.arch == "bert":
-        y[:, masked_count(c.block_size) :] = -1
+    y[:, predicted_count(c.arch, c.block_size) :] = -1
     with FlopCounterMode(display=False) as counter:
         model(x, y)[1].backward()
     return counter.get_total_flops() / x.numel()
@@ -86,7 +85,7 @@ def measure(run: Run, target: float) -> dict:
     steps *= run.tokens_per_iteration()
     c, kwh = run.model_config, used and used["energy_consumed"]
     with torch.device("meta"):
-        calculated = Model(c).flops_per_token(masked_count(c.block_size) / c.block_size if c.arch == "bert" else 1.0)
+        calculated = Model(c).flops_per_token(predicted_count(c.arch, c.block_size) / c.block_size)
     reached = time_to(target, evaluations(metrics))
     return {
         **about(run),

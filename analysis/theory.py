@@ -19,7 +19,7 @@ import torch
 from analysis.runs import AnalysisConfig, about, default_out, find_runs, publish, shown
 from harmonic import HarmonicHead, distance
 from training.config import cli, parse
-from training.data import NONE, validation_batches, validation_windows
+from training.data import NONE, predicted_count, validation_batches, validation_windows
 from training.distributed import check_device
 from training.telemetry import read_metrics
 
@@ -44,8 +44,8 @@ class TheoryConfig(AnalysisConfig):
 def states_of(model, data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and targets of TOKENS tokens, evenly spread over a split: (N, C), (N,)."""
     c, states, targets = model.config, [], []
-    each = max(1, c.block_size // 7) if c.arch == "bert" else c.block_size
-    starts = validation_windows(data.splits[split].tokens, c.block_size, max(1, TOKENS // each))
+    count = max(1, TOKENS // predicted_count(c.arch, c.block_size))
+    starts = validation_windows(data.splits[split].tokens, c.block_size, count)
     for x, y in validation_batches(data, c.arch, c.block_size, starts, 16, split):
         kept = y != NONE
         states.append(model.hidden(x.to(model.tokens.weight.device))[kept.to(model.tokens.weight.device)])

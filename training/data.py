@@ -194,6 +194,11 @@ def masked_count(block_size: int) -> int:
     return max(1, round(MASKED * block_size))
 
 
+def predicted_count(arch: str, block_size: int) -> int:
+    """Tokens predicted in a window: all, or bert's masked ones."""
+    return masked_count(block_size) if arch == "bert" else block_size
+
+
 def mask_tokens(window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray, np.ndarray]:
     """BERT's noise on one window (T,) -> (input (T,), targets (T,)): of the chosen tokens 80 % become the mask, 10 % a random token and
     10 % stay. The end-of-text token is not chosen while others are left. `key` determines the draw."""

@@ -20,7 +20,7 @@ from harmonic.swap import ROWS
 from model import Model, ModelConfig
 from training import checkpoint
 from training.config import UserError, nearest, read_yaml
-from training.data import NONE, Data, training_batches
+from training.data import NONE, Data, predicted_count, training_batches
 from training.tokenizer import BPE_FILE, rust_tokenizer, rust_vocabulary
 
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
@@ -396,7 +396,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def states(model: Model, data: Data, seed: int, batch_size: int) -> torch.Tensor:
     """Hidden states of training text in front of a model's head: (N, C), at least 8 ROWS of them."""
     c, found = model.config, []
-    windows = max(batch_size, -(-8 * ROWS // (c.block_size if c.arch != "bert" else 1 + c.block_size // 7)))
+    windows = max(batch_size, -(-8 * ROWS // predicted_count(c.arch, c.block_size)))
     for x, y in training_batches(data, c.arch, c.block_size, seed, 0, range(windows), windows, batch_size):
         found.append(model.hidden(x.to(model.tokens.weight.device))[(y != NONE).to(model.tokens.weight.device)])
     return torch.cat(found)
