@@ -10,8 +10,9 @@ import math
 import numpy as np
 import torch
 
+from analysis.runs import predictions
 from harmonic import CONTROLS
-from training.data import NONE, Data, predicted_count, validation_batches, validation_windows
+from training.data import Data
 
 BINS, TOKENS, ROWS = 15, 32768, 256
 
@@ -20,15 +21,10 @@ BINS, TOKENS, ROWS = 15, 32768, 256
 def examine(model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np.ndarray]:
     """About `tokens` tokens of a split, in windows side by side -> arrays of one number a token: nll (nats), position, target, confidence
     (largest probability), correct, nearest (distance to the nearest prototype; NaN for a control)."""
-    c, head, found = model.config, model.head, []
-    device = model.tokens.weight.device
-    count = max(1, tokens // predicted_count(c.arch, c.block_size))
-    starts = validation_windows(data.splits[split].tokens, c.block_size, count)
-    for x, y in validation_batches(data, c.arch, c.block_size, starts, 8, split):
-        kept = y != NONE
-        h = model.hidden(x.to(device))[kept.to(device)]
-        where = torch.arange(x.shape[1]).expand(len(x), -1)[kept]
-        for state, target, position in zip(h.split(ROWS), y[kept].split(ROWS), where.split(ROWS), strict=True):
+    head, found = model.head, []
+    for h, y, kept in predictions(model, data, split, tokens):
+        where = torch.arange(kept.shape[1]).expand(len(kept), -1)[kept]
+        for state, target, position in zip(h.split(ROWS), y.cpu().split(ROWS), where.split(ROWS), strict=True):
             logits = head(state)[:, : head.real_vocab_size]
             log_p = logits.log_softmax(-1).cpu()
             best, choice = log_p.max(-1)

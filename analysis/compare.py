@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training.data import NONE, validation_batches, validation_windows
+from analysis.runs import predictions
+from training.data import predicted_count
 
 WINDOWS, DRAWS = 256, 10_000
 
@@ -29,13 +30,10 @@ class Difference:
 def window_losses(model, data, split: str = "val") -> np.ndarray:
     """The mean negative log likelihood of each of at most WINDOWS windows, spread over a split, in nats a token."""
     c, found = model.config, []
-    starts = validation_windows(data.splits[split].tokens, c.block_size, WINDOWS)
-    for x, y in validation_batches(data, c.arch, c.block_size, starts, 16, split):
-        x, y = x.to(model.tokens.weight.device), y.to(model.tokens.weight.device)
-        kept = y != NONE
-        losses = torch.zeros(y.shape, device=x.device)
-        losses[kept] = model.head.loss(model.hidden(x)[kept], y[kept], reduction="none").float()
-        found.append((losses.sum(1) / kept.sum(1)).cpu().double())
+    for h, y, kept in predictions(model, data, split, WINDOWS * predicted_count(c.arch, c.block_size)):
+        losses = torch.zeros(kept.shape, dtype=torch.float64)
+        losses[kept] = model.head.loss(h, y, reduction="none").cpu().double()
+        found.append(losses.sum(1) / kept.sum(1))
     return torch.cat(found).numpy()
 
 

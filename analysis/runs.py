@@ -9,7 +9,7 @@ from harmonic import CONTROLS
 from model import Model, ModelConfig
 from training import checkpoint
 from training.config import TrainConfig, UserError, check, nearest, parse, read_yaml
-from training.data import Data, data_folder, load_data
+from training.data import NONE, Data, data_folder, load_data, predicted_count, validation_batches, validation_windows
 
 
 @dataclass
@@ -74,6 +74,20 @@ def find_runs(folders: list[str]) -> list[Run]:
             raise UserError(f"{path}: {error}") from None
         runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
     return runs
+
+
+def predictions(model: Model, data: Data, split: str, tokens: int):
+    """What a model predicts in windows side by side, spread evenly over a split, about `tokens` predicted tokens in all.
+
+    Yields for each batch of windows: hidden states (N, C) and targets (N,) on the model's device, and which tokens of the windows they
+    belong to: (B, T), bool, on the CPU.
+    """
+    c, device = model.config, model.tokens.weight.device
+    count = max(1, tokens // predicted_count(c.arch, c.block_size))
+    starts = validation_windows(data.splits[split].tokens, c.block_size, count)
+    for x, y in validation_batches(data, c.arch, c.block_size, starts, 16, split):
+        kept = y != NONE
+        yield model.hidden(x.to(device))[kept.to(device)], y[kept].to(device), kept
 
 
 def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None:

@@ -16,10 +16,9 @@ from typing import Literal
 
 import torch
 
-from analysis.runs import AnalysisConfig, about, default_out, find_runs, publish, shown
+from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
 from harmonic import HarmonicHead, distance
 from training.config import cli, parse
-from training.data import NONE, predicted_count, validation_batches, validation_windows
 from training.distributed import check_device
 from training.telemetry import read_metrics
 
@@ -42,15 +41,9 @@ class TheoryConfig(AnalysisConfig):
 
 @torch.no_grad()
 def states_of(model, data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and targets of TOKENS tokens, evenly spread over a split: (N, C), (N,)."""
-    c, states, targets = model.config, [], []
-    count = max(1, TOKENS // predicted_count(c.arch, c.block_size))
-    starts = validation_windows(data.splits[split].tokens, c.block_size, count)
-    for x, y in validation_batches(data, c.arch, c.block_size, starts, 16, split):
-        kept = y != NONE
-        states.append(model.hidden(x.to(model.tokens.weight.device))[kept.to(model.tokens.weight.device)])
-        targets.append(y[kept])
-    return torch.cat(states), torch.cat(targets).to(model.tokens.weight.device)
+    """Hidden states and targets of about TOKENS tokens, evenly spread over a split: (N, C), (N,)."""
+    states, targets, _ = zip(*predictions(model, data, split, TOKENS), strict=True)
+    return torch.cat(states), torch.cat(targets)
 
 
 @torch.no_grad()
