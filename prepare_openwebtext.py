@@ -488,7 +488,8 @@ def encoded(documents, config: PrepareConfig, tokenizer: Tokenizer, folder: Path
     pending = collections.deque()  # bounded, so that reading does not run ahead of encoding
     try:
         for splits, texts in batches:
-            pending.append((splits, texts, pool.submit(encode_in_worker, texts)))
+            with ctrl_c_held():  # a process that starts here inherits that: the parent alone hears of Ctrl-C, and ends the pool
+                pending.append((splits, texts, pool.submit(encode_in_worker, texts)))
             if len(pending) > 2 * config.num_proc:
                 splits, texts, data = pending.popleft()
                 yield from zip(splits, texts, data.result())
@@ -498,6 +499,16 @@ def encoded(documents, config: PrepareConfig, tokenizer: Tokenizer, folder: Path
         raise UserError("a process that encodes was killed, perhaps for lack of memory: try a smaller --num_proc") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def ctrl_c_held():
+    """SIGINT waits until the block ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def batched(documents):
@@ -517,7 +528,6 @@ def batched(documents):
 def start_worker(name: str, folder: Path):
     """Readies a process for `encode_in_worker`."""
     global worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of Ctrl-C too, and ends the pool
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()  # it may be killed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough

@@ -61,7 +61,7 @@ def loss_spikes(metrics: list[dict]) -> float:
     """Share of steps whose training loss is far above the median of those before; 1.4826 times the median deviation is a robust sd."""
     losses = series(metrics, "train_loss")
     above = losses - medians_before(losses)
-    start = int(len(losses) * SKIP)
+    start = max(1, int(len(losses) * SKIP))  # the first has none before it
     rest = above[start:]
     scale = 1.4826 * np.median(np.abs(rest - np.median(rest))) if len(rest) else math.nan
     return float((rest > SPIKE * scale).mean()) if len(rest) else math.nan

@@ -1,6 +1,9 @@
 """Small prepared data and helpers to run the scripts as a user does, in this process or as real ones."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +35,24 @@ def script(*words, cwd=ROOT, env=None, **kw):
     """Runs `python WORDS...` as a user would -> CompletedProcess with text output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kw)
+
+
+def script_here(*words, cwd=ROOT):
+    """The same in this process, which has imported torch already: a new one takes seconds to."""
+    arguments, out, err, status = [str(w) for w in words], io.StringIO(), io.StringIO(), 0
+    module, argv = arguments[0] == "-m", sys.argv
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            sys.argv = arguments[module:]
+            if module:
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")

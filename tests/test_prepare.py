@@ -320,10 +320,11 @@ def test_other_files_are_never_replaced(tmp_path):
     run(f"--source={source}", f"--out_dir={out}")  # an empty folder is fine
 
 
-def start(flags: list[str], partial: Path) -> subprocess.Popen:
-    """Starts the script in a group of its own and waits until it writes tokens."""
+def start(flags: list[str], partial: Path, writes: bool = True) -> subprocess.Popen:
+    """Starts the script in a group of its own and waits until it has begun, or until it writes tokens."""
     process = subprocess.Popen([*SCRIPT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (partial / "train.bin").exists() or (partial / "train.bin").stat().st_size == 0:
+    tokens = partial / "train.bin"
+    while not (tokens.exists() and tokens.stat().st_size > 0 if writes else partial.exists()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     return process
@@ -360,10 +361,13 @@ def test_killed_preparation_leaves_nothing_finished(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
-def test_interrupted_preparation_says_so(tmp_path):
+@pytest.mark.parametrize("writes", [True, False])
+def test_interrupted_preparation_says_so(tmp_path, writes):
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(30000, length=600))  # some seconds of work even where this test is starved
-    process = start([f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=gpt2", "--num_proc=2"], tmp_path / ".out.partial")
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the processes that encode as well
+    flags = [f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=gpt2", "--num_proc=2"]
+    process = start(flags, tmp_path / ".out.partial", writes)
+    time.sleep(0 if writes else 0.3)  # that far the processes that encode are still starting
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "interrupted: nothing was written" in stderr and "Traceback" not in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
