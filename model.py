@@ -50,6 +50,8 @@ class ModelConfig:
     """ids below this are tokens, rows above are padding without probability; 0 = from the data"""
     dropout: float = 0.0
     """dropout of embeddings, attention and residual branches"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all tokens while training (an ablation: it materialises the logits); evaluation never does"""
     bias: bool | None = None
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was published"""
     doc_mask: bool = False
@@ -138,8 +140,9 @@ class ModelConfig:
             found.append(f"rotary positions need an even head width, got {self.attention_width()}")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout={self.dropout} is not in [0, 1)")
+        for key in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, key) < 1:
+                found.append(f"{key}={getattr(self, key)} is not in [0, 1)")
         if self.eot_id is not None and not self.doc_mask:
             found.append(f"eot_id={self.eot_id} does nothing without doc_mask=true")
         if not self.head_init_std > 0:
@@ -404,6 +407,9 @@ class Model(nn.Module):
             x, targets = self.transform(x[kept]), targets[kept]
         if self.training:
             self.target_distance = self.head.target_distance(x, targets)
+            if smoothing := self.config.label_smoothing:
+                logits = self.head(x)[..., : self.head.real_vocab_size].flatten(0, -2)
+                return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=reduction, label_smoothing=smoothing)
         return None, self.head.loss(x, targets, reduction=reduction)
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The study of heads: every distance with both links beside cross-entropy; the same model, tokens and order, as many settings for each.
 
     python prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
+    python prepare_openwebtext.py --source=imdb --tokenizer=bpe:4096 --out_dir=data/imdb_bpe
     python -m studies.heads                     # goes on where it stopped; results/heads.csv has a row for each run
     python -m studies.heads --config=configs/study_gpt2_124m.yaml --out=results/heads_gpt2.csv --workers=1 --nproc_per_node=8
 
@@ -10,6 +11,8 @@ two more scales.
 cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place. A further variant of a family
 takes 4 settings around the family's winner.
 Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one.
+Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross_entropy elsewhere: BERT, Qwen, and GPT on IMDB.
+Stage 4 changes one thing at a time for the best harmonic head and for cross_entropy (ABLATIONS).
 
 The softmax twin sweeps the scale that has the slope of the same exponents at the start (`harmonic.default_scale`).
 """
@@ -56,12 +59,35 @@ OTHER_STDS, LAST_STDS = (0.005, 0.1), (0.01, 0.05)  # of the others, whose grid 
 RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and around a family's winner
 EDGES = 4
 SEEDS = (1337, 1338, 1339)
+CHAMPIONS = 4
+ELSEWHERE = ({"arch": "bert"}, {"arch": "qwen"}, {"dataset": "imdb_bpe"})
+ABLATIONS = {  # one thing changed: its flags; a number times the winner's init_std
+    "untied": {"tie_weights": False},
+    "no prototype decay": {"prototype_decay": 0.0},
+    "learnt exponent": {"learn_exponent": True},
+    "init x 4": 4.0,
+    "init / 4": 0.25,
+    "label smoothing": {"label_smoothing": 0.1},  # as A's and B's published code trains
+}
 COLUMNS = [
-    "stage", "dataset", "arch", "head", "p", "q", "link", "exponent", "scale", "init_std", "learning_rate", "seed", "iters", "val_loss",
-    "bits_per_byte", "first_val_loss", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius", "pca_top2",
+    "stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "scale", "init_std", "learning_rate", "seed", "iters",
+    "val_loss", "bits_per_byte", "first_val_loss", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius", "pca_top2",
     "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
 ]  # fmt: skip
-KEY = ("stage", "head", "p", "q", "link", "exponent", "init_std", "learning_rate", "seed")  # what tells runs apart
+KEY = (
+    "stage",
+    "dataset",
+    "arch",
+    "ablation",
+    "head",
+    "p",
+    "q",
+    "link",
+    "exponent",
+    "init_std",
+    "learning_rate",
+    "seed",
+)  # what tells runs apart
 
 
 @dataclass
@@ -74,10 +100,10 @@ class StudyConfig:
     """the table; runs that it has are not repeated"""
     runs: str = "out/study"
     """where the runs' folders go"""
-    stages: str = "12"
+    stages: str = "1234"
     """which stages to run"""
     long_iters: int = 1000
-    """iterations of stage 2"""
+    """iterations of stages 2 to 4"""
     workers: int = 2
     """runs side by side, each on one CPU thread"""
     nproc_per_node: int = 1
@@ -87,19 +113,19 @@ class StudyConfig:
 
     def problems(self) -> list[str]:
         found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("long_iters", "workers", "nproc_per_node") if getattr(self, k) < 1]
-        if not self.stages or set(self.stages) - set("12"):
-            found.append(f"stages={self.stages} is not made of 1 and 2")
+        if not self.stages or set(self.stages) - set("1234"):
+            found.append(f"stages={self.stages} is not made of 1, 2, 3 and 4")
         names = sorted({*FAMILIES, *CONTROLS, *(head for head, *_ in VARIANTS.values())})
         if self.only not in (None, *names):
             found.append(f"only={self.only} is not a head of the study: {', '.join(names)}")
         return found
 
 
-def setting(stage: int, head: str, link: str, rate: float, exponent=None, std=0.02, seed=SEEDS[0], flags=None) -> dict:
-    """One run: what tells it apart, as the texts of the table."""
+def setting(base: dict, head: str, link: str, rate: float, exponent=None, std=0.02, flags=None) -> dict:
+    """One run of stage 1: what tells it apart, as the texts of the table."""
     text = lambda x: "" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x)
     p, q = ((flags or {}).get(f"head_{k}") for k in "pq")
-    values = (stage, head, p, q, link, exponent, float(std), float(rate), seed)
+    values = (1, base["dataset"], base["arch"], None, head, p, q, link, exponent, float(std), float(rate), SEEDS[0])
     return dict(zip(KEY, map(text, values), strict=True))
 
 
@@ -148,8 +174,8 @@ class Sweep:
     def make(self, rate, second, std=None) -> dict:
         """second: the exponent, or a control's init_std."""
         if self.link == "control":
-            return setting(1, self.head, self.link, rate, None, second, flags=self.flags)
-        return setting(1, self.head, self.link, rate, float(second), 0.02 if std is None else std, flags=self.flags)
+            return setting(self.base, self.head, self.link, rate, None, second, flags=self.flags)
+        return setting(self.base, self.head, self.link, rate, float(second), 0.02 if std is None else std, flags=self.flags)
 
     def second(self, row: dict) -> float:
         return float(row["init_std" if self.link == "control" else "exponent"])
@@ -222,24 +248,62 @@ def wanted(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
     """Every setting that is known to be wanted by now, done or not, in order."""
     every = [s for s in sweeps(table, base) if c.only in (None, s.head)]
     found = [x for s in every for x in s.settings()] if "1" in c.stages else []
+    winners = {(s.head, *s.flags.values(), s.link): (s, w) for s in every if (w := s.winner()) and math.isfinite(loss(w))}
     if "2" in c.stages:
-        winners = [(s, w) for s in every if (w := s.winner()) and math.isfinite(loss(w))]
         for seed in SEEDS:
-            found += [{**{k: w[k] for k in KEY}, "stage": "2", "seed": str(seed)} for s, w in winners if not s.around or seed == SEEDS[0]]
+            found += [again(w, stage=2, seed=seed) for s, w in winners.values() if not s.around or seed == SEEDS[0]]
+    if not all(key in winners for key in [("cross_entropy", "control"), *itertools.product(FAMILIES, LINKS)]):
+        return found
+    best = champions(table, [winners[head, "harmonic"][1] for head in FAMILIES])
+    if not best:
+        return found
+    baseline = winners["cross_entropy", "control"][1]
+    if "3" in c.stages:
+        for place in ELSEWHERE:
+            for w in [baseline, *best]:
+                found += [again(winners[w["head"], link][1], stage=3, **place) for link in (LINKS if w is not baseline else ["control"])]
+    if "4" in c.stages:
+        for w, (name, change) in itertools.product([best[0], baseline], ABLATIONS.items()):
+            if w is baseline and "exponent" in name:
+                continue
+            std = {} if isinstance(change, dict) else {"init_std": f"{float(w['init_std']) * change:.6g}"}
+            found.append(again(w, stage=4, ablation=name, **std))
     return found
 
 
+def again(row: dict, **changes) -> dict:
+    """The setting of a row, changed."""
+    return {**{k: row[k] for k in KEY}, **{k: str(v) for k, v in changes.items()}}
+
+
+def champions(table: Rows, winners: list[dict]) -> list[dict]:
+    """The best of these winners of stage 1 by their mean loss in stage 2; none as long as a run of theirs is missing."""
+    runs = {i: [table.find(again(w, stage=2, seed=seed)) for seed in SEEDS] for i, w in enumerate(winners)}
+    if not runs or None in itertools.chain(*runs.values()):
+        return []
+    return [winners[i] for i in sorted(runs, key=lambda i: sum(map(loss, runs[i])))[:CHAMPIONS]]
+
+
 def folder(c: StudyConfig, s: dict) -> Path:
-    return Path(c.runs) / "-".join(v for v in s.values() if v)
+    return Path(c.runs) / "-".join(v for v in s.values() if v).replace(" ", "_")
 
 
 def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
     """Starts the run of a setting."""
-    flags = {"head": s["head"], "learning_rate": s["learning_rate"], "min_lr": float(s["learning_rate"]) / 10, "seed": s["seed"]}
+    flags = {
+        "dataset": s["dataset"],
+        "arch": s["arch"],
+        "head": s["head"],
+        "learning_rate": s["learning_rate"],
+        "min_lr": float(s["learning_rate"]) / 10,
+        "seed": s["seed"],
+    }
     flags |= {"head_init_std": s["init_std"], "out_dir": folder(c, s), "overwrite": True}
     flags |= {f"head_{k}": s[k] for k in "pq" if s[k]}
     flags |= {"link": s["link"], "exponent": s["exponent"]} if s["link"] != "control" else {}
-    if s["stage"] == "2":
+    if isinstance(change := ABLATIONS.get(s["ablation"]), dict):
+        flags |= change
+    if s["stage"] != "1":
         flags |= {"max_iters": c.long_iters, "warmup_iters": c.long_iters // 10, "eval_interval": c.long_iters // 10, "emissions": True}
     command = [sys.executable, *(launcher(c.nproc_per_node) if c.nproc_per_node > 1 else []), "train.py", c.config]
     folder(c, s).mkdir(parents=True, exist_ok=True)
@@ -252,7 +316,7 @@ def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
 def result(c: StudyConfig, s: dict, status: int, seconds: float, commit: str) -> dict:
     """The row of a run that has ended; one that stopped with status 3, at a loss that is not finite, has no losses."""
     run, settings = folder(c, s), read_yaml(c.config)
-    row = {**s, "dataset": settings["dataset"], "arch": settings["arch"], "seconds": f"{seconds:.1f}", "commit": commit}
+    row = {**s, "seconds": f"{seconds:.1f}", "commit": commit}
     row["iters"] = settings["max_iters"] if s["stage"] == "1" else c.long_iters
     if status == 3:
         return row

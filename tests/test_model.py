@@ -57,6 +57,19 @@ def test_loss_equals_cross_entropy_of_logits(arch, head):
     )
 
 
+@pytest.mark.parametrize("arch, head", [("gpt", "cosine"), ("bert", "cross_entropy")])
+def test_label_smoothing_is_training_alone(arch, head):
+    plain, smooth = (build(arch, head=head, label_smoothing=e) for e in (0.0, 0.1))
+    smooth.load_state_dict(plain.state_dict())
+    idx, targets = ids(2, 8), ids(2, 8, seed=1)
+    targets[0, :5] = -1
+    assert smooth.train()(idx, targets)[1].item() != plain.train()(idx, targets)[1].item()
+    log_p = plain(idx)[0][targets != -1][:, :101].log_softmax(-1)
+    expected = 0.9 * F.nll_loss(log_p, targets[targets != -1]) - 0.1 * log_p.mean()
+    torch.testing.assert_close(smooth(idx, targets)[1], expected)
+    assert smooth.eval()(idx, targets)[1].item() == plain.eval()(idx, targets)[1].item()
+
+
 def test_bert_computes_its_head_at_masked_positions_only():
     model = build("bert").train()
     y = torch.full((3, 12), -1)

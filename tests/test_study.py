@@ -12,7 +12,7 @@ from conftest import ROOT, script
 from studies import heads, heads_report
 from training.config import UserError, read_yaml
 
-BASE = {"n_embd": 128, "learning_rate": 3e-3}
+BASE = {"dataset": "wikitext2", "arch": "gpt", "n_embd": 128, "learning_rate": 3e-3}
 
 
 def run(tmp_path, loss, base=BASE, **settings) -> heads.Rows:
@@ -63,6 +63,21 @@ def test_stage_two_trains_winners_with_every_seed(tmp_path):
     assert sum(r["head"] == "hamming_gumbel" for r in long) == 2
 
 
+def test_stages_three_and_four_take_the_best_heads(tmp_path):
+    order = {head: i / 10 for i, head in enumerate(heads.FAMILIES[::-1])}  # the last family is best
+    table = run(tmp_path, lambda r: bowl(r) + order.get(r["head"], 0) + (0.01 if r["link"] == "softmax" else 0))
+    third = [r for r in table.rows if r["stage"] == "3"]
+    best = set(heads.FAMILIES[: -heads.CHAMPIONS - 1 : -1])
+    for place in ("bert", "qwen", "imdb_bpe"):
+        mine = {(r["head"], r["link"]) for r in third if place in (r["arch"], r["dataset"])}
+        assert mine == {("cross_entropy", "control"), *itertools.product(best, heads.LINKS)}
+    fourth = [r for r in table.rows if r["stage"] == "4"]
+    assert {r["head"] for r in fourth} == {heads.FAMILIES[-1], "cross_entropy"} and {r["link"] for r in fourth} == {"harmonic", "control"}
+    assert sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 1  # it has no exponent to learn
+    stds = {r["ablation"]: float(r["init_std"]) for r in fourth if r["head"] == "cross_entropy"}
+    assert stds["init x 4"] == pytest.approx(16 * stds["init / 4"]) and stds["untied"] == stds["label smoothing"]
+
+
 def test_a_run_that_diverged_is_no_winner(tmp_path):
     table = run(tmp_path, lambda r: math.nan if float(r["learning_rate"]) > 5e-3 else bowl(r), stages="1", only="euclidean")
     assert any(r["val_loss"] == "nan" for r in table.rows)
@@ -94,7 +109,7 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
     sizes |= dict(eval_interval=3, learning_rate=0.003, compile=False, emissions=False, dataset=str(tiny_data))
     config.write_text("".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in sizes.items()))
     c = heads.StudyConfig(config=str(config), runs=str(tmp_path / "runs"))
-    s = heads.setting(1, "cosine", "softmax", 1e-3, 4.0)
+    s = heads.setting(read_yaml(c.config), "cosine", "softmax", 1e-3, 4.0)
     process = heads.begin(c, s)
     assert process.wait(120) == 0, heads.folder(c, s).with_suffix(".log").read_text()
     row = heads.result(c, s, 0, 1.0, "abc")
@@ -113,7 +128,7 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--stages=3", "stages=3 is not made of"),
+        ("--stages=5", "stages=5 is not made of"),
         ("--only=cosin", "only=cosin is not a head"),
         ("--config=configs/studi.yaml", "study.yaml"),
     ],
