@@ -71,8 +71,8 @@ ABLATIONS = {  # one thing changed: its flags; a number times the winner's init_
 }
 COLUMNS = [
     "stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "scale", "init_std", "learning_rate", "seed", "iters",
-    "val_loss", "bits_per_byte", "first_val_loss", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius", "pca_top2",
-    "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
+    "val_loss", "bits_per_byte", "first_val_loss", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius",
+    "pca_top2", "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
 ]  # fmt: skip
 KEY = (
     "stage",
