@@ -102,7 +102,7 @@ class StudyConfig:
     """where the runs' folders go"""
     stages: str = "1234"
     """which stages to run"""
-    long_iters: int = 1000
+    long_iters: int = 600
     """iterations of stages 2 to 4"""
     workers: int = 2
     """runs side by side, each on one CPU thread"""

