@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-slow lint format bench bench-gpu faults multinode study clean
+.PHONY: help demo test test-slow lint format bench bench-gpu faults multinode study study-algorithmic study-vision study-toy clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
 	@echo "make multinode  two machines as network namespaces, and the cable pulled (3 minutes; needs root)"
 	@echo "make study      the study of heads (some six hours on 2 cores; may be stopped, and goes on)"
+	@echo "make study-algorithmic, study-vision, study-toy   the papers' other experiments (half an hour, half an hour, a minute)"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 
 $(VENV)/installed: requirements.txt
@@ -68,12 +69,26 @@ multinode: $(VENV)/installed data/wiki/meta.json
 	$(RUN) -m faults.multinode
 
 # Runs that results/heads.csv has are not repeated.
-study: $(VENV)/installed data/wikitext2/meta.json
+study: $(VENV)/installed data/wikitext2/meta.json data/imdb_bpe/meta.json
 	$(RUN) -m studies.heads
 	$(RUN) -m studies.heads_report
 
+study-algorithmic: $(VENV)/installed
+	$(RUN) -m studies.algorithmic
+	$(RUN) -m studies.algorithmic_report
+
+study-vision: $(VENV)/installed
+	$(RUN) -m studies.vision
+	$(RUN) -m studies.vision_report
+
+study-toy: $(VENV)/installed
+	$(RUN) -m studies.toy
+
 data/wikitext2/meta.json: | $(VENV)/installed
 	$(RUN) prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
+
+data/imdb_bpe/meta.json: | $(VENV)/installed
+	$(RUN) prepare_openwebtext.py --source=imdb --tokenizer=bpe:4096 --out_dir=data/imdb_bpe
 
 data/wiki/meta.json: | $(VENV)/installed
 	$(RUN) prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki

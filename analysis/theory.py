@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
-from harmonic import HarmonicHead, distance
+from harmonic import CONTROLS, HarmonicHead, distance
 from training.config import cli, parse
 from training.distributed import check_device
 from training.telemetry import read_metrics
@@ -83,24 +83,30 @@ def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
     return row, rho.cpu()
 
 
-def toy(name: str, steps: int = 2000) -> dict:
-    """Five classes, one point each, on a sphere of radius 1 in 8 dimensions: prototypes trained on the loss alone, from N(0, 0.1^2), n = 4.
+def toy(name: str, steps: int = 2000, points: torch.Tensor | None = None, targets: torch.Tensor | None = None, seed: int = 0) -> dict:
+    """Prototypes of separable classes trained on the loss alone, from N(0, 0.1^2), n = 4, Adam.
 
-    Returns: the norm |W|_F and the loss of each step; the points (5, 8); the last prototypes (5, 8).
+    Args:
+        points: (N, C) of classes `targets` (N,); by default five classes, one point each, on a sphere of radius 1 in 8 dimensions.
+        seed: of the start.
+    Returns: the norm |W|_F and the loss of each step; the points; the head; the path of the prototypes (steps + 1, classes, C).
     """
-    torch.manual_seed(0)
-    points, targets = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1), torch.arange(5)
-    head = HarmonicHead(8, 5, name, init_std=0.1, impl="dense", **({} if name == "cross_entropy" else {"exponent": 4.0}))
+    torch.manual_seed(seed)
+    if points is None:
+        points, targets = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1), torch.arange(5)
+    exponent = {} if name in CONTROLS else {"exponent": 4.0}
+    head = HarmonicHead(points.shape[1], int(targets.max()) + 1, name, init_std=0.1, impl="dense", **exponent)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
-    norms, losses = [], []
+    losses, path = [], [head.weight.detach().clone()]
     for _ in range(steps):
         loss = head.loss(points, targets)
-        norms.append(head.weight.detach().norm().item())
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {"norms": norms, "losses": losses, "points": points, "prototypes": head.weight.detach()}
+        path.append(head.weight.detach().clone())
+    path = torch.stack(path)
+    return {"norms": path[:-1].norm(dim=(1, 2)).tolist(), "losses": losses, "points": points, "head": head, "path": path}
 
 
 def draw(runs, found, figure):

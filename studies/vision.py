@@ -12,6 +12,7 @@ for every head. The test images are looked at once, at the end.
 
 import csv
 import gzip
+import itertools
 import math
 import subprocess
 import sys
@@ -210,12 +211,16 @@ BACKBONES = {f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)}  # (ch
 
 
 class Classifier(nn.Module):
-    """Images (N, channels, H, W) -> logits (N, classes); `loss`: the head's."""
+    """Images (N, channels, H, W) -> logits (N, classes).
 
-    def __init__(self, backbone: str, images: Images, name: str, **head):
+    multiple: of sqrt(features), the exponent; of a control, which has none, times 0.02 the scale of its prototypes at the start.
+    """
+
+    def __init__(self, images: Images, backbone: str, head: str, link: str, multiple: float):
         super().__init__()
         self.features, width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])
-        self.head = HarmonicHead(width, images.classes, name, **head)
+        settings = {"init_std": 0.02 * multiple} if link == "control" else {"exponent": multiple * math.sqrt(width), "link": link}
+        self.head = HarmonicHead(width, images.classes, head, **settings)
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -224,7 +229,7 @@ class Classifier(nn.Module):
 # ---- training ---------------------------------------------------------------------------------------------------------------------------
 
 BATCH, PATIENCE, HELD_OUT = 128, 3, 0.1
-RATES, SECONDS = (1e-3, 3e-3), (0.25, 1.0, 4.0)  # the second: times sqrt(features) (exponent) or 0.02 (scale of the start)
+RATES, MULTIPLES = (1e-3, 3e-3), (0.25, 1.0, 4.0)
 
 
 @torch.no_grad()
@@ -313,16 +318,6 @@ class VisionConfig:
         return found
 
 
-def make(images: Images, backbone: str, head: str, link: str, second: float, seed: int) -> Classifier:
-    """second: the multiple of sqrt(features) that the exponent is or, without one, of 0.02 that the prototypes start with."""
-    torch.manual_seed(seed)
-    if link == "control":
-        return Classifier(backbone, images, head, init_std=0.02 * second)
-    width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])[1]
-    torch.manual_seed(seed)
-    return Classifier(backbone, images, head, exponent=second * math.sqrt(width), link=link)
-
-
 def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[dict]:
     """A job in a process of its own: a sweep, or the seeds of one setting."""
     from sklearn.metrics import f1_score
@@ -331,19 +326,15 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
     images = load(job["dataset"], c.size, c.limit)
     found, folder = [], Path(c.runs) / "-".join(Path(v).name for v in job.values())
     sweep = job["stage"] == "sweep"
-    plan = [(rate, second, 0) for rate in RATES for second in SECONDS] if sweep else [(*chosen, seed) for seed in range(1, c.seeds + 1)]
+    plan = [(*pair, 0) for pair in itertools.product(RATES, MULTIPLES)] if sweep else [(*chosen, seed) for seed in range(1, c.seeds + 1)]
     emissions = None if sweep else Emissions(folder, "USA")
-    for rate, second, seed in plan:
+    for rate, multiple, seed in plan:
         began = time.perf_counter()
-        model = make(images, job["backbone"], job["head"], job["link"], second, seed)
+        torch.manual_seed(seed)
+        model = Classifier(images, job["backbone"], job["head"], job["link"], multiple)
         best = train(model, images, rate, c.epochs, seed)
-        row = job | {
-            "multiple": f"{second:.6g}",
-            "learning_rate": f"{rate:.6g}",
-            "seed": seed,
-            "train_images": len(images.x),
-            "epochs": best["epochs"],
-        }
+        row = job | {"multiple": f"{multiple:.6g}", "learning_rate": f"{rate:.6g}", "seed": seed}
+        row |= {"train_images": len(images.x), "epochs": best["epochs"]}
         row |= {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"}
         if not sweep:
             features, logits = outputs(model.eval(), images.test_x)
@@ -363,7 +354,7 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
 
 
 def choice(rows: list[dict], backbone: str, head: str, link: str) -> tuple[float, float] | None:
-    """(learning rate, second) of the best setting of a sweep, by the held-out loss; None where it is not done."""
+    """(learning rate, multiple) of the best setting of a sweep, by the held-out loss; None where it is not done."""
     mine = [r for r in rows if (r["stage"], r["backbone"], r["head"], r["link"]) == ("sweep", backbone, head, link)]
     if not mine:
         return None

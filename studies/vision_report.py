@@ -5,6 +5,7 @@
 Means over seeds with 95 % intervals (Student's t). PCs: components for 90 % of the variance of the features of the test images.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from analysis.runs import write_whole
 from studies.algorithmic import HEADS, read
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown
-from studies.vision import Classifier, Images, choice, load, make
+from studies.vision import Classifier, Images, choice, load
 from training.config import UserError, cli, parse
 
 GRAD_CAM = [("cross_entropy", "control"), *((h, "harmonic") for h in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs"))]
@@ -42,20 +43,15 @@ def places(rows: list[dict]) -> list[tuple[str, str]]:
 def table(rows: list[dict], dataset: str, backbone: str) -> str:
     found = []
     for head, link in HEADS:
-        mine = [
-            r for r in rows if (r["stage"], r["dataset"], r["backbone"], r["head"], r["link"]) == ("main", dataset, backbone, head, link)
-        ]
+        wanted = dict(stage="main", dataset=dataset, backbone=backbone, head=head, link=link)
+        mine = [r for r in rows if r.items() >= wanted.items()]
         if not mine:
             continue
         mean = lambda key, mine=mine: np.mean([float(r[key] or "nan") for r in mine])
         accuracy, half = interval([100 * float(r["test_accuracy"]) for r in mine])
-        cells = [
-            title(head, link),
-            mine[0]["multiple"],
-            mine[0]["learning_rate"],
-            f"{accuracy:.2f}" + (f" ± {half:.2f}" if half == half else ""),
-        ]
-        cells += [f"{100 * mean('macro_f1'):.2f}", f"{mean('components_90'):.1f}", f"{mean('top2'):.2f}", f"{1000 * mean('kwh'):.3f}"]
+        cells = [title(head, link), mine[0]["multiple"], mine[0]["learning_rate"]]
+        cells += [f"{accuracy:.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}"), f"{100 * mean('macro_f1'):.2f}"]
+        cells += [f"{mean('components_90'):.1f}", f"{mean('top2'):.2f}", f"{1000 * mean('kwh'):.3f}"]
         found.append((accuracy, [*cells, f"{mean('seconds'):.1f}"]))
     columns = ["head", "multiple", "learning rate", "test accuracy, %", "macro F1, %", "PCs for 90 %", "top 2 PCs", "Wh", "seconds"]
     return markdown(columns, [cells for _, cells in sorted(found, key=lambda x: -x[0])])
@@ -67,7 +63,7 @@ def stored(c: ReportConfig, rows: list[dict], images: Images, dataset: str, back
     chosen = choice(rows, backbone, head, link)
     if not path.is_file() or not chosen:
         return None
-    model = make(images, backbone, head, link, chosen[1], 1)
+    model = Classifier(images, backbone, head, link, chosen[1])
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
 
@@ -83,7 +79,7 @@ def draw_prototypes(c: ReportConfig, rows: list[dict], dataset: str, path: Path)
         pictures = model.head.prototypes().detach().view(images.classes, *images.x.shape[1:]).mean(1)
         edge = pictures.abs().quantile(0.995).item() or 1.0
         for axes, picture in zip(line, pictures, strict=True):
-            axes.imshow(picture, cmap="RdBu_r", vmin=-edge, vmax=edge)
+            axes.imshow(picture.numpy(), cmap="RdBu_r", vmin=-edge, vmax=edge)
             axes.set_xticks([])
             axes.set_yticks([])
         line[0].set_ylabel(title(head, link).replace(", ", "\n"), fontsize=6, rotation=0, ha="right", va="center")
@@ -105,8 +101,8 @@ def draw_grad_cam(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
         heat = LayerGradCam(model, model.features[2]).attribute(x, target=guess, relu_attributions=True)
         heat = LayerAttribution.interpolate(heat, tuple(x.shape[2:]), "bilinear").detach()
         for axes, picture, map_, right in zip(line, x, heat, (guess == images.test_y[first]).tolist(), strict=True):
-            axes.imshow(picture.mean(0), cmap="gray")
-            axes.imshow(map_[0] / map_.max().clamp_min(1e-9), cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+            axes.imshow(picture.mean(0).numpy(), cmap="gray")
+            axes.imshow((map_[0] / map_.max().clamp_min(1e-9)).numpy(), cmap="inferno", alpha=0.55, vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[["top", "right", "left", "bottom"]].set_color("0.3" if right else "#d55e00")
@@ -124,11 +120,9 @@ def main():
         images = next(r["train_images"] for r in rows if (r["stage"], r["dataset"]) == ("main", dataset))
         print(f"{dataset}, {backbone}, {images} training images\n\n{table(rows, dataset, backbone)}\n")
     for backbone, ending, draw in (("linear", "_prototypes.png", draw_prototypes), ("cnn", "_gradcam.png", draw_grad_cam)):
-        dataset = next(
-            (d for d, b in places(rows) if b == backbone and any(Path(c.runs).glob(f"main-{Path(d).name}-{b}-*/model.pt"))), None
-        )
-        if dataset:
-            write_whole(Path(c.out + ending), lambda path, draw=draw, dataset=dataset: draw(c, rows, dataset, path))
+        kept = [d for d, b in places(rows) if b == backbone and any(Path(c.runs).glob(f"main-{Path(d).name}-{b}-*/model.pt"))]
+        if kept:
+            write_whole(Path(c.out + ending), lambda path, draw=draw, dataset=kept[0]: draw(c, rows, dataset, path))
             print(f"wrote {c.out}{ending}")
 
 
