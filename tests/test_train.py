@@ -226,6 +226,24 @@ def test_tensorboard_and_wandb_ask_for_their_packages(train, tmp_path, monkeypat
     assert status == 2 and "pip install tensorboard" in err and "pip install wandb" in err and not (tmp_path / "run").exists()
 
 
+def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
+    """Both get every number of metrics.jsonl, the run's own files, and nothing is sent."""
+    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "out_dir": tmp_path / "run", "max_iters": 3}.items()]
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    done = script("train.py", *flags, "--tensorboard=true", "--wandb=true", env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = {m["iter"]: m["train_loss"] for m in lines if "train_loss" in m}
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert {e.step: e.value for e in events.Scalars("train_loss")} == pytest.approx(losses, rel=1e-6) and len(losses) == 3
+    (kept,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert b"train_loss" in kept.read_bytes() and b"n_embd" in kept.read_bytes()
+
+
 # bad input: one message, exit status 2, no traceback, nothing written
 
 BAD = {
