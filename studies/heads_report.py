@@ -4,6 +4,7 @@
 
 Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
+Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
 """
 
 import csv
@@ -114,6 +115,30 @@ def stage_two(rows: list[dict]) -> str:
     return markdown([*columns, "grad norm CV", "PCs for 90 %", "Wh"], cells)
 
 
+def stage_three(rows: list[dict]) -> str:
+    """The best heads elsewhere, by place."""
+    third = [r for r in rows if r["stage"] == "3"]
+    cells = []
+    for place in dict.fromkeys((r["arch"], r["dataset"]) for r in third):
+        mine = {(name(r), r["link"]): loss(r) for r in third if (r["arch"], r["dataset"]) == place}
+        for (head, link), value in sorted(mine.items(), key=lambda x: x[1]):
+            above = value - mine.get(("cross_entropy", "control"), math.nan)
+            twin = mine.get((head, "softmax")) if link == "harmonic" else None
+            bits = next(r["bits_per_byte"] for r in third if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link))
+            cells.append([*place, head, link, f"{value:.4f}", f"{float(bits):.4f}", f"{above:+.3f}", shown(twin and value - twin, "+.3f")])
+    return markdown(["arch", "corpus", "head", "link", "val loss", "bits/byte", "less cross_entropy", "less its softmax twin"], cells)
+
+
+def stage_four(rows: list[dict]) -> str:
+    """One thing changed: the loss, less that of the unchanged run of the same seed."""
+    fourth = [r for r in rows if r["stage"] == "4"]
+    cells = []
+    for r in fourth:
+        like = [o for o in rows if o["stage"] == "2" and all(o[k] == r[k] for k in ("head", "p", "q", "link", "seed"))]
+        cells.append([name(r), r["link"], r["ablation"], f"{loss(r):.4f}", f"{loss(r) - loss(like[0]):+.3f}" if like else ""])
+    return markdown(["head", "link", "changed", "val loss", "less unchanged"], cells)
+
+
 def draw(rows: list[dict], path: Path):
     """Stage 1: a dot for every setting of every head, the two links in two colours, the best one ringed."""
     from matplotlib.figure import Figure
@@ -151,7 +176,7 @@ def main():
         raise UserError(f"no table {c.table}: python -m studies.heads writes it")
     with open(c.table, newline="") as file:
         rows = list(csv.DictReader(file))
-    for stage, table in (("1", stage_one), ("2", stage_two)):
+    for stage, table in (("1", stage_one), ("2", stage_two), ("3", stage_three), ("4", stage_four)):
         count = sum(r["stage"] == stage for r in rows)
         print(f"Stage {stage}: {count} runs\n\n{table(rows)}\n" if count else f"Stage {stage}: no runs yet\n")
     write_whole(Path(c.out), lambda path: draw(rows, path))

@@ -189,7 +189,7 @@ def test_in_the_interpreter():
 
 
 @compiles
-@pytest.mark.parametrize("turn, arch", [(0, 80), (1, 90), (2, 100)])
+@pytest.mark.parametrize("turn, arch", [(0, 90), *(pytest.param(turn, arch, marks=pytest.mark.slow) for turn, arch in ((1, 80), (2, 100)))])
 def test_compiles(turn, arch):
     """The kernels of a training step, softmax link aside, for the architectures in turn; the benchmark does all for all of them."""
     gpu_compile = pytest.importorskip("benchmarks.gpu_compile")

@@ -152,6 +152,14 @@ def test_the_report_of_known_rows():
     assert best["name"] == "cosine" and best["above_ce"] == pytest.approx((-0.5, 0), abs=1e-9)  # paired: seeds cancel
     assert best["loss"] == pytest.approx(4.6)
     assert best["half"] == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3), rel=1e-3)
+    place = {"arch": "bert", "dataset": "wikitext2"}
+    rows += [
+        row("3", h, link, v) | place
+        for h, link, v in (("cosine", "harmonic", 7), ("cosine", "softmax", 7.5), ("cross_entropy", "control", 8))
+    ]
+    assert "| bert | wikitext2 | cosine | harmonic | 7.0000 | 2.0000 | -1.000 | -0.500 |" in heads_report.stage_three(rows)
+    rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
+    assert "| cosine | harmonic | untied | 4.2500 | -0.250 |" in heads_report.stage_four(rows)
     assert "| cosine | harmonic | 8 |" in heads_report.stage_one(rows) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
 
 

@@ -503,6 +503,25 @@ def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, ti
     assert history(tmp_path / "run") == history(tmp_path / "whole" / "run")
 
 
+SHARED = {**TINY, "eval_interval": 10, "head": "mahalanobis", "learn_exponent": True, "lr_decay_iters": 20, "n_layer": 2}
+SHARED |= {"eval_iters": 1, "batch_size": 2, "gradient_accumulation_steps": 3}  # 2 windows of validation, 6 of training
+
+
+def run_shared(data, out, processes=1, **more):
+    words = [f"--{k}={v}" for k, v in {**SHARED, "dataset": data, "out_dir": out, **more}.items()]
+    done = script(*launcher(processes), "train.py", *words)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_data, tmp_path_factory):
+    """-> the folders of a run of one process, and of another that stopped at 5 of its 20 iterations."""
+    folder = tmp_path_factory.mktemp("one")
+    run_shared(tiny_data, folder / "whole", max_iters=20)
+    run_shared(tiny_data, folder / "begun", max_iters=5, eval_interval=5)
+    return folder / "whole", folder / "begun"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -511,23 +530,14 @@ def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, ti
         {"parallel": "ddp", "activation_checkpointing": True},
     ],
 )
-def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, flags):
+def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, one_process, flags):
     """... and what it stores serves any number of processes: one goes on from the checkpoint of two."""
-    settings = {**TINY, "dataset": tiny_data, "eval_interval": 10, "head": "mahalanobis", "learn_exponent": True, "lr_decay_iters": 20}
-    settings |= {"eval_iters": 1, "batch_size": 2, "gradient_accumulation_steps": 3, "n_layer": 2}  # 2 windows of validation, 6 of training
-
-    def run(out, processes=1, **more):
-        words = [f"--{k}={v}" for k, v in {**settings, "out_dir": tmp_path / out, **more}.items()]
-        done = script(*launcher(processes), "train.py", *words)
-        assert done.returncode == 0, done.stderr
-
-    run("one", max_iters=20)
-    run("one, two, one", max_iters=5, eval_interval=5)
-    run("one, two, one", 2, max_iters=10, init_from="resume", eval_interval=10, **flags)
-    run("one, two, one", max_iters=20, init_from="resume", parallel="ddp")
-    for a, b in zip(
-        history(tmp_path / "one"), [r for r in history(tmp_path / "one, two, one") if r["iter"] != 5 or "val_loss" not in r], strict=True
-    ):
+    whole, begun = one_process
+    shutil.copytree(begun, tmp_path / "run")
+    run_shared(tiny_data, tmp_path / "run", 2, max_iters=10, init_from="resume", **flags)
+    run_shared(tiny_data, tmp_path / "run", max_iters=20, init_from="resume", parallel="ddp")
+    shared = [r for r in history(tmp_path / "run") if r["iter"] != 5 or "val_loss" not in r]
+    for a, b in zip(history(whole), shared, strict=True):
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
 
