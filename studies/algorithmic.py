@@ -12,16 +12,12 @@ one batch (torch.func), then each seed's head takes its own loss, with the kerne
     decoder    addition modulo 31 with the language model's own decoder in place of the MLP: its sweep, and its runs
 """
 
-import csv
 import itertools
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +26,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from analysis.geometry import spectrum
 from analysis.runs import write_whole
 from harmonic import CONTROLS, DISTANCES, HarmonicHead
 from model import Model, ModelConfig
+from studies.table import Table, complete, number
 from training.config import UserError, cli, parse
 
 # ---- tasks ------------------------------------------------------------------------------------------------------------------------------
@@ -233,7 +229,7 @@ def reached(steps: list[int], accuracy: torch.Tensor, level: float) -> list[floa
 HEADS = [(name, "control") for name in CONTROLS] + [(name, "harmonic") for name in DISTANCES]
 HEADS += [(name, "softmax") for name in ("euclidean", "manhattan", "cosine")]
 FEW = [("cross_entropy", "control"), *itertools.product(("euclidean", "manhattan", "cosine"), ("harmonic", "softmax"))]
-RATES, SECONDS = (3e-3, 1e-2, 3e-2), (1 / 16, 1 / 4, 1.0)  # the second: times the width (exponent) or the model's std (heads without one)
+RATES, MULTIPLES = (3e-3, 1e-2, 3e-2), (1 / 16, 1 / 4, 1.0)  # of the width (exponent) or of the model's std (heads without one)
 COLUMNS = [
     "stage", "task", "model", "head", "link", "exponent", "init_std", "learning_rate", "fraction", "seed", "examples", "steps",
     "train_accuracy", "test_accuracy", "test_loss", "train_90", "train_99", "test_90", "test_99", "top2", "seconds", "commit",
@@ -258,12 +254,16 @@ class Job:
         return tuple(str(getattr(self, k)) for k in JOB)
 
 
+class Rows(Table):
+    columns, key = COLUMNS, JOB
+
+
 @dataclass
 class AlgorithmicConfig:
     """The algorithmic tasks"""
 
     out: str = "results/algorithmic.csv"
-    """the table; what it has is not repeated"""
+    """the table; what it has is not repeated, with however many seeds and steps: name another one for other settings"""
     runs: str = "out/algorithmic"
     """where curves and embeddings go, which the pictures are drawn of"""
     tasks: str = "addition lattice permutation"
@@ -297,19 +297,19 @@ def jobs(c: AlgorithmicConfig) -> list[Job]:
     return [j for j in found if c.only in (None, j.head)]
 
 
-def make(job: Job, second: float, seed: int) -> Solver:
-    """second: the multiple of the exponent or, where there is none, of init_std."""
+def make(job: Job, multiple: float, seed: int) -> Solver:
+    """multiple: of the width, the exponent; where there is none, of the model's std, init_std."""
     task, kind = TASKS[job.task], MODELS[job.model]
     torch.manual_seed(seed)
     control = job.link == "control"
-    head = {} if control else {"exponent": kind.width * second, "link": job.link}
-    return kind(task.tokens, len(task.examples()[0][0]), name=job.head, init_std=kind.std * (second if control else 1), **head)
+    head = {} if control else {"exponent": kind.width * multiple, "link": job.link}
+    return kind(task.tokens, len(task.examples()[0][0]), name=job.head, init_std=kind.std * (multiple if control else 1), **head)
 
 
-def rows_of(job: Job, rate: float, seconds: list[float], seeds: list[int], keep: bool = False) -> tuple[list[dict], dict]:
-    """Runs a batch: one run for each pair of a second and a seed -> its rows and its curves."""
+def rows_of(job: Job, rate: float, multiples: list[float], seeds: list[int], keep: bool = False) -> tuple[list[dict], dict]:
+    """Runs a batch: one run for each pair of a multiple and a seed -> its rows and its curves."""
     began, task, kind = time.perf_counter(), TASKS[job.task], MODELS[job.model]
-    models = [make(job, second, seed) for second, seed in zip(seconds, seeds, strict=True)]
+    models = [make(job, multiple, seed) for multiple, seed in zip(multiples, seeds, strict=True)]
     data = splits(task, job.fraction, seeds)
     curves = train(models, data, rate, job.steps, every=max(1, job.steps // 50), keep=keep)
     spent = time.perf_counter() - began
@@ -318,8 +318,8 @@ def rows_of(job: Job, rate: float, seconds: list[float], seeds: list[int], keep:
     for i, seed in enumerate(seeds):
         row = dict(zip(JOB, job.key(), strict=True)) | {"learning_rate": f"{rate:.6g}", "seed": seed, "steps": job.steps}
         control = job.link == "control"
-        row |= {"exponent": "" if control else f"{kind.width * seconds[i]:.6g}"}
-        row |= {"init_std": f"{kind.std * (seconds[i] if control else 1):.6g}", "examples": data[0].shape[1]}
+        row |= {"exponent": "" if control else f"{kind.width * multiples[i]:.6g}"}
+        row |= {"init_std": f"{kind.std * (multiples[i] if control else 1):.6g}", "examples": data[0].shape[1]}
         row |= {"train_accuracy": f"{curves['train'][-1, i]:.4f}", "test_accuracy": f"{curves['test'][-1, i]:.4f}"}
         row |= {"test_loss": f"{curves['loss'][-1, i]:.4f}", "top2": f"{spectrum(curves['prototypes'][i])['top2']:.4f}"}
         row |= {k: "" if math.isnan(v[i]) else v[i] for k, v in times.items()} | {"seconds": f"{spent / len(seeds):.2f}"}
@@ -331,11 +331,11 @@ def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]
     """A job in a process of its own: all of a sweep, or the seeds of one setting, whose curves are kept in `folder`."""
     torch.set_num_threads(1)
     if job.stage == "sweep":
-        pairs = list(itertools.product(SECONDS, range(job.seeds)))
-        return [row for rate in RATES for row in rows_of(job, rate, [s for s, _ in pairs], [seed for _, seed in pairs])[0]]
-    rate, second = chosen
+        pairs = list(itertools.product(MULTIPLES, range(job.seeds)))
+        return [row for rate in RATES for row in rows_of(job, rate, [m for m, _ in pairs], [seed for _, seed in pairs])[0]]
+    rate, multiple = chosen
     seeds = [100 + i for i in range(job.seeds)]  # not those of the sweep
-    rows, curves = rows_of(job, rate, [second] * job.seeds, seeds, keep=job.stage == "main")
+    rows, curves = rows_of(job, rate, [multiple] * job.seeds, seeds, keep=job.stage == "main")
     Path(folder).mkdir(parents=True, exist_ok=True)
     kept = {k: torch.as_tensor(curves[k]) if k == "steps" else curves[k] for k in ("steps", "train", "test", "prototypes")}
     kept["path"] = torch.stack(curves["path"]) if curves["path"] else None
@@ -343,48 +343,26 @@ def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]
     return rows
 
 
-def read(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-
-
 def choice(rows: list[dict], model: str, head: str, link: str) -> tuple[float, float] | None:
-    """(learning rate, second) of the best setting of a sweep, by mean test accuracy, then loss; None where it is not done."""
+    """(learning rate, multiple) of the best setting of a sweep, by mean test accuracy, then loss; None where it is not done."""
     found = {}
     for r in rows:
         if (r["stage"], r["model"], r["head"], r["link"]) == ("sweep", model, head, link):
             kind = MODELS[model]
-            second = float(r["init_std"]) / kind.std if link == "control" else float(r["exponent"]) / kind.width
-            found.setdefault((float(r["learning_rate"]), round(second, 6)), []).append((float(r["test_accuracy"]), -number(r["test_loss"])))
+            multiple = float(r["init_std"]) / kind.std if link == "control" else float(r["exponent"]) / kind.width
+            found.setdefault((float(r["learning_rate"]), round(multiple, 6)), []).append(
+                (float(r["test_accuracy"]), -number(r["test_loss"]))
+            )
     return max(found, key=lambda k: tuple(np.mean(found[k], axis=0))) if found else None
-
-
-def number(text: str) -> float:
-    """A loss that is not finite is worse than any."""
-    value = float(text or "nan")
-    return value if math.isfinite(value) else 1e9
 
 
 def main():
     (c,) = parse(sys.argv[1:], AlgorithmicConfig)
-    out, rows = Path(c.out), read(Path(c.out))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    done = {tuple(r[k] for k in JOB) for r in rows}
-    todo = [j for j in jobs(c) if j.key() not in done]
-    with ProcessPoolExecutor(c.workers, get_context("spawn")) as pool, tqdm(total=len(todo), desc="batches", disable=None) as bar:
-        for wave in ([j for j in todo if j.stage == "sweep"], [j for j in todo if j.stage != "sweep"]):
-            futures = {pool.submit(run, j, choice(rows, j.model, j.head, j.link), c.runs): j for j in wave}
-            for future in as_completed(futures):
-                new = [{k: str(r.get(k, commit if k == "commit" else "")) for k in COLUMNS} for r in future.result()]
-                with out.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    if not rows:
-                        writer.writeheader()
-                    writer.writerows(new)
-                rows += new
-                j = futures[future]
-                good = sum(float(r["test_accuracy"]) >= 0.99 for r in new)
-                tqdm.write(f"{' '.join(j.key())}: {good} of {len(new)} at 99 % of the test, {float(new[0]['seconds']):.2f} s a run")
-                bar.update()
+    table, todo = Rows(Path(c.out)), jobs(c)
+    waves = [[vars(j) for j in todo if (j.stage == "sweep") == first] for first in (True, False)]
+    call = lambda job: (run, Job(**job), choice(table.rows, job["model"], job["head"], job["link"]), c.runs)
+    good = lambda rows: sum(float(r["test_accuracy"]) >= 0.99 for r in rows)
+    complete(table, waves, call, lambda rows: f"{good(rows)} of {len(rows)} at 99 % of the test, {rows[0]['seconds']} s a run", c.workers)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from analysis.geometry import principal
 from analysis.runs import write_whole
-from studies.algorithmic import FEW, HEADS, Job, read
+from studies.algorithmic import FEW, HEADS, Job, Rows
 from studies.heads_report import markdown
 from training.config import UserError, cli, parse
 
@@ -215,7 +215,7 @@ def animate(c: ReportConfig, rows: list[dict], path: Path):
 
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig)
-    rows = read(Path(c.table))
+    rows = Rows(Path(c.table)).rows
     if not rows:
         raise UserError(f"no rows in {c.table}: python -m studies.algorithmic writes them")
     for name, table in (("The tasks", main_table), ("Grokking", gap_table), ("Data efficiency", fraction_table)):

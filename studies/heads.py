@@ -17,7 +17,6 @@ Stage 4 changes one thing at a time for the best harmonic head and for cross_ent
 The softmax twin sweeps the scale that has the slope of the same exponents at the start (`harmonic.default_scale`).
 """
 
-import csv
 import itertools
 import math
 import os
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from analysis.geometry import spectrum
 from analysis.gradients import stability
+from studies.table import Table, commit, number
 from training import checkpoint
 from training.config import UserError, check, cli, parse, read_yaml
 from training.distributed import launcher
@@ -66,7 +66,7 @@ ABLATIONS = {  # one thing changed: its flags; a number times the winner's init_
     "no prototype decay": {"prototype_decay": 0.0},
     "learnt exponent": {"learn_exponent": True},
     "init x 4": 4.0,
-    "init / 4": 0.25,
+    "init x 0.25": 0.25,
     "label smoothing": {"label_smoothing": 0.1},  # as A's and B's published code trains
 }
 COLUMNS = [
@@ -74,20 +74,7 @@ COLUMNS = [
     "val_loss", "bits_per_byte", "first_val_loss", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius",
     "pca_top2", "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
 ]  # fmt: skip
-KEY = (
-    "stage",
-    "dataset",
-    "arch",
-    "ablation",
-    "head",
-    "p",
-    "q",
-    "link",
-    "exponent",
-    "init_std",
-    "learning_rate",
-    "seed",
-)  # what tells runs apart
+KEY = ("stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "init_std", "learning_rate", "seed")
 
 
 @dataclass
@@ -129,32 +116,13 @@ def setting(base: dict, head: str, link: str, rate: float, exponent=None, std=0.
     return dict(zip(KEY, map(text, values), strict=True))
 
 
-class Rows:
-    """The table on the disk."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-        self.index = {tuple(r[k] for k in KEY): r for r in self.rows}
-
-    def find(self, setting: dict) -> dict | None:
-        return self.index.get(tuple(setting[k] for k in KEY))
-
-    def add(self, row: dict):
-        new = not self.rows
-        self.rows.append({k: str(row.get(k, "")) for k in COLUMNS})
-        self.index[tuple(self.rows[-1][k] for k in KEY)] = self.rows[-1]
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(self.rows[-1])
+class Rows(Table):
+    columns, key = COLUMNS, KEY
 
 
 def loss(row: dict) -> float:
     """A row's validation loss; what diverged is last."""
-    value = float(row["val_loss"] or "nan")
-    return value if math.isfinite(value) else math.inf
+    return number(row["val_loss"])
 
 
 def best(rows: list[dict]) -> dict:
@@ -288,6 +256,11 @@ def folder(c: StudyConfig, s: dict) -> Path:
     return Path(c.runs) / "-".join(v for v in s.values() if v).replace(" ", "_")
 
 
+def log(c: StudyConfig, s: dict) -> Path:
+    """What the run of a setting prints."""
+    return Path(f"{folder(c, s)}.log")
+
+
 def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
     """Starts the run of a setting."""
     flags = {
@@ -308,20 +281,20 @@ def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
     command = [sys.executable, *(launcher(c.nproc_per_node) if c.nproc_per_node > 1 else []), "train.py", c.config]
     folder(c, s).mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if c.workers > 1 else None
-    with open(folder(c, s).with_suffix(".log"), "w") as log:
-        return subprocess.Popen([*command, *(f"--{k}={v}" for k, v in flags.items())], stdout=log, stderr=log, env=environment)
+    with open(log(c, s), "w") as file:
+        return subprocess.Popen([*command, *(f"--{k}={v}" for k, v in flags.items())], stdout=file, stderr=file, env=environment)
 
 
 @torch.no_grad()
-def result(c: StudyConfig, s: dict, status: int, seconds: float, commit: str) -> dict:
+def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> dict:
     """The row of a run that has ended; one that stopped with status 3, at a loss that is not finite, has no losses."""
     run, settings = folder(c, s), read_yaml(c.config)
-    row = {**s, "seconds": f"{seconds:.1f}", "commit": commit}
+    row = {**s, "seconds": f"{seconds:.1f}", "commit": sha}
     row["iters"] = settings["max_iters"] if s["stage"] == "1" else c.long_iters
     if status == 3:
         return row
     if status:
-        raise UserError(f"{run} ended with status {status}:\n{run.with_suffix('.log').read_text()[-2000:]}")
+        raise UserError(f"{run} ended with status {status}:\n{log(c, s).read_text()[-2000:]}")
     metrics = read_metrics(run)
     losses = [m for m in metrics if "val_loss" in m]
     model, *_ = checkpoint.load_run(run)
@@ -351,7 +324,7 @@ def main():
     base = read_yaml(c.config)
     check([f"{c.config} has no {key}" for key in ("n_embd", "learning_rate", "max_iters", "dataset", "arch") if key not in base])
     table = Rows(Path(c.out))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    sha = commit()
     running: list[tuple[dict, subprocess.Popen, float]] = []
     bar = tqdm(desc="runs", unit=" runs", disable=None)
     try:
@@ -370,7 +343,7 @@ def main():
             for item in [x for x in running if x[1].poll() is not None]:
                 running.remove(item)
                 s, process, began = item
-                row = result(c, s, process.returncode, time.monotonic() - began, commit)
+                row = result(c, s, process.returncode, time.monotonic() - began, sha)
                 table.add(row)
                 tqdm.write(f"{' '.join(v for v in s.values() if v)}: {row.get('val_loss', 'not finite')}, {row['seconds']} s")
     finally:

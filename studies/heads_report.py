@@ -7,7 +7,6 @@ Stage 2: means over seeds with 95 % intervals (Student's t), and differences to 
 Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
 """
 
-import csv
 import math
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.runs import write_whole
-from studies.heads import LINKS, loss
+from studies.heads import LINKS, Rows, loss
 from training.config import UserError, cli, parse
 
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 97.5 % by number of seeds (degrees of freedom one less)
@@ -174,8 +173,7 @@ def main():
     (c,) = parse(sys.argv[1:], ReportConfig)
     if not Path(c.table).is_file():
         raise UserError(f"no table {c.table}: python -m studies.heads writes it")
-    with open(c.table, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = Rows(Path(c.table)).rows
     for stage, table in (("1", stage_one), ("2", stage_two), ("3", stage_three), ("4", stage_four)):
         count = sum(r["stage"] == stage for r in rows)
         print(f"Stage {stage}: {count} runs\n\n{table(rows)}\n" if count else f"Stage {stage}: no runs yet\n")

@@ -10,7 +10,6 @@ a better loss) and, in the sweep, which learning rate and exponent (or scale of 
 for every head. The test images are looked at once, at the end.
 """
 
-import csv
 import gzip
 import itertools
 import math
@@ -18,20 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from analysis.geometry import spectrum
 from analysis.runs import write_whole
 from harmonic import HarmonicHead
-from studies.algorithmic import HEADS, number, read
+from studies.algorithmic import HEADS
+from studies.table import Table, complete, number
 from training.config import UserError, cli, parse
 from training.packages import cache_folder, package_file
 from training.telemetry import Emissions, energy
@@ -280,12 +277,16 @@ COLUMNS = [
 JOB = ("stage", "dataset", "backbone", "head", "link")
 
 
+class Rows(Table):
+    columns, key = COLUMNS, JOB
+
+
 @dataclass
 class VisionConfig:
     """Image classification"""
 
     out: str = "results/vision.csv"
-    """the table; what it has is not repeated"""
+    """the table; what it has is not repeated, with whatever seeds, epochs, limit and size: name another one for other settings"""
     runs: str = "out/vision"
     """where models go, which the pictures are drawn of"""
     datasets: str = "mnist5k fashion_mnist"
@@ -364,30 +365,14 @@ def choice(rows: list[dict], backbone: str, head: str, link: str) -> tuple[float
 
 def main():
     (c,) = parse(sys.argv[1:], VisionConfig)
-    out, rows = Path(c.out), read(Path(c.out))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    heads = [h for h in HEADS if c.only in (None, h[0])]
-    for name in c.datasets.split():
+    table, heads, datasets = Rows(Path(c.out)), [h for h in HEADS if c.only in (None, h[0])], c.datasets.split()
+    for name in datasets:
         load(name, c.size, c.limit)  # fetched once, and a fault is told at once
-    places = [("sweep", c.datasets.split()[0]), *(("main", d) for d in c.datasets.split())]
-    jobs = [dict(zip(JOB, (*place, b, *h), strict=True)) for place in places for b in c.backbones.split() for h in heads]
-    done = {tuple(r[k] for k in JOB) for r in rows}
-    todo = [j for j in jobs if tuple(j.values()) not in done]
-    with ProcessPoolExecutor(c.workers, get_context("spawn")) as pool, tqdm(total=len(todo), desc="batches", disable=None) as bar:
-        for stage in ("sweep", "main"):
-            wave = [j for j in todo if j["stage"] == stage]
-            futures = {pool.submit(run, c, j, choice(rows, j["backbone"], j["head"], j["link"])): j for j in wave}
-            for future in as_completed(futures):
-                new = [{k: str(r.get(k, commit if k == "commit" else "")) for k in COLUMNS} for r in future.result()]
-                with out.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    if not rows:
-                        writer.writeheader()
-                    writer.writerows(new)
-                rows += new
-                accuracy = np.mean([float(r["test_accuracy"] or r["val_accuracy"]) for r in new])
-                tqdm.write(f"{' '.join(futures[future].values())}: accuracy {accuracy:.4f}, {sum(float(r['seconds']) for r in new):.1f} s")
-                bar.update()
+    jobs = lambda stage, dataset: [dict(zip(JOB, (stage, dataset, b, *h), strict=True)) for b in c.backbones.split() for h in heads]
+    waves = [jobs("sweep", datasets[0]), [job for d in datasets for job in jobs("main", d)]]
+    call = lambda job: (run, c, job, choice(table.rows, job["backbone"], job["head"], job["link"]))
+    accuracy = lambda rows: np.mean([float(r.get("test_accuracy") or r["val_accuracy"]) for r in rows])
+    complete(table, waves, call, lambda rows: f"accuracy {accuracy(rows):.4f}, {sum(float(r['seconds']) for r in rows):.1f} s", c.workers)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from analysis.runs import write_whole
-from studies.algorithmic import HEADS, read
+from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown
-from studies.vision import Classifier, Images, choice, load
+from studies.vision import Classifier, Images, Rows, choice, load
 from training.config import UserError, cli, parse
 
 GRAD_CAM = [("cross_entropy", "control"), *((h, "harmonic") for h in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs"))]
@@ -113,7 +113,7 @@ def draw_grad_cam(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
 
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig)
-    rows = read(Path(c.table))
+    rows = Rows(Path(c.table)).rows
     if not places(rows):
         raise UserError(f"no rows in {c.table}: python -m studies.vision writes them")
     for dataset, backbone in places(rows):

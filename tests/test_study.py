@@ -75,7 +75,7 @@ def test_stages_three_and_four_take_the_best_heads(tmp_path):
     assert {r["head"] for r in fourth} == {heads.FAMILIES[-1], "cross_entropy"} and {r["link"] for r in fourth} == {"harmonic", "control"}
     assert sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 1  # it has no exponent to learn
     stds = {r["ablation"]: float(r["init_std"]) for r in fourth if r["head"] == "cross_entropy"}
-    assert stds["init x 4"] == pytest.approx(16 * stds["init / 4"]) and stds["untied"] == stds["label smoothing"]
+    assert stds["init x 4"] == pytest.approx(16 * stds["init x 0.25"]) and stds["untied"] == stds["label smoothing"]
 
 
 def test_a_run_that_diverged_is_no_winner(tmp_path):
@@ -111,7 +111,7 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
     c = heads.StudyConfig(config=str(config), runs=str(tmp_path / "runs"))
     s = heads.setting(read_yaml(c.config), "cosine", "softmax", 1e-3, 4.0)
     process = heads.begin(c, s)
-    assert process.wait(120) == 0, heads.folder(c, s).with_suffix(".log").read_text()
+    assert process.wait(120) == 0, heads.log(c, s).read_text()
     row = heads.result(c, s, 0, 1.0, "abc")
     assert 4 < float(row["val_loss"]) < 7 and float(row["scale"]) > 1 and 1 < float(row["effective_rank"]) <= 16 and row["iters"] == 3
     table = heads.Rows(tmp_path / "table.csv")

@@ -71,17 +71,9 @@ MODULES = {
     },
 }
 FREE = (
-    "block_size",
-    "vocab_size",
-    "real_vocab_size",
-    "dropout",
-    "label_smoothing",
-    "doc_mask",
-    "eot_id",
-    "head_impl",
-    "head_skip",
+    "block_size", "vocab_size", "real_vocab_size", "dropout", "label_smoothing", "doc_mask", "eot_id", "head_impl", "head_skip",
     "head_precision",
-)
+)  # fmt: skip
 HEAD_KEY = re.compile("(head|link|exponent|scale|learn_exponent|learn_scale)$|head_(?!dim)")  # what a swap changes
 TABLES = ("tokens.weight", "head.weight", "head.bias")  # a row for each token
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}  # the last name of each is written
