@@ -158,34 +158,31 @@ def draw_curves(c: ReportConfig, rows: list[dict], path: Path):
     """Grokking of the MLP and of the decoder; accuracy against the share trained on."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, (stage, task, label) in zip(
-        panels,
-        (("grokking", "addition113", "MLP, p = 113, 30 % of the examples"), ("decoder", "addition", "decoder, p = 31, 80 %")),
-        strict=False,
-    ):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    timed = (("grokking", "addition113", "MLP, modulo 113, 30 % of the examples"), ("decoder", "addition", "decoder, modulo 31, 80 %"))
+    for axes, (stage, task, label) in zip(panels, timed, strict=False):
         for key, color in COLORS.items():
             kept = curves(c.runs, rows, stage, task, *key)
             if kept is not None:
-                axes.plot(kept["steps"][1:], kept["test"][1:].mean(1), color=color, label=title(*key))
+                axes.plot(kept["steps"][1:], kept["test"][1:].mean(1), color=color)
                 axes.plot(kept["steps"][1:], kept["train"][1:].mean(1), color=color, linestyle=":", linewidth=1)
         axes.set_xscale("log")
-        axes.set_xlabel("step")
-        axes.set_title(f"{label}: test (solid), train (dotted)", loc="left", fontsize=9)
+        axes.set_xlabel("step (solid: test accuracy, dotted: training accuracy)")
+        axes.set_title(label, loc="left", fontsize=9)
     for key, color in COLORS.items():
         mine = select(rows, "fraction", "addition", *key)
         fractions = sorted({float(r["fraction"]) for r in mine})
         means = [np.mean([float(r["test_accuracy"]) for r in mine if float(r["fraction"]) == f]) for f in fractions]
         panels[2].plot(fractions, means, color=color, marker=".", label=title(*key))
     panels[2].set_xlabel("share of the examples trained on")
-    panels[2].set_title("MLP, p = 31: test accuracy", loc="left", fontsize=9)
-    panels[2].legend(frameon=False, fontsize=7)
+    panels[2].set_title("MLP, modulo 31: test accuracy", loc="left", fontsize=9)
+    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLORS), frameon=False, fontsize=8)
     for axes in panels:
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def animate(c: ReportConfig, rows: list[dict], path: Path):
@@ -210,7 +207,7 @@ def animate(c: ReportConfig, rows: list[dict], path: Path):
             axes.set_ylim(-edge, edge)
 
     frames = [*range(len(kept[0]["steps"])), *[len(kept[0]["steps"]) - 1] * 8]
-    FuncAnimation(figure, frame, frames=frames).save(path, PillowWriter(fps=8), dpi=90)
+    FuncAnimation(figure, frame, frames=frames).save(path, PillowWriter(fps=8), dpi=72)
 
 
 def main():

@@ -51,6 +51,7 @@ VARIANTS = {  # a further variant: (its head, its flags, its family)
     "bray_curtis_abs": ("bray_curtis_abs", {}, "bray_curtis"),
     "bray_curtis_normalized": ("bray_curtis_normalized", {}, "bray_curtis"),
 }
+FIRST = {(head, "") for head in (*CONTROLS, *FAMILIES)}
 LINKS = ("harmonic", "softmax")
 RATES = (1 / 3, 1, 10 / 3)  # times the config's learning_rate: half a decade apart; more where a winner lies on the edge
 EXPONENTS = (1 / 16, 1 / 4, 1, 4)  # times n_embd
@@ -71,7 +72,7 @@ ABLATIONS = {  # one thing changed: its flags; a number times the winner's init_
 }
 COLUMNS = [
     "stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "scale", "init_std", "learning_rate", "seed", "iters",
-    "val_loss", "bits_per_byte", "first_val_loss", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius",
+    "val_loss", "bits_per_byte", "val_losses", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius",
     "pca_top2", "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
 ]  # fmt: skip
 KEY = ("stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "init_std", "learning_rate", "seed")
@@ -213,7 +214,11 @@ def sweeps(table: Rows, base: dict) -> list[Sweep]:
 
 
 def wanted(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
-    """Every setting that is known to be wanted by now, done or not, in order."""
+    """Every setting that is known to be wanted by now, done or not, in order: stages 1 and 2 of the families before further variants."""
+    return sorted(plan(table, c, base), key=lambda s: (s["stage"] in "34", (s["head"], s["p"]) not in FIRST))
+
+
+def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
     every = [s for s in sweeps(table, base) if c.only in (None, s.head)]
     found = [x for s in every for x in s.settings()] if "1" in c.stages else []
     winners = {(s.head, *s.flags.values(), s.link): (s, w) for s in every if (w := s.winner()) and math.isfinite(loss(w))}
@@ -305,7 +310,7 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> di
         "scale": "" if s["link"] != "softmax" else f"{float(model.head.strength()):.6g}",
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
         "bits_per_byte": f"{losses[-1].get('bits_per_byte', math.nan):.6f}",
-        "first_val_loss": f"{losses[0]['val_loss']:.4f}",
+        "val_losses": " ".join(f"{m['val_loss']:.4f}" for m in losses),  # equally far apart, from before the first iteration
         "grad_norm_mean": f"{steady['mean']:.4g}",
         "grad_norm_cv": f"{steady['cv']:.4g}",
         "grad_spikes": f"{steady['spike_rate']:.4g}",

@@ -7,6 +7,7 @@ Stage 2: means over seeds with 95 % intervals (Student's t), and differences to 
 Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
 """
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -62,6 +63,15 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(T[n] * np.std(values, ddof=1) / math.sqrt(n)) if n in T else math.nan
 
 
+def reached(row: dict, level: float) -> float:
+    """The iteration at which a run's validation loss is at `level`, between its evaluations by a straight line; infinite if it never is."""
+    values = [float(v) for v in row["val_losses"].split()]
+    for i, (before, after) in enumerate(itertools.pairwise(values)):
+        if before > level >= after:
+            return int(row["iters"]) / (len(values) - 1) * (i + (before - level) / (before - after))
+    return math.inf
+
+
 def long_runs(rows: list[dict]) -> list[dict]:
     """Stage 2: each head and link over its seeds."""
     every = {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
@@ -74,6 +84,8 @@ def long_runs(rows: list[dict]) -> list[dict]:
         for key, other in (("above_ce", baseline), ("harmax", every.get((head, "softmax"), {}) if link == "harmonic" else {})):
             shared = [loss(r) - loss(other[s]) for s, r in runs.items() if s in other]
             row[key] = interval(shared) if shared else None
+        times = [reached(r, loss(baseline[s])) for s, r in runs.items() if s in baseline]
+        row["reached"] = float(np.mean(times)) if times else math.inf
         for key in ("grad_norm_cv", "grad_spikes", "pca_components_90", "effective_rank", "kwh"):
             values = [float(r[key]) for r in runs.values() if r[key]]
             row[key] = float(np.mean(values)) if values else None
@@ -85,8 +97,9 @@ def shown(value, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def with_half(pair, form: str = "+.3f") -> str:
-    return "" if pair is None else format(pair[0], form) + ("" if math.isnan(pair[1]) else f" ± {pair[1]:.3f}")
+def with_half(pair, form: str = "+.3f", form_half: str = ".3f") -> str:
+    """A mean and the half width of its interval, which one value alone has not."""
+    return "" if pair is None else format(pair[0], form) + ("" if math.isnan(pair[1]) else f" ± {format(pair[1], form_half)}")
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
@@ -104,14 +117,15 @@ def stage_one(rows: list[dict]) -> str:
 
 
 def stage_two(rows: list[dict]) -> str:
-    columns = ["head", "link", "seeds", "val loss", "bits/byte", "less cross_entropy", "less its softmax twin"]
+    columns = ["head", "link", "seeds", "val loss", "bits/byte", "less cross_entropy", "less its softmax twin", "at cross_entropy's loss"]
     cells = []
     for r in long_runs(rows):
         losses = [with_half((r["loss"], r["half"]), ".4f"), f"{r['bits']:.4f}", with_half(r["above_ce"]), with_half(r["harmax"])]
+        losses.append("" if math.isinf(r["reached"]) else f"iteration {r['reached']:.0f}")
         wh = None if r["kwh"] is None else 1000 * r["kwh"]
         more = [shown(r["grad_norm_cv"], ".3f"), shown(r["pca_components_90"], ".0f"), shown(wh, ".2f")]
         cells.append([r["name"], r["link"], str(r["seeds"]), *losses, *more])
-    return markdown([*columns, "grad norm CV", "PCs for 90 %", "Wh"], cells)
+    return markdown([*columns, "gradient CV", "PCs for 90 %", "Wh"], cells)
 
 
 def stage_three(rows: list[dict]) -> str:
@@ -139,33 +153,42 @@ def stage_four(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path):
-    """Stage 1: a dot for every setting of every head, the two links in two colours, the best one ringed."""
+    """Left, stage 1: a dot for every setting, the best ringed. Right, stage 2: means over seeds and their intervals."""
     from matplotlib.figure import Figure
 
     colors = dict(zip((*LINKS, "control"), ("#0072b2", "#e69f00", "#59616b"), strict=True))
-    best = best_settings(rows)
+    best, long = best_settings(rows), long_runs(rows)
     heads = list(dict.fromkeys(r["name"] for r in best))
-    figure = Figure(figsize=(8, 0.9 + 0.36 * len(heads)), layout="constrained")
-    axes = figure.subplots()
+    y = {(h, link): i + (0 if link == "control" else (j - 0.5) * 0.36) for i, h in enumerate(heads) for j, link in enumerate(colors)}
+    figure = Figure(figsize=(12 if long else 8, 0.9 + 0.36 * len(heads)), layout="constrained")
+    panels = figure.subplots(1, 2 if long else 1, sharey=True, squeeze=False)[0]
     low = loss(best[0])
-    for i, head in enumerate(heads):
-        for j, (link, color) in enumerate(colors.items()):
-            group = [loss(r) for r in rows if r["stage"] == "1" and name(r) == head and r["link"] == link]
-            if group:
-                y = i + (0 if link == "control" else (j - 0.5) * 0.3)
-                axes.plot(
-                    [min(v, low + 2) for v in group], [y] * len(group), "o", color=color, markersize=3.5, alpha=0.5, markeredgewidth=0
-                )
-                axes.plot(min(group), y, "o", color="none", markeredgecolor=color, markersize=8)
+    for (head, link), place in y.items():
+        group = [loss(r) for r in rows if r["stage"] == "1" and name(r) == head and r["link"] == link]
+        if group:
+            dots = dict(color=colors[link], markersize=3.5, alpha=0.5, markeredgewidth=0)
+            panels[0].plot([min(v, low + 2) for v in group], [place] * len(group), "o", **dots)
+            panels[0].plot(min(group), place, "o", color="none", markeredgecolor=colors[link], markersize=8)
+    panels[0].set_xlim(low - 0.05, low + 2.05)
+    panels[0].set_xlabel("stage 1: validation loss, nats a token\n(what is above the edge lies on it; ringed: the best setting)")
+    for r in long:
+        half = 0 if math.isnan(r["half"]) else r["half"]
+        panels[1].errorbar(
+            r["loss"], y[r["name"], r["link"]], xerr=half, fmt="o", color=colors[r["link"]], markersize=5, capsize=2, linewidth=1
+        )
+        if r["link"] == "control" and r["name"] == "cross_entropy":
+            panels[1].axvline(r["loss"], color=colors["control"], linewidth=0.8, linestyle=":")
+    if long:
+        panels[1].set_xlim(long[0]["loss"] - 0.1, min(long[0]["loss"] + 2.1, max(r["loss"] for r in long) + 0.1))
+        panels[1].set_xlabel("stage 2: validation loss, nats a token\n(means over seeds, 95 % intervals; dotted: cross_entropy)")
     for link, color in colors.items():
-        axes.plot([], [], "o", color=color, label=link)
-    axes.set_yticks(range(len(heads)), heads)
-    axes.invert_yaxis()
-    axes.set_xlim(low - 0.05, low + 2.05)
-    axes.set_xlabel("validation loss, nats a token (what is above the edge lies on it); ringed: the best setting")
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(axis="x", alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
+        panels[0].plot([], [], "o", color=color, label=link)
+    panels[0].set_yticks(range(len(heads)), heads)
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, fontsize=8)
+    for axes in panels:
+        axes.grid(axis="x", alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

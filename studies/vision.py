@@ -299,7 +299,7 @@ class VisionConfig:
     """seeds"""
     epochs: int = 10
     """epochs at most"""
-    limit: int = 10000
+    limit: int = 5000
     """training images at most; 0 = all"""
     size: int = 0
     """images are resized to it; 0 = as they are"""

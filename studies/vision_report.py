@@ -5,8 +5,8 @@
 Means over seeds with 95 % intervals (Student's t). PCs: components for 90 % of the variance of the features of the test images.
 """
 
-import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from analysis.runs import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
-from studies.heads_report import interval, markdown
+from studies.heads_report import interval, markdown, with_half
 from studies.vision import Classifier, Images, Rows, choice, load
 from training.config import UserError, cli, parse
 
@@ -40,19 +40,46 @@ def places(rows: list[dict]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((r["dataset"], r["backbone"]) for r in rows if r["stage"] == "main"))
 
 
+def select(rows: list[dict], dataset: str, backbone: str, head: str, link: str) -> list[dict]:
+    """A head's rows, a seed each."""
+    wanted = dict(stage="main", dataset=dataset, backbone=backbone, head=head, link=link)
+    return [r for r in rows if r.items() >= wanted.items()]
+
+
+def by_place(rows: list[dict], cell: Callable[[list[dict]], str]) -> str:
+    """A line for each head, a column for each dataset and backbone; cell: (rows of the seeds) -> what is shown of them."""
+    found = []
+    for head, link in HEADS:
+        seeds = [select(rows, *place, head, link) for place in places(rows)]
+        if any(seeds):
+            found.append([title(head, link), *(cell(mine) if mine else "" for mine in seeds)])
+    return markdown(["head", *(f"{Path(d).name}, {b}" for d, b in places(rows))], found)
+
+
+def overview(rows: list[dict]) -> str:
+    """Test accuracy, %, with its interval over the seeds."""
+    accuracy = lambda mine: interval([100 * float(r["test_accuracy"]) for r in mine])
+    return by_place(rows, lambda mine: with_half(accuracy(mine), ".2f", ".2f"))
+
+
+def structure(rows: list[dict]) -> str:
+    """Components for 90 % of the variance of the features, and the share of the first two."""
+    mean = lambda mine, key: np.mean([float(r[key] or "nan") for r in mine])
+    return by_place(rows, lambda mine: f"{mean(mine, 'components_90'):.1f}; {mean(mine, 'top2'):.2f}")
+
+
 def table(rows: list[dict], dataset: str, backbone: str) -> str:
     found = []
     for head, link in HEADS:
-        wanted = dict(stage="main", dataset=dataset, backbone=backbone, head=head, link=link)
-        mine = [r for r in rows if r.items() >= wanted.items()]
+        mine = select(rows, dataset, backbone, head, link)
         if not mine:
             continue
         mean = lambda key, mine=mine: np.mean([float(r[key] or "nan") for r in mine])
-        accuracy, half = interval([100 * float(r["test_accuracy"]) for r in mine])
+        accuracy = interval([100 * float(r["test_accuracy"]) for r in mine])
         cells = [title(head, link), mine[0]["multiple"], mine[0]["learning_rate"]]
-        cells += [f"{accuracy:.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}"), f"{100 * mean('macro_f1'):.2f}"]
+        cells += [with_half(accuracy, ".2f", ".2f"), f"{100 * mean('macro_f1'):.2f}"]
         cells += [f"{mean('components_90'):.1f}", f"{mean('top2'):.2f}", f"{1000 * mean('kwh'):.3f}"]
-        found.append((accuracy, [*cells, f"{mean('seconds'):.1f}"]))
+        found.append((accuracy[0], [*cells, f"{mean('seconds'):.1f}"]))
     columns = ["head", "multiple", "learning rate", "test accuracy, %", "macro F1, %", "PCs for 90 %", "top 2 PCs", "Wh", "seconds"]
     return markdown(columns, [cells for _, cells in sorted(found, key=lambda x: -x[0])])
 

@@ -5,11 +5,12 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT, script
 
-from studies import heads, heads_report
+from studies import heads, heads_report, page
 from training.config import UserError, read_yaml
 
 BASE = {"dataset": "wikitext2", "arch": "gpt", "n_embd": 128, "learning_rate": 3e-3}
@@ -141,7 +142,8 @@ def test_bad_flags(flag, words):
 def test_the_report_of_known_rows():
     empty = dict.fromkeys(heads.COLUMNS, "")
     row = lambda stage, head, link, value, seed=1: {**empty, "stage": stage, "head": head, "link": link} | {
-        "val_loss": str(value), "seed": str(seed), "bits_per_byte": "2", "exponent": "8", "scale": "8", "learning_rate": "0.001"
+        "val_loss": str(value), "val_losses": f"9 7 {value}", "iters": "20", "seed": str(seed), "bits_per_byte": "2", "exponent": "8",
+        "scale": "8", "learning_rate": "0.001",
     }  # fmt: skip
     rows = [row("1", "cosine", "harmonic", 6.0), row("1", "cosine", "harmonic", "nan"), row("1", "cosine", "softmax", 6.25)]
     first, second = heads_report.best_settings(rows)
@@ -151,6 +153,8 @@ def test_the_report_of_known_rows():
     best, _ = heads_report.long_runs(rows)
     assert best["name"] == "cosine" and best["above_ce"] == pytest.approx((-0.5, 0), abs=1e-9)  # paired: seeds cancel
     assert best["loss"] == pytest.approx(4.6)
+    assert best["reached"] == pytest.approx(np.mean([10 + 10 * (7 - 5 - s / 10) / (7 - 4.5 - s / 10) for s in range(3)]))
+    assert math.isinf(heads_report.reached(rows[-1], 4.0)) and heads_report.reached(rows[-1], 8) == 5
     assert best["half"] == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3), rel=1e-3)
     place = {"arch": "bert", "dataset": "wikitext2"}
     rows += [
@@ -161,6 +165,12 @@ def test_the_report_of_known_rows():
     rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
     assert "| cosine | harmonic | untied | 4.2500 | -0.250 |" in heads_report.stage_four(rows)
     assert "| cosine | harmonic | 8 |" in heads_report.stage_one(rows) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
+
+
+def test_the_pages_tables_are_those_of_the_rows():
+    """python -m studies.page writes them."""
+    text = (ROOT / "results/README.md").read_text()
+    assert page.filled(text, ROOT / "results") == text and len(page.PLACE.findall(text)) == text.count("<!-- table: ") == len(page.TABLES)
 
 
 def test_the_report_of_the_committed_table(tmp_path):

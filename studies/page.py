@@ -1,0 +1,58 @@
+"""Fills in the tables of results/README.md from the studies' rows, as far as they have got; its words are written by hand.
+
+python -m studies.page
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.runs import write_whole
+from studies import algorithmic, algorithmic_report, heads, heads_report, vision, vision_report
+from training.config import UserError, cli, parse
+
+TABLES = {  # the name in the page's marks: (a study's rows, its file, the table of them)
+    "stage 1": (heads.Rows, "heads", heads_report.stage_one),
+    "stage 2": (heads.Rows, "heads", heads_report.stage_two),
+    "stage 3": (heads.Rows, "heads", heads_report.stage_three),
+    "stage 4": (heads.Rows, "heads", heads_report.stage_four),
+    "tasks": (algorithmic.Rows, "algorithmic", algorithmic_report.main_table),
+    "grokking": (algorithmic.Rows, "algorithmic", algorithmic_report.gap_table),
+    "fractions": (algorithmic.Rows, "algorithmic", algorithmic_report.fraction_table),
+    "images": (vision.Rows, "vision", vision_report.overview),
+    "features": (vision.Rows, "vision", vision_report.structure),
+}
+PLACE = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass
+class PageConfig:
+    """The page of results"""
+
+    page: str = "results/README.md"
+    """its tables are rewritten, from the CSV files beside it"""
+
+
+def filled(text: str, folder: Path) -> str:
+    """The text with every table between its marks."""
+
+    def table(found) -> str:
+        rows, name, draw = TABLES[found["name"]]
+        return f"{found[1]}{draw(rows(folder / f'{name}.csv').rows)}\n{found[3]}"
+
+    return PLACE.sub(table, text)
+
+
+def main():
+    (c,) = parse(sys.argv[1:], PageConfig)
+    page = Path(c.page)
+    if not page.is_file():
+        raise UserError(f"no page {page}")
+    text = filled(page.read_text(), page.parent)
+    write_whole(page, lambda path: path.write_text(text))
+    print(f"wrote {page}, {len(PLACE.findall(text))} tables")
+
+
+if __name__ == "__main__":
+    cli(main)
