@@ -10,6 +10,7 @@ prototypes.
 """
 
 import itertools
+import math
 import random
 import sys
 from dataclasses import dataclass
@@ -51,7 +52,10 @@ def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def spectrum(x: torch.Tensor) -> dict:
     """Principal components of the rows of x (M, C): shares of variance of the top 2 and top 5, components for 90 %, effective rank
-    exp(entropy of the normalised singular values) (Roy and Vetterli 2007), participation ratio (sum v)^2 / sum v^2 of the variances v."""
+    exp(entropy of the normalised singular values) (Roy and Vetterli 2007), participation ratio (sum v)^2 / sum v^2 of the variances v.
+    NaN where x is not finite."""
+    if not x.isfinite().all():
+        return dict.fromkeys(("top2", "top5", "components_90", "effective_rank", "participation_ratio"), math.nan)
     _, variance, _ = principal(x)
     share = variance / variance.sum()
     singular = variance.sqrt() / variance.sqrt().sum()

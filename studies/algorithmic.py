@@ -5,7 +5,8 @@
 
 Train and test share no example, nor one that says the same (x + y and y + x). All seeds of a head are one run: the trunk computes them in
 one batch (torch.func), then each seed's head takes its own loss, with the kernel that the language model takes. The stages are
-    sweep      learning rate x exponent (heads without one: the scale of the embedding at the start), as many settings for every head
+    sweep      learning rate x exponent (heads without one: the scale of the embedding at the start), a grid for every head, and further
+               settings (EDGES at most) as long as the best lies on its edge
     main       every task and head with the winner's setting, SEEDS seeds; a seed that fails is counted, not dropped
     fraction   accuracy against the share of examples trained on
     grokking   addition modulo 113 from 30 % of the examples, long
@@ -29,9 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.geometry import spectrum
 from analysis.runs import write_whole
-from harmonic import CONTROLS, DISTANCES, HarmonicHead
+from harmonic import CONTROLS, DISTANCES, HarmonicHead, distance
 from model import Model, ModelConfig
-from studies.table import Table, complete, number
+from studies.table import Table, complete, number, search
 from training.config import UserError, cli, parse
 
 # ---- tasks ------------------------------------------------------------------------------------------------------------------------------
@@ -192,13 +193,15 @@ def train(models: list[Solver], data, rate: float, steps: int, every: int, keep:
     table = next(k for k, p in models[0].named_parameters() if p is models[0].head.weight)
     found = {"steps": [], "train": [], "test": [], "loss": [], "path": []}
 
-    def scores(x, y):
+    def scores(x, y):  # without noise
         h = hidden(parameters, x)
         logits = torch.stack([functional_call(m, own(s), (h[s],), {"logits": True}) for s, m in enumerate(models)])
         return logits, (logits.argmax(-1) == y).double().mean(-1)
 
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
+            for m in models:
+                m.eval()
             with torch.no_grad():
                 logits, accuracy = scores(test_x, test_y)
                 found["loss"].append(F.cross_entropy(logits.transpose(1, 2), test_y, reduction="none").mean(-1))
@@ -207,6 +210,8 @@ def train(models: list[Solver], data, rate: float, steps: int, every: int, keep:
                 found["steps"].append(step)
                 if keep:
                     found["path"].append(parameters[table][0].clone())
+            for m in models:
+                m.train()
         if step == steps:
             break
         h = hidden(parameters, train_x)
@@ -230,8 +235,9 @@ HEADS = [(name, "control") for name in CONTROLS] + [(name, "harmonic") for name 
 HEADS += [(name, "softmax") for name in ("euclidean", "manhattan", "cosine")]
 FEW = [("cross_entropy", "control"), *itertools.product(("euclidean", "manhattan", "cosine"), ("harmonic", "softmax"))]
 RATES, MULTIPLES = (3e-3, 1e-2, 3e-2), (1 / 16, 1 / 4, 1.0)  # of the width (exponent) or of the model's std (heads without one)
+RATE_STEP, MULTIPLE_STEP, EDGES = 10**0.5, 4, 6  # beyond the grid
 COLUMNS = [
-    "stage", "task", "model", "head", "link", "exponent", "init_std", "learning_rate", "fraction", "seed", "examples", "steps",
+    "stage", "task", "model", "head", "link", "exponent", "scale", "init_std", "learning_rate", "fraction", "seed", "examples", "steps",
     "train_accuracy", "test_accuracy", "test_loss", "train_90", "train_99", "test_90", "test_99", "top2", "seconds", "commit",
 ]  # fmt: skip
 JOB = ("stage", "task", "model", "head", "link", "fraction")
@@ -291,19 +297,26 @@ def jobs(c: AlgorithmicConfig) -> list[Job]:
     found = [Job("sweep", "addition", "mlp", *h, 0.8, c.steps // 2, 2) for h in HEADS]
     found += [Job("sweep", "addition", "decoder", *h, 0.8, 2 * c.steps, 1) for h in decoders]
     found += [Job("main", task, "mlp", *h, 0.8, c.steps, c.seeds) for task in c.tasks.split() for h in HEADS]
-    found += [Job("decoder", "addition", "decoder", *h, 0.8, 4 * c.steps, max(1, 3 * c.seeds // 10)) for h in decoders]
+    found += [Job("decoder", "addition", "decoder", *h, 0.8, 4 * c.steps, few_seeds) for h in decoders]
     found += [Job("fraction", "addition", "mlp", *h, i / 10, c.steps, few_seeds) for h in FEW for i in range(1, 10)]
     found += [Job("grokking", "addition113", "mlp", *h, 0.3, 4 * c.steps, few_seeds) for h in FEW]
     return [j for j in found if c.only in (None, j.head)]
 
 
 def make(job: Job, multiple: float, seed: int) -> Solver:
-    """multiple: of the width, the exponent; where there is none, of the model's std, init_std."""
+    """multiple: of the width, the exponent; where there is none, of the model's std, init_std. A twin's scale has the same slope as the
+    exponent would have, at the median distance between the states and the prototypes that this model starts with."""
     task, kind = TASKS[job.task], MODELS[job.model]
     torch.manual_seed(seed)
     control = job.link == "control"
     head = {} if control else {"exponent": kind.width * multiple, "link": job.link}
-    return kind(task.tokens, len(task.examples()[0][0]), name=job.head, init_std=kind.std * (multiple if control else 1), **head)
+    examples = torch.tensor([x for x, _ in task.examples()])
+    model = kind(task.tokens, examples.shape[1], name=job.head, init_std=kind.std * (multiple if control else 1), **head)
+    if job.link == "softmax":
+        with torch.no_grad():
+            d = distance(model.hidden(examples[:1000]), model.head.prototypes(), job.head, **model.head.geometry())
+        model.head.set_strength(head["exponent"] / d.median().item())
+    return model
 
 
 def rows_of(job: Job, rate: float, multiples: list[float], seeds: list[int], keep: bool = False) -> tuple[list[dict], dict]:
@@ -319,6 +332,7 @@ def rows_of(job: Job, rate: float, multiples: list[float], seeds: list[int], kee
         row = dict(zip(JOB, job.key(), strict=True)) | {"learning_rate": f"{rate:.6g}", "seed": seed, "steps": job.steps}
         control = job.link == "control"
         row |= {"exponent": "" if control else f"{kind.width * multiples[i]:.6g}"}
+        row |= {"scale": f"{models[i].head.strength():.6g}" if job.link == "softmax" else ""}
         row |= {"init_std": f"{kind.std * (multiples[i] if control else 1):.6g}", "examples": data[0].shape[1]}
         row |= {"train_accuracy": f"{curves['train'][-1, i]:.4f}", "test_accuracy": f"{curves['test'][-1, i]:.4f}"}
         row |= {"test_loss": f"{curves['loss'][-1, i]:.4f}", "top2": f"{spectrum(curves['prototypes'][i])['top2']:.4f}"}
@@ -331,8 +345,17 @@ def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]
     """A job in a process of its own: all of a sweep, or the seeds of one setting, whose curves are kept in `folder`."""
     torch.set_num_threads(1)
     if job.stage == "sweep":
-        pairs = list(itertools.product(MULTIPLES, range(job.seeds)))
-        return [row for rate in RATES for row in rows_of(job, rate, [m for m, _ in pairs], [seed for _, seed in pairs])[0]]
+        rows = []
+
+        def costs(settings):  # those of one learning rate are one batch
+            for rate, group in itertools.groupby(settings, key=lambda s: s[1]):
+                pairs = list(itertools.product([m for m, _ in group], range(job.seeds)))
+                rows.extend(rows_of(job, rate, [m for m, _ in pairs], [seed for _, seed in pairs])[0])
+            known = scored(rows, job.model, job.head, job.link)
+            return [known[placed(*s)] for s in settings]
+
+        search([(m, rate) for rate in RATES for m in MULTIPLES], (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
+        return rows
     rate, multiple = chosen
     seeds = [100 + i for i in range(job.seeds)]  # not those of the sweep
     rows, curves = rows_of(job, rate, [multiple] * job.seeds, seeds, keep=job.stage == "main")
@@ -343,17 +366,26 @@ def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]
     return rows
 
 
-def choice(rows: list[dict], model: str, head: str, link: str) -> tuple[float, float] | None:
-    """(learning rate, multiple) of the best setting of a sweep, by mean test accuracy, then loss; None where it is not done."""
-    found = {}
+def placed(multiple: float, rate: float) -> tuple[float, float]:
+    """A setting, rounded as the table's texts are."""
+    return float(f"{multiple:.4g}"), float(f"{rate:.4g}")
+
+
+def scored(rows: list[dict], model: str, head: str, link: str) -> dict[tuple[float, float], tuple[float, float]]:
+    """(multiple, learning rate) of a sweep's settings -> (less the mean test accuracy, the mean test loss): the lowest is best."""
+    found, kind = {}, MODELS[model]
     for r in rows:
         if (r["stage"], r["model"], r["head"], r["link"]) == ("sweep", model, head, link):
-            kind = MODELS[model]
             multiple = float(r["init_std"]) / kind.std if link == "control" else float(r["exponent"]) / kind.width
-            found.setdefault((float(r["learning_rate"]), round(multiple, 6)), []).append(
-                (float(r["test_accuracy"]), -number(r["test_loss"]))
-            )
-    return max(found, key=lambda k: tuple(np.mean(found[k], axis=0))) if found else None
+            one = (-float(r["test_accuracy"]), number(r["test_loss"]))
+            found.setdefault(placed(multiple, float(r["learning_rate"])), []).append(one)
+    return {k: tuple(np.mean(v, axis=0)) for k, v in found.items()}
+
+
+def choice(rows: list[dict], model: str, head: str, link: str) -> tuple[float, float] | None:
+    """(learning rate, multiple) of the best setting of a sweep; None where it is not done."""
+    found = scored(rows, model, head, link)
+    return min(found, key=found.get)[::-1] if found else None
 
 
 def main():

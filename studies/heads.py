@@ -8,9 +8,10 @@
 Stage 1 sweeps learning rate and exponent of each family and link: 12 settings, then beyond the edge on which the winner lies (EDGES more
 settings at most), then two other scales of the prototypes at the start, then half a step of the exponent to either side of the best, then
 two more scales.
-cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place. A further variant of a family
-takes 4 settings around the family's winner.
-Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one.
+cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place, and at last half and quarter
+steps of the learning rate: as many settings. A further variant of a family takes 4 settings around the family's winner.
+Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one. They are
+not stage 1's seed, and the test split, which decides nothing, is looked at once, at the end.
 Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross_entropy elsewhere: BERT, Qwen, and GPT on IMDB.
 Stage 4 changes one thing at a time for the best harmonic head and for cross_entropy (ABLATIONS).
 
@@ -31,9 +32,11 @@ from tqdm import tqdm
 
 from analysis.geometry import spectrum
 from analysis.gradients import stability
-from studies.table import Table, commit, number
+from model import Model
+from studies.table import Table, beyond, commit, number
 from training import checkpoint
 from training.config import UserError, check, cli, parse, read_yaml
+from training.data import data_folder, load_data, validation_batches, validation_windows
 from training.distributed import launcher
 from training.telemetry import energy, read_metrics
 
@@ -59,7 +62,9 @@ STDS = (0.01, 0.02, 0.05, 0.1)  # of the prototypes of a head without an exponen
 OTHER_STDS, LAST_STDS = (0.005, 0.1), (0.01, 0.05)  # of the others, whose grid has 0.02: far ones, and at last near ones
 RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and around a family's winner
 EDGES = 4
-SEEDS = (1337, 1338, 1339)
+WHOLE = len(RATES) * len(EXPONENTS) + 6  # settings of a family or a control, at least; a variant has 4
+FIRST_SEED, SEEDS = 1337, (1338, 1339, 1340)  # of stage 1; of the others
+TEST_WINDOWS = 640  # of the test split, spread evenly
 CHAMPIONS = 4
 ELSEWHERE = ({"arch": "bert"}, {"arch": "qwen"}, {"dataset": "imdb_bpe"})
 ABLATIONS = {  # one thing changed: its flags; a number times the winner's init_std
@@ -72,10 +77,10 @@ ABLATIONS = {  # one thing changed: its flags; a number times the winner's init_
 }
 COLUMNS = [
     "stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "scale", "init_std", "learning_rate", "seed", "iters",
-    "val_loss", "bits_per_byte", "val_losses", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped", "prototype_radius",
-    "pca_top2", "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
+    "val_loss", "test_loss", "bits_per_byte", "val_losses", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped",
+    "prototype_radius", "pca_top2", "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
 ]  # fmt: skip
-KEY = ("stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "init_std", "learning_rate", "seed")
+KEY = ("stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "init_std", "learning_rate", "seed", "iters")
 
 
 @dataclass
@@ -101,6 +106,8 @@ class StudyConfig:
 
     def problems(self) -> list[str]:
         found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("long_iters", "workers", "nproc_per_node") if getattr(self, k) < 1]
+        if self.long_iters % 10:
+            found.append(f"long_iters={self.long_iters} must be a multiple of 10: that many evaluations are spread over a run")
         if not self.stages or set(self.stages) - set("1234"):
             found.append(f"stages={self.stages} is not made of 1, 2, 3 and 4")
         names = sorted({*FAMILIES, *CONTROLS, *(head for head, *_ in VARIANTS.values())})
@@ -113,7 +120,7 @@ def setting(base: dict, head: str, link: str, rate: float, exponent=None, std=0.
     """One run of stage 1: what tells it apart, as the texts of the table."""
     text = lambda x: "" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x)
     p, q = ((flags or {}).get(f"head_{k}") for k in "pq")
-    values = (1, base["dataset"], base["arch"], None, head, p, q, link, exponent, float(std), float(rate), SEEDS[0])
+    values = (1, base["dataset"], base["arch"], None, head, p, q, link, exponent, float(std), float(rate), FIRST_SEED, base["max_iters"])
     return dict(zip(KEY, map(text, values), strict=True))
 
 
@@ -164,39 +171,27 @@ class Sweep:
             return [self.make(rate * a, n * b, std) for a in (1, RATE_STEP**-1) for b in (1, 0.5)]
         seconds = STDS if self.link == "control" else [x * self.base["n_embd"] for x in EXPONENTS]
         wanted = [self.make(rate * float(self.base["learning_rate"]), second) for rate, second in itertools.product(RATES, seconds)]
+        half = (STD_STEP if self.link == "control" else EXPONENT_STEP) ** 0.5
         for _ in range(EDGES):
             top = self.top(wanted)
             if top is None:
                 return wanted
-            beyond = self.beyond(top, self.done(wanted))
-            if beyond is None:
+            place = lambda row: (self.second(row), float(row["learning_rate"]))
+            further = beyond(place(top), [place(r) for r in self.done(wanted)], (half**2, RATE_STEP))
+            if further is None:
                 break
-            wanted.append(beyond)
+            wanted.append(self.make(*further[::-1]))
         if self.link != "control" and (top := self.top(wanted)):
             wanted += [self.make(float(top["learning_rate"]), self.second(top), std) for std in OTHER_STDS]
         if top := self.top(wanted):  # half a step to either side
-            half = (STD_STEP if self.link == "control" else EXPONENT_STEP) ** 0.5
             rate, second, std = float(top["learning_rate"]), self.second(top), float(top["init_std"])
             wanted += [self.make(rate, second * x, std) for x in (half, 1 / half)]
         if self.link != "control" and (top := self.top(wanted)):
             wanted += [self.make(float(top["learning_rate"]), self.second(top), std) for std in LAST_STDS]
+        for step in (0.5, 0.25) if self.link == "control" else ():
+            if top := self.top(wanted):
+                wanted += [self.make(float(top["learning_rate"]) * RATE_STEP**x, self.second(top)) for x in (step, -step)]
         return wanted
-
-    def beyond(self, top: dict, found: list[dict]) -> dict | None:
-        """The setting next to the winner on the outside of the grid; None where it lies inside."""
-        rate, second = float(top["learning_rate"]), self.second(top)
-        step = STD_STEP if self.link == "control" else EXPONENT_STEP
-        rates = [float(r["learning_rate"]) for r in found if math.isclose(self.second(r), second, rel_tol=1e-3)]
-        seconds = [self.second(r) for r in found if math.isclose(float(r["learning_rate"]), rate, rel_tol=1e-3)]
-        if second == max(seconds):
-            return self.make(rate, second * step)
-        if second == min(seconds):
-            return self.make(rate, second / step)
-        if rate == max(rates):
-            return self.make(rate * RATE_STEP, second)
-        if rate == min(rates):
-            return self.make(rate / RATE_STEP, second)
-        return None
 
     def winner(self) -> dict | None:
         """The best row, once all are done."""
@@ -224,34 +219,35 @@ def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
     winners = {(s.head, *s.flags.values(), s.link): (s, w) for s in every if (w := s.winner()) and math.isfinite(loss(w))}
     if "2" in c.stages:
         for seed in SEEDS:
-            found += [again(w, stage=2, seed=seed) for s, w in winners.values() if not s.around or seed == SEEDS[0]]
+            found += [again(w, c, stage=2, seed=seed) for s, w in winners.values() if not s.around or seed == SEEDS[0]]
     if not all(key in winners for key in [("cross_entropy", "control"), *itertools.product(FAMILIES, LINKS)]):
         return found
-    best = champions(table, [winners[head, "harmonic"][1] for head in FAMILIES])
+    best = champions(table, c, [winners[head, "harmonic"][1] for head in FAMILIES])
     if not best:
         return found
     baseline = winners["cross_entropy", "control"][1]
     if "3" in c.stages:
         for place in ELSEWHERE:
             for w in [baseline, *best]:
-                found += [again(winners[w["head"], link][1], stage=3, **place) for link in (LINKS if w is not baseline else ["control"])]
+                found += [again(winners[w["head"], link][1], c, stage=3, **place) for link in (LINKS if w is not baseline else ["control"])]
     if "4" in c.stages:
         for w, (name, change) in itertools.product([best[0], baseline], ABLATIONS.items()):
             if w is baseline and "exponent" in name:
                 continue
             std = {} if isinstance(change, dict) else {"init_std": f"{float(w['init_std']) * change:.6g}"}
-            found.append(again(w, stage=4, ablation=name, **std))
+            found.append(again(w, c, stage=4, ablation=name, **std))
     return found
 
 
-def again(row: dict, **changes) -> dict:
-    """The setting of a row, changed."""
+def again(row: dict, c: StudyConfig, **changes) -> dict:
+    """The setting of a row for a long run, changed."""
+    changes = {"seed": SEEDS[0], "iters": c.long_iters} | changes
     return {**{k: row[k] for k in KEY}, **{k: str(v) for k, v in changes.items()}}
 
 
-def champions(table: Rows, winners: list[dict]) -> list[dict]:
+def champions(table: Rows, c: StudyConfig, winners: list[dict]) -> list[dict]:
     """The best of these winners of stage 1 by their mean loss in stage 2; none as long as a run of theirs is missing."""
-    runs = {i: [table.find(again(w, stage=2, seed=seed)) for seed in SEEDS] for i, w in enumerate(winners)}
+    runs = {i: [table.find(again(w, c, stage=2, seed=seed)) for seed in SEEDS] for i, w in enumerate(winners)}
     if not runs or None in itertools.chain(*runs.values()):
         return []
     return [winners[i] for i in sorted(runs, key=lambda i: sum(map(loss, runs[i])))[:CHAMPIONS]]
@@ -282,7 +278,8 @@ def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
     if isinstance(change := ABLATIONS.get(s["ablation"]), dict):
         flags |= change
     if s["stage"] != "1":
-        flags |= {"max_iters": c.long_iters, "warmup_iters": c.long_iters // 10, "eval_interval": c.long_iters // 10, "emissions": True}
+        tenth = int(s["iters"]) // 10
+        flags |= {"max_iters": s["iters"], "warmup_iters": tenth, "eval_interval": tenth, "emissions": True}
     command = [sys.executable, *(launcher(c.nproc_per_node) if c.nproc_per_node > 1 else []), "train.py", c.config]
     folder(c, s).mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if c.workers > 1 else None
@@ -291,11 +288,23 @@ def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
 
 
 @torch.no_grad()
+def test_loss(model: Model, folder: Path) -> float:
+    """Nats a token on TEST_WINDOWS windows of the data's test split; NaN where it has none."""
+    data, m = load_data(folder), model.config
+    if "test" not in data.splits:
+        return math.nan
+    windows = validation_windows(data.splits["test"].tokens, m.block_size, TEST_WINDOWS)
+    total, count = 0.0, 0
+    for x, y in validation_batches(data, m.arch, m.block_size, windows, 16, "test"):
+        total, count = total + model(x, y, reduction="sum")[1].item(), count + (y != -1).sum().item()
+    return total / count
+
+
+@torch.no_grad()
 def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> dict:
     """The row of a run that has ended; one that stopped with status 3, at a loss that is not finite, has no losses."""
     run, settings = folder(c, s), read_yaml(c.config)
     row = {**s, "seconds": f"{seconds:.1f}", "commit": sha}
-    row["iters"] = settings["max_iters"] if s["stage"] == "1" else c.long_iters
     if status == 3:
         return row
     if status:
@@ -309,6 +318,7 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> di
     row |= {
         "scale": "" if s["link"] != "softmax" else f"{float(model.head.strength()):.6g}",
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
+        "test_loss": "" if s["stage"] == "1" else f"{test_loss(model, data_folder(s['dataset'])):.6f}",
         "bits_per_byte": f"{losses[-1].get('bits_per_byte', math.nan):.6f}",
         "val_losses": " ".join(f"{m['val_loss']:.4f}" for m in losses),  # equally far apart, from before the first iteration
         "grad_norm_mean": f"{steady['mean']:.4g}",
@@ -353,7 +363,12 @@ def main():
                 tqdm.write(f"{' '.join(v for v in s.values() if v)}: {row.get('val_loss', 'not finite')}, {row['seconds']} s")
     finally:
         for _, process, _ in running:
-            process.kill()
+            process.terminate()  # torchrun passes it on to the processes that it started
+        for _, process, _ in running:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
         bar.close()
 
 

@@ -2,9 +2,11 @@
 
     python -m studies.heads_report              # prints Markdown, writes results/study.png
 
-Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it.
+Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it; none
+is given as long as a sweep of the two is under way.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
 Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
+Losses of stages 2 to 4 are those of the test split, which has decided nothing; of the validation split where a corpus has no other.
 """
 
 import itertools
@@ -14,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student
 
 from analysis.runs import write_whole
-from studies.heads import LINKS, Rows, loss
+from studies.heads import LINKS, VARIANTS, WHOLE, Rows, loss
+from studies.table import number
 from training.config import UserError, cli, parse
-
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 97.5 % by number of seeds (degrees of freedom one less)
 
 
 @dataclass
@@ -36,6 +38,11 @@ def name(row: dict) -> str:
     return row["head"] + "".join(f" {k}={row[k]}" for k in "pq" if row[k])
 
 
+def final(row: dict) -> float:
+    """A long run's loss: of the test split, if its corpus has one."""
+    return number(row["test_loss"]) if row["test_loss"] not in ("", "nan") else loss(row)
+
+
 def groups(rows: list[dict], stage: str) -> dict[tuple[str, str], list[dict]]:
     """(head with its options, link) -> its rows of a stage."""
     found = {}
@@ -50,9 +57,10 @@ def best_settings(rows: list[dict]) -> list[dict]:
     winners = {key: min(group, key=loss) for key, group in groups(rows, "1").items()}
     counts = {key: len(group) for key, group in groups(rows, "1").items()}
     found = []
+    whole = lambda head, link: counts.get((head, link), 0) >= (4 if head in VARIANTS else WHOLE)
     for (head, link), row in winners.items():
-        twin = winners.get((head, "softmax")) if link == "harmonic" else None
-        difference = loss(row) - loss(twin) if twin else None
+        both = link == "harmonic" and whole(head, link) and whole(head, "softmax")
+        difference = loss(row) - loss(winners[head, "softmax"]) if both else None
         found.append({**row, "name": head, "settings": counts[head, link], "harmax": difference})
     return sorted(found, key=loss)
 
@@ -60,7 +68,8 @@ def best_settings(rows: list[dict]) -> list[dict]:
 def interval(values: list[float]) -> tuple[float, float]:
     """-> (mean, half width of the 95 % interval; NaN for one value)."""
     n = len(values)
-    return float(np.mean(values)), float(T[n] * np.std(values, ddof=1) / math.sqrt(n)) if n in T else math.nan
+    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
 
 
 def reached(row: dict, level: float) -> float:
@@ -79,10 +88,11 @@ def long_runs(rows: list[dict]) -> list[dict]:
     found = []
     for (head, link), runs in every.items():
         row = {"name": head, "link": link, "seeds": len(runs)}
-        row["loss"], row["half"] = interval([loss(r) for r in runs.values()])
+        row["loss"], row["half"] = interval([final(r) for r in runs.values()])
+        row["val_loss"] = float(np.mean([loss(r) for r in runs.values()]))
         row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
         for key, other in (("above_ce", baseline), ("harmax", every.get((head, "softmax"), {}) if link == "harmonic" else {})):
-            shared = [loss(r) - loss(other[s]) for s, r in runs.items() if s in other]
+            shared = [final(r) - final(other[s]) for s, r in runs.items() if s in other]
             row[key] = interval(shared) if shared else None
         times = [reached(r, loss(baseline[s])) for s, r in runs.items() if s in baseline]
         row["reached"] = float(np.mean(times)) if times else math.inf
@@ -117,10 +127,26 @@ def stage_one(rows: list[dict]) -> str:
 
 
 def stage_two(rows: list[dict]) -> str:
-    columns = ["head", "link", "seeds", "val loss", "bits/byte", "less cross_entropy", "less its softmax twin", "at cross_entropy's loss"]
+    columns = [
+        "head",
+        "link",
+        "seeds",
+        "test loss",
+        "val loss",
+        "bits/byte",
+        "less cross_entropy",
+        "less its softmax twin",
+        "at cross_entropy's loss",
+    ]
     cells = []
     for r in long_runs(rows):
-        losses = [with_half((r["loss"], r["half"]), ".4f"), f"{r['bits']:.4f}", with_half(r["above_ce"]), with_half(r["harmax"])]
+        losses = [
+            with_half((r["loss"], r["half"]), ".4f"),
+            f"{r['val_loss']:.4f}",
+            f"{r['bits']:.4f}",
+            with_half(r["above_ce"]),
+            with_half(r["harmax"]),
+        ]
         losses.append("" if math.isinf(r["reached"]) else f"iteration {r['reached']:.0f}")
         wh = None if r["kwh"] is None else 1000 * r["kwh"]
         more = [shown(r["grad_norm_cv"], ".3f"), shown(r["pca_components_90"], ".0f"), shown(wh, ".2f")]
@@ -133,13 +159,13 @@ def stage_three(rows: list[dict]) -> str:
     third = [r for r in rows if r["stage"] == "3"]
     cells = []
     for place in dict.fromkeys((r["arch"], r["dataset"]) for r in third):
-        mine = {(name(r), r["link"]): loss(r) for r in third if (r["arch"], r["dataset"]) == place}
+        mine = {(name(r), r["link"]): final(r) for r in third if (r["arch"], r["dataset"]) == place}
         for (head, link), value in sorted(mine.items(), key=lambda x: x[1]):
             above = value - mine.get(("cross_entropy", "control"), math.nan)
             twin = mine.get((head, "softmax")) if link == "harmonic" else None
-            bits = next(r["bits_per_byte"] for r in third if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link))
+            bits = next(r["bits_per_byte"] or "nan" for r in third if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link))
             cells.append([*place, head, link, f"{value:.4f}", f"{float(bits):.4f}", f"{above:+.3f}", shown(twin and value - twin, "+.3f")])
-    return markdown(["arch", "corpus", "head", "link", "val loss", "bits/byte", "less cross_entropy", "less its softmax twin"], cells)
+    return markdown(["arch", "corpus", "head", "link", "loss", "bits/byte", "less cross_entropy", "less its softmax twin"], cells)
 
 
 def stage_four(rows: list[dict]) -> str:
@@ -148,8 +174,8 @@ def stage_four(rows: list[dict]) -> str:
     cells = []
     for r in fourth:
         like = [o for o in rows if o["stage"] == "2" and all(o[k] == r[k] for k in ("head", "p", "q", "link", "seed"))]
-        cells.append([name(r), r["link"], r["ablation"], f"{loss(r):.4f}", f"{loss(r) - loss(like[0]):+.3f}" if like else ""])
-    return markdown(["head", "link", "changed", "val loss", "less unchanged"], cells)
+        cells.append([name(r), r["link"], r["ablation"], f"{final(r):.4f}", f"{final(r) - final(like[0]):+.3f}" if like else ""])
+    return markdown(["head", "link", "changed", "loss", "less unchanged"], cells)
 
 
 def draw(rows: list[dict], path: Path):
@@ -180,7 +206,7 @@ def draw(rows: list[dict], path: Path):
             panels[1].axvline(r["loss"], color=colors["control"], linewidth=0.8, linestyle=":")
     if long:
         panels[1].set_xlim(long[0]["loss"] - 0.1, min(long[0]["loss"] + 2.1, max(r["loss"] for r in long) + 0.1))
-        panels[1].set_xlabel("stage 2: validation loss, nats a token\n(means over seeds, 95 % intervals; dotted: cross_entropy)")
+        panels[1].set_xlabel("stage 2: test loss, nats a token\n(means over seeds, 95 % intervals; dotted: cross_entropy)")
     for link, color in colors.items():
         panels[0].plot([], [], "o", color=color, label=link)
     panels[0].set_yticks(range(len(heads)), heads)

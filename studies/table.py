@@ -1,4 +1,4 @@
-"""A study's table, a CSV file that says what has run, and the loop that runs what it lacks."""
+"""A study's table, a CSV file that says what has run, the loop that runs what it lacks, and the search for a head's best setting."""
 
 import csv
 import math
@@ -49,6 +49,29 @@ def number(text: str) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+def beyond(best: tuple, tried: list[tuple], steps: tuple) -> tuple | None:
+    """The setting next to the best one on the outside of those tried, by the first axis on which it lies on the edge; None inside.
+
+    Args: best and tried: settings, numbers each. steps: the factor to the next value of each.
+    """
+    for axis, step in enumerate(steps):
+        others = lambda setting, axis=axis: (*setting[:axis], *setting[axis + 1 :])
+        line = [t[axis] for t in tried if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(others(t), others(best), strict=True))]
+        factor = step if best[axis] == max(line) else 1 / step if best[axis] == min(line) else None
+        if factor:
+            return (*best[:axis], best[axis] * factor, *best[axis + 1 :])
+    return None
+
+
+def search(grid: list[tuple], steps: tuple, most: int, costs: Callable[[list[tuple]], list[float]]):
+    """Tries all settings of a grid, then goes beyond it for as long as the best lies on the edge: `most` further settings at most."""
+    found = dict(zip(grid, costs(grid), strict=True))
+    for _ in range(most):
+        if (further := beyond(min(found, key=found.get), list(found), steps)) is None:
+            break
+        found[further] = costs([further])[0]
+
+
 def complete(table: Table, waves: list[list[dict]], call: Callable, tell: Callable, workers: int):
     """Runs the jobs that the table lacks, each in a process, wave after wave: what a wave has found may decide about the next.
 
@@ -57,10 +80,14 @@ def complete(table: Table, waves: list[list[dict]], call: Callable, tell: Callab
         tell: (rows) -> what is printed of them.
     """
     waves, sha = [[job for job in wave if not table.find(job)] for wave in waves], commit()
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, tqdm(total=sum(map(len, waves)), desc="batches", disable=None) as bar:
-        for wave in waves:
-            for future in as_completed([pool.submit(*call(job)) for job in wave]):
-                rows = [{**row, "commit": sha} for row in future.result()]
-                table.add(*rows)
-                tqdm.write(f"{' '.join(str(rows[0][k]) for k in table.key)}: {tell(rows)}")
-                bar.update()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    try:
+        with tqdm(total=sum(map(len, waves)), desc="batches", disable=None) as bar:
+            for wave in waves:
+                for future in as_completed([pool.submit(*call(job)) for job in wave]):
+                    rows = [{**row, "commit": sha} for row in future.result()]
+                    table.add(*rows)
+                    tqdm.write(f"{' '.join(str(rows[0][k]) for k in table.key)}: {tell(rows)}")
+                    bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a fault, what has not begun does not

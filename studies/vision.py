@@ -6,13 +6,14 @@
 
 A backbone turns an image into features, and the head has a prototype for each class among them; of the one-layer model the features are
 the pixels, so that its prototypes are images. A part of the training images is held out: it decides when to stop (PATIENCE epochs without
-a better loss) and, in the sweep, which learning rate and exponent (or scale of the prototypes at the start) a head gets, as many settings
-for every head. The test images are looked at once, at the end.
+a better loss) and, in the sweep, of a third of the epochs, which learning rate and exponent (or scale of the prototypes at the start) a
+head gets: a grid for every head, and EDGES settings at most beyond it, as long as the best lies on its edge. The test images are looked at
+once, at the end.
 """
 
 import gzip
-import itertools
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from analysis.geometry import spectrum
 from analysis.runs import write_whole
 from harmonic import HarmonicHead
 from studies.algorithmic import HEADS
-from studies.table import Table, complete, number
+from studies.table import Table, complete, number, search
 from training.config import UserError, cli, parse
 from training.packages import cache_folder, package_file
 from training.telemetry import Emissions, energy
@@ -227,6 +228,7 @@ class Classifier(nn.Module):
 
 BATCH, PATIENCE, HELD_OUT = 128, 3, 0.1
 RATES, MULTIPLES = (1e-3, 3e-3), (0.25, 1.0, 4.0)
+RATE_STEP, MULTIPLE_STEP, EDGES = 3, 4, 4  # beyond the grid
 
 
 @torch.no_grad()
@@ -239,12 +241,13 @@ def outputs(model: Classifier, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int) -> dict:
     """AdamW until the held-out loss has not improved for PATIENCE epochs; the model is left as it was at its best.
 
-    Returns: epochs trained, the held-out loss and accuracy. The loss is NaN, and training stops, where it is not finite.
+    Returns: epochs trained, the held-out loss and accuracy of the best. Training stops where the loss is not finite; it is NaN if it
+        never was finite.
     """
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: int(HELD_OUT * len(order))], order[int(HELD_OUT * len(order)) :]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    best = {"epochs": 0, "val_loss": math.inf, "val_accuracy": 0.0}
+    best = {"epochs": 0, "val_loss": math.nan, "val_accuracy": 0.0}
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     for epoch in range(1, epochs + 1):
         model.train()
@@ -257,8 +260,8 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
         _, logits = outputs(model, images.x[held])
         loss = nn.functional.cross_entropy(logits, images.y[held]).item()
         if not math.isfinite(loss):
-            return {"epochs": epoch, "val_loss": math.nan, "val_accuracy": 0.0}
-        if loss < best["val_loss"]:
+            break
+        if not loss >= best["val_loss"]:  # the first, too
             accuracy = (logits.argmax(-1) == images.y[held]).double().mean().item()
             best = {"epochs": epoch, "val_loss": loss, "val_accuracy": accuracy}
             weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -271,7 +274,7 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
 # ---- the study --------------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = [
-    "stage", "dataset", "backbone", "head", "link", "multiple", "learning_rate", "seed", "train_images", "epochs",
+    "stage", "dataset", "backbone", "head", "link", "multiple", "learning_rate", "seed", "train_images", "size", "epochs",
     "val_loss", "val_accuracy", "test_accuracy", "macro_f1", "top2", "components_90", "kwh", "seconds", "commit",
 ]  # fmt: skip
 JOB = ("stage", "dataset", "backbone", "head", "link")
@@ -297,8 +300,8 @@ class VisionConfig:
     """one head alone, such as cosine"""
     seeds: int = 3
     """seeds"""
-    epochs: int = 10
-    """epochs at most"""
+    epochs: int = 30
+    """epochs at most; the sweep takes a third"""
     limit: int = 5000
     """training images at most; 0 = all"""
     size: int = 0
@@ -326,37 +329,48 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
     torch.set_num_threads(1)
     images = load(job["dataset"], c.size, c.limit)
     found, folder = [], Path(c.runs) / "-".join(Path(v).name for v in job.values())
-    sweep = job["stage"] == "sweep"
-    plan = [(*pair, 0) for pair in itertools.product(RATES, MULTIPLES)] if sweep else [(*chosen, seed) for seed in range(1, c.seeds + 1)]
-    emissions = None if sweep else Emissions(folder, "USA")
-    for rate, multiple, seed in plan:
+
+    def one(rate: float, multiple: float, seed: int, epochs: int) -> Classifier:
         began = time.perf_counter()
         torch.manual_seed(seed)
         model = Classifier(images, job["backbone"], job["head"], job["link"], multiple)
-        best = train(model, images, rate, c.epochs, seed)
-        row = job | {"multiple": f"{multiple:.6g}", "learning_rate": f"{rate:.6g}", "seed": seed}
-        row |= {"train_images": len(images.x), "epochs": best["epochs"]}
-        row |= {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"}
-        if not sweep:
-            features, logits = outputs(model.eval(), images.test_x)
-            guess, shape = logits.argmax(-1), spectrum(features)
-            row |= {"test_accuracy": f"{(guess == images.test_y).double().mean().item():.4f}"}
-            row |= {"macro_f1": f"{f1_score(images.test_y, guess, average='macro', zero_division=0):.4f}"}
-            row |= {"top2": f"{shape['top2']:.4f}", "components_90": shape["components_90"]}
-        found.append(row | {"seconds": f"{time.perf_counter() - began:.2f}"})
-        if not sweep and seed == 1:
+        best = train(model, images, rate, epochs, seed)
+        row = job | {"multiple": f"{multiple:.6g}", "learning_rate": f"{rate:.6g}", "seed": seed, "train_images": len(images.x)}
+        row |= {"size": images.x.shape[-1], "epochs": best["epochs"], "seconds": f"{time.perf_counter() - began:.2f}"}
+        found.append(row | {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"})
+        return model
+
+    if job["stage"] == "sweep":
+
+        def costs(settings):
+            for multiple, rate in settings:
+                one(rate, multiple, 0, -(-c.epochs // 3))
+            return [number(row["val_loss"]) for row in found[-len(settings) :]]
+
+        search([(m, rate) for rate in RATES for m in MULTIPLES], (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
+        return found
+    shutil.rmtree(folder, ignore_errors=True)  # of other settings, and their emissions
+    emissions = Emissions(folder, "USA")
+    for seed in range(1, c.seeds + 1):
+        model = one(*chosen, seed, c.epochs).eval()
+        features, logits = outputs(model, images.test_x)
+        guess, shape = logits.argmax(-1), spectrum(model.head.prototypes() if job["backbone"] == "linear" else features)
+        found[-1] |= {"test_accuracy": f"{(guess == images.test_y).double().mean().item():.4f}"}
+        found[-1] |= {"macro_f1": f"{f1_score(images.test_y, guess, average='macro', zero_division=0):.4f}"}
+        found[-1] |= {"top2": f"{shape['top2']:.4f}", "components_90": shape["components_90"]}
+        if seed == 1:
             write_whole(folder / "model.pt", lambda path, model=model: torch.save(model.state_dict(), path))
-    if emissions:
-        emissions.stop()
-        used = energy(folder)
-        for row in found:
-            row["kwh"] = f"{used['energy_consumed'] / len(found) / c.workers:.4g}" if used else ""  # each is charged for the whole machine
+    emissions.stop()
+    used = energy(folder)
+    for row in found:
+        row["kwh"] = f"{used['energy_consumed'] / len(found) / c.workers:.4g}" if used else ""  # each is charged for the whole machine
     return found
 
 
-def choice(rows: list[dict], backbone: str, head: str, link: str) -> tuple[float, float] | None:
+def choice(rows: list[dict], dataset: str, backbone: str, head: str, link: str) -> tuple[float, float] | None:
     """(learning rate, multiple) of the best setting of a sweep, by the held-out loss; None where it is not done."""
-    mine = [r for r in rows if (r["stage"], r["backbone"], r["head"], r["link"]) == ("sweep", backbone, head, link)]
+    wanted = dict(stage="sweep", dataset=dataset, backbone=backbone, head=head, link=link)
+    mine = [r for r in rows if r.items() >= wanted.items()]
     if not mine:
         return None
     r = mine[int(np.argmin([number(r["val_loss"]) for r in mine]))]
@@ -370,7 +384,7 @@ def main():
         load(name, c.size, c.limit)  # fetched once, and a fault is told at once
     jobs = lambda stage, dataset: [dict(zip(JOB, (stage, dataset, b, *h), strict=True)) for b in c.backbones.split() for h in heads]
     waves = [jobs("sweep", datasets[0]), [job for d in datasets for job in jobs("main", d)]]
-    call = lambda job: (run, c, job, choice(table.rows, job["backbone"], job["head"], job["link"]))
+    call = lambda job: (run, c, job, choice(table.rows, datasets[0], job["backbone"], job["head"], job["link"]))
     accuracy = lambda rows: np.mean([float(r.get("test_accuracy") or r["val_accuracy"]) for r in rows])
     complete(table, waves, call, lambda rows: f"accuracy {accuracy(rows):.4f}, {sum(float(r['seconds']) for r in rows):.1f} s", c.workers)
 

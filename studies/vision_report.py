@@ -2,7 +2,8 @@
 
     python -m studies.vision_report             # prints Markdown; writes results/vision*.png
 
-Means over seeds with 95 % intervals (Student's t). PCs: components for 90 % of the variance of the features of the test images.
+Means over seeds with 95 % intervals (Student's t). PCs: components for 90 % of the variance of the features of the test images, of the
+one-layer model, whose features are the pixels, of the prototypes.
 """
 
 import sys
@@ -17,7 +18,8 @@ from analysis.runs import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown, with_half
-from studies.vision import Classifier, Images, Rows, choice, load
+from studies.table import beyond, number
+from studies.vision import MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load
 from training.config import UserError, cli, parse
 
 GRAD_CAM = [("cross_entropy", "control"), *((h, "harmonic") for h in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs"))]
@@ -63,7 +65,7 @@ def overview(rows: list[dict]) -> str:
 
 
 def structure(rows: list[dict]) -> str:
-    """Components for 90 % of the variance of the features, and the share of the first two."""
+    """Components for 90 % of the variance of the features (one-layer: of the prototypes), and the share of the first two."""
     mean = lambda mine, key: np.mean([float(r[key] or "nan") for r in mine])
     return by_place(rows, lambda mine: f"{mean(mine, 'components_90'):.1f}; {mean(mine, 'top2'):.2f}")
 
@@ -84,22 +86,43 @@ def table(rows: list[dict], dataset: str, backbone: str) -> str:
     return markdown(columns, [cells for _, cells in sorted(found, key=lambda x: -x[0])])
 
 
+def model_file(c: ReportConfig, dataset: str, backbone: str, head: str, link: str) -> Path:
+    return Path(c.runs) / f"main-{Path(dataset).name}-{backbone}-{head}-{link}" / "model.pt"
+
+
 def stored(c: ReportConfig, rows: list[dict], images: Images, dataset: str, backbone: str, head: str, link: str) -> Classifier | None:
     """The trained model of the first seed, or None."""
-    path = Path(c.runs) / f"main-{Path(dataset).name}-{backbone}-{head}-{link}" / "model.pt"
-    chosen = choice(rows, backbone, head, link)
-    if not path.is_file() or not chosen:
+    path = model_file(c, dataset, backbone, head, link)
+    mine = select(rows, dataset, backbone, head, link)
+    if not path.is_file() or not mine:
         return None
-    model = Classifier(images, backbone, head, link, chosen[1])
+    model = Classifier(images, backbone, head, link, float(mine[0]["multiple"]))
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
+
+
+def pictured(rows: list[dict], dataset: str) -> Images:
+    """The images as they were trained on."""
+    row = next(r for r in rows if (r["stage"], r["dataset"]) == ("main", dataset))
+    return load(dataset, int(row["size"]), int(row["train_images"]))
+
+
+def on_edge(rows: list[dict]) -> str:
+    """How many of the sweep's winners still lie on the edge of what was tried."""
+    sweeps = {}
+    for r in rows:
+        if r["stage"] == "sweep":
+            place = (float(r["multiple"]), float(r["learning_rate"]))
+            sweeps.setdefault((r["dataset"], r["backbone"], r["head"], r["link"]), {})[place] = number(r["val_loss"])
+    count = sum(beyond(min(found, key=found.get), list(found), (MULTIPLE_STEP, RATE_STEP)) is not None for found in sweeps.values())
+    return f"{count} of {len(sweeps)} winners of the sweep lie on the edge of what was tried."
 
 
 def draw_prototypes(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
     """The one-layer model's prototypes, which are images: a row for each head, a column for each class."""
     from matplotlib.figure import Figure
 
-    images = load(dataset)
+    images = pictured(rows, dataset)
     found = [(h, m) for h in HEADS if (m := stored(c, rows, images, dataset, "linear", *h))]
     figure = Figure(figsize=(1 + 0.62 * images.classes, 0.3 + 0.62 * len(found)), layout="constrained")
     for line, ((head, link), model) in zip(figure.subplots(len(found), images.classes, squeeze=False), found, strict=True):
@@ -118,7 +141,7 @@ def draw_grad_cam(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
     from captum.attr import LayerAttribution, LayerGradCam
     from matplotlib.figure import Figure
 
-    images = load(dataset)
+    images = pictured(rows, dataset)
     first = [int((images.test_y == k).nonzero()[0]) for k in range(images.classes)]
     x = images.test_x[first]
     found = [(h, m) for h in GRAD_CAM if (m := stored(c, rows, images, dataset, "cnn", *h))]
@@ -146,8 +169,11 @@ def main():
     for dataset, backbone in places(rows):
         images = next(r["train_images"] for r in rows if (r["stage"], r["dataset"]) == ("main", dataset))
         print(f"{dataset}, {backbone}, {images} training images\n\n{table(rows, dataset, backbone)}\n")
-    for backbone, ending, draw in (("linear", "_prototypes.png", draw_prototypes), ("cnn", "_gradcam.png", draw_grad_cam)):
-        kept = [d for d, b in places(rows) if b == backbone and any(Path(c.runs).glob(f"main-{Path(d).name}-{b}-*/model.pt"))]
+    print(f"{on_edge(rows)}\n")
+    pictures = (("linear", "_prototypes.png", draw_prototypes, HEADS), ("cnn", "_gradcam.png", draw_grad_cam, GRAD_CAM))
+    for backbone, ending, draw, heads in pictures:
+        there = lambda d, b=backbone, heads=heads: any(model_file(c, d, b, *h).is_file() for h in heads)
+        kept = [d for d, b in places(rows) if b == backbone and there(d)]
         if kept:
             write_whole(Path(c.out + ending), lambda path, draw=draw, dataset=kept[0]: draw(c, rows, dataset, path))
             print(f"wrote {c.out}{ending}")

@@ -115,7 +115,7 @@ def test_the_report(tmp_path):
     for job in (
         Job("main", "lattice", "mlp", "cosine", "harmonic", 0.8, 2, 2),
         Job("main", "addition", "mlp", "cosine", "harmonic", 0.8, 2, 1),
-        Job("grokking", "permutation", "mlp", "cosine", "harmonic", 0.3, 2, 1),
+        Job("decoder", "addition", "mlp", "cosine", "harmonic", 0.3, 2, 1),
         Job("fraction", "addition", "mlp", "cosine", "harmonic", 0.5, 2, 1),
     ):
         rows += algorithmic.run(job, (1e-3, 1.0), str(tmp_path / "runs"))
@@ -128,4 +128,7 @@ def test_the_report(tmp_path):
     assert done.returncode == 0 and "| cosine | 0/2 (0-66 %) | never |" in done.stdout, done.stderr
     assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "a_curves.png").stat().st_size > 5000
     assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
+    before = (tmp_path / "a.png").read_bytes()
+    done = script_here(*words[:3], "--runs=nowhere", words[-1])  # no curves: the pictures stay as they were
+    assert done.returncode == 0 and "no " in done.stdout and (tmp_path / "a.png").read_bytes() == before
     assert script_here("-m", "studies.algorithmic_report", "--table=nowhere.csv").returncode == 2
