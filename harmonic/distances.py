@@ -148,6 +148,9 @@ _mahalanobis = dict(kernel="l2", root=_half, translation_invariant=True, source=
 
 DISTANCES = {
     "euclidean": Distance("sqrt(sum (h-w)^2)", "l2", root=_half, translation_invariant=True, source="B, eq. 1"),
+    "euclidean_squared": Distance(  # -s d is softmax(2 s h.w - s |w|^2): cross-entropy with a temperature and a norm penalty
+        "sum (h-w)^2", "l2", degree=2, translation_invariant=True, source="published code of A and B"
+    ),
     "manhattan": Distance("sum |h-w|", "lp", translation_invariant=True, source="A, Manhattan"),
     "minkowski": Distance(
         "(sum |h-w|^p)^(1/p)",

@@ -570,9 +570,9 @@ def softmax_linearization_kl(h: torch.Tensor, head: HarmonicHead) -> float | Non
     with exactly(h.device):
         _, x, y, u, v, options = operands(h, head.prototypes(), head.name, **head.geometry())
         log_d = log_pairs(row, x, y, u, v, options)
-        degree = row.degree  # 1: d is the root of the raw value r; 0: d is r / 2
-        log_r = 2 * log_d if degree == 1 else log_d + math.log(2)
+        root = row.root()
+        log_r = log_d / root - math.log(row.factor)
         r0 = log_r.exp().mean(-1, keepdim=True)
-        m = head.strength() / (2 if degree == 1 else 1)
+        m = head.strength() * root
         p, q = (-m * log_r).log_softmax(-1), (-m * log_r.exp() / r0).log_softmax(-1)
         return F.kl_div(q, p, log_target=True, reduction="batchmean").item()

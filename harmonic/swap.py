@@ -86,10 +86,10 @@ def _on_a_sphere(head, degree, h, w, b, z, p):
     along = h @ u
 
     # the exponent of the harmonic head whose prototypes these are
-    n = float(head.strength()) if head.given else None
-    if n is not None and head.link == "softmax" and degree == 1:
-        n *= math.sqrt(2 * H)  # s d has the slope of n log d at the d of R = |h|
-    off = mean.square().mean().sqrt().item() * (2 if degree == 1 else 1)
+    n = float(head.strength()) * max(1, degree) if head.given else None  # of the distance, not of its square
+    if n is not None and head.link == "softmax":
+        n *= math.sqrt(2 * H) ** degree  # s d has the slope of n log d at the d of R = |h|
+    off = mean.square().mean().sqrt().item() * (2 if degree else 1)
     enough = spread * off / math.sqrt(2 * NEAR)  # z^2 / n (cosine z^2 / 2n) moves logits by off / n a nat: KL (spread off / n)^2 / 2
 
     projected = w - torch.outer(w @ u, u)

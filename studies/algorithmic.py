@@ -230,9 +230,10 @@ def reached(steps: list[int], accuracy: torch.Tensor, level: float) -> list[floa
 
 # ---- the study --------------------------------------------------------------------------------------------------------------------------
 
-# hamming_hard has a surrogate's gradient; all the others are as in the language model. The twins of some tell HarMax from the geometry.
-HEADS = [(name, "control") for name in CONTROLS] + [(name, "harmonic") for name in DISTANCES]
-HEADS += [(name, "softmax") for name in ("euclidean", "manhattan", "cosine")]
+# hamming_hard has a surrogate's gradient; all the others are as in the language model. The twins of some tell HarMax from the geometry;
+# euclidean_squared, whose harmonic link is euclidean's, has its softmax: cross-entropy with a temperature and a norm penalty.
+HEADS = [(name, "control") for name in CONTROLS] + [(name, "harmonic") for name in DISTANCES if name != "euclidean_squared"]
+HEADS += [(name, "softmax") for name in ("euclidean", "euclidean_squared", "manhattan", "cosine")]
 FEW = [("cross_entropy", "control"), *itertools.product(("euclidean", "manhattan", "cosine"), ("harmonic", "softmax"))]
 RATES, MULTIPLES = (3e-3, 1e-2, 3e-2), (1 / 16, 1 / 4, 1.0)  # of the width (exponent) or of the model's std (heads without one)
 RATE_STEP, MULTIPLE_STEP, EDGES = 10**0.5, 4, 6  # beyond the grid

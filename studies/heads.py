@@ -16,6 +16,7 @@ Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross
 Stage 4 changes one thing at a time for the best harmonic head and for cross_entropy (ABLATIONS).
 
 The softmax twin sweeps the scale that has the slope of the same exponents at the start (`harmonic.default_scale`).
+Besides, euclidean_squared is swept under softmax alone (PENALTY).
 """
 
 import itertools
@@ -54,8 +55,10 @@ VARIANTS = {  # a further variant: (its head, its flags, its family)
     "bray_curtis_abs": ("bray_curtis_abs", {}, "bray_curtis"),
     "bray_curtis_normalized": ("bray_curtis_normalized", {}, "bray_curtis"),
 }
-FIRST = {(head, "") for head in (*CONTROLS, *FAMILIES)}
+FIRST = {(head, "") for head in (*CONTROLS, *FAMILIES, "euclidean_squared")}
 LINKS = ("harmonic", "softmax")
+# Squared distance under softmax is cross-entropy with a temperature and a norm penalty. Its harmonic link is euclidean's at twice the n.
+PENALTY = ("euclidean_squared", "softmax")
 RATES = (1 / 3, 1, 10 / 3)  # times the config's learning_rate: half a decade apart; more where a winner lies on the edge
 EXPONENTS = (1 / 16, 1 / 4, 1, 4)  # times n_embd
 STDS = (0.01, 0.02, 0.05, 0.1)  # of the prototypes of a head without an exponent
@@ -110,7 +113,7 @@ class StudyConfig:
             found.append(f"long_iters={self.long_iters} must be a multiple of 10: that many evaluations are spread over a run")
         if not self.stages or set(self.stages) - set("1234"):
             found.append(f"stages={self.stages} is not made of 1, 2, 3 and 4")
-        names = sorted({*FAMILIES, *CONTROLS, *(head for head, *_ in VARIANTS.values())})
+        names = sorted({*FAMILIES, *CONTROLS, PENALTY[0], *(head for head, *_ in VARIANTS.values())})
         if self.only not in (None, *names):
             found.append(f"only={self.only} is not a head of the study: {', '.join(names)}")
         return found
@@ -201,7 +204,8 @@ class Sweep:
 def sweeps(table: Rows, base: dict) -> list[Sweep]:
     """All of stage 1 that can begin: variants wait for their family's winner."""
     families = {(head, link): Sweep(table, head, link, base) for head in FAMILIES for link in LINKS}
-    found = [Sweep(table, head, "control", base) for head in CONTROLS] + list(families.values())
+    found = [Sweep(table, head, "control", base) for head in CONTROLS]
+    found += [Sweep(table, *PENALTY, base), *families.values()]
     for (head, flags, family), link in itertools.product(VARIANTS.values(), LINKS):
         if winner := families[family, link].winner():
             found.append(Sweep(table, head, link, base, flags, winner))
@@ -338,6 +342,9 @@ def main():
     (c,) = parse(sys.argv[1:], StudyConfig)
     base = read_yaml(c.config)
     check([f"{c.config} has no {key}" for key in ("n_embd", "learning_rate", "max_iters", "dataset", "arch") if key not in base])
+    for place in ELSEWHERE if "3" in c.stages else ():  # told now, not after hours
+        if "dataset" in place:
+            load_data(data_folder(place["dataset"]))
     table = Rows(Path(c.out))
     sha = commit()
     running: list[tuple[dict, subprocess.Popen, float]] = []

@@ -82,6 +82,7 @@ def reference(h, w, name, p=1.5, a=10.0, t=1.0, q=1.0, factor=None, theta=None):
         return math.sqrt((h - w) @ P @ (h - w))
     return {
         "euclidean": lambda: scipy_distance.euclidean(h, w),
+        "euclidean_squared": lambda: scipy_distance.sqeuclidean(h, w),
         "manhattan": lambda: scipy_distance.cityblock(h, w),
         "minkowski": lambda: d.max() if math.isinf(p) else (d**p).sum() ** (1 / p),
         "chebyshev": lambda: scipy_distance.chebyshev(h, w),
@@ -116,7 +117,7 @@ def test_distance_equals_the_formula(setting):
 
 def test_every_distance_is_tested():
     assert {name for name, _ in SETTINGS} == set(DISTANCES)
-    assert len(DISTANCES) == 18 and set(CONTROLS) == {"cross_entropy", "cosine_linear"}
+    assert len(DISTANCES) == 19 and set(CONTROLS) == {"cross_entropy", "cosine_linear"}
 
 
 @pytest.mark.parametrize("name", [n for n in HEADS if not HEADS[n].straight_through])  # a surrogate gradient has its own test below

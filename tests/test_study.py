@@ -43,6 +43,7 @@ def test_every_family_gets_the_same_number_of_settings(tmp_path):
         assert counts[head, link, ""] == 12 + 2 + 2 + 2, (head, link)
     for (head, flags, _), link in itertools.product(heads.VARIANTS.values(), heads.LINKS):
         assert counts[head, link, f"{flags['head_p']:.6g}" if "head_p" in flags else ""] == 4, (head, link)
+    assert counts[*heads.PENALTY, ""] == 12 + 2 + 2 + 2
     for head in heads.CONTROLS:  # the bowl's scale is on the grid and its learning rate between two of it
         assert counts[head, "control", ""] == 12 + 2 + 2 + 2, head
 
@@ -58,7 +59,7 @@ def test_the_grid_is_extended_beyond_its_edge(tmp_path):
 def test_stage_two_trains_winners_with_every_seed(tmp_path):
     table = run(tmp_path, bowl, stages="12")
     long = [r for r in table.rows if r["stage"] == "2"]
-    for head, link in [*itertools.product(heads.FAMILIES, heads.LINKS), *((h, "control") for h in heads.CONTROLS)]:
+    for head, link in [heads.PENALTY, *itertools.product(heads.FAMILIES, heads.LINKS), *((h, "control") for h in heads.CONTROLS)]:
         mine = [r for r in long if (r["head"], r["link"], r["p"]) == (head, link, "")]
         assert sorted(r["seed"] for r in mine) == ["1338", "1339", "1340"] and len({r["exponent"] for r in mine}) == 1
         best = min((r for r in table.rows if r["stage"] == "1" and (r["head"], r["link"], r["p"]) == (head, link, "")), key=heads.loss)

@@ -33,7 +33,7 @@ def kl(h, w, bias, head) -> float:
 
 @pytest.mark.parametrize("link", ["harmonic", "softmax"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", ["euclidean", "mahalanobis", "mahalanobis_cholesky", "cosine"])
+@pytest.mark.parametrize("name", ["euclidean", "euclidean_squared", "mahalanobis", "mahalanobis_cholesky", "cosine"])
 def test_the_closed_form_comes_near(name, link, bias):
     """One of 45 directions is given up, and cosine cannot follow states whose norms differ: a few hundredths of a nat here; without
     matching it is nats."""
