@@ -6,6 +6,7 @@ A seed succeeds if it ever reaches 99 % of the test examples; those that do not 
 medians of steps are over all seeds, failures last. A picture whose curves are missing is not drawn.
 """
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ import torch
 
 from analysis.geometry import principal
 from analysis.runs import write_whole
-from studies.algorithmic import FEW, HEADS, Job, Rows
+from studies.algorithmic import FEW, HEADS, MODELS, MULTIPLE_STEP, RATE_STEP, Job, Rows, scored
 from studies.heads_report import markdown
+from studies.table import on_edge
 from training.config import UserError, cli, parse
 
 SHOWN = [("cross_entropy", "control")] + [
@@ -217,6 +219,8 @@ def main():
         raise UserError(f"no rows in {c.table}: python -m studies.algorithmic writes them")
     for name, table in (("The tasks", main_table), ("Grokking", gap_table), ("Data efficiency", fraction_table)):
         print(f"{name}\n\n{table(rows)}\n")
+    sweeps = [found for model, head in itertools.product(MODELS, HEADS) if (found := scored(rows, model, *head))]
+    print(f"{on_edge(sweeps, (MULTIPLE_STEP, RATE_STEP))}\n")
     needs = (
         (".png", draw_embeddings, [("main", "addition"), ("main", "lattice")], SHOWN),
         ("_curves.png", draw_curves, [("grokking", "addition113"), ("decoder", "addition")], FEW),

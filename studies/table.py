@@ -63,6 +63,12 @@ def beyond(best: tuple, tried: list[tuple], steps: tuple) -> tuple | None:
     return None
 
 
+def on_edge(sweeps: list[dict], steps: tuple) -> str:
+    """How many winners still lie on the edge of what was tried; sweeps: dicts of settings -> their costs."""
+    count = sum(beyond(min(found, key=found.get), list(found), steps) is not None for found in sweeps)
+    return f"{count} of {len(sweeps)} winners of the sweep lie on the edge of what was tried."
+
+
 def search(grid: list[tuple], steps: tuple, most: int, costs: Callable[[list[tuple]], list[float]]):
     """Tries all settings of a grid, then goes beyond it for as long as the best lies on the edge: `most` further settings at most."""
     found = dict(zip(grid, costs(grid), strict=True))

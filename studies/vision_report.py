@@ -18,7 +18,7 @@ from analysis.runs import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown, with_half
-from studies.table import beyond, number
+from studies.table import number, on_edge
 from studies.vision import MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load
 from training.config import UserError, cli, parse
 
@@ -107,15 +107,14 @@ def pictured(rows: list[dict], dataset: str) -> Images:
     return load(dataset, int(row["size"]), int(row["train_images"]))
 
 
-def on_edge(rows: list[dict]) -> str:
-    """How many of the sweep's winners still lie on the edge of what was tried."""
-    sweeps = {}
+def swept(rows: list[dict]) -> list[dict]:
+    """Of each sweep: (multiple, learning rate) -> the held-out loss."""
+    found = {}
     for r in rows:
         if r["stage"] == "sweep":
             place = (float(r["multiple"]), float(r["learning_rate"]))
-            sweeps.setdefault((r["dataset"], r["backbone"], r["head"], r["link"]), {})[place] = number(r["val_loss"])
-    count = sum(beyond(min(found, key=found.get), list(found), (MULTIPLE_STEP, RATE_STEP)) is not None for found in sweeps.values())
-    return f"{count} of {len(sweeps)} winners of the sweep lie on the edge of what was tried."
+            found.setdefault((r["dataset"], r["backbone"], r["head"], r["link"]), {})[place] = number(r["val_loss"])
+    return list(found.values())
 
 
 def draw_prototypes(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
@@ -169,7 +168,7 @@ def main():
     for dataset, backbone in places(rows):
         images = next(r["train_images"] for r in rows if (r["stage"], r["dataset"]) == ("main", dataset))
         print(f"{dataset}, {backbone}, {images} training images\n\n{table(rows, dataset, backbone)}\n")
-    print(f"{on_edge(rows)}\n")
+    print(f"{on_edge(swept(rows), (MULTIPLE_STEP, RATE_STEP))}\n")
     pictures = (("linear", "_prototypes.png", draw_prototypes, HEADS), ("cnn", "_gradcam.png", draw_grad_cam, GRAD_CAM))
     for backbone, ending, draw, heads in pictures:
         there = lambda d, b=backbone, heads=heads: any(model_file(c, d, b, *h).is_file() for h in heads)

@@ -11,6 +11,7 @@ from conftest import script_here
 
 from studies import algorithmic, algorithmic_report
 from studies.algorithmic import TASKS, Job
+from studies.table import beyond, on_edge, search
 
 
 def test_addition_and_equivalence():
@@ -93,6 +94,27 @@ def test_the_best_setting_of_a_sweep_is_chosen():
     found += [row | dict(learning_rate="0.003", exponent="64", test_accuracy="0.7", test_loss=x) for x in ("nan", "0.9")]
     assert algorithmic.choice(found, "mlp", "cosine", "harmonic") == (0.01, 0.25)  # equal accuracy: the lower loss
     assert algorithmic.choice(found, "mlp", "cosine", "softmax") is None
+
+
+def test_a_sweep_goes_beyond_the_edge():
+    """The best lies off the grid: it is followed axis by axis, and not beyond the number of settings that is allowed."""
+    tried = []
+
+    def costs(settings, best=(64.0, 0.01)):
+        tried.extend(settings)
+        return [abs(math.log(m / best[0])) + abs(math.log(rate / best[1])) for m, rate in settings]
+
+    grid = list(itertools.product((1.0, 4.0), (0.1, 0.3)))
+    search(grid, (4, 10**0.5), 6, costs)
+    assert tried[:4] == grid and [m for m, _ in tried[4:7]] == [16, 64, 256] and len(tried) == 4 + 6
+    assert min(rate for _, rate in tried) == pytest.approx(0.1 / 10**0.5)
+    found = dict(zip(tried, costs(tried[:]), strict=False))
+    assert beyond(min(found, key=found.get), list(found), (4, 10**0.5)) is not None  # the budget ended there
+    tried.clear()
+    search(grid, (4, 3), 6, lambda s: costs(s, (1.0, 0.1)))
+    assert min(m for m, _ in tried) == 0.25 and min(r for _, r in tried) < 0.04  # one step off each edge, which is no better
+    found = dict(zip(tried, costs(tried[:], (1.0, 0.1)), strict=False))
+    assert on_edge([found], (4, 3)).startswith("0 of 1") and on_edge([found, {(1.0, 1.0): 2.0}], (4, 3)).startswith("1 of 2")
 
 
 def test_every_head_has_its_jobs():
