@@ -1,6 +1,7 @@
 """The algorithmic tasks of the harmonic-loss paper (B), with every head of the language model: structure, data efficiency, grokking.
 
     python -m studies.algorithmic               # goes on where it stopped: results/algorithmic.csv has a row for each seed
+    python -m studies.algorithmic --models=decoder
     python -m studies.algorithmic --tasks=lattice --only=cosine
 
 Train and test share no example, nor one that says the same (x + y and y + x). All seeds of a head are one run: the trunk computes them in
@@ -275,6 +276,8 @@ class AlgorithmicConfig:
     """where curves and embeddings go, which the pictures are drawn of"""
     tasks: str = "addition lattice permutation"
     """tasks of the main stage, with spaces between: also equivalence, family"""
+    models: str = "mlp"
+    """also decoder: the stage of that name and its sweep"""
     only: str | None = None
     """one head alone, such as cosine"""
     seeds: int = 20
@@ -287,6 +290,7 @@ class AlgorithmicConfig:
     def problems(self) -> list[str]:
         found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("seeds", "steps", "workers") if getattr(self, k) < 1]
         found += [f"tasks: unknown {t}; choose from {', '.join(TASKS)}" for t in self.tasks.split() if t not in TASKS]
+        found += [f"models: unknown {m}; choose from {', '.join(MODELS)}" for m in self.models.split() if m not in MODELS]
         if self.only not in (None, *(head for head, _ in HEADS)):
             found.append(f"only={self.only} is not a head: {', '.join(dict(HEADS))}")
         return found
@@ -301,7 +305,7 @@ def jobs(c: AlgorithmicConfig) -> list[Job]:
     found += [Job("decoder", "addition", "decoder", *h, 0.8, 4 * c.steps, few_seeds) for h in decoders]
     found += [Job("fraction", "addition", "mlp", *h, i / 10, c.steps, few_seeds) for h in FEW for i in range(1, 10)]
     found += [Job("grokking", "addition113", "mlp", *h, 0.3, 4 * c.steps, few_seeds) for h in FEW]
-    return [j for j in found if c.only in (None, j.head)]
+    return [j for j in found if j.model in c.models.split() and c.only in (None, j.head)]
 
 
 def make(job: Job, multiple: float, seed: int) -> Solver:
@@ -320,12 +324,12 @@ def make(job: Job, multiple: float, seed: int) -> Solver:
     return model
 
 
-def rows_of(job: Job, rate: float, multiples: list[float], seeds: list[int], keep: bool = False) -> tuple[list[dict], dict]:
+def rows_of(job: Job, rate: float, multiples: list[float], seeds: list[int], evaluations=50, keep=False) -> tuple[list[dict], dict]:
     """Runs a batch: one run for each pair of a multiple and a seed -> its rows and its curves."""
     began, task, kind = time.perf_counter(), TASKS[job.task], MODELS[job.model]
     models = [make(job, multiple, seed) for multiple, seed in zip(multiples, seeds, strict=True)]
     data = splits(task, job.fraction, seeds)
-    curves = train(models, data, rate, job.steps, every=max(1, job.steps // 50), keep=keep)
+    curves = train(models, data, rate, job.steps, every=max(1, job.steps // evaluations), keep=keep)
     spent = time.perf_counter() - began
     times = {f"{side}_{round(100 * a)}": reached(curves["steps"], curves[side], a) for side in ("train", "test") for a in (0.9, 0.99)}
     found = []
@@ -351,7 +355,7 @@ def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]
         def costs(settings):  # those of one learning rate are one batch
             for rate, group in itertools.groupby(settings, key=lambda s: s[1]):
                 pairs = list(itertools.product([m for m, _ in group], range(job.seeds)))
-                rows.extend(rows_of(job, rate, [m for m, _ in pairs], [seed for _, seed in pairs])[0])
+                rows.extend(rows_of(job, rate, [m for m, _ in pairs], [seed for _, seed in pairs], evaluations=1)[0])
             known = scored(rows, job.model, job.head, job.link)
             return [known[placed(*s)] for s in settings]
 

@@ -70,12 +70,13 @@ FIRST_SEED, SEEDS = 1337, (1338, 1339, 1340)  # of stage 1; of the others
 TEST_WINDOWS = 640  # of the test split, spread evenly
 CHAMPIONS = 4
 ELSEWHERE = ({"arch": "bert"}, {"arch": "qwen"}, {"dataset": "imdb_bpe"})
-ABLATIONS = {  # one thing changed: its flags; a number times the winner's init_std
+ABLATIONS = {  # one thing changed: its flags; or a number of the winner's setting, and its factor
     "untied": {"tie_weights": False},
     "no prototype decay": {"prototype_decay": 0.0},
     "learnt exponent": {"learn_exponent": True},
-    "init x 4": 4.0,
-    "init x 0.25": 0.25,
+    "exponent x 2": ("exponent", 2.0),  # stage 1's runs are short
+    "init x 4": ("init_std", 4.0),
+    "init x 0.25": ("init_std", 0.25),
     "label smoothing": {"label_smoothing": 0.1},  # as A's and B's published code trains
 }
 COLUMNS = [
@@ -238,8 +239,8 @@ def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
         for w, (name, change) in itertools.product([best[0], baseline], ABLATIONS.items()):
             if w is baseline and "exponent" in name:
                 continue
-            std = {} if isinstance(change, dict) else {"init_std": f"{float(w['init_std']) * change:.6g}"}
-            found.append(again(w, c, stage=4, ablation=name, **std))
+            changed = {} if isinstance(change, dict) else {change[0]: f"{float(w[change[0]]) * change[1]:.6g}"}
+            found.append(again(w, c, stage=4, ablation=name, **changed))
     return found
 
 

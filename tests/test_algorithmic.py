@@ -122,9 +122,14 @@ def test_every_head_has_its_jobs():
     for stage, task in itertools.product(("main",), ("addition", "lattice", "permutation")):
         assert [(j.head, j.link) for j in found if (j.stage, j.task) == (stage, task)] == algorithmic.HEADS
     assert {j.seeds for j in found if j.stage == "main"} == {20} and len({j.key() for j in found}) == len(found)
+    decoders = algorithmic.jobs(algorithmic.AlgorithmicConfig(models="decoder"))
+    assert {j.stage for j in decoders} == {"sweep", "decoder"} and {j.model for j in found} == {"mlp"}
 
 
-@pytest.mark.parametrize("flag, words", [("--tasks=lattic", "unknown lattic"), ("--only=cosin", "is not a head"), ("--seeds=0", "seeds=0")])
+@pytest.mark.parametrize(
+    "flag, words",
+    [("--tasks=lattic", "unknown lattic"), ("--models=rnn", "unknown rnn"), ("--only=cosin", "is not a head"), ("--seeds=0", "seeds=0")],
+)
 def test_bad_flags(flag, words):
     done = script_here("-m", "studies.algorithmic", flag)
     assert done.returncode == 2 and words in done.stderr
