@@ -7,8 +7,8 @@
 Train and test share no example, nor one that says the same (x + y and y + x). All seeds of a head are one run: the trunk computes them in
 one batch (torch.func), then each seed's head takes its own loss, with the kernel that the language model takes. The stages are
     sweep      learning rate x exponent (heads without one: the scale of the embedding at the start), a grid for every head, and further
-               settings (EDGES at most) as long as the best lies on its edge
-    main       every task and head with the winner's setting, SEEDS seeds; a seed that fails is counted, not dropped
+               settings (EDGES at most) as long as the best lies on its edge; judged by test examples, of other seeds than the rest
+    main       every task and head with the setting that wins on addition, 20 seeds; a seed that fails is counted, not dropped
     fraction   accuracy against the share of examples trained on
     grokking   addition modulo 113 from 30 % of the examples, long
     decoder    addition modulo 31 with the language model's own decoder in place of the MLP: its sweep, and its runs
@@ -239,8 +239,9 @@ FEW = [("cross_entropy", "control"), *itertools.product(("euclidean", "manhattan
 RATES, MULTIPLES = (3e-3, 1e-2, 3e-2), (1 / 16, 1 / 4, 1.0)  # of the width (exponent) or of the model's std (heads without one)
 RATE_STEP, MULTIPLE_STEP, EDGES = 10**0.5, 4, 6  # beyond the grid
 COLUMNS = [
-    "stage", "task", "model", "head", "link", "exponent", "scale", "init_std", "learning_rate", "fraction", "seed", "examples", "steps",
-    "train_accuracy", "test_accuracy", "test_loss", "train_90", "train_99", "test_90", "test_99", "top2", "seconds", "commit",
+    "stage", "task", "model", "head", "link", "multiple", "exponent", "scale", "init_std", "learning_rate", "fraction", "seed",
+    "examples", "steps", "train_accuracy", "test_accuracy", "test_loss", "train_90", "train_99", "test_90", "test_99", "top2",
+    "seconds", "commit",
 ]  # fmt: skip
 JOB = ("stage", "task", "model", "head", "link", "fraction")
 
@@ -308,9 +309,15 @@ def jobs(c: AlgorithmicConfig) -> list[Job]:
     return [j for j in found if j.model in c.models.split() and c.only in (None, j.head)]
 
 
+@torch.no_grad()
+def match_scale(head: HarmonicHead, h: torch.Tensor, exponent: float):
+    """Gives a softmax twin the scale whose slope is the exponent's at the median distance between the states h (N, C) and the prototypes
+    that its model starts with: the default is made for layer-normalised states."""
+    head.set_strength(exponent / distance(h, head.prototypes(), head.name, **head.geometry()).median().item())
+
+
 def make(job: Job, multiple: float, seed: int) -> Solver:
-    """multiple: of the width, the exponent; where there is none, of the model's std, init_std. A twin's scale has the same slope as the
-    exponent would have, at the median distance between the states and the prototypes that this model starts with."""
+    """multiple: of the width, the exponent (a twin's scale matches it); where there is none, of the model's std, init_std."""
     task, kind = TASKS[job.task], MODELS[job.model]
     torch.manual_seed(seed)
     control = job.link == "control"
@@ -318,9 +325,7 @@ def make(job: Job, multiple: float, seed: int) -> Solver:
     examples = torch.tensor([x for x, _ in task.examples()])
     model = kind(task.tokens, examples.shape[1], name=job.head, init_std=kind.std * (multiple if control else 1), **head)
     if job.link == "softmax":
-        with torch.no_grad():
-            d = distance(model.hidden(examples[:1000]), model.head.prototypes(), job.head, **model.head.geometry())
-        model.head.set_strength(head["exponent"] / d.median().item())
+        match_scale(model.head, model.hidden(examples[:1000]), head["exponent"])
     return model
 
 
@@ -336,7 +341,7 @@ def rows_of(job: Job, rate: float, multiples: list[float], seeds: list[int], eva
     for i, seed in enumerate(seeds):
         row = dict(zip(JOB, job.key(), strict=True)) | {"learning_rate": f"{rate:.6g}", "seed": seed, "steps": job.steps}
         control = job.link == "control"
-        row |= {"exponent": "" if control else f"{kind.width * multiples[i]:.6g}"}
+        row |= {"multiple": f"{multiples[i]:.6g}", "exponent": "" if control else f"{kind.width * multiples[i]:.6g}"}
         row |= {"scale": f"{models[i].head.strength():.6g}" if job.link == "softmax" else ""}
         row |= {"init_std": f"{kind.std * (multiples[i] if control else 1):.6g}", "examples": data[0].shape[1]}
         row |= {"train_accuracy": f"{curves['train'][-1, i]:.4f}", "test_accuracy": f"{curves['test'][-1, i]:.4f}"}
@@ -352,12 +357,13 @@ def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]
     if job.stage == "sweep":
         rows = []
 
-        def costs(settings):  # those of one learning rate are one batch
-            for rate, group in itertools.groupby(settings, key=lambda s: s[1]):
-                pairs = list(itertools.product([m for m, _ in group], range(job.seeds)))
-                rows.extend(rows_of(job, rate, [m for m, _ in pairs], [seed for _, seed in pairs], evaluations=1)[0])
-            known = scored(rows, job.model, job.head, job.link)
-            return [known[placed(*s)] for s in settings]
+        def costs(settings):
+            found = []
+            for rate, group in itertools.groupby(settings, key=lambda s: s[1]):  # one batch
+                pairs = [(multiple, seed) for multiple, _ in group for seed in range(job.seeds)]
+                rows.extend(new := rows_of(job, rate, *map(list, zip(*pairs, strict=True)), evaluations=1)[0])
+                found += [cost(new[k : k + job.seeds]) for k in range(0, len(new), job.seeds)]
+            return found
 
         search([(m, rate) for rate in RATES for m in MULTIPLES], (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
         return rows
@@ -371,20 +377,18 @@ def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]
     return rows
 
 
-def placed(multiple: float, rate: float) -> tuple[float, float]:
-    """A setting, rounded as the table's texts are."""
-    return float(f"{multiple:.4g}"), float(f"{rate:.4g}")
+def cost(rows: list[dict]) -> tuple[float, float]:
+    """Of a setting's rows in a sweep: (less the mean test accuracy, the mean test loss), of which the lowest is best."""
+    return -float(np.mean([float(r["test_accuracy"]) for r in rows])), float(np.mean([number(r["test_loss"]) for r in rows]))
 
 
 def scored(rows: list[dict], model: str, head: str, link: str) -> dict[tuple[float, float], tuple[float, float]]:
-    """(multiple, learning rate) of a sweep's settings -> (less the mean test accuracy, the mean test loss): the lowest is best."""
-    found, kind = {}, MODELS[model]
+    """(multiple, learning rate) of a sweep's settings -> their costs."""
+    found = {}
     for r in rows:
         if (r["stage"], r["model"], r["head"], r["link"]) == ("sweep", model, head, link):
-            multiple = float(r["init_std"]) / kind.std if link == "control" else float(r["exponent"]) / kind.width
-            one = (-float(r["test_accuracy"]), number(r["test_loss"]))
-            found.setdefault(placed(multiple, float(r["learning_rate"])), []).append(one)
-    return {k: tuple(np.mean(v, axis=0)) for k, v in found.items()}
+            found.setdefault((float(r["multiple"]), float(r["learning_rate"])), []).append(r)
+    return {setting: cost(mine) for setting, mine in found.items()}
 
 
 def choice(rows: list[dict], model: str, head: str, link: str) -> tuple[float, float] | None:

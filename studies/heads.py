@@ -9,7 +9,8 @@ Stage 1 sweeps learning rate and exponent of each family and link: 12 settings, 
 settings at most), then two other scales of the prototypes at the start, then half a step of the exponent to either side of the best, then
 two more scales.
 cross_entropy and cosine_linear, which have no exponent, sweep the scale of their prototypes in its place, and at last half and quarter
-steps of the learning rate: as many settings. A further variant of a family takes 4 settings around the family's winner.
+steps of the learning rate: as many settings. A further variant of a family takes 4 settings: its family's winner, and from there a step
+down in learning rate, half a step in exponent, and both.
 Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one. They are
 not stage 1's seed, and the test split, which decides nothing, is looked at once, at the end.
 Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross_entropy elsewhere: BERT, Qwen, and GPT on IMDB.
@@ -65,7 +66,6 @@ STDS = (0.01, 0.02, 0.05, 0.1)  # of the prototypes of a head without an exponen
 OTHER_STDS, LAST_STDS = (0.005, 0.1), (0.01, 0.05)  # of the others, whose grid has 0.02: far ones, and at last near ones
 RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and around a family's winner
 EDGES = 4
-WHOLE = len(RATES) * len(EXPONENTS) + 6  # settings of a family or a control, at least; a variant has 4
 FIRST_SEED, SEEDS = 1337, (1338, 1339, 1340)  # of stage 1; of the others
 TEST_WINDOWS = 640  # of the test split, spread evenly
 CHAMPIONS = 4
@@ -170,7 +170,7 @@ class Sweep:
 
     def settings(self) -> list[dict]:
         """All settings that are known to be wanted by now, done or not."""
-        if self.around:  # a variant: half a step of each around its family's winner
+        if self.around:  # a variant
             rate, n, std = (float(self.around[k]) for k in ("learning_rate", "exponent", "init_std"))
             return [self.make(rate * a, n * b, std) for a in (1, RATE_STEP**-1) for b in (1, 0.5)]
         seconds = STDS if self.link == "control" else [x * self.base["n_embd"] for x in EXPONENTS]
@@ -346,6 +346,8 @@ def main():
     for place in ELSEWHERE if "3" in c.stages else ():  # told now, not after hours
         if "dataset" in place:
             load_data(data_folder(place["dataset"]))
+    if c.workers > 1:
+        torch.set_num_threads(1)  # the test loss is computed here, beside a run
     table = Rows(Path(c.out))
     sha = commit()
     running: list[tuple[dict, subprocess.Popen, float]] = []

@@ -2,8 +2,8 @@
 
     python -m studies.heads_report              # prints Markdown, writes results/study.png
 
-Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it; none
-is given as long as a sweep of the two is under way.
+Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it; it
+is given once both sweeps are whole, that is, once stage 2 has runs of both.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
 Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
 Losses of stages 2 to 4 are those of the test split, which has decided nothing; of the validation split where a corpus has no other.
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from analysis.runs import write_whole
-from studies.heads import LINKS, VARIANTS, WHOLE, Rows, loss
+from studies.heads import LINKS, Rows, loss
 from studies.table import number
 from training.config import UserError, cli, parse
 
@@ -57,9 +57,9 @@ def best_settings(rows: list[dict]) -> list[dict]:
     winners = {key: min(group, key=loss) for key, group in groups(rows, "1").items()}
     counts = {key: len(group) for key, group in groups(rows, "1").items()}
     found = []
-    whole = lambda head, link: counts.get((head, link), 0) >= (4 if head in VARIANTS else WHOLE)
+    long = groups(rows, "2")  # which begin when a sweep is whole
     for (head, link), row in winners.items():
-        both = link == "harmonic" and whole(head, link) and whole(head, "softmax")
+        both = link == "harmonic" and (head, link) in long and (head, "softmax") in long
         difference = loss(row) - loss(winners[head, "softmax"]) if both else None
         found.append({**row, "name": head, "settings": counts[head, link], "harmax": difference})
     return sorted(found, key=loss)
@@ -84,6 +84,9 @@ def reached(row: dict, level: float) -> float:
 def long_runs(rows: list[dict]) -> list[dict]:
     """Stage 2: each head and link over its seeds."""
     every = {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
+    for (head, link), group in groups(rows, "2").items():
+        if len(group) > len(every[head, link]):
+            raise UserError(f"stage 2 has several runs of {head}, {link}, with one seed: keep those of one length and setting in the table")
     baseline = every.get(("cross_entropy", "control"), {})
     found = []
     for (head, link), runs in every.items():
@@ -133,7 +136,7 @@ def stage_two(rows: list[dict]) -> str:
         "seeds",
         "test loss",
         "val loss",
-        "bits/byte",
+        "val bits/byte",
         "less cross_entropy",
         "less its softmax twin",
         "at cross_entropy's loss",
@@ -165,7 +168,7 @@ def stage_three(rows: list[dict]) -> str:
             twin = mine.get((head, "softmax")) if link == "harmonic" else None
             bits = next(r["bits_per_byte"] or "nan" for r in third if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link))
             cells.append([*place, head, link, f"{value:.4f}", f"{float(bits):.4f}", f"{above:+.3f}", shown(twin and value - twin, "+.3f")])
-    return markdown(["arch", "corpus", "head", "link", "loss", "bits/byte", "less cross_entropy", "less its softmax twin"], cells)
+    return markdown(["arch", "corpus", "head", "link", "loss", "val bits/byte", "less cross_entropy", "less its softmax twin"], cells)
 
 
 def stage_four(rows: list[dict]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from training.config import UserError
+
 
 class Table:
     """Rows of texts on the disk; a subclass names the `columns`, and the `key` of them that tells what was asked for."""
@@ -20,6 +22,8 @@ class Table:
     def __init__(self, path: Path):
         self.path = path
         self.rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+        if self.rows and list(self.rows[0]) != self.columns:
+            raise UserError(f"{path} has other columns ({', '.join(self.rows[0])}): it is of another version; move it away")
         self.index = {tuple(r[k] for k in self.key): r for r in self.rows}
 
     def find(self, setting: dict) -> dict | None:

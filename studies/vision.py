@@ -28,7 +28,7 @@ import torch.nn as nn
 from analysis.geometry import spectrum
 from analysis.runs import write_whole
 from harmonic import HarmonicHead
-from studies.algorithmic import HEADS
+from studies.algorithmic import HEADS, match_scale
 from studies.table import Table, complete, number, search
 from training.config import UserError, cli, parse
 from training.packages import cache_folder, package_file
@@ -70,6 +70,10 @@ def load(name: str, size: int = 0, limit: int = 0) -> Images:
         x, y, test_x, test_y = through_datasets(name, size)
     else:
         raise UserError(f"datasets: {name} is neither a folder nor one of {', '.join([*LOCAL, *HUB])}")
+    if x.shape[1] != x.shape[2]:
+        raise UserError(
+            f"{name} has images of {x.shape[1]} x {x.shape[2]} pixels, and the models take squares: give --size, such as --size=64"
+        )
     chosen = np.random.default_rng(0).permutation(len(x))[: limit or None]
     x, y = x[chosen], y[chosen]
     x, test_x = (torch.as_tensor(np.asarray(a, np.float32) / 255) for a in (x, test_x))
@@ -211,7 +215,8 @@ BACKBONES = {f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)}  # (ch
 class Classifier(nn.Module):
     """Images (N, channels, H, W) -> logits (N, classes).
 
-    multiple: of sqrt(features), the exponent; of a control, which has none, times 0.02 the scale of its prototypes at the start.
+    multiple: of sqrt(features), the exponent (a twin's scale matches it); of a control, which has none, times 0.02 the scale of its
+    prototypes at the start.
     """
 
     def __init__(self, images: Images, backbone: str, head: str, link: str, multiple: float):
@@ -219,6 +224,8 @@ class Classifier(nn.Module):
         self.features, width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])
         settings = {"init_std": 0.02 * multiple} if link == "control" else {"exponent": multiple * math.sqrt(width), "link": link}
         self.head = HarmonicHead(width, images.classes, head, **settings)
+        if link == "softmax":
+            match_scale(self.head, self.features(images.x[:500]), settings["exponent"])
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -274,7 +281,7 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
 # ---- the study --------------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = [
-    "stage", "dataset", "backbone", "head", "link", "multiple", "learning_rate", "seed", "train_images", "size", "epochs",
+    "stage", "dataset", "backbone", "head", "link", "multiple", "scale", "learning_rate", "seed", "train_images", "size", "epochs",
     "val_loss", "val_accuracy", "test_accuracy", "macro_f1", "top2", "components_90", "kwh", "seconds", "commit",
 ]  # fmt: skip
 JOB = ("stage", "dataset", "backbone", "head", "link")
@@ -322,13 +329,17 @@ class VisionConfig:
         return found
 
 
+def run_folder(runs: str, job: dict) -> Path:
+    return Path(runs) / "-".join(v.strip("/").replace("/", "_") for v in job.values())
+
+
 def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[dict]:
     """A job in a process of its own: a sweep, or the seeds of one setting."""
     from sklearn.metrics import f1_score
 
     torch.set_num_threads(1)
     images = load(job["dataset"], c.size, c.limit)
-    found, folder = [], Path(c.runs) / "-".join(Path(v).name for v in job.values())
+    found, folder = [], run_folder(c.runs, job)
 
     def one(rate: float, multiple: float, seed: int, epochs: int) -> Classifier:
         began = time.perf_counter()
@@ -336,6 +347,7 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
         model = Classifier(images, job["backbone"], job["head"], job["link"], multiple)
         best = train(model, images, rate, epochs, seed)
         row = job | {"multiple": f"{multiple:.6g}", "learning_rate": f"{rate:.6g}", "seed": seed, "train_images": len(images.x)}
+        row |= {"scale": f"{model.head.strength():.6g}" if job["link"] == "softmax" else ""}
         row |= {"size": images.x.shape[-1], "epochs": best["epochs"], "seconds": f"{time.perf_counter() - began:.2f}"}
         found.append(row | {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"})
         return model

@@ -19,7 +19,7 @@ from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown, with_half
 from studies.table import number, on_edge
-from studies.vision import MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load
+from studies.vision import JOB, MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load, run_folder
 from training.config import UserError, cli, parse
 
 GRAD_CAM = [("cross_entropy", "control"), *((h, "harmonic") for h in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs"))]
@@ -87,7 +87,7 @@ def table(rows: list[dict], dataset: str, backbone: str) -> str:
 
 
 def model_file(c: ReportConfig, dataset: str, backbone: str, head: str, link: str) -> Path:
-    return Path(c.runs) / f"main-{Path(dataset).name}-{backbone}-{head}-{link}" / "model.pt"
+    return run_folder(c.runs, dict(zip(JOB, ("main", dataset, backbone, head, link), strict=True))) / "model.pt"
 
 
 def stored(c: ReportConfig, rows: list[dict], images: Images, dataset: str, backbone: str, head: str, link: str) -> Classifier | None:
@@ -98,6 +98,8 @@ def stored(c: ReportConfig, rows: list[dict], images: Images, dataset: str, back
         return None
     model = Classifier(images, backbone, head, link, float(mine[0]["multiple"]))
     model.load_state_dict(torch.load(path, weights_only=True))
+    if link == "softmax":
+        model.head.set_strength(float(mine[0]["scale"]))  # of the first seed
     return model.eval()
 
 

@@ -89,9 +89,9 @@ def test_levels_reached_and_intervals():
 
 
 def test_the_best_setting_of_a_sweep_is_chosen():
-    row = dict(stage="sweep", model="mlp", head="cosine", link="harmonic", init_std="0.25")
-    found = [row | dict(learning_rate="0.01", exponent="4", test_accuracy=a, test_loss="1") for a in ("0.5", "0.9")]
-    found += [row | dict(learning_rate="0.003", exponent="64", test_accuracy="0.7", test_loss=x) for x in ("nan", "0.9")]
+    row = dict(stage="sweep", model="mlp", head="cosine", link="harmonic")
+    found = [row | dict(learning_rate="0.01", multiple="0.25", test_accuracy=a, test_loss="1") for a in ("0.5", "0.9")]
+    found += [row | dict(learning_rate="0.003", multiple="4", test_accuracy="0.7", test_loss=x) for x in ("nan", "0.9")]
     assert algorithmic.choice(found, "mlp", "cosine", "harmonic") == (0.01, 0.25)  # equal accuracy: the lower loss
     assert algorithmic.choice(found, "mlp", "cosine", "softmax") is None
 

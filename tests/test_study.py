@@ -154,8 +154,9 @@ def test_the_report_of_known_rows():
     rows = [row("1", "cosine", "harmonic", 6.0), row("1", "cosine", "harmonic", "nan"), row("1", "cosine", "softmax", 6.25)]
     first, second = heads_report.best_settings(rows)
     assert (first["link"], first["harmax"], first["settings"]) == ("harmonic", None, 2) and second["harmax"] is None  # under way
-    rows += [row("1", "cosine", link, 7.0, s) for link in heads.LINKS for s in range(heads.WHOLE)]
-    assert heads_report.best_settings(rows)[0]["harmax"] == -0.25
+    assert heads_report.best_settings([*rows, *(row("2", "cosine", link, 5.0) for link in heads.LINKS)])[0]["harmax"] == -0.25
+    with pytest.raises(UserError, match="several runs of cosine, softmax, with one seed"):
+        heads_report.long_runs([row("2", "cosine", "softmax", v) for v in (5.0, 5.1)])
     rows += [row("2", "cross_entropy", "control", 5 + s / 10, s) for s in range(3)]
     rows += [row("2", "cosine", "harmonic", 4.5 + s / 10, s) for s in range(3)]
     best, _ = heads_report.long_runs(rows)

@@ -63,6 +63,10 @@ def test_images_of_several_sizes_need_one(folder):
     with pytest.raises(UserError, match="several sizes: give --size"):
         vision.load(str(folder))
     assert vision.load(str(folder), size=8).x.shape == (25, 3, 8, 8)
+    for path in folder.rglob("*.png"):
+        Image.new("RGB", (20, 10)).save(path)
+    with pytest.raises(UserError, match="10 x 20 pixels, and the models take squares: give --size"):
+        vision.load(str(folder))
 
 
 @pytest.mark.parametrize(
