@@ -38,6 +38,8 @@ def filled(text: str, folder: Path) -> str:
     """The text with every table between its marks."""
 
     def table(found) -> str:
+        if found["name"] not in TABLES:
+            raise UserError(f"the page asks for a table {found['name']!r}; there are {', '.join(TABLES)}")
         rows, name, draw = TABLES[found["name"]]
         return f"{found[1]}{draw(rows(folder / f'{name}.csv').rows)}\n{found[3]}"
 

@@ -9,6 +9,7 @@ cones from the origin; a distance gives each prototype a region around itself.
 import matplotlib.colors
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from harmonic import HEADS, harmonic_logits
 
@@ -20,6 +21,12 @@ SHOWN = [
     "mahalanobis",
 ]  # fmt: skip
 SETTINGS = {"minkowski": {"p": 0.5}, "mahalanobis": {"factor": torch.tensor([[1.0, 0.0], [1.2, 0.6]])}}
+
+
+def save(figure: Figure, path, dpi: int):
+    """A picture of many colours as a PNG of 256: a fifth of the bytes."""
+    figure.savefig(path, dpi=dpi)
+    Image.open(path).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path)
 
 
 def main():

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import matplotlib.colors
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from analysis.runs import table, write_csv, write_whole
 from analysis.theory import toy
 from harmonic import CONTROLS, DISTANCES
+from studies.picture import save
 from training.config import cli, parse
 
 FIVE = torch.tensor([[1.0, 0.2], [0.2, 1.1], [-0.9, 0.6], [-0.5, -0.9], [0.8, -0.8]])
@@ -122,8 +122,7 @@ def draw(five: dict, around: dict, targets: torch.Tensor, path: Path):
     left, right = last.subplots(1, 2)
     curves(left, five, "five points: |W|")
     curves(right, around, "circle: |W|")
-    figure.savefig(path, dpi=110)
-    Image.open(path).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path)  # a fifth of the bytes
+    save(figure, path, 110)
 
 
 def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -> dict:

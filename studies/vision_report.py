@@ -18,6 +18,7 @@ from analysis.runs import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown, with_half
+from studies.picture import save
 from studies.table import number, on_edge
 from studies.vision import JOB, MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load, run_folder
 from training.config import UserError, cli, parse
@@ -134,7 +135,7 @@ def draw_prototypes(c: ReportConfig, rows: list[dict], dataset: str, path: Path)
             axes.set_xticks([])
             axes.set_yticks([])
         line[0].set_ylabel(title(head, link).replace(", ", "\n"), fontsize=6, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=120)
+    save(figure, path, 90)
 
 
 def draw_grad_cam(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
@@ -159,7 +160,7 @@ def draw_grad_cam(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
             axes.spines[["top", "right", "left", "bottom"]].set_color("0.3" if right else "#d55e00")
             axes.spines[["top", "right", "left", "bottom"]].set_linewidth(0.5 if right else 2.5)
         line[0].set_ylabel(head, fontsize=7, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=120)
+    save(figure, path, 90)
 
 
 def main():

@@ -184,6 +184,14 @@ def test_the_pages_tables_are_those_of_the_rows():
     assert page.filled(text, ROOT / "results") == text and len(page.PLACE.findall(text)) == text.count("<!-- table: ") == len(page.TABLES)
 
 
+def test_a_table_of_another_version_is_refused(tmp_path):
+    (tmp_path / "heads.csv").write_text("stage,head\n1,cosine\n")
+    with pytest.raises(UserError, match="heads.csv has other columns"):
+        heads.Rows(tmp_path / "heads.csv")
+    with pytest.raises(UserError, match="asks for a table 'stage 9'"):
+        page.filled("<!-- table: stage 9 -->\n<!-- end -->", tmp_path)
+
+
 def test_the_report_of_the_committed_table(tmp_path):
     done = script("-m", "studies.heads_report", f"--out={tmp_path / 'study.png'}")
     assert done.returncode == 0 and "Stage 1" in done.stdout and (tmp_path / "study.png").stat().st_size > 10_000, done.stderr
