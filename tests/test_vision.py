@@ -120,7 +120,7 @@ def test_a_run_the_report_and_its_pictures(tmp_path):
     )
     mean = np.mean([100 * float(r["test_accuracy"]) for r in rows[-2:]])
     assert done.returncode == 0 and f"| {mean:.2f} ± " in done.stdout and "digits, cnn, 300 training images" in done.stdout, done.stderr
-    assert (tmp_path / "v_prototypes.png").stat().st_size > 3000 and (tmp_path / "v_gradcam.png").stat().st_size > 3000
+    assert all((tmp_path / f"v_{name}.png").stat().st_size > 1500 for name in ("prototypes", "gradcam"))
     assert float(rows[-1]["kwh"]) > 0 and vision_report.places(rows) == [("digits", "linear"), ("digits", "cnn")]
 
 
