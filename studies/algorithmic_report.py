@@ -209,7 +209,7 @@ def draw_animation(c: ReportConfig, rows: list[dict], path: Path):
             axes.set_ylim(-edge, edge)
 
     frames = [*range(len(kept[0]["steps"])), *[len(kept[0]["steps"]) - 1] * 8]
-    FuncAnimation(figure, frame, frames=frames).save(path, PillowWriter(fps=8), dpi=72)
+    FuncAnimation(figure, frame, frames=frames).save(path, PillowWriter(fps=8), dpi=66)
 
 
 def main():

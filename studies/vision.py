@@ -330,6 +330,7 @@ class VisionConfig:
 
 
 def run_folder(runs: str, job: dict) -> Path:
+    """Where a job's model and emissions go; a dataset that is a path gives its whole path, so that two of one name are apart."""
     return Path(runs) / "-".join(v.strip("/").replace("/", "_") for v in job.values())
 
 
@@ -379,14 +380,20 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
     return found
 
 
-def choice(rows: list[dict], dataset: str, backbone: str, head: str, link: str) -> tuple[float, float] | None:
-    """(learning rate, multiple) of the best setting of a sweep, by the held-out loss; None where it is not done."""
-    wanted = dict(stage="sweep", dataset=dataset, backbone=backbone, head=head, link=link)
-    mine = [r for r in rows if r.items() >= wanted.items()]
-    if not mine:
-        return None
-    r = mine[int(np.argmin([number(r["val_loss"]) for r in mine]))]
-    return float(r["learning_rate"]), float(r["multiple"])
+def swept(rows: list[dict]) -> dict[tuple, dict]:
+    """Of each sweep (dataset, backbone, head, link): its settings (multiple, learning rate) -> their held-out loss."""
+    found = {}
+    for r in rows:
+        if r["stage"] == "sweep":
+            setting = float(r["multiple"]), float(r["learning_rate"])
+            found.setdefault(tuple(r[k] for k in JOB[1:]), {})[setting] = number(r["val_loss"])
+    return found
+
+
+def choice(rows: list[dict], *sweep: str) -> tuple[float, float] | None:
+    """(learning rate, multiple) of the best setting of a sweep (dataset, backbone, head, link); None where it is not done."""
+    found = swept(rows).get(sweep)
+    return min(found, key=found.get)[::-1] if found else None
 
 
 def main():

@@ -19,8 +19,8 @@ from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown, with_half
 from studies.picture import save
-from studies.table import number, on_edge
-from studies.vision import JOB, MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load, run_folder
+from studies.table import on_edge
+from studies.vision import JOB, MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load, run_folder, swept
 from training.config import UserError, cli, parse
 
 GRAD_CAM = [("cross_entropy", "control"), *((h, "harmonic") for h in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs"))]
@@ -110,16 +110,6 @@ def pictured(rows: list[dict], dataset: str) -> Images:
     return load(dataset, int(row["size"]), int(row["train_images"]))
 
 
-def swept(rows: list[dict]) -> list[dict]:
-    """Of each sweep: (multiple, learning rate) -> the held-out loss."""
-    found = {}
-    for r in rows:
-        if r["stage"] == "sweep":
-            place = (float(r["multiple"]), float(r["learning_rate"]))
-            found.setdefault((r["dataset"], r["backbone"], r["head"], r["link"]), {})[place] = number(r["val_loss"])
-    return list(found.values())
-
-
 def draw_prototypes(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
     """The one-layer model's prototypes, which are images: a row for each head, a column for each class."""
     from matplotlib.figure import Figure
@@ -171,7 +161,7 @@ def main():
     for dataset, backbone in places(rows):
         images = next(r["train_images"] for r in rows if (r["stage"], r["dataset"]) == ("main", dataset))
         print(f"{dataset}, {backbone}, {images} training images\n\n{table(rows, dataset, backbone)}\n")
-    print(f"{on_edge(swept(rows), (MULTIPLE_STEP, RATE_STEP))}\n")
+    print(f"{on_edge(list(swept(rows).values()), (MULTIPLE_STEP, RATE_STEP))}\n")
     pictures = (("linear", "_prototypes.png", draw_prototypes, HEADS), ("cnn", "_gradcam.png", draw_grad_cam, GRAD_CAM))
     for backbone, ending, draw, heads in pictures:
         there = lambda d, b=backbone, heads=heads: any(model_file(c, d, b, *h).is_file() for h in heads)
