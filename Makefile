@@ -36,7 +36,7 @@ demo: $(VENV)/installed data/wiki/meta.json
 	@echo "the report: out/demo/report.html"
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -q -n 2 --dist=worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist=worksteal
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -m slow

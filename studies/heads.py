@@ -15,6 +15,8 @@ Stage 2 trains the winner of every family and link, of the controls and of the v
 not stage 1's seed, and the test split, which decides nothing, is looked at once, at the end.
 Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross_entropy elsewhere: BERT, Qwen, and GPT on IMDB.
 Stage 4 changes one thing at a time for the best harmonic head and for cross_entropy (ABLATIONS).
+Stage 5 measures what a token costs: COST_ITERS iterations of stage 2's heads, one after another with all threads, on a machine that does
+nothing else.
 
 The softmax twin sweeps the scale that has the slope of the same exponents at the start (`harmonic.default_scale`).
 Besides, euclidean_squared is swept under softmax alone (PENALTY).
@@ -23,6 +25,7 @@ Besides, euclidean_squared is swept under softmax alone (PENALTY).
 import itertools
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -68,6 +71,7 @@ RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and arou
 EDGES = 4
 FIRST_SEED, SEEDS = 1337, (1338, 1339, 1340)  # of stage 1; of the others
 TEST_WINDOWS = 640  # of the test split, spread evenly
+COST_ITERS = 100  # of stage 5
 CHAMPIONS = 4
 ELSEWHERE = ({"arch": "bert"}, {"arch": "qwen"}, {"dataset": "imdb_bpe"})
 ABLATIONS = {  # one thing changed: its flags; or a number of the winner's setting, and its factor
@@ -77,12 +81,13 @@ ABLATIONS = {  # one thing changed: its flags; or a number of the winner's setti
     "exponent x 2": ("exponent", 2.0),  # stage 1's runs are short
     "init x 4": ("init_std", 4.0),
     "init x 0.25": ("init_std", 0.25),
+    "no clipping": {"grad_clip": 0.0},  # the norm that it clips at, 1, means something else to each head
     "label smoothing": {"label_smoothing": 0.1},  # as A's and B's published code trains
 }
 COLUMNS = [
     "stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "scale", "init_std", "learning_rate", "seed", "iters",
     "val_loss", "test_loss", "bits_per_byte", "val_losses", "grad_norm_mean", "grad_norm_cv", "grad_spikes", "grad_clipped",
-    "prototype_radius", "pca_top2", "pca_components_90", "effective_rank", "kwh", "seconds", "commit",
+    "prototype_radius", "pca_top2", "pca_components_90", "effective_rank", "kwh", "tokens_per_s", "joules_per_token", "seconds", "commit",
 ]  # fmt: skip
 KEY = ("stage", "dataset", "arch", "ablation", "head", "p", "q", "link", "exponent", "init_std", "learning_rate", "seed", "iters")
 
@@ -97,7 +102,7 @@ class StudyConfig:
     """the table; runs that it has are not repeated"""
     runs: str = "out/study"
     """where the runs' folders go"""
-    stages: str = "1234"
+    stages: str = "12345"
     """which stages to run"""
     long_iters: int = 600
     """iterations of stages 2 to 4"""
@@ -112,8 +117,8 @@ class StudyConfig:
         found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("long_iters", "workers", "nproc_per_node") if getattr(self, k) < 1]
         if self.long_iters % 10:
             found.append(f"long_iters={self.long_iters} must be a multiple of 10: that many evaluations are spread over a run")
-        if not self.stages or set(self.stages) - set("1234"):
-            found.append(f"stages={self.stages} is not made of 1, 2, 3 and 4")
+        if not self.stages or set(self.stages) - set("12345"):
+            found.append(f"stages={self.stages} is not made of 1, 2, 3, 4 and 5")
         names = sorted({*FAMILIES, *CONTROLS, PENALTY[0], *(head for head, *_ in VARIANTS.values())})
         if self.only not in (None, *names):
             found.append(f"only={self.only} is not a head of the study: {', '.join(names)}")
@@ -215,7 +220,7 @@ def sweeps(table: Rows, base: dict) -> list[Sweep]:
 
 def wanted(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
     """Every setting that is known to be wanted by now, done or not, in order: stages 1 and 2 of the families before further variants."""
-    return sorted(plan(table, c, base), key=lambda s: (s["stage"] in "34", (s["head"], s["p"]) not in FIRST))
+    return sorted(plan(table, c, base), key=lambda s: (max(s["stage"], "2"), (s["head"], s["p"]) not in FIRST))
 
 
 def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
@@ -225,6 +230,8 @@ def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
     if "2" in c.stages:
         for seed in SEEDS:
             found += [again(w, c, stage=2, seed=seed) for s, w in winners.values() if not s.around or seed == SEEDS[0]]
+    if "5" in c.stages:
+        found += [again(w, c, stage=5, iters=COST_ITERS) for _, w in winners.values()]
     if not all(key in winners for key in [("cross_entropy", "control"), *itertools.product(FAMILIES, LINKS)]):
         return found
     best = champions(table, c, [winners[head, "harmonic"][1] for head in FAMILIES])
@@ -267,6 +274,11 @@ def log(c: StudyConfig, s: dict) -> Path:
     return Path(f"{folder(c, s)}.log")
 
 
+def side_by_side(c: StudyConfig, s: dict) -> int:
+    """How many runs share the machine."""
+    return 1 if s["stage"] == "5" else c.workers
+
+
 def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
     """Starts the run of a setting."""
     flags = {
@@ -285,9 +297,11 @@ def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
     if s["stage"] != "1":
         tenth = int(s["iters"]) // 10
         flags |= {"max_iters": s["iters"], "warmup_iters": tenth, "eval_interval": tenth, "emissions": True}
+    if s["stage"] == "5":
+        flags |= {"eval_interval": s["iters"], "log_interval": 10}
     command = [sys.executable, *(launcher(c.nproc_per_node) if c.nproc_per_node > 1 else []), "train.py", c.config]
     folder(c, s).mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if c.workers > 1 else None
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if side_by_side(c, s) > 1 else None
     with open(log(c, s), "w") as file:
         return subprocess.Popen([*command, *(f"--{k}={v}" for k, v in flags.items())], stdout=file, stderr=file, env=environment)
 
@@ -319,11 +333,12 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> di
     model, *_ = checkpoint.load_run(run)
     steady = stability(metrics, settings.get("grad_clip", 1.0))
     shape = spectrum(model.head.prototypes())
+    speed = statistics.median(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     used = energy(run)
     row |= {
         "scale": "" if s["link"] != "softmax" else f"{float(model.head.strength()):.6g}",
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
-        "test_loss": "" if s["stage"] == "1" else f"{test_loss(model, data_folder(s['dataset'])):.6f}",
+        "test_loss": "" if s["stage"] in "15" else f"{test_loss(model, data_folder(s['dataset'])):.6f}",
         "bits_per_byte": f"{losses[-1].get('bits_per_byte', math.nan):.6f}",
         "val_losses": " ".join(f"{m['val_loss']:.4f}" for m in losses),  # equally far apart, from before the first iteration
         "grad_norm_mean": f"{steady['mean']:.4g}",
@@ -334,8 +349,11 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> di
         "pca_top2": f"{shape['top2']:.4g}",
         "pca_components_90": shape["components_90"],
         "effective_rank": f"{shape['effective_rank']:.4g}",
-        "kwh": "" if used is None else f"{used['energy_consumed'] / c.workers:.5g}",  # each run is charged for the whole machine
+        "tokens_per_s": f"{speed:.5g}",
     }
+    if used:  # each run is charged for the whole machine
+        kwh, watts = (used["energy_consumed"] / side_by_side(c, s) * x for x in (1, 3.6e6 / used["duration"]))
+        row |= {"kwh": f"{kwh:.5g}", "joules_per_token": f"{watts / speed:.5g}"}
     return row
 
 
@@ -359,12 +377,13 @@ def main():
             todo = [s for s in known if not table.find(s) and s not in under_way]
             bar.total, bar.n = len(known), len(known) - len(todo) - len(running)
             bar.refresh()
-            while todo and len(running) < c.workers:
+            while todo and len(running) < min(side_by_side(c, s) for s in [todo[0], *under_way]):
                 running.append((todo[0], begin(c, todo[0]), time.monotonic()))
-                todo = todo[1:]
+                under_way.append(todo.pop(0))
             if not running:
                 break
-            time.sleep(0.5)
+            while all(process.poll() is None for _, process, _ in running):
+                time.sleep(0.5)
             for item in [x for x in running if x[1].poll() is not None]:
                 running.remove(item)
                 s, process, began = item

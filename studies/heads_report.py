@@ -5,6 +5,7 @@
 Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it; it
 is given once both sweeps are whole, that is, once stage 2 has runs of both.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
+Its energy is that of stage 5's tokens: what a head spends until it is where cross_entropy ends, of what cross_entropy spends.
 Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
 Losses of stages 2 to 4 are those of the test split, which has decided nothing; of the validation split where a corpus has no other.
 """
@@ -88,6 +89,8 @@ def long_runs(rows: list[dict]) -> list[dict]:
         if len(group) > len(every[head, link]):
             raise UserError(f"stage 2 has several runs of {head}, {link}, with one seed: keep those of one length and setting in the table")
     baseline = every.get(("cross_entropy", "control"), {})
+    length = np.mean([int(r["iters"]) for r in baseline.values()]) if baseline else math.nan
+    costs = {key: (float(r["tokens_per_s"]), float(r["joules_per_token"])) for key, (r, *_) in groups(rows, "5").items()}
     found = []
     for (head, link), runs in every.items():
         row = {"name": head, "link": link, "seeds": len(runs)}
@@ -99,9 +102,12 @@ def long_runs(rows: list[dict]) -> list[dict]:
             row[key] = interval(shared) if shared else None
         times = [reached(r, loss(baseline[s])) for s, r in runs.items() if s in baseline]
         row["reached"] = float(np.mean(times)) if times else math.inf
-        for key in ("grad_norm_cv", "grad_spikes", "pca_components_90", "effective_rank", "kwh"):
+        for key in ("grad_norm_cv", "pca_components_90"):
             values = [float(r[key]) for r in runs.values() if r[key]]
             row[key] = float(np.mean(values)) if values else None
+        cost, base = costs.get((head, link)), costs.get(("cross_entropy", "control"))
+        row["tokens_per_s"], row["joules"] = (None, None) if cost is None else cost
+        row["energy"] = cost[1] / base[1] * row["reached"] / length if cost and base and math.isfinite(row["reached"]) else None
         found.append(row)
     return sorted(found, key=lambda r: r["loss"])
 
@@ -151,10 +157,10 @@ def stage_two(rows: list[dict]) -> str:
             with_half(r["harmax"]),
         ]
         losses.append("" if math.isinf(r["reached"]) else f"iteration {r['reached']:.0f}")
-        wh = None if r["kwh"] is None else 1000 * r["kwh"]
-        more = [shown(r["grad_norm_cv"], ".3f"), shown(r["pca_components_90"], ".0f"), shown(wh, ".2f")]
+        more = [shown(r["grad_norm_cv"], ".3f"), shown(r["pca_components_90"], ".0f")]
+        more += [shown(r["tokens_per_s"], ",.0f"), shown(r["joules"] and 1000 * r["joules"], ".2f"), shown(r["energy"], ".2f")]
         cells.append([r["name"], r["link"], str(r["seeds"]), *losses, *more])
-    return markdown([*columns, "gradient CV", "PCs for 90 %", "Wh"], cells)
+    return markdown([*columns, "gradient CV", "PCs for 90 %", "tokens/s", "mJ/token", "energy to that loss"], cells)
 
 
 def stage_three(rows: list[dict]) -> str:

@@ -47,10 +47,12 @@ HOMOGENEOUS = [s for s in SETTINGS if DISTANCES[s[0]].degree is not None]
 
 @pytest.fixture(autouse=True, scope="module")
 def small_work_is_shared():
-    """The sizes here are below those at which threads share the work: let them share it all the same."""
-    before, dense.cpu.ALONE = dense.cpu.ALONE, 0
+    """The sizes here are below those at which threads share the work: let two of them share it all the same."""
+    before, dense.cpu.ALONE, threads = dense.cpu.ALONE, 0, torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     dense.cpu.ALONE = before
+    torch.set_num_threads(threads)
 
 
 def name_of(setting):

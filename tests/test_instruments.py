@@ -333,7 +333,7 @@ def test_the_page_in_chromium(home, tmp_path, monkeypatch, width):  # noqa: F811
     call(report.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={page}", "--max_new_tokens=5", "--device=cpu")
     page.write_text(page.read_text().replace("</body>", CLICKS))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},2000"]
-    command += ["--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    command += ["--virtual-time-budget=30000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     title = done.stdout.split("<title>")[1].split("</title>")[0]

@@ -82,6 +82,16 @@ def test_stages_three_and_four_take_the_best_heads(tmp_path):
     assert stds["init x 4"] == pytest.approx(16 * stds["init x 0.25"]) and stds["untied"] == stds["label smoothing"]
 
 
+def test_stage_five_comes_last_and_measures_alone(tmp_path):
+    table = run(tmp_path, bowl)
+    stages = [s["stage"] for s in heads.wanted(table, heads.StudyConfig(), BASE)]
+    assert set(stages) == set("12345") and "5" not in stages[: -stages.count("5")]
+    last = [r for r in table.rows if r["stage"] == "5"]
+    assert {r["iters"] for r in last} == {str(heads.COST_ITERS)}
+    assert {(r["head"], r["link"], r["p"]) for r in last} == {(r["head"], r["link"], r["p"]) for r in table.rows if r["stage"] == "2"}
+    assert [heads.side_by_side(heads.StudyConfig(workers=3), r) for r in (table.rows[0], last[0])] == [3, 1]
+
+
 def test_a_run_that_diverged_is_no_winner(tmp_path):
     table = run(tmp_path, lambda r: math.nan if float(r["learning_rate"]) > 5e-3 else bowl(r), stages="1", only="euclidean")
     assert any(r["val_loss"] == "nan" for r in table.rows)
@@ -123,6 +133,11 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
     table = heads.Rows(tmp_path / "table.csv")
     table.add(row)
     assert heads.Rows(tmp_path / "table.csv").find(s) and list(csv.DictReader((tmp_path / "table.csv").open()))[0]["head"] == "cosine"
+    cost = heads.again(row, c, stage=5, iters=10)
+    assert heads.begin(c, cost).wait(120) == 0, heads.log(c, cost).read_text()
+    cost = heads.result(c, cost, 0, 1.0, "abc")
+    watts = float(cost["joules_per_token"]) * float(cost["tokens_per_s"])
+    assert 1 < watts < 2000 and float(cost["tokens_per_s"]) > 50 and cost["test_loss"] == "" and "joules_per_token" not in row
     (Path(heads.folder(c, s)) / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="has no metrics.jsonl"):
         heads.result(c, s, 0, 1.0, "abc")
@@ -134,7 +149,7 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--stages=5", "stages=5 is not made of"),
+        ("--stages=6", "stages=6 is not made of"),
         ("--long_iters=25", "long_iters=25 must be a multiple of 10"),
         ("--only=cosin", "only=cosin is not a head"),
         ("--config=configs/studi.yaml", "study.yaml"),
@@ -165,6 +180,12 @@ def test_the_report_of_known_rows():
     assert best["reached"] == pytest.approx(np.mean([10 + 10 * (7 - 5 - s / 10) / (7 - 4.5 - s / 10) for s in range(3)]))
     assert math.isinf(heads_report.reached(rows[-1], 4.0)) and heads_report.reached(rows[-1], 8) == 5
     assert best["half"] == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3), rel=1e-3)
+    costs = [
+        row("5", *head, 9) | {"tokens_per_s": "100", "joules_per_token": j}
+        for head, j in ((("cosine", "harmonic"), "3"), (("cross_entropy", "control"), "2"))
+    ]
+    assert heads_report.long_runs([*rows, *costs])[0]["energy"] == pytest.approx(best["reached"] / 20 * 3 / 2)
+    assert "| 100 | 3000.00 |" in heads_report.stage_two([*rows, *costs]) and best["energy"] is None
     tested = [{**r, "val_loss": "1", "test_loss": r["val_loss"]} for r in rows]
     assert heads_report.long_runs(tested)[0]["loss"] == pytest.approx(4.6)
     place = {"arch": "bert", "dataset": "wikitext2"}
