@@ -2,23 +2,29 @@
 
     python -m analysis.emissions out/a out/b --target=5.0
 
-Energy and emissions are CodeCarbon's (estimates where a machine has no counters), added up over nodes and starts. FLOPs per token are
-calculated (6 per weight that multiplies, and attention; the head as a product whatever its distance) and counted by torch in one forward
-and backward pass of the dense head, which counts products only. The target is a validation loss in nats; null takes the highest of the
-runs' best ones, which all of them reached. Time and energy to it are interpolated between evaluations.
+Energy and emissions are CodeCarbon's (estimates where a machine has no counters), added up over nodes and starts. Steps, evaluations and
+the rest (start-up, and what follows the last step) are given as shares of the run's time; energy is taken to be spent evenly over it.
+Joules per token, and time and energy to the target, are those of steps alone. FLOPs per token are calculated (6 per weight that multiplies,
+and attention) and counted by torch, forward and backward; both take the head as one product whatever its distance. The target is a
+validation loss in nats a token, in bits per byte where the runs' tokenizers differ; null takes the highest of the runs' best ones, which
+all of them reached. Where it lies between evaluations it is interpolated.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.runs import AnalysisConfig, Run, about, caution, default_out, find_runs, publish, shown
-from model import Model
+from model import Model, ModelConfig
 from training.config import UserError, cli, parse
 from training.data import predicted_count
-from training.telemetry import energy, read_metrics
+from training.telemetry import clock, energy, read_metrics
+
+UNITS = {"val_loss": "nats a token", "bits_per_byte": "bits a byte"}
 
 
 @dataclass
@@ -26,35 +32,12 @@ class EmissionsConfig(AnalysisConfig):
     """Energy and emissions"""
 
     target: float | None = None
-    """a validation loss in nats a token; null = the highest of the runs' best ones"""
+    """a validation loss in nats a token (bits a byte where tokenizers differ); null = the highest of the runs' best ones"""
 
 
-def steps_time(metrics: list[dict]) -> tuple[float, float]:
-    """-> (seconds in steps, seconds in all between first step and last, evaluations included). `elapsed_s` begins anew when a run is
-    resumed; a step's seconds are its share of its log interval, from tokens_per_s."""
-    elapsed, before, steps, last = 0.0, 0.0, 0.0, None
-    for m in metrics:
-        if "elapsed_s" not in m:
-            continue
-        now = float(m["elapsed_s"])
-        elapsed += now - before if now >= before else now
-        before = now
-        steps += 1 / float(m["tokens_per_s"])
-        last = m
-    return (steps, elapsed) if last else (0.0, 0.0)
-
-
-def evaluations(metrics: list[dict]) -> list[tuple[float, float]]:
-    """(seconds since the first step, validation loss) of each evaluation."""
-    found, elapsed, before = [], 0.0, 0.0
-    for m in metrics:
-        if "elapsed_s" in m:
-            now = float(m["elapsed_s"])
-            elapsed += now - before if now >= before else now
-            before = now
-        if "val_loss" in m:
-            found.append((elapsed, float(m["val_loss"])))
-    return found
+def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, float]]:
+    """(seconds in steps before it, loss) of each evaluation."""
+    return [(steps, m[key]) for m, (_, steps) in zip(metrics, clock(metrics, run.tokens_per_iteration()), strict=True) if key in m]
 
 
 def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
@@ -65,57 +48,57 @@ def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
     return None
 
 
-def counted_flops(run: Run) -> float:
-    """FLOPs of a token, forward and backward, by torch's counter on a small batch with the dense head."""
-    c = run.model_config
-    model = Model(c)
-    model.head.impl = "dense"
-    x = torch.randint(min(c.real_vocab_size, 1000), (1, c.block_size))
-    y = x.clone()
-    y[:, predicted_count(c.arch, c.block_size) :] = -1
-    with FlopCounterMode(display=False) as counter:
-        model(x, y)[1].backward()
-    return counter.get_total_flops() / x.numel()
+def counted_flops(c: ModelConfig) -> float:
+    """FLOPs of a token, forward and backward, by torch's counter: the trunk, and one product of the head's states and prototypes."""
+    predicted = predicted_count(c.arch, c.block_size)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no CPU's fused attention
+        model = Model(c)
+        states = model.hidden(torch.zeros(1, c.block_size, dtype=torch.long))[:, :predicted]
+        torch.nn.functional.linear(states, model.head.weight).sum().backward()
+    return counter.get_total_flops() / c.block_size
 
 
-def measure(run: Run, target: float) -> dict:
-    metrics, used = read_metrics(run.path), energy(run.path)
+def measure(run: Run, metrics: list[dict], key: str | None, target: float | None) -> dict:
+    used, c = energy(run.path), run.model_config
     tokens = run.tokens_per_iteration() * sum("train_loss" in m for m in metrics)
-    steps, elapsed = steps_time(metrics)
-    steps *= run.tokens_per_iteration()
-    c, kwh = run.model_config, used and used["energy_consumed"]
+    elapsed, steps = clock(metrics, run.tokens_per_iteration())[-1]
+    whole = used["duration"] if used else elapsed
+    kwh = used and used["energy_consumed"]
+    rate = kwh / whole if used and whole else None  # kWh a second
     with torch.device("meta"):
         calculated = Model(c).flops_per_token(predicted_count(c.arch, c.block_size) / c.block_size)
-    reached = time_to(target, evaluations(metrics))
+    reached = time_to(target, evaluations(run, metrics, key)) if key else None
     return {
         **about(run),
-        "minutes": elapsed / 60,
-        "evaluation": 1 - steps / elapsed if elapsed else None,
-        "start_up": 1 - elapsed / used["duration"] if used and used["duration"] else None,
+        "minutes": whole / 60,
+        "steps": steps / whole if whole else None,
+        "evaluation": (elapsed - steps) / whole if whole else None,
+        "start_end": 1 - elapsed / whole if used and whole else None,
         "kwh": kwh,
         "kwh_cpu": used and used["cpu_energy"],
         "kwh_gpu": used and used["gpu_energy"],
         "kwh_ram": used and used["ram_energy"],
         "kg_co2e": used and used["emissions"],
-        "joules_per_token": kwh * 3.6e6 / tokens if used and tokens else None,
+        "joules_per_token": rate * steps * 3.6e6 / tokens if rate is not None and tokens else None,
         "mflop_per_token": calculated / 1e6,
-        "mflop_counted": counted_flops(run) / 1e6,
+        "mflop_counted": counted_flops(c) / 1e6,
         "target": target,
         "minutes_to_target": None if reached is None else reached / 60,
-        "kwh_to_target": kwh * reached / elapsed if used and reached is not None and elapsed else None,
+        "kwh_to_target": rate * reached if rate is not None and reached is not None else None,
     }
 
 
-def draw(runs, rows, figure):
-    """Validation loss over time, and energy by part."""
+def draw(runs, metrics, rows, key, figure):
+    """Validation loss over the time in steps, and energy by part."""
     figure.set_size_inches(10, 3.6)
     left, right = figure.subplots(1, 2)
-    for run in runs:
-        points = evaluations(read_metrics(run.path))
+    for run, ms in zip(runs, metrics, strict=True):
+        points = evaluations(run, ms, key)
         left.plot([t / 60 for t, _ in points], [v for _, v in points], marker=".", label=run.name)
-    left.axhline(rows[0]["target"], color="0.6", linewidth=0.8, linestyle="--")
-    left.set_xlabel("minutes")
-    left.set_title("validation loss, nats a token; dashed: the target", loc="left", fontsize=10)
+    if rows[0]["target"] is not None:
+        left.axhline(rows[0]["target"], color="0.6", linewidth=0.8, linestyle="--")
+    left.set_xlabel("minutes in steps")
+    left.set_title(f"validation loss, {UNITS[key]}; dashed: the target", loc="left", fontsize=10)
     left.legend(fontsize=8, frameon=False)
     base = [0.0] * len(rows)
     for part, color in (("kwh_cpu", "#0072b2"), ("kwh_gpu", "#009e73"), ("kwh_ram", "#e69f00")):
@@ -130,23 +113,41 @@ def draw(runs, rows, figure):
 
 
 FORMATS = dict.fromkeys(("kwh", "kwh_cpu", "kwh_gpu", "kwh_ram", "kg_co2e", "kwh_to_target", "joules_per_token"), ".3g")
-FORMATS |= dict(minutes=".1f", minutes_to_target=".1f", evaluation=".1%", start_up=".1%", mflop_per_token=".1f", mflop_counted=".1f")
+FORMATS |= dict(
+    minutes=".1f", minutes_to_target=".2f", steps=".1%", evaluation=".1%", start_end=".1%", mflop_per_token=".1f", mflop_counted=".1f"
+)
+
+
+def target_of(runs: list[Run], metrics: list[list[dict]], key: str) -> float:
+    """The highest of the runs' lowest losses, of those that fell below where they began; UserError where none did."""
+    losses = [[m[key] for m in ms if key in m] for ms in metrics]
+    lowest = [min((v for v in values if math.isfinite(v)), default=math.inf) for values in losses]
+    learnt = [low for low, values in zip(lowest, losses, strict=True) if values and low < values[0]]
+    for run, low, values in zip(runs, lowest, losses, strict=True):
+        if not values or not low < values[0]:
+            print(f"note: {run.name} {'never fell below its first loss' if values else 'has no evaluation'}: no target", file=sys.stderr)
+    if not learnt:
+        raise UserError("no run's validation loss ever fell: there is no loss to reach, name one: --target=5.0")
+    return max(learnt)
 
 
 def main():
     (c,) = parse(sys.argv[1:], EmissionsConfig, words="runs")
-    runs = find_runs(c.runs)
+    runs = find_runs(c.runs, weights=False)
     out = default_out(c, runs, "emissions")
-    if warning := caution(runs, [run.data() for run in runs]):
+    metrics, key = [read_metrics(run.path) for run in runs], "val_loss"
+    try:
+        warning = caution(runs, [run.data() for run in runs]) if len(runs) > 1 else None
+    except UserError as error:
+        warning = f"{error}; nobody checked that the losses may be compared"
+    if warning:
         print(f"note: {warning}", file=sys.stderr)
-    losses = [[v for _, v in evaluations(read_metrics(run.path))] for run in runs]
-    if lost := [run.name for run, found in zip(runs, losses, strict=True) if not found]:
-        raise UserError(f"no evaluation in the metrics of {', '.join(lost)}")
-    target = max(min(found) for found in losses) if c.target is None else c.target
-    rows = [measure(run, target) for run in runs]
+        key = "bits_per_byte" if all(any("bits_per_byte" in m for m in ms) for ms in metrics) else None
+    target = c.target if c.target is not None or key is None else target_of(runs, metrics, key)
+    rows = [measure(run, ms, key, target) for run, ms in zip(runs, metrics, strict=True)]
     print(shown(rows, FORMATS, left_out=("target",)))
-    print(f"target: {target:.4f} nats a token")
-    publish(rows, out, lambda figure: draw(runs, rows, figure))
+    print(f"target: {target:.4f} {UNITS[key]}" if key else "no target: the losses may not be compared")
+    publish(rows, out, lambda figure: draw(runs, metrics, rows, key or "val_loss", figure))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python -m analysis.geometry out/a out/b --words="king city"
 
 For each: share of variance in the top 2 and top 5 principal components, components for 90 %, effective rank, participation ratio, isotropy
-(mean cosine of two rows), the correlation of a row's norm with its token's frequency, and the parallelogram loss of word relations. The
-null models have the same norms of rows in random directions (for the spectrum) and the same words in shuffled pairs (for the
-parallelograms). With several runs: linear CKA of their hidden states, layer by layer, on the same text. `--words` prints nearest
-prototypes.
+(mean cosine of two rows), the correlation of a row's norm with its token's frequency, and the parallelogram loss of word relations. Under
+each is what chance gives: the same norms of rows in random directions, and in another order beside the frequencies. For the parallelograms
+there is a second null, the same words in shuffled pairs. With several runs: linear CKA of their hidden states, layer by layer, on the same
+text, beside that of states in another order. `--words` prints nearest prototypes.
 """
 
 import itertools
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from scipy.stats import spearmanr
 
 from analysis.relations import RELATIONS, pairs
-from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown, table, write_csv, write_whole
+from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown, table, write_csv
 from harmonic import CONTROLS, distance
 from training.config import cli, parse
 from training.data import validation_batches, validation_windows
 from training.distributed import check_device
+from training.files import write_whole
 
 STATES = 4096  # hidden states looked at
 
@@ -81,8 +83,8 @@ def matched_null(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's; ties keep their order."""
-    return torch.corrcoef(torch.stack([x.argsort().argsort().double() for x in (a, b)]))[0, 1].item()
+    """Spearman's."""
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
 def word_ids(tokenizer, word: str) -> int:
@@ -90,9 +92,19 @@ def word_ids(tokenizer, word: str) -> int:
     return tokenizer.encode(f" {word}")[-1]
 
 
+def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
+    """The pairs of a relation as tokens, without those of which a token stands for an earlier word too ("est" of "largest", "smallest")."""
+    kept = []
+    for pair in pairs(relation):
+        first, second = (word_ids(tokenizer, word) for word in pair)
+        if first != second and all(first != a and second != b for a, b in kept):
+            kept.append((first, second))
+    return kept
+
+
 def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float, float, dict]:
     """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the root of their variance: the mean over all
-    pairs of pairs of a relation, and over relations.
+    pairs of pairs of a relation (`token_pairs`), and over relations. NaN where no relation has two pairs.
 
     Returns: (the loss, the same with each relation's second words shuffled, the loss of each relation).
     """
@@ -100,7 +112,9 @@ def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float
     plane = rows @ directions[:, :2] / variance[:2].sum().sqrt()
     found, null, rng = {}, [], random.Random(0)
     for name in RELATIONS:
-        first, second = (plane[[word_ids(tokenizer, w) for w in words]] for words in zip(*pairs(name), strict=True))
+        if len(kept := token_pairs(tokenizer, name)) < 2:
+            continue
+        first, second = (plane[list(tokens)] for tokens in zip(*kept, strict=True))
         both = torch.tensor(list(itertools.combinations(range(len(first)), 2)))
 
         def mean(offset, both=both):
@@ -109,7 +123,7 @@ def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float
         found[name] = mean(second - first)
         for _ in range(shuffles):
             null.append(mean(second[rng.sample(range(len(second)), len(second))] - first))
-    return sum(found.values()) / len(found), sum(null) / len(null), found
+    return (sum(found.values()) / len(found), sum(null) / len(null), found) if found else (math.nan, math.nan, found)
 
 
 def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -149,15 +163,30 @@ def measure(run, model, data, states) -> list[dict]:
     if not model.config.tie_weights:
         what["input embedding"] = model.tokens.weight.detach().cpu()[: len(real)]
     what["hidden states"] = states
+    often = counts > 0
+    order = torch.randperm(int(often.sum()), generator=torch.Generator().manual_seed(0))
     for name, x in what.items():
-        table_of_tokens = name != "hidden states"
-        often = counts > 0
-        row = {**about(run), "what": name, **spectrum(x), "null_effective_rank": spectrum(matched_null(x))["effective_rank"]}
-        row |= {"mean_cosine": mean_cosine(x), "radius": x.norm(dim=-1).mean().item()}
-        norms = x.norm(dim=-1)
-        row["radius_frequency"] = rank_correlation(norms[: len(counts)][often], counts[often]) if table_of_tokens else None
-        row["parallelogram"], row["null_parallelogram"] = parallelogram(x, tokenizer)[:2] if table_of_tokens else (None, None)
-        rows.append(row)
+        for chance in (False, True):
+            y = matched_null(x) if chance else x
+            row = {**about(run), "what": f"{name}, chance" if chance else name, **spectrum(y), "mean_cosine": mean_cosine(y)}
+            row |= {"radius": y.norm(dim=-1).mean().item(), "radius_frequency": None, "parallelogram": None, "shuffled": None}
+            if name != "hidden states":
+                norms = y.norm(dim=-1)[: len(counts)][often]
+                row["radius_frequency"] = rank_correlation(norms[order] if chance else norms, counts[often])
+                row["parallelogram"], row["shuffled"], _ = parallelogram(y, tokenizer)
+            rows.append(row)
+    return rows
+
+
+def similarity(runs, states) -> list[dict]:
+    """Linear CKA of each two runs, layer by layer, and with the states of one in another order; of what the heads see alone where the
+    runs have not as many layers."""
+    rows = []
+    for (a, x), (b, y) in itertools.combinations(zip(runs, states, strict=True), 2):
+        order = torch.randperm(len(x[0]), generator=torch.Generator().manual_seed(0))
+        for i in range(len(x)) if len(x) == len(y) else [-1]:
+            layer = "head" if i in (-1, len(x) - 1) else i
+            rows.append({"a": a.name, "b": b.name, "layer": layer, "cka": linear_cka(x[i], y[i]), "chance": linear_cka(x[i], y[i][order])})
     return rows
 
 
@@ -195,9 +224,9 @@ def draw(maps, figure):
         axes.spines[["top", "right"]].set_visible(False)
 
 
-FORMATS = dict(top2=".1%", top5=".1%", effective_rank=".1f", participation_ratio=".1f", null_effective_rank=".1f", mean_cosine=".3f")
-FORMATS |= dict(radius=".3g", radius_frequency=".2f", parallelogram=".3f", null_parallelogram=".3f")
-NAMES = dict(components_90="for 90 %", null_effective_rank="(chance)", null_parallelogram="(shuffled)", participation_ratio="participation")
+FORMATS = dict(top2=".1%", top5=".1%", effective_rank=".1f", participation_ratio=".1f", mean_cosine=".3f")
+FORMATS |= dict(radius=".3g", radius_frequency=".2f", parallelogram=".3f", shuffled=".3f", cka=".3f", chance=".3f")
+NAMES = dict(components_90="for 90 %", shuffled="(shuffled)", participation_ratio="participation")
 
 
 def main():
@@ -217,17 +246,20 @@ def main():
             texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), c.words.split())}")
     print(shown(rows, FORMATS, NAMES))
     print("".join(texts), end="\n" if texts else "")
+    for d in {d.tokenizer: d for d in data}.values():
+        words, names = d.load_tokenizer(), list(RELATIONS)
+        every, kept = (sum(len(f(name)) for name in names) for f in (pairs, lambda name, words=words: token_pairs(words, name)))
+        whole = [len(words.encode(f" {w}")) == 1 for name in names for pair in pairs(name) for w in pair]
+        print(
+            f"{d.tokenizer}: {kept} of {every} pairs of words have tokens of their own; {sum(whole) / len(whole):.0%} of the words are one"
+        )
     alike = {(d.tokenizer, d.splits[c.split].tokens, run.model_config.block_size) for run, d in zip(runs, data, strict=True)}
-    if len(runs) > 1 and len(alike) == 1:
-        cka = [
-            {"a": a.name, "b": b.name, "layer": "head" if i + 1 == len(x) else i, "cka": linear_cka(x[i], y[min(i, len(y) - 1)])}
-            for (a, x), (b, y) in itertools.combinations(zip(runs, states, strict=True), 2)
-            for i in range(len(x))
-            if len(x) == len(y)
-        ]
-        if cka:
-            print(shown(cka, {"cka": ".3f"}))
-            write_whole(out.with_name(f"{out.stem}_cka.csv"), lambda path: write_csv(cka, path))
+    if len(alike) > 1:
+        print("note: no CKA: the runs' data, tokenizers or block_size differ", file=sys.stderr)
+    elif len(runs) > 1:
+        cka = similarity(runs, states)
+        print(shown(cka, FORMATS))
+        write_whole(out.with_name(f"{out.stem}_cka.csv"), lambda path: write_csv(cka, path))
     publish(rows, out, lambda figure: draw(maps, figure))
 
 

@@ -29,12 +29,14 @@ class GradientsConfig(AnalysisConfig):
 
 def series(metrics: list[dict], key: str) -> np.ndarray:
     """The values of a key over the steps that have it."""
-    return np.array([float(m[key]) for m in metrics if key in m])
+    return np.array([m[key] for m in metrics if key in m], dtype=float)
 
 
 def medians_before(values: np.ndarray) -> np.ndarray:
     """The median of the WINDOW values before each; infinite for the first."""
-    return np.array([np.median(values[max(0, i - WINDOW) : i]) if i else math.inf for i in range(len(values))])
+    first = [np.median(values[:i]) if i else math.inf for i in range(min(WINDOW, len(values)))]
+    rest = np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW)[:-1], axis=1) if len(values) > WINDOW else []
+    return np.array([*first, *rest])
 
 
 def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") -> dict:
@@ -126,7 +128,7 @@ FORMATS = dict(
 
 def main():
     (c,) = parse(sys.argv[1:], GradientsConfig, words="runs")
-    runs = find_runs(c.runs)
+    runs = find_runs(c.runs, weights=False)
     out = default_out(c, runs, "gradients")
     rows = [row for run in runs for row in measure(run)]
     print(shown(rows, FORMATS))

@@ -10,8 +10,8 @@ With --documents each document is scored alone, behind an end-of-text token, as 
 as there, so that word_perplexity, byte_perplexity and bits_per_byte are its own (`analysis.harness` makes the task).
 
 With --detail some tokens are looked at one by one: calibration, and the loss by position, frequency and distance to the nearest prototype
-(`analysis.calibration`). With --corpus another prepared folder's text is scored too, encoded by the run's own tokenizer: bits per byte
-out of distribution.
+(`analysis.calibration`). With --corpus another prepared folder's text is scored too, encoded by the run's own tokenizer, and the run's own
+text in the same way, each document alone: bits per byte out of distribution and in it.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class PerplexityConfig(AnalysisConfig):
     corpus: str | None = None
     """a folder under data/, or a path: other text to score, in bits per byte"""
     corpus_bytes: int = 1_000_000
-    """how much of it"""
+    """how much of it, and of the run's own split beside it: every so manieth document"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     batch_size: int = 16
@@ -173,30 +173,28 @@ def likelihood(
     return nats.item(), scored
 
 
-def measure(run, data: Data, c: PerplexityConfig, device: str) -> dict:
-    """One row of the results."""
+def measure(run, data: Data, other: Data | None, c: PerplexityConfig, device: str) -> dict:
+    """One row of the results; `other`: the corpus' data."""
     model, manifest = run.load(device, c.checkpoint)
-    return {**_scores(run, model, manifest, data, c), **_out_of_distribution(model, data, c)}
+    row = _scores(run, model, manifest, data, c)
+    if other:
+        row |= {f"{name}_documents": _by_document(model, data, d, s, c) for name, d, s in (("own", data, c.split), ("other", other, "val"))}
+    return row
 
 
 @torch.inference_mode()
-def _out_of_distribution(model: Model, data: Data, c: PerplexityConfig) -> dict:
-    """Bits per byte of another corpus' validation split, each document alone, in the run's own tokens."""
-    if not c.corpus:
-        return {}
-    other, own = load_data(data_folder(c.corpus)), data.load_tokenizer()
-    words, texts, size = other.load_tokenizer(), [], 0
-    for ids in documents_of(other, "val"):
-        texts.append(words.decode(ids[1:]))
-        size += len(texts[-1].encode())
-        if size > c.corpus_bytes:
-            break
+def _by_document(model: Model, data: Data, source: Data, split: str, c: PerplexityConfig) -> float:
+    """Bits per byte of the documents of a split of `source`, each alone, in the tokens of the run's `data`."""
+    own, words = data.load_tokenizer(), source.load_tokenizer()
+    every = max(1, source.splits[split].bytes // c.corpus_bytes)
+    texts = [words.decode(ids[1:]) for ids in itertools.islice(documents_of(source, split), 0, None, every)]
+    size = sum(len(text.encode()) for text in texts)
     documents = (np.concatenate(([data.eot_id], ids)).astype(np.int64) for ids in own.encode_batch(texts) if ids)
     block, device, nats = model.config.block_size, model.tokens.weight.device, 0.0
     for x, y in document_batches(documents, data.eot_id, block, block, c.batch_size):
         x, y = x.to(device), y.to(device)
         nats += model.head.loss(model.hidden(x)[y != NONE], y[y != NONE], reduction="sum").item()
-    return {"other_bits_per_byte": nats / math.log(2) / size}
+    return nats / math.log(2) / size
 
 
 def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) -> dict:
@@ -223,9 +221,22 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
     return row
 
 
-FORMATS = {"tokens": ",", "nats_per_token": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "other_bits_per_byte": ".4f"}
+FORMATS = {
+    "tokens": ",",
+    "nats_per_token": ".4f",
+    "perplexity": ",.2f",
+    "bits_per_byte": ".4f",
+    "own_documents": ".4f",
+    "other_documents": ".4f",
+}
 FORMATS |= {"byte_perplexity": ".4f", "word_perplexity": ",.2f", "calibration_error": ".3f"}
-NAMES = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "other_bits_per_byte": "bits/byte there", "calibration_error": "ECE"}
+NAMES = {
+    "nats_per_token": "nats/token",
+    "bits_per_byte": "bits/byte",
+    "own_documents": "own documents",
+    "other_documents": "other documents",
+    "calibration_error": "ECE",
+}
 
 
 def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path) -> list[float]:
@@ -265,12 +276,13 @@ def main():
     check(
         list(dict.fromkeys(p for r, d in zip(runs, data, strict=True) for p in problems(r.model_config, d, c.split, c.stride, c.documents)))
     )
+    other = load_data(data_folder(c.corpus)) if c.corpus else None
     if c.corpus and (masked := [run.name for run in runs if run.model_config.arch == "bert"]):
         raise UserError(f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which give no likelihood of a text")
     if warning := caution(runs, data, c.split):
         print(f"note: {warning}", file=sys.stderr)
 
-    rows = [measure(run, d, c, device) for run, d in zip(runs, data, strict=True)]
+    rows = [measure(run, d, other, c, device) for run, d in zip(runs, data, strict=True)]
     if c.detail:
         rows = [{**row, "calibration_error": error} for row, error in zip(rows, details(runs, data, c, device, out), strict=True)]
     print(shown(rows, FORMATS, NAMES, left_out=("split", "stride")))

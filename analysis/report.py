@@ -8,7 +8,6 @@ training measured on its fixed validation windows; `python -m analysis.perplexit
 
 import dataclasses
 import html
-import itertools
 import json
 import math
 import re
@@ -21,12 +20,13 @@ from tqdm import tqdm
 
 from analysis.compare import compare, window_losses
 from analysis.geometry import frequency, principal, spectrum
-from analysis.runs import Run, caution, find_runs, writable, write_whole
+from analysis.runs import Run, caution, find_runs, texts_differ, writable
 from model import Model
 from training.config import UserError, cli, parse
 from training.data import Data
 from training.distributed import check_device
-from training.telemetry import energy, read_metrics
+from training.files import write_whole
+from training.telemetry import clock, energy, listed, read_metrics
 from training.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -96,14 +96,6 @@ class ReportConfig:
         return [f"{k}={getattr(self, k)} must be at least {low}" for k, low in least.items() if getattr(self, k) < low]
 
 
-def number(value) -> float:
-    """A value of metrics.jsonl, where "nan", "inf" and "-inf" are texts. UserError for what is no number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"metrics.jsonl: {value!r} is not a number") from None
-
-
 def shown(value: float, digits: int = 5):
     """A number as the page's JSON holds it: rounded to some significant digits, or the name of one that is not finite."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else repr(value)
@@ -124,15 +116,8 @@ def thin(points: list[tuple[int, float]]) -> dict:
 
 def curves(metrics: list[dict]) -> dict:
     """metrics key -> curve, for the keys of CHARTS that the run has."""
-    points = {key: [(m["iter"], number(m[key])) for m in metrics if key in m] for key, *_ in CHARTS}
+    points = {key: [(m["iter"], m[key]) for m in metrics if key in m] for key, *_ in CHARTS}
     return {key: thin(values) for key, values in points.items() if values}
-
-
-def minutes(metrics: list[dict]) -> float | None:
-    """Time in training and evaluation. `elapsed_s` begins anew when a run is resumed, so the last value of each start is added up."""
-    elapsed = [number(m["elapsed_s"]) for m in metrics if "elapsed_s" in m]
-    ends = [a for a, b in itertools.pairwise(elapsed) if b < a] + elapsed[-1:]
-    return sum(ends) / 60 if ends else None
 
 
 def prototype_map(model: Model, data: Data) -> dict:
@@ -154,25 +139,26 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
     evaluations = [m for m in metrics if "val_loss" in m]
     if not evaluations:
         raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
-    best = min(evaluations, key=lambda m: (math.isnan(number(m["val_loss"])), number(m["val_loss"])))
+    best = min(evaluations, key=lambda m: (math.isnan(m["val_loss"]), m["val_loss"]))
     used = energy(run.path)
     kwh, co2 = (used["energy_consumed"], 1000 * used["emissions"]) if used else (None, None)
-    speeds = sorted(number(m["tokens_per_s"]) for m in metrics if "tokens_per_s" in m)
+    speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     head = model.head
     return {
         "head": head.name + (", softmax link" if head.kind == "softmax" else ""),
         "strength": None if head.kind == "control" else f"{'n' if head.kind == 'harmonic' else 's'} = {float(head.strength()):.4g}",
         "iterations": max([m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]),
-        "best_val_loss": number(best["val_loss"]),
-        "perplexity": number(best["perplexity"]),
-        "bits_per_byte": number(best["bits_per_byte"]) if "bits_per_byte" in best else None,
+        "best_val_loss": best["val_loss"],
+        "perplexity": best["perplexity"],
+        "bits_per_byte": best.get("bits_per_byte"),
         "difference": None,
         "components": spectrum(model.head.prototypes())["components_90"],
         "kwh": kwh,
         "energy": used,
         "co2": co2,
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
-        "minutes": minutes(metrics),
+        "minutes": clock(metrics, run.tokens_per_iteration())[-1][0] / 60 if speeds else None,
+        "last_val_loss": evaluations[-1]["val_loss"],
     }
 
 
@@ -280,7 +266,6 @@ def together(values: list[str]) -> str:
 
 def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     """Everything the page shows, as one JSON document."""
-    metrics = [read_metrics(run.path) for run in runs]
     notes, data, texts = [], None, []
     try:
         data = [run.data() for run in runs]
@@ -289,11 +274,11 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         notes.append(f"No samples: {error}")
         print(f"note: {notes[0]}", file=sys.stderr)
 
-    summaries, models, samples, maps, losses = [], [], [], [], []
-    for i, run in enumerate(runs):
-        model, _ = run.load(device)
-        m = run.model_config
-        summaries.append(summary(run, model, metrics[i]))
+    summaries, drawn, models, samples, maps, losses = [], [], [], [], [], []
+    for i, run in enumerate(tqdm(runs, desc="runs", leave=False, disable=None)):
+        metrics, (model, _), m = read_metrics(run.path), run.load(device, "best"), run.model_config  # one run's at a time
+        summaries.append(summary(run, model, metrics))
+        drawn.append(curves(metrics))
         models.append(
             f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size}, {model.parameter_count() / 1e6:.2f} M parameters"
         )
@@ -313,33 +298,34 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     )
     work = [(s["iterations"] * r.tokens_per_iteration()) for s, r in zip(summaries, runs, strict=True)]
     same_windows = len({(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}) == 1
-    last = [[m["val_loss"] for m in ms if "val_loss" in m][-1] for ms in metrics]
-    notes += [
-        f"Beware: the last validation loss of {r.name} is {v}." for r, v in zip(runs, last, strict=True) if not math.isfinite(number(v))
-    ]
+    environments = [read_environment(run) for run in runs]
+    machines = {(e.get("device"), e.get("world_size")) for e in environments}
+    last = [s["last_val_loss"] for s in summaries]
+    notes += [f"Beware: the last validation loss of {r.name} is {v}." for r, v in zip(runs, last, strict=True) if not math.isfinite(v)]
     if warning:
         notes.append(warning[0].upper() + warning[1:] + ".")
     if len(set(work)) > 1:
         notes.append("The runs have not seen the same number of tokens: more training lowers a loss, and energy and time are not ranked.")
+    if len(machines) > 1:
+        notes.append("The runs ran on different machines: energy and time are not ranked.")
     if not same_windows:
         notes.append(
             "The runs have different validation windows (block_size, eval_iters or batch_size): small differences in loss mean nothing."
         )
     agree = {
-        "losses": warning is None,
-        "bits": len({r.model_config.arch == "bert" for r in runs}) == 1,
-        "work": len(set(work)) == 1,
+        "losses": warning is None and same_windows,
+        "bits": len({r.model_config.arch == "bert" for r in runs}) == 1 and (not data or not texts_differ(data)),
+        "work": len(set(work)) == 1 == len(machines),
     }
-    comparable = agree["losses"] and data and len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
+    comparable = warning is None and data and len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
     differences_to_best = paired(summaries, losses) if comparable else None
-    environments = [read_environment(run) for run in runs]
     steps = [f"{r.tokens_per_iteration():,}" for r in runs]
     sizes = [
         f"{r.config.dataset}, {d.tokenizer}, {d.splits['train'].tokens:,} training tokens" for r, d in zip(runs, data or [], strict=False)
     ]
     return {
         "title": " vs ".join(r.name for r in runs) if len(runs) <= 3 else f"{len(runs)} runs",
-        "lead": lead(runs, summaries) if warning is None else "",
+        "lead": lead(runs, summaries, differences_to_best),
         "facts": [
             ["Data", together(sizes or [r.config.dataset for r in runs])],
             ["Model", together(models)],
@@ -351,8 +337,8 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         "charts": [{"key": k, "title": title, "unit": unit, "noisy": noisy} for k, title, unit, noisy in CHARTS],
         "same_step": len(set(steps)) == 1,
         "runs": [
-            {"name": r.name, "tokens_per_iteration": r.tokens_per_iteration(), "curves": curves(m)}
-            for r, m in zip(runs, metrics, strict=True)
+            {"name": r.name, "tokens_per_iteration": r.tokens_per_iteration(), "curves": found}
+            for r, found in zip(runs, drawn, strict=True)
         ],
         "paired": differences_to_best,
         "radar": radar(summaries, agree),
@@ -368,20 +354,27 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
 def how_sampled(runs: list[Run], c: ReportConfig) -> str:
     fills = any(r.model_config.arch == "bert" for r in runs)
     writes = any(r.model_config.arch != "bert" for r in runs)
-    text = "The newest checkpoint of each run."
+    text = "The best checkpoint of each run."
     text += f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens, seed {c.seed}." if writes else ""
     return text + (
         " bert sees the text with every seventh token hidden and puts the likeliest; struck out is what the text has." if fills else ""
     )
 
 
-def lead(runs: list[Run], summaries: list[dict]) -> str:
-    """The result in a sentence."""
-    ranked = sorted((s["best_val_loss"], r.name) for r, s in zip(runs, summaries, strict=True) if math.isfinite(s["best_val_loss"]))
-    if not ranked:
+def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> str:
+    """The result in a sentence; none where runs may not be compared."""
+    if not any(math.isfinite(s["best_val_loss"]) for s in summaries):
         return "No run has a finite validation loss."
-    text = f"{ranked[0][1]} {'reaches' if len(runs) == 1 else 'has'} the lowest validation loss, {ranked[0][0]:.3f} nats/token"
-    return text + (f", {ranked[1][0] - ranked[0][0]:.3f} below {ranked[1][1]}." if len(ranked) > 1 else ".")
+    if len(runs) == 1:
+        return f"{runs[0].name} reaches a validation loss of {summaries[0]['best_val_loss']:.3f} nats/token."
+    if differences is None:
+        return ""
+    best, rows = differences["best"], differences["rows"]
+    others = sorted((mean, low, runs[i].name) for i, (mean, low, _) in enumerate(rows) if i != best and not isinstance(mean, str))
+    text = f"{runs[best].name} has the lowest validation loss, {summaries[best]['best_val_loss']:.3f} nats/token"
+    if alike := [name for _, low, name in others if low <= 0]:
+        return f"{text}, but these windows do not tell it apart from {listed(alike, 3)}."
+    return text + (f", {others[0][0]:.3f} below {others[0][2]}." if others else ".")
 
 
 def describe(environment: dict) -> list[str]:
@@ -411,7 +404,7 @@ def main():
     runs = find_runs(c.runs)
     out, device = writable(Path(c.out)), check_device(c.device)
     text = page(collect(runs, c, device))
-    write_whole(out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(out, text)
     print(f"wrote {out}, {len(text.encode()) / 1e6:.1f} MB")
 
 

@@ -10,6 +10,7 @@ from model import Model, ModelConfig
 from training import checkpoint
 from training.config import TrainConfig, UserError, check, nearest, parse, read_yaml
 from training.data import NONE, Data, data_folder, load_data, predicted_count, validation_batches, validation_windows
+from training.files import write_whole
 
 
 @dataclass
@@ -47,8 +48,9 @@ class AnalysisConfig:
         return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
 
 
-def find_runs(folders: list[str]) -> list[Run]:
-    """Opens run folders, without loading weights. UserError listing every folder that is not a run with a checkpoint."""
+def find_runs(folders: list[str], weights: bool = True) -> list[Run]:
+    """Opens run folders, without loading anything. UserError listing every folder that is not a run; where `weights` are needed, with a
+    checkpoint."""
     if not folders:
         raise UserError("name one run's folder or more, such as out/run")
     paths, problems = [Path(f) for f in folders], []
@@ -58,7 +60,7 @@ def find_runs(folders: list[str]) -> list[Run]:
             problems.append(f"no run {path}{nearest(path.name, siblings) if siblings else ''}")
         elif not (path / "config.yaml").is_file():
             problems.append(f"{path} is not a run's folder: it has no config.yaml")
-        elif not checkpoint.manifests(path):
+        elif weights and not checkpoint.manifests(path):
             problems.append(f"{path} holds no checkpoint")
         elif path.resolve() in [p.resolve() for p in paths[:i]]:
             problems.append(f"{path} is named twice")
@@ -90,13 +92,16 @@ def predictions(model: Model, data: Data, split: str, tokens: int):
         yield model.hidden(x.to(device))[kept.to(device)], y[kept].to(device), kept
 
 
+def texts_differ(data: list[Data], split: str = "val") -> bool:
+    return len({d.splits[split].bytes for d in data}) > 1
+
+
 def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None:
     """What keeps the losses of runs from being compared, as a sentence; None when nothing does."""
     if len({run.model_config.arch == "bert" for run in runs}) > 1:
         return "bert predicts masked tokens and the others predict the next one: their losses may not be compared"
     tokens = {(d.tokenizer, d.vocab_size, d.splits[split].tokens, d.splits[split].bytes) for d in data}
-    texts = {d.splits[split].bytes for d in data}
-    if len(texts) > 1:
+    if texts_differ(data, split):
         return "the runs have different data: only bits/byte may be compared, and it speaks of different texts"
     if len(tokens) > 1:
         return "the runs have different tokenizers: only bits/byte may be compared"
@@ -112,13 +117,6 @@ def writable(path: Path) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--out={path}: the folder {path.parent} is not writable")
     return path
-
-
-def write_whole(path: Path, write):
-    """Calls `write(file)` with a file aside and renames it to `path`: the result is there whole or not at all."""
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    write(aside)
-    os.replace(aside, path)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -4,9 +4,10 @@
 
 Over validation tokens. The margin of a token is rho = d(h, w_y) / min over j != y of d(h, w_j): below 1 where it is predicted, and
 `p_y >= 1 / (1 + (V - 1) rho^n)` (harmonic link). gamma = min over j != y of d_j - d_y, of the tokens that are predicted; for a head
-without a distance it is the difference of logits. The bound's term is R |W|_F / (gamma sqrt N), R the largest |h| and N the tokens trained
-on (2603.10225's PAC-Bayes bound): it changes under scaling, though a loss of a homogeneous distance does not. The picture shows the
-margins, the KL to the linearised softmax over training, and a toy: five separable points, for which a distance head has a finite minimiser.
+without a distance it is the difference of logits. The bound's term is R |W|_F / (gamma sqrt N), R the largest |h| and N the tokens
+predicted in training, repeats included (2603.10225's PAC-Bayes bound): it changes under scaling, though a loss of a homogeneous distance
+does not. The picture shows the margins, the KL to the linearised softmax over training, and a toy: five separable points, for which a
+distance head has a finite minimiser.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
 from harmonic import CONTROLS, HarmonicHead, distance
 from training.config import cli, parse
+from training.data import predicted_count
 from training.distributed import check_device
 from training.telemetry import read_metrics
 
@@ -66,7 +68,8 @@ def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
     h, targets = states_of(model, data, split)
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0
-    trained = run.tokens_per_iteration() * sum("train_loss" in m for m in read_metrics(run.path))
+    c, steps = run.model_config, sum("train_loss" in m for m in read_metrics(run.path))
+    trained = steps * run.tokens_per_iteration() * predicted_count(c.arch, c.block_size) / c.block_size
     norm, size = model.head.prototypes().norm().item(), h.norm(dim=-1).max().item()
     row = {**about(run), "tokens": len(h), "predicted": predicted.double().mean().item()}
     row |= {f"rho_{round(100 * q)}": None if model.head.kind == "control" else rho.quantile(q).item() for q in QUANTILES}
@@ -118,7 +121,7 @@ def draw(runs, found, figure):
         (line,) = (
             left.plot(rho, torch.linspace(0, 1, len(rho)), label=run.name) if len(rho) else left.plot([], [], label=f"{run.name} (no d)")
         )
-        points = [(m["iter"], float(m["kl_to_softmax"])) for m in read_metrics(run.path) if "kl_to_softmax" in m]
+        points = [(m["iter"], m["kl_to_softmax"]) for m in read_metrics(run.path) if "kl_to_softmax" in m]
         if points:
             middle.plot(*zip(*points, strict=True), marker=".", color=line.get_color(), label=run.name)
     left.axvline(1, color="0.6", linewidth=0.8, linestyle="--")

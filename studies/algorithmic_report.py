@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from analysis.geometry import principal
-from analysis.runs import write_whole
 from studies.algorithmic import FEW, HEADS, MODELS, MULTIPLE_STEP, RATE_STEP, Job, Rows, scored
 from studies.heads_report import markdown
 from studies.table import on_edge
 from training.config import UserError, cli, parse
+from training.files import write_whole
 
 SHOWN = [("cross_entropy", "control")] + [
     (h, "harmonic") for h in ("euclidean", "mahalanobis", "manhattan", "chebyshev", "cosine", "bray_curtis_abs")

@@ -41,7 +41,7 @@ from model import Model
 from studies.table import Table, beyond, commit, number
 from training import checkpoint
 from training.config import UserError, check, cli, parse, read_yaml
-from training.data import data_folder, load_data, validation_batches, validation_windows
+from training.data import NONE, data_folder, load_data, validation_batches, validation_windows
 from training.distributed import launcher
 from training.telemetry import energy, read_metrics
 
@@ -309,13 +309,13 @@ def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
 @torch.no_grad()
 def test_loss(model: Model, folder: Path) -> float:
     """Nats a token on TEST_WINDOWS windows of the data's test split; NaN where it has none."""
-    data, m = load_data(folder), model.config
+    data, m, device = load_data(folder), model.config, "cuda" if torch.cuda.is_available() else "cpu"
     if "test" not in data.splits:
         return math.nan
     windows = validation_windows(data.splits["test"].tokens, m.block_size, TEST_WINDOWS)
-    total, count = 0.0, 0
+    model, total, count = model.to(device), 0.0, 0
     for x, y in validation_batches(data, m.arch, m.block_size, windows, 16, "test"):
-        total, count = total + model(x, y, reduction="sum")[1].item(), count + (y != -1).sum().item()
+        total, count = total + model(x.to(device), y.to(device), reduction="sum")[1].item(), count + (y != NONE).sum().item()
     return total / count
 
 

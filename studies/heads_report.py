@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from analysis.runs import write_whole
 from studies.heads import LINKS, Rows, loss
 from studies.table import number
 from training.config import UserError, cli, parse
+from training.files import write_whole
 
 
 @dataclass

@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.runs import write_whole
 from studies import algorithmic, algorithmic_report, heads, heads_report, vision, vision_report
 from training.config import UserError, cli, parse
+from training.files import write_whole
 
 TABLES = {  # the name in the page's marks: (a study's rows, its file, the table of them)
     "stage 1": (heads.Rows, "heads", heads_report.stage_one),
@@ -52,7 +52,7 @@ def main():
     if not page.is_file():
         raise UserError(f"no page {page}")
     text = filled(page.read_text(), page.parent)
-    write_whole(page, lambda path: path.write_text(text))
+    write_whole(page, text)
     print(f"wrote {page}, {len(PLACE.findall(text))} tables")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analysis.runs import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown, with_half
@@ -22,6 +21,7 @@ from studies.picture import save
 from studies.table import on_edge
 from studies.vision import JOB, MULTIPLE_STEP, RATE_STEP, Classifier, Images, Rows, load, run_folder, swept
 from training.config import UserError, cli, parse
+from training.files import write_whole
 
 GRAD_CAM = [("cross_entropy", "control"), *((h, "harmonic") for h in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs"))]
 

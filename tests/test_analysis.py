@@ -79,7 +79,7 @@ def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
         )
     lines.append({"iter": iterations, "val_loss": 5.0, "perplexity": math.exp(5), "bits_per_byte": 3.0, "kl_to_softmax": 0.04})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "emissions.csv").write_text("duration,emissions,energy_consumed\n9,0.001,0.002\n9,0.002,0.003\n")
+    (folder / "emissions.csv").write_text("duration,emissions,energy_consumed\n30,0.001,0.002\n30,0.002,0.003\n")
     (folder / "environment.json").write_text(
         json.dumps({"python": "3.11", "device": "cpu", "git_commit": "0123456789abcdef", "git_dirty": True})
     )
@@ -361,8 +361,20 @@ def test_long_curves_are_thinned_and_keep_their_extremes():
     assert report.thin(points[:3]) == {"x": [0, 1, 2], "y": [0.0, 1.0, 2.0]}
 
 
-def test_minutes_add_up_over_resumed_starts():
-    assert report.minutes([{"elapsed_s": s} for s in (30.0, 60.0, 20.0, 120.0)] + [{"iter": 4}]) == 3.0
+def test_the_lead_says_only_what_the_windows_tell(home):
+    runs, summaries = find_runs([home / "out/ce", home / "out/cosine"]), [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}]
+    lead = lambda rows: report.lead(runs, summaries, rows and {"best": 1, "rows": rows})
+    assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead([[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]])
+    assert "do not tell it apart from ce" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])
+    assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]]).removeprefix("cosine has the lowest validation loss, 5.000")
+
+
+def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
+    run = shutil.copytree(home / "out/ce", tmp_path / "elsewhere")
+    (run / "environment.json").write_text(json.dumps({"device": "another"}))
+    d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
+    marked = {d["summary"]["columns"][i] for row in d["summary"]["rows"] for i, c in enumerate(row) if c["best"]}
+    assert any("different machines" in note for note in d["notes"]) and not marked & {"kWh", "tokens/s", "minutes"} and not d["radar"]
 
 
 # what a user may get wrong

@@ -161,7 +161,7 @@ def cli(main: typing.Callable):
         main()
     except UserError as error:
         script = Path(sys.argv[0])
-        module = script.parent.name in ("analysis", "benchmarks", "faults")  # rooms whose scripts run as modules
+        module = script.parent.name in ("analysis", "benchmarks", "faults", "studies", "training")  # rooms whose scripts run as modules
         name = f"python -m {script.parent.name}.{script.stem}" if module else script.name
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
             print(f"{name}: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -21,11 +22,15 @@ def fsync(path: Path):
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: str | bytes):
-    """The file has its old content or the new one, whatever happens in between. OSError when it cannot be written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object]):
+    """The file has its old content or the new one, whatever happens in between; a function writes it to the path that it is given. OSError
+    when it cannot be written."""
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if callable(content):
+            content(aside)
+        else:
+            aside.write_bytes(content if isinstance(content, bytes) else content.encode())
         fsync(aside)
         os.replace(aside, path)
     finally:

@@ -62,9 +62,10 @@ class Metrics:
     def __init__(self, out_dir: Path, iteration: int, tensorboard: bool = False, wandb: bool = False, config: dict | None = None):
         path = out_dir / "metrics.jsonl"
         if path.is_file():
-            records = (_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-            kept = [r for r in records if r and (r["iter"] < iteration or (r["iter"] == iteration and "val_loss" in r))]
-            write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            records = ((line, _record(line)) for line in lines)
+            kept = [line for line, r in records if r and (r["iter"] < iteration or (r["iter"] == iteration and "val_loss" in r))]
+            write_whole(path, "".join(f"{line}\n" for line in kept))
         self.file = open(path, "ab", buffering=0)
         self.backlog = b""  # lines that a full disk did not take yet
         self.board = self.wandb = None
@@ -125,31 +126,49 @@ class Metrics:
 
 
 def _record(line: str) -> dict | None:
-    """A line of metrics.jsonl; None for what is not one, such as the torn last line of a killed run."""
+    """A line of metrics.jsonl, all of it numbers; None for what is not one, such as the torn last line of a killed run."""
     try:
         record = json.loads(line)
-    except ValueError:
+        whole = isinstance(record, dict) and isinstance(record.get("iter"), int)
+        return {k: v if isinstance(v, int) else float(v) for k, v in record.items()} if whole else None  # "nan" and "inf" are texts
+    except (ValueError, TypeError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("iter"), int) else None
 
 
 def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a broken last line is skipped and said so. UserError when there are none or others are broken."""
+    """The lines of a run's metrics.jsonl, numbers all; a broken last line is skipped and said so. UserError when there are none or others
+    are broken."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl: is it a run's folder?")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
-        if _record(line) is None:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not a metrics record: {line[:60]!r}")
+        if (record := _record(line)) is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise UserError(f"{path}: line {number} is not a metrics record: {line[:60]!r}")
+        else:
             print(f"{path}: the last line is incomplete and skipped", file=sys.stderr)
-            continue
-        records.append(json.loads(line))
     if not records:
         raise UserError(f"{path} is empty")
     return records
+
+
+def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
+    """For each line of metrics.jsonl: seconds since the run's first step, evaluations included, and seconds in steps alone. `elapsed_s`
+    begins anew when a run is resumed; a step's seconds are its share of its log interval.
+
+    Args: tokens: of an iteration.
+    """
+    found, elapsed, before, steps = [], 0.0, 0.0, 0.0
+    for m in metrics:
+        if "elapsed_s" in m:
+            now = m["elapsed_s"]
+            elapsed, before = elapsed + (now - before if now >= before else now), now
+            steps += tokens / m["tokens_per_s"] if m.get("tokens_per_s") else 0.0
+        found.append((elapsed, steps))
+    return found
 
 
 def check_loggers(tensorboard: bool, wandb: bool) -> list[str]:
@@ -245,13 +264,15 @@ ENERGY = ("energy_consumed", "emissions", "cpu_energy", "gpu_energy", "ram_energ
 
 
 def energy(run: Path) -> dict[str, float] | None:
-    """The columns of ENERGY added up over all nodes and starts of a run, 0 for those that its files do not have; None where nothing was
-    measured. UserError for a damaged file."""
-    rows = []
+    """The columns of ENERGY added up over all nodes and starts of a run, 0 for those that its files do not have; the duration is that of
+    the node that ran longest. None where nothing was measured. UserError for a damaged file."""
+    nodes = []
     for path in sorted(run.glob("emissions*.csv")):
         try:
             with open(path, newline="", encoding="utf-8") as file:
-                rows += [{key: float(row[key]) for key in ENERGY if key in ENERGY[:2] or key in row} for row in csv.DictReader(file)]
+                rows = [{key: float(row[key]) for key in ENERGY if key in ENERGY[:2] or key in row} for row in csv.DictReader(file)]
         except (KeyError, ValueError, TypeError):
             raise UserError(f"{path} is not a CodeCarbon table") from None
-    return {key: sum(row.get(key, 0.0) for row in rows) for key in ENERGY} if rows else None
+        if rows:
+            nodes.append({key: sum(row.get(key, 0.0) for row in rows) for key in ENERGY})
+    return {key: (max if key == "duration" else sum)(node[key] for node in nodes) for key in ENERGY} if nodes else None
