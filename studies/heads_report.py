@@ -1,9 +1,8 @@
 """The study's tables and picture from results/heads.csv, as far as it has got.
 
-    python -m studies.heads_report              # prints Markdown, writes results/study.png
+    python -m studies.heads_report              # prints Markdown, writes results/study.png and study_curves.png
 
-Stage 1: the best setting of each head and link. HarMax's share is the difference to the softmax twin, the same geometry without it; it
-is given once both sweeps are whole, that is, once stage 2 has runs of both.
+Stage 1: the best setting of each head and link so far, and the difference to its softmax twin, the same geometry without HarMax.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
 Its energy is that of stage 5's tokens: what a head spends until it is where cross_entropy ends, of what cross_entropy spends.
 Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
@@ -19,10 +18,13 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from studies.heads import LINKS, Rows, loss
-from studies.table import number
+from studies.heads import EXPONENT_STEP, EXPONENTS, LINKS, RATE_STEP, RATES, Rows, loss
+from studies.table import number, on_edge
 from training.config import UserError, cli, parse
 from training.files import write_whole
+
+BASELINE = ("cross_entropy", "control")
+COLORS = dict(zip((*LINKS, "control"), ("#0072b2", "#e69f00", "#59616b"), strict=True))
 
 
 @dataclass
@@ -32,7 +34,7 @@ class ReportConfig:
     table: str = "results/heads.csv"
     """the study's rows"""
     out: str = "results/study.png"
-    """the picture"""
+    """the picture; the curves of stage 2 go beside it"""
 
 
 def name(row: dict) -> str:
@@ -58,10 +60,9 @@ def best_settings(rows: list[dict]) -> list[dict]:
     winners = {key: min(group, key=loss) for key, group in groups(rows, "1").items()}
     counts = {key: len(group) for key, group in groups(rows, "1").items()}
     found = []
-    long = groups(rows, "2")  # which begin when a sweep is whole
     for (head, link), row in winners.items():
-        both = link == "harmonic" and (head, link) in long and (head, "softmax") in long
-        difference = loss(row) - loss(winners[head, "softmax"]) if both else None
+        twin = winners.get((head, "softmax")) if link == "harmonic" else None
+        difference = loss(row) - loss(twin) if twin else None
         found.append({**row, "name": head, "settings": counts[head, link], "harmax": difference})
     return sorted(found, key=loss)
 
@@ -88,7 +89,7 @@ def long_runs(rows: list[dict]) -> list[dict]:
     for (head, link), group in groups(rows, "2").items():
         if len(group) > len(every[head, link]):
             raise UserError(f"stage 2 has several runs of {head}, {link}, with one seed: keep those of one length and setting in the table")
-    baseline = every.get(("cross_entropy", "control"), {})
+    baseline = every.get(BASELINE, {})
     length = np.mean([int(r["iters"]) for r in baseline.values()]) if baseline else math.nan
     costs = {key: (float(r["tokens_per_s"]), float(r["joules_per_token"])) for key, (r, *_) in groups(rows, "5").items()}
     found = []
@@ -102,10 +103,10 @@ def long_runs(rows: list[dict]) -> list[dict]:
             row[key] = interval(shared) if shared else None
         times = [reached(r, loss(baseline[s])) for s, r in runs.items() if s in baseline]
         row["reached"] = float(np.mean(times)) if times else math.inf
-        for key in ("grad_norm_cv", "pca_components_90"):
+        for key in ("grad_norm_cv", "grad_clipped", "prototype_radius", "pca_components_90"):
             values = [float(r[key]) for r in runs.values() if r[key]]
             row[key] = float(np.mean(values)) if values else None
-        cost, base = costs.get((head, link)), costs.get(("cross_entropy", "control"))
+        cost, base = costs.get((head, link)), costs.get(BASELINE)
         row["tokens_per_s"], row["joules"] = (None, None) if cost is None else cost
         row["energy"] = cost[1] / base[1] * row["reached"] / length if cost and base and math.isfinite(row["reached"]) else None
         found.append(row)
@@ -132,7 +133,20 @@ def stage_one(rows: list[dict]) -> str:
         strength = {"harmonic": r["exponent"], "softmax": r["scale"]}.get(r["link"], "")
         setting = [f"{float(strength):.4g}" if strength else "", r["init_std"], r["learning_rate"]]
         cells.append([r["name"], r["link"], *setting, f"{loss(r):.4f}", shown(r["harmax"], "+.4f"), str(r["settings"])])
-    return markdown(columns, cells)
+    return f"{markdown(columns, cells)}\n\n{edges(rows)}"
+
+
+def edges(rows: list[dict]) -> str:
+    """How many of the sweeps, variants' aside, end with a winner on the edge of the learning rates and exponents (or scales) tried."""
+    found = []
+    for (_, link), group in groups(rows, "1").items():
+        if len(group) >= len(RATES) * len(EXPONENTS):
+            second, costs = "init_std" if link == "control" else "exponent", {}
+            for r in group:
+                place = float(r[second]), float(r["learning_rate"])
+                costs[place] = min(loss(r), costs.get(place, math.inf))
+            found.append(costs)
+    return on_edge(found, (EXPONENT_STEP, RATE_STEP))
 
 
 def stage_two(rows: list[dict]) -> str:
@@ -157,10 +171,11 @@ def stage_two(rows: list[dict]) -> str:
             with_half(r["harmax"]),
         ]
         losses.append("" if math.isinf(r["reached"]) else f"iteration {r['reached']:.0f}")
-        more = [shown(r["grad_norm_cv"], ".3f"), shown(r["pca_components_90"], ".0f")]
+        more = [shown(r["grad_norm_cv"], ".3f"), shown(r["grad_clipped"], ".0%"), shown(r["prototype_radius"], ".2f")]
+        more += [shown(r["pca_components_90"], ".0f")]
         more += [shown(r["tokens_per_s"], ",.0f"), shown(r["joules"] and 1000 * r["joules"], ".2f"), shown(r["energy"], ".2f")]
         cells.append([r["name"], r["link"], str(r["seeds"]), *losses, *more])
-    return markdown([*columns, "gradient CV", "PCs for 90 %", "tokens/s", "mJ/token", "energy to that loss"], cells)
+    return markdown([*columns, "gradient CV", "clipped", "radius", "PCs for 90 %", "tokens/s", "mJ/token", "energy to that loss"], cells)
 
 
 def stage_three(rows: list[dict]) -> str:
@@ -170,7 +185,7 @@ def stage_three(rows: list[dict]) -> str:
     for place in dict.fromkeys((r["arch"], r["dataset"]) for r in third):
         mine = {(name(r), r["link"]): final(r) for r in third if (r["arch"], r["dataset"]) == place}
         for (head, link), value in sorted(mine.items(), key=lambda x: x[1]):
-            above = value - mine.get(("cross_entropy", "control"), math.nan)
+            above = value - mine.get(BASELINE, math.nan)
             twin = mine.get((head, "softmax")) if link == "harmonic" else None
             bits = next(r["bits_per_byte"] or "nan" for r in third if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link))
             cells.append([*place, head, link, f"{value:.4f}", f"{float(bits):.4f}", f"{above:+.3f}", shown(twin and value - twin, "+.3f")])
@@ -191,32 +206,31 @@ def draw(rows: list[dict], path: Path):
     """Left, stage 1: a dot for every setting, the best ringed. Right, stage 2: means over seeds and their intervals."""
     from matplotlib.figure import Figure
 
-    colors = dict(zip((*LINKS, "control"), ("#0072b2", "#e69f00", "#59616b"), strict=True))
     best, long = best_settings(rows), long_runs(rows)
     heads = list(dict.fromkeys(r["name"] for r in best))
-    y = {(h, link): i + (0 if link == "control" else (j - 0.5) * 0.36) for i, h in enumerate(heads) for j, link in enumerate(colors)}
+    y = {(h, link): i + (0 if link == "control" else (j - 0.5) * 0.36) for i, h in enumerate(heads) for j, link in enumerate(COLORS)}
     figure = Figure(figsize=(12 if long else 8, 0.9 + 0.36 * len(heads)), layout="constrained")
     panels = figure.subplots(1, 2 if long else 1, sharey=True, squeeze=False)[0]
     low = loss(best[0])
     for (head, link), place in y.items():
         group = [loss(r) for r in rows if r["stage"] == "1" and name(r) == head and r["link"] == link]
         if group:
-            dots = dict(color=colors[link], markersize=3.5, alpha=0.5, markeredgewidth=0)
+            dots = dict(color=COLORS[link], markersize=3.5, alpha=0.5, markeredgewidth=0)
             panels[0].plot([min(v, low + 2) for v in group], [place] * len(group), "o", **dots)
-            panels[0].plot(min(group), place, "o", color="none", markeredgecolor=colors[link], markersize=8)
+            panels[0].plot(min(group), place, "o", color="none", markeredgecolor=COLORS[link], markersize=8)
     panels[0].set_xlim(low - 0.05, low + 2.05)
     panels[0].set_xlabel("stage 1: validation loss, nats a token\n(what is above the edge lies on it; ringed: the best setting)")
     for r in long:
         half = 0 if math.isnan(r["half"]) else r["half"]
         panels[1].errorbar(
-            r["loss"], y[r["name"], r["link"]], xerr=half, fmt="o", color=colors[r["link"]], markersize=5, capsize=2, linewidth=1
+            r["loss"], y[r["name"], r["link"]], xerr=half, fmt="o", color=COLORS[r["link"]], markersize=5, capsize=2, linewidth=1
         )
         if r["link"] == "control" and r["name"] == "cross_entropy":
-            panels[1].axvline(r["loss"], color=colors["control"], linewidth=0.8, linestyle=":")
+            panels[1].axvline(r["loss"], color=COLORS["control"], linewidth=0.8, linestyle=":")
     if long:
         panels[1].set_xlim(long[0]["loss"] - 0.1, min(long[0]["loss"] + 2.1, max(r["loss"] for r in long) + 0.1))
         panels[1].set_xlabel("stage 2: test loss, nats a token\n(means over seeds, 95 % intervals; dotted: cross_entropy)")
-    for link, color in colors.items():
+    for link, color in COLORS.items():
         panels[0].plot([], [], "o", color=color, label=link)
     panels[0].set_yticks(range(len(heads)), heads)
     panels[0].invert_yaxis()
@@ -227,6 +241,33 @@ def draw(rows: list[dict], path: Path):
     figure.savefig(path, dpi=150)
 
 
+def draw_curves(rows: list[dict], path: Path):
+    """Stage 2: a panel for each head, validation loss less cross_entropy's at the same iteration, means over seeds."""
+    from matplotlib.figure import Figure
+
+    curves = {key: np.mean([[float(v) for v in r["val_losses"].split()] for r in group], 0) for key, group in groups(rows, "2").items()}
+    baseline = curves[BASELINE]
+    heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
+    width = min(4, len(heads))
+    figure = Figure(figsize=(3 * width, 2.3 * math.ceil(len(heads) / width)), layout="constrained")
+    x = np.linspace(0, int(groups(rows, "2")[BASELINE][0]["iters"]), len(baseline))
+    above = [(curve - baseline)[1:] for curve in curves.values()]
+    low, high = min(map(np.min, above)) - 0.05, min(1.5, max(map(np.max, above)) + 0.05)
+    for i, head in enumerate(heads):
+        axes = figure.add_subplot(math.ceil(len(heads) / width), width, i + 1)
+        axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
+        for link, color in COLORS.items():
+            if (head, link) in curves:
+                axes.plot(x[1:], (curves[head, link] - baseline)[1:], marker=".", color=color, label=link)
+        axes.set_ylim(low, high)
+        axes.set_title(head, loc="left", fontsize=9)
+        axes.legend(frameon=False, fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("nats above cross_entropy", fontsize=9)
+    figure.supxlabel("iteration", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig)
     if not Path(c.table).is_file():
@@ -235,8 +276,12 @@ def main():
     for stage, table in (("1", stage_one), ("2", stage_two), ("3", stage_three), ("4", stage_four)):
         count = sum(r["stage"] == stage for r in rows)
         print(f"Stage {stage}: {count} runs\n\n{table(rows)}\n" if count else f"Stage {stage}: no runs yet\n")
-    write_whole(Path(c.out), lambda path: draw(rows, path))
-    print(f"wrote {c.out}")
+    pictures = {Path(c.out): draw, Path(c.out).with_stem(f"{Path(c.out).stem}_curves"): draw_curves}
+    if BASELINE not in groups(rows, "2"):
+        pictures.popitem()
+    for place, picture in pictures.items():
+        write_whole(place, lambda path, picture=picture: picture(rows, path))
+    print(f"wrote {' and '.join(map(str, pictures))}")
 
 
 if __name__ == "__main__":
