@@ -12,7 +12,7 @@ import scipy.spatial.distance
 import scipy.stats
 import torch
 from matplotlib.figure import Figure
-from test_analysis import call, home  # noqa: F401  (a fixture)
+from test_analysis import call, home, make_run  # noqa: F401  (a fixture)
 
 from analysis import calibration, compare, emissions, geometry, gradients, perplexity, report, theory
 from analysis.relations import RELATIONS, pairs
@@ -397,20 +397,38 @@ const waiting = setInterval(() => {
   const box = document.getElementById("summary").parentElement;
   if (innerWidth < 700) box.querySelector("td").textContent = "0.302 (0.289 to 0.314), p < 0.001; ".repeat(2);  // long words wrap in a card
   found.push(box.scrollWidth <= box.clientWidth);
+  const set = (id, value, event) => { document.getElementById(id).value = value; document.getElementById(id).dispatchEvent(new Event(event)); };
+  const noisy = document.querySelectorAll("svg.chart")[2], rough = noisy.querySelector(".curve").getAttribute("d");
+  set("smoothing", 10, "input"); found.push(noisy.querySelector(".curve").getAttribute("d") !== rough);
+  set("across", "tokens", "change"); found.push(chart.getAttribute("aria-label").includes("over tokens"));
+  const at = chart.getBoundingClientRect(), tip = chart.parentElement.querySelector(".tip");
+  chart.dispatchEvent(new PointerEvent("pointermove", { clientX: at.left + at.width / 2, clientY: at.top + 50 }));
+  found.push(!tip.hidden && tip.textContent.includes("cosine"));
+  const light = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0) > 384;
+  found.push(light);
   if (!document.title.startsWith("ERROR")) document.title = JSON.stringify(found);
 }, 50);
 </script></body>"""
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium (apt-get install chromium)")
-@pytest.mark.parametrize("width", [1400, 400])
-def test_the_page_in_chromium(home, tmp_path, monkeypatch, width):  # noqa: F811
+@pytest.mark.parametrize(("width", "light"), [(1400, True), (400, True), (1400, False)])
+def test_the_page_in_chromium(home, tmp_path, monkeypatch, width, light):  # noqa: F811
     page = tmp_path / "r.html"
-    call(report.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={page}", "--max_new_tokens=5", "--device=cpu")
+    runs = [make_run(tmp_path / head, home / "data/small", 40, head=head) for head in ("cross_entropy", "cosine")]
+    call(report.main, monkeypatch, *runs, f"--out={page}", "--max_new_tokens=5", "--device=cpu")
     page.write_text(page.read_text().replace("</body>", CLICKS))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},2000"]
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--window-size={width},2000",
+        f"--blink-settings=preferredColorScheme={int(light)}",
+    ]
     command += ["--virtual-time-budget=30000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     title = done.stdout.split("<title>")[1].split("</title>")[0]
-    assert json.loads(title) == [2, 1, "false", 2, True, 2, 3, True, True]
+    assert json.loads(title) == [2, 1, "false", 2, True, 2, 3, True, True, True, True, True, light]
