@@ -397,7 +397,10 @@ const waiting = setInterval(() => {
   const box = document.getElementById("summary").parentElement;
   if (innerWidth < 700) box.querySelector("td").textContent = "0.302 (0.289 to 0.314), p < 0.001; ".repeat(2);  // long words wrap in a card
   found.push(box.scrollWidth <= box.clientWidth);
-  const set = (id, value, event) => { document.getElementById(id).value = value; document.getElementById(id).dispatchEvent(new Event(event)); };
+  const set = (id, value, event) => {
+    const control = document.getElementById(id);
+    control.value = value; control.dispatchEvent(new Event(event));
+  };
   const noisy = document.querySelectorAll("svg.chart")[2], rough = noisy.querySelector(".curve").getAttribute("d");
   set("smoothing", 10, "input"); found.push(noisy.querySelector(".curve").getAttribute("d") !== rough);
   set("across", "tokens", "change"); found.push(chart.getAttribute("aria-label").includes("over tokens"));
