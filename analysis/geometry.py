@@ -250,9 +250,8 @@ def main():
         words, names = d.load_tokenizer(), list(RELATIONS)
         every, kept = (sum(len(f(name)) for name in names) for f in (pairs, lambda name, words=words: token_pairs(words, name)))
         whole = [len(words.encode(f" {w}")) == 1 for name in names for pair in pairs(name) for w in pair]
-        print(
-            f"{d.tokenizer}: {kept} of {every} pairs of words have tokens of their own; {sum(whole) / len(whole):.0%} of the words are one"
-        )
+        share = sum(whole) / len(whole)
+        print(f"{d.tokenizer}: {kept} of {every} pairs of words have tokens of their own, {share:.0%} of the words are one token")
     alike = {(d.tokenizer, d.splits[c.split].tokens, run.model_config.block_size) for run, d in zip(runs, data, strict=True)}
     if len(alike) > 1:
         print("note: no CKA: the runs' data, tokenizers or block_size differ", file=sys.stderr)
