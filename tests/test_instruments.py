@@ -431,7 +431,10 @@ def test_the_page_in_chromium(home, tmp_path, monkeypatch, width, light):  # noq
         f"--blink-settings=preferredColorScheme={int(light)}",
     ]
     command += ["--virtual-time-budget=30000", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    for _ in range(3):  # on a busy machine Chromium may dump the page before its first frame, when CLICKS still waits for curves
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        title = done.stdout.split("<title>")[1].split("</title>")[0]
+        if title.startswith(("[", "ERROR")):
+            break
     assert json.loads(title) == [2, 1, "false", 2, True, 2, 3, True, True, True, True, True, light]
