@@ -13,7 +13,7 @@ help:
 	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
 	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
 	@echo "make multinode  two machines as network namespaces, and the cable pulled (3 minutes; needs root)"
-	@echo "make study      the study of heads (some six hours on 2 cores; may be stopped, and goes on)"
+	@echo "make study      the study of heads (some eight hours on 2 cores; may be stopped, and goes on)"
 	@echo "make study-algorithmic, study-vision, study-toy   the papers' other experiments (over half an hour, half an hour, six minutes)"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 

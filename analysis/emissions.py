@@ -143,7 +143,7 @@ def main():
     if warning:
         print(f"note: {warning}", file=sys.stderr)
         key = "bits_per_byte" if all(any("bits_per_byte" in m for m in ms) for ms in metrics) else None
-    target = c.target if c.target is not None or key is None else target_of(runs, metrics, key)
+    target = None if key is None else c.target if c.target is not None else target_of(runs, metrics, key)
     rows = [measure(run, ms, key, target) for run, ms in zip(runs, metrics, strict=True)]
     print(shown(rows, FORMATS, left_out=("target",)))
     print(f"target: {target:.4f} {UNITS[key]}" if key else "no target: the losses may not be compared")

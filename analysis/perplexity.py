@@ -50,7 +50,7 @@ class PerplexityConfig(AnalysisConfig):
     corpus: str | None = None
     """a folder under data/, or a path: other text to score, in bits per byte"""
     corpus_bytes: int = 1_000_000
-    """how much of it, and of the run's own split beside it: every so manieth document"""
+    """how much of it, and of the run's own split beside it: documents spread evenly"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     batch_size: int = 16
@@ -60,7 +60,7 @@ class PerplexityConfig(AnalysisConfig):
 
     def problems(self) -> list[str]:
         found = [f"stride={self.stride} must not be negative"] if self.stride < 0 else []
-        found += [f"batch_size={self.batch_size} must be at least 1"] if self.batch_size < 1 else []
+        found += [f"{k}={getattr(self, k)} must be at least 1" for k in ("batch_size", "corpus_bytes") if getattr(self, k) < 1]
         return found + super().problems()
 
 
@@ -221,22 +221,9 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
     return row
 
 
-FORMATS = {
-    "tokens": ",",
-    "nats_per_token": ".4f",
-    "perplexity": ",.2f",
-    "bits_per_byte": ".4f",
-    "own_documents": ".4f",
-    "other_documents": ".4f",
-}
-FORMATS |= {"byte_perplexity": ".4f", "word_perplexity": ",.2f", "calibration_error": ".3f"}
-NAMES = {
-    "nats_per_token": "nats/token",
-    "bits_per_byte": "bits/byte",
-    "own_documents": "own documents",
-    "other_documents": "other documents",
-    "calibration_error": "ECE",
-}
+FORMATS = dict.fromkeys(("nats_per_token", "bits_per_byte", "own_documents", "other_documents", "byte_perplexity"), ".4f")
+FORMATS |= {"tokens": ",", "perplexity": ",.2f", "word_perplexity": ",.2f", "calibration_error": ".3f"}
+NAMES = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "calibration_error": "ECE"}
 
 
 def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path) -> list[float]:

@@ -93,6 +93,7 @@ def predictions(model: Model, data: Data, split: str, tokens: int):
 
 
 def texts_differ(data: list[Data], split: str = "val") -> bool:
+    """Whether a split is of other text for some: texts of one length in bytes are taken to be the same."""
     return len({d.splits[split].bytes for d in data}) > 1
 
 

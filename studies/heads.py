@@ -352,8 +352,8 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> di
         "tokens_per_s": f"{speed:.5g}",
     }
     if used:  # each run is charged for the whole machine
-        kwh, watts = (used["energy_consumed"] / side_by_side(c, s) * x for x in (1, 3.6e6 / used["duration"]))
-        row |= {"kwh": f"{kwh:.5g}", "joules_per_token": f"{watts / speed:.5g}"}
+        kwh = used["energy_consumed"] / side_by_side(c, s)
+        row |= {"kwh": f"{kwh:.5g}", "joules_per_token": f"{3.6e6 * kwh / used['duration'] / speed:.5g}"}
     return row
 
 

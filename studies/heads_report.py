@@ -242,23 +242,25 @@ def draw(rows: list[dict], path: Path):
 
 
 def draw_curves(rows: list[dict], path: Path):
-    """Stage 2: a panel for each head, validation loss less cross_entropy's at the same iteration, means over seeds."""
+    """Stage 2: a panel for each head, validation loss less cross_entropy's with the same seed at the same iteration, means over seeds."""
     from matplotlib.figure import Figure
 
-    curves = {key: np.mean([[float(v) for v in r["val_losses"].split()] for r in group], 0) for key, group in groups(rows, "2").items()}
-    baseline = curves[BASELINE]
+    values = lambda r: np.array([float(v) for v in r["val_losses"].split()][1:])  # from the first evaluation after the start
+    long = {key: [r for r in group if r["val_losses"]] for key, group in groups(rows, "2").items()}  # without runs that were stopped
+    baseline = {r["seed"]: values(r) for r in long[BASELINE]}
+    pairs = {key: [values(r) - baseline[r["seed"]] for r in group if r["seed"] in baseline] for key, group in long.items()}
+    above = {key: np.mean(found, 0) for key, found in pairs.items() if found}
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
     width = min(4, len(heads))
     figure = Figure(figsize=(3 * width, 2.3 * math.ceil(len(heads) / width)), layout="constrained")
-    x = np.linspace(0, int(groups(rows, "2")[BASELINE][0]["iters"]), len(baseline))
-    above = [(curve - baseline)[1:] for curve in curves.values()]
-    low, high = min(map(np.min, above)) - 0.05, min(1.5, max(map(np.max, above)) + 0.05)
+    x = np.linspace(0, int(long[BASELINE][0]["iters"]), 1 + len(above[BASELINE]))[1:]
+    low, high = min(map(np.min, above.values())) - 0.05, min(1.5, max(map(np.max, above.values())) + 0.05)
     for i, head in enumerate(heads):
         axes = figure.add_subplot(math.ceil(len(heads) / width), width, i + 1)
         axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
         for link, color in COLORS.items():
-            if (head, link) in curves:
-                axes.plot(x[1:], (curves[head, link] - baseline)[1:], marker=".", color=color, label=link)
+            if (head, link) in above:
+                axes.plot(x, above[head, link], marker=".", color=color, label=link)
         axes.set_ylim(low, high)
         axes.set_title(head, loc="left", fontsize=9)
         axes.legend(frameon=False, fontsize=7)

@@ -22,8 +22,8 @@ MEASURED = ("tokens_per_s", "elapsed_s", "mfu")  # of the clock, not of the trai
 
 
 def history(run: Path) -> list[dict]:
-    """A run's metrics without what the clock says."""
-    return [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(run)]
+    """A run's metrics without what the clock says. NaN, which equals nothing, is a text."""
+    return [{k: "nan" if v != v else v for k, v in r.items() if k not in MEASURED} for r in read_metrics(run)]
 
 
 def verify_resume(argv: list[str], decay: int, source: str | None = None):
