@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ROOT, script
+from conftest import ROOT, script_here
 
 from studies import heads, heads_report, page
 from training import checkpoint
@@ -156,7 +156,7 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
     ],
 )
 def test_bad_flags(flag, words):
-    done = script("-m", "studies.heads", flag)
+    done = script_here("-m", "studies.heads", flag)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
@@ -213,6 +213,6 @@ def test_a_table_of_another_version_is_refused(tmp_path):
 
 
 def test_the_report_of_the_committed_table(tmp_path):
-    done = script("-m", "studies.heads_report", f"--out={tmp_path / 'study.png'}")
+    done = script_here("-m", "studies.heads_report", f"--out={tmp_path / 'study.png'}")
     assert done.returncode == 0 and "Stage 1" in done.stdout and done.stderr == ""
     assert all((tmp_path / f"study{part}.png").stat().st_size > 10_000 for part in ("", "_curves"))
