@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harmonic import CONTROLS, HEADS, HarmonicHead
+from harmonic import CONTROLS, EXPONENTS, HEADS, HarmonicHead
 
 
 @dataclass
@@ -69,8 +69,8 @@ class ModelConfig:
     """distance of the head, or a control"""
     link: Literal["harmonic", "softmax"] = "harmonic"
     """logits from distances: harmonic (-n log d) or softmax (-s d), its control"""
-    exponent: float | Literal["sqrt_dim", "dim"] | None = None
-    """n, the power of the distance; null = the distance's default"""
+    exponent: float | Literal[*EXPONENTS] | None = None
+    """n, the power of the distance; dim is n_embd; null = the distance's default"""
     scale: float | None = None
     """s of the softmax link; null = matched to the exponent at initialisation"""
     learn_exponent: bool = False

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harmonic import HEADS, HarmonicHead, harmonic_loss
+from harmonic import CONTROLS, HEADS, HarmonicHead, harmonic_loss
 from training.config import UserError, check, cli, nearest, parse
 
 MIB = 2**20
@@ -71,11 +71,11 @@ def _cdist(p):
 PEERS: dict[tuple[str, str], Callable] = {
     ("cross_entropy", "F.linear_cross_entropy"): F.linear_cross_entropy,
     ("euclidean", "torch.cdist"): _cdist(2.0),
-    ("euclidean", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "euclidean", impl="dense"),
+    ("euclidean", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "euclidean", exponent="dim", impl="dense"),
     ("cosine", "normalised F.linear"): lambda h, w, y: F.cross_entropy(
         -(h.shape[1] ** 0.5) * (1 - F.linear(F.normalize(h), F.normalize(w))).log(), y
     ),
-    ("cosine", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "cosine", impl="dense"),
+    ("cosine", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "cosine", exponent="sqrt_dim", impl="dense"),
     ("manhattan", "torch.cdist"): _cdist(1.0),
     ("manhattan", "torch.compile of the broadcast"): torch.compile(_broadcast),
     ("minkowski", "torch.cdist"): _cdist(1.5),
@@ -112,6 +112,11 @@ def peak_memory(function) -> float:
     return resident("VmHWM") - before
 
 
+def exponent(name: str) -> dict:
+    """The n of all measurements here, as an argument: how many pairs are negligible depends on it."""
+    return {} if name in CONTROLS else {"exponent": "sqrt_dim" if name == "cosine" else "dim"}
+
+
 class Case:
     """Inputs of one size, and what is measured at them."""
 
@@ -125,7 +130,7 @@ class Case:
 
     def function(self, name, peer=None, n=None):
         """-> a function of `backward` that computes the loss of the first n states."""
-        head = HarmonicHead(self.size[2], 1, name)
+        head = HarmonicHead(self.size[2], 1, name, **exponent(name))
         head.weight, head.real_vocab_size = self.head.weight, self.size[1]
         h, y = self.h[:n], self.y[:n]
 
@@ -170,7 +175,8 @@ class Case:
             if peer and dtype == torch.float32:
                 losses = torch.stack([PEERS[name, peer](a[i : i + 1], b, y[i : i + 1]) for i in range(len(a))])
             else:
-                losses = harmonic_loss(a, b, y, name, reduction="none", impl="auto" if dtype == torch.float32 else "chunked")
+                impl = "auto" if dtype == torch.float32 else "chunked"
+                losses = harmonic_loss(a, b, y, name, reduction="none", impl=impl, **exponent(name))
             losses.sum().backward()
             return losses.detach().double(), a.grad.double(), b.grad.double()
 

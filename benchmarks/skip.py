@@ -102,7 +102,7 @@ def main():
     check([f"{r.path}: {r.model_config.head} leaves no pairs out, only elementwise distances do" for r in matmul])
     skips, rows = [float(s) for s in c.skips.split(",")], []
     g = torch.Generator().manual_seed(0)
-    head = HarmonicHead(192, 4096, "manhattan")
+    head = HarmonicHead(192, 4096, "manhattan", exponent="dim")
     h, y = F.layer_norm(torch.randn(c.N, 192, generator=g), (192,)), torch.randint(4096, (c.N,), generator=g)
     rows += measure("random", head, h, y, skips, c.rounds)
     for run in runs:

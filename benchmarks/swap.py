@@ -3,7 +3,7 @@
     python -m benchmarks.swap out/demo/cross_entropy
 
 Each head is matched to the model's softmax on training text (`harmonic.match`) and scored on the whole validation split, with the exponent
-that is found and with the distance's default. Writes results/head_swap.csv and prints README's table.
+that is found and with one that goes with the width. Writes results/head_swap.csv and prints README's table.
 """
 
 import csv
@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from analysis.perplexity import likelihood
 from analysis.runs import find_runs
-from harmonic import DISTANCES, HEADS
+from benchmarks.head import exponent
+from harmonic import HEADS
 from training import pretrained
 from training.config import UserError, cli, parse
 
 SETTINGS = [(name, {}) for name in HEADS if name != "cross_entropy"]
 SETTINGS += [("minkowski", {"head_p": 2.0})]
-SETTINGS += [(name, {"exponent": DISTANCES[name].exponent}) for name in ("euclidean", "cosine", "mahalanobis", "manhattan", "canberra")]
+SETTINGS += [(name, exponent(name)) for name in ("euclidean", "cosine", "mahalanobis", "manhattan", "canberra")]
 SETTINGS += [(name, {"link": "softmax"}) for name in ("euclidean", "cosine", "manhattan")]
 COLUMNS = ["head", "settings", "strength", "kl", "perplexity", "source_perplexity", "seconds"]
 

@@ -4,13 +4,14 @@ Imports nothing else of this repository and works with any PyTorch model. See `H
 a model of transformers.
 """
 
-from harmonic.distances import CONTROLS, DISTANCES, HEADS, Distance, contributions, distance, paired_distance
+from harmonic.distances import CONTROLS, DISTANCES, EXPONENTS, HEADS, Distance, contributions, distance, paired_distance
 from harmonic.loss import HarmonicHead, default_scale, harmonic_logits, harmonic_loss, softmax_linearization_kl
 from harmonic.swap import load_swapped, match, swap_head
 
 __all__ = [
     "CONTROLS",
     "DISTANCES",
+    "EXPONENTS",
     "HEADS",
     "Distance",
     "HarmonicHead",

@@ -19,6 +19,15 @@ import torch
 
 from harmonic.kernels import dense
 
+# Exponents that go with the width C.
+EXPONENTS = {
+    "dim/4": lambda dim: dim / 4,
+    "sqrt_dim": math.sqrt,
+    "dim": float,
+    "2dim": lambda dim: 2.0 * dim,
+    "4dim": lambda dim: 4.0 * dim,
+}
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -39,7 +48,7 @@ class Distance:
     parameters: (C) -> {name: initial tensor}, trained; they go to the map.
     translation_invariant: d(h + t, w + t) = d(h, w).
     straight_through: the gradient is a surrogate's, not the derivative of d.
-    exponent: the default n of the harmonic link: a number, "sqrt_dim" or "dim".
+    exponent: the default n of the harmonic link: a number, or a key of `EXPONENTS`.
     source: paper and equation or section.
     """
 
@@ -144,14 +153,14 @@ def _abs_sum(x):
     return x.abs().sum(-1)
 
 
-_mahalanobis = dict(kernel="l2", root=_half, translation_invariant=True, source="A, Mahalanobis")
+_mahalanobis = dict(kernel="l2", root=_half, translation_invariant=True, exponent="4dim", source="A, Mahalanobis")
 
 DISTANCES = {
-    "euclidean": Distance("sqrt(sum (h-w)^2)", "l2", root=_half, translation_invariant=True, source="B, eq. 1"),
+    "euclidean": Distance("sqrt(sum (h-w)^2)", "l2", root=_half, translation_invariant=True, exponent="4dim", source="B, eq. 1"),
     "euclidean_squared": Distance(  # -s d is softmax(2 s h.w - s |w|^2): cross-entropy with a temperature and a norm penalty
-        "sum (h-w)^2", "l2", degree=2, translation_invariant=True, source="published code of A and B"
+        "sum (h-w)^2", "l2", degree=2, translation_invariant=True, exponent="2dim", source="published code of A and B"
     ),
-    "manhattan": Distance("sum |h-w|", "lp", translation_invariant=True, source="A, Manhattan"),
+    "manhattan": Distance("sum |h-w|", "lp", translation_invariant=True, exponent="dim/4", source="A, Manhattan"),
     "minkowski": Distance(
         "(sum |h-w|^p)^(1/p)",
         "lp",
@@ -159,9 +168,10 @@ DISTANCES = {
         options={"p": 1.5},
         kernel_options=("p",),
         translation_invariant=True,
+        exponent="4dim",
         source="A, Minkowski",
     ),
-    "chebyshev": Distance("max |h-w|", "linf", translation_invariant=True, source="A, Chebyshev"),
+    "chebyshev": Distance("max |h-w|", "linf", translation_invariant=True, exponent="4dim", source="A, Chebyshev"),
     "chebyshev_smooth": Distance(  # d(x, x) = log(C)/a, not 0
         "log sum exp(a |h-w|) / a",
         "lse",
@@ -180,7 +190,9 @@ DISTANCES = {
         exponent="sqrt_dim",
         source="A, cosine",
     ),
-    "hamming_soft": Distance("sum |s(h)-s(w)|, s = sigmoid(x/t)", "lp", map=_soft, degree=None, options={"t": 1.0}, source="A, Hamming"),
+    "hamming_soft": Distance(
+        "sum |s(h)-s(w)|, s = sigmoid(x/t)", "lp", map=_soft, degree=None, options={"t": 1.0}, exponent="dim/4", source="A, Hamming"
+    ),
     "hamming_gumbel": Distance(
         "sum |s(h)-s(w)|, logistic noise in s while training",
         "lp",
@@ -199,7 +211,7 @@ DISTANCES = {
         straight_through=True,
         source="A, Hamming",
     ),
-    "canberra": Distance("sum |h-w| / (|h|+|w|)", "canberra", degree=0, source="A, Canberra"),
+    "canberra": Distance("sum |h-w| / (|h|+|w|)", "canberra", degree=0, exponent="4dim", source="A, Canberra"),
     "canberra_robust": Distance("sum |h-w| / max(|h|+|w|, 0.001)", "canberra", degree=None, fixed={"floor": 1e-3}, source="A, Canberra"),
     "canberra_weighted": Distance(
         "sum |h-w| (|h|+|w|)^(q-1) / sum (|h|+|w|)^q",
@@ -211,7 +223,7 @@ DISTANCES = {
         source="A, Canberra",
     ),
     "bray_curtis": Distance(  # homogeneous wherever the floor of the denominator is not reached
-        "sum |h-w| / max(|sum h + sum w|, 0.001)", "lp", terms=_sum, floor=1e-3, degree=0, source="A, Bray-Curtis"
+        "sum |h-w| / max(|sum h + sum w|, 0.001)", "lp", terms=_sum, floor=1e-3, degree=0, exponent=4, source="A, Bray-Curtis"
     ),
     "bray_curtis_abs": Distance("sum |h-w| / (sum |h| + sum |w|)", "lp", terms=_abs_sum, degree=0, source="A, Bray-Curtis"),
     "bray_curtis_normalized": Distance(  # loses signs: d(x, -x) = 0

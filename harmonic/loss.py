@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from harmonic.distances import (
     CONTROLS,
+    EXPONENTS,
     HEADS,
     Distance,
     check_vectors,
@@ -53,11 +54,11 @@ SKIP = 1e-6
 
 
 def resolve_exponent(name: str, dim: int, exponent: float | str | None = None) -> float:
-    """The exponent as a number: "sqrt_dim", "dim", a positive number, or None for the distance's default. ValueError otherwise."""
+    """The exponent as a number, from a positive number, a key of `EXPONENTS`, or None for the distance's default. ValueError otherwise."""
     exponent = HEADS[name].exponent if exponent is None else exponent
-    n = {"sqrt_dim": math.sqrt(dim), "dim": float(dim)}.get(exponent, exponent)
+    n = EXPONENTS[exponent](dim) if exponent in EXPONENTS else exponent
     if not isinstance(n, int | float) or not 0 < n < math.inf:
-        raise ValueError(f"exponent must be a positive number, 'sqrt_dim' or 'dim', got {exponent!r}")
+        raise ValueError(f"exponent must be a positive number or one of {', '.join(EXPONENTS)}, got {exponent!r}")
     return float(n)
 
 
@@ -112,7 +113,7 @@ def harmonic_logits(
 
     Args:
         name: a key of `DISTANCES`, or a control ("cross_entropy", "cosine_linear"), which ignores exponent, link and scale.
-        exponent: n, the power of the distance (not of its square): a number, a 0-dim tensor, "sqrt_dim", "dim", None = the default.
+        exponent: n, the power of the distance (not of its square): a number, a 0-dim tensor, a key of `EXPONENTS`, None = the default.
         link: "harmonic" (-n log d) or "softmax" (-s d).
         scale: s; None = matched to the exponent by `default_scale`.
         bias: (V,), for "cross_entropy" only.

@@ -14,7 +14,8 @@ down in learning rate, half a step in exponent, and both.
 Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one. They are
 not stage 1's seed, and the test split, which decides nothing, is looked at once, at the end.
 Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross_entropy elsewhere: BERT, Qwen, and GPT on IMDB.
-Stage 4 changes one thing at a time for the best harmonic head and for cross_entropy (ABLATIONS).
+Stage 4 changes one thing at a time for the best head of each link and for cross_entropy (ABLATIONS), and doubles the exponent of the four
+best of each link.
 Stage 5 measures what a token costs: COST_ITERS iterations of stage 2's heads, one after another with all threads, on a machine that does
 nothing else.
 
@@ -71,14 +72,15 @@ RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and arou
 EDGES = 4
 FIRST_SEED, SEEDS = 1337, (1338, 1339, 1340)  # of stage 1; of the others
 TEST_WINDOWS = 640  # of the test split, spread evenly
-COST_ITERS = 100  # of stage 5
+COST_ITERS = 50  # of stage 5
 CHAMPIONS = 4
 ELSEWHERE = ({"arch": "bert"}, {"arch": "qwen"}, {"dataset": "imdb_bpe"})
+LONGER = "exponent x 2"  # stage 1's runs are short: asked of all champions of stage 2
 ABLATIONS = {  # one thing changed: its flags; or a number of the winner's setting, and its factor
     "untied": {"tie_weights": False},
     "no prototype decay": {"prototype_decay": 0.0},
     "learnt exponent": {"learn_exponent": True},
-    "exponent x 2": ("exponent", 2.0),  # stage 1's runs are short
+    LONGER: ("exponent", 2.0),
     "init x 4": ("init_std", 4.0),
     "init x 0.25": ("init_std", 0.25),
     "no clipping": {"grad_clip": 0.0},  # the norm that it clips at, 1, means something else to each head
@@ -219,8 +221,14 @@ def sweeps(table: Rows, base: dict) -> list[Sweep]:
 
 
 def wanted(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
-    """Every setting that is known to be wanted by now, done or not, in order: stages 1 and 2 of the families before further variants."""
-    return sorted(plan(table, c, base), key=lambda s: (max(s["stage"], "2"), (s["head"], s["p"]) not in FIRST))
+    """Every setting that is known to be wanted by now, done or not, in order: stages 1 and 2 of the families, then of further variants,
+    stages 3 and 4, the variants' softmax twins, and stage 5."""
+
+    def turn(s: dict) -> tuple:
+        variant = (s["head"], s["p"]) not in FIRST
+        return s["stage"] == "5", variant and s["link"] == "softmax", max(s["stage"], "2"), variant
+
+    return sorted(plan(table, c, base), key=turn)
 
 
 def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
@@ -234,8 +242,8 @@ def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
         found += [again(w, c, stage=5, iters=COST_ITERS) for _, w in winners.values()]
     if not all(key in winners for key in [("cross_entropy", "control"), *itertools.product(FAMILIES, LINKS)]):
         return found
-    best = champions(table, c, [winners[head, "harmonic"][1] for head in FAMILIES])
-    if not best:
+    best, best_twins = (champions(table, c, [winners[head, link][1] for head in FAMILIES]) for link in LINKS)
+    if not best or not best_twins:
         return found
     baseline = winners["cross_entropy", "control"][1]
     if "3" in c.stages:
@@ -243,8 +251,9 @@ def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
             for w in [baseline, *best]:
                 found += [again(winners[w["head"], link][1], c, stage=3, **place) for link in (LINKS if w is not baseline else ["control"])]
     if "4" in c.stages:
-        for w, (name, change) in itertools.product([best[0], baseline], ABLATIONS.items()):
-            if w is baseline and "exponent" in name:
+        ablated = [best[0], best_twins[0], baseline]
+        for w, (name, change) in itertools.product([*best, *best_twins, baseline], ABLATIONS.items()):
+            if w not in ablated and name != LONGER or w is baseline and "exponent" in name:
                 continue
             changed = {} if isinstance(change, dict) else {change[0]: f"{float(w[change[0]]) * change[1]:.6g}"}
             found.append(again(w, c, stage=4, ablation=name, **changed))
@@ -293,7 +302,7 @@ def begin(c: StudyConfig, s: dict) -> subprocess.Popen:
     flags |= {f"head_{k}": s[k] for k in "pq" if s[k]}
     flags |= {"link": s["link"], "exponent": s["exponent"]} if s["link"] != "control" else {}
     if isinstance(change := ABLATIONS.get(s["ablation"]), dict):
-        flags |= change
+        flags |= {"learn_scale" if s["link"] == "softmax" and key == "learn_exponent" else key: value for key, value in change.items()}
     if s["stage"] != "1":
         tenth = int(s["iters"]) // 10
         flags |= {"max_iters": s["iters"], "warmup_iters": tenth, "eval_interval": tenth, "emissions": True}

@@ -18,12 +18,16 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from studies.heads import EXPONENT_STEP, EXPONENTS, LINKS, RATE_STEP, RATES, Rows, loss
+from studies.heads import EXPONENT_STEP, EXPONENTS, LINKS, PENALTY, RATE_STEP, RATES, Rows, loss
 from studies.table import number, on_edge
 from training.config import UserError, cli, parse
 from training.files import write_whole
 
 BASELINE = ("cross_entropy", "control")
+MEANS = {  # of stage 2's columns, over seeds: how they are shown
+    "grad_norm_mean": ".2f", "grad_norm_cv": ".3f", "grad_spikes": ".1%", "grad_clipped": ".0%", "prototype_radius": ".2f",
+    "pca_components_90": ".0f", "pca_top2": ".3f", "effective_rank": ".0f",
+}  # fmt: skip
 COLORS = dict(zip((*LINKS, "control"), ("#0072b2", "#e69f00", "#59616b"), strict=True))
 
 
@@ -98,12 +102,15 @@ def long_runs(rows: list[dict]) -> list[dict]:
         row["loss"], row["half"] = interval([final(r) for r in runs.values()])
         row["val_loss"] = float(np.mean([loss(r) for r in runs.values()]))
         row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
-        for key, other in (("above_ce", baseline), ("harmax", every.get((head, "softmax"), {}) if link == "harmonic" else {})):
+        twin = every.get((head, "softmax"), {}) if link == "harmonic" else {}
+        for key, other in (("above_ce", baseline), ("above_penalty", every.get(PENALTY, {})), ("harmax", twin)):
             shared = [final(r) - final(other[s]) for s, r in runs.items() if s in other]
             row[key] = interval(shared) if shared else None
+        row |= {key: next(iter(runs.values()))[key] for key in ("exponent", "scale", "init_std", "learning_rate")}
         times = [reached(r, loss(baseline[s])) for s, r in runs.items() if s in baseline]
+        row["times"] = [t for t in times if math.isfinite(t)]
         row["reached"] = float(np.mean(times)) if times else math.inf
-        for key in ("grad_norm_cv", "grad_clipped", "prototype_radius", "pca_components_90"):
+        for key in MEANS:
             values = [float(r[key]) for r in runs.values() if r[key]]
             row[key] = float(np.mean(values)) if values else None
         cost, base = costs.get((head, link)), costs.get(BASELINE)
@@ -126,14 +133,20 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
+def setting(row: dict) -> list[str]:
+    """Exponent or scale, init std and learning rate."""
+    strength = {"harmonic": row["exponent"], "softmax": row["scale"]}.get(row["link"], "")
+    return [f"{float(strength):.4g}" if strength else "", row["init_std"], f"{float(row['learning_rate']):.4g}"]
+
+
+SETTING = ["n (softmax: s)", "init std", "learning rate"]
+
+
 def stage_one(rows: list[dict]) -> str:
-    columns = ["head", "link", "n (softmax: s)", "init std", "learning rate", "val loss", "less its softmax twin", "settings"]
-    cells = []
-    for r in best_settings(rows):
-        strength = {"harmonic": r["exponent"], "softmax": r["scale"]}.get(r["link"], "")
-        setting = [f"{float(strength):.4g}" if strength else "", r["init_std"], r["learning_rate"]]
-        cells.append([r["name"], r["link"], *setting, f"{loss(r):.4f}", shown(r["harmax"], "+.4f"), str(r["settings"])])
-    return f"{markdown(columns, cells)}\n\n{edges(rows)}"
+    cells = [
+        [r["name"], r["link"], *setting(r), f"{loss(r):.4f}", shown(r["harmax"], "+.4f"), str(r["settings"])] for r in best_settings(rows)
+    ]
+    return f"{markdown(['head', 'link', *SETTING, 'val loss', 'less its softmax twin', 'settings'], cells)}\n\n{edges(rows)}"
 
 
 def edges(rows: list[dict]) -> str:
@@ -150,32 +163,38 @@ def edges(rows: list[dict]) -> str:
 
 
 def stage_two(rows: list[dict]) -> str:
+    """Losses."""
     columns = [
         "head",
         "link",
+        *SETTING,
         "seeds",
         "test loss",
-        "val loss",
+        "perplexity",
         "val bits/byte",
         "less cross_entropy",
-        "less its softmax twin",
-        "at cross_entropy's loss",
+        "less euclidean_squared",
     ]
     cells = []
     for r in long_runs(rows):
-        losses = [
-            with_half((r["loss"], r["half"]), ".4f"),
-            f"{r['val_loss']:.4f}",
+        cells.append([r["name"], r["link"], *setting(r), str(r["seeds"]), with_half((r["loss"], r["half"]), ".4f")])
+        cells[-1] += [
+            f"{math.exp(r['loss']):,.1f}",
             f"{r['bits']:.4f}",
-            with_half(r["above_ce"]),
-            with_half(r["harmax"]),
+            *(with_half(r[k]) for k in ("above_ce", "above_penalty", "harmax")),
         ]
-        losses.append("" if math.isinf(r["reached"]) else f"iteration {r['reached']:.0f}")
-        more = [shown(r["grad_norm_cv"], ".3f"), shown(r["grad_clipped"], ".0%"), shown(r["prototype_radius"], ".2f")]
-        more += [shown(r["pca_components_90"], ".0f")]
-        more += [shown(r["tokens_per_s"], ",.0f"), shown(r["joules"] and 1000 * r["joules"], ".2f"), shown(r["energy"], ".2f")]
-        cells.append([r["name"], r["link"], str(r["seeds"]), *losses, *more])
-    return markdown([*columns, "gradient CV", "clipped", "radius", "PCs for 90 %", "tokens/s", "mJ/token", "energy to that loss"], cells)
+        cells[-1].append(f"{np.mean(r['times']):.0f} ({len(r['times'])} of {r['seeds']})" if r["times"] else "")
+    return markdown([*columns, "less its softmax twin", "at cross_entropy's loss"], cells)
+
+
+def stage_two_training(rows: list[dict]) -> str:
+    """Gradients, prototypes and costs."""
+    columns = ["gradient norm", "CV", "spikes", "clipped", "radius", "PCs for 90 %", "top 2 PCs", "effective rank"]
+    cells = []
+    for r in long_runs(rows):
+        cells.append([r["name"], r["link"], *(shown(r[key], form) for key, form in MEANS.items())])
+        cells[-1] += [shown(r["tokens_per_s"], ",.0f"), shown(r["joules"] and 1000 * r["joules"], ".2f"), shown(r["energy"], ".2f")]
+    return markdown(["head", "link", *columns, "tokens/s", "mJ/token", "energy to that loss"], cells)
 
 
 def stage_three(rows: list[dict]) -> str:
@@ -200,6 +219,9 @@ def stage_four(rows: list[dict]) -> str:
         like = [o for o in rows if o["stage"] == "2" and all(o[k] == r[k] for k in ("head", "p", "q", "link", "seed"))]
         cells.append([name(r), r["link"], r["ablation"], f"{final(r):.4f}", f"{final(r) - final(like[0]):+.3f}" if like else ""])
     return markdown(["head", "link", "changed", "loss", "less unchanged"], cells)
+
+
+STAGES = (("1", stage_one), ("2", stage_two), ("2", stage_two_training), ("3", stage_three), ("4", stage_four))
 
 
 def draw(rows: list[dict], path: Path):
@@ -275,7 +297,7 @@ def main():
     if not Path(c.table).is_file():
         raise UserError(f"no table {c.table}: python -m studies.heads writes it")
     rows = Rows(Path(c.table)).rows
-    for stage, table in (("1", stage_one), ("2", stage_two), ("3", stage_three), ("4", stage_four)):
+    for stage, table in STAGES:
         count = sum(r["stage"] == stage for r in rows)
         print(f"Stage {stage}: {count} runs\n\n{table(rows)}\n" if count else f"Stage {stage}: no runs yet\n")
     pictures = {Path(c.out): draw, Path(c.out).with_stem(f"{Path(c.out).stem}_curves"): draw_curves}

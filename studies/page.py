@@ -15,6 +15,7 @@ from training.files import write_whole
 TABLES = {  # the name in the page's marks: (a study's rows, its file, the table of them)
     "stage 1": (heads.Rows, "heads", heads_report.stage_one),
     "stage 2": (heads.Rows, "heads", heads_report.stage_two),
+    "stage 2 training": (heads.Rows, "heads", heads_report.stage_two_training),
     "stage 3": (heads.Rows, "heads", heads_report.stage_three),
     "stage 4": (heads.Rows, "heads", heads_report.stage_four),
     "tasks": (algorithmic.Rows, "algorithmic", algorithmic_report.main_table),

@@ -76,7 +76,10 @@ def test_stages_three_and_four_take_the_best_heads(tmp_path):
         mine = {(r["head"], r["link"]) for r in third if place in (r["arch"], r["dataset"])}
         assert mine == {("cross_entropy", "control"), *itertools.product(best, heads.LINKS)}
     fourth = [r for r in table.rows if r["stage"] == "4"]
-    assert {r["head"] for r in fourth} == {heads.FAMILIES[-1], "cross_entropy"} and {r["link"] for r in fourth} == {"harmonic", "control"}
+    links = {ablation: {(r["head"], r["link"]) for r in fourth if r["ablation"] == ablation} for ablation in heads.ABLATIONS}
+    winners = {*itertools.product([heads.FAMILIES[-1]], heads.LINKS), ("cross_entropy", "control")}
+    assert links["untied"] == winners and links["learnt exponent"] == winners - {("cross_entropy", "control")}
+    assert links[heads.LONGER] == set(itertools.product(best, heads.LINKS))
     assert sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 2  # it has no exponent
     stds = {r["ablation"]: float(r["init_std"]) for r in fourth if r["head"] == "cross_entropy"}
     assert stds["init x 4"] == pytest.approx(16 * stds["init x 0.25"]) and stds["untied"] == stds["label smoothing"]
@@ -184,7 +187,7 @@ def test_the_report_of_known_rows():
         for head, j in ((("cosine", "harmonic"), "3"), (("cross_entropy", "control"), "2"))
     ]
     assert heads_report.long_runs([*rows, *costs])[0]["energy"] == pytest.approx(best["reached"] / 20 * 3 / 2)
-    assert "| 100 | 3000.00 |" in heads_report.stage_two([*rows, *costs]) and best["energy"] is None
+    assert "| 100 | 3000.00 |" in heads_report.stage_two_training([*rows, *costs]) and best["energy"] is None
     tested = [{**r, "val_loss": "1", "test_loss": r["val_loss"]} for r in rows]
     assert heads_report.long_runs(tested)[0]["loss"] == pytest.approx(4.6)
     place = {"arch": "bert", "dataset": "wikitext2"}
@@ -196,6 +199,9 @@ def test_the_report_of_known_rows():
     rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
     assert "| cosine | harmonic | untied | 4.2500 | -0.250 |" in heads_report.stage_four(rows)
     assert "| cosine | harmonic | 8 |" in heads_report.stage_one(rows) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
+    rows += [row("2", *heads.PENALTY, 4.6 + s / 10, s) for s in range(3)]
+    shown = "| cosine | harmonic | 8 |  | 0.001 | 3 | 4.6000 ± 0.248 | 99.5 | 2.0000 | -0.500 ± 0.000 | -0.100 ± 0.000 |  | 18 (3 of 3) |"
+    assert shown in heads_report.stage_two(rows)
 
 
 def test_the_pages_tables_are_those_of_the_rows():

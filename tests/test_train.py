@@ -263,7 +263,7 @@ BAD = {
     "tokenizer": (dict(tokenizer="gpt2"), ["tokenizer=gpt2", "prepared with bpe:300"]),
     "resume nothing": (dict(init_from="resume", out_dir="empty"), ["empty holds no checkpoint"]),
     "exponent": (dict(head="cosine", exponent=-1), ["exponent must be a positive number"]),
-    "exponent, text": (dict(head="cosine", exponent="dims"), ["exponent=dims: expected a number, sqrt_dim or dim"]),
+    "exponent, text": (dict(head="cosine", exponent="dims"), ["exponent=dims: expected a number, dim/4, sqrt_dim, dim, 2dim or 4dim"]),
     "useless option": (dict(head="manhattan", head_p=2), ["manhattan has no setting 'p'"]),
     "no cuda": (dict(device="cuda"), ["device=cuda: this machine has no CUDA device"]),
     "unknown device": (dict(device="gpu"), ["unknown device"]),
