@@ -179,6 +179,7 @@ DISTANCES = {
         options={"a": 10.0},
         kernel_options=("a",),
         translation_invariant=True,
+        exponent="2dim",
         source="A, Chebyshev, smooth",
     ),
     "cosine": Distance(
@@ -200,6 +201,7 @@ DISTANCES = {
         noisy=True,
         degree=None,
         options={"t": 1.0},
+        exponent="dim/4",
         source="A, Hamming",
     ),
     "hamming_hard": Distance(
@@ -209,10 +211,13 @@ DISTANCES = {
         degree=0,
         options={"t": 1.0},
         straight_through=True,
+        exponent="sqrt_dim",
         source="A, Hamming",
     ),
     "canberra": Distance("sum |h-w| / (|h|+|w|)", "canberra", degree=0, exponent="4dim", source="A, Canberra"),
-    "canberra_robust": Distance("sum |h-w| / max(|h|+|w|, 0.001)", "canberra", degree=None, fixed={"floor": 1e-3}, source="A, Canberra"),
+    "canberra_robust": Distance(
+        "sum |h-w| / max(|h|+|w|, 0.001)", "canberra", degree=None, fixed={"floor": 1e-3}, exponent="2dim", source="A, Canberra"
+    ),
     "canberra_weighted": Distance(
         "sum |h-w| (|h|+|w|)^(q-1) / sum (|h|+|w|)^q",
         "canberra",
@@ -220,18 +225,20 @@ DISTANCES = {
         options={"q": 1.0},
         kernel_options=("q",),
         fixed={"weighted": True},
+        exponent=4,
         source="A, Canberra",
     ),
     "bray_curtis": Distance(  # homogeneous wherever the floor of the denominator is not reached
         "sum |h-w| / max(|sum h + sum w|, 0.001)", "lp", terms=_sum, floor=1e-3, degree=0, exponent=4, source="A, Bray-Curtis"
     ),
-    "bray_curtis_abs": Distance("sum |h-w| / (sum |h| + sum |w|)", "lp", terms=_abs_sum, degree=0, source="A, Bray-Curtis"),
+    "bray_curtis_abs": Distance("sum |h-w| / (sum |h| + sum |w|)", "lp", terms=_abs_sum, degree=0, exponent=4, source="A, Bray-Curtis"),
     "bray_curtis_normalized": Distance(  # loses signs: d(x, -x) = 0
         "sum |a(h)-a(w)| / 2, a = |x| / sum |x|",
         "lp",
         map=_normalize_l1,
         factor=0.5,
         degree=0,
+        exponent=4,
         source="A, Bray-Curtis",
     ),
     "mahalanobis": Distance(

@@ -56,7 +56,7 @@ VARIANTS = {  # a further variant: (its head, its flags, its family)
     "hamming_hard": ("hamming_hard", {}, "hamming_soft"),
     "chebyshev_smooth": ("chebyshev_smooth", {}, "chebyshev"),
     "canberra_robust": ("canberra_robust", {}, "canberra"),
-    "canberra_weighted": ("canberra_weighted", {"head_q": 0.5}, "canberra"),
+    "canberra_weighted": ("canberra_weighted", {}, "canberra"),  # q = 1, which is bray_curtis_abs: no other q has a CPU kernel
     "bray_curtis_abs": ("bray_curtis_abs", {}, "bray_curtis"),
     "bray_curtis_normalized": ("bray_curtis_normalized", {}, "bray_curtis"),
 }
@@ -77,13 +77,13 @@ CHAMPIONS = 4
 ELSEWHERE = ({"arch": "bert"}, {"arch": "qwen"}, {"dataset": "imdb_bpe"})
 LONGER = "exponent x 2"  # stage 1's runs are short: asked of all champions of stage 2
 ABLATIONS = {  # one thing changed: its flags; or a number of the winner's setting, and its factor
+    "no clipping": {"grad_clip": 0.0},  # the norm that it clips at, 1, means something else to each head
+    LONGER: ("exponent", 2.0),
     "untied": {"tie_weights": False},
     "no prototype decay": {"prototype_decay": 0.0},
     "learnt exponent": {"learn_exponent": True},
-    LONGER: ("exponent", 2.0),
     "init x 4": ("init_std", 4.0),
     "init x 0.25": ("init_std", 0.25),
-    "no clipping": {"grad_clip": 0.0},  # the norm that it clips at, 1, means something else to each head
     "label smoothing": {"label_smoothing": 0.1},  # as A's and B's published code trains
 }
 COLUMNS = [
@@ -252,7 +252,7 @@ def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
                 found += [again(winners[w["head"], link][1], c, stage=3, **place) for link in (LINKS if w is not baseline else ["control"])]
     if "4" in c.stages:
         ablated = [best[0], best_twins[0], baseline]
-        for w, (name, change) in itertools.product([*best, *best_twins, baseline], ABLATIONS.items()):
+        for (name, change), w in itertools.product(ABLATIONS.items(), [*best, *best_twins, baseline]):
             if w not in ablated and name != LONGER or w is baseline and "exponent" in name:
                 continue
             changed = {} if isinstance(change, dict) else {change[0]: f"{float(w[change[0]]) * change[1]:.6g}"}

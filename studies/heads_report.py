@@ -264,7 +264,8 @@ def draw(rows: list[dict], path: Path):
 
 
 def draw_curves(rows: list[dict], path: Path):
-    """Stage 2: a panel for each head, validation loss less cross_entropy's with the same seed at the same iteration, means over seeds."""
+    """Stage 2: a panel for each head, validation loss less cross_entropy's with the same seed at the same iteration, means over seeds.
+    Heads that end near cross_entropy have a shaded panel, of a finer scale."""
     from matplotlib.figure import Figure
 
     values = lambda r: np.array([float(v) for v in r["val_losses"].split()][1:])  # from the first evaluation after the start
@@ -276,14 +277,15 @@ def draw_curves(rows: list[dict], path: Path):
     width = min(4, len(heads))
     figure = Figure(figsize=(3 * width, 2.3 * math.ceil(len(heads) / width)), layout="constrained")
     x = np.linspace(0, int(long[BASELINE][0]["iters"]), 1 + len(above[BASELINE]))[1:]
-    low, high = min(map(np.min, above.values())) - 0.05, min(1.5, max(map(np.max, above.values())) + 0.05)
     for i, head in enumerate(heads):
         axes = figure.add_subplot(math.ceil(len(heads) / width), width, i + 1)
         axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
         for link, color in COLORS.items():
             if (head, link) in above:
                 axes.plot(x, above[head, link], marker=".", color=color, label=link)
-        axes.set_ylim(low, high)
+        near = min(values[-1] for (name, _), values in above.items() if name == head) < 0.25
+        axes.set_ylim(*((-0.15, 0.35) if near else (-0.05, 1.55)))
+        axes.set_facecolor("#eef3f8" if near else "none")
         axes.set_title(head, loc="left", fontsize=9)
         axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
