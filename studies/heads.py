@@ -15,7 +15,7 @@ Stage 2 trains the winner of every family and link, of the controls and of the v
 not stage 1's seed, and the test split, which decides nothing, is looked at once, at the end.
 Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross_entropy elsewhere: BERT, Qwen, and GPT on IMDB.
 Stage 4 changes one thing at a time for the best head of each link and for cross_entropy (ABLATIONS), and doubles the exponent of the four
-best of each link.
+best of each link, with every seed.
 Stage 5 measures what a token costs: COST_ITERS iterations of stage 2's heads, one after another with all threads, on a machine that does
 nothing else.
 
@@ -256,7 +256,8 @@ def plan(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
             if w not in ablated and name != LONGER or w is baseline and "exponent" in name:
                 continue
             changed = {} if isinstance(change, dict) else {change[0]: f"{float(w[change[0]]) * change[1]:.6g}"}
-            found.append(again(w, c, stage=4, ablation=name, **changed))
+            seeds = SEEDS if name == LONGER else SEEDS[:1]
+            found += [again(w, c, stage=4, ablation=name, seed=seed, **changed) for seed in seeds]
     return found
 
 

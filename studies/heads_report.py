@@ -5,7 +5,7 @@
 Stage 1: the best setting of each head and link so far, and the difference to its softmax twin, the same geometry without HarMax.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
 Its energy is that of stage 5's tokens: what a head spends until it is where cross_entropy ends, of what cross_entropy spends.
-Stages 3 and 4: one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
+Stages 3 and 4: mostly one seed; differences to cross_entropy and the twin in the same place, and to the same head without the change.
 Losses of stages 2 to 4 are those of the test split, which has decided nothing; of the validation split where a corpus has no other.
 """
 
@@ -212,13 +212,19 @@ def stage_three(rows: list[dict]) -> str:
 
 
 def stage_four(rows: list[dict]) -> str:
-    """One thing changed: the loss, less that of the unchanged run of the same seed."""
-    fourth = [r for r in rows if r["stage"] == "4"]
-    cells = []
-    for r in fourth:
-        like = [o for o in rows if o["stage"] == "2" and all(o[k] == r[k] for k in ("head", "p", "q", "link", "seed"))]
-        cells.append([name(r), r["link"], r["ablation"], f"{final(r):.4f}", f"{final(r) - final(like[0]):+.3f}" if like else ""])
-    return markdown(["head", "link", "changed", "loss", "less unchanged"], cells)
+    """One thing changed: the loss, less those of stage 2's unchanged runs with the same seeds: its own, cross_entropy's, its twin's."""
+    every = {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
+    found, cells = {}, []
+    for r in rows:
+        if r["stage"] == "4":
+            found.setdefault((name(r), r["link"], r["ablation"]), {})[r["seed"]] = final(r)
+    for (head, link, changed), losses in found.items():
+        cells.append([head, link, changed, str(len(losses)), with_half(interval(list(losses.values())), ".4f")])
+        for other in ((head, link), BASELINE, (head, "softmax") if link == "harmonic" else None):
+            shared = [value - final(every[other][s]) for s, value in losses.items() if s in every.get(other, {})]
+            cells[-1].append(with_half(interval(shared)) if shared else "")
+    columns = ["head", "link", "changed", "seeds", "loss", "less unchanged", "less cross_entropy", "less its softmax twin, unchanged"]
+    return markdown(columns, cells)
 
 
 STAGES = (("1", stage_one), ("2", stage_two), ("2", stage_two_training), ("3", stage_three), ("4", stage_four))

@@ -79,6 +79,7 @@ def test_stages_three_and_four_take_the_best_heads(tmp_path):
     links = {ablation: {(r["head"], r["link"]) for r in fourth if r["ablation"] == ablation} for ablation in heads.ABLATIONS}
     winners = {*itertools.product([heads.FAMILIES[-1]], heads.LINKS), ("cross_entropy", "control")}
     assert links["untied"] == winners and links["learnt exponent"] == winners - {("cross_entropy", "control")}
+    assert {r["seed"] for r in fourth if r["ablation"] == heads.LONGER} == set(map(str, heads.SEEDS))
     assert links[heads.LONGER] == set(itertools.product(best, heads.LINKS))
     assert sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 2  # it has no exponent
     stds = {r["ablation"]: float(r["init_std"]) for r in fourth if r["head"] == "cross_entropy"}
@@ -197,7 +198,7 @@ def test_the_report_of_known_rows():
     ]
     assert "| bert | wikitext2 | cosine | harmonic | 7.0000 | 2.0000 | -1.000 | -0.500 |" in heads_report.stage_three(rows)
     rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
-    assert "| cosine | harmonic | untied | 4.2500 | -0.250 |" in heads_report.stage_four(rows)
+    assert "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 |  |" in heads_report.stage_four(rows)
     assert "| cosine | harmonic | 8 |" in heads_report.stage_one(rows) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
     rows += [row("2", *heads.PENALTY, 4.6 + s / 10, s) for s in range(3)]
     shown = "| cosine | harmonic | 8 |  | 0.001 | 3 | 4.6000 ± 0.248 | 99.5 | 2.0000 | -0.500 ± 0.000 | -0.100 ± 0.000 |  | 18 (3 of 3) |"
