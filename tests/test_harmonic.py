@@ -489,7 +489,7 @@ def test_default_scale_makes_twins_start_together():
     g = torch.Generator().manual_seed(7)
     h, w = F.layer_norm(torch.randn(50, 64, generator=g), (64,)), 0.02 * torch.randn(V, 64, generator=g)
     for name in ("euclidean", "manhattan", "chebyshev", "hamming_soft"):
-        p, q = (harmonic_logits(h, w, name, link=link).log_softmax(-1) for link in LINKS)
+        p, q = (harmonic_logits(h, w, name, link=link, exponent="dim").log_softmax(-1) for link in LINKS)
         assert (p - q).abs().mean() < 0.2 * (p - p.mean(-1, keepdim=True)).abs().mean(), name
     assert default_scale("euclidean", 64, "dim") == pytest.approx(8, rel=0.05)  # n = C over |h| = sqrt(C)
 
