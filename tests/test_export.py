@@ -21,7 +21,7 @@ RUNS = {
     "qwen3": dict(arch="qwen", qk_norm=True, head_dim=10, head="cross_entropy", tie_weights=False),
     "gpt-cosine": dict(arch="gpt", head="cosine", learn_exponent=True, vocab_size=320),
     "gpt-mahalanobis": dict(arch="gpt", head="mahalanobis_diagonal", tie_weights=False, link="softmax", exponent=9.0, activation="gelu"),
-    "bert-canberra": dict(arch="bert", head="canberra"),
+    "bert-canberra": dict(arch="bert", head="canberra", exponent="dim"),
     "qwen2-minkowski": dict(arch="qwen", n_kv_head=1, head="minkowski", head_p=3.0, exponent=7.0),
     "qwen3-hamming": dict(arch="qwen", qk_norm=True, head="hamming_hard", vocab_size=320),
 }
