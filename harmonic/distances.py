@@ -19,7 +19,7 @@ import torch
 
 from harmonic.kernels import dense
 
-# Exponents that go with the width C.
+# Exponents n that go with the width C: name -> (C) -> n.
 EXPONENTS = {
     "dim/4": lambda dim: dim / 4,
     "sqrt_dim": math.sqrt,

@@ -12,7 +12,7 @@ cross_entropy and cosine_linear, which have no exponent, sweep the scale of thei
 steps of the learning rate: as many settings. A further variant of a family takes 4 settings: its family's winner, and from there a step
 down in learning rate, half a step in exponent, and both.
 Stage 2 trains the winner of every family and link, of the controls and of the variants for longer: SEEDS seeds, variants one. They are
-not stage 1's seed, and the test split, which decides nothing, is looked at once, at the end.
+not stage 1's seed, and their losses are those of the test split, which decides nothing.
 Stage 3 takes the four best harmonic heads of stage 2 with their twins and cross_entropy elsewhere: BERT, Qwen, and GPT on IMDB.
 Stage 4 changes one thing at a time for the best head of each link and for cross_entropy (ABLATIONS), and doubles the exponent of the four
 best of each link, with every seed.
@@ -65,7 +65,7 @@ LINKS = ("harmonic", "softmax")
 # Squared distance under softmax is cross-entropy with a temperature and a norm penalty. Its harmonic link is euclidean's at twice the n.
 PENALTY = ("euclidean_squared", "softmax")
 RATES = (1 / 3, 1, 10 / 3)  # times the config's learning_rate: half a decade apart; more where a winner lies on the edge
-EXPONENTS = (1 / 16, 1 / 4, 1, 4)  # times n_embd
+MULTIPLES = (1 / 16, 1 / 4, 1, 4)  # of n_embd: the exponents
 STDS = (0.01, 0.02, 0.05, 0.1)  # of the prototypes of a head without an exponent
 OTHER_STDS, LAST_STDS = (0.005, 0.1), (0.01, 0.05)  # of the others, whose grid has 0.02: far ones, and at last near ones
 RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0  # beyond an edge, and around a family's winner
@@ -180,7 +180,7 @@ class Sweep:
         if self.around:  # a variant
             rate, n, std = (float(self.around[k]) for k in ("learning_rate", "exponent", "init_std"))
             return [self.make(rate * a, n * b, std) for a in (1, RATE_STEP**-1) for b in (1, 0.5)]
-        seconds = STDS if self.link == "control" else [x * self.base["n_embd"] for x in EXPONENTS]
+        seconds = STDS if self.link == "control" else [x * self.base["n_embd"] for x in MULTIPLES]
         wanted = [self.make(rate * float(self.base["learning_rate"]), second) for rate, second in itertools.product(RATES, seconds)]
         half = (STD_STEP if self.link == "control" else EXPONENT_STEP) ** 0.5
         for _ in range(EDGES):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from studies.heads import EXPONENT_STEP, EXPONENTS, LINKS, PENALTY, RATE_STEP, RATES, Rows, loss
+from studies.heads import EXPONENT_STEP, LINKS, MULTIPLES, PENALTY, RATE_STEP, RATES, Rows, loss
 from studies.table import number, on_edge
 from training.config import UserError, cli, parse
 from training.files import write_whole
@@ -87,9 +87,20 @@ def reached(row: dict, level: float) -> float:
     return math.inf
 
 
+def by_seed(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict]]:
+    """(head with its options, link) -> seed -> its row of stage 2."""
+    return {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
+
+
+def paired(runs: dict[str, dict], others: dict[str, dict]) -> tuple[float, float] | None:
+    """Mean and half width of the losses' differences; both: seed -> row. None without a seed in common."""
+    differences = [final(r) - final(others[seed]) for seed, r in runs.items() if seed in others]
+    return interval(differences) if differences else None
+
+
 def long_runs(rows: list[dict]) -> list[dict]:
     """Stage 2: each head and link over its seeds."""
-    every = {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
+    every = by_seed(rows)
     for (head, link), group in groups(rows, "2").items():
         if len(group) > len(every[head, link]):
             raise UserError(f"stage 2 has several runs of {head}, {link}, with one seed: keep those of one length and setting in the table")
@@ -100,12 +111,10 @@ def long_runs(rows: list[dict]) -> list[dict]:
     for (head, link), runs in every.items():
         row = {"name": head, "link": link, "seeds": len(runs)}
         row["loss"], row["half"] = interval([final(r) for r in runs.values()])
-        row["val_loss"] = float(np.mean([loss(r) for r in runs.values()]))
         row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
         twin = every.get((head, "softmax"), {}) if link == "harmonic" else {}
-        for key, other in (("above_ce", baseline), ("above_penalty", every.get(PENALTY, {})), ("harmax", twin)):
-            shared = [final(r) - final(other[s]) for s, r in runs.items() if s in other]
-            row[key] = interval(shared) if shared else None
+        for key, others in (("above_ce", baseline), ("above_penalty", every.get(PENALTY, {})), ("harmax", twin)):
+            row[key] = paired(runs, others)
         row |= {key: next(iter(runs.values()))[key] for key in ("exponent", "scale", "init_std", "learning_rate")}
         times = [reached(r, loss(baseline[s])) for s, r in runs.items() if s in baseline]
         row["times"] = [t for t in times if math.isfinite(t)]
@@ -153,7 +162,7 @@ def edges(rows: list[dict]) -> str:
     """How many of the sweeps, variants' aside, end with a winner on the edge of the learning rates and exponents (or scales) tried."""
     found = []
     for (_, link), group in groups(rows, "1").items():
-        if len(group) >= len(RATES) * len(EXPONENTS):
+        if len(group) >= len(RATES) * len(MULTIPLES):
             second, costs = "init_std" if link == "control" else "exponent", {}
             for r in group:
                 place = float(r[second]), float(r["learning_rate"])
@@ -213,16 +222,14 @@ def stage_three(rows: list[dict]) -> str:
 
 def stage_four(rows: list[dict]) -> str:
     """One thing changed: the loss, less those of stage 2's unchanged runs with the same seeds: its own, cross_entropy's, its twin's."""
-    every = {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
-    found, cells = {}, []
+    every, found, cells = by_seed(rows), {}, []
     for r in rows:
         if r["stage"] == "4":
-            found.setdefault((name(r), r["link"], r["ablation"]), {})[r["seed"]] = final(r)
-    for (head, link, changed), losses in found.items():
-        cells.append([head, link, changed, str(len(losses)), with_half(interval(list(losses.values())), ".4f")])
-        for other in ((head, link), BASELINE, (head, "softmax") if link == "harmonic" else None):
-            shared = [value - final(every[other][s]) for s, value in losses.items() if s in every.get(other, {})]
-            cells[-1].append(with_half(interval(shared)) if shared else "")
+            found.setdefault((name(r), r["link"], r["ablation"]), {})[r["seed"]] = r
+    for (head, link, changed), runs in found.items():
+        cells.append([head, link, changed, str(len(runs)), with_half(interval([final(r) for r in runs.values()]), ".4f")])
+        others = (head, link), BASELINE, (head, "softmax") if link == "harmonic" else None
+        cells[-1] += [with_half(paired(runs, every.get(other, {}))) for other in others]
     columns = ["head", "link", "changed", "seeds", "loss", "less unchanged", "less cross_entropy", "less its softmax twin, unchanged"]
     return markdown(columns, cells)
 
