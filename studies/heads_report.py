@@ -1,6 +1,7 @@
 """The study's tables and picture from results/heads.csv, as far as it has got.
 
     python -m studies.heads_report              # prints Markdown, writes results/study.png and study_curves.png
+    python -m studies.heads_report --compare=cosine/harmonic/4,euclidean/harmonic       # two heads alone, paired by seed
 
 Stage 1: the best setting of each head and link so far, and the difference to its softmax twin, the same geometry without HarMax.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to the twin, paired by seed.
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import t as student
+from scipy.stats import ttest_rel
 
-from studies.heads import EXPONENT_STEP, LINKS, MULTIPLES, PENALTY, RATE_STEP, RATES, Rows, loss
+from studies.heads import EXPONENT_STEP, LINKS, LONGER, MULTIPLES, PENALTY, RATE_STEP, RATES, Rows, loss
 from studies.table import number, on_edge
 from training.config import UserError, cli, parse
 from training.files import write_whole
@@ -39,6 +41,8 @@ class ReportConfig:
     """the study's rows"""
     out: str = "results/study.png"
     """the picture; the curves of stage 2 go beside it"""
+    compare: str | None = None
+    """two heads, head/link or head/link/4 for stage 4's doubled exponent: their differences paired by seed, and nothing else"""
 
 
 def name(row: dict) -> str:
@@ -96,6 +100,50 @@ def paired(runs: dict[str, dict], others: dict[str, dict]) -> tuple[float, float
     """Mean and half width of the losses' differences; both: seed -> row. None without a seed in common."""
     differences = [final(r) - final(others[seed]) for seed, r in runs.items() if seed in others]
     return interval(differences) if differences else None
+
+
+def holm(p: dict) -> dict:
+    """p-values corrected for their number (Holm 1979): each times how many are not below it, and no less than those below."""
+    found, largest = {}, 0.0
+    for i, key in enumerate(sorted(p, key=p.get)):
+        largest = max(largest, min(1.0, p[key] * (len(p) - i)))
+        found[key] = largest
+    return found
+
+
+def p_values(rows: list[dict]) -> str:
+    """Stage 2, heads with several seeds: paired t-tests of the losses, corrected among those of one kind."""
+    every = {key: runs for key, runs in by_seed(rows).items() if len(runs) > 1}
+    twins = {(head, link): (head, "softmax") for head, link in every if link == "harmonic"}
+    kinds = {"its softmax twin": twins} | {other[0]: dict.fromkeys(every, other) for other in (BASELINE, PENALTY)}
+    cells = []
+    for kind, pairs in kinds.items():
+        shared = {a: [s for s in every[a] if s in every[b]] for a, b in pairs.items() if a != b and b in every}
+        losses = {a: [[final(every[key][s]) for s in seeds] for key in (a, pairs[a])] for a, seeds in shared.items()}
+        p = {a: float(ttest_rel(*values).pvalue) for a, values in losses.items()}
+        corrected = holm(p)
+        cells += [
+            [*a, kind, with_half(paired(every[a], every[pairs[a]]), "+.4f", ".4f"), f"{p[a]:.4f}", f"{corrected[a]:.3f}"] for a in corrected
+        ]
+    return markdown(["head", "link", "less", "difference", "p", "Holm"], cells)
+
+
+def compared(rows: list[dict], text: str) -> str:
+    """Differences of two heads' losses and other measures, paired by seed."""
+    chosen = []
+    for words in (part.strip().split("/") for part in text.split(",")):
+        rest = (
+            [r for r in rows if r["stage"] == "4" and r["ablation"] == LONGER]
+            if words[2:] == ["4"]
+            else [r for r in rows if r["stage"] == "2"]
+        )
+        chosen.append({r["seed"]: r for r in rest if [name(r), r["link"]] == words[:2]})
+    if len(chosen) != 2 or not set(chosen[0]) & set(chosen[1]):
+        raise UserError(f"compare={text}: name two heads that have a seed in common, such as cosine/harmonic,cross_entropy/control")
+    a, b = chosen
+    values = lambda key: [float(a[s][key]) - float(b[s][key]) for s in a if s in b]
+    lines = [["loss", with_half(paired(a, b), "+.4f", ".4f")]] + [[key, with_half(interval(values(key)), "+.4g", ".3g")] for key in MEANS]
+    return markdown(["measure", text.replace(",", " less ")], lines)
 
 
 def long_runs(rows: list[dict]) -> list[dict]:
@@ -234,7 +282,7 @@ def stage_four(rows: list[dict]) -> str:
     return markdown(columns, cells)
 
 
-STAGES = (("1", stage_one), ("2", stage_two), ("2", stage_two_training), ("3", stage_three), ("4", stage_four))
+STAGES = (("1", stage_one), ("2", stage_two), ("2", stage_two_training), ("2", p_values), ("3", stage_three), ("4", stage_four))
 
 
 def draw(rows: list[dict], path: Path):
@@ -312,6 +360,9 @@ def main():
     if not Path(c.table).is_file():
         raise UserError(f"no table {c.table}: python -m studies.heads writes it")
     rows = Rows(Path(c.table)).rows
+    if c.compare:
+        print(compared(rows, c.compare))
+        return
     for stage, table in STAGES:
         count = sum(r["stage"] == stage for r in rows)
         print(f"Stage {stage}: {count} runs\n\n{table(rows)}\n" if count else f"Stage {stage}: no runs yet\n")

@@ -205,6 +205,16 @@ def test_the_report_of_known_rows():
     assert shown in heads_report.stage_two(rows)
 
 
+def test_comparisons_of_the_committed_rows():
+    """Holm's correction of a worked example, and a paired difference as the page quotes it."""
+    assert heads_report.holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx({"b": 0.03, "a": 0.06, "c": 0.06})
+    rows = heads.Rows(ROOT / "results" / "heads.csv").rows
+    assert "| loss | -0.0328 ± 0.0124 |" in heads_report.compared(rows, "cosine/harmonic/4,euclidean/harmonic")
+    assert "| cosine | harmonic | its softmax twin | +0.0760 ± 0.0095 | 0.0008 | 0.008 |" in heads_report.p_values(rows)
+    with pytest.raises(UserError, match="compare=cosine/harmonic: name two heads"):
+        heads_report.compared(rows, "cosine/harmonic")
+
+
 def test_the_pages_tables_are_those_of_the_rows():
     """python -m studies.page writes them."""
     text = (ROOT / "results/README.md").read_text()
