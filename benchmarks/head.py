@@ -4,12 +4,14 @@
     python -m benchmarks.head manhattan --sizes=1024x50304x768     # one head at GPT-2's size
     python -m benchmarks.head --sizes=1024x50304x768 --peers=false # the heads alone
     python -m benchmarks.head --growth=true                        # how time and memory grow with N, V, C and threads
+    python -m benchmarks.head --device=cuda                        # on a GPU, in float32 and inside bfloat16 autocast: some five minutes
 
-float32; forward, and forward and backward of the mean loss, at h layer-normalised and prototypes of standard deviation 0.02. Ratios are
-medians over rounds of time(head) / time(yardstick next to it). Memory is the peak of the process beyond inputs and gradients (Linux).
-Errors are against float64, for 4 of the states and all prototypes: of the losses in nats, of the gradients relative to their largest
-entry. Peers are what a user would write without this package; those that take minutes run at N=64, and so does their yardstick.
-Writes a CSV and a bar chart beside it.
+Forward, and forward and backward of the mean loss, at h layer-normalised and prototypes of standard deviation 0.02. Ratios are medians over
+rounds of time(head) / time(yardstick next to it). With dtype bfloat16 both run inside autocast, heads with precision="autocast". Memory is
+the peak beyond inputs and gradients: of the process (Linux), or of what PyTorch's allocator gave out on a GPU. Errors are against float64,
+for 4 of the states and all prototypes: of the losses in nats, of the gradients relative to their largest entry. Peers are what a user would
+write without this package; those that take minutes run at N=64 (a GPU: 512), and so does their yardstick. Writes a CSV and a bar chart
+beside it.
 """
 
 import csv
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,7 @@ from harmonic import CONTROLS, HEADS, HarmonicHead, harmonic_loss
 from training.config import UserError, check, cli, nearest, parse
 
 MIB = 2**20
+SIZES = {"cpu": "1024x50304x768,4096x4096x256,256x151936x896", "cuda": "8192x50304x768,16384x4096x256"}
 
 
 @dataclass
@@ -38,19 +42,30 @@ class BenchmarkConfig:
 
     heads: list[str] = field(default_factory=list)
     """which heads; none = all"""
-    sizes: str = "1024x50304x768,4096x4096x256,256x151936x896"
-    """states x prototypes x coordinates, one or more"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where"""
+    sizes: str | None = None
+    """states x prototypes x coordinates, one or more; null = SIZES of the device"""
+    dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=list)
+    """float32, or bfloat16 autocast; none = float32, on a GPU both"""
     rounds: int = 3
     """measurements of each"""
     peers: bool = True
     """measure the peers too"""
     growth: bool = False
     """measure instead how time and memory grow around the first size"""
-    out: str = "results/head_cpu.csv"
-    """the CSV file"""
+    out: str | None = None
+    """the CSV file; null = results/head_cpu.csv or head_cuda.csv"""
+
+    def __post_init__(self):
+        self.sizes = self.sizes or SIZES[self.device]
+        self.dtypes = self.dtypes or ["float32", "bfloat16"][: 1 + (self.device == "cuda")]
+        self.out = self.out or f"results/head_{self.device}.csv"
 
     def problems(self) -> list[str]:
         found = [] if self.rounds > 0 else [f"rounds={self.rounds} must be at least 1"]
+        if self.device == "cuda" and not torch.cuda.is_available():
+            found.append("device=cuda: PyTorch sees no GPU here")
         for size in self.sizes.split(","):
             if len(numbers := size.split("x")) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
                 found.append(f"size {size!r} is not of the form 1024x50304x768")
@@ -69,7 +84,7 @@ def _cdist(p):
 
 
 PEERS: dict[tuple[str, str], Callable] = {
-    ("cross_entropy", "F.linear_cross_entropy"): F.linear_cross_entropy,
+    ("cross_entropy", "F.linear_cross_entropy"): lambda h, w, y: F.linear_cross_entropy(h, w, y),
     ("euclidean", "torch.cdist"): _cdist(2.0),
     ("euclidean", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "euclidean", exponent="dim", impl="dense"),
     ("cosine", "normalised F.linear"): lambda h, w, y: F.cross_entropy(
@@ -82,12 +97,15 @@ PEERS: dict[tuple[str, str], Callable] = {
     ("chebyshev", "torch.cdist"): _cdist(float("inf")),
 }
 SLOW = {key for key in PEERS if key[0] in ("manhattan", "minkowski", "chebyshev")}
-SLOW_N = 64
+SLOW_N = {"cpu": 64, "cuda": 512}
 
 
-def seconds(function) -> float:
+def seconds(function, device: str = "cpu") -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     function()
+    wait()
     return time.perf_counter() - began
 
 
@@ -99,9 +117,14 @@ def resident(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(key))
 
 
-def peak_memory(function) -> float:
+def peak_memory(function, device: str = "cpu") -> float:
     """MiB that `function` needs at most, beyond what is there before."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -120,33 +143,34 @@ def exponent(name: str) -> dict:
 class Case:
     """Inputs of one size, and what is measured at them."""
 
-    def __init__(self, N, V, C):
+    def __init__(self, N, V, C, device="cpu", dtype="float32"):
         g = torch.Generator().manual_seed(0)
-        self.size = N, V, C
-        self.h = F.layer_norm(torch.randn(N, C, generator=g), (C,)).requires_grad_()
-        self.y = torch.randint(V, (N,), generator=g)
+        self.size, self.device = (N, V, C), device
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+        self.h = F.layer_norm(torch.randn(N, C, generator=g), (C,)).to(device).requires_grad_()
+        self.y = torch.randint(V, (N,), generator=g).to(device)
         self.head = HarmonicHead(C, V, "cross_entropy")
-        self.head.weight.data = 0.02 * torch.randn(V, C, generator=g)
+        self.head.weight = torch.nn.Parameter((0.02 * torch.randn(V, C, generator=g)).to(device))
 
     def function(self, name, peer=None, n=None):
         """-> a function of `backward` that computes the loss of the first n states."""
-        head = HarmonicHead(self.size[2], 1, name, **exponent(name))
+        head = HarmonicHead(self.size[2], 1, name, precision="autocast", **exponent(name)).to(self.device)
         head.weight, head.real_vocab_size = self.head.weight, self.size[1]
         h, y = self.h[:n], self.y[:n]
 
         def run(backward):
-            with torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(backward), self.autocast:
                 loss = PEERS[name, peer](h, head.weight, y) if peer else head.loss(h, y)
             if backward:
                 loss.backward()
-            if not loss.isfinite():
+            if self.device == "cpu" and not loss.isfinite():  # a GPU would be waited for
                 raise UserError(f"{name} {peer or ''}: the loss is {loss.item()}")
 
         return run
 
     def yardstick(self, n=None):
         def run(backward):
-            with torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(backward), self.autocast:
                 loss = F.cross_entropy(F.linear(self.h[:n], self.head.weight), self.y[:n])
             if backward:
                 loss.backward()
@@ -162,7 +186,7 @@ class Case:
         peaks = []
         for _ in range(2):
             self.clear()
-            peaks.append(peak_memory(lambda: function(True)) - (N * C + V * C) * 4 / MIB)
+            peaks.append(peak_memory(lambda: function(True), self.device) - (N * C + V * C) * 4 / MIB)
         self.clear()
         return min(peaks)
 
@@ -176,7 +200,8 @@ class Case:
                 losses = torch.stack([PEERS[name, peer](a[i : i + 1], b, y[i : i + 1]) for i in range(len(a))])
             else:
                 impl = "auto" if dtype == torch.float32 else "chunked"
-                losses = harmonic_loss(a, b, y, name, reduction="none", impl=impl, **exponent(name))
+                with self.autocast:
+                    losses = harmonic_loss(a, b, y, name, reduction="none", impl=impl, precision="autocast", **exponent(name))
             losses.sum().backward()
             return losses.detach().double(), a.grad.double(), b.grad.double()
 
@@ -187,22 +212,26 @@ class Case:
 
 def measure(case, name, peer, rounds) -> dict:
     """One row of the table."""
-    n = min(SLOW_N, case.size[0]) if (name, peer) in SLOW else case.size[0]
+    n = min(SLOW_N[case.device], case.size[0]) if (name, peer) in SLOW else case.size[0]
     head, yardstick = case.function(name, peer, n), case.yardstick(n)
-    row = {"head": name, "impl": peer or "ours", "N": n, "V": case.size[1], "C": case.size[2], "threads": torch.get_num_threads()}
+    row = {"head": name, "impl": peer or "ours", "N": n, "V": case.size[1], "C": case.size[2]}
+    if case.device == "cpu":
+        row["threads"] = torch.get_num_threads()
+    else:
+        row |= {"device": torch.cuda.get_device_name(), "dtype": "bfloat16" if case.autocast._enabled else "float32"}
     for part, backward in (("forward", False), ("forward_backward", True)):
         head(backward), yardstick(backward)  # compile, allocate
         pairs = []
         for _ in range(rounds):
             case.clear()
-            mine = seconds(lambda: head(backward))  # noqa: B023
+            mine = seconds(lambda: head(backward), case.device)  # noqa: B023
             case.clear()
-            pairs.append((mine, seconds(lambda: yardstick(backward))))  # noqa: B023
-        row[f"{part}_seconds"] = f"{statistics.median(a for a, _ in pairs):.4f}"
+            pairs.append((mine, seconds(lambda: yardstick(backward), case.device)))  # noqa: B023
+        row[f"{part}_seconds"] = f"{statistics.median(a for a, _ in pairs):.4g}"
         row[f"{part}_ratio"] = f"{statistics.median(a / b for a, b in pairs):.2f}"
     mine, other = case.memory(head), case.memory(yardstick)
     row |= {"peak_mib": f"{mine:.0f}", "peak_ratio": f"{mine / other:.2f}"}
-    if not peer and case.size[1] * case.size[2] < 5e7:  # float64 takes minutes beyond
+    if not peer and (case.device == "cuda" or case.size[1] * case.size[2] < 5e7):  # float64 takes a CPU minutes beyond
         row |= dict(zip(("loss_error", "dh_error", "dw_error"), (f"{e:.0e}" for e in case.errors(name)), strict=True))
     return row
 
@@ -214,7 +243,7 @@ def chart(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    first = [r for r in rows if (r["V"], r["C"]) == (rows[0]["V"], rows[0]["C"])]
+    first = [r for r in rows if (r["V"], r["C"], r.get("dtype")) == (rows[0]["V"], rows[0]["C"], rows[0].get("dtype"))]
     first.sort(key=lambda r: float(r["forward_backward_ratio"]))
     labels = [r["head"] if r["impl"] == "ours" else f"{r['head']}: {r['impl']}" for r in first]
     figure, axes = plt.subplots(figsize=(8, 0.28 * len(first) + 1.2), layout="constrained")
@@ -223,8 +252,7 @@ def chart(rows, path):
     axes.bar_label(bars, [f" {r['forward_backward_ratio']}" for r in first], fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time, forward + backward, over F.linear + F.cross_entropy")
-    N, V, C = (int(first[0][k]) for k in "NVC")
-    figure.suptitle(f"N={N:,} V={V:,} C={C:,}, {first[0]['threads']} threads; grey: what a user would write", fontsize=10)
+    figure.suptitle(f"{place(first[0])}, {where(first[0])}; grey: what a user would write", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
     figure.savefig(path, dpi=120)
@@ -254,40 +282,46 @@ def write(rows, path):
         writer.writerows(rows)
 
 
+def place(row) -> str:
+    """Where a row was measured, in words."""
+    size = "{:,} x {:,} x {:,}".format(*(int(row[k]) for k in "NVC"))
+    return f"{size}, {row['dtype']}" if "dtype" in row else size
+
+
+def where(row) -> str:
+    """On what."""
+    return row.get("device") or f"{row['threads']} threads"
+
+
 def markdown(rows) -> str:
     """The table that README shows: ratios to the yardstick; a row a head, then the peers."""
     ours = [r for r in rows if r["impl"] == "ours"]
-    sizes = list(dict.fromkeys(tuple(int(r[k]) for k in "NVC") for r in ours))
-    first = [r for r in ours if tuple(int(r[k]) for k in "NVC") == sizes[0]]
-    columns = " | ".join("{:,} x {:,} x {:,}".format(*s) for s in sizes)
-    lines = [f"| head | {columns} | forward | peak memory | error, nats |", "|---" * (len(sizes) + 4) + "|"]
+    places = list(dict.fromkeys(map(place, ours)))
+    lines = [f"| head | {' | '.join(places)} | forward | peak memory | error, nats |", "|---" * (len(places) + 4) + "|"]
     for head in dict.fromkeys(r["head"] for r in ours):
-        times = {tuple(int(r[k]) for k in "NVC"): r["forward_backward_ratio"] for r in ours if r["head"] == head}
-        r = next(r for r in first if r["head"] == head)
-        lines.append(
-            f"| {head} | {' | '.join(times.get(s, '') for s in sizes)} | {r['forward_ratio']} | {r['peak_ratio']} | {r['loss_error']} |"
-        )
-    lines += [
-        "",
-        f"| what a user would write, {sizes[0][1]:,} x {sizes[0][2]:,} | forward + backward | forward | peak memory |",
-        "|---|---|---|---|",
-    ]
+        found = {place(r): r for r in ours if r["head"] == head}
+        r = found[places[0]]
+        times = " | ".join(found[p]["forward_backward_ratio"] if p in found else "" for p in places)
+        lines.append(f"| {head} | {times} | {r['forward_ratio']} | {r['peak_ratio']} | {r['loss_error']} |")
+    size = "{:,} x {:,}".format(*(int(ours[0][k]) for k in "VC"))
+    lines += ["", f"| what a user would write, {size} | forward + backward | forward | peak memory |", "|---|---|---|---|"]
     for r in rows:
         if r["impl"] != "ours":
-            where = "" if int(r["N"]) == sizes[0][0] else f" (N={r['N']})"
-            lines.append(f"| {r['head']}: {r['impl']}{where} | {r['forward_backward_ratio']} | {r['forward_ratio']} | {r['peak_ratio']} |")
+            how = [f"N={r['N']}"] * (r["N"] != ours[0]["N"]) + [r["dtype"]] * ("dtype" in r)
+            name = f"{r['head']}: {r['impl']}" + (f" ({', '.join(how)})" if how else "")
+            lines.append(f"| {name} | {r['forward_backward_ratio']} | {r['forward_ratio']} | {r['peak_ratio']} |")
     return "\n".join(lines)
 
 
 def table(rows):
-    print(f"{'head':24}{'implementation':32}{'forward':>10}{'ratio':>8}{'+ backward':>12}{'ratio':>8}{'peak':>10}{'ratio':>8}{'error':>8}")
-    sizes = None
+    print(f"{'head':24}{'implementation':32}{'forward':>12}{'ratio':>8}{'+ backward':>12}{'ratio':>8}{'peak':>10}{'ratio':>8}{'error':>8}")
+    at = None
     for r in rows:
-        if sizes != (sizes := (r["N"], r["V"], r["C"], r["threads"])):
-            print("N={} V={} C={}, {} threads".format(*sizes))
-        time_ = [f"{float(r['forward_seconds']):.2f} s", r["forward_ratio"], f"{float(r['forward_backward_seconds']):.2f} s"]
+        if at != (at := (r["N"], place(r), r.get("threads"))):
+            print(f"{place(r)}, {where(r)}")
+        times = [f"{1000 * float(r[f'{part}_seconds']):.1f} ms" for part in ("forward", "forward_backward")]
         print(
-            f"{r['head']:24}{r['impl']:32}{time_[0]:>10}{time_[1]:>8}{time_[2]:>12}{r['forward_backward_ratio']:>8}"
+            f"{r['head']:24}{r['impl']:32}{times[0]:>12}{r['forward_ratio']:>8}{times[1]:>12}{r['forward_backward_ratio']:>8}"
             f"{r['peak_mib'] + ' MiB':>10}{r['peak_ratio']:>8}{r.get('loss_error', ''):>8}"
         )
 
@@ -299,16 +333,20 @@ def main():
     if c.growth:
         rows = growth(c, c.out)
     else:
-        names, sizes = c.heads or list(HEADS), c.sizes.split(",")
-        work = [(size, name, None) for size in sizes for name in names]
-        if c.peers:
-            work += [(sizes[0], name, peer) for name, peer in PEERS if name in names]
-        case, at = None, None
-        for size, name, peer in tqdm(sorted(work, key=lambda w: sizes.index(w[0])), disable=None, leave=False):
-            if size != at:
-                case, at = Case(*(int(n) for n in size.split("x"))), size
-            rows.append(measure(case, name, peer, c.rounds))
-            write(rows, c.out)
+        names = c.heads or list(HEADS)
+        places = [(size, dtype) for size in c.sizes.split(",") for dtype in c.dtypes]
+        bar = tqdm(total=len(places) * len(names), disable=None, leave=False)
+        for size, dtype in places:
+            case = Case(*(int(n) for n in size.split("x")), c.device, dtype)
+            work = [(name, None) for name in names]
+            if c.peers and size == places[0][0]:
+                work += [key for key in PEERS if key[0] in names]
+                bar.total += len(work) - len(names)
+            for name, peer in work:
+                rows.append(measure(case, name, peer, c.rounds))
+                write(rows, c.out)
+                bar.update()
+        bar.close()
     table(rows)
     print(f"wrote {c.out}", end="\n" if c.growth else "")
     if not c.growth:

@@ -48,8 +48,8 @@ IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 # at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
 CHUNK = 2**21
 CHUNK_ROWS = 256
-# Numbers of a table that are mapped at a time, 4 MiB: large enough for threads to share, small enough for a cache.
-MAP = 2**20
+# Numbers of a table that are mapped at a time: 4 MiB on a CPU, large enough for threads to share, small enough for a cache.
+MAP = {"cpu": 2**20, "cuda": 2**26}
 SKIP = 1e-6
 
 
@@ -156,8 +156,8 @@ def harmonic_loss(
             compiled kernels, on a CPU in float32; "triton" on CUDA; "auto" picks the fastest that the device and the distance have.
         skip: elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the target's, so that what is left out of any
             row adds up to less than `skip` of the target's slope. 0: none.
-        precision: "float32" always, or "autocast": inside torch.autocast impl "numba" multiplies matrices (kernels l2 and dot) in its type,
-            with float32 norms, logarithms and sums over chunks.
+        precision: "float32" always, or "autocast": inside torch.autocast the kernels l2 and dot multiply matrices in its type ("triton" in
+            bfloat16 only), with float32 norms, logarithms and sums over chunks.
         rows: how many rows of w are prototypes, where the rest is padding; None: all.
         check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
         The rest: see `harmonic_logits`.
@@ -344,6 +344,7 @@ class Mapped:
 
     def __init__(self, x, how, seed, trained, padding=0):
         self.x, self.how, self.seed, self.padding = x.detach().contiguous(), how, seed, padding
+        self.rows = -(-MAP["cuda" if x.device.type == "cuda" else "cpu"] // x.shape[1])  # of a slice
         self.trained = {k: t.detach() for k, t in trained.items()}
         self.kept = self.x if how.row.map is None else None if how.row.elementwise else self._map(self.x, 0, self.trained)
         self.shift = self.buffer = None
@@ -356,8 +357,8 @@ class Mapped:
         return mapped(self.how.row, x, seed, {**self.how.mapping, **trained})
 
     def _slices(self):
-        """Of rows with about MAP numbers; the last may have three rows more, for a kernel's tile has four."""
-        starts = [*range(0, max(1, len(self.x) - 3), -(-MAP // self.x.shape[1])), len(self.x)]
+        """Of about MAP numbers; the last may have three rows more, for a kernel's tile has four."""
+        starts = [*range(0, max(1, len(self.x) - 3), self.rows), len(self.x)]
         return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
 
     def blocks(self):
@@ -388,7 +389,7 @@ class Mapped:
     def terms(self):
         """The rank-one terms of the epilogue: (M,), or None."""
         terms = self.how.row.terms
-        return terms and torch.cat([terms(part) for _, block in self.blocks() for part in block.split(-(-MAP // block.shape[1]))])
+        return terms and torch.cat([terms(part) for _, block in self.blocks() for part in block.split(self.rows)])
 
     def pull(self, gradient, of_terms) -> list:
         """Turns the gradient with respect to the mapped vectors (M, C), and their terms (M,), into that with respect to x, in place.
@@ -412,7 +413,8 @@ class Mapped:
 
 
 def _triton(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
-    return gpu.run(x, y.whole(), u, v, strength, bias, targets, weight, how.epilogue(), needs_grad)
+    product = torch.bfloat16 if how.product == torch.bfloat16 else torch.float32  # slopes are too small for float16
+    return gpu.run(x, y.whole(), u, v, strength, bias, targets, weight, how.epilogue(), needs_grad, product)
 
 
 def _chunked(x, y, u, v, strength, bias, targets, weight, how, needs_grad):

@@ -263,8 +263,9 @@ def stage_three(rows: list[dict]) -> str:
         for (head, link), value in sorted(mine.items(), key=lambda x: x[1]):
             above = value - mine.get(BASELINE, math.nan)
             twin = mine.get((head, "softmax")) if link == "harmonic" else None
-            bits = next(r["bits_per_byte"] or "nan" for r in third if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link))
-            cells.append([*place, head, link, f"{value:.4f}", f"{float(bits):.4f}", f"{above:+.3f}", shown(twin and value - twin, "+.3f")])
+            row = next(r for r in third if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link))
+            bits = "" if place[0] == "bert" else f"{float(row['bits_per_byte']):.4f}"  # masked prediction has no likelihood of a text
+            cells.append([*place, head, link, f"{value:.4f}", bits, f"{above:+.3f}", shown(twin and value - twin, "+.3f")])
     return markdown(["arch", "corpus", "head", "link", "loss", "val bits/byte", "less cross_entropy", "less its softmax twin"], cells)
 
 

@@ -170,9 +170,11 @@ def test_benchmark_numbers_are_the_measured_ones():
 
     from benchmarks.head import markdown
 
-    assert markdown(list(csv.DictReader((ROOT / "results/head_cpu.csv").open()))) in README
+    for device in ("cpu", "cuda"):
+        assert markdown(list(csv.DictReader((ROOT / f"results/head_{device}.csv").open()))) in README
     compiled = list(csv.DictReader((ROOT / "results/gpu_compile.csv").open()))
-    assert f"{len(compiled)} compilations" in README and all(r["spill_stores"] == r["spill_loads"] == "0" for r in compiled)
+    assert f"{len(compiled)} compilations" in README
+    assert f"at most {max(int(r['spill_stores']) for r in compiled)} spilled bytes" in README
 
 
 def test_swap_numbers_are_the_measured_ones():

@@ -2,24 +2,25 @@
 
 A chunk holds the raw values of its pairs once, R rows x V prototypes, and turns them in place into slopes:
 
+    torch.mm    the matmul family: inner products
     _tile       a block of pairs: raw values, logits, and the block's share of each row's log-sum-exp
     _slopes     raw -> dL/draw, with the sums over rows and over prototypes that the small gradients are made of
+    torch.mm    the matmul family: dL/draw -> dx and dy
     _gradient   elementwise kernels: dL/draw -> dx; with the operands exchanged, for every term is symmetric -> dy
-    torch.mm    the matmul family does the same by two matrix products
 
-A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, the derivative by x; both are put into these templates when
-they are compiled, so a new kernel is two functions and a row of `_find`. p is the kernel's only number: a power, a sharpness or a floor.
+A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, which adds a dt/dx to a sum; both are put into these
+templates when they are compiled, so a new kernel is two functions and a row of `_find`. p is the kernel's only number: a power, a
+sharpness or a floor.
 
-Precision. Everything is float32. Logits are taken relative to the row's nearest prototype: with exponents of hundreds, log d itself would
-have lost the digits that the logarithm of a ratio keeps. For the same reason sums over coordinates, rows and prototypes are added up in
-slices. A block of l2 that holds a pair whose difference cancels is computed from the differences, and so are its gradients (see dense.py).
+Precision. Everything is float32; matrix products take their operands in bfloat16 where asked, and add up in float32. Logits are taken
+relative to the row's nearest prototype: with exponents of hundreds, log d itself would have lost the digits that the logarithm of a ratio
+keeps. For the same reason sums over coordinates, rows and prototypes are added up in slices. A block of l2 that holds a pair whose
+difference cancels is computed from the differences, and so are its gradients (see dense.py).
 A NaN passes through. No atomics: the result is the same in every run.
 
-Checked: the values in Triton's interpreter, against float64, and the code generation by compiling every variant (`benchmarks.gpu_compile`
-lists registers and spills). Nothing here has been run on a GPU, so block sizes are chosen for registers and not by timing.
+Checked against float64 on an H200, and in Triton's interpreter; `benchmarks.gpu_compile` lists every variant's registers and spills.
+Blocks, warps and UNROLL are the fastest of a dozen choices there (LOG.md).
 """
-
-import contextlib
 
 import torch
 import torch.nn.functional as F
@@ -32,19 +33,27 @@ from harmonic.kernels import dense
 CHUNK = 2**27
 CHUNK_ROWS = 2**16
 # A program's block is BLOCK rows x BLOCK prototypes (in `_gradient`: x BLOCK coordinates), 8 to 32 of them a thread. Sums are added up in
-# slices of as many. A matrix product takes BLOCK_C coordinates at once, whose operands lie in registers.
+# slices of as many, UNROLL steps of which are written out, so that loads run ahead.
 BLOCK = 64
-BLOCK_C = 8
+UNROLL = 8
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 # terms and slopes
+#
+# A term reduces to t(x, y, p); a slope adds a dt/dx to a sum. Where they can they use additions and multiply-adds alone: a GPU does twice
+# as many of them in a cycle as comparisons, selections and maxima, and eight times as many as roots, exponentials and reciprocals.
 
 
 @triton.jit
-def _signed(a, x, y):
-    """a sign(x - y). A NaN in x or y has made a one, and it stays."""
-    return tl.where(x == y, 0.0, tl.where(x < y, -a, a))
+def _step(d):
+    """0, 1/2 or 1 where d is negative, 0 or positive: one multiply-add, for saturation is free. Of a NaN: 0; a carries the NaN."""
+    return tl.clamp(tl.fma(d, 2.0**127, 0.5), 0.0, 1.0)
+
+
+@triton.jit
+def _sign(d):
+    return tl.fma(_step(d), 2.0, -1.0)
 
 
 @triton.jit
@@ -53,8 +62,9 @@ def _l1_term(x, y, p):
 
 
 @triton.jit
-def _l1_slope(x, y, a, kept, c, p):
-    return _signed(a, x, y)
+def _l1_slope(sum, x, y, a, kept, c, p):
+    """Without -a, which sign = 2 step - 1 has besides: the host takes off the sum of all a."""
+    return tl.fma(2.0 * a, _step(x - y), sum)
 
 
 @triton.jit
@@ -63,8 +73,14 @@ def _square_term(x, y, p):
 
 
 @triton.jit
-def _square_slope(x, y, a, kept, c, p):
-    return 2.0 * a * (x - y)
+def _square_slope(sum, x, y, a, kept, c, p):
+    return tl.fma(2.0 * a, x - y, sum)
+
+
+@triton.jit
+def _root(d):
+    """1 / sqrt(|d|), bounded at 0."""
+    return tl.rsqrt(tl.maximum(tl.abs(d), 1e-30))
 
 
 @triton.jit
@@ -73,8 +89,10 @@ def _half_term(x, y, p):
 
 
 @triton.jit
-def _half_slope(x, y, a, kept, c, p):
-    return _signed(0.5 * a * tl.rsqrt(tl.maximum(tl.abs(x - y), 1e-30)), x, y)  # unbounded at 0, where the sign is 0
+def _half_slope(sum, x, y, a, kept, c, p):
+    d = x - y
+    r = _root(d)
+    return tl.fma(0.5 * a, d * r * r * r, sum)  # unbounded at 0, where d is 0
 
 
 @triton.jit
@@ -84,8 +102,9 @@ def _three_halves_term(x, y, p):
 
 
 @triton.jit
-def _three_halves_slope(x, y, a, kept, c, p):
-    return _signed(1.5 * a * tl.sqrt(tl.abs(x - y)), x, y)
+def _three_halves_slope(sum, x, y, a, kept, c, p):
+    d = x - y
+    return tl.fma(1.5 * a, d * _root(d), sum)
 
 
 @triton.jit
@@ -95,9 +114,9 @@ def _cube_term(x, y, p):
 
 
 @triton.jit
-def _cube_slope(x, y, a, kept, c, p):
+def _cube_slope(sum, x, y, a, kept, c, p):
     d = x - y
-    return 3.0 * a * d * tl.abs(d)
+    return tl.fma(3.0 * a, d * tl.abs(d), sum)
 
 
 @triton.jit
@@ -111,20 +130,23 @@ def _power_term(x, y, p):
 
 
 @triton.jit
-def _power_slope(x, y, a, kept, c, p):
-    return _signed(p * a * _power(tl.abs(x - y), p - 1), x, y)
+def _power_slope(sum, x, y, a, kept, c, p):
+    d = x - y
+    return sum + tl.where(d == 0.0, 0.0, p * a * _sign(d) * _power(tl.abs(d), p - 1))
 
 
 @triton.jit
-def _maximum_slope(x, y, a, kept, c, p):
-    """The gradient of a maximum goes to the coordinate that attains it (the first, if several do): `kept`."""
-    return tl.where(kept == c, _signed(a, x, y), 0.0)
+def _maximum_slope(sum, x, y, a, kept, c, p):
+    """The gradient of a maximum goes to the coordinate that attains it (the first, if several do): `kept`. a has the sign of the difference
+    there; p: 1, or -1 where x and y are exchanged."""
+    return tl.fma(p * a, tl.clamp(1.0 - tl.abs(kept - c), 0.0, 1.0), sum)
 
 
 @triton.jit
-def _smooth_slope(x, y, a, kept, c, p):
+def _smooth_slope(sum, x, y, a, kept, c, p):
     """A share of the softmax over coordinates, from the pair's value `kept` = log sum exp(p |x - y|) / p."""
-    return _signed(a * tl.exp(p * (tl.abs(x - y) - kept)), x, y)
+    d = x - y
+    return tl.fma(a * _sign(d), tl.exp(p * (tl.abs(d) - kept)), sum)
 
 
 @triton.jit
@@ -140,12 +162,12 @@ def _canberra_term(x, y, p):
 
 
 @triton.jit
-def _canberra_slope(x, y, a, kept, c, p):
+def _canberra_slope(sum, x, y, a, kept, c, p):
+    d = x - y
     size = tl.abs(x) + tl.abs(y)
     inverse = _inverse(tl.maximum(size, p))
-    ratio = tl.where(size >= p, tl.abs(x - y) * inverse, 0.0)  # below the floor p the denominator is constant
-    a = a * inverse
-    return _signed(a, x, y) - a * ratio * _signed(1.0, x, 0.0)
+    ratio = tl.where(size >= p, tl.abs(d) * inverse, 0.0)  # below the floor p the denominator is constant
+    return tl.fma(a * inverse, tl.fma(-ratio, _sign(x), _sign(d)), sum)
 
 
 def _find(epilogue):
@@ -164,7 +186,7 @@ def _find(epilogue):
         found = {
             "dot": ("dot", None, None, 0.0),
             "l2": ("l2", _square_term, _square_slope, 0.0),
-            "linf": ("linf", _l1_term, _maximum_slope, 0.0),
+            "linf": ("linf", _l1_term, _maximum_slope, 1.0),
         }.get(kernel)
     return None if options else found
 
@@ -176,8 +198,9 @@ def supports(epilogue) -> bool:
 
 # blocks of raw values
 #
-# x is (C, H) and y (C, W), so that neighbouring threads read neighbouring numbers: R rows and V prototypes, and zeros up to whole blocks,
-# so that whatever N and V these loads need no mask and are aligned. What is kept of pairs is (H, W) too.
+# x and y are (blocks, C, BLOCK): R rows or V prototypes, and zeros up to whole blocks. So neighbouring threads read neighbouring numbers, a
+# step over a coordinate is a constant, and whatever N and V these loads need no mask and are aligned. What is kept of pairs is in whole
+# blocks too.
 
 
 @triton.jit
@@ -190,61 +213,50 @@ def _zeros(x, rows, columns):
 
 
 @triton.jit
-def _products(x, y, rows, columns, H, W, C, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
-    inner = tl.arange(0, BLOCK_C)
-    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        inside = start + inner[:, None] < C
-        xs = tl.load(x + inner[:, None] * H + rows[None, :], inside, 0.0)
-        ys = tl.load(y + inner[:, None] * W + columns[None, :], inside, 0.0)
-        total -= tl.dot(tl.trans(xs), ys, input_precision=PRECISION)  # minus: a sum would be fused into one long accumulation
-        x += BLOCK_C * H
-        y += BLOCK_C * W
-    return -total
-
-
-@triton.jit
-def _sum(x, y, rows, columns, H, W, C, p, TERM: tl.constexpr, SLICE: tl.constexpr):
-    first = x
+def _sum(x, y, rows, columns, C, p, TERM: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    inner, first = tl.arange(0, BLOCK), x
     total = _zeros(first, rows, columns)
-    for start in range(0, C, SLICE):
+    for start in range(0, C, BLOCK):
         part = _zeros(first, rows, columns)
-        for _ in range(start, min(start + SLICE, C)):
-            part += TERM(tl.load(x + rows)[:, None], tl.load(y + columns)[None, :], p)
-            x += H
-            y += W
+        for _ in tl.range(start, min(start + BLOCK, C), loop_unroll_factor=UNROLL):
+            part += TERM(tl.load(x + inner)[:, None], tl.load(y + inner)[None, :], p)
+            x += BLOCK
+            y += BLOCK
         total += part
     return total
 
 
 @triton.jit
-def _maximum(x, y, rows, columns, H, W, C, p, TERM: tl.constexpr):
-    """-> (the largest term, the first coordinate that has it)."""
-    best = _zeros(x, rows, columns) - 1.0
+def _maximum(x, y, rows, columns, C, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """-> (the largest difference, with its sign; the first coordinate that has it). A NaN is passed over."""
+    inner = tl.arange(0, BLOCK)
+    best = _zeros(x, rows, columns)
     at = tl.zeros_like(best)
-    for c in range(C):
-        t = TERM(tl.load(x + rows)[:, None], tl.load(y + columns)[None, :], p)
-        better = (t > best) | (t != t)  # the second: a NaN stays
-        best = tl.where(better, t, best)
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+        d = tl.load(x + inner)[:, None] - tl.load(y + inner)[None, :]
+        better = tl.abs(d) > tl.abs(best)
+        best = tl.where(better, d, best)
         at = tl.where(better, c * 1.0, at)
-        x += H
-        y += W
+        x += BLOCK
+        y += BLOCK
     return best, at
 
 
 @triton.jit
-def _smooth(x, y, rows, columns, H, W, C, p, TERM: tl.constexpr, SLICE: tl.constexpr):
-    """log sum exp(p t) / p: the maximum first, then the sum, which is cheaper than an exponential more for a running maximum."""
-    top, at = _maximum(x, y, rows, columns, H, W, C, p, TERM)
+def _smooth(x, y, rows, columns, C, p, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """log sum exp(p |x - y|) / p: the maximum first, then the sum, which is cheaper than an exponential more for a running maximum."""
+    inner = tl.arange(0, BLOCK)
+    top, at = _maximum(x, y, rows, columns, C, BLOCK, UNROLL)
+    top = tl.abs(top)
     first = x
     total = tl.zeros_like(top)
-    for start in range(0, C, SLICE):
+    for start in range(0, C, BLOCK):
         part = _zeros(first, rows, columns)
-        for _ in range(start, min(start + SLICE, C)):
-            t = TERM(tl.load(x + rows)[:, None], tl.load(y + columns)[None, :], p)
-            part += tl.exp(p * (t - top))
-            x += H
-            y += W
+        for _ in tl.range(start, min(start + BLOCK, C), loop_unroll_factor=UNROLL):
+            d = tl.load(x + inner)[:, None] - tl.load(y + inner)[None, :]
+            part += tl.exp(p * (tl.abs(d) - top))
+            x += BLOCK
+            y += BLOCK
         total += part
     return top + tl.log(total) / p
 
@@ -253,10 +265,15 @@ def _smooth(x, y, rows, columns, H, W, C, p, TERM: tl.constexpr, SLICE: tl.const
 
 
 @triton.jit
+def _sizes(rows, columns, size_x, size_y, R, V):
+    """The raw values of each row and each prototype to 0, added."""
+    return tl.load(size_x + rows, rows < R, 0.0)[:, None] + tl.load(size_y + columns, columns < V, 0.0)[None, :]
+
+
+@triton.jit
 def _above(raw, rows, columns, size_x, size_y, R, V, epsilon):
     """raw where it exceeds the floor, else the floor; `dense.above` for a block."""
-    low = epsilon * (tl.load(size_x + rows, rows < R, 0.0)[:, None] + tl.load(size_y + columns, columns < V, 0.0)[None, :])
-    low = tl.maximum(low, TINY)
+    low = tl.maximum(epsilon * _sizes(rows, columns, size_x, size_y, R, V), TINY)
     return tl.where(raw < low, low, raw)
 
 
@@ -306,39 +323,48 @@ def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
 @triton.jit
 def _tile(
     x, y, size_x, size_y, u, v, targets, strength, raw, kept, near, best, total, target_level, R, V, C, p, epsilon, factor, floor,
-    cancelled, MODE: tl.constexpr, TERM: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    cancelled, MODE: tl.constexpr, TERM: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A block of pairs. Per row it leaves the smallest level and the sum of exp(logit - the logit there), and the target's level.
 
-    raw, kept, near: None where no gradient is wanted; kept is what some slopes need of a pair, near marks the blocks of l2 that cancel.
+    raw: for dot and l2 it comes with the inner products, which stay but in blocks of l2 that cancel; for linf the difference with its sign.
+    raw (but for those two), kept, near: None where no gradient is wanted; kept is what some slopes need of a pair, near marks the blocks of
+    l2 that cancel.
     """
     block = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < R)[:, None] & (columns < V)[None, :]
-    H, W = tl.num_programs(0) * BLOCK, tl.num_programs(1) * BLOCK
+    place = rows.to(tl.int64)[:, None] * tl.num_programs(1) * BLOCK + columns[None, :]
+    if MODE != "dot":
+        x += tl.program_id(0).to(tl.int64) * C * BLOCK
+        y += block.to(tl.int64) * C * BLOCK
     if MODE == "dot":
-        value = _products(x, y, rows, columns, H, W, C, BLOCK_C, PRECISION)
+        value = tl.load(raw + place)
     elif MODE == "l2":
-        size = tl.load(size_x + rows, rows < R, 0.0)[:, None] + tl.load(size_y + columns, columns < V, 0.0)[None, :]
-        value = size - 2.0 * _products(x, y, rows, columns, H, W, C, BLOCK_C, PRECISION)
+        size = _sizes(rows, columns, size_x, size_y, R, V)
+        value = size - 2.0 * tl.load(raw + place)
         cancels = tl.max(tl.max((value < cancelled * size).to(tl.int32), 1), 0)
         if cancels > 0:
-            value = _sum(x, y, rows, columns, H, W, C, p, TERM, BLOCK)
+            value = _sum(x, y, rows, columns, C, p, TERM, BLOCK, UNROLL)
+            tl.store(raw + place, value)
         if near is not None:
             tl.store(near + tl.program_id(0) * tl.num_programs(1) + block, cancels)
     elif MODE == "sum":
-        value = _sum(x, y, rows, columns, H, W, C, p, TERM, BLOCK)
+        value = _sum(x, y, rows, columns, C, p, TERM, BLOCK, UNROLL)
     elif MODE == "linf":
-        value, at = _maximum(x, y, rows, columns, H, W, C, p, TERM)
+        value, at = _maximum(x, y, rows, columns, C, BLOCK, UNROLL)
+        size = _sizes(rows, columns, size_x, size_y, R, V)
+        value = tl.where(size == size, value, size)  # a NaN
     else:
-        value = _smooth(x, y, rows, columns, H, W, C, p, TERM, BLOCK)
-    if raw is not None:
-        place = rows.to(tl.int64)[:, None] * W + columns[None, :]
+        value = _smooth(x, y, rows, columns, C, p, BLOCK, UNROLL)
+    if raw is not None and MODE != "dot" and MODE != "l2":
         tl.store(raw + place, value)
-        if kept is not None:
-            tl.store(kept + place, at if MODE == "linf" else value)
+    if kept is not None:
+        tl.store(kept + place, at if MODE == "linf" else value)
+    if MODE == "linf":
+        value = tl.abs(value)
     if size_x is not None:
         value = _above(value, rows, columns, size_x, size_y, R, V, epsilon)
     terms = None if v is None else _rank_one(rows, columns, u, v, R, V)
@@ -355,11 +381,12 @@ def _tile(
 @triton.jit
 def _slopes(
     raw, near, size_x, size_y, u, v, targets, weight, strength, best, total, over_columns, over_rows, R, V, epsilon, factor, floor,
-    LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """raw -> A = dL/draw in place, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength), over its rows of the first two.
 
-    For a control u + v is the bias. Blocks marked in `near` are left out of the sums of A, for `_gradient` does without them.
+    For a control u + v is the bias. near: None but for l2, whose other blocks hold inner products; marked ones are left out of the sums of
+    A, for `_gradient` does without them.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     rows = i * BLOCK + tl.arange(0, BLOCK)
@@ -367,6 +394,12 @@ def _slopes(
     inside = (rows < R)[:, None] & (columns < V)[None, :]
     place = raw + rows.to(tl.int64)[:, None] * tl.num_programs(1) * BLOCK + columns[None, :]
     found = tl.load(place)
+    signs = found
+    if MODE == "linf":
+        found = tl.abs(found)
+    if near is not None:
+        is_near = tl.load(near + i * tl.num_programs(1) + j) > 0
+        found = tl.where(is_near, found, _sizes(rows, columns, size_x, size_y, R, V) - 2.0 * found)
     value = found if size_x is None else _above(found, rows, columns, size_x, size_y, R, V, epsilon)
     terms = None if v is None else _rank_one(rows, columns, u, v, R, V)
     level = _level(value, terms, factor, floor, LINK, ROOT)
@@ -384,9 +417,11 @@ def _slopes(
         if u is not None:
             e = tl.where(tl.abs(terms) <= floor, 0.0, -by_log / terms)
     a, e, s = tl.where(inside, a, 0.0), tl.where(inside, e, 0.0), tl.where(inside, g * fall, 0.0)
+    if MODE == "linf":
+        a = tl.where(signs < 0.0, -a, a)
     tl.store(place, a)
     if near is not None:
-        a = tl.where(tl.load(near + i * tl.num_programs(1) + j) > 0, 0.0, a)
+        a = tl.where(is_near, 0.0, a)
     across, down = over_columns + j * R + rows, over_rows + i * V + columns
     size = tl.num_programs(1) * R
     tl.store(across, tl.sum(a, 1), rows < R)
@@ -398,35 +433,50 @@ def _slopes(
 
 @triton.jit
 def _gradient(
-    x, y, slopes, kept, near, out, M, K, C, own_stride, other_stride, near_own, near_other, p, SLOPE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out += sum over y's K rows of slope(x, y): for BLOCK of x's M rows and BLOCK coordinates. Strides: of `slopes` and `kept`, of `near`.
+    x, y, slopes, kept, near, out, M, K, C, near_own, near_other, p, OWN: tl.constexpr, OTHER: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out += sum over y's K rows of slope(x, y): for BLOCK of x's M rows and BLOCK coordinates.
 
-    near: take only the blocks marked there.
+    y: (blocks of coordinates, K, BLOCK). OWN, OTHER: the strides of `slopes` and `kept` from one row of x, of y, to the next.
+    near: take only the blocks marked there; near_own, near_other: its strides.
     """
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (own < M)[:, None] & (c < C)[None, :]
     place = own.to(tl.int64)[:, None] * C + c[None, :]
     xs = tl.load(x + place, inside, 0.0)
-    column = own.to(tl.int64) * own_stride
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    total = tl.load(out + place, inside, 0.0)
+    y += tl.program_id(1).to(tl.int64) * K * BLOCK
+    near = near if near is None else near + tl.program_id(0) * near_own
+    some = tl.program_id(0) * 0
     for start in range(0, K, BLOCK):
         if near is None:
             wanted = True
         else:
-            wanted = tl.load(near + tl.program_id(0) * near_own + start // BLOCK * near_other) > 0
+            if start % (BLOCK * BLOCK) == 0:  # as many flags at once: mostly none is set
+                blocks = start // BLOCK + tl.arange(0, BLOCK)
+                some = tl.max(tl.load(near + blocks * near_other, blocks * BLOCK < K, 0), 0)
+            wanted = some > 0
+            if wanted:
+                wanted = tl.load(near + start // BLOCK * near_other) > 0
         if wanted:
-            part = tl.zeros_like(total)
-            for j in range(start, min(start + BLOCK, K)):
-                a = tl.load(slopes + column + (j - start) * other_stride)
-                k = a if kept is None else tl.load(kept + column + (j - start) * other_stride)
-                ys = tl.load(y + (j - start) * C + c, c < C, 0.0)
-                part += SLOPE(xs, ys[None, :], a[:, None], k[:, None], c.to(tl.float32)[None, :], p)
+            part = _zeros(out, own, c)
+            pairs = own.to(tl.int64) * OWN + start * OTHER  # a chunk has fewer than 2^31
+            a_at, y_at = slopes + pairs, y + start * BLOCK + tl.arange(0, BLOCK)
+            if kept is not None:
+                k_at = kept + pairs
+            for _ in tl.range(start, min(start + BLOCK, K), loop_unroll_factor=UNROLL):
+                a = tl.load(a_at)
+                k = a
+                if kept is not None:
+                    k = tl.load(k_at)
+                    k_at += OTHER
+                part = SLOPE(part, xs, tl.load(y_at)[None, :], a[:, None], k[:, None], c.to(tl.float32)[None, :], p)
+                a_at += OTHER
+                y_at += BLOCK
             total += part
-        y += BLOCK * C
-        column += BLOCK * other_stride
-    tl.store(out + place, tl.load(out + place, inside, 0.0) + total, inside)
+    tl.store(out + place, total, inside)
 
 
 @triton.jit
@@ -451,19 +501,8 @@ def launch(kernel, grid: tuple, warps: int, registers: int | None = None, **argu
         kernel[grid](num_warps=warps, maxnreg=registers, **arguments)
 
 
-@contextlib.contextmanager
-def _matmuls(tf32: bool):
-    """torch's products with TF32 or without, whatever the caller has set."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 @torch.no_grad()
-def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, tf32=False):
+def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, product=torch.float32):
     """The loss of each row, and the gradients of sum(weight * loss).
 
     Args:
@@ -471,10 +510,11 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, tf32=
         strength: a 0-dim tensor, positive; a control ignores it. bias: (V,) or None, a control's.
         targets: (N,) int64 in [0, V). weight: (N,), 0 for ignored rows.
         epilogue: what makes logits of raw values; `supports` must hold for it.
-        tf32: lets the matrix products of l2 and dot use TF32.
+        product: the type of the operands of the matrix products of l2 and dot.
     Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that are None or with needs_grad=False.
     """
     mode, term, slope, p = _find(epilogue)
+    unroll = 1 if mode == "lse" or term is _power_term else UNROLL // 2 if term is _square_term else UNROLL  # registers do for no more
     control = epilogue.link == "control"
     N, C, V = *x.shape, len(y)
     losses = x.new_empty(N)
@@ -483,15 +523,18 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, tf32=
     dterms = dbias if control else dv
     strength = torch.ones_like(strength) if control else strength
     level = dict(u=u, v=bias if control else v, strength=strength, factor=epilogue.factor, floor=epilogue.floor, LINK=epilogue.link)
-    level |= dict(ROOT=epilogue.root, V=V, BLOCK=BLOCK, size_x=None, size_y=None, epsilon=0.0)
+    level |= dict(MODE=mode, ROOT=epilogue.root, V=V, BLOCK=BLOCK, size_x=None, size_y=None, epsilon=0.0)
     k, zero = dense.KERNELS[epilogue.kernel], x.new_zeros(())
     if mode != "dot":
         level |= dict(size_y=k.value(y, zero, **epilogue.options), epsilon=torch.finfo(x.dtype).eps ** k.power(**epilogue.options))
     blocks = triton.cdiv(V, BLOCK)
-    chunk = BLOCK * max(1, min(CHUNK // V, CHUNK_ROWS, N + BLOCK - 1) // BLOCK)
-    raw = x.new_empty(chunk, blocks * BLOCK) if needs_grad else None
+    chunks = max(1, triton.cdiv(N, max(BLOCK, min(CHUNK // V, CHUNK_ROWS))))
+    chunk = BLOCK * max(1, triton.cdiv(N, BLOCK * chunks))  # all about as large
+    matmul = mode in ("l2", "dot")
+    raw = x.new_empty(chunk, blocks * BLOCK) if needs_grad and not matmul else None
     kept = torch.empty_like(raw) if needs_grad and mode in ("linf", "lse") else None
-    y_t = _across(y)
+    y_t = None if mode == "dot" else _across(y)
+    y_p = _whole(y).to(product) if matmul else None
     for start in range(0, N, chunk):
         s = slice(start, start + chunk)
         xs = x[s]
@@ -502,9 +545,13 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, tf32=
             level["size_x"] = k.value(xs, zero, **epilogue.options)
         near = x.new_empty(grid, dtype=torch.int32) if needs_grad and mode == "l2" else None
         best, total, own = x.new_empty(blocks, R), x.new_empty(blocks, R), x.new_empty(R)
-        operands = dict(x=_across(xs), y=y_t, C=C, p=p, MODE=mode, TERM=term, BLOCK_C=BLOCK_C, cancelled=dense.NEAR)
-        operands |= dict(PRECISION="tf32" if tf32 else "ieee", raw=raw, kept=kept, near=near, best=best, total=total, target_level=own)
-        launch(_tile, grid, 4, 255 if mode == "l2" else 168, **operands, **level)
+        if matmul:
+            raw = None  # freed before there is another
+            x_p = _whole(xs).to(product)
+            raw = _product(x_p, y_p.T)
+        operands = dict(x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=p, TERM=term, UNROLL=unroll, cancelled=dense.NEAR)
+        operands |= dict(raw=raw, kept=kept, near=near, best=best, total=total, target_level=own)
+        launch(_tile, grid, 4, 168, **operands, **level)
         lowest = best.amin(0)
         total = (total * (strength * _difference(best, lowest, epilogue)).exp()).sum(0)
         losses[s] = total.log() - strength * _difference(own, lowest, epilogue)
@@ -521,21 +568,38 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, tf32=
         if not control:
             dstrength += across[2].sum()
         if slope is not None:
-            _add_elementwise(xs, y, raw, kept, near, dx[s], dy, p, slope)
-        if mode in ("l2", "dot"):
-            with _matmuls(tf32):
-                factor = 1 if mode == "dot" else -2  # l2: d/dx of sum A (x - y)^2 = 2 (rowsum(A) x - A y)
-                dx[s].addmm_(raw[:R, :V], y, alpha=factor)
-                dy.addmm_(raw[:R, :V].T, xs, alpha=factor)
+            _add_elementwise(xs, y, raw, kept, near, dx[s], dy, p, slope, unroll)
+        if slope is _l1_slope:
+            dx[s].sub_(across[0][:, None])
+            dy.sub_(down[0][:, None])
+        if matmul:
+            a, factor = raw.to(product), 1 if mode == "dot" else -2  # l2: d/dx of sum A (x - y)^2 = 2 (rowsum(A) x - A y)
+            dx[s].add_(_product(a, y_p)[:R], alpha=factor)
+            dy.add_(_product(a.T, x_p)[:V], alpha=factor)
         if mode == "l2":
             dx[s].addcmul_(across[0][:, None], xs, value=2)
             dy.addcmul_(down[0][:, None], y, value=2)
     return losses, tuple(gradients)
 
 
+def _whole(x):
+    """(M, C) -> (M rounded up to whole blocks, C), zeros beyond M."""
+    return F.pad(x, (0, 0, 0, -len(x) % BLOCK))
+
+
 def _across(x):
-    """(M, C) -> (C, M rounded up to whole blocks), zeros beyond M."""
-    return F.pad(x.T, (0, -len(x) % BLOCK)).contiguous()
+    """(M, C) -> (blocks, C, BLOCK), zeros beyond M."""
+    return _whole(x).view(-1, BLOCK, x.shape[1]).transpose(1, 2).contiguous()
+
+
+def _by_coordinates(x):
+    """(M, C) -> (blocks of coordinates, M, BLOCK), zeros beyond C."""
+    return F.pad(x, (0, -x.shape[1] % BLOCK)).view(len(x), -1, BLOCK).transpose(0, 1).contiguous()
+
+
+def _product(a, b):
+    """a @ b, added up and returned in float32; the caller has TF32 off."""
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _difference(level, best, epilogue):
@@ -543,14 +607,15 @@ def _difference(level, best, epilogue):
     return -epilogue.root * (level / best).log() if epilogue.link == "harmonic" else best - level
 
 
-def _add_elementwise(x, y, slopes, kept, near, dx, dy, p, slope):
+def _add_elementwise(x, y, slopes, kept, near, dx, dy, p, slope, unroll):
     """Adds the gradients of all pairs to dx and dy; where blocks are marked `near`, theirs only, and clears their slopes."""
-    (R, C), V = x.shape, len(y)
+    (R, C), V, W = x.shape, len(y), slopes.shape[1]
     rows, columns, coordinates = (triton.cdiv(n, BLOCK) for n in (R, V, C))
-    shared = dict(slopes=slopes, kept=kept, near=near, C=C, p=p, SLOPE=slope, BLOCK=BLOCK)
-    strides = dict(own_stride=slopes.shape[1], other_stride=1, near_own=columns, near_other=1)
-    launch(_gradient, (rows, coordinates), 8, 128, x=x, y=y, out=dx, M=R, K=V, **strides, **shared)
-    strides = dict(own_stride=1, other_stride=slopes.shape[1], near_own=1, near_other=columns)
-    launch(_gradient, (columns, coordinates), 8, 128, x=y, y=x, out=dy, M=V, K=R, **strides, **shared)
+    shared = dict(slopes=slopes, kept=kept, near=near, C=C, SLOPE=slope, BLOCK=BLOCK, UNROLL=unroll)
+    strides = dict(OWN=W, OTHER=1, near_own=columns, near_other=1)
+    launch(_gradient, (rows, coordinates), 8, 128, x=x, y=_by_coordinates(y), out=dx, M=R, K=V, p=p, **strides, **shared)
+    p = -p if slope is _maximum_slope else p
+    strides = dict(OWN=1, OTHER=W, near_own=1, near_other=columns)
+    launch(_gradient, (columns, coordinates), 8, 128, x=y, y=_by_coordinates(x), out=dy, M=V, K=R, p=p, **strides, **shared)
     if near is not None:
         launch(_clear, (rows, columns), 8, slopes=slopes, near=near, BLOCK=BLOCK)
