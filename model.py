@@ -92,7 +92,7 @@ class ModelConfig:
     head_skip: float = 1e-6
     """elementwise distances leave out gradients that add up to less than this share of the target's; 0 = none"""
     head_precision: Literal["float32", "autocast"] = "float32"
-    """products of the head's vectors (cross_entropy and the distances of kernel l2): float32, or the trunk's autocast type"""
+    """products of the head's vectors (cross_entropy and the distances of kernel l2): float32, or autocast's type (on a GPU bfloat16)"""
 
     def attention_width(self) -> int:
         """D, the width of an attention head."""

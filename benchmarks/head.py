@@ -4,7 +4,7 @@
     python -m benchmarks.head manhattan --sizes=1024x50304x768     # one head at GPT-2's size
     python -m benchmarks.head --sizes=1024x50304x768 --peers=false # the heads alone
     python -m benchmarks.head --growth=true                        # how time and memory grow with N, V, C and threads
-    python -m benchmarks.head --device=cuda                        # on a GPU, in float32 and inside bfloat16 autocast: some five minutes
+    python -m benchmarks.head --device=cuda                        # on a GPU, and the matrix products inside bfloat16 autocast too
 
 Forward, and forward and backward of the mean loss, at h layer-normalised and prototypes of standard deviation 0.02. Ratios are medians over
 rounds of time(head) / time(yardstick next to it). With dtype bfloat16 both run inside autocast, heads with precision="autocast". Memory is
@@ -17,6 +17,7 @@ beside it.
 import csv
 import ctypes
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from harmonic import CONTROLS, HEADS, HarmonicHead, harmonic_loss
+from harmonic.distances import resolve
 from training.config import UserError, check, cli, nearest, parse
 
 MIB = 2**20
@@ -47,7 +49,7 @@ class BenchmarkConfig:
     sizes: str | None = None
     """states x prototypes x coordinates, one or more; null = SIZES of the device"""
     dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=list)
-    """float32, or bfloat16 autocast; none = float32, on a GPU both"""
+    """float32, or bfloat16 autocast (without named heads: of those that it changes); none = float32, on a GPU both"""
     rounds: int = 3
     """measurements of each"""
     peers: bool = True
@@ -66,6 +68,8 @@ class BenchmarkConfig:
         found = [] if self.rounds > 0 else [f"rounds={self.rounds} must be at least 1"]
         if self.device == "cuda" and not torch.cuda.is_available():
             found.append("device=cuda: PyTorch sees no GPU here")
+        if self.device == "cuda" and self.growth:
+            found.append("growth=true measures a CPU: leave device=cuda out")
         for size in self.sizes.split(","):
             if len(numbers := size.split("x")) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
                 found.append(f"size {size!r} is not of the form 1024x50304x768")
@@ -83,8 +87,10 @@ def _cdist(p):
     return lambda h, w, y: F.cross_entropy(-h.shape[1] * torch.cdist(h, w, p=p).log(), y)
 
 
-PEERS: dict[tuple[str, str], Callable] = {
-    ("cross_entropy", "F.linear_cross_entropy"): lambda h, w, y: F.linear_cross_entropy(h, w, y),
+PEERS: dict[tuple[str, str], Callable] = {}
+if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+    PEERS["cross_entropy", "F.linear_cross_entropy"] = F.linear_cross_entropy
+PEERS |= {
     ("euclidean", "torch.cdist"): _cdist(2.0),
     ("euclidean", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "euclidean", exponent="dim", impl="dense"),
     ("cosine", "normalised F.linear"): lambda h, w, y: F.cross_entropy(
@@ -145,7 +151,7 @@ class Case:
 
     def __init__(self, N, V, C, device="cpu", dtype="float32"):
         g = torch.Generator().manual_seed(0)
-        self.size, self.device = (N, V, C), device
+        self.size, self.device, self.dtype = (N, V, C), device, dtype
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
         self.h = F.layer_norm(torch.randn(N, C, generator=g), (C,)).to(device).requires_grad_()
         self.y = torch.randint(V, (N,), generator=g).to(device)
@@ -215,10 +221,9 @@ def measure(case, name, peer, rounds) -> dict:
     n = min(SLOW_N[case.device], case.size[0]) if (name, peer) in SLOW else case.size[0]
     head, yardstick = case.function(name, peer, n), case.yardstick(n)
     row = {"head": name, "impl": peer or "ours", "N": n, "V": case.size[1], "C": case.size[2]}
-    if case.device == "cpu":
-        row["threads"] = torch.get_num_threads()
-    else:
-        row |= {"device": torch.cuda.get_device_name(), "dtype": "bfloat16" if case.autocast._enabled else "float32"}
+    row |= {"threads": torch.get_num_threads()} if case.device == "cpu" else {"device": torch.cuda.get_device_name()}
+    if case.device == "cuda" or case.dtype != "float32":
+        row["dtype"] = case.dtype
     for part, backward in (("forward", False), ("forward_backward", True)):
         head(backward), yardstick(backward)  # compile, allocate
         pairs = []
@@ -307,7 +312,7 @@ def markdown(rows) -> str:
     lines += ["", f"| what a user would write, {size} | forward + backward | forward | peak memory |", "|---|---|---|---|"]
     for r in rows:
         if r["impl"] != "ours":
-            how = [f"N={r['N']}"] * (r["N"] != ours[0]["N"]) + [r["dtype"]] * ("dtype" in r)
+            how = [f"N={r['N']}"] * (r["N"] != ours[0]["N"]) + ([r["dtype"]] if "dtype" in r else [])
             name = f"{r['head']}: {r['impl']}" + (f" ({', '.join(how)})" if how else "")
             lines.append(f"| {name} | {r['forward_backward_ratio']} | {r['forward_ratio']} | {r['peak_ratio']} |")
     return "\n".join(lines)
@@ -333,20 +338,19 @@ def main():
     if c.growth:
         rows = growth(c, c.out)
     else:
-        names = c.heads or list(HEADS)
-        places = [(size, dtype) for size in c.sizes.split(",") for dtype in c.dtypes]
-        bar = tqdm(total=len(places) * len(names), disable=None, leave=False)
-        for size, dtype in places:
-            case = Case(*(int(n) for n in size.split("x")), c.device, dtype)
-            work = [(name, None) for name in names]
-            if c.peers and size == places[0][0]:
-                work += [key for key in PEERS if key[0] in names]
-                bar.total += len(work) - len(names)
-            for name, peer in work:
-                rows.append(measure(case, name, peer, c.rounds))
-                write(rows, c.out)
-                bar.update()
-        bar.close()
+        work = []
+        for at in itertools.product(c.sizes.split(","), c.dtypes):
+            products = [name for name in HEADS if resolve(name)[0].kernel in ("l2", "dot")]  # which autocast changes
+            names = c.heads or (products if at[1] == "bfloat16" else list(HEADS))
+            work += [(at, name, None) for name in names]
+            if c.peers and at == work[0][0]:
+                work += [(at, *key) for key in PEERS if key[0] in names]
+        case, place_now = None, None
+        for (size, dtype), name, peer in tqdm(work, disable=None, leave=False):
+            if place_now != (size, dtype):
+                case, place_now = Case(*(int(n) for n in size.split("x")), c.device, dtype), (size, dtype)
+            rows.append(measure(case, name, peer, c.rounds))
+            write(rows, c.out)
     table(rows)
     print(f"wrote {c.out}", end="\n" if c.growth else "")
     if not c.growth:

@@ -10,6 +10,7 @@ are timed with the device waited for at each mark, the whole once an iteration. 
 SECONDS. "F.linear + F.cross_entropy" is the same trunk with the loss that one would write, inside the same autocast: the yardstick.
 """
 
+import gc
 import statistics
 import sys
 import time
@@ -67,11 +68,13 @@ def joules(device: str) -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())) / 1000
+    board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}".encode())
+    return pynvml.nvmlDeviceGetTotalEnergyConsumption(board) / 1000
 
 
 def measure(c: TrainConfig, settings: dict, name: str) -> dict:
     """One row of the table."""
+    gc.collect()  # the last model, for what is compiled is in cycles
     torch.manual_seed(0)
     wait = torch.cuda.synchronize if c.device == "cuda" else lambda: None
     head = "cross_entropy" if name == PLAIN else name
@@ -91,9 +94,10 @@ def measure(c: TrainConfig, settings: dict, name: str) -> dict:
             mark()
             inner = h.detach().requires_grad_()
             if name == PLAIN:
-                F.cross_entropy(F.linear(inner, model.head.weight).view(-1, 50304), y.view(-1)).backward()
+                loss = F.cross_entropy(F.linear(inner, model.head.weight).view(-1, 50304), y.view(-1))
             else:
-                model.head.loss(inner, y).backward()
+                loss = model.head.loss(inner, y)
+        loss.backward()
         mark()
         h.backward(inner.grad)
         mark()
@@ -111,6 +115,7 @@ def measure(c: TrainConfig, settings: dict, name: str) -> dict:
         iteration(lambda: (wait(), marks.append(time.perf_counter())))  # noqa: B023
         parts.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
     if c.device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     wait()
     began, energy, count = time.perf_counter(), joules(c.device), 0
@@ -129,7 +134,7 @@ def measure(c: TrainConfig, settings: dict, name: str) -> dict:
 
 
 def markdown(rows) -> str:
-    """The table that README shows."""
+    """The table, beside the first row."""
     plain = float(rows[0]["tokens_per_s"])
     lines = ["| head | tokens/s | to the first row | MFU | mJ a token | peak GiB | head, ms | iteration, ms |", "|---" * 8 + "|"]
     for r in rows:

@@ -156,8 +156,8 @@ def harmonic_loss(
             compiled kernels, on a CPU in float32; "triton" on CUDA; "auto" picks the fastest that the device and the distance have.
         skip: elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the target's, so that what is left out of any
             row adds up to less than `skip` of the target's slope. 0: none.
-        precision: "float32" always, or "autocast": inside torch.autocast the kernels l2 and dot multiply matrices in its type ("triton" in
-            bfloat16 only), with float32 norms, logarithms and sums over chunks.
+        precision: "float32" always, or "autocast": inside torch.autocast impl "numba" multiplies matrices (kernels l2 and dot) in its type,
+            "triton" in bfloat16 alone, with float32 norms, logarithms and sums over chunks; the others never do.
         rows: how many rows of w are prototypes, where the rest is padding; None: all.
         check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
         The rest: see `harmonic_logits`.

@@ -147,7 +147,9 @@ def test_products_in_bfloat16(epilogue, monkeypatch):
     """Operands that bfloat16 holds: only the slopes are rounded, so the losses are as good as ever."""
     if INTERPRETED:  # PyTorch multiplies so on CUDA alone
         monkeypatch.setattr(gpu, "_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(gpu, "BLOCK", 16)
     x, y, *others = arguments(epilogue, 21, 70, 33)
+    x[2], x[18] = y[3] + 1e-2 * x[2], y[39] + 1e-2 * x[18]  # in blocks that are marked near
     x, y = x.bfloat16().float(), y.bfloat16().float()
     losses, gradients = gpu.run(x, y, *others, epilogue, True, torch.bfloat16)
     exact, naive = (dense_loss(dtype, x, y, *others, epilogue) for dtype in (torch.float64, torch.float32))
@@ -181,6 +183,14 @@ def test_nan_is_not_hidden(epilogue):
     x, y, *others = arguments(epilogue, 5, 9, 6)
     y[4, 0] = torch.nan
     assert gpu.run(x, y, *others, epilogue, False)[0].isnan().all()
+
+
+@runs
+def test_a_target_that_is_no_prototype():
+    x, y, u, v, strength, bias, targets, weight = arguments(Epilogue("lp"), 5)
+    targets[1:4] = torch.tensor([-5, 37, 1037])
+    losses, _ = gpu.run(x, y, u, v, strength, bias, targets, weight, Epilogue("lp"), True)
+    assert losses.isnan().tolist() == [False, True, True, True, False]
 
 
 @runs

@@ -10,7 +10,7 @@ A chunk holds the raw values of its pairs once, R rows x V prototypes, and turns
 
 A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, which adds a dt/dx to a sum; both are put into these
 templates when they are compiled, so a new kernel is two functions and a row of `_find`. p is the kernel's only number: a power, a
-sharpness or a floor.
+sharpness, a floor or a sign.
 
 Precision. Everything is float32; matrix products take their operands in bfloat16 where asked, and add up in float32. Logits are taken
 relative to the row's nearest prototype: with exponents of hundreds, log d itself would have lost the digits that the logarithm of a ratio
@@ -19,8 +19,10 @@ difference cancels is computed from the differences, and so are its gradients (s
 A NaN passes through. No atomics: the result is the same in every run.
 
 Checked against float64 on an H200, and in Triton's interpreter; `benchmarks.gpu_compile` lists every variant's registers and spills.
-Blocks, warps and UNROLL are the fastest of a dozen choices there (LOG.md).
+Blocks, warps and unrolling were chosen there by timing (LOG.md); lse, square and powers without a name have been unrolled less since.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +31,13 @@ import triton.language as tl
 
 from harmonic.kernels import dense
 
-# Pairs of a chunk, 512 MiB of raw values (twice that for linf and lse). At most 2^16 rows, so that few prototypes do not mean a huge chunk.
+# Pairs of a chunk, 512 MiB of raw values (twice that for linf and lse, and 256 MiB more for slopes in bfloat16). At most 2^16 rows, so
+# that few prototypes do not mean a huge chunk.
 CHUNK = 2**27
 CHUNK_ROWS = 2**16
 # A program's block is BLOCK rows x BLOCK prototypes (in `_gradient`: x BLOCK coordinates), 8 to 32 of them a thread. Sums are added up in
-# slices of as many, UNROLL steps of which are written out, so that loads run ahead.
+# slices of as many, some steps of which are written out, so that loads run ahead.
 BLOCK = 64
-UNROLL = 8
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -170,23 +172,43 @@ def _canberra_slope(sum, x, y, a, kept, c, p):
     return tl.fma(a * inverse, tl.fma(-ratio, _sign(x), _sign(d)), sum)
 
 
-def _find(epilogue):
-    """-> (how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse"; its term; its slope; p), or None."""
+class Kernel(NamedTuple):
+    """A kernel as these templates have it.
+
+    mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". exchanged: the factor of p where x and y are exchanged.
+    remainder: whether its slope leaves -a to the host. unroll: steps written out, as many as registers do for.
+    """
+
+    mode: str
+    term: triton.JITFunction | None = None
+    slope: triton.JITFunction | None = None
+    p: float = 0.0
+    exchanged: float = 1.0
+    remainder: bool = False
+    unroll: int = 8
+
+
+def _find(epilogue) -> Kernel | None:
     kernel, options = epilogue.kernel, dict(epilogue.options)
     if kernel == "lp":
         p = float(options.pop("p", 1.0))
-        named = {0.5: (_half_term, _half_slope), 1.0: (_l1_term, _l1_slope), 1.5: (_three_halves_term, _three_halves_slope)}
-        named |= {2.0: (_square_term, _square_slope), 3.0: (_cube_term, _cube_slope)}
-        found = ("sum", *named.get(p, (_power_term, _power_slope)), p)
+        named = {
+            0.5: Kernel("sum", _half_term, _half_slope),
+            1.0: Kernel("sum", _l1_term, _l1_slope, remainder=True),
+            1.5: Kernel("sum", _three_halves_term, _three_halves_slope),
+            2.0: Kernel("sum", _square_term, _square_slope, unroll=4),
+            3.0: Kernel("sum", _cube_term, _cube_slope),
+        }
+        found = named.get(p, Kernel("sum", _power_term, _power_slope, p, unroll=1))
     elif kernel == "lse":
-        found = ("lse", _l1_term, _smooth_slope, float(options.pop("a", 10.0)))
+        found = Kernel("lse", _l1_term, _smooth_slope, float(options.pop("a", 10.0)), unroll=1)
     elif kernel == "canberra":
-        found = ("sum", _canberra_term, _canberra_slope, max(options.pop("floor", 0.0), 1e-37))  # 0 / 1e-37 = 0, as in scipy
+        found = Kernel("sum", _canberra_term, _canberra_slope, max(options.pop("floor", 0.0), 1e-30))  # 0 / 1e-30 = 0, as in scipy
     else:
         found = {
-            "dot": ("dot", None, None, 0.0),
-            "l2": ("l2", _square_term, _square_slope, 0.0),
-            "linf": ("linf", _l1_term, _maximum_slope, 1.0),
+            "dot": Kernel("dot"),
+            "l2": Kernel("l2", _square_term, _square_slope, unroll=4),
+            "linf": Kernel("linf", _l1_term, _maximum_slope, 1.0, exchanged=-1.0),
         }.get(kernel)
     return None if options else found
 
@@ -375,7 +397,7 @@ def _tile(
     tl.store(total + block * R + rows, share, rows < R)
     target = tl.load(targets + rows, rows < R, -1)
     own = tl.sum(tl.where(columns[None, :] == target[:, None], level, 0.0), 1)
-    tl.store(target_level + rows, own, (rows < R) & (target >= block * BLOCK) & (target < block * BLOCK + BLOCK))
+    tl.store(target_level + rows, own, (rows < R) & (target >= block * BLOCK) & (target < min(block * BLOCK + BLOCK, V)))
 
 
 @triton.jit
@@ -405,9 +427,9 @@ def _slopes(
     level = _level(value, terms, factor, floor, LINK, ROOT)
     fall = _fall(level, tl.load(best + rows, rows < R, 1.0)[:, None], LINK, ROOT)
     n = tl.load(strength)
-    p = tl.exp(n * fall) / tl.load(total + rows, rows < R, 1.0)[:, None]
+    share = tl.exp(n * fall) / tl.load(total + rows, rows < R, 1.0)[:, None]
     hit = columns[None, :] == tl.load(targets + rows, rows < R, -1)[:, None]
-    g = tl.load(weight + rows, rows < R, 0.0)[:, None] * (p - tl.where(hit, 1.0, 0.0))  # dL/dlogit
+    g = tl.load(weight + rows, rows < R, 0.0)[:, None] * (share - tl.where(hit, 1.0, 0.0))  # dL/dlogit
     if LINK == "control":
         a, e = g, g
     else:
@@ -513,9 +535,8 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         product: the type of the operands of the matrix products of l2 and dot.
     Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that are None or with needs_grad=False.
     """
-    mode, term, slope, p = _find(epilogue)
-    unroll = 1 if mode == "lse" or term is _power_term else UNROLL // 2 if term is _square_term else UNROLL  # registers do for no more
-    control = epilogue.link == "control"
+    kernel = _find(epilogue)
+    mode, control = kernel.mode, epilogue.link == "control"
     N, C, V = *x.shape, len(y)
     losses = x.new_empty(N)
     gradients = [t if t is None else torch.zeros_like(t) for t in (x, y, u, v, strength, bias)] if needs_grad else [None] * 6
@@ -534,6 +555,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
     raw = x.new_empty(chunk, blocks * BLOCK) if needs_grad and not matmul else None
     kept = torch.empty_like(raw) if needs_grad and mode in ("linf", "lse") else None
     y_t = None if mode == "dot" else _across(y)
+    y_c = _by_coordinates(y) if needs_grad and kernel.slope else None
     y_p = _whole(y).to(product) if matmul else None
     for start in range(0, N, chunk):
         s = slice(start, start + chunk)
@@ -544,12 +566,14 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         if mode != "dot":
             level["size_x"] = k.value(xs, zero, **epilogue.options)
         near = x.new_empty(grid, dtype=torch.int32) if needs_grad and mode == "l2" else None
-        best, total, own = x.new_empty(blocks, R), x.new_empty(blocks, R), x.new_empty(R)
+        best, total, own = x.new_empty(blocks, R), x.new_empty(blocks, R), x.new_full((R,), torch.nan)  # if a target is no prototype
         if matmul:
-            raw = None  # freed before there is another
+            raw = a = operands = None  # what holds the last chunk's: freed before there is another
             x_p = _whole(xs).to(product)
             raw = _product(x_p, y_p.T)
-        operands = dict(x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=p, TERM=term, UNROLL=unroll, cancelled=dense.NEAR)
+        operands = dict(
+            x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=kernel.p, TERM=kernel.term, UNROLL=kernel.unroll, cancelled=dense.NEAR
+        )
         operands |= dict(raw=raw, kept=kept, near=near, best=best, total=total, target_level=own)
         launch(_tile, grid, 4, 168, **operands, **level)
         lowest = best.amin(0)
@@ -567,9 +591,9 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             dterms += down[1]
         if not control:
             dstrength += across[2].sum()
-        if slope is not None:
-            _add_elementwise(xs, y, raw, kept, near, dx[s], dy, p, slope, unroll)
-        if slope is _l1_slope:
+        if kernel.slope:
+            _add_elementwise(xs, y, y_c, raw, kept, near, dx[s], dy, kernel)
+        if kernel.remainder:
             dx[s].sub_(across[0][:, None])
             dy.sub_(down[0][:, None])
         if matmul:
@@ -584,7 +608,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
 
 def _whole(x):
     """(M, C) -> (M rounded up to whole blocks, C), zeros beyond M."""
-    return F.pad(x, (0, 0, 0, -len(x) % BLOCK))
+    return F.pad(x, (0, 0, 0, -len(x) % BLOCK)) if len(x) % BLOCK else x
 
 
 def _across(x):
@@ -594,7 +618,7 @@ def _across(x):
 
 def _by_coordinates(x):
     """(M, C) -> (blocks of coordinates, M, BLOCK), zeros beyond C."""
-    return F.pad(x, (0, -x.shape[1] % BLOCK)).view(len(x), -1, BLOCK).transpose(0, 1).contiguous()
+    return (F.pad(x, (0, -x.shape[1] % BLOCK)) if x.shape[1] % BLOCK else x).view(len(x), -1, BLOCK).transpose(0, 1).contiguous()
 
 
 def _product(a, b):
@@ -607,15 +631,18 @@ def _difference(level, best, epilogue):
     return -epilogue.root * (level / best).log() if epilogue.link == "harmonic" else best - level
 
 
-def _add_elementwise(x, y, slopes, kept, near, dx, dy, p, slope, unroll):
-    """Adds the gradients of all pairs to dx and dy; where blocks are marked `near`, theirs only, and clears their slopes."""
+def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, kernel):
+    """Adds the gradients of all pairs to dx and dy; where blocks are marked `near`, theirs only, and clears their slopes.
+
+    y_c: y `_by_coordinates`.
+    """
     (R, C), V, W = x.shape, len(y), slopes.shape[1]
     rows, columns, coordinates = (triton.cdiv(n, BLOCK) for n in (R, V, C))
-    shared = dict(slopes=slopes, kept=kept, near=near, C=C, SLOPE=slope, BLOCK=BLOCK, UNROLL=unroll)
+    shared = dict(slopes=slopes, kept=kept, near=near, C=C, SLOPE=kernel.slope, BLOCK=BLOCK, UNROLL=kernel.unroll)
     strides = dict(OWN=W, OTHER=1, near_own=columns, near_other=1)
-    launch(_gradient, (rows, coordinates), 8, 128, x=x, y=_by_coordinates(y), out=dx, M=R, K=V, p=p, **strides, **shared)
-    p = -p if slope is _maximum_slope else p
+    launch(_gradient, (rows, coordinates), 8, 128, x=x, y=y_c, out=dx, M=R, K=V, p=kernel.p, **strides, **shared)
     strides = dict(OWN=1, OTHER=W, near_own=1, near_other=columns)
-    launch(_gradient, (columns, coordinates), 8, 128, x=y, y=_by_coordinates(x), out=dy, M=V, K=R, p=p, **strides, **shared)
+    p, x_c = kernel.exchanged * kernel.p, _by_coordinates(x)
+    launch(_gradient, (columns, coordinates), 8, 128, x=y, y=x_c, out=dy, M=V, K=R, p=p, **strides, **shared)
     if near is not None:
         launch(_clear, (rows, columns), 8, slopes=slopes, near=near, BLOCK=BLOCK)
