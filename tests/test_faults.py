@@ -30,6 +30,7 @@ def test_spoiling_changes_a_file(tmp_path, how):
     assert expected.get(how, left is None)
 
 
+@pytest.mark.slow
 def test_a_small_storm(tiny_data, tmp_path):
     """Two damages; asked for again, it adds nothing but the table."""
     out = tmp_path / "faults.csv"

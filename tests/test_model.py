@@ -175,6 +175,7 @@ def test_trunk_compiles_whole(arch):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_blocks_on_this_machine():
     model = build("qwen")
     x, y = ids(2, 12), ids(2, 12, seed=1)

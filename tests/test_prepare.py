@@ -260,6 +260,7 @@ def test_max_documents(tmp_path):
     assert meta["documents_read"] == 40 == sum(split["documents"] for split in meta["splits"].values())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Peak resident memory of the script and of its processes, for 3 MB and for 36 MB of text, both many batches."""
     measure = (

@@ -309,6 +309,7 @@ def test_weights_are_fetched_after_everything_was_checked(train, monkeypatch, gp
     assert status == 2 and "lerning_rate: unknown key" in err and len(asked) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_swap_alike(gpt2, tiny_data, tmp_path):
     flags = {**TINY, "dataset": tiny_data, "init_from": gpt2[0], "head": "euclidean", "backend": "gloo", "block_size": 16}
     for key in ("n_layer", "n_head", "n_embd"):

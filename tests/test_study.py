@@ -196,7 +196,7 @@ def test_the_report_of_known_rows():
         row("3", h, link, v) | place
         for h, link, v in (("cosine", "harmonic", 7), ("cosine", "softmax", 7.5), ("cross_entropy", "control", 8))
     ]
-    assert "| bert | wikitext2 | cosine | harmonic | 7.0000 | 2.0000 | -1.000 | -0.500 |" in heads_report.stage_three(rows)
+    assert "| bert | wikitext2 | cosine | harmonic | 7.0000 |  | -1.000 | -0.500 |" in heads_report.stage_three(rows)
     rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
     assert "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 |  |" in heads_report.stage_four(rows)
     assert "| cosine | harmonic | 8 |" in heads_report.stage_one(rows) and "-0.500 ± 0.000" in heads_report.stage_two(rows)

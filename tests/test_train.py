@@ -526,7 +526,7 @@ def one_process(tiny_data, tmp_path_factory):
     "flags",
     [
         {"parallel": "fsdp"},
-        {"parallel": "fsdp", "activation_checkpointing": True, "compile": True},
+        pytest.param({"parallel": "fsdp", "activation_checkpointing": True, "compile": True}, marks=pytest.mark.slow),
         {"parallel": "ddp", "activation_checkpointing": True},
     ],
 )
@@ -549,6 +549,7 @@ def test_verify_resume(tiny_data, tmp_path):
     assert done.stdout.count("bitwise equal") == 3 and "killed after iteration" in done.stdout and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_verify_resume_notices_a_difference(tmp_path, monkeypatch, capsys):
     """A run whose state is not all in its checkpoint: momentum that is lost, say."""
     from training import verify
