@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_gpu                       # cross-entropy and the families
     python -m benchmarks.train_gpu cosine manhattan
-    python -m benchmarks.train_gpu cosine --device=cpu --config=configs/study.yaml --batch_size=2 --out=/tmp/a.csv    # to see it work
+    python -m benchmarks.train_gpu cosine --device=cpu --config=configs/study.yaml --batch_size=2 --out=a.csv    # to see it work
 
 The model and whether its blocks are compiled are those of configs/gpt2_124m.yaml, with GPT-2's vocabulary; the tokens are random. An
 iteration is one forward and backward pass of `batch_size` windows, clipping and AdamW, as train.py does them, in bfloat16 autocast. Parts

@@ -489,6 +489,7 @@ def test_retention_leaves_what_is_not_its_own(train, tmp_path):
     assert "iter_000002_keep" in {p.name for p in (tmp_path / "run/ckpt").iterdir()}
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, tiny_data):
     flags = dict(max_iters=400, head="cosine", dropout=0.1)
     process = start(tmp_path, tiny_data, 2, ["--max-restarts=2"], **flags)
