@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,15 +24,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.head import write
+from benchmarks.train_speed import PARTS, iteration
 from harmonic import HEADS
 from model import Model, ModelConfig, adamw
 from training.config import cli, nearest, parse, read_yaml
-from training.telemetry import norms, peak_flops
+from training.telemetry import peak_flops
 
 PLAIN = "F.linear + F.cross_entropy"
 FAMILIES = ["cross_entropy", "euclidean", "cosine", "mahalanobis", "manhattan", "minkowski", "chebyshev", "hamming_soft", "canberra"]
 FAMILIES += ["bray_curtis"]
-PARTS = ("trunk, forward", "head", "trunk, backward", "clipping, optimiser")
 SECONDS = 2.0
 
 
@@ -84,35 +85,17 @@ def measure(c: TrainConfig, settings: dict, name: str) -> dict:
     for block in model.blocks if settings.get("compile", True) else ():
         block.compile(fullgraph=True)
     optimizer = adamw(model, float(settings["learning_rate"]), (0.9, settings["beta2"]), settings["weight_decay"], None, c.device)
-    parameters, T = list(model.parameters()), settings["block_size"]
+    T = settings["block_size"]
     x, y = torch.randint(50257, (2, c.batch_size, T), device=c.device)
-
-    def iteration(mark=lambda: None):
-        mark()
-        with torch.autocast(c.device, torch.bfloat16):
-            h = model.hidden(x)
-            mark()
-            inner = h.detach().requires_grad_()
-            if name == PLAIN:
-                loss = F.cross_entropy(F.linear(inner, model.head.weight).view(-1, 50304), y.view(-1))
-            else:
-                loss = model.head.loss(inner, y)
-        loss.backward()
-        mark()
-        h.backward(inner.grad)
-        mark()
-        gradients = [p.grad for p in parameters]
-        torch._foreach_mul_(gradients, (1 / (norms(gradients).norm() + 1e-6)).clamp(max=1))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        mark()
+    plain = (lambda h, y: F.cross_entropy(F.linear(h, model.head.weight).flatten(0, 1), y.flatten())) if name == PLAIN else None
+    step = partial(iteration, model, optimizer, x, y, torch.autocast(c.device, torch.bfloat16), loss=plain)
 
     for _ in range(3):
-        iteration()
+        step()
     parts = []
     for _ in range(5):
         marks = []
-        iteration(lambda: (wait(), marks.append(time.perf_counter())))  # noqa: B023
+        step(lambda: (wait(), marks.append(time.perf_counter())))  # noqa: B023
         parts.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
     if c.device == "cuda":
         torch.cuda.empty_cache()
@@ -120,7 +103,7 @@ def measure(c: TrainConfig, settings: dict, name: str) -> dict:
     wait()
     began, energy, count = time.perf_counter(), joules(c.device), 0
     while time.perf_counter() - began < SECONDS:
-        iteration()
+        step()
         wait()
         count += 1
     took, used = time.perf_counter() - began, joules(c.device) - energy

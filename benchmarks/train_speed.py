@@ -137,6 +137,33 @@ def steps(c: SpeedConfig, home: Path) -> list[list]:
     return rows
 
 
+PARTS = ("trunk, forward", "head, both ways", "trunk, backward", "norms, clipping", "optimiser")
+
+
+def iteration(model, optimizer, x, y, autocast, mark=lambda: None, loss=None):
+    """One as train.py runs it: x, y (B, T) -> nothing; `mark()` is called before the first of PARTS and after each.
+
+    loss: (hidden states, targets) -> what is differentiated; None: the sum of the model's own head.
+    """
+    loss = loss or (lambda h, y: model.head.loss(h, y, reduction="sum"))
+    mark()
+    with autocast:
+        h = model.hidden(x)
+        mark()
+        inner = h.detach().requires_grad_()
+        value = loss(inner, y)
+    value.backward()
+    mark()
+    h.backward(inner.grad)
+    mark()
+    gradients = [p.grad for p in model.parameters()]
+    torch._foreach_mul_(gradients, (1 / (norms(gradients).norm() + 1e-6)).clamp(max=1))
+    mark()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    mark()
+
+
 def shares(c: SpeedConfig, _: Path) -> list[list]:
     """The parts of an iteration, one after the other, as train.py runs them."""
     rows, data = [], load_data(c.dataset)
@@ -147,25 +174,11 @@ def shares(c: SpeedConfig, _: Path) -> list[list]:
             block.compile(fullgraph=True)
         optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1, None, "cpu")
         autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-        parts = {part: [] for part in ("data", "trunk, forward", "head, both ways", "trunk, backward", "norms, clipping", "optimiser")}
+        parts = {part: [] for part in ("data", *PARTS)}
         for step in range(c.iters):
             marks = [time.perf_counter()]
             ((x, y),) = training_batches(data, "gpt", SIZE["block_size"], 0, step, range(BATCH), BATCH, BATCH)
-            marks.append(time.perf_counter())
-            with autocast:
-                h = model.hidden(x)
-                marks.append(time.perf_counter())
-                inner = h.detach().requires_grad_()
-                model.head.loss(inner, y, reduction="sum").backward()
-            marks.append(time.perf_counter())
-            h.backward(inner.grad)
-            marks.append(time.perf_counter())
-            gradients = [p.grad for p in model.parameters()]
-            torch._foreach_mul_(gradients, (1 / (norms(gradients).norm() + 1e-6)).clamp(max=1))
-            marks.append(time.perf_counter())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            marks.append(time.perf_counter())
+            iteration(model, optimizer, x, y, autocast, lambda: marks.append(time.perf_counter()))  # noqa: B023
             for part, a, b in zip(parts, marks[:-1], marks[1:], strict=True):
                 parts[part].append(b - a)
         took = {part: statistics.median(times[8:]) for part, times in parts.items()}

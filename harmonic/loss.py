@@ -48,7 +48,8 @@ IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 # at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
 CHUNK = 2**21
 CHUNK_ROWS = 256
-# Numbers of a table that are mapped at a time: 4 MiB on a CPU, large enough for threads to share, small enough for a cache.
+# Numbers of a table that are mapped at a time: on a CPU 4 MiB, large enough for threads to share, small enough for a cache; on a GPU
+# 256 MiB, for each slice costs about ten launches.
 MAP = {"cpu": 2**20, "cuda": 2**26}
 SKIP = 1e-6
 

@@ -112,8 +112,7 @@ def test_distance_equals_the_formula(setting):
     truth = torch.tensor([[reference(x, y, name, **plain) for y in w.numpy()] for x in h.numpy()], dtype=torch.float64)
     torch.testing.assert_close(distance(h, w, name, **options), truth, rtol=1e-11, atol=0)
     torch.testing.assert_close(paired_distance(h[:, None], w, name, **options), truth, rtol=1e-11, atol=0)
-    rtol = 3e-6
-    torch.testing.assert_close(distance(h.float(), w.float(), name, **options).double(), truth, rtol=rtol, atol=0)
+    torch.testing.assert_close(distance(h.float(), w.float(), name, **options).double(), truth, rtol=3e-6, atol=0)
 
 
 def test_every_distance_is_tested():
@@ -182,8 +181,7 @@ def test_float32_is_as_exact_as_float32_can_be(name, impl):
     truth = harmonic_loss(h.double(), w.double(), targets, name, impl="dense", reduction="none", **kw)
     loss = harmonic_loss(h, w, targets, name, impl=impl, reduction="none", **kw)
     assert loss.dtype == torch.float32
-    tolerance = 3e-5
-    assert (loss - truth).abs().max() < tolerance
+    assert (loss - truth).abs().max() < 3e-5
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -8,7 +8,7 @@ A chunk holds the raw values of its pairs once, R rows x V prototypes, and turns
     torch.mm    the matmul family: dL/draw -> dx and dy
     _gradient   elementwise kernels: dL/draw -> dx; with the operands exchanged, for every term is symmetric -> dy
 
-A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, which adds a dt/dx to a sum; both are put into these
+A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, which adds a dt/dx to a total; both are put into these
 templates when they are compiled, so a new kernel is two functions and a row of `_find`. p is the kernel's only number: a power, a
 sharpness, a floor or a sign.
 
@@ -43,7 +43,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 # terms and slopes
 #
-# A term reduces to t(x, y, p); a slope adds a dt/dx to a sum. Where they can they use additions and multiply-adds alone: a GPU does twice
+# A term reduces to t(x, y, p); a slope adds a dt/dx to a total. Where they can they use additions and multiply-adds alone: a GPU does twice
 # as many of them in a cycle as comparisons, selections and maxima, and eight times as many as roots, exponentials and reciprocals.
 
 
@@ -64,9 +64,9 @@ def _l1_term(x, y, p):
 
 
 @triton.jit
-def _l1_slope(sum, x, y, a, kept, c, p):
+def _l1_slope(total, x, y, a, kept, c, p):
     """Without -a, which sign = 2 step - 1 has besides: the host takes off the sum of all a."""
-    return tl.fma(2.0 * a, _step(x - y), sum)
+    return tl.fma(2.0 * a, _step(x - y), total)
 
 
 @triton.jit
@@ -75,12 +75,12 @@ def _square_term(x, y, p):
 
 
 @triton.jit
-def _square_slope(sum, x, y, a, kept, c, p):
-    return tl.fma(2.0 * a, x - y, sum)
+def _square_slope(total, x, y, a, kept, c, p):
+    return tl.fma(2.0 * a, x - y, total)
 
 
 @triton.jit
-def _root(d):
+def _inverse_root(d):
     """1 / sqrt(|d|), bounded at 0."""
     return tl.rsqrt(tl.maximum(tl.abs(d), 1e-30))
 
@@ -91,10 +91,10 @@ def _half_term(x, y, p):
 
 
 @triton.jit
-def _half_slope(sum, x, y, a, kept, c, p):
+def _half_slope(total, x, y, a, kept, c, p):
     d = x - y
-    r = _root(d)
-    return tl.fma(0.5 * a, d * r * r * r, sum)  # unbounded at 0, where d is 0
+    r = _inverse_root(d)
+    return tl.fma(0.5 * a, d * r * r * r, total)  # unbounded at 0, where d is 0
 
 
 @triton.jit
@@ -104,9 +104,9 @@ def _three_halves_term(x, y, p):
 
 
 @triton.jit
-def _three_halves_slope(sum, x, y, a, kept, c, p):
+def _three_halves_slope(total, x, y, a, kept, c, p):
     d = x - y
-    return tl.fma(1.5 * a, d * _root(d), sum)
+    return tl.fma(1.5 * a, d * _inverse_root(d), total)
 
 
 @triton.jit
@@ -116,9 +116,9 @@ def _cube_term(x, y, p):
 
 
 @triton.jit
-def _cube_slope(sum, x, y, a, kept, c, p):
+def _cube_slope(total, x, y, a, kept, c, p):
     d = x - y
-    return tl.fma(3.0 * a, d * tl.abs(d), sum)
+    return tl.fma(3.0 * a, d * tl.abs(d), total)
 
 
 @triton.jit
@@ -132,23 +132,23 @@ def _power_term(x, y, p):
 
 
 @triton.jit
-def _power_slope(sum, x, y, a, kept, c, p):
+def _power_slope(total, x, y, a, kept, c, p):
     d = x - y
-    return sum + tl.where(d == 0.0, 0.0, p * a * _sign(d) * _power(tl.abs(d), p - 1))
+    return total + tl.where(d == 0.0, 0.0, p * a * _sign(d) * _power(tl.abs(d), p - 1))
 
 
 @triton.jit
-def _maximum_slope(sum, x, y, a, kept, c, p):
+def _maximum_slope(total, x, y, a, kept, c, p):
     """The gradient of a maximum goes to the coordinate that attains it (the first, if several do): `kept`. a has the sign of the difference
     there; p: 1, or -1 where x and y are exchanged."""
-    return tl.fma(p * a, tl.clamp(1.0 - tl.abs(kept - c), 0.0, 1.0), sum)
+    return tl.fma(p * a, tl.clamp(1.0 - tl.abs(kept - c), 0.0, 1.0), total)
 
 
 @triton.jit
-def _smooth_slope(sum, x, y, a, kept, c, p):
+def _smooth_slope(total, x, y, a, kept, c, p):
     """A share of the softmax over coordinates, from the pair's value `kept` = log sum exp(p |x - y|) / p."""
     d = x - y
-    return tl.fma(a * _sign(d), tl.exp(p * (tl.abs(d) - kept)), sum)
+    return tl.fma(a * _sign(d), tl.exp(p * (tl.abs(d) - kept)), total)
 
 
 @triton.jit
@@ -164,19 +164,19 @@ def _canberra_term(x, y, p):
 
 
 @triton.jit
-def _canberra_slope(sum, x, y, a, kept, c, p):
+def _canberra_slope(total, x, y, a, kept, c, p):
     d = x - y
     size = tl.abs(x) + tl.abs(y)
     inverse = _inverse(tl.maximum(size, p))
     ratio = tl.where(size >= p, tl.abs(d) * inverse, 0.0)  # below the floor p the denominator is constant
-    return tl.fma(a * inverse, tl.fma(-ratio, _sign(x), _sign(d)), sum)
+    return tl.fma(a * inverse, tl.fma(-ratio, _sign(x), _sign(d)), total)
 
 
-class Kernel(NamedTuple):
-    """A kernel as these templates have it.
+class Recipe(NamedTuple):
+    """How these templates make a kernel of dense.py.
 
-    mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". exchanged: the factor of p where x and y are exchanged.
-    remainder: whether its slope leaves -a to the host. unroll: steps written out, as many as registers do for.
+    mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". term, slope, p: see above. exchanged: the factor of p
+    where x and y are exchanged. remainder: whether the slope leaves -a to the host. unroll: steps written out, as many as registers do for.
     """
 
     mode: str
@@ -188,27 +188,27 @@ class Kernel(NamedTuple):
     unroll: int = 8
 
 
-def _find(epilogue) -> Kernel | None:
+def _find(epilogue) -> Recipe | None:
     kernel, options = epilogue.kernel, dict(epilogue.options)
     if kernel == "lp":
         p = float(options.pop("p", 1.0))
         named = {
-            0.5: Kernel("sum", _half_term, _half_slope),
-            1.0: Kernel("sum", _l1_term, _l1_slope, remainder=True),
-            1.5: Kernel("sum", _three_halves_term, _three_halves_slope),
-            2.0: Kernel("sum", _square_term, _square_slope, unroll=4),
-            3.0: Kernel("sum", _cube_term, _cube_slope),
+            0.5: Recipe("sum", _half_term, _half_slope),
+            1.0: Recipe("sum", _l1_term, _l1_slope, remainder=True),
+            1.5: Recipe("sum", _three_halves_term, _three_halves_slope),
+            2.0: Recipe("sum", _square_term, _square_slope, unroll=4),
+            3.0: Recipe("sum", _cube_term, _cube_slope),
         }
-        found = named.get(p, Kernel("sum", _power_term, _power_slope, p, unroll=1))
+        found = named.get(p, Recipe("sum", _power_term, _power_slope, p, unroll=1))
     elif kernel == "lse":
-        found = Kernel("lse", _l1_term, _smooth_slope, float(options.pop("a", 10.0)), unroll=1)
+        found = Recipe("lse", _l1_term, _smooth_slope, float(options.pop("a", 10.0)), unroll=1)
     elif kernel == "canberra":
-        found = Kernel("sum", _canberra_term, _canberra_slope, max(options.pop("floor", 0.0), 1e-30))  # 0 / 1e-30 = 0, as in scipy
+        found = Recipe("sum", _canberra_term, _canberra_slope, max(options.pop("floor", 0.0), 1e-30))  # 0 / 1e-30 = 0, as in scipy
     else:
         found = {
-            "dot": Kernel("dot"),
-            "l2": Kernel("l2", _square_term, _square_slope, unroll=4),
-            "linf": Kernel("linf", _l1_term, _maximum_slope, 1.0, exchanged=-1.0),
+            "dot": Recipe("dot"),
+            "l2": Recipe("l2", _square_term, _square_slope, unroll=4),
+            "linf": Recipe("linf", _l1_term, _maximum_slope, 1.0, exchanged=-1.0),
         }.get(kernel)
     return None if options else found
 
@@ -535,8 +535,8 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         product: the type of the operands of the matrix products of l2 and dot.
     Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that are None or with needs_grad=False.
     """
-    kernel = _find(epilogue)
-    mode, control = kernel.mode, epilogue.link == "control"
+    recipe = _find(epilogue)
+    mode, control = recipe.mode, epilogue.link == "control"
     N, C, V = *x.shape, len(y)
     losses = x.new_empty(N)
     gradients = [t if t is None else torch.zeros_like(t) for t in (x, y, u, v, strength, bias)] if needs_grad else [None] * 6
@@ -555,7 +555,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
     raw = x.new_empty(chunk, blocks * BLOCK) if needs_grad and not matmul else None
     kept = torch.empty_like(raw) if needs_grad and mode in ("linf", "lse") else None
     y_t = None if mode == "dot" else _across(y)
-    y_c = _by_coordinates(y) if needs_grad and kernel.slope else None
+    y_c = _by_coordinates(y) if needs_grad and recipe.slope else None
     y_p = _whole(y).to(product) if matmul else None
     for start in range(0, N, chunk):
         s = slice(start, start + chunk)
@@ -572,7 +572,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             x_p = _whole(xs).to(product)
             raw = _product(x_p, y_p.T)
         operands = dict(
-            x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=kernel.p, TERM=kernel.term, UNROLL=kernel.unroll, cancelled=dense.NEAR
+            x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=recipe.p, TERM=recipe.term, UNROLL=recipe.unroll, cancelled=dense.NEAR
         )
         operands |= dict(raw=raw, kept=kept, near=near, best=best, total=total, target_level=own)
         launch(_tile, grid, 4, 168, **operands, **level)
@@ -591,9 +591,9 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             dterms += down[1]
         if not control:
             dstrength += across[2].sum()
-        if kernel.slope:
-            _add_elementwise(xs, y, y_c, raw, kept, near, dx[s], dy, kernel)
-        if kernel.remainder:
+        if recipe.slope:
+            _add_elementwise(xs, y, y_c, raw, kept, near, dx[s], dy, recipe)
+        if recipe.remainder:
             dx[s].sub_(across[0][:, None])
             dy.sub_(down[0][:, None])
         if matmul:
@@ -631,18 +631,18 @@ def _difference(level, best, epilogue):
     return -epilogue.root * (level / best).log() if epilogue.link == "harmonic" else best - level
 
 
-def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, kernel):
+def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
     """Adds the gradients of all pairs to dx and dy; where blocks are marked `near`, theirs only, and clears their slopes.
 
     y_c: y `_by_coordinates`.
     """
     (R, C), V, W = x.shape, len(y), slopes.shape[1]
     rows, columns, coordinates = (triton.cdiv(n, BLOCK) for n in (R, V, C))
-    shared = dict(slopes=slopes, kept=kept, near=near, C=C, SLOPE=kernel.slope, BLOCK=BLOCK, UNROLL=kernel.unroll)
+    shared = dict(slopes=slopes, kept=kept, near=near, C=C, SLOPE=recipe.slope, BLOCK=BLOCK, UNROLL=recipe.unroll)
     strides = dict(OWN=W, OTHER=1, near_own=columns, near_other=1)
-    launch(_gradient, (rows, coordinates), 8, 128, x=x, y=y_c, out=dx, M=R, K=V, p=kernel.p, **strides, **shared)
+    launch(_gradient, (rows, coordinates), 8, 128, x=x, y=y_c, out=dx, M=R, K=V, p=recipe.p, **strides, **shared)
     strides = dict(OWN=1, OTHER=W, near_own=1, near_other=columns)
-    p, x_c = kernel.exchanged * kernel.p, _by_coordinates(x)
+    p, x_c = recipe.exchanged * recipe.p, _by_coordinates(x)
     launch(_gradient, (columns, coordinates), 8, 128, x=y, y=x_c, out=dy, M=V, K=R, p=p, **strides, **shared)
     if near is not None:
         launch(_clear, (rows, columns), 8, slopes=slopes, near=near, BLOCK=BLOCK)
