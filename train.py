@@ -25,20 +25,35 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from harmonic import softmax_linearization_kl
+from harmonic import IGNORE_INDEX, softmax_linearization_kl
 from model import Model, ModelConfig, adamw
 from training import checkpoint, distributed, pretrained
-from training.config import TrainConfig, UserError, check, parse, read_yaml, split_flags, write_yaml
-from training.data import data_folder, load_data, predicted_count, training_batches, validation_batches, validation_windows, verify
+from training.advice import senseless_settings, slow_settings
+from training.config import TrainConfig, UserError, check, known, parse, read_yaml, split_flags, write_yaml
+from training.data import (
+    data_folder,
+    load_data,
+    predicted_count,
+    split_problems,
+    training_batches,
+    validation_batches,
+    validation_windows,
+    verify,
+)
 from training.distributed import local
-from training.files import write_whole
-from training.telemetry import Emissions, Metrics, check_loggers, duration, environment, listed, norms, peak_flops
-from training.tokenizer import BPE_FILE
+from training.telemetry import Emissions, Metrics, check_loggers, duration, environment, listed, norms, peak_flops, write_environment
+from training.tokenizer import copy_tokenizer
 from training.verify import verify_resume
 
+REORDERED = (
+    "another order of the data would read some windows twice in this epoch and others not at all; --new_data_order=true accepts that"
+)
+STARTING = ("init_from", "source", "out_dir", "overwrite", "eval_only", "verify_resume", "new_data_order")  # of a start, not of a run
 
-def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool, pretrained.Pretrained | None]:
-    """Reads file, flags and what there is to start from -> (model config, training config, whether to resume, the pretrained model)."""
+
+def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, dict | None, pretrained.Pretrained | None]:
+    """Reads file, flags and what there is to start from -> (model config, training config, the stored config of a run that is resumed, the
+    pretrained model)."""
     switches = {f.name for c in (ModelConfig, TrainConfig) for f in fields(c) if f.type in (bool, "bool")}
     words, flags = split_flags(argv, switches)
     given = {**(read_yaml(words[0]) if words else {}), **dict(flags)}
@@ -56,16 +71,39 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, bool, pretrain
     if resume:
         if not checkpoint.folders(out_dir):
             checkpoint.newest(out_dir)  # says so
-        base = read_yaml(out_dir / "config.yaml")
+        base = known(read_yaml(out_dir / "config.yaml"), out_dir / "config.yaml", ModelConfig, TrainConfig)
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     config.init_from, config.source = init_from or "scratch", start or config.source
     if resume:
-        free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the model
-        now = {k: v for k, v in vars(model).items() if k not in free}
-        check([f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}" for k, v in now.items() if k in base and v != base[k]])
+        check(resume_problems(out_dir, base, model, config))
     if source:
         check(source.problems(model))
-    return model, config, resume, source
+    return model, config, base if resume else None, source
+
+
+def resume_problems(out_dir: Path, base: dict, model: ModelConfig, config: TrainConfig) -> list[str]:
+    """Why a run with the stored configuration `base` cannot be resumed with this one."""
+    free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the model
+    found = [
+        f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}"
+        for k, v in vars(model).items()
+        if k not in free and k in base and v != base[k]
+    ]
+    if config.new_data_order:
+        return found
+    slots = config.batch_size * config.gradient_accumulation_steps
+    before = base.get("batch_size", slots) * base.get("gradient_accumulation_steps", 1)
+    if slots != before:
+        found.append(f"cannot resume {out_dir} with {slots} windows an iteration: the run has {before}, and {REORDERED}")
+    if config.seed != base.get("seed", config.seed):
+        found.append(f"cannot resume {out_dir} with seed={config.seed}: the run has seed={base['seed']}, and {REORDERED}")
+    return found
+
+
+def differences(base: dict, *configs) -> dict:
+    """What a resumed run sets otherwise than it did: key -> [before, now]."""
+    now = {k: v for config in configs for k, v in vars(config).items()}
+    return {k: [base[k], v] for k, v in now.items() if k in base and k not in STARTING and v != base[k]}
 
 
 def begun_by_this_torchrun(out_dir: Path) -> bool:
@@ -85,11 +123,7 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: pretrained.Pret
     config.tokenizer = data.tokenizer  # stored with the run, so that sampling knows it
     rows = data.rows(model.arch)
     problems = check_loggers(config.tensorboard, config.wandb)
-    for name in ("train", "val"):
-        if data.splits[name].tokens <= model.block_size:
-            problems.append(
-                f"block_size={model.block_size} is longer than the data: {data.splits[name].path} has {data.splits[name].tokens:,} tokens"
-            )
+    problems += split_problems(data, model.block_size)
     if source and (problem := source.reads(data)):
         problems.append(problem)
     if model.real_vocab_size == 0 or (source and model.real_vocab_size == source.settings["real_vocab_size"]):
@@ -137,7 +171,8 @@ def learning_rate(iteration: int, c: TrainConfig) -> float:
 
 def main():
     # configuration: everything is checked before anything is written
-    m, c, resume, source = configure(sys.argv[1:])
+    m, c, stored, source = configure(sys.argv[1:])
+    resume = stored is not None
     device = distributed.check_device(c.device)
     out_dir = Path(c.out_dir)
     data = fit_to_data(m, c, source)
@@ -186,11 +221,11 @@ def main():
         share = p.share(len(windows))
         total = torch.zeros(2, dtype=torch.float64)
         batches = validation_batches(data, m.arch, m.block_size, windows[share.start : share.stop], c.batch_size)
-        nothing = torch.zeros(1, m.block_size, dtype=torch.long), torch.full((1, m.block_size), -1)
+        nothing = torch.zeros(1, m.block_size, dtype=torch.long), torch.full((1, m.block_size), IGNORE_INDEX)
         with torch.no_grad(), autocast:
             for _ in range(rounds):
                 x, y = (t.to(device) for t in next(batches, nothing))
-                total += torch.tensor([model(x, y, reduction="sum")[1].item(), (y != -1).sum().item()], dtype=torch.float64)
+                total += torch.tensor([model(x, y, reduction="sum")[1].item(), (y != IGNORE_INDEX).sum().item()], dtype=torch.float64)
             few = windows[: max(1, 256 // m.block_size)]  # 256 states show how far the head is from a softmax
             x, _ = next(validation_batches(data, m.arch, m.block_size, few, len(few)))
             kl = softmax_linearization_kl(model.hidden(x.to(device)).reshape(-1, m.n_embd)[:256], model.head)
@@ -235,9 +270,9 @@ def main():
             scaler.load_state_dict(manifest["scaler"])
         iteration, best_loss, skipped = manifest["iter"], manifest["best_val_loss"], manifest["skipped"]
         evaluated = -1 if manifest["val_loss"] is None else iteration
-        if manifest["data"] != data.splits["train"].identity():
+        if manifest["data"] != data.splits["train"].identity() and not c.new_data_order:
             what = "is not the file it was trained on" + ("" if data.splits["train"].sha256 else " (and there is no meta.json)")
-            raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} {what}")
+            raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} {what}, and {REORDERED}")
         if iteration >= c.max_iters and not c.eval_only:
             say(f"{out_dir} is already trained to iteration {iteration}; raise --max_iters to go on")
             return
@@ -249,6 +284,7 @@ def main():
         f"{', compiled' if c.compile else ''}"
     )
     flops_per_token = model.flops_per_token(targets_per_window / m.block_size)
+    changed = differences(stored, m, c) if resume else {}
     model.recompute = c.activation_checkpointing
     if c.compile:
         for block in model.blocks:  # all alike: one compilation
@@ -275,10 +311,9 @@ def main():
                     shutil.rmtree(out_dir / name, ignore_errors=True)
                 for name in ("config.yaml", "environment.json", "metrics.jsonl", *(f.name for f in out_dir.glob("emissions*.csv"))):
                     (out_dir / name).unlink(missing_ok=True)
-            if (data.folder / BPE_FILE).is_file():  # so that the run can be sampled wherever it is
-                write_whole(out_dir / BPE_FILE, (data.folder / BPE_FILE).read_bytes())
-            write_yaml(out_dir / "config.yaml", m, replace(c, init_from="scratch", overwrite=False, eval_only=False))
-            write_whole(out_dir / "environment.json", json.dumps(environment(device, p.world), indent=2))
+            copy_tokenizer(c.tokenizer, data.folder, out_dir)
+            write_yaml(out_dir / "config.yaml", m, replace(c, init_from="scratch", overwrite=False, eval_only=False, new_data_order=False))
+            write_environment(out_dir, environment(device, p.world), iteration, changed)
             metrics = Metrics(out_dir, iteration, c.tensorboard, c.wandb, {**vars(m), **vars(c)})
         except OSError as error:
             raise UserError(f"out_dir={out_dir} cannot be written: {error.strerror}") from None
@@ -287,6 +322,12 @@ def main():
     if c.emissions and p.local_rank == 0 and not c.eval_only:  # one tracker a node
         emissions = Emissions(out_dir, c.emissions_country, int(os.environ.get("GROUP_RANK", 0)))
     say(about)
+    notes = [f"resumed with {', '.join(f'{k}={now} (was {before})' for k, (before, now) in changed.items())}"] if changed else []
+    if not c.eval_only:
+        flops = flops_per_token * (c.max_iters - iteration) * slots * m.block_size
+        notes += slow_settings(m, c, kind, dtype, flops) + senseless_settings(m, c, data)
+    for note in notes:
+        say(f"note: {note}", file=sys.stderr)
 
     def save(loss: float | None):
         """Takes a copy of everything and lets it be written while training goes on."""
@@ -410,7 +451,7 @@ def main():
                     _, loss = wrapped(x, y, reduction="sum")
                 scaler.scale(loss * (p.world / targets)).backward()  # gradients are averaged over processes, hence the factor
                 row[0] += loss.detach()
-                if model.target_distance is not None:
+                if model.target_distance is not None and len(model.target_distance):
                     row[1] += model.target_distance.sum()
                     row[2] = torch.minimum(row[2], model.target_distance.min())
             scaler.unscale_(optimizer)

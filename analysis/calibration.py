@@ -25,7 +25,7 @@ def examine(model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np
     for h, y, kept in predictions(model, data, split, tokens):
         where = torch.arange(kept.shape[1]).expand(len(kept), -1)[kept]
         for state, target, position in zip(h.split(ROWS), y.cpu().split(ROWS), where.split(ROWS), strict=True):
-            logits = head(state)[:, : head.real_vocab_size]
+            logits = head(state)
             log_p = logits.log_softmax(-1).cpu()
             best, choice = log_p.max(-1)
             if head.name in CONTROLS:
@@ -41,7 +41,9 @@ def examine(model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np
 
 
 def calibration_error(tokens: dict[str, np.ndarray]) -> float:
-    """The expected calibration error, 0 to 1."""
+    """The expected calibration error, 0 to 1; NaN of no token."""
+    if not len(tokens["confidence"]):
+        return math.nan
     rows = bins_of(tokens, "confidence", np.linspace(0, 1, BINS + 1))
     return sum(r["tokens"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / sum(r["tokens"] for r in rows)
 
@@ -66,7 +68,7 @@ def detail(tokens: dict[str, np.ndarray], counts: np.ndarray, block_size: int) -
     rows = bins_of(tokens, "position", np.unique([0, *powers[powers < block_size], block_size]).astype(float))
     rows += bins_of(tokens, "frequency", np.array([0, *10.0 ** np.arange(0, math.ceil(math.log10(max(counts.max(), 1))) + 1)]))
     rows += bins_of(tokens, "confidence", np.linspace(0, 1, BINS + 1))
-    if np.isfinite(tokens["nearest"]).all():
+    if len(tokens["nearest"]) and np.isfinite(tokens["nearest"]).all():
         rows += bins_of(tokens, "nearest", np.unique(np.quantile(tokens["nearest"], np.linspace(0, 1, 11))))
     return rows
 

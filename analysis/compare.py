@@ -33,7 +33,7 @@ def window_losses(model, data, split: str = "val") -> np.ndarray:
     for h, y, kept in predictions(model, data, split, WINDOWS * predicted_count(c.arch, c.block_size)):
         losses = torch.zeros(kept.shape, dtype=torch.float64)
         losses[kept] = model.head.loss(h, y, reduction="none").cpu().double()
-        found.append(losses.sum(1) / kept.sum(1))
+        found.append(losses.sum(1) / kept.sum(1).clamp_min(1))  # a window without a target has loss 0
     return torch.cat(found).numpy()
 
 

@@ -22,7 +22,7 @@ from analysis.runs import AnalysisConfig, Run, about, caution, default_out, find
 from model import Model, ModelConfig
 from training.config import UserError, cli, parse
 from training.data import predicted_count
-from training.telemetry import clock, energy, read_metrics
+from training.telemetry import clock, energy, read_metrics, timed
 
 UNITS = {"val_loss": "nats a token", "bits_per_byte": "bits a byte"}
 
@@ -36,13 +36,15 @@ class EmissionsConfig(AnalysisConfig):
 
 
 def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, float]]:
-    """(seconds in steps before it, loss) of each evaluation."""
+    """(seconds in steps before it, loss) of each evaluation; none where the run does not say how long its steps took."""
+    if not timed(metrics):
+        return []
     return [(steps, m[key]) for m, (_, steps) in zip(metrics, clock(metrics, run.tokens_per_iteration()), strict=True) if key in m]
 
 
 def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
     """Seconds until the loss first reaches the target, linear between evaluations; None where it never does."""
-    for (t0, a), (t1, b) in zip([points[0], *points], points, strict=False):
+    for (t0, a), (t1, b) in zip([*points[:1], *points], points, strict=False):
         if b <= target:
             return t1 if a <= target or a == b else t0 + (t1 - t0) * (a - target) / (a - b)
     return None
@@ -58,28 +60,41 @@ def counted_flops(c: ModelConfig) -> float:
     return counter.get_total_flops() / c.block_size
 
 
+def times(run: Run, metrics: list[dict], used: dict | None) -> tuple[float | None, float | None, float | None]:
+    """Seconds of the whole run, of its steps with evaluations, and of its steps alone; None for what was not recorded."""
+    elapsed, steps = clock(metrics, run.tokens_per_iteration())[-1] if timed(metrics) else (None, None)
+    measured = used is not None and math.isfinite(used["duration"])
+    return (used["duration"] if measured else elapsed), elapsed, steps
+
+
+def share(part: float | None, whole: float | None) -> float | None:
+    """part / whole, None where one is not known."""
+    return part / whole if part is not None and whole else None
+
+
 def measure(run: Run, metrics: list[dict], key: str | None, target: float | None) -> dict:
     used, c = energy(run.path), run.model_config
     tokens = run.tokens_per_iteration() * sum("train_loss" in m for m in metrics)
-    elapsed, steps = clock(metrics, run.tokens_per_iteration())[-1]
-    whole = used["duration"] if used else elapsed
+    whole, elapsed, steps = times(run, metrics, used)
     kwh = used and used["energy_consumed"]
-    rate = kwh / whole if used and whole else None  # kWh a second
+    rate = share(kwh, whole)  # kWh a second
     with torch.device("meta"):
         calculated = Model(c).flops_per_token(predicted_count(c.arch, c.block_size) / c.block_size)
     reached = time_to(target, evaluations(run, metrics, key)) if key else None
+    between = elapsed - steps if steps is not None else None
+    outside = whole - elapsed if used and elapsed is not None else None
     return {
         **about(run),
-        "minutes": whole / 60,
-        "steps": steps / whole if whole else None,
-        "evaluation": (elapsed - steps) / whole if whole else None,
-        "start_end": 1 - elapsed / whole if used and whole else None,
+        "minutes": None if whole is None else whole / 60,
+        "steps": share(steps, whole),
+        "evaluation": share(between, whole),
+        "start_end": share(outside, whole),
         "kwh": kwh,
         "kwh_cpu": used and used["cpu_energy"],
         "kwh_gpu": used and used["gpu_energy"],
         "kwh_ram": used and used["ram_energy"],
         "kg_co2e": used and used["emissions"],
-        "joules_per_token": rate * steps * 3.6e6 / tokens if rate is not None and tokens else None,
+        "joules_per_token": rate * steps * 3.6e6 / tokens if rate is not None and steps is not None and tokens else None,
         "mflop_per_token": calculated / 1e6,
         "mflop_counted": counted_flops(c) / 1e6,
         "target": target,

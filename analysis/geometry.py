@@ -20,10 +20,10 @@ import torch
 from scipy.stats import spearmanr
 
 from analysis.relations import RELATIONS, pairs
-from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown, table, write_csv
+from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown, table, windows, write_csv
 from harmonic import CONTROLS, distance
 from training.config import cli, parse
-from training.data import validation_batches, validation_windows
+from training.data import validation_batches
 from training.distributed import check_device
 from training.files import write_whole
 
@@ -137,9 +137,8 @@ def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
 def layers(model, data, split: str) -> list[torch.Tensor]:
     """Hidden states of the split's text at the output of each block, and last what the head sees: [(N, C)], N about STATES."""
     c, seen = model.config, []
+    starts = windows(data, split, c.block_size, STATES // c.block_size)
     hooks = [block.register_forward_hook(lambda _, __, out: seen[-1].append(out)) for block in model.blocks]
-    tokens = data.splits[split].tokens
-    starts = validation_windows(tokens, c.block_size, max(1, STATES // c.block_size))
     for x, _ in validation_batches(data, "gpt", c.block_size, starts, 16, split):  # text as it is, without BERT's masks
         seen.append([])
         seen[-1].append(model.hidden(x.to(model.tokens.weight.device)))

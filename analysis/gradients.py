@@ -82,15 +82,19 @@ def growth(metrics: list[dict]) -> dict:
 
 
 def measure(run) -> list[dict]:
-    """Three rows of a run: all parameters, the head's, the trunk's."""
+    """Three rows of a run: all parameters, the head's, the trunk's. None for what its metrics.jsonl does not have."""
     metrics = read_metrics(run.path)
-    if not any("grad_norm" in m for m in metrics):
+    if not any("train_loss" in m or "grad_norm" in m for m in metrics):
         raise UserError(f"{run.path}/metrics.jsonl has no steps: train the run first")
     rows = []
     for part, key in PARTS.items():
-        row = {**about(run), "part": part, "steps": len(series(metrics, key)), **stability(metrics, run.config.grad_clip, key)}
-        more = {"loss_spikes": loss_spikes(metrics), **growth(metrics)} if part == "all" else {}
-        rows.append({**row, **{k: more.get(k) for k in ("loss_spikes", "radius_start", "radius_end", "growth")}})
+        count = len(series(metrics, key))
+        found = stability(metrics, run.config.grad_clip, key)
+        row = {**about(run), "part": part, "steps": count, **(found if count else dict.fromkeys(found))}
+        row |= dict.fromkeys(("loss_spikes", "radius_start", "radius_end", "growth"))
+        if part == "all":
+            row |= {"loss_spikes": loss_spikes(metrics) if len(series(metrics, "train_loss")) else None, **growth(metrics)}
+        rows.append(row)
     return rows
 
 

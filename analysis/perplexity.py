@@ -29,9 +29,10 @@ from tqdm import tqdm
 from analysis import calibration
 from analysis.geometry import frequency
 from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown
+from harmonic import IGNORE_INDEX
 from model import Model, ModelConfig
 from training.config import UserError, check, cli, parse
-from training.data import NONE, Data, batch, data_folder, load_data, validation_batches, validation_windows
+from training.data import Data, batch, data_folder, load_data, validation_batches, validation_windows
 from training.distributed import check_device
 
 
@@ -95,13 +96,13 @@ def sliding_windows(tokens: int, block_size: int, stride: int):
 
 
 def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_size: int):
-    """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of earlier windows being NONE."""
+    """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of earlier windows being IGNORE_INDEX."""
     tokens = data.splits[split].tokens
     windows = sliding_windows(tokens, block_size, stride)
     while part := list(itertools.islice(windows, batch_size)):
         x, y = batch(data.splits[split], data, [start for start, _ in part], min(block_size, tokens - 1))
         for row, (_, skip) in zip(y, part, strict=True):
-            row[:skip] = NONE
+            row[:skip] = IGNORE_INDEX
         yield x, y
 
 
@@ -122,11 +123,14 @@ def document_batches(documents, eot_id: int, block_size: int, stride: int, batch
         documents: as from `documents_of`.
     """
     windows = (
-        (ids[start : start + block_size + 1], skip) for ids in documents for start, skip in sliding_windows(len(ids), block_size, stride)
+        (ids[start : start + block_size + 1], skip)
+        for ids in documents
+        if len(ids) > 1  # a single token predicts nothing
+        for start, skip in sliding_windows(len(ids), block_size, stride)
     )
     while part := list(itertools.islice(windows, batch_size)):
         longest = max(len(ids) for ids, _ in part) - 1
-        x, y = torch.full((len(part), longest), eot_id), torch.full((len(part), longest), NONE)
+        x, y = torch.full((len(part), longest), eot_id), torch.full((len(part), longest), IGNORE_INDEX)
         for i, (ids, skip) in enumerate(part):
             ids = torch.from_numpy(ids)
             x[i, : len(ids) - 1], y[i, skip : len(ids) - 1] = ids[:-1], ids[1 + skip :]
@@ -165,11 +169,13 @@ def likelihood(
     with tqdm(total=count, desc=progress, unit=" windows", leave=False, disable=None if progress else True) as bar:
         for x, y in batches:
             x, y = x.to(device), y.to(device)
-            kept = y != NONE
+            kept = y != IGNORE_INDEX
             losses = model.head.loss(model.hidden(x)[kept], y[kept], reduction="none")  # (tokens scored,): logits are never held
             nats += losses.cpu().double().sum()
             scored += len(losses)
             bar.update(len(x))
+    if not scored:
+        raise UserError(f"{data.splits[split].path} has no {'document' if documents else 'token'} to score: prepare a longer split")
     return nats.item(), scored
 
 
@@ -189,11 +195,13 @@ def _by_document(model: Model, data: Data, source: Data, split: str, c: Perplexi
     every = max(1, source.splits[split].bytes // c.corpus_bytes)
     texts = [words.decode(ids[1:]) for ids in itertools.islice(documents_of(source, split), 0, None, every)]
     size = sum(len(text.encode()) for text in texts)
+    if not size:
+        raise UserError(f"{source.splits[split].path} has no document with text: there is nothing to score")
     documents = (np.concatenate(([data.eot_id], ids)).astype(np.int64) for ids in own.encode_batch(texts) if ids)
     block, device, nats = model.config.block_size, model.tokens.weight.device, 0.0
     for x, y in document_batches(documents, data.eot_id, block, block, c.batch_size):
         x, y = x.to(device), y.to(device)
-        nats += model.head.loss(model.hidden(x)[y != NONE], y[y != NONE], reduction="sum").item()
+        nats += model.head.loss(model.hidden(x)[y != IGNORE_INDEX], y[y != IGNORE_INDEX], reduction="sum").item()
     return nats / math.log(2) / size
 
 

@@ -26,7 +26,7 @@ from training.config import UserError, cli, parse
 from training.data import Data
 from training.distributed import check_device
 from training.files import write_whole
-from training.telemetry import clock, energy, listed, read_metrics
+from training.telemetry import clock, energy, listed, read_metrics, timed
 from training.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -149,7 +149,7 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
         "strength": None if head.kind == "control" else f"{'n' if head.kind == 'harmonic' else 's'} = {float(head.strength()):.4g}",
         "iterations": max([m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]),
         "best_val_loss": best["val_loss"],
-        "perplexity": best["perplexity"],
+        "perplexity": best.get("perplexity"),
         "bits_per_byte": best.get("bits_per_byte"),
         "difference": None,
         "components": spectrum(model.head.prototypes())["components_90"],
@@ -157,7 +157,7 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
         "energy": used,
         "co2": co2,
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
-        "minutes": clock(metrics, run.tokens_per_iteration())[-1][0] / 60 if speeds else None,
+        "minutes": clock(metrics, run.tokens_per_iteration())[-1][0] / 60 if timed(metrics) else None,
         "last_val_loss": evaluations[-1]["val_loss"],
     }
 
@@ -232,7 +232,10 @@ def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[
     """What bert puts for masked words: for each excerpt one text of pieces [kind, text, truth], kind being given, right or wrong."""
     found = []
     for prompt, truth in texts:
-        ids = torch.tensor(words.encode(prompt + truth)[: model.config.block_size], device=model.tokens.weight.device)
+        ids = torch.tensor(words.encode(prompt + truth)[: model.config.block_size], dtype=torch.long, device=model.tokens.weight.device)
+        if not len(ids):  # an excerpt without text
+            found.append([[]])
+            continue
         hidden = slice(MASK_EVERY // 2, None, MASK_EVERY)
         masked = ids.clone()
         masked[hidden] = words.mask_id
@@ -245,11 +248,15 @@ def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[
 
 
 def read_environment(run: Run) -> dict:
+    """A run's environment.json, empty where it has none. UserError for one that is not a JSON object."""
     path = run.path / "environment.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
-        raise UserError(f"{path} is not JSON") from None
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not JSON with keys and values: delete it, and the page leaves the machine out")
+    return found
 
 
 def differences(runs: list[Run]) -> list[dict]:
@@ -284,7 +291,11 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         )
         if data:
             maps.append({"run": i, **prototype_map(model, data[i])})
-            losses.append(window_losses(model, data[i]))
+            try:
+                losses.append(window_losses(model, data[i]))
+            except UserError as error:  # a split that is too short to score does not keep anyone from the curves
+                notes.append(f"{run.name} is not compared window by window: {error}")
+                print(f"note: {notes[-1]}", file=sys.stderr)
         if texts:
             words = data[i].load_tokenizer()
             samples.append(fills(model, words, texts) if m.arch == "bert" else continuations(model, words, data[i].eot_id, texts, c))
@@ -317,7 +328,8 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         "bits": len({r.model_config.arch == "bert" for r in runs}) == 1 and (not data or not texts_differ(data)),
         "work": len(set(work)) == 1 == len(machines),
     }
-    comparable = warning is None and data and len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
+    same_size = len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
+    comparable = warning is None and len(losses) == len(runs) and same_size
     differences_to_best = paired(summaries, losses) if comparable else None
     steps = [f"{r.tokens_per_iteration():,}" for r in runs]
     sizes = [
@@ -379,7 +391,7 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
 
 def describe(environment: dict) -> list[str]:
     """An environment.json in a few words."""
-    versions = [f"{k} {v}" for k, v in environment.get("versions", {}).items()]
+    versions = [f"{k} {v}" for k, v in (environment.get("versions") or {}).items()]
     commit = environment.get("git_commit")
     git = [f"commit {commit[:10]}{' with changes' if environment.get('git_dirty') else ''}"] if commit else []
     rest = [

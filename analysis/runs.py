@@ -5,11 +5,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harmonic import CONTROLS
+from harmonic import CONTROLS, IGNORE_INDEX
 from model import Model, ModelConfig
 from training import checkpoint
-from training.config import TrainConfig, UserError, check, nearest, parse, read_yaml
-from training.data import NONE, Data, data_folder, load_data, predicted_count, validation_batches, validation_windows
+from training.config import TrainConfig, UserError, check, known, nearest, parse, read_yaml
+from training.data import Data, data_folder, load_data, predicted_count, validation_batches, validation_windows
 from training.files import write_whole
 
 
@@ -26,8 +26,14 @@ class Run:
         return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
 
     def data(self) -> Data:
-        """The data it was trained on. UserError when it is not there."""
-        return load_data(data_folder(self.config.dataset), self.config.tokenizer)
+        """The data it was trained on. UserError when it is not there, as for a run's folder that was copied from another machine."""
+        folder = data_folder(self.config.dataset)
+        if not folder.is_dir():
+            raise UserError(
+                f"no data folder {folder}, where {self.path} was trained: copy the prepared folder to that place or link it "
+                f"(ln -s PREPARED {folder}), or write its new place after `dataset:` in {self.path / 'config.yaml'}"
+            )
+        return load_data(folder, self.config.tokenizer)
 
     def load(self, device: str = "cpu", which: str = "newest") -> tuple[Model, dict]:
         """The newest or best checkpoint -> (model in eval mode, float32; its manifest). UserError for a damaged one."""
@@ -69,7 +75,8 @@ def find_runs(folders: list[str], weights: bool = True) -> list[Run]:
     names = [p.resolve().name for p in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        stored = read_yaml(path / "config.yaml")
+        file = path / "config.yaml"
+        stored = known(read_yaml(file), file, ModelConfig, TrainConfig)
         try:
             model_config, config = parse([], ModelConfig, TrainConfig, base=stored)
         except UserError as error:
@@ -78,17 +85,28 @@ def find_runs(folders: list[str], weights: bool = True) -> list[Run]:
     return runs
 
 
+def windows(data: Data, split: str, block_size: int, most: int) -> list[int]:
+    """First tokens of at most `most` windows side by side, spread evenly over a split. UserError where there is none."""
+    if split not in data.splits:
+        raise UserError(f"{data.folder} has no split {split}: it has {', '.join(data.splits)}")
+    tokens = data.splits[split].tokens
+    if tokens <= block_size:
+        raise UserError(
+            f"{data.splits[split].path} has {tokens} tokens, and block_size={block_size} needs {block_size + 1}: prepare a longer split"
+        )
+    return validation_windows(tokens, block_size, max(1, most))
+
+
 def predictions(model: Model, data: Data, split: str, tokens: int):
     """What a model predicts in windows side by side, spread evenly over a split, about `tokens` predicted tokens in all.
 
     Yields for each batch of windows: hidden states (N, C) and targets (N,) on the model's device, and which tokens of the windows they
-    belong to: (B, T), bool, on the CPU.
+    belong to: (B, T), bool, on the CPU. UserError for a split that is missing or shorter than a window.
     """
     c, device = model.config, model.tokens.weight.device
-    count = max(1, tokens // predicted_count(c.arch, c.block_size))
-    starts = validation_windows(data.splits[split].tokens, c.block_size, count)
+    starts = windows(data, split, c.block_size, tokens // predicted_count(c.arch, c.block_size))
     for x, y in validation_batches(data, c.arch, c.block_size, starts, 16, split):
-        kept = y != NONE
+        kept = y != IGNORE_INDEX
         yield model.hidden(x.to(device))[kept.to(device)], y[kept].to(device), kept
 
 
@@ -101,6 +119,8 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
     """What keeps the losses of runs from being compared, as a sentence; None when nothing does."""
     if len({run.model_config.arch == "bert" for run in runs}) > 1:
         return "bert predicts masked tokens and the others predict the next one: their losses may not be compared"
+    if lacking := [d for d in data if split not in d.splits]:
+        raise UserError(f"{lacking[0].folder} has no split {split}: it has {', '.join(lacking[0].splits)}")
     tokens = {(d.tokenizer, d.vocab_size, d.splits[split].tokens, d.splits[split].bytes) for d in data}
     if texts_differ(data, split):
         return "the runs have different data: only bits/byte may be compared, and it speaks of different texts"

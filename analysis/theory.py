@@ -53,7 +53,7 @@ def margins(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) -> tuple
     """-> (rho, NaN for a control; gamma; p_y), each (N,)."""
     rho, gamma, p = [], [], []
     for x, y in zip(h.split(ROWS), targets.split(ROWS), strict=True):
-        logits = head(x)[:, : head.real_vocab_size]
+        logits = head(x)
         p.append(logits.softmax(-1).gather(1, y[:, None])[:, 0])
         values = -logits if head.kind == "control" else distance(x, head.prototypes(), head.name, **head.geometry())
         own = values.gather(1, y[:, None])[:, 0]

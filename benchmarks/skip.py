@@ -17,11 +17,11 @@ import torch.nn.functional as F
 
 from analysis.runs import find_runs
 from benchmarks.head import seconds, write
-from harmonic import HEADS, HarmonicHead
+from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
 from harmonic.distances import exactly, log_distance, operands
 from harmonic.kernels import dense
 from training.config import check, cli, parse
-from training.data import NONE, validation_batches, validation_windows
+from training.data import validation_batches, validation_windows
 
 
 @dataclass
@@ -49,7 +49,7 @@ def states(run, n):
     (model, _), data, c = run.load(), run.data(), run.model_config
     windows = validation_windows(data.splits["val"].tokens, c.block_size, -(-n // c.block_size))
     x, y = next(validation_batches(data, c.arch, c.block_size, windows, len(windows), "val"))
-    h, y = model.hidden(x)[y != NONE], y[y != NONE]
+    h, y = model.hidden(x)[y != IGNORE_INDEX], y[y != IGNORE_INDEX]
     return model.head, h[:n], y[:n]
 
 

@@ -5,14 +5,16 @@ a model of transformers.
 """
 
 from harmonic.distances import CONTROLS, DISTANCES, EXPONENTS, HEADS, Distance, contributions, distance, paired_distance
-from harmonic.loss import HarmonicHead, default_scale, harmonic_logits, harmonic_loss, softmax_linearization_kl
-from harmonic.swap import load_swapped, match, swap_head
+from harmonic.loss import IGNORE_INDEX, HarmonicHead, default_scale, harmonic_logits, harmonic_loss, softmax_linearization_kl
+from harmonic.match import match
+from harmonic.swap import load_swapped, swap_head
 
 __all__ = [
     "CONTROLS",
     "DISTANCES",
     "EXPONENTS",
     "HEADS",
+    "IGNORE_INDEX",
     "Distance",
     "HarmonicHead",
     "contributions",

@@ -85,9 +85,13 @@ def _unit(x, order):
     return x / torch.where(zero, 1.0, torch.linalg.vector_norm(x, ord=order, dim=-1, keepdim=True))
 
 
-@torch.compiler.disable
 def _normalize(x, noise=None):
-    if dense.cpu and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= dense.cpu.ALONE:
+    return _unit(x, 2) if torch.compiler.is_exporting() else _fast_unit(x)
+
+
+@torch.compiler.disable
+def _fast_unit(x):
+    if dense.cpu and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= dense.cpu.ALONE and dense.cpu.usable():
         return dense.cpu.Unit.apply(x)
     return _unit(x, 2)
 
@@ -118,12 +122,15 @@ EPSILON_FULL = 1e-6  # in P = A A^T + eps I, keeps P positive definite whatever 
 
 
 def _positive(factor=None):
-    """Full Mahalanobis: -> L with P = L L' = A A' + eps I, from A."""
+    """Full Mahalanobis: -> L with P = L L' = A A' + eps I, from A. NaN where there is none, as for an A that is not finite."""
     if factor is None:
         return {}
+    identity = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
+    if torch.compiler.is_exporting():  # [A, sqrt(eps) I] is such an L, too, twice as wide; ONNX has no factorisation
+        return {"factor": torch.cat((factor, math.sqrt(EPSILON_FULL) * identity.to(factor.dtype)), 1)}
     wide = factor.double()  # the factorisation needs the digits, not the distance
-    p = wide @ wide.T + EPSILON_FULL * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return {"factor": torch.linalg.cholesky(p).to(factor.dtype)}
+    triangle, failed = torch.linalg.cholesky_ex(wide @ wide.T + EPSILON_FULL * identity)
+    return {"factor": torch.where(failed > 0, math.nan, triangle).to(factor.dtype)}
 
 
 def _triangle(factor=None):
@@ -339,7 +346,8 @@ def together(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def exactly(device: torch.device):
     """Distances inside are float32 and nothing less: no autocast, no TF32, whatever the caller has set."""
     precision = torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False):
+    casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if casts else contextlib.nullcontext():
         if precision == "highest":
             yield
             return

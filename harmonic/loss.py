@@ -44,6 +44,7 @@ if torch.cuda.is_available():
 LINKS = ("harmonic", "softmax")
 PRECISIONS = ("float32", "autocast")
 IMPLS = ("auto", "dense", "chunked", "numba", "triton")
+IGNORE_INDEX = -100  # the target of a position without a loss, as in F.cross_entropy
 # The chunked implementation: about CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the next, but
 # at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
 CHUNK = 2**21
@@ -68,7 +69,7 @@ def default_scale(name: str, dim: int, exponent: float | str | None = None, **se
     """The s at which `-s d` and `-n log d` have the same slope for a freshly initialised model: n over the median distance between a
     layer-normalised state and a prototype of standard deviation 0.02. So that twins start from the same place."""
     generator = torch.Generator().manual_seed(0)
-    h, w = (torch.randn(64, dim, generator=generator) for _ in range(2))
+    h, w = (torch.randn(64, dim, generator=generator, device="cpu") for _ in range(2))  # also inside torch.device("meta")
     mapped = {k: v for k, v in settings.items() if k in resolve(name)[0].options}
     typical = paired_distance(F.layer_norm(h, (dim,)), 0.02 * w, name, **mapped).median().item()
     return resolve_exponent(name, dim, exponent) / typical
@@ -138,7 +139,7 @@ def harmonic_loss(
     link: str = "harmonic",
     scale: float | torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    ignore_index: int = -1,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     impl: str = "auto",
     skip: float = SKIP,
@@ -163,9 +164,10 @@ def harmonic_loss(
         check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
         The rest: see `harmonic_logits`.
     Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over no targets is 0, with zero
-        gradients (not NaN), so that a process whose share is empty does not poison the others.
-    Raises: ValueError for unknown names, non-positive numbers, mismatched or empty sizes, devices that differ, integer vectors; on a CPU
-        also for targets out of range and vectors that are not finite (elsewhere the check would wait for the device: a NaN comes out).
+        gradients (not NaN), so that a process whose share is empty does not poison the others. No states at all are as good as states
+        whose targets are all ignored.
+    Raises: ValueError for unknown names, non-positive numbers, mismatched sizes, devices that differ, integer vectors; on a CPU also for
+        targets out of range and vectors that are not finite (elsewhere the check would wait for the device: a NaN comes out).
     """
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
@@ -198,8 +200,6 @@ def harmonic_loss(
 
 
 def _check_targets(h, targets):
-    if not targets.numel():
-        raise ValueError(f"an empty batch: h {tuple(h.shape)}, targets {tuple(targets.shape)}")
     if targets.shape != h.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not match h {tuple(h.shape)}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
@@ -222,6 +222,18 @@ def _check_values(x, y, targets, how):
         where = tuple(bad[0].tolist())
         raise ValueError(f"{name} {tuple(values.shape)} has {len(bad):,} values that are not finite, the first at {where}")
     return True
+
+
+def _weigh(targets, dtype, how):
+    """-> (targets in [0, rows); the weight of each row's loss in what is returned: 0 where the target is ignored).
+
+    A target that is neither ignored nor a prototype gets the weight NaN: the loss shows it, without waiting for a device to say so."""
+    kept = targets != how.ignore_index
+    known = (targets >= 0) & (targets < how.rows)
+    weight = kept.to(dtype)
+    if how.reduction == "mean":
+        weight = weight / weight.sum().clamp_min(1)
+    return torch.where(known, targets, 0), torch.where(known | ~kept, weight, math.nan)
 
 
 @dataclass(frozen=True)
@@ -266,11 +278,10 @@ class _How:
 def _loss(x, y, targets, strength, bias, how, *trained):
     if x.device.type == "cpu" and not _check_values(x, y, targets, how):
         how = replace(how, impl="chunked")  # compiled maxima lose a NaN
-    kept = targets != how.ignore_index
-    weight = kept.to(x.dtype)
-    if how.reduction == "mean":
-        weight = weight / weight.sum().clamp_min(1)
-    targets = torch.where(kept, targets, 0)
+    targets, weight = _weigh(targets, x.dtype, how)
+    if not len(x):  # The sum of no losses is 0, but it still has gradients: zeros.
+        nothing = sum(t.flatten()[:0].sum() for t in (x, y, strength, bias, *trained) if t is not None)
+        return x.new_zeros(0) + nothing if how.reduction == "none" else nothing
     seed = noise_seed(how.row, how.training)
     if how.impl == "dense":
         settings = {**how.mapping, **dict(zip(how.trained, trained, strict=True))}
@@ -278,9 +289,9 @@ def _loss(x, y, targets, strength, bias, how, *trained):
         losses = _token_losses(*both, strength, bias, targets, how) * weight
         return losses if how.reduction == "none" else losses.sum()
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, strength, bias, *trained))
-    if x.device.type != "cpu" or how.reduction == "none" or seed is not None or kept.all():
+    if x.device.type != "cpu" or how.reduction == "none" or seed is not None or weight.all():
         return _Fused.apply(x, y, strength, bias, targets, weight, how, seed, needs_grad, *trained)
-    kept = kept.nonzero()[:, 0]  # masked language models ignore most rows: they cost nothing
+    kept = weight.nonzero()[:, 0]  # masked language models ignore most rows: they cost nothing
     if not len(kept):
         kept = kept.new_zeros(1)  # of weight 0
     return _Fused.apply(x[kept], y, strength, bias, targets[kept], weight[kept], how, seed, needs_grad, *trained)
@@ -452,17 +463,25 @@ def _chunked(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
     return losses, (dx, dy, du, dv, dstrength, dbias) if needs_grad else None
 
 
+def _at_least_float32(before, after):
+    """A tensor that a module's cast has made narrower than float32 gets its own numbers back, on the new device."""
+    if after.dtype in (torch.float16, torch.bfloat16) and before.dtype in (torch.float32, torch.float64):
+        return before.to(after.device)
+    return after
+
+
 class HarmonicHead(nn.Module):
     """An unembedding: prototypes (V, C), a distance, a link, and whatever of them is trained.
 
-    `head(h)` gives logits (..., V), so that F.cross_entropy, sampling and top-k work unchanged; `head.loss(h, targets)` gives the loss
-    without ever holding all logits.
+    `head(h)` gives the logits of all tokens, so that F.cross_entropy, sampling and top-k work unchanged; `head.loss(h, targets)` gives the
+    loss without ever holding all logits. Casting a model to half precision leaves the prototypes of a distance float32, unless they are
+    tied to an embedding that is cast.
 
     Args:
         n_embd: C. vocab_size: V, the rows of the table.
         name: a key of `DISTANCES` or `CONTROLS`.
         exponent, link, scale: see `harmonic_logits`. learn_exponent / learn_scale train log n / log s from that start.
-        real_vocab_size: rows from here on are padding: they get logit -inf, no probability and no gradient.
+        real_vocab_size: rows from here on are padding: they get no logit, no probability and no gradient.
         bias: a trained (V,) bias; "cross_entropy" only.
         init_std: prototypes start from N(0, init_std^2); GPT-2's 0.02 by default.
         impl, skip, precision: see `harmonic_loss`.
@@ -511,10 +530,17 @@ class HarmonicHead(nn.Module):
         self.log_strength = nn.Parameter(torch.tensor([math.log(strength)])) if learn_exponent or learn_scale else None
         self.distance_parameters = nn.ParameterDict(row.parameters(n_embd))
 
+    def _apply(self, fn, recurse=True):
+        """What `.to`, `.half`, `.cuda` and others do to a module: every tensor becomes fn(tensor)."""
+        if self.name in CONTROLS:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda tensor: _at_least_float32(tensor, fn(tensor)), recurse)
+
     def extra_repr(self):
         symbol = {"harmonic": "n = ", "softmax": "s = "}.get(self.kind)
         strength = f", {self.kind} link, {symbol}{torch.as_tensor(self.strength()).item():.4g}" if symbol else ""
-        return f"{self.name}{strength}, {len(self.weight):,} prototypes of {self.weight.shape[1]} coordinates"
+        rows, coordinates = self.padded_prototypes().shape
+        return f"{self.name}{strength}, {rows:,} prototypes of {coordinates} coordinates"
 
     def strength(self):
         """n or s: a float, or a 0-dim tensor when it is learnt."""
@@ -538,25 +564,31 @@ class HarmonicHead(nn.Module):
 
     def prototypes(self) -> torch.Tensor:
         """The rows that are tokens: (real_vocab_size, C)."""
-        return self.weight if self.real_vocab_size == len(self.weight) else self.weight[: self.real_vocab_size]
+        table = self.padded_prototypes()
+        return table if self.real_vocab_size == len(table) else table[: self.real_vocab_size]
+
+    def padded_prototypes(self) -> torch.Tensor:
+        """The whole table, with rows that are padding: (V, C)."""
+        return self.weight
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> logits (..., V); padded rows are -inf."""
-        logits = harmonic_logits(h, self.prototypes(), self.name, **self._settings())
-        return F.pad(logits, (0, len(self.weight) - self.real_vocab_size), value=-math.inf)
+        """(..., C) -> logits (..., real_vocab_size)."""
+        return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
 
-    def loss(self, h: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1, reduction: str = "mean") -> torch.Tensor:
+    def loss(self, h: torch.Tensor, targets: torch.Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> torch.Tensor:
         """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for reduction="none". NaN where h or w is not finite."""
         how = {"ignore_index": ignore_index, "reduction": reduction, "impl": self.impl, "skip": self.skip, "precision": self.precision}
         how |= {"rows": self.real_vocab_size, "check_finite": False}  # a slice of the table would cost a copy of its gradient
-        return harmonic_loss(h, self.weight, targets, self.name, **how, **self._settings())
+        return harmonic_loss(h, self.padded_prototypes(), targets, self.name, **how, **self._settings())
 
     @torch.no_grad()
     def target_distance(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
-        """d(h, w_target) of each row, without noise: (..., C), (...) -> (...). None for a control."""
+        """d(h, w_target) of each row, without noise: (..., C), (...) -> (...). None for a control; NaN where a target is no token."""
         if self.kind == "control":
             return None
-        return paired_distance(h, self.weight[targets], self.name, **self.geometry())
+        known = (targets >= 0) & (targets < self.real_vocab_size)
+        d = paired_distance(h, self.prototypes()[torch.where(known, targets, 0)], self.name, **self.geometry())
+        return torch.where(known, d, math.nan)
 
 
 @torch.no_grad()

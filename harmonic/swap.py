@@ -1,200 +1,130 @@
-"""Swapping the head of a model that was trained with another one.
+"""A harmonic head in a model of transformers: `swap_head` puts it in, `save_pretrained` writes it, `load_swapped` reads it.
 
-`match` gives a harmonic head prototypes and a strength with which it predicts what a softmax of dot products, `h . w + b`, predicts.
+A swapped model gets a class of its own, such as HarmonicGPT2LMHeadModel, a subclass of its old one. Its forward takes the labels out of
+the call and runs the old forward. Where that asks the head for logits, the head computes the loss of the labels, chunk by chunk. How the
+two meet is in `_Request`: nothing of a call is kept in a module, so a copied, wrapped or sharded head works as well.
 
-Distances of kernel l2 in closed form. All prototypes are put on a sphere around the origin, so that no norm penalty is left: one direction
-u, in which prototypes and states vary least, is given up, and prototype v becomes `a P w_v + K_v u`, P the projection away from u, with K_v
-such that all norms are equal (euclidean: `|.|^2 = R^2 - 2 a b_v`, which carries the bias). Then
-
-    -n/2 log(|h|^2 + R^2 - 2 a (h.w_v + b_v)) = const + n a / (|h|^2 + R^2) (h.w_v + b_v) + ...    (euclidean, mahalanobis at P = I)
-    -n log(1 - h.w'_v / (|h| R)) = const + n a / (|h| R) h.w_v + ...                               (cosine)
-
-are the source's logits as n grows, with `a n = |h|^2 + R^2` (euclidean; a large R makes light of states whose norms vary) or
-`a n = |h| R` (cosine; states of different norms get different temperatures). What is left out falls as z^2 / n for a logit z: the default n
-is where that costs NEAR nats. A larger one is nearer, until float32 rounds more off; a smaller one is less of a softmax, and bears larger
-steps in training. Other distances take `a w_v`, a and n fitted on some states.
+The prototypes are the head's `table`. There is no `weight`: libraries multiply hidden states by a `weight` without a word.
 """
 
+import copy
+import functools
+import importlib.abc
+import importlib.util
 import inspect
-import math
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-from harmonic.distances import exactly, log_pairs, operands, resolve
-from harmonic.loss import HarmonicHead
+from harmonic.loss import IGNORE_INDEX, HarmonicHead
+from harmonic.match import match
 
-NEAR = 1e-4  # nats: perplexity within 0.01 %
-ROWS = 256  # states that are looked at: (ROWS, V) numbers are held
-PAIRS = 2**24  # pairs of a state and a prototype for which elementwise distances are computed at each trial of a scale
+PREFIX = "harmonic_"  # in front of transformers' model type, in the config.json of a swapped model
+MORE_WITH_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_router_logits")
+HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")  # their tables were called `weight`
+AUTO = "transformers.models.auto.configuration_auto"
+ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
 
 
-@torch.no_grad()
-def match(head: HarmonicHead, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float:
-    """Gives `head` the prototypes and the strength with which it is nearest to softmax(h . w + b): see above.
+@dataclass
+class _Request:
+    """What a model's forward asks its head for, and what the head found.
 
-    An exponent (softmax link: scale) that the head was given stays, and the prototypes are made for it; else it is fitted.
-
-    Args:
-        head: of a distance, with V rows; trained parameters of the distance should be at their start. Changed in place.
-        states: (N, C) hidden states of real text, N >= 2, better several times C; predictions are compared on ROWS of them.
-        weight: (V', C) the source's unembedding, V' <= V (rows beyond are padding). bias: (V',) or None.
-    Returns: the mean KL divergence in nats of the head's predictions from the source's, over those states.
-    Raises: ValueError for mismatched sizes or fewer than 2 states.
+    labels: (B, T), or None where only logits are wanted. shift: they are those of the next position. count: of targets in all
+    micro-batches, or None. each: the log-probability of every label is wanted, as by TRL. found: the loss, or what TRL reads.
     """
-    rows = head.real_vocab_size
-    if weight.shape[1] != head.weight.shape[1] or not rows <= len(weight) <= len(head.weight):
-        raise ValueError(f"a head of {tuple(head.weight.shape)} does not match an unembedding of {tuple(weight.shape)}")
-    if states.dim() != 2 or states.shape[1] != weight.shape[1] or len(states) < 2:
-        raise ValueError(f"states {tuple(states.shape)} are not (N, {weight.shape[1]}), N at least 2")
-    head.weight[: len(weight)] = weight
-    with exactly(states.device):
-        h = _spread(states.float(), ROWS)
-        w = weight[:rows].float()
-        w = w - w.mean(0)  # a logit the same for all tokens
-        b = torch.zeros(rows, device=w.device) if bias is None else bias[:rows].float() - bias[:rows].float().mean()
-        z = h @ w.T + b
-        p = z.softmax(-1)
-        row, _ = resolve(head.name, **head.options)
-        if row.kernel == "l2":
-            head.weight[:rows] = _on_a_sphere(head, row.degree, states.float(), w, b, z, p)
-            return _fit_strength(head, h, p)
-        few = max(2, PAIRS // rows)
-        return _fit_scale(head, _spread(h, few), weight[:rows].float() + torch.outer(b, _constant(states.float())), _spread(p, few))
+
+    labels: torch.Tensor | None
+    shift: bool
+    count: torch.Tensor | int | None
+    each: bool
+    found: object = None
 
 
-def _constant(h):
-    """The vector whose products with the states h are nearest to 1 in least squares: it carries a bias. The ridge keeps it short."""
-    second = (h.T @ h).cpu().double()
-    second += 1e-2 * second.trace() / len(second) * torch.eye(len(second), dtype=second.dtype)
-    return torch.linalg.solve(second, h.sum(0).cpu().double()).to(h)
-
-
-def _spread(x, count):
-    return x[torch.linspace(0, len(x) - 1, min(count, len(x)), device=x.device).round().long()]
-
-
-def _on_a_sphere(head, degree, h, w, b, z, p):
-    """The prototypes of the closed form, (V, C)."""
-    mean = (p * z).sum(-1)  # of the logit, for each state, over the source's own predictions
-    spread = ((p * z.square()).sum(-1) - mean.square()).clamp_min(1e-6).mean().sqrt().item()
-    size = h.square().sum(-1)
-    H = size.mean().item()
-    if degree == 0:  # cosine: the radius carries no bias
-        w = w + torch.outer(b, _constant(h))
-    covariances = [m / m.trace().clamp_min(1e-30) for m in ((w.T @ w).cpu().double(), (h.T @ h).cpu().double())]
-    u = torch.linalg.eigh(sum(covariances)).eigenvectors[:, 0].to(w)
-    along = h @ u
-
-    # the exponent of the harmonic head whose prototypes these are
-    n = float(head.strength()) * max(1, degree) if head.given else None  # of the distance, not of its square
-    if n is not None and head.link == "softmax":
-        n *= math.sqrt(2 * H) ** degree  # s d has the slope of n log d at the d of R = |h|
-    off = mean.square().mean().sqrt().item() * (2 if degree else 1)
-    enough = spread * off / math.sqrt(2 * NEAR)  # z^2 / n (cosine z^2 / 2n) moves logits by off / n a nat: KL (spread off / n)^2 / 2
-
-    projected = w - torch.outer(w @ u, u)
-    norms = projected.square().sum(-1)
-    W = norms.max().item()
-    if degree == 0:
-        n = n or max(enough, 2 * math.sqrt(H * W))
-        radius = n / math.sqrt(H)  # over a
-        # their scale is free: with this one a step of the optimiser moves logits as far as it did in the source
-        return projected + torch.outer((radius**2 - norms).clamp_min(0).sqrt(), u)
-    n = n or max(enough, 2 * (H + W))
-    # a makes the rest smallest: temperatures off by sd(|h|^2) / (a n), and (h.u) K_v / a, which differs from token to token
-    a = torch.logspace(-6, 6, 2401, dtype=torch.float64)
-    height = n / a - H / a.square()  # R^2 / a^2, of which W is the least
-    tempered = spread**2 * size.var().item() / (a * n).square()
-    tilted = along.var().item() * norms.var().item() / 4 / height.clamp_min(1e-30)
-    error = torch.where(height >= 2 * W, tempered + tilted, 1e6 * (1 + 2 * W - height))  # out of reach: as near as possible
-    a = a[error.argmin()].item()
-    middle = along.mean().item()
-    R = middle + math.sqrt(max(0.0, middle**2 + a * n - H))  # |h|^2 + R^2 - 2 (h.u) R = a n
-    K = (R**2 - 2 * a * b - a**2 * norms).clamp_min(0).sqrt()
-    return a * projected + torch.outer(K, u)
-
-
-def _logits_of_one(head, h):
-    """The head's logits at strength 1, largest of each row 0: (N, C) -> (N, V)."""
-    _, x, y, u, v, options = operands(h, head.prototypes(), head.name, **head.geometry())
-    log_d = log_pairs(resolve(head.name, **head.options)[0], x, y, u, v, options, compiled=True)
-    logits = -(log_d if head.link == "harmonic" else log_d.exp())
-    return logits - logits.amax(-1, keepdim=True)
-
-
-def _fit_strength(head, h, p) -> float:
-    """Sets the strength that minimises KL(p || head) unless it was given -> that KL in nats. The loss is convex in it."""
-    entropy = -torch.special.xlogy(p, p).sum(-1).mean().item()
-    if head.kind == "control":
-        return (-(p * head(h)[:, : p.shape[1]].log_softmax(-1)).sum(-1).mean()).item() - entropy
-    logits = _logits_of_one(head, h)
-    target = (p * logits).sum(-1)
-    s = float(head.strength())
-    if not head.given:
-        low, high = 0.0, math.inf
-        for _ in range(60):
-            q = (s * logits).softmax(-1)
-            first = (q * logits).sum(-1)
-            slope = (first - target).mean().item()
-            curve = ((q * logits.square()).sum(-1) - first.square()).mean().item()
-            low, high = (s, high) if slope < 0 else (low, s)
-            step = s - slope / curve if curve > 0 else math.inf
-            new = step if low < step < high else 2 * s if high == math.inf else (low + high) / 2
-            if abs(new - s) < 1e-6 * s:
-                break
-            s = max(new, 1e-6)
-        head.set_strength(s)
-    return (torch.logsumexp(s * logits, -1) - s * target).mean().item() - entropy
-
-
-def _fit_scale(head, h, w, p) -> float:
-    """Prototypes a w with the a (and the strength) of the smallest KL, to 1/16 of log a -> that KL in nats."""
-
-    def error(log_a):
-        head.weight[: len(w)] = math.exp(log_a) * w
-        return _fit_strength(head, h, p)
-
-    if head.kind == "control":
-        return error(0.0)
-    best = 0.0
-    for step in (1.0, 1 / 4, 1 / 16):
-        best = min((best + step * i for i in range(-4, 5)), key=error)
-    return error(best)
+_request: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
 class ModelHead(HarmonicHead):
-    """The head inside a transformers model: while there are labels it computes their loss where the model asks for logits."""
+    """The head inside a transformers model: while there is a request it computes the loss where the model asks for logits."""
 
-    labels = count = found = None
-    shift = True  # the next token's label; masked models predict in place
     padded = False
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.table = nn.Parameter(self._parameters.pop("weight").data)  # (V, C)
+
+    def __getattr__(self, name):
+        if name == "weight":
+            raise AttributeError(
+                f"a {self.name} head has no `weight` that hidden states may be multiplied by: `head(h)` gives its logits,"
+                " `head.loss(h, labels)` its loss, and `head.table` its prototypes. Turn off the fused or chunked loss that asks for it"
+            )
+        return super().__getattr__(name)
+
+    def padded_prototypes(self) -> torch.Tensor:
+        return self.table
 
     @property
     def real_vocab_size(self) -> int:
-        """Rows that are tokens: all, also after resize_token_embeddings, unless the head was made with padding."""
-        return self._rows if self.padded else len(self.weight)
+        """Rows that are tokens: all, unless the head was made with padding."""
+        return self._rows if self.padded else len(self.table)
 
     @real_vocab_size.setter
     def real_vocab_size(self, rows: int):
         self._rows = rows
 
     def forward(self, h):
-        if self.labels is None:
+        request = _request.get()
+        if request is None or request.labels is None:
             return super().forward(h)
-        states, labels = (h[..., :-1, :], self.labels[..., 1:]) if self.shift else (h, self.labels)
-        labels = labels.to(h.device)
-        if self.count is None:
-            self.found = self.loss(states, labels, ignore_index=-100)
+        labels = request.labels.to(h.device)
+        states, labels = (h[..., :-1, :], labels[..., 1:]) if request.shift else (h, labels)
+        if request.each:
+            request.found = self._score(states, labels, request.count)
+        elif request.count is None:
+            request.found = self.loss(states, labels)
         else:  # Trainer's: targets of all micro-batches together
-            self.found = self.loss(states, labels, ignore_index=-100, reduction="sum") / torch.as_tensor(self.count, device=h.device)
-        return h.new_empty(*h.shape[:-1], 0) if self.training else super().forward(h)
+            request.found = self.loss(states, labels, reduction="sum") / torch.as_tensor(request.count, device=h.device)
+        return h.new_empty(*h.shape[:-1], 0) if self.training or request.each else super().forward(h)
+
+    def _score(self, h, labels, count):
+        """What TRL's trainers read for each label: see `trl.trainer.utils.FusedCausalLMOutput`."""
+        kept = labels != IGNORE_INDEX
+        log_p = -self.loss(h, labels, reduction="none")
+        entropy, top = torch.zeros_like(log_p), torch.zeros_like(kept)
+        with torch.no_grad():
+            for states, targets, where in zip(*(t.split(ENTROPY_ROWS) for t in (h[kept], labels[kept], kept.nonzero())), strict=True):
+                log_q = super().forward(states).log_softmax(-1)
+                entropy[tuple(where.T)] = -torch.special.xlogy(log_q.exp(), log_q.exp()).sum(-1).to(entropy)
+                top[tuple(where.T)] = log_q.argmax(-1) == targets
+        loss = -log_p.sum() / (kept.sum().clamp_min(1) if count is None else count)
+        from transformers.utils import ModelOutput
+
+        return ModelOutput(loss=loss, log_probs=log_p, entropy=entropy, is_top1=top, label_mask=kept, aux_loss=None)
+
+    @torch.no_grad()
+    def resized(self, table: torch.Tensor, tokens: int) -> "ModelHead":
+        """The same head with another table (V', C), of which, if it is padded, the first `tokens` rows are tokens."""
+        new = copy.copy(self)
+        new._parameters, new._modules = dict(self._parameters), dict(self._modules)
+        new.table = table if isinstance(table, nn.Parameter) else nn.Parameter(table, self.table.requires_grad)
+        if self.bias is not None:
+            new.bias = nn.Parameter(F.pad(self.bias, (0, len(table) - len(self.bias))), self.bias.requires_grad)
+        new.real_vocab_size = min(tokens, len(table))
+        return new
 
 
 def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **arguments) -> HarmonicHead:
     """Replaces the unembedding of a transformers causal or masked language model, and its loss, by a harmonic head.
 
     `model(input_ids)` gives the head's logits, so that `generate` and pipelines work unchanged. `model(input_ids, labels=labels)` computes
-    the loss chunk by chunk; while training it gives no logits, which never exist. `save_pretrained` writes it, `load_swapped` reads it.
+    the loss chunk by chunk; while training it gives no logits, which never exist. `save_pretrained` writes it, `load_swapped` reads it,
+    and so does `AutoModelForCausalLM.from_pretrained` where `harmonic` was imported.
 
     Args:
         model: such as GPT2LMHeadModel, Qwen2ForCausalLM, BertForMaskedLM (transformers 5); changed in place.
@@ -208,26 +138,16 @@ def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **argum
         loss of their own, and whatever HarmonicHead could not honour.
     """
     old, config = model.get_output_embeddings(), model.config
-    if old is None or config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is not a causal or masked language model with an unembedding")
-    if not hasattr(model, "get_expanded_tied_weights_keys"):
-        raise ValueError("swap_head needs transformers 5")
-    more = [
-        key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_router_logits") if getattr(config, key, None)
-    ]
-    if more:
-        raise ValueError(f"{type(model).__name__} does more with logits than its unembedding: {', '.join(more)}")
-    if isinstance(old, ModelHead) and match_to is not None:
-        raise ValueError(f"the head of this model is {old.name} already: a head is matched to a dot product's")
-    weight, bias = old.weight, getattr(old, "bias", None)
+    _check_model(model, old, match_to)
+    swapped = isinstance(old, ModelHead)
+    weight, bias = old.table if swapped else old.weight, getattr(old, "bias", None)
     if name == "cross_entropy" and bias is not None:
         arguments["bias"] = True
     head = ModelHead(weight.shape[1], len(weight), name, **arguments)
     head.padded = "real_vocab_size" in arguments
-    head.shift = model.can_generate()
     head.to(weight.device)
     if match_to is None:
-        head.weight = weight
+        head.table = weight
     else:
         match(head, _states(model, old, match_to), weight, bias)
         config.tie_word_embeddings = False
@@ -235,40 +155,283 @@ def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **argum
         head.bias = bias
     if head.kind != "control" and not head.given:
         arguments["scale" if head.link == "softmax" else "exponent"] = float(head.strength())
+    where = next(path for path, module in model.named_modules() if module is old)
     model.set_output_embeddings(head.train(model.training))
-    tied = {k: v for k, v in (model._tied_weights_keys or {}).items() if head.bias is not None or not k.endswith("bias")}
+    config.harmonic = {"name": name, **arguments}
+    if not isinstance(model, Swapped):
+        model.__class__ = harmonic_class(type(model))
+        if "forward" in model.__dict__:
+            model.forward = model.__dict__.pop("forward")
+    _retie(model, head, where)
+    return head
+
+
+def _check_model(model, old, match_to):
+    """ValueError for a model whose head cannot be swapped."""
+    name, config = type(model).__name__, model.config
+    if old is None or config.is_encoder_decoder:
+        raise ValueError(f"{name} is not a causal or masked language model with an unembedding")
+    if not hasattr(model, "get_expanded_tied_weights_keys"):
+        raise ValueError("swap_head needs transformers 5")
+    if more := [key for key in MORE_WITH_LOGITS if getattr(config, key, None)]:
+        raise ValueError(f"{name} does more with logits than its unembedding: {', '.join(more)}")
+    if isinstance(old, ModelHead) and match_to is not None:
+        raise ValueError(f"the head of this model is {old.name} already: a head is matched to a dot product's")
+
+
+def _retie(model, head: ModelHead, where: str):
+    """Tells transformers the names of the head's tensors: which of them are tied, and which stay float32 when a folder is loaded."""
+    tied = {}
+    for name, source in (model._tied_weights_keys or {}).items():
+        if name == f"{where}.weight":
+            name = f"{where}.table"
+        if head.bias is not None or not name.endswith("bias"):
+            tied[name] = source
     model._tied_weights_keys = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    config.harmonic = {"name": name, **arguments}
-    if not isinstance(old, ModelHead):  # its hooks are there
-        model.register_forward_pre_hook(_take_labels, with_kwargs=True)
-        model.register_forward_hook(_give_loss)
-    return head
+    if head.kind != "control":  # a matched head lives on small differences of large prototypes
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), where}
 
 
 class Swapped:
     """In front of a class of transformers: its unembedding becomes the head that `config.harmonic` describes."""
 
-    _keep_in_fp32_modules_strict = {"lm_head", "decoder"}  # a matched head lives on small differences of large prototypes
-
     def __init__(self, config):
+        if config.model_type.startswith(PREFIX):  # of a folder that was read: other libraries know the plain type
+            config.__class__ = _plain_config(type(config))
         super().__init__(config)
         swap_head(self, **config.harmonic)
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        plain = _plain(cls)
+        if plain is not object:  # many libraries look at what a model's forward takes
+            cls.forward = functools.wraps(plain.forward)(lambda self, *arguments, **given: Swapped.forward(self, *arguments, **given))
+
+    def forward(self, *arguments, **given):
+        """The plain model's, but for the labels, of which the head computes the loss."""
+        plain, replaced = super().forward, self.__dict__.get("_replaced_forward")
+        if _request.get() is not None:  # a forward that a library put in front calls this one
+            return plain(*arguments, **given)
+        if arguments:
+            bound = inspect.signature(plain).bind(*arguments, **given).arguments
+            given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
+        if labels is None and shifted is None and not replaced:
+            return plain(**given)
+        each = given.pop("fused_lm_head", False)  # TRL's trainers
+        shift = shifted is None and self.can_generate()
+        request = _Request(labels if shifted is None else shifted, shift, given.get("num_items_in_batch"), each)
+        token = _request.set(request)
+        try:
+            output = replaced(self, **given) if replaced else plain(**given)
+        finally:
+            _request.reset(token)
+        if request.labels is None:
+            return output
+        if request.found is None:
+            raise RuntimeError(f"{type(self).__name__} did not call its harmonic head, so there is no loss")
+        return request.found if each else _with_loss(output, request.found, self.training)
+
+    def __setattr__(self, name, value):
+        """A forward that a library puts on this model (TRL, Liger, accelerate) runs inside the one above, without the labels."""
+        if name != "forward":
+            return super().__setattr__(name, value)
+        _check_temperature(value)
+        self.__dict__["_replaced_forward"] = getattr(value, "__func__", None) or (lambda self, *a, **k: value(*a, **k))
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """For resize_token_embeddings: input embedding and prototypes get the same number of rows; old rows keep their values."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        new = self._get_resized_embeddings(embedding, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        new.requires_grad_(embedding.weight.requires_grad)
+        tied = head.table is embedding.weight
+        table = new.weight if tied else _resized_table(head.table, len(new.weight))
+        tokens = len(new.weight) if new_num_tokens is None else new_num_tokens
+        self.set_input_embeddings(new)
+        self.set_output_embeddings(head.resized(table, tokens))
+        if head.padded:
+            self.config.harmonic["real_vocab_size"] = min(tokens, len(table))
+        return new
+
+    def save_pretrained(self, save_directory, **options):
+        """transformers'. The folder's config.json names a type of its own, so that no plain class loads it without a word."""
+        plain = type(self.config)
+        self.config.__class__ = type(self).config_class
+        if type(self).__reduce_ex__ is _reduce:  # an exported model's class has a file of its own
+            self._auto_class = None
+            if options.get("is_main_process", True):
+                _write_modelling_file(self, Path(save_directory))
+        try:
+            super().save_pretrained(save_directory, **options)
+        finally:
+            self.config.__class__ = plain
+
+    @classmethod
+    def from_pretrained(cls, folder, *arguments, **options):
+        """transformers'. Folders written before the prototypes had a name of their own are read, too."""
+        options.setdefault("key_mapping", {f"{name}.weight": f"{name}.table" for name in HEADS_BEFORE})
+        return super().from_pretrained(folder, *arguments, **options)
+
+
+def _resized_table(table, rows: int):
+    """Prototypes for `rows` tokens: (V, C) -> (rows, C). New ones lie in the direction of the mean of all, as far from the origin as they
+    are on average: the mean itself would be nearer to every state than any of them."""
+    if rows <= len(table):
+        return table.detach()[:rows].clone()
+    mean = table.detach().mean(0)
+    new = mean * (table.detach().norm(dim=-1).mean() / mean.norm().clamp_min(torch.finfo(table.dtype).tiny))
+    return torch.cat((table.detach(), new.expand(rows - len(table), -1)))
+
+
+def _check_temperature(forward):
+    """TRL closes over the temperature of its log-probabilities, which a harmonic head does not have. ValueError for one that is not 1."""
+    python = inspect.ismethod(forward) or inspect.isfunction(forward)
+    variables = inspect.getclosurevars(forward).nonlocals if python else {}
+    temperature = variables.get("temperature", 1.0)
+    if "original_forward" in variables and temperature != 1.0:
+        raise ValueError(f"a harmonic head scores labels at temperature 1, not {temperature}: set the trainer's temperature to 1.0")
+
+
+def _with_loss(output, loss, training: bool):
+    """A model's output with the head's loss in front; while training without the logits, which were none."""
+    if isinstance(output, tuple):
+        return (loss, *(output[1:] if training else output))
+    rest = {k: v for k, v in output.items() if k != "loss" and not (k == "logits" and training)}
+    return type(output)(loss=loss, **rest)
+
+
+# ---- classes -------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def harmonic_class(plain: type) -> type:
+    """The class of a swapped model: `Swapped` in front of a class of transformers."""
+    members = {"__module__": __name__, "__reduce_ex__": _reduce, "config_class": _harmonic_config(plain.config_class)}
+    return type(f"Harmonic{plain.__name__}", (Swapped, plain), members)
+
+
+@functools.cache
+def _harmonic_config(plain: type) -> type:
+    """The configuration class of a swapped model's folder."""
+    return type(f"Harmonic{plain.__name__}", (plain,), {"__module__": __name__, "model_type": PREFIX + plain.model_type})
+
+
+def _plain_config(kind: type) -> type:
+    return kind.__mro__[1] if kind.model_type.startswith(PREFIX) else kind
+
+
+def _plain(kind: type) -> type:
+    """The class of transformers behind a swapped model's."""
+    return kind.__mro__[kind.__mro__.index(Swapped) + 1]
+
+
+def _reduce(model, protocol):
+    """Pickles, copies and sends a swapped model by its plain class, which can be imported."""
+    return _rebuild, (_plain(type(model)),), model.__dict__
+
+
+def _rebuild(plain: type):
+    return harmonic_class(plain).__new__(harmonic_class(plain))
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------------------------
+
+MODELLING = '''"""Loads this folder: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), where `harmonic` is installed."""
+
+from transformers import {plain}
+
+from harmonic.swap import harmonic_class
+
+{name} = harmonic_class({plain})
+{config} = {name}.config_class
+'''
+
+
+def _write_modelling_file(model, folder: Path):
+    """Puts a file into a folder that `from_pretrained(folder, trust_remote_code=True)` runs, and its name into the model's config."""
+    import transformers
+
+    plain, name, config = _plain(type(model)).__name__, type(model).__name__, type(model).config_class.__name__
+    if getattr(transformers, plain, None) is not _plain(type(model)):  # a class that a user wrote
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "modeling_harmonic.py").write_text(MODELLING.format(plain=plain, name=name, config=config))
+    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForMaskedLM"
+    model.config.auto_map = {"AutoConfig": f"modeling_harmonic.{config}", auto: f"modeling_harmonic.{name}"}
+
 
 def load_swapped(folder, **arguments):
-    """A model that `swap_head` changed and `save_pretrained` wrote; `from_pretrained` of its class would put a dot product back.
+    """A model that `swap_head` changed and `save_pretrained` wrote.
 
     Args: folder: as for from_pretrained, and so are the arguments.
     Raises: ValueError for a model whose head was not swapped.
     """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    stored, _ = PreTrainedConfig.get_config_dict(folder, **arguments)
+    if not stored.get("harmonic"):
+        raise ValueError(f"{folder} holds no swapped head")
+    kind = stored["model_type"].removeprefix(PREFIX)
+    config = CONFIG_MAPPING[kind].from_dict({**stored, "model_type": kind})
+    return harmonic_class(_stored_class(stored, config)).from_pretrained(folder, config=config, **arguments)
+
+
+def _stored_class(stored: dict, config) -> type:
+    """The plain class of the model in a folder, from the mapping in its config.json."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if not getattr(config, "harmonic", None):
-        raise ValueError(f"{folder} holds no swapped head")
-    plain = getattr(transformers, config.architectures[0])
-    return type(plain.__name__, (Swapped, plain), {}).from_pretrained(folder, **arguments)
+    name = stored["architectures"][0].removeprefix("Harmonic")
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    auto = next(key for key in stored["auto_map"] if key != "AutoConfig")  # an export has names of its own
+    return getattr(transformers, auto)._model_mapping[type(config)]
+
+
+class _Types(dict):
+    """transformers' model types that others have added: there is a `harmonic_X` for every X that it has itself."""
+
+    def __init__(self, mapping):
+        super().__init__(mapping._extra_content)
+        self.mapping = mapping
+
+    def __contains__(self, key):
+        return super().__contains__(key) or str(key).startswith(PREFIX) and str(key).removeprefix(PREFIX) in self.mapping._mapping
+
+    def __missing__(self, key):
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+        plain = self.mapping[key.removeprefix(PREFIX)]
+        self[key] = _harmonic_config(plain)
+        for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
+            model = auto._model_mapping.get(plain, None)
+            if isinstance(model, type):
+                auto.register(self[key], harmonic_class(model), exist_ok=True)
+        return self[key]
+
+
+def _add_types(module):
+    module.CONFIG_MAPPING._extra_content = _Types(module.CONFIG_MAPPING)
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Adds the types when transformers' table is imported: importing `harmonic` need not import transformers, which takes a second."""
+
+    def find_spec(self, name, path, target=None):
+        if name != AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (execute(module), _add_types(module))
+        return spec
+
+
+if __name__ == "harmonic.swap":  # and not a copy in the folder of an exported model
+    if AUTO in sys.modules:
+        _add_types(sys.modules[AUTO])
+    else:
+        sys.meta_path.insert(0, _Watcher())
 
 
 class _Enough(Exception):
@@ -292,24 +455,3 @@ def _states(model, unembedding, ids):
     finally:
         hook.remove()
         model.train(training)
-
-
-def _take_labels(model, args, kwargs):
-    """Before a model's forward: hands labels to the head in the model's stead."""
-    head = model.get_output_embeddings()
-    given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-    given = {**{k: v for k, v in given.items() if k not in ("self", "kwargs")}, **given.get("kwargs", {})}
-    head.labels, head.found, head.count = given.pop("labels", None), None, given.get("num_items_in_batch")
-    return (), given
-
-
-def _give_loss(model, inputs, output):
-    """After it: puts the head's loss in front of what the model gives, and takes away the logits that were none."""
-    head = model.get_output_embeddings()
-    if head.labels is None:
-        return None
-    loss, head.labels, head.found = head.found, None, None
-    if isinstance(output, tuple):
-        return (loss, *(output[1:] if head.training else output))
-    rest = {k: v for k, v in output.items() if k != "loss" and not (k == "logits" and head.training)}
-    return type(output)(loss=loss, **rest)

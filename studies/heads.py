@@ -38,11 +38,12 @@ from tqdm import tqdm
 
 from analysis.geometry import spectrum
 from analysis.gradients import stability
+from harmonic import IGNORE_INDEX
 from model import Model
 from studies.table import Table, beyond, commit, number
 from training import checkpoint
 from training.config import UserError, check, cli, parse, read_yaml
-from training.data import NONE, data_folder, load_data, validation_batches, validation_windows
+from training.data import data_folder, load_data, validation_batches, validation_windows
 from training.distributed import launcher
 from training.telemetry import energy, read_metrics
 
@@ -325,7 +326,7 @@ def test_loss(model: Model, folder: Path) -> float:
     windows = validation_windows(data.splits["test"].tokens, m.block_size, TEST_WINDOWS)
     model, total, count = model.to(device), 0.0, 0
     for x, y in validation_batches(data, m.arch, m.block_size, windows, 16, "test"):
-        total, count = total + model(x.to(device), y.to(device), reduction="sum")[1].item(), count + (y != NONE).sum().item()
+        total, count = total + model(x.to(device), y.to(device), reduction="sum")[1].item(), count + (y != IGNORE_INDEX).sum().item()
     return total / count
 
 

@@ -21,10 +21,22 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-        if self.rows and list(self.rows[0]) != self.columns:
-            raise UserError(f"{path} has other columns ({', '.join(self.rows[0])}): it is of another version; move it away")
+        self.header, self.rows = self._read() if path.is_file() else (None, [])
         self.index = {tuple(r[k] for k in self.key): r for r in self.rows}
+
+    def _read(self) -> tuple[list[str] | None, list[dict]]:
+        """The header, None of an empty file, and the rows. UserError for other columns, or for a line that is cut off."""
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames not in (None, self.columns):
+                columns = ", ".join(reader.fieldnames)
+                raise UserError(f"{self.path} has other columns ({columns}): it is of another version; move it away")
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(f"{self.path}: line {reader.line_num} has not as many cells as the header: repair or delete it")
+                rows.append(row)
+            return reader.fieldnames, rows
 
     def find(self, setting: dict) -> dict | None:
         """The last row with this key, or None."""
@@ -32,12 +44,15 @@ class Table:
 
     def add(self, *rows: dict):
         """Appends rows in one write."""
-        new, rows = not self.rows, [{k: str(row.get(k, "")) for k in self.columns} for row in rows]
+        rows = [{k: str(row.get(k, "")) for k in self.columns} for row in rows]
+        whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
         with self.path.open("a", newline="") as file:
+            file.write("" if whole else "\r\n")  # an editor left out the end of the last line
             writer = csv.DictWriter(file, self.columns)
-            if new:
+            if not self.header:
                 writer.writeheader()
             writer.writerows(rows)
+        self.header = self.columns
         self.rows += rows
         self.index |= {tuple(r[k] for k in self.key): r for r in rows}
 

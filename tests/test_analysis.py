@@ -332,7 +332,10 @@ def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch,
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace(str(home / "data/small"), str(home / "data/gone")))
     d = make_report(monkeypatch, tmp_path / "r.html", run).document()
-    assert "No samples: no data folder" in capsys.readouterr().err and d["samples"] == [] and d["runs"][0]["curves"]
+    told = capsys.readouterr().err
+    assert "No samples: no data folder" in told and d["samples"] == [] and d["runs"][0]["curves"]
+    for words in (str(home / "data/gone"), "copied", "ln -s", f"`dataset:` in {run / 'config.yaml'}"):  # what is missing, and what helps
+        assert words.replace("copied", "copy the prepared folder") in told
 
 
 def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):
@@ -391,7 +394,7 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
         (["{home}/out/ce", "{home}/out/ce"], "is named twice"),
         (["{tmp}/empty"], "holds no checkpoint"),
         (["{tmp}/damaged"], "does not match its sha256"),
-        (["{tmp}/config"], "{tmp}/config: config.yaml: haed: unknown key; did you mean head?"),
+        (["{tmp}/config"], "{tmp}/config: config.yaml: head=cosin: unknown head; did you mean cosine?"),
         (["{home}/out/ce", "--out={tmp}/no/p.csv"], "the folder {tmp}/no does not exist"),
         (["{home}/out/ce", "--device=tpux"], "unknown device"),
         (["{home}/out/ce", "--sead=1"], "unknown key"),
@@ -403,7 +406,7 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(home, tmp_path, m
     shutil.rmtree(tmp_path / "empty" / "ckpt")
     for path in tmp_path.glob("damaged/ckpt/*/model.safetensors"):
         path.write_bytes(path.read_bytes() + b"x")
-    (tmp_path / "config/config.yaml").write_text("haed: cosine\n")
+    (tmp_path / "config/config.yaml").write_text("head: cosin\n")
     before = sorted(tmp_path.rglob("*"))
     filled = [w.format(home=home, tmp=tmp_path) for w in words]
     out = [] if any(w.startswith("--out") for w in words) else [f"--out={tmp_path / 'x.csv'}"]
@@ -439,8 +442,10 @@ def test_perplexity_bad_settings(home, tmp_path, monkeypatch, words, message):
             "line 2 is not a metrics record",
         ),
         ("metrics.jsonl", '{"iter": 0, "train_loss": 1.0}\n', "has no validation loss yet"),
-        ("emissions.csv", "a,b\n1,2\n", "is not a CodeCarbon table"),
+        ("emissions.csv", "a,b\n1,2\n", r"is not a CodeCarbon table \(line 2: no energy_consumed\)"),
+        ("emissions.csv", "energy_consumed,emissions\n1,2\n3,4,5\n", r"line 3: more cells than the header"),
         ("environment.json", "{", "is not JSON"),
+        ("environment.json", "[1]", "is not JSON with keys and values"),
     ],
 )
 def test_report_damaged_runs(home, tmp_path, monkeypatch, file, content, message):

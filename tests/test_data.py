@@ -1,12 +1,15 @@
 """Order, noise and the reading of token folders."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
+from test_tokenizer import nanogpt_meta
 
+from harmonic import IGNORE_INDEX
 from training.config import UserError
 from training.data import (
     Data,
@@ -16,6 +19,8 @@ from training.data import (
     mask_tokens,
     masked_count,
     permute,
+    split_problems,
+    split_warnings,
     training_batches,
     validation_batches,
     validation_windows,
@@ -114,7 +119,7 @@ def test_bert_noise():
         window = rng.integers(1, 100, 128)
         window[::10] = 0
         x, y = mask_tokens(window, data, (key,))
-        chosen = y != -1
+        chosen = y != IGNORE_INDEX
         assert chosen.sum() == masked_count(128) == 19 and (y[chosen] == window[chosen]).all() and (window[chosen] != 0).all()
         assert (x[~chosen] == window[~chosen]).all()
         counts += (x[chosen] == 101).sum(), ((x[chosen] != 101) & (x[chosen] != window[chosen])).sum(), (x[chosen] == window[chosen]).sum()
@@ -126,7 +131,7 @@ def test_bert_noise():
 
 def test_masking_a_window_of_nothing_but_ends():
     data = Data(None, "x", 100, 0, 101, {})
-    assert (mask_tokens(np.zeros(20, np.int64), data, (1,))[1] != -1).sum() == 3
+    assert (mask_tokens(np.zeros(20, np.int64), data, (1,))[1] != IGNORE_INDEX).sum() == 3
 
 
 def test_validation_noise_depends_on_the_window_alone(tiny_data):
@@ -146,6 +151,106 @@ def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
     data = load_data(tmp_path, "gpt2")
     assert data.vocab_size == 50257 and data.splits["train"].tokens == 60 and data.rows("bert") == 50258
     assert data.splits["val"].bytes == 20 * len("Hello world")
+
+
+def write_llmc(path, ids, magic=20240520, version=1, tokens=None, dtype=np.uint16):
+    """A token file as llm.c's dev/data/data_common.py writes it."""
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(ids) if tokens is None else tokens
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
+
+
+def test_llm_c_header_is_skipped_and_checked(tmp_path):
+    ids = [50256, 15496, 995] * 400
+    write_llmc(tmp_path / "train.bin", ids)
+    np.array(ids, np.uint16).tofile(tmp_path / "val.bin")
+    data = load_data(tmp_path, "gpt2")
+    train, val = data.splits["train"], data.splits["val"]
+    assert train.tokens == val.tokens == 1200 and (train.read(0, 1200) == val.read(0, 1200)).all()
+    assert train.read(1199, 1).tolist() == [995] and train.offset == 1024
+    ((x, _),) = training_batches(data, "gpt", 16, 1, 0, range(3), 3, 3)
+    assert set(x.unique().tolist()) == {995, 15496, 50256}
+    with pytest.raises(UserError, match="it holds the id 50,256, but bert has 30,522"):
+        load_data(tmp_path, "bert")
+    for changes, says in [
+        (dict(tokens=1201), "truncated or foreign: 3,424 bytes, its llm.c header says 3,426"),
+        (dict(tokens=-5), "truncated or foreign"),
+        (dict(version=2), "header of version 2"),
+        (dict(magic=20240801, version=7, dtype=np.uint32), "llm.c's Llama 3 tokens"),
+        (dict(magic=20240522), "llm.c's questions for an evaluation"),
+    ]:
+        write_llmc(tmp_path / "val.bin", ids, **changes)
+        with pytest.raises(UserError, match=says):
+            load_data(tmp_path, "gpt2")
+
+
+def test_ids_of_another_width_or_tokenizer_are_named(tmp_path):
+    draw = np.random.default_rng(0)
+    words, characters, wide = draw.integers(0, 50000, 5000), draw.integers(0, 65, 5000), draw.integers(0, 150000, 5000)
+    np.array(words, np.uint16).tofile(tmp_path / "val.bin")
+    for ids, dtype, tokenizer, says in [
+        (words, np.uint16, "gpt2", None),
+        (words, np.uint32, "gpt2", r"its ids are uint32 \(every second uint16 is 0\).*np.uint32\).astype\(np.uint16\)"),
+        (words, np.int64, "gpt2", "its ids are uint64"),
+        (words, np.uint32, "bert", "its ids are uint32"),
+        (words, np.uint16, "bert", "another tokenizer made it"),
+        (wide, np.uint16, "gpt2", "but gpt2 has 50,257: another tokenizer made it"),
+        (wide, np.uint32, "qwen", "val.bin: it holds the id .* or its ids are uint16"),
+        (wide, np.int64, "qwen", "its ids are uint64.*astype.np.uint32"),
+        (words, np.uint16, "qwen", "it holds the id .* but qwen has 151,646: another tokenizer made it or its ids are uint16"),
+        (characters, np.uint16, "gpt2", "look like characters.*--tokenizer=char"),
+        (characters, np.uint32, "qwen", "look like characters"),
+        (words[:3], np.uint16, "gpt2", None),
+    ]:
+        ids.astype(dtype).tofile(tmp_path / "train.bin")
+        if says is None:
+            assert load_data(tmp_path, tokenizer).splits["train"].tokens == len(ids)
+            continue
+        with pytest.raises(UserError, match=says):
+            load_data(tmp_path, tokenizer)
+    (tmp_path / "train.bin").write_bytes(bytes(4001))
+    with pytest.raises(UserError, match="4,001 bytes are no whole number of uint16 ids"):
+        load_data(tmp_path, "gpt2")
+    ids = np.concatenate((words, draw.integers(50257, 60000, 1)))  # one bad id, at the very end
+    ids.astype(np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match="it holds the id 5"):
+        load_data(tmp_path, "gpt2")
+
+
+def write_nanogpt(folder, text):
+    """A folder as nanoGPT's data/shakespeare_char/prepare.py writes it."""
+    meta = nanogpt_meta(text)
+    cut = int(len(text) * 0.9)
+    for name, part in (("train", text[:cut]), ("val", text[cut:])):
+        np.array([meta["stoi"][c] for c in part], np.uint16).tofile(folder / f"{name}.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def test_nanogpts_character_folder(tmp_path):
+    text = "First Citizen:\nBefore we proceed, café.\n" * 50
+    write_nanogpt(tmp_path, text)
+    with pytest.raises(UserError, match="--tokenizer=char"):
+        load_data(tmp_path)
+    for other in ("gpt2", "qwen", "bert"):
+        with pytest.raises(UserError, match=f"holds nanoGPT's meta.pkl, so its tokens are characters: use --tokenizer=char, not {other}"):
+            load_data(tmp_path, other)
+    data = load_data(tmp_path, "char")
+    val = data.splits["val"]
+    cut = int(len(text) * 0.9)
+    assert data.load_tokenizer().decode(val.read(0, val.tokens)) == text[cut:] and val.bytes == len(text[cut:].encode())
+    assert data.vocab_size == len(set(text)) + 1 == data.eot_id + 1 == data.mask_id
+
+
+def test_short_splits_are_named_before_training(tiny_data):
+    data = load_data(tiny_data)
+    val, train = data.splits["val"].tokens, data.splits["train"].tokens
+    for block_size in (1, val // 10 - 1, val // 9 + 1, val - 1, val, train - 1, train):
+        problems, warnings = split_problems(data, block_size), split_warnings(data, block_size)
+        for name, tokens in (("val", val), ("train", train)):
+            windows = (tokens - 1) // block_size
+            assert any(f"{name}.bin has {tokens:,} tokens" in p for p in problems) == (windows == 0)
+            assert any(f"{name}.bin holds {windows} window" in w for w in warnings) == (0 < windows < 10)
+        assert all("--block_size" in line and "more documents" in line for line in problems + warnings)
 
 
 def test_reading_uint32(tmp_path):

@@ -130,7 +130,7 @@ model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=
 ids = torch.tensor([{ids}])
 out = model(input_ids=ids, labels=ids)
 out.loss.backward()
-assert out.logits is None and model.lm_head.weight.grad is not None and "harmonic" not in sys.modules
+assert out.logits is None and model.lm_head.table.grad is not None and "harmonic" not in sys.modules
 print(out.loss.item())
 """
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "cache")}

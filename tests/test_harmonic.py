@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from harmonic import (
     CONTROLS,
     DISTANCES,
     HEADS,
+    IGNORE_INDEX,
     HarmonicHead,
     contributions,
     default_scale,
@@ -124,7 +126,7 @@ def test_every_distance_is_tested():
 @pytest.mark.parametrize("link", LINKS)
 def test_gradients_equal_finite_differences(name, link):
     h, w = vectors(n=3, v=7, c=5)
-    targets = torch.tensor([1, 6, -1])
+    targets = torch.tensor([1, 6, IGNORE_INDEX])
     trained = parameters(name, 5) if name in DISTANCES else {}
     strength = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
 
@@ -158,7 +160,7 @@ def test_chunked_equals_dense(name, link, reduction, monkeypatch):
     monkeypatch.setattr(harmonic.loss, "CHUNK_ROWS", 1)
     h, w = vectors()
     targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
-    targets[4] = -1
+    targets[4] = IGNORE_INDEX
     found = {}
     for impl in ("dense", "chunked"):
         x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
@@ -358,19 +360,73 @@ def test_l2_stays_exact_when_every_pair_is_near():
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_head_ignores_padded_rows(name):
+def test_a_padded_head_equals_one_without_padding(name):
+    """In its loss, its gradients, and whatever is done with its logits: a row of padding has none."""
+    torch.manual_seed(0)
+    plain, padded = HarmonicHead(C, V, name).eval(), HarmonicHead(C, 128, name, real_vocab_size=V).eval()
+    with torch.no_grad():
+        padded.weight[:V], padded.weight[V:] = plain.weight, 1e3
+    h, y = torch.randn(2, N, C), torch.randint(0, V, (2, N))
+
+    def uses(head):
+        logits = head(h).flatten(0, -2)
+        log_p = logits.log_softmax(-1)
+        return {
+            "logits": logits,
+            "loss": head.loss(h, y),
+            "smoothed": F.cross_entropy(logits, y.view(-1), label_smoothing=0.1),
+            "entropy": -(log_p.exp() * log_p).sum(-1),
+            "least likely": logits.topk(V).values[:, -1],
+            "mean": logits.mean(),
+            "draw": torch.multinomial(log_p.exp(), 1, generator=torch.Generator().manual_seed(0)),
+        }
+
+    expected, found = uses(plain), uses(padded)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    for key in ("loss", "smoothed", "entropy"):
+        ours, theirs = (
+            torch.autograd.grad(u[key].sum(), head.weight, retain_graph=True)[0] for u, head in ((found, padded), (expected, plain))
+        )
+        assert torch.equal(ours[:V], theirs) and ours[V:].abs().max() == 0 < ours.abs().max(), key
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_prototypes_stay_float32(name):
+    """Whatever casts the module they are in; those of a dot product follow, as any matrix does."""
+    for cast in (torch.nn.Module.half, torch.nn.Module.bfloat16, lambda m: m.to(torch.float16)):
+        model = cast(torch.nn.Sequential(torch.nn.Linear(C, C), HarmonicHead(C, V, name)))
+        kept = {p.dtype for p in model[1].parameters()} == {torch.float32}
+        assert model[0].weight.dtype != torch.float32 and kept == (name in DISTANCES)
+    assert model.double()[1].weight.dtype == torch.float64
+    assert HarmonicHead(C, V, name).to("meta", torch.float16).weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_exported(name):
+    """torch.export with any number of states; pairs that cancel are in it."""
     torch.manual_seed(0)
     head = HarmonicHead(C, 128, name, real_vocab_size=V).eval()
-    h, y = torch.randn(2, N, C), torch.randint(0, V, (2, N))
-    logits = head(h)
-    assert logits.shape == (2, N, 128) and torch.isneginf(logits[..., V:]).all() and logits[..., :V].isfinite().all()
-    before = head.loss(h, y)
-    torch.testing.assert_close(F.cross_entropy(logits.view(-1, 128), y.view(-1)), before)
-    before.backward()
-    assert head.weight.grad[V:].abs().max() == 0 and head.weight.grad[:V].abs().max() > 0
-    with torch.no_grad():
-        head.weight[V:] = 1e3
-    assert head.loss(h, y) == before
+    any_number = torch.export.Dim.DYNAMIC
+    program = torch.export.export(head, (torch.randn(2, 3, C),), dynamic_shapes=({0: any_number, 1: any_number},))
+    h = torch.randn(5, 7, C)
+    h[0, 0], h[0, 1], h[0, 2] = head.weight[3], 1.001 * head.weight[5], 0
+    torch.testing.assert_close(program.module()(h), head(h), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+def test_onnxruntime_computes_an_exported_head(name):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, name).eval()
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    model = torch.onnx.export(head, (torch.randn(4, C),), dynamo=True, dynamic_shapes=shapes, verbose=False).model_proto
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    h = torch.randn(9, C)
+    (found,) = session.run(None, {session.get_inputs()[0].name: h.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), head(h), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan", "cross_entropy", "canberra", "mahalanobis"])
@@ -574,7 +630,6 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
         (lambda h, w, y: harmonic_loss(h.long(), w, y, "manhattan"), "torch.int64"),
         (lambda h, w, y: harmonic_loss(h, w.long(), y, "manhattan"), r"torch.int64 of shape \(103, 37\)"),
         (lambda h, w, y: harmonic_loss(h, w, y.float(), "manhattan"), r"targets \(13,\) must be integers, got torch.float32"),
-        (lambda h, w, y: harmonic_loss(h[:0], w, y[:0], "manhattan"), r"an empty batch: h \(0, 37\)"),
         (lambda h, w, y: harmonic_loss(h, w[0], y, "manhattan"), r"w \(37,\) is not a table of prototypes"),
         (lambda h, w, y: harmonic_loss(h, w[:0], y, "manhattan"), r"w \(0, 37\)"),
         (lambda h, w, y: harmonic_loss(h.to("meta"), w, y, "manhattan"), "is on meta"),
@@ -595,12 +650,71 @@ def test_bad_input_is_named(call, words):
         call(h, w, torch.arange(N))
 
 
-def test_the_mean_over_no_targets_is_zero():
-    h, w = vectors()
-    h.requires_grad_()
-    for impl in ("dense", "chunked"):
-        loss = harmonic_loss(h, w, torch.full((N,), -1), "cosine", impl=impl)
-        assert loss == 0 and torch.autograd.grad(loss, h)[0].abs().max() == 0
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_of_no_targets_is_zero(name):
+    """No states, or none whose target counts: loss 0 and gradients that are zeros."""
+    head = HarmonicHead(C, V, name)
+    for h, y in ((torch.randn(0, C), torch.zeros(0, dtype=torch.long)), (torch.randn(N, C), torch.full((N,), IGNORE_INDEX))):
+        for impl in ("auto", "dense", "chunked"):
+            head.impl = impl
+            for reduction in ("mean", "sum", "none"):
+                h.grad, _ = None, h.requires_grad_()
+                head.zero_grad()
+                loss = head.loss(h, y, reduction=reduction)
+                assert loss.shape == (y.shape if reduction == "none" else ()) and not loss.any()
+                loss.sum().backward()
+                assert not h.grad.any() and all(p.grad is not None and not p.grad.any() for p in head.parameters())
+    assert head(torch.randn(0, C)).shape == (0, V)
+
+
+@pytest.mark.parametrize("impl", ["dense", "chunked", "numba"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_target_that_is_no_token_is_never_a_plausible_number(impl, reduction, monkeypatch):
+    """Where no check of values may wait for the device, as on CUDA. -1 is no token, too."""
+    monkeypatch.setattr(harmonic.loss, "_check_values", lambda *_: True)
+    h, w = vectors(torch.float32)
+    targets = torch.arange(N)
+    targets[2] = IGNORE_INDEX
+    for bad in (-1, -101, V, 2**40):
+        targets[5] = bad
+        loss = harmonic_loss(h, w.requires_grad_(), targets, "manhattan", exponent=9.0, impl=impl, reduction=reduction)
+        assert loss[5].isnan() and loss[4].isfinite() and loss[2] == 0 if reduction == "none" else loss.isnan()
+        assert torch.autograd.grad(loss.sum(), w)[0].isnan().any()
+
+
+FORK = """
+import os, torch
+from harmonic import HEADS, HarmonicHead, distance
+torch.set_num_threads(2)
+h, y = torch.randn(300, 64), torch.randint(500, (300,))
+heads = [HarmonicHead(64, 500, name) for name in ("manhattan", "cosine", "canberra", "cross_entropy")]
+before = [head.loss(h, y).item() for head in heads]
+if os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+for head, expected in zip(heads, before):
+    loss = head.loss(h, y)
+    loss.backward()
+    assert abs(loss.item() - expected) < 1e-4 and head(h).isfinite().all(), head
+os._exit(7)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_computes():
+    """One whose parent has run Numba's kernels, as a DataLoader's worker may."""
+    done = subprocess.run([sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7, done.stderr
+    assert done.stderr.count("this process was forked after Numba's kernels had run") == 1
+
+
+def test_importing_needs_no_folder_that_can_be_written(tmp_path):
+    """Numba's cache has none: neither beside the package nor in the user's home."""
+    shutil.copytree(ROOT / "harmonic", tmp_path / "harmonic", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "harmonic" / "kernels" / "__pycache__").touch()  # a file: no folder can be made there, even by root
+    code = "import torch, harmonic; print(harmonic.HarmonicHead(6, 9, 'cosine').loss(torch.randn(5, 6), torch.arange(5)).isfinite().item())"
+    environment = {**os.environ, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_table_of_formulas_has_every_head():
@@ -667,7 +781,7 @@ def test_any_loss_is_as_exact_as_dense_float32(name, link, size, exponent, sprea
     h, w = h.to(dtype), (spread * w).to(dtype)
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(v, (n,), generator=g)
-    y[torch.rand(n, generator=g) < ignored] = -1
+    y[torch.rand(n, generator=g) < ignored] = IGNORE_INDEX
     kw = {} if name in CONTROLS else {"link": link, "exponent" if link == "harmonic" else "scale": exponent}
     truth = gradients(h, w, y, name, torch.float64, impl="dense", **kw)
     naive = gradients(h, w, y, name, impl="dense", **kw)

@@ -1,27 +1,33 @@
 """gradients, geometry, emissions, theory, calibration and paired comparison: against definitions, known cases and libraries."""
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
 import subprocess
+import uuid
 
 import numpy as np
 import pytest
 import scipy.spatial.distance
 import scipy.stats
 import torch
+from codecarbon.output_methods.emissions_data import EmissionsData
+from codecarbon.output_methods.file import FileOutput
 from matplotlib.figure import Figure
 from test_analysis import call, home, make_run  # noqa: F401  (a fixture)
 
 from analysis import calibration, compare, emissions, geometry, gradients, perplexity, report, theory
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import find_runs
-from harmonic import HarmonicHead
+from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
+from studies.table import Table
+from training import checkpoint
 from training.config import UserError
 from training.data import predicted_count
-from training.telemetry import clock, energy
+from training.telemetry import Emissions, Metrics, clock, energy, read_metrics
 
 g = np.random.default_rng(0)
 
@@ -365,12 +371,212 @@ def test_broken_metrics(home, tmp_path, monkeypatch, capsys):  # noqa: F811
     (run / "metrics.jsonl").write_text("{broken\n" + lines)
     with pytest.raises(UserError, match="line 1 is not a metrics record"):
         call(gradients.main, monkeypatch, run)
-    (run / "metrics.jsonl").write_text('{"iter": 0, "grad_norm": null}\n' + lines)
-    with pytest.raises(UserError, match="line 1 is not a metrics record"):
-        call(gradients.main, monkeypatch, run)
     (run / "metrics.jsonl").write_text(json.dumps({"iter": 0, "val_loss": 3.0}) + "\n")
     with pytest.raises(UserError, match="has no steps"):
         call(gradients.main, monkeypatch, run)
+
+
+# files of another version
+
+
+class Tracker:
+    """CodeCarbon's tracker without its search for hardware: real rows, written by its real FileOutput."""
+
+    def __init__(self, output_dir, output_file, on_csv_write, **settings):
+        self.file = FileOutput(output_file, output_dir, on_csv_write)
+        values = {f.name: "x" for f in dataclasses.fields(EmissionsData)}
+        numbers = {"energy_consumed": 8.0, "emissions": 4.0, "cpu_energy": 5.0, "gpu_energy": 1.0, "ram_energy": 2.0, "duration": 10.0}
+        self.row = EmissionsData(**values | numbers | {"run_id": str(uuid.uuid4())})
+
+    def flush(self):
+        self.file.out(self.row, None)
+
+    start = flush
+
+
+EARLIER = {  # a file of an earlier start -> its energy and its duration
+    "two rows": ("energy_consumed,emissions,duration\n1,2,30\n3,4,40\n", 4.0, 70.0),
+    "a unit in a name": ("energy_consumed_kwh,emissions_kg,duration_s\n1,2,30\n", 1.0, 30.0),
+    "no duration": ("energy_consumed,emissions,length\n1,2,30\n", 1.0, math.nan),
+    "more columns, empty cells": ("new,emissions,gpu_energy,energy_consumed,duration\nx,2,,1,30\n", 1.0, 30.0),
+    "a name in Latin-1": (b"project_name,emissions,energy_consumed,duration\ncaf\xe9,2,1,30\n", 1.0, 30.0),
+    "no row": ("energy_consumed,emissions,duration\n", 0.0, 0.0),
+    "nothing": ("", 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_energy_of_earlier_starts_stays_whatever_version_wrote_it(tmp_path, monkeypatch, node):
+    monkeypatch.setattr("codecarbon.OfflineEmissionsTracker", Tracker)
+    for name, (text, kwh, seconds) in EARLIER.items():
+        run = tmp_path / name
+        run.mkdir()
+        file = run / ("emissions_node1.csv" if node else "emissions.csv")
+        old = text if isinstance(text, bytes) else text.encode()
+        file.write_bytes(old)
+        for starts in (1, 2):  # the second one finds a file of this version
+            tracker = Emissions(run, "USA", node)
+            tracker.flush()
+            used = energy(run)
+            assert used["energy_consumed"] == kwh + 8 * starts, name
+            assert used["duration"] == pytest.approx(seconds + 10 * starts, nan_ok=True), name
+        assert not old or old in [path.read_bytes() for path in run.glob("emissions*.csv")], name
+
+
+def test_energy_that_codecarbon_put_aside_is_counted(tmp_path):
+    for name in ("emissions.csv", "emissions.csv.bak", "emissions.csv_0.bak"):
+        (tmp_path / name).write_text("energy_consumed,emissions,duration\n1,2,30\n")
+    (tmp_path / "emissions.csv.swp").write_bytes(b"\0")
+    assert (energy(tmp_path)["energy_consumed"], energy(tmp_path)["duration"]) == (3.0, 90.0)
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def put(run, lines):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Each key of metrics.jsonl is taken away from all lines, and from the earlier half, as of a run that a newer version resumed."""
+    folder = shutil.copytree(home / "out/ce", tmp_path / "ce")
+    whole = lines_of(folder)
+    (run,) = find_runs([folder])
+    model, _ = run.load()
+    monkeypatch.setattr(emissions, "counted_flops", lambda config: 1e6)
+    optional = {key for line in whole for key in line} - {"iter", "val_loss"}
+    for key in sorted(optional):
+        for kept in (0, len(whole) // 2):
+            put(folder, [{k: v for k, v in line.items() if k != key} for line in whole[: len(whole) - kept]] + whole[len(whole) - kept :])
+            metrics = read_metrics(folder)
+            cost = emissions.measure(run, metrics, "val_loss", 5.5)
+            emissions.draw([run], [metrics], [cost], "val_loss", Figure())
+            assert emissions.shown([cost], emissions.FORMATS)
+            unknown = key in ("tokens_per_s", "elapsed_s") or (key == "train_loss" and not kept)
+            assert (cost["steps"] is None) == (cost["minutes_to_target"] is None) == unknown, key
+            assert cost["kwh"] == 0.005
+            if key == "grad_norm" and not kept:
+                assert gradients.measure(run)[0]["mean"] is None
+            gradients.draw([run], Figure())
+            assert gradients.shown(gradients.measure(run), gradients.FORMATS)
+            shown = report.summary_table([report.summary(run, model, metrics)], {"losses": True, "bits": True, "work": True})
+            assert len(shown["rows"][0]) == len(report.COLUMNS) and report.curves(metrics)
+            theory.measure(run, model, run.data(), "val")
+
+
+def test_keys_that_nobody_knows_stay_in_metrics(home, tmp_path):  # noqa: F811
+    folder = shutil.copytree(home / "out/ce", tmp_path / "ce")
+    strange = {"note": "warm", "shape": [1, 2], "empty": None, "new_number": 3.5, "why": {"a": 1}}
+    lines = [{"format": 2}, *({**line, **strange} for line in lines_of(folder))]
+    put(folder, lines)
+    assert all("note" not in m and m["new_number"] == 3.5 for m in read_metrics(folder))
+    metrics = Metrics(folder, 2)
+    metrics.write({"iter": 2, "train_loss": math.nan})
+    metrics.close()
+    expected = [line for line in lines if line.get("iter", 0) < 2]
+    assert lines_of(folder) == [*expected, {"iter": 2, "train_loss": "nan"}] and math.isnan(read_metrics(folder)[-1]["train_loss"])
+
+
+def test_settings_of_another_version_are_named_and_ignored(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    folder = shutil.copytree(home / "out/cosine", tmp_path / "cosine")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("label_smoothing", "smoothing") + "flash: true\nworkers: [1, 2]\n")
+    call(gradients.main, monkeypatch, folder)
+    told = capsys.readouterr().err
+    assert told.count("note: ") == 1 and "smoothing, flash, workers" in told and str(folder) in told
+    (run,) = find_runs([folder])
+    assert run.load()[0].head.name == run.model_config.head == "cosine" and run.model_config.label_smoothing == 0
+
+
+def test_an_optimiser_of_another_version_is_refused(home):  # noqa: F811
+    (run,) = find_runs([home / "out/ce"])
+    model, _ = run.load()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for key in ("exp_avg/blocks.9.gone", "momentum"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"holds '{key}'.*--init_from="):
+            patch.setattr(checkpoint, "load_tensors", lambda path, key=key: {key: torch.zeros(2)})
+            checkpoint.load_optimizer(model, optimizer, checkpoint.newest(run.path))
+
+
+class Pairs(Table):
+    columns, key = ["a", "b"], ("a",)
+
+
+def test_a_studys_table_is_appended_to_or_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    for before, rows in ((None, 0), ("", 0), ("a,b\r\n", 0), ("a,b\r\n1,2\r\n", 1), ("a,b\n1,2", 1)):
+        path.unlink(missing_ok=True)
+        if before is not None:
+            path.write_text(before, newline="")
+        table = Pairs(path)
+        table.add({"a": 3, "b": 4})
+        table.add({"a": 5})
+        assert [(r["a"], r["b"]) for r in Pairs(path).rows] == [("1", "2")] * rows + [("3", "4"), ("5", "")]
+    for before, message in (
+        ("a,b,c\n1,2,3\n", "t.csv has other columns"),
+        ("b,a\n", "t.csv has other columns"),
+        ("a,b\n1,2\n3\n", "line 3 has not as many cells"),
+        ("a,b\n1,2,3\n", "line 2 has not as many cells"),
+    ):
+        path.write_text(before)
+        with pytest.raises(UserError, match=message):
+            Pairs(path)
+        assert path.read_text() == before
+
+
+# nothing to measure
+
+
+def short(data, tokens: int):
+    """The data with the first tokens of each split."""
+    splits = {name: dataclasses.replace(split, tokens=tokens) for name, split in data.splits.items()}
+    return dataclasses.replace(data, splits=splits)
+
+
+@pytest.mark.parametrize("name", ["ce", "cosine", "bert"])
+def test_a_split_without_a_window_is_told(home, name):  # noqa: F811
+    (run,) = find_runs([home / "out" / name])
+    (model, _), data = run.load(), run.data()
+    measures = {
+        "windows": lambda d, s: compare.window_losses(model, d, s),
+        "calibration": lambda d, s: calibration.examine(model, d, s),
+        "geometry": lambda d, s: geometry.layers(model, d, s),
+        "theory": lambda d, s: theory.measure(run, model, d, s),
+    }
+    for measure in measures.values():
+        measure(short(data, 17), "val")  # one window
+        for tokens in (1, 16):
+            with pytest.raises(UserError, match=f"has {tokens} tokens, and block_size=16 needs 17"):
+                measure(short(data, tokens), "val")
+        with pytest.raises(UserError, match="has no split gone: it has train, val, test"):
+            measure(data, "gone")
+
+
+def test_documents_of_one_token_or_none(home):  # noqa: F811
+    (run,) = find_runs([home / "out/ce"])
+    (model, _), data = run.load(), run.data()
+    eot = data.eot_id
+    documents = [np.array(ids) for ids in ([eot], [eot, 5], [eot], [eot, *range(1, 40)], [eot])]
+    batches = list(perplexity.document_batches(documents, eot, 16, 16, 2))
+    scored = torch.cat([y[y != IGNORE_INDEX] for _, y in batches])
+    assert scored.tolist() == [5, *range(1, 40)]
+    assert list(perplexity.document_batches([np.array([eot])], eot, 16, 16, 2)) == []
+    empty = data.splits["val"]
+    ends = np.full(20, eot, "<u2")
+    blank = type("Blank", (type(empty),), {"read": lambda self, start, count: ends[start : start + count].astype(np.int64)})
+    data = dataclasses.replace(data, splits={"val": blank(**vars(empty) | {"tokens": 20})})
+    with pytest.raises(UserError, match="has no document to score"):
+        perplexity.likelihood(model, data, "val", documents=True)
+    config = perplexity.PerplexityConfig()
+    with pytest.raises(UserError, match="has no document with text"):
+        perplexity._by_document(model, run.data(), data, "val", config)
+
+
+def test_no_token_has_no_calibration():
+    names = ("nll", "position", "target", "confidence", "correct", "nearest")
+    tokens = {name: np.zeros(0) for name in names}
+    assert math.isnan(calibration.calibration_error(tokens)) and calibration.detail(tokens, np.zeros(5), 16) == []
 
 
 def test_pictures_are_drawn_of_a_run_without_all_norms(home):  # noqa: F811

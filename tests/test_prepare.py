@@ -20,6 +20,8 @@ import pyarrow.parquet
 import pytest
 
 import prepare_openwebtext as prepare
+from text import readers
+from text.readers import records
 from training.config import UserError
 from training.packages import package_file
 from training.tokenizer import load_tokenizer
@@ -163,11 +165,14 @@ def test_a_single_text_is_cut_at_a_line_end(tmp_path):
 
 
 def test_a_large_text_is_cut_at_blank_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "WHOLE_TEXT", 1000)
-    monkeypatch.setattr(prepare, "TEXT_PIECE", 2000)
+    monkeypatch.setattr(readers, "WHOLE_TEXT", 1000)
+    monkeypatch.setattr(readers, "TEXT_PIECE", 2000)
     text = "\n".join(make_documents(300)) + "x" * 9000 + "\r\n\r\nend"
     (tmp_path / "large.txt").write_bytes(text.encode())
-    pieces = list(prepare.read_text(tmp_path / "large.txt"))
+    pieces = list(records(tmp_path / "large.txt", None))
+    packed = tmp_path / "large.txt.gz"
+    packed.write_bytes(gzip.compress(text.encode()))
+    assert list(records(packed, None)) == pieces, "the size of the text decides, not that of the file"
     assert "".join(pieces) == text and len(pieces) > 20
     assert max(map(len, pieces)) <= 3 * 2000, "a text without lines is cut too"
     assert sum(piece.endswith("\n\n") for piece in pieces) > 0.8 * len(pieces)
@@ -209,7 +214,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path):
     (folder / "README.md").write_text("not text")
     (folder / "sub" / "empty.txt").write_text("")
     for path in [folder / "a.jsonl", folder / "b.json", folder / "b2.json", folder / "c.csv", folder / "sub" / "d[1].parquet"]:
-        assert list(prepare.READERS[path.suffix](path, None)) == texts, path
+        assert list(records(path, None)) == texts, path
     meta = run(f"--source={folder}", f"--out_dir={tmp_path / 'out'}")
     assert (meta["documents_read"], meta["duplicates"], meta["empty"]) == (6 * len(texts) + 1, 5 * len(texts), 1)
     assert meta["source"] == "corpus"
@@ -235,8 +240,9 @@ def test_openwebtext_without_a_network(tmp_path, monkeypatch):
     assert "cannot read OpenWebText from the Hugging Face hub" in fails(tmp_path, "--source=openwebtext", "--streaming")
 
 
-def test_wikitext2_keeps_official_splits_and_all_tokens(tmp_path):
+def test_wikitext2_keeps_official_splits_and_all_tokens(tmp_path, capsys):
     meta = run("--source=wikitext2", "--tokenizer=gpt2", "--num_proc=2", f"--out_dir={tmp_path / 'out'}")
+    assert "\nsplit: as wikitext2 has it officially\n" in capsys.readouterr().out
     splits = meta["splits"]
     assert {name: split["documents"] for name, split in splits.items()} == {"train": 600, "val": 60, "test": 60}, (
         "the articles of the paper"
@@ -250,7 +256,7 @@ def test_wiki_and_imdb(tmp_path):
     meta = run("--source=wiki", "--tokenizer=gpt2", "--num_proc=2", f"--out_dir={tmp_path / 'wiki'}")
     assert meta["documents_read"] == 10_033 and 450 < meta["splits"]["val"]["documents"] < 550
     assert 1.0e6 < sum(split["tokens"] for split in meta["splits"].values()) < 1.1e6
-    reviews = list(prepare.read_documents(prepare.PrepareConfig(source=["imdb"])))
+    reviews = list(prepare.read_documents(prepare.PrepareConfig(source=["imdb"]), prepare.Tally()))
     assert len(reviews) == 25_000 and not any("<br />" in text for _, text in reviews)
 
 
@@ -394,6 +400,7 @@ def test_all_mistakes_in_one_message(tmp_path):
         "--source=missing.txt",
         str(tmp_path / "empty.txt"),
         str(tmp_path / "a.pdf"),
+        "/dev/null",
         "--tokenizer=gpt3",
         "--num_proc=0",
         "--valfraction=2",
@@ -404,6 +411,7 @@ def test_all_mistakes_in_one_message(tmp_path):
         "missing.txt",
         "empty.txt is empty",
         "a.pdf: unknown kind",
+        "/dev/null is a device",
         "did you mean gpt2",
         "num_proc=0",
         "did you mean val_fraction",
@@ -439,7 +447,7 @@ def test_error_while_encoding_exits_2(tmp_path):
         ("a.csv", b"id,text\n1,a\n2\n", "line 3: no column 'text', only 1 columns"),
         ("a.csv", b"id,text\n1,a\n2,\xff\n", "not UTF-8"),
         ("a.parquet", b"PAR1 not really", "a.parquet is not a parquet file"),
-        ("a.xml", b"<a/>", "unknown kind of file; known are .txt, .jsonl"),
+        ("a.xml", b"<a/>", "unknown kind of file; known are .txt, .jsonl.*.zst"),
     ],
 )
 def test_bad_files(tmp_path, name, data, says):
@@ -472,7 +480,8 @@ def test_bad_parquet(tmp_path):
         (["--source=wikitext2", "--val_fraction=0.1"], "official splits"),
         (["--source=wiki", "--column=extract"], "wiki has its own format"),
         (["--source=a.txt", "--column=text"], "a .txt file has no columns"),
-        (["--source=empty_folder"], "no .txt, .jsonl.* file in the folder"),
+        (["--source=empty_folder"], "no file to read in the folder empty_folder; left out 1 file: 1 .md; known kinds are .txt"),
+        (["--source="], "--source is empty"),
         (["--source=folder", "--out_dir=folder/out"], "lies in a folder that is read"),
         (["--source=a.txt", "--out_dir=b.txt"], "b.txt is a file"),
         (["--source=a.txt", "--out_dir=b.txt/out"], "b.txt"),

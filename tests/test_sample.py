@@ -1,11 +1,15 @@
 """sample.py as a user runs it."""
 
+import os
+import shutil
 import sys
 
 import pytest
-from conftest import TINY
+from conftest import TINY, text
+from test_data import write_nanogpt
 
 from training.config import cli
+from training.tokenizer import EOT
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +72,89 @@ def test_no_prompt_starts_a_document(sample):
 
 
 def test_prompt_from_a_file(sample, tmp_path):
-    (tmp_path / "prompt.txt").write_text("the old king")
-    assert sample("gpt", f"--start=FILE:{tmp_path}/prompt.txt", "--seed=3")[1] == sample("gpt", "--start=the old king", "--seed=3")[1]
+    path = tmp_path / "prompt.txt"
+    for data, prompt in [
+        (b"the old king", "the old king"),
+        (b"\xef\xbb\xbfthe old king", "the old king"),
+        (b"\xef\xbb\xbfthe old\r\nking\r\n", "the old\nking\n"),
+        (b"the old\rking", "the old\nking"),
+        (b"\n", "\n"),
+    ]:
+        path.write_bytes(data)
+        words = ["--seed=3", "--max_new_tokens=5"]
+        assert sample("gpt", f"--start=FILE:{path}", *words)[1] == sample("gpt", f"--start={prompt}", *words)[1] != "", data
+
+
+def test_prompt_files_that_are_no_text(sample, tmp_path):
+    path = tmp_path / "prompt.txt"
+    for data, says in [
+        ("the king".encode("utf-16-le"), "it holds NUL characters"),
+        ("the king".encode("utf-16"), "not UTF-8 text"),
+        (b"the\0king", "it holds NUL characters"),
+        (b"caf\xe9", "not UTF-8 text"),
+        (b"\xef\xbb\xbf", "the prompt is empty"),
+    ]:
+        path.write_bytes(data)
+        status, out, err = sample("gpt", f"--start=FILE:{path}")
+        assert status == 2 and out == "" and says in err, (data, err)
+    os.mkfifo(tmp_path / "pipe")
+    for name, says in ((tmp_path / "pipe", "a named pipe"), ("/dev/zero", "a device"), (tmp_path, "Is a directory")):
+        status, out, err = sample("gpt", f"--start=FILE:{name}")
+        assert status == 2 and out == "" and says in err, err
+
+
+def test_any_prompt_that_is_not_empty(sample):
+    """nanoGPT's default prompt is a line end, and its other one the end-of-text token."""
+    for prompt in ("\n", " ", "\t\n"):
+        status, out, err = sample("gpt", f"--start={prompt}", "--max_new_tokens=5")
+        assert status == 0 and out.startswith(prompt) and len(out) > 20, err
+    words = ["--max_new_tokens=20", "--seed=2"]
+    implicit, explicit = sample("gpt", *words), sample("gpt", f"--start={EOT}", *words)
+    assert explicit[1] == EOT + implicit[1], "the same tokens; what the user wrote is shown"
+    inside = sample("gpt", f"--start=the old king.{EOT}the", *words)
+    assert inside[0] == 0 and inside[1].startswith(f"the old king.{EOT}the")
+    assert sample("bert", "--start=the [MASK] king[SEP]")[0] == 0
+
+
+def test_stop_at_eot(sample):
+    """A text is the one without the flag up to its first end-of-text token: alone, in a batch, cached or not, explained or not."""
+    words = ["--max_new_tokens=120", "--seed=5", "--temperature=1.5"]
+    prompts = ["the old king", f"a red{EOT}", "music"]
+    for extra in (["--start", prompts[0]], ["--start", *prompts], ["--start", *prompts, "--cache=false"], []):
+        whole, stopped = sample("gpt", *extra, *words)[1], sample("gpt", *extra, *words, "--stop_at_eot")[1]
+        assert whole.count(EOT) > len(extra) - 1, "the test needs texts that end"
+        shown = []
+        for written, prompt in zip(whole.split("\n---------------\n"), extra[1:4] or [""], strict=False):
+            first = written.find(EOT, len(prompt))
+            shown.append(written if first < 0 else written[:first])
+        assert stopped == "".join(f"{part}\n---------------\n" for part in shown)
+    one = sample("gpt", "--start=music", *words, "--explain", "--stop_at_eot")[1]
+    assert one.count("nearest:") < 120 and repr(EOT) in one.splitlines()[-3], "the last token explained is the end"
+
+
+def test_characters_from_text_to_sample(train, tmp_path, monkeypatch, capsys):
+    """--tokenizer=char: prepared here, and as nanoGPT prepares it."""
+    import prepare_openwebtext
+    import sample as module
+
+    (tmp_path / "input.txt").write_text("\n".join(text(60)))
+    prepare_openwebtext.main(["--source=input.txt", "--tokenizer=char", "--out_dir=data/ours", "--num_proc=1", "--val_fraction=0.1"])
+    assert "train" in capsys.readouterr().out
+    (tmp_path / "data" / "theirs").mkdir()
+    write_nanogpt(tmp_path / "data" / "theirs", (tmp_path / "input.txt").read_text())
+    for name, flags in (("ours", {}), ("theirs", {"tokenizer": "char"})):
+        status, out, err = train(dataset=name, out_dir=f"run_{name}", vocab_size=64, block_size=32, **flags)
+        assert status == 0 and "char" in out, err
+        shutil.rmtree(tmp_path / "data" / name)  # the run alone is enough
+        for words, begins in ((["--start=the old"], "the old"), ([], "")):
+            monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir=run_{name}", *words, "--max_new_tokens=9"])
+            cli(module.main)
+            out = capsys.readouterr().out
+            assert out.startswith(begins) and len(out) > 20
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir=run_{name}", "--start=caf\u00e9"])
+        with pytest.raises(SystemExit):
+            cli(module.main)
+        assert "does not know" in capsys.readouterr().err
 
 
 def test_explain(sample):

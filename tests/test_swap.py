@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from harmonic import DISTANCES, HarmonicHead, harmonic_loss, load_swapped, match, swap_head
-from harmonic.swap import _fit_strength
+from harmonic.match import _fit_strength
 
 ROOT = Path(__file__).resolve().parent.parent
 V, C, N = 307, 45, 400  # odd on purpose
@@ -105,7 +105,7 @@ def test_padded_rows_stay_padding():
     h, w, b = source(bias=True)
     head = HarmonicHead(C, V + 13, "euclidean", real_vocab_size=V)
     match(head, h, F.pad(w, (0, 0, 0, 5)), F.pad(b, (0, 5)))
-    assert torch.isneginf(head(h)[:, V:]).all() and kl(h, w, b, head) < 0.05
+    assert head(h).shape == (N, V) and kl(h, w, b, head) < 0.05
 
 
 def hugging_face(kind: str, **kw):
@@ -124,7 +124,7 @@ def hugging_face(kind: str, **kw):
 def test_swapped_models_give_the_heads_logits_loss_and_gradients(kind, tied):
     model = hugging_face(kind, tie_word_embeddings=tied)
     head = swap_head(model, "manhattan", exponent=20.0)
-    assert (head.weight is model.get_input_embeddings().weight) == tied and model.get_output_embeddings() is head
+    assert (head.table is model.get_input_embeddings().weight) == tied and model.get_output_embeddings() is head
     ids, labels = torch.randint(V, (2, 3, 11))
     labels[0, 4:] = -100
     states = []
@@ -141,7 +141,7 @@ def test_swapped_models_give_the_heads_logits_loss_and_gradients(kind, tied):
     with_labels = model(input_ids=ids, labels=labels)
     torch.testing.assert_close(with_labels.loss, expected)
     assert with_labels.logits.shape == (3, 11, V)
-    (gradient,) = torch.autograd.grad(expected, [head.weight])
+    (gradient,) = torch.autograd.grad(expected, [head.table])
     model.train()
     for m in model.modules():
         m.p = 0.0 if hasattr(m, "p") else None  # no dropout
@@ -149,7 +149,7 @@ def test_swapped_models_give_the_heads_logits_loss_and_gradients(kind, tied):
     assert trained.logits is None  # they never existed
     trained.loss.backward()
     torch.testing.assert_close(trained.loss, expected)
-    torch.testing.assert_close(head.weight.grad, gradient, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(head.table.grad, gradient, rtol=1e-3, atol=1e-6)
     assert isinstance(model(ids, labels=labels, return_dict=False), tuple)
     several = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(7)).loss
     torch.testing.assert_close(several, expected * (labels_at != -100).sum() / 7)
@@ -165,7 +165,7 @@ def test_swapped_models_keep_what_they_predict(kind):
         after = model(input_ids=ids).logits.log_softmax(-1)
     spread = before.std(-1).mean()
     assert (after - before).abs().mean() < 0.15 * spread > 0.05
-    assert head.weight is not model.get_input_embeddings().weight and not model.config.tie_word_embeddings
+    assert head.table is not model.get_input_embeddings().weight and not model.config.tie_word_embeddings
     assert model.config.harmonic["name"] == "euclidean" and model.config.harmonic["exponent"] == float(head.strength())
     if kind != "bert":
         text = model.generate(ids[:1, :5], max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -208,7 +208,7 @@ def test_a_matched_head_of_a_bfloat16_model_stays_exact():
         after = half(input_ids=ids).logits.log_softmax(-1)
         off = F.kl_div(after, before, log_target=True, reduction="sum").item() / ids.numel()
         swap_head(model, "euclidean", match_to=ids)
-    assert half.lm_head.weight.dtype == torch.float32 and off < 0.02
+    assert half.lm_head.table.dtype == torch.float32 and off < 0.02
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
@@ -220,7 +220,7 @@ def test_a_swapped_model_is_saved_and_loaded(kind, matched, tmp_path):
     again = load_swapped(tmp_path / "model").eval()
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
     half = load_swapped(tmp_path / "model", dtype=torch.bfloat16)
-    weight = half.get_output_embeddings().weight
+    weight = half.get_output_embeddings().table
     assert weight.dtype == (torch.float32 if matched else torch.bfloat16)
     hugging_face(kind).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="holds no swapped head"):

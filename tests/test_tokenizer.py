@@ -2,6 +2,9 @@
 
 import base64
 import hashlib
+import json
+import os
+import pickle
 import shutil
 import unicodedata
 
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from training import packages, tokenizer
 from training.config import UserError
 from training.packages import package_file
-from training.tokenizer import EOT, MASK, load_tokenizer, name_problems, train_bpe
+from training.tokenizer import EOT, MASK, copy_tokenizer, load_tokenizer, name_problems, rust_tokenizer, train_bpe, train_char
 
 TEXTS = [
     "Hello world",
@@ -31,9 +34,17 @@ def bpe(tmp_path_factory):
     return load_tokenizer("bpe:400", folder)
 
 
-@pytest.fixture(params=["gpt2", "qwen", "bert", "bpe"])
+@pytest.fixture(scope="session")
+def char(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("char")
+    train_char([*TEXTS, "bo"], folder)
+    return load_tokenizer("char", folder)
+
+
+@pytest.fixture(params=["gpt2", "qwen", "bert", "bpe", "char"])
 def any_tokenizer(request):
-    return request.getfixturevalue("bpe") if request.param == "bpe" else load_tokenizer(request.param)
+    own = request.param in ("bpe", "char")
+    return request.getfixturevalue(request.param) if own else load_tokenizer(request.param)
 
 
 def test_known_ids():
@@ -92,6 +103,21 @@ def test_no_special_token_from_text(any_tokenizer):
     assert max(ids) < any_tokenizer.vocab_size
     if any_tokenizer.name == "qwen":
         assert max(ids) < 151643
+
+
+def test_a_prompt_may_hold_the_end_of_text_token(any_tokenizer):
+    end, eot_id = any_tokenizer.eot_text, any_tokenizer.eot_id
+    assert any_tokenizer.decode_token(eot_id).strip() == end
+    a, b = any_tokenizer.encode("old"), any_tokenizer.encode(" fox")
+    assert any_tokenizer.encode_prompt(end) == [eot_id]
+    assert any_tokenizer.encode_prompt(f"{end}old{end}{end} fox") == [eot_id, *a, eot_id, eot_id, *b]
+    assert any_tokenizer.encode_prompt("old fox") == any_tokenizer.encode("old fox")
+    if any_tokenizer.name == "gpt2":
+        import tiktoken
+
+        theirs = tiktoken.get_encoding("gpt2")
+        for text in TEXTS:
+            assert any_tokenizer.encode_prompt(text) == theirs.encode(text, allowed_special={EOT}, disallowed_special=())
 
 
 def test_mask_id_is_no_word(any_tokenizer):
@@ -176,7 +202,7 @@ def test_bad_names(name, says):
 
 
 def test_good_names():
-    assert [name_problems(name) for name in ("gpt2", "qwen", "bert", "bpe:258", "bpe:50000")] == [[]] * 5
+    assert [name_problems(name) for name in ("gpt2", "qwen", "bert", "char", "bpe:258", "bpe:50000")] == [[]] * 6
 
 
 def test_bpe_file_missing_or_corrupt(tmp_path):
@@ -187,6 +213,95 @@ def test_bpe_file_missing_or_corrupt(tmp_path):
         load_tokenizer("bpe:300", tmp_path)
     with pytest.raises(UserError, match="name their folder"):
         load_tokenizer("bpe:300")
+
+
+# ---- characters ------------------------------------------------------------------------------------------
+
+
+def test_characters_do_not_depend_on_the_order(tmp_path):
+    for texts in (["hello", "wörld"], ["wörld", "hello"]):
+        train_char(iter(texts), tmp_path)
+        char = load_tokenizer("char", tmp_path)
+        assert json.loads((tmp_path / "characters.json").read_text())["characters"] == "dehlorwö"
+        assert (char.vocab_size, char.eot_id, char.unk_id, char.mask_id, char.start_id) == (10, 8, 9, 10, 8)
+        assert char.encode("höd!") == [2, 7, 0, 9] and char.decode([2, 7, 0, 9, 8]) == f"höd\ufffd{EOT}"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"characters": "aa"}', b'{"characters": 3}', None, "folder"])
+def test_characters_missing_or_corrupt(tmp_path, damage):
+    says = "characters.json is corrupt"
+    if isinstance(damage, bytes):
+        (tmp_path / "characters.json").write_bytes(damage)
+    else:
+        says = "there is no .*characters.json" if damage is None else "name their folder"
+    with pytest.raises(UserError, match=says):
+        load_tokenizer("char", None if damage == "folder" else tmp_path)
+
+
+def test_characters_are_no_tokenizer_of_transformers(tmp_path):
+    with pytest.raises(UserError, match="tokenizer char: transformers has no tokenizer of characters.*bpe:N"):
+        rust_tokenizer("char", tmp_path)
+
+
+def nanogpt_meta(text: str) -> dict:
+    """What nanoGPT's data/shakespeare_char/prepare.py stores beside the token files."""
+    characters = sorted(set(text))
+    itos = dict(enumerate(characters))
+    return {"vocab_size": len(characters), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_nanogpts_vocabulary_is_read_without_being_unpickled(tmp_path, monkeypatch, protocol):
+    text = "First Citizen:\nBefore we proceed, hear me speak. é 你" + "".join(map(chr, range(300, 700)))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(nanogpt_meta(text), protocol))
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, lambda *_: pytest.fail("it was unpickled"))
+    char = load_tokenizer("char", tmp_path)
+    stoi = nanogpt_meta(text)["stoi"]
+    assert char.encode(text) == [stoi[c] for c in text] and char.decode(char.encode(text)) == text
+    assert (char.eot_id, char.vocab_size, char.mask_id) == (len(stoi), len(stoi) + 1, len(stoi) + 1)
+    assert char.start_id == stoi["\n"], "its text has no end-of-text token"
+    with pytest.raises(UserError, match="char does not know '!'"):
+        char.encode("we!")
+    (tmp_path / "run").mkdir()
+    copy_tokenizer("char", tmp_path, tmp_path / "run")
+    copied = load_tokenizer("char", tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["characters.json"]
+    assert (copied.encode(text), copied.vocab_size, copied.start_id) == (char.encode(text), char.vocab_size, char.start_id)
+
+
+class Evil:
+    """Its pickle creates a file."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+BAD_META = {
+    "code": (pickle.dumps({**nanogpt_meta("ab"), "more": Evil()}), "more than numbers and text"),
+    "code, protocol 0": (pickle.dumps(Evil(), 0), "more than numbers and text"),
+    "cut": (pickle.dumps(nanogpt_meta("abc"))[:-20], "but only 3 remain"),
+    "empty": (b"", "pickle"),
+    "no pickle": (b"\x80\x04hello", "it has no 101"),
+    "a number": (pickle.dumps(3), "not subscriptable"),
+    "other keys": (pickle.dumps({"a": 1}), "it has no 'itos'"),
+    "words": (pickle.dumps({"itos": {0: "ab", 1: "c"}, "stoi": {"ab": 0, "c": 1}}), "more or less than one character"),
+    "gaps": (pickle.dumps({"itos": {0: "a", 2: "c"}, "stoi": {"a": 0, "c": 2}}), "it has no 1"),
+    "differ": (pickle.dumps({"itos": {0: "a", 1: "c"}, "stoi": {"a": 1, "c": 0}}), "differ"),
+    "unbalanced": (b"\x80\x04u.", "not nanoGPT's vocabulary"),
+    "nothing": (b"\x80\x04.", "not nanoGPT's vocabulary"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_META)
+def test_another_meta_pkl_is_refused_and_nothing_runs(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    data, says = BAD_META[case]
+    (tmp_path / "meta.pkl").write_bytes(data)
+    with pytest.raises(UserError, match="(?s)meta.pkl is not nanoGPT's.*nothing in it was run") as error:
+        load_tokenizer("char", tmp_path)
+    assert says in str(error.value)
+    assert not (tmp_path / "evil").exists()
 
 
 def test_corrupt_gpt2_file_is_named_and_kept_offline(tmp_path, monkeypatch):

@@ -219,7 +219,12 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path)
     """Puts a checkpoint's optimiser state into an optimiser; rates and decays stay as they are configured now."""
     states = {name: {} for name, _ in model.named_parameters()}
     for key, tensor in load_tensors(folder / STATE).items():
-        kind, name = key.split("/", 1)
+        kind, _, name = key.partition("/")
+        if name not in states:
+            raise UserError(
+                f"{folder / STATE} holds {key!r}, which is not part of the model: another version wrote it; start from the weights "
+                f"alone with --init_from={folder.parent.parent} and another --out_dir"
+            )
         states[name][kind] = tensor.clone()  # the file is mapped: training must not hold on to it
     names = {q: name for name, q in model.named_parameters()}
     state = {}

@@ -6,9 +6,11 @@ status 2, so that a user sees every mistake at once and never a traceback.
 """
 
 import argparse
+import codecs
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import os
 import re
@@ -74,6 +76,9 @@ class TrainConfig:
     """the run's folder"""
     overwrite: bool = False
     """delete the run that out_dir holds"""
+    new_data_order: bool = False
+    """resume although batch_size, gradient_accumulation_steps, seed or the dataset differ: from then on the windows come in another order,
+    so some are read twice in this epoch and others not at all"""
     seed: int = 1337
     """determines weights, data order, noise and dropout"""
     device: str = "auto"
@@ -155,8 +160,22 @@ def check(problems: list[str]):
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def show_bytes(error: UnicodeEncodeError) -> tuple[str, int]:
+    """An error handler that prints a file name that is not UTF-8: `caf\\xe9.txt`. Python holds such a byte as U+DCE9."""
+    rest = error.object[error.start : error.end]
+    if not all("\udc80" <= character <= "\udcff" for character in rest):
+        return codecs.backslashreplace_errors(error)  # characters that the terminal's encoding lacks
+    return rest.encode("ascii", "surrogateescape").decode("ascii", "backslashreplace"), error.end
+
+
+codecs.register_error("show_bytes", show_bytes)
+
+
 def cli(main: typing.Callable):
     """Runs `main()`; a UserError becomes its message on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="show_bytes")
     try:
         main()
     except UserError as error:
@@ -184,6 +203,15 @@ def read_yaml(path) -> dict:
     if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
     return values
+
+
+def known(stored: dict, where, *schemas) -> dict:
+    """A stored configuration without the keys that no schema has, such as those of another version; a note on stderr names them."""
+    names = {f.name for schema in schemas for f in dataclasses.fields(schema)}
+    strange = [key for key in stored if key not in names]
+    if strange:
+        print(f"note: {where} has settings of another version, which are ignored: {', '.join(map(str, strange))}", file=sys.stderr)
+    return {key: value for key, value in stored.items() if key in names}
 
 
 def write_yaml(path, *configs):

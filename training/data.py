@@ -14,24 +14,36 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from harmonic import IGNORE_INDEX
+from text.foreign import NANOGPT_META, ids_problem, layout
 from training.config import UserError, nearest
 from training.files import sha256, unseal, write_whole
-from training.tokenizer import BPE_FILE, Tokenizer, load_tokenizer
+from training.tokenizer import BPE_FILE, CHAR_FILE, Tokenizer, load_tokenizer
 
 VERIFIED = ".verified.json"  # beside meta.json: the files last compared with their sha256
 MASKED = 0.15  # share of a window's tokens that masked-language training predicts (BERT, section 3.1)
-NONE = -1  # target of a position that is not predicted
+
+# A validation loss over fewer windows is mostly noise. The loss of a token varies by about 3 nats, so 10 windows of 256 tokens, a small
+# block_size, leave a standard error of 3 / sqrt(2560) = 0.06 nats. Preparation does not know the block_size and uses that product.
+FEW_WINDOWS = 10
+FEW_TOKENS = FEW_WINDOWS * 256
+LONGER = {  # how to prepare a longer split
+    "train": "more documents",
+    "val": "more documents or a larger --val_fraction",
+}
+SAMPLE = 1 << 16  # ids looked at in each of three places of a file that no meta.json describes
 
 
 @dataclass
 class Split:
-    """One token file. `bytes`: UTF-8 bytes of the text behind it, for bits per byte."""
+    """One token file. `bytes`: UTF-8 bytes of the text behind it, for bits per byte. `offset`: bytes before the first id."""
 
     path: Path
     dtype: np.dtype
     tokens: int
     bytes: int
     sha256: str | None = None
+    offset: int = 0
 
     def identity(self) -> str:
         """What tells it from other files: its sha256, or its length where no meta.json gives one."""
@@ -39,7 +51,8 @@ class Split:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids from `start`, int64. Read, not memory-mapped: resident memory stays flat however long training runs."""
-        return np.fromfile(self.path, self.dtype, count, offset=start * self.dtype.itemsize).astype(np.int64)
+        offset = self.offset + start * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, count, offset=offset).astype(np.int64)
 
 
 @dataclass
@@ -69,7 +82,8 @@ def data_folder(dataset: str) -> Path:
 
 def tokenizer_folder(run: Path, dataset: str) -> Path:
     """Where a run's trained tokenizer lies: in the run, or, for runs without a copy, beside the data."""
-    return run if (run / BPE_FILE).is_file() else data_folder(dataset)
+    copied = (run / BPE_FILE).is_file() or (run / CHAR_FILE).is_file()
+    return run if copied else data_folder(dataset)
 
 
 def load_data(folder, tokenizer: str | None = None) -> Data:
@@ -84,9 +98,10 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
         raise UserError(f"no data folder {folder}{near} (make it with prepare_openwebtext.py --out_dir={folder})")
     if not (folder / "meta.json").is_file():
         if tokenizer is None:
+            name = "char" if (folder / NANOGPT_META).is_file() else "gpt2"
             raise UserError(
                 f"{folder} has no meta.json: prepare it with prepare_openwebtext.py, "
-                "or name the tokenizer of existing .bin files with --tokenizer=gpt2"
+                f"or name the tokenizer of existing .bin files with --tokenizer={name}"
             )
         return _without_meta(folder, tokenizer)
     try:
@@ -135,18 +150,53 @@ def verify(data: Data):
 
 
 def _without_meta(folder: Path, tokenizer: str) -> Data:
+    """The data of a folder that nanoGPT or llm.c made. UserError when its ids are not those of the tokenizer."""
+    if tokenizer != "char" and (folder / NANOGPT_META).is_file():
+        raise UserError(f"{folder} holds nanoGPT's {NANOGPT_META}, so its tokens are characters: use --tokenizer=char, not {tokenizer}")
     words = load_tokenizer(tokenizer, folder)
-    dtype = np.dtype("<u2" if words.vocab_size <= 2**16 - 1 else "<u4")
-    splits = {}
-    for name in ("train", "val"):
-        path = folder / f"{name}.bin"
-        if not path.is_file() or path.stat().st_size < dtype.itemsize:
-            raise UserError(f"{path} is missing or empty")
-        splits[name] = Split(path, dtype, path.stat().st_size // dtype.itemsize, 1)
+    splits = {name: _token_file(folder / f"{name}.bin", words) for name in ("train", "val")}
     val = splits["val"]  # bits per byte needs the bytes of val only
     pieces = (val.read(i, 2**16) for i in range(0, val.tokens, 2**16))
     val.bytes = max(1, sum(len(words.decode(ids[ids != words.eot_id]).encode()) for ids in pieces))
     return Data(folder, tokenizer, words.vocab_size, words.eot_id, words.mask_id, splits)
+
+
+def _token_file(path: Path, words: Tokenizer) -> Split:
+    """A token file that no meta.json describes. UserError when it cannot be text of the tokenizer."""
+    found = layout(path, np.dtype("<u2" if words.vocab_size <= 2**16 - 1 else "<u4"))
+    split = Split(path, found.dtype, found.tokens, 1, offset=found.offset)
+    places = {0, split.tokens // 2 // 4 * 4, max(0, split.tokens - SAMPLE) // 4 * 4}
+    sample = np.concatenate([split.read(place, SAMPLE) for place in sorted(places)])
+    if problem := ids_problem(sample, split.dtype, words.name, words.vocab_size):
+        raise UserError(f"{path}: {problem}")
+    return split
+
+
+def split_problems(data: Data, block_size: int) -> list[str]:
+    """An error for each split that does not hold one window."""
+    problems = []
+    for name in ("train", "val"):
+        split = data.splits[name]
+        if split.tokens <= block_size:
+            problems.append(
+                f"block_size={block_size} is longer than the data: {split.path} has {split.tokens:,} tokens. "
+                f"Use a smaller --block_size, or prepare {LONGER[name]}"
+            )
+    return problems
+
+
+def split_warnings(data: Data, block_size: int) -> list[str]:
+    """A warning for each split of so few windows that its loss says little."""
+    warnings = []
+    for name in ("train", "val"):
+        split = data.splits[name]
+        windows = (split.tokens - 1) // block_size
+        if 0 < windows < FEW_WINDOWS:
+            warnings.append(
+                f"{split.path} holds {windows} window{'s' if windows > 1 else ''} of block_size={block_size}, so its loss is mostly noise. "
+                f"Use a smaller --block_size, or prepare {LONGER[name]}"
+            )
+    return warnings
 
 
 def _hash(*key) -> int:
@@ -206,7 +256,7 @@ def mask_tokens(window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray,
     order = rng.permutation(len(window))
     order = order[np.argsort(window[order] == data.eot_id, kind="stable")]
     chosen = order[: masked_count(len(window))]
-    x, y = window.copy(), np.full_like(window, NONE)
+    x, y = window.copy(), np.full_like(window, IGNORE_INDEX)
     y[chosen] = window[chosen]
     action = rng.random(len(chosen))
     x[chosen[action < 0.8]] = data.mask_id

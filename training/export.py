@@ -21,12 +21,12 @@ from model import Model, ModelConfig, has_bias
 from training import checkpoint
 from training.config import UserError, cli, parse
 from training.data import tokenizer_folder
-from training.pretrained import ACTIVATIONS, TABLES, TRUNK, layout
+from training.pretrained import ACTIVATIONS, HEADS, TABLES, TRUNK, layout
 from training.telemetry import energy, read_metrics
 from training.tokenizer import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 
 PACKAGE = Path(__file__).resolve().parent.parent / "harmonic"
-PARTS = ("distances.py", "loss.py", "swap.py", "kernels/dense.py")  # of the package, that a head needs without its kernels
+PARTS = ("distances.py", "loss.py", "match.py", "swap.py", "kernels/dense.py")  # of the package, that a head needs without its kernels
 CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "HarmonicGPT2"),
     "bert": ("BertForMaskedLM", "HarmonicBert"),
@@ -118,6 +118,8 @@ def model_of(model: Model, tokenizer: Tokenizer):
         part = own[name].detach()
         for theirs, tensor in where.split(part[:rows] if name in TABLES else part).items():
             tensors[("" if theirs.startswith(("lm_head", "cls.")) else TRUNK[c.arch]) + theirs] = tensor
+    if c.head != "cross_entropy":
+        tensors[f"{HEADS[c.arch]}.table"] = tensors.pop(f"{HEADS[c.arch]}.weight")
     if "cls.predictions.bias" in tensors:  # a mask token beyond the vocabulary is read, never predicted
         tensors["cls.predictions.bias"][c.real_vocab_size :] = torch.finfo(torch.float32).min
     plain, harmonic = CLASSES[kind_of(c)]

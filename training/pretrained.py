@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from harmonic import HarmonicHead, match
-from harmonic.swap import ROWS
+from harmonic import IGNORE_INDEX, HarmonicHead, match
+from harmonic.match import ROWS
 from model import Model, ModelConfig
 from training import checkpoint
 from training.config import UserError, nearest, read_yaml
-from training.data import NONE, Data, predicted_count, training_batches
+from training.data import Data, predicted_count, training_batches
 from training.tokenizer import BPE_FILE, rust_tokenizer, rust_vocabulary
 
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
@@ -137,6 +137,7 @@ def convert(tensors: dict[str, torch.Tensor], config: ModelConfig, where: str, c
     plain = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("_orig_mod.").removeprefix(trunk)
+        name = name.replace(f"{HEADS[config.arch]}.table", f"{HEADS[config.arch]}.weight")  # of a swapped model
         plain[re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))] = tensor
     expected = {n: s for t in table.values() for n, s in zip(t.names, t.shapes(), strict=True)}
     if config.tie_weights:  # the table lies where the input embedding is; a second copy is the same
@@ -401,13 +402,13 @@ def states(model: Model, data: Data, seed: int, batch_size: int) -> torch.Tensor
     c, found = model.config, []
     windows = max(batch_size, -(-8 * ROWS // predicted_count(c.arch, c.block_size)))
     for x, y in training_batches(data, c.arch, c.block_size, seed, 0, range(windows), windows, batch_size):
-        found.append(model.hidden(x.to(model.tokens.weight.device))[(y != NONE).to(model.tokens.weight.device)])
+        found.append(model.hidden(x.to(model.tokens.weight.device))[(y != IGNORE_INDEX).to(model.tokens.weight.device)])
     return torch.cat(found)
 
 
 @torch.no_grad()
 def swap(model: Model, config: ModelConfig, states: torch.Tensor) -> float:
-    """Gives a model the head of `config`, with prototypes of its own that are matched to its softmax (`harmonic.swap`).
+    """Gives a model the head of `config`, with prototypes of its own that are matched to its softmax (`harmonic.match`).
 
     `config` is changed: it gets the exponent (or scale) that was found, and its head and input embedding are not tied.
     Returns: the KL divergence from the model's predictions on the states in nats per token.

@@ -63,9 +63,7 @@ class Metrics:
         path = out_dir / "metrics.jsonl"
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            records = ((line, _record(line)) for line in lines)
-            kept = [line for line, r in records if r and (r["iter"] < iteration or (r["iter"] == iteration and "val_loss" in r))]
-            write_whole(path, "".join(f"{line}\n" for line in kept))
+            write_whole(path, "".join(f"{line}\n" for line in lines if _stays(line, iteration)))
         self.file = open(path, "ab", buffering=0)
         self.backlog = b""  # lines that a full disk did not take yet
         self.board = self.wandb = None
@@ -125,31 +123,54 @@ class Metrics:
             self.wandb.finish()
 
 
-def _record(line: str) -> dict | None:
-    """A line of metrics.jsonl, all of it numbers; None for what is not one, such as the torn last line of a killed run."""
+def _parsed(line: str) -> dict | None:
+    """The JSON object in a line; None for what is not one, such as the torn last line of a killed run."""
     try:
-        record = json.loads(line)
-        whole = isinstance(record, dict) and isinstance(record.get("iter"), int)
-        return {k: v if isinstance(v, int) else float(v) for k, v in record.items()} if whole else None  # "nan" and "inf" are texts
-    except (ValueError, TypeError):
+        found = json.loads(line)
+    except ValueError:
         return None
+    return found if isinstance(found, dict) else None
+
+
+def _stays(line: str, iteration: int) -> bool:
+    """Whether a line of metrics.jsonl is kept when a run is resumed at an iteration. A line of another version, without `iter`, is kept."""
+    if (found := _parsed(line)) is None:
+        return False
+    at = found.get("iter")
+    if not isinstance(at, int) or at < iteration:
+        return True
+    return at == iteration and "val_loss" in found
+
+
+def _number(value) -> float | int | None:
+    """A number of metrics.jsonl, where `nan` and `inf` are texts; None for anything else."""
+    if isinstance(value, int | float):
+        return value
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    return None
 
 
 def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl, numbers all; a broken last line is skipped and said so. UserError when there are none or others
-    are broken."""
+    """The lines of a run's metrics.jsonl that have `iter`, with all keys whose values are numbers.
+
+    A version of this project may write keys that another one does not know, so no key but `iter` need be there. An incomplete last line is
+    skipped with a note on stderr. Raises: UserError when there are no lines, or when another line is broken.
+    """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl: is it a run's folder?")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
-        if (record := _record(line)) is not None:
-            records.append(record)
-        elif number < len(lines):
-            raise UserError(f"{path}: line {number} is not a metrics record: {line[:60]!r}")
-        else:
+        found = _parsed(line)
+        if found is None and number < len(lines):
+            raise UserError(f"{path}: line {number} is not a metrics record: {line[:60]!r}; repair or delete that line")
+        if found is None:
             print(f"{path}: the last line is incomplete and skipped", file=sys.stderr)
+        elif isinstance(found.get("iter"), int):
+            values = {key: _number(value) for key, value in found.items()}
+            records.append({key: value for key, value in values.items() if value is not None})
     if not records:
         raise UserError(f"{path} is empty")
     return records
@@ -157,7 +178,7 @@ def read_metrics(run) -> list[dict]:
 
 def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
     """For each line of metrics.jsonl: seconds since the run's first step, evaluations included, and seconds in steps alone. `elapsed_s`
-    begins anew when a run is resumed; a step's seconds are its share of its log interval.
+    begins anew when a run is resumed; a step's seconds are its share of its log interval. Ask `timed` first whether the lines have both.
 
     Args: tokens: of an iteration.
     """
@@ -169,6 +190,12 @@ def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
             steps += tokens / m["tokens_per_s"] if m.get("tokens_per_s") else 0.0
         found.append((elapsed, steps))
     return found
+
+
+def timed(metrics: list[dict]) -> bool:
+    """Whether each step says when it was and how fast, as `clock` needs it."""
+    steps = [m for m in metrics if "train_loss" in m]
+    return bool(steps) and all("elapsed_s" in m and "tokens_per_s" in m for m in steps)
 
 
 def check_loggers(tensorboard: bool, wandb: bool) -> list[str]:
@@ -188,7 +215,8 @@ def _installed(package: str) -> bool:
 class Emissions:
     """CodeCarbon's offline tracker on one node: energy in emissions.csv. CPUs without power counters are estimated by it, and RAM too.
 
-    The row of this process is brought up to date at every `flush`, so that a killed run loses little.
+    The row of this process is brought up to date at every `flush`, so that a killed run loses little. CodeCarbon rewrites its whole
+    file then, and moves a file with other columns out of sight. So the file of an earlier start is renamed first: no row of it changes.
     """
 
     def __init__(self, out_dir: Path, country: str, node: int = 0):
@@ -196,12 +224,14 @@ class Emissions:
 
         out_dir.mkdir(parents=True, exist_ok=True)  # another node's disk may not have it yet
         logging.getLogger("codecarbon").setLevel(logging.ERROR)
+        file = out_dir / ("emissions.csv" if node == 0 else f"emissions_node{node}.csv")
+        keep_earlier(file)
         self.tracker = OfflineEmissionsTracker(
             country_iso_code=country,
             project_name=out_dir.name,
             output_dir=str(out_dir),
-            output_file="emissions.csv" if node == 0 else f"emissions_node{node}.csv",
-            on_csv_write="update",  # one row for each start of the run
+            output_file=file.name,
+            on_csv_write="update",  # one row, however often it is flushed
             log_level="error",
             allow_multiple_runs=True,
         )
@@ -215,6 +245,16 @@ class Emissions:
         self.tracker.stop()
         data = getattr(self.tracker, "final_emissions_data", None)
         return (data.energy_consumed, data.emissions) if data else None
+
+
+def keep_earlier(file: Path):
+    """Renames `emissions.csv` of an earlier start to `emissions_start1.csv`, or to the next number that is free."""
+    if not file.is_file() or file.stat().st_size == 0:
+        return
+    number = 1
+    while (kept := file.with_stem(f"{file.stem}_start{number}")).exists():
+        number += 1
+    file.rename(kept)
 
 
 def _git(*words) -> str | None:
@@ -247,6 +287,21 @@ def environment(device: str, world: int) -> dict:
     }
 
 
+def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict):
+    """Writes environment.json: what this start of the run has, and what its earlier starts had, oldest first.
+
+    Args:
+        now: an `environment`. iteration: where this start begins. changed: settings that it changes, key -> [before, now].
+    """
+    path = out_dir / "environment.json"
+    try:
+        before = json.loads(path.read_bytes())
+        earlier = [*before.pop("earlier", []), before]
+    except (OSError, ValueError, AttributeError):  # none yet, or one that a crash spoilt
+        earlier = []
+    write_whole(path, json.dumps({**now, "iter": iteration, "changed": changed, "earlier": earlier}, indent=2))
+
+
 def listed(items: list, most: int = 5) -> str:
     """`a, b, c and 4 more`."""
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
@@ -260,19 +315,56 @@ def duration(seconds: float) -> str:
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
-ENERGY = ("energy_consumed", "emissions", "cpu_energy", "gpu_energy", "ram_energy", "duration")  # CodeCarbon's kWh, kg CO2e, seconds
+# What a run used: CodeCarbon's columns, and the unit that another version may put behind the name
+ENERGY = {"energy_consumed": "kwh", "emissions": "kg", "cpu_energy": "kwh", "gpu_energy": "kwh", "ram_energy": "kwh", "duration": "s"}
+MEASURED = ("energy_consumed", "emissions")  # a file without these is not CodeCarbon's
+
+
+def _used(row: dict[str, str | None]) -> dict[str, float]:
+    """The quantities of ENERGY in a row of any version of CodeCarbon: a part that it lacks is 0, a duration that it lacks is NaN.
+
+    Raises: ValueError, saying what is wrong with the row.
+    """
+    if None in row:
+        raise ValueError("more cells than the header")
+    found = {}
+    for key, unit in ENERGY.items():
+        text = row.get(key) or row.get(f"{key}_{unit}")
+        if not text and key in MEASURED:
+            raise ValueError(f"no {key}")
+        found[key] = float(text or (math.nan if key == "duration" else 0.0))
+    return found
+
+
+def _rows_of(path: Path) -> list[dict[str, float]]:
+    """The rows of one file of CodeCarbon. UserError for a damaged one."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        reader, rows = csv.DictReader(file), []
+        for row in reader:
+            try:
+                rows.append(_used(row))
+            except ValueError as error:
+                where = f"line {reader.line_num}: {error}"
+                raise UserError(f"{path} is not a CodeCarbon table ({where}): repair the line or move the file away") from None
+    return rows
 
 
 def energy(run: Path) -> dict[str, float] | None:
-    """The columns of ENERGY added up over all nodes and starts of a run, 0 for those that its files do not have; the duration is that of
-    the node that ran longest. None where nothing was measured. UserError for a damaged file."""
-    nodes = []
-    for path in sorted(run.glob("emissions*.csv")):
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [{key: float(row[key]) for key in ENERGY if key in ENERGY[:2] or key in row} for row in csv.DictReader(file)]
-        except (KeyError, ValueError, TypeError):
-            raise UserError(f"{path} is not a CodeCarbon table") from None
-        if rows:
-            nodes.append({key: sum(row.get(key, 0.0) for row in rows) for key in ENERGY})
-    return {key: (max if key == "duration" else sum)(node[key] for node in nodes) for key in ENERGY} if nodes else None
+    """What a run used, by the keys of ENERGY: added up over all nodes and starts, whatever version of CodeCarbon wrote them.
+
+    The duration is that of the node that ran longest, and NaN where a row has none. None where nothing was measured. UserError for a
+    damaged file. A node's starts lie in `emissions.csv`, `emissions_start1.csv` and `emissions.csv.bak`, CodeCarbon's own copy of a file
+    that had other columns.
+    """
+    nodes: dict[str, list[dict[str, float]]] = {}
+    for path in sorted(run.glob("emissions*.csv*")):
+        if re.search(r"\.csv(_\d+\.bak|\.bak)?$", path.name):
+            node = re.sub(r"_start\d+$", "", path.name.partition(".csv")[0])
+            nodes.setdefault(node, []).extend(_rows_of(path))
+    totals = [{key: sum(row[key] for row in rows) for key in ENERGY} for rows in nodes.values() if rows]
+    if not totals:
+        return None
+    used = {key: sum(total[key] for total in totals) for key in ENERGY}
+    durations = [total["duration"] for total in totals]
+    used["duration"] = math.nan if any(map(math.isnan, durations)) else max(durations)
+    return used

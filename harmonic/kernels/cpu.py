@@ -18,7 +18,9 @@ with 0, two additions); sqrt and division take as long as 10.
 """
 
 import math
+import os
 import types
+import warnings
 
 import numba
 import numpy as np
@@ -36,6 +38,14 @@ f32 = np.float32
 
 def _inlined(function):
     return njit(forceinline=True, **OPTIONS)(function)
+
+
+def _parallel(function):
+    """Compiled when it is first called, and kept on the disk where there is a folder that can be written."""
+    try:
+        return njit(parallel=True, cache=True, **OPTIONS)(function)
+    except RuntimeError:  # Numba finds no such folder: neither this one nor the user's own
+        return njit(parallel=True, **OPTIONS)(function)
 
 
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
@@ -235,7 +245,7 @@ def _backward_maximum(x, y, raw, s, first, dx, dy, p):
                         dy[j + k, c] -= g
 
 
-@njit(parallel=True, cache=True, **OPTIONS)
+@_parallel
 def _recompute_near(raw, first, x, y, xx, yy, near):
     """Inner products become squared distances, in place: |x|^2 + |y|^2 - 2 x.y, and sum (x - y)^2 where that cancels."""
     for i in prange(x.shape[0]):
@@ -354,7 +364,7 @@ def _sum_terms(e, p, y, weight, total, u, v, sums, strength, link, floor):
     return whole
 
 
-@njit(parallel=True, cache=True, **OPTIONS)
+@_parallel
 def _epilogue(
     raw, slope, own, low, u, v, bias, targets, weight, losses, row_sums, sums, strengths, scratch, link, terms, numbers, needs_grad
 ):
@@ -558,7 +568,7 @@ def _compile(name, term, slope, join=_sum, end=_same, backward=_backward):
     functions = {"term": _inlined(term), "slope": _inlined(slope), "join": _inlined(join), "end": _inlined(end)}
     for k, template in (("add", _add), ("put", _put), ("pull", _pull)):
         functions[k] = _inlined(_with(template, name, **functions))
-    return tuple(njit(parallel=True, cache=True, **OPTIONS)(_with(f, name, **functions)) for f in (_forward, backward))
+    return tuple(_parallel(_with(f, name, **functions)) for f in (_forward, backward))
 
 
 # (kernel, its power p, or None) -> forward and backward
@@ -574,9 +584,36 @@ COMPILED = {
 }
 
 
+class Threads:
+    """Whether Numba's threads have been started, and whether they were lost because this process is a fork of the one that has them."""
+
+    started = lost = False
+
+
+def _after_fork():
+    if Threads.started:
+        Threads.started, Threads.lost = False, True
+        torch.set_num_threads(1)  # its threads are lost too, and it would wait for them; DataLoader's workers do the same
+
+
+if hasattr(os, "register_at_fork"):  # everywhere but on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def usable() -> bool:
+    """Whether this process may run compiled kernels: OpenMP ends a fork of a process in which it has run."""
+    if Threads.lost:
+        warnings.warn(
+            "this process was forked after Numba's kernels had run: it computes without them, on one thread."
+            " Start processes with the method 'spawn' for the full speed",
+            stacklevel=1,
+        )
+    return not Threads.lost
+
+
 def find(kernel: str, options: dict):
-    """-> (forward, backward, number) of a kernel with these options, or None where none is compiled."""
-    if options.get("weighted"):
+    """-> (forward, backward, number) of a kernel with these options, or None where none is compiled or may be run."""
+    if options.get("weighted") or not usable():
         return None
     if kernel == "canberra":
         return *COMPILED["canberra", None], max(options.get("floor", 0.0), 1e-37)  # 0 / 1e-37 = 0, as in scipy
@@ -617,7 +654,7 @@ class Pairs(torch.autograd.Function):
         return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
 
 
-@njit(parallel=True, cache=True, **OPTIONS)
+@_parallel
 def _unit(x, out, inverse):
     """Rows over their Euclidean norms, at any scale without over- or underflow; `inverse` of the norms. A row of zeros stays one."""
     for i in prange(x.shape[0]):
@@ -632,7 +669,7 @@ def _unit(x, out, inverse):
             out[i, c] = row[c] * scale * (inverse[i] / scale)
 
 
-@njit(parallel=True, cache=True, **OPTIONS)
+@_parallel
 def _pull_unit(out, inverse, slope, dx):
     for i in prange(out.shape[0]):
         along = f32(0)
@@ -676,6 +713,7 @@ ALONE = 2**20
 def follow_torch(work: int) -> int:
     """Numba takes torch's number of threads, or one for little work; torch keeps it, though starting Numba's threads sets OpenMP's number,
     which is torch's."""
+    Threads.started = True
     threads = torch.get_num_threads()
     ours = 1 if work < ALONE else min(threads, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(ours)
@@ -690,7 +728,7 @@ CHUNK = 20 * 2**20
 
 def supports(epilogue) -> bool:
     """Whether `run` has a kernel for it."""
-    return epilogue.kernel in ("l2", "dot") or find(epilogue.kernel, epilogue.options) is not None
+    return (epilogue.kernel in ("l2", "dot") and usable()) or find(epilogue.kernel, epilogue.options) is not None
 
 
 def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):

@@ -28,6 +28,7 @@ except ImportError:  # without Numba the blocks below serve everything
 
 # A block of (rows, prototypes, coordinates) small enough to stay in a core's cache: 2^18 floats are 1 MiB.
 BLOCK = 2**18
+EXPORTED = 2**22  # numbers of an exported program's blocks for each state: 16 MiB
 # The matmul form of l2 loses log2((|h|^2 + |w|^2) / d^2) bits. Pairs that lose more than 4 are computed again from the difference.
 NEAR = 2.0**-4
 
@@ -148,12 +149,32 @@ class Epilogue:
         return (sizes * info.eps ** KERNELS[self.kernel].power(**self.options)).clamp_min(info.tiny)
 
 
-@torch.compiler.disable  # blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing
 def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, compiled: bool = False, **options) -> torch.Tensor:
     """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra memory: a few (N, V).
 
     compiled: take the Numba kernel where there is one and the operands are finite float32 on a CPU.
     """
+    return _exported(h, w, kernel, **options) if torch.compiler.is_exporting() else _pairs(h, w, kernel, compiled, **options)
+
+
+def _exported(h, w, kernel, **options):
+    """`pairs` for torch.export: no step depends on the number of states or on their values. Holds (N, EXPORTED) numbers at a time."""
+    k = KERNELS[kernel]
+    if kernel == "dot":
+        return k.matmul(h, w)
+    hh, ww = k.value(h, h.new_zeros(()), **options)[:, None], k.value(w, w.new_zeros(()), **options)
+    low = torch.finfo(h.dtype).eps ** k.power(**options) * (hh + ww)
+    if kernel == "l2":
+        raw = torch.addmm(hh + ww, h, w.T, alpha=-2)
+        rows, columns = (raw < NEAR * (hh + ww)).nonzero(as_tuple=True)
+        raw = raw.index_put((rows, columns), k.value(h[rows], w[columns]))
+    else:
+        raw = torch.cat([k.value(h[:, None], part, **options) for part in w.split(max(1, EXPORTED // w.shape[1]))], 1)
+    return above(raw, low)
+
+
+@torch.compiler.disable  # blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing
+def _pairs(h, w, kernel, compiled, **options):
     k = KERNELS[kernel]
     if k.matmul:
         return k.matmul(h, w)

@@ -1,0 +1,1 @@
+"""Text that people have: files of a source, readers of each kind, token files of other projects."""

@@ -1,0 +1,170 @@
+"""Token files of other projects: nanoGPT's characters, llm.c's header, ids of another width.
+
+Nothing here executes what a file says. meta.pkl is parsed as a list of instructions, and only those
+that build dictionaries of numbers and text are followed.
+"""
+
+import pickletools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from training.config import UserError
+
+NANOGPT_META = "meta.pkl"  # beside the token files of nanoGPT's shakespeare_char
+LLMC_HEADER = 256  # int32 numbers before the ids: magic number, version, count of tokens, zeros
+LLMC_GPT2, LLMC_LLAMA3, LLMC_EVAL = 20240520, 20240801, 20240522  # llm.c, dev/data/data_common.py
+LEAST_IDS = 32  # fewer ids do not show how wide they are
+CHARACTERS_ONLY = 256  # only a vocabulary of characters or bytes has all its ids below this
+MANY_IDS = 1000  # of ordinary text; among so many some are words
+
+
+# ---- nanoGPT's meta.pkl --------------------------------------------------------------------------
+
+TEXTS = ("SHORT_BINUNICODE", "BINUNICODE", "UNICODE")
+NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1")
+PUTS = ("BINPUT", "LONG_BINPUT", "PUT")
+GETS = ("BINGET", "LONG_BINGET", "GET")
+NOTHING = ("PROTO", "FRAME")
+MARK = object()
+
+
+def nanogpt_characters(path: Path) -> str:
+    """The characters in nanoGPT's meta.pkl, ordered by their ids. UserError for another file."""
+    try:
+        meta = read_plain_pickle(path.read_bytes())
+        names = meta["itos"]
+        characters = "".join(names[i] for i in range(len(names)))
+        if len(characters) != len(names) or len(set(characters)) != len(names) or not characters:
+            raise ValueError("an id stands for more or less than one character")
+        if meta["stoi"] != {character: i for i, character in names.items()}:
+            raise ValueError("itos and stoi differ")
+        characters.encode("utf-8")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        problem = f"{path} is not nanoGPT's vocabulary of characters ({what})"
+        raise UserError(f"{problem}; nothing in it was run") from None
+    return characters
+
+
+def read_plain_pickle(data: bytes):
+    """The dictionaries, numbers and texts in a pickle, of which nothing is executed.
+
+    Raises: ValueError when it holds anything else.
+    """
+    stack, memo = [], {}
+    for instruction, argument, _ in pickletools.genops(data):
+        name = instruction.name
+        if name in TEXTS or name in NUMBERS:
+            stack.append(argument)
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "MARK":
+            stack.append(MARK)
+        elif name == "DICT":
+            stack.append(_pairs(_to_mark(stack)))
+        elif name == "SETITEMS":
+            pairs = _pairs(_to_mark(stack))
+            stack[-1].update(pairs)
+        elif name == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            stack[-1][key] = value
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in PUTS:
+            memo[argument] = stack[-1]
+        elif name in GETS:
+            stack.append(memo[argument])
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in NOTHING:
+            raise ValueError(f"it holds {name}, which is more than numbers and text")
+    raise ValueError("it is cut short")
+
+
+def _to_mark(stack: list) -> list:
+    """Takes what lies above the last mark off the stack, and the mark."""
+    at = max(i for i, value in enumerate(stack) if value is MARK)
+    taken = stack[at + 1 :]
+    del stack[at:]
+    return taken
+
+
+def _pairs(values: list) -> dict:
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+# ---- llm.c's header ------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """Where the ids are in a token file: their type, the bytes before the first, their count."""
+
+    dtype: np.dtype
+    offset: int
+    tokens: int
+
+
+def layout(path: Path, dtype: np.dtype) -> Layout:
+    """The layout of a token file of nanoGPT (ids of type `dtype`) or llm.c (its header says it).
+
+    Raises: UserError for a file that is missing, empty, cut short, or of an unknown tokenizer.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    if size < dtype.itemsize:
+        raise UserError(f"{path} is missing or empty")
+    start = np.fromfile(path, "<i4", 3) if size >= 4 * LLMC_HEADER else np.zeros(3)
+    magic, version, tokens = map(int, start)
+    if magic == LLMC_EVAL:
+        raise UserError(f"{path} holds llm.c's questions for an evaluation, not text")
+    if magic == LLMC_LLAMA3:
+        raise UserError(f"{path} holds llm.c's Llama 3 tokens, unknown here: prepare the text again")
+    if magic == LLMC_GPT2:
+        return _with_header(path, version, tokens, size)
+    if size % dtype.itemsize:
+        what = f"{size:,} bytes are no whole number of {dtype.name} ids"
+        raise UserError(f"{path} is truncated or foreign: {what}")
+    return Layout(dtype, 0, size // dtype.itemsize)
+
+
+def _with_header(path: Path, version: int, tokens: int, size: int) -> Layout:
+    """The layout of llm.c's GPT-2 tokens."""
+    if version != 1:
+        raise UserError(f"{path} has llm.c's header of version {version}; only version 1 is known")
+    found = Layout(np.dtype("<u2"), 4 * LLMC_HEADER, tokens)
+    expected = found.offset + tokens * found.dtype.itemsize
+    if size != expected or tokens < 1:
+        what = f"{size:,} bytes, its llm.c header says {expected:,}"
+        raise UserError(f"{path} is truncated or foreign: {what}")
+    return found
+
+
+# ---- ids that do not fit -------------------------------------------------------------------------
+
+
+def ids_problem(ids: np.ndarray, dtype: np.dtype, tokenizer: str, vocab_size: int) -> str | None:
+    """Why a sample of a file's ids, read as `dtype`, is no text of a tokenizer; None when it is.
+
+    `ids` consists of pieces that begin at places in the file that are multiples of 4.
+    """
+    if len(ids) < LEAST_IDS:
+        return None
+    if not ids[1::2].any() and ids[::2].any():
+        wider = 4 if not ids[2::4].any() else 2  # int64 is numpy's default
+        wide = f"uint{8 * wider * dtype.itemsize}"
+        return (
+            f"its ids are {wide} (every second {dtype.name} is 0), and {tokenizer} needs "
+            f"{dtype.name}. Convert it with numpy: "
+            f"np.fromfile(FILE, np.{wide}).astype(np.{dtype.name}).tofile(NEW_FILE)"
+        )
+    if ids.max() >= vocab_size:
+        narrow = " or its ids are uint16" if dtype.itemsize == 4 else ""
+        beyond = f"it holds the id {ids.max():,}, but {tokenizer} has {vocab_size:,}"
+        return f"{beyond}: another tokenizer made it{narrow}"
+    words = tokenizer in ("gpt2", "qwen", "bert")
+    if words and len(ids) >= MANY_IDS and ids.max() < CHARACTERS_ONLY:
+        low = f"all ids are below {CHARACTERS_ONLY}"
+        return f"{low}: they look like characters, not tokens of {tokenizer}; use --tokenizer=char"
+    return None

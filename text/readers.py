@@ -1,0 +1,311 @@
+"""How each kind of file is read, compressed or not.
+
+Every reader yields the texts of documents. None counts as an empty one. `Broken` stands for what
+cannot be read; the caller decides whether that stops the work.
+"""
+
+import bz2
+import contextlib
+import csv
+import gzip
+import io
+import json
+import lzma
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from text.sources import compression_of, kind_of
+from training.config import UserError, nearest
+
+# Names of a text column, tried in this order when none is given.
+COLUMNS = ["text", "content", "document", "article", "body", "extract", "review"]
+WHOLE_TEXT = 4 << 20  # bytes; a .txt file up to this is one document
+TEXT_PIECE = 64 << 10  # characters; a larger one is cut at the first blank line after each so many
+ZSTD_CHUNK = 16 << 10  # compressed bytes that are unpacked at once
+ZSTD_WINDOW = 1 << 31  # bytes; large dumps are packed with `zstd --long=31`
+
+
+@dataclass
+class Broken:
+    """What cannot be read, and why.
+
+    Attributes:
+        problem: names the file and the line, row or item.
+        file: whether it is a file, or all that follows in it; else one line, row or item.
+    """
+
+    problem: str
+    file: bool = False
+
+
+class Unreadable(Exception):
+    """Raised inside this file for what becomes a `Broken`."""
+
+
+def records(path: Path, column: str | None) -> Iterator[str | None | Broken]:
+    """The documents of one file of any kind. What was read before a file breaks off is kept.
+
+    Raises: UserError only for what is not the file's fault, such as a missing package.
+    """
+    try:
+        yield from READERS[kind_of(path)](path, column)
+    except Unreadable as error:
+        yield Broken(str(error), file=True)
+    except UnicodeDecodeError as error:
+        yield Broken(f"{path} is not UTF-8 text: {error.reason}", file=True)
+    except OSError as error:
+        if error.errno is None:  # how gzip and bz2 report bytes that are not theirs
+            yield Broken(f"{path} is corrupt: {one_line(error)}", file=True)
+        else:
+            yield Broken(f"{path}: {error.strerror}", file=True)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        yield Broken(f"{path} is corrupt or cut short: {one_line(error)}", file=True)
+
+
+# ---- compression ---------------------------------------------------------------------------------
+
+
+def opened(path: Path) -> io.BufferedIOBase:
+    """A file for reading bytes, decompressed."""
+    return OPENERS[compression_of(path)](path)
+
+
+def as_text(path: Path) -> io.TextIOWrapper:
+    """UTF-8 text, decompressed, without its byte-order mark, line ends as they are."""
+    return io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="")
+
+
+def open_plain(path: Path) -> io.BufferedReader:
+    """A file that is not compressed."""
+    return open(path, "rb")
+
+
+def open_zstd(path: Path) -> io.BufferedReader:
+    """A .zst file. UserError without the package zstandard."""
+    try:
+        import zstandard
+    except ImportError:
+        need = "a .zst file needs the package zstandard (pip install zstandard)"
+        raise UserError(f"{path}: {need}") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+    return io.BufferedReader(ZstdFile(path, decompressor, zstandard.ZstdError))
+
+
+class ZstdFile(io.RawIOBase):
+    """The bytes of a .zst file of one or more frames. EOFError where it is cut short.
+
+    The library's own reader stops silently after the first frame, and where a file is cut short.
+    """
+
+    def __init__(self, path: Path, decompressor, error: type[Exception]):
+        self.file, self.decompressor, self.error = open(path, "rb"), decompressor, error
+        self.frame = None  # unpacks one frame
+        self.ready, self.left = b"", b""  # unpacked, and still packed bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.ready:
+            data = self.left or self.file.read(ZSTD_CHUNK)
+            if not data:
+                if self.frame is not None and not self.frame.eof:
+                    raise EOFError("the file ended within a frame")
+                return 0
+            self._unpack(data)
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+    def _unpack(self, data: bytes):
+        if self.frame is None or self.frame.eof:
+            self.frame = self.decompressor.decompressobj()
+        try:
+            self.ready = self.frame.decompress(data)
+        except self.error as error:
+            raise EOFError(str(error)) from None
+        self.left = self.frame.unused_data if self.frame.eof else b""
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+OPENERS: dict[str | None, Callable] = {
+    None: open_plain,
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": open_zstd,
+}
+
+
+# ---- kinds ---------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, column: str | None = None):
+    """A .txt file as one document; one above WHOLE_TEXT bytes in pieces."""
+    with opened(path) as file:
+        start = file.read(WHOLE_TEXT + 1)
+    if len(start) <= WHOLE_TEXT:
+        yield start.decode("utf-8-sig")
+        return
+    with as_text(path) as file:
+        while piece := file.read(TEXT_PIECE):
+            while (line := file.readline(TEXT_PIECE)).strip() and len(piece) < 2 * TEXT_PIECE:
+                piece += line
+            yield piece + line
+
+
+def read_jsonl(path: Path, column: str | None):
+    """One JSON text, or object with the text in `column`, a line."""
+    with opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path} line {number}"
+                try:
+                    yield text_of(parse_json(line, where), column, where)
+                except Unreadable as error:
+                    yield Broken(str(error))
+
+
+def read_json(path: Path, column: str | None):
+    """A JSON list of texts or objects, held in memory; without `[` at its start, JSON lines."""
+    with opened(path) as file:
+        start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start != b"[":
+        yield from read_jsonl(path, column)
+        return
+    with opened(path) as file:
+        items = parse_json(file.read(), path)
+    for number, record in enumerate(items, 1):
+        where = f"{path} item {number}"
+        try:
+            yield text_of(record, column, where)
+        except Unreadable as error:
+            yield Broken(str(error))
+
+
+def read_csv(path: Path, column: str | None):
+    """The rows of a comma-separated file whose first line names the columns."""
+    csv.field_size_limit(2**31 - 1)  # Python's own limit is 128 KiB a field
+    with as_text(path) as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            names = next(rows, [])
+            index = names.index(text_column(names, column, path))
+            yield from _rows(rows, names, index, path)
+        except csv.Error as error:  # in the line of names
+            raise Unreadable(f"{path} line 1 is not CSV: {error}") from None
+        except UnicodeDecodeError as error:
+            what = f"{path} is not UTF-8 text, after line {rows.line_num}"
+            raise Unreadable(f"{what}: {error.reason}") from None
+
+
+def _rows(rows, names: list[str], index: int, path: Path):
+    """The text of every row that a csv.reader has left, `Broken` for a row that cannot be read."""
+    while True:
+        first = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the next row begins after the lines that this one took
+            lines = f"line {first} is"
+            if rows.line_num > first:
+                lines = f"lines {first} to {rows.line_num} are"
+            yield Broken(f"{path} {lines} not CSV: {error}")
+            continue
+        if row and len(row) <= index:
+            what = f"no column {names[index]!r}, only {len(row)} columns"
+            yield Broken(f"{path} line {rows.line_num}: {what}")
+        elif row:
+            yield row[index]
+
+
+def read_parquet(path: Path, column: str | None):
+    """The text column of a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    broken = pyarrow.ArrowException, OSError
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(opened(path))
+        if compression_of(path):
+            file = stack.enter_context(on_disk(file))
+        try:
+            # Opened here and not by pyarrow, which takes no file name that is not UTF-8.
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)
+            schema = parquet.schema_arrow
+        except broken as error:
+            raise Unreadable(f"{path} is not a parquet file: {one_line(error)}") from None
+        column = text_column(schema.names, column, path)
+        kind = schema.field(column).type
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise Unreadable(f"{path}: column {column!r} holds {kind}, not text")
+        try:
+            for batch in parquet.iter_batches(batch_size=100, columns=[column], use_threads=False):
+                yield from batch.column(0).to_pylist()
+        except broken as error:
+            raise Unreadable(f"cannot read {path}: {one_line(error)}") from None
+
+
+def on_disk(file) -> io.BufferedRandom:
+    """A temporary file with what `file` holds, for readers that go back and forth in it."""
+    copy = tempfile.TemporaryFile()
+    while data := file.read(1 << 20):
+        try:
+            copy.write(data)
+        except OSError as error:
+            copy.close()
+            place = tempfile.gettempdir()
+            raise UserError(f"cannot unpack into {place}: {error.strerror}; set TMPDIR") from None
+    copy.seek(0)
+    return copy
+
+
+READERS = {
+    ".txt": read_text,
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}
+
+
+def parse_json(data: bytes, where):
+    """The value that `data` holds. Unreadable, naming `where`, when it is not JSON in UTF-8."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{where} is not JSON: {one_line(error)}") from None
+
+
+def text_of(record, column: str | None, where) -> str | None:
+    """The text in one JSON record."""
+    if isinstance(record, dict):
+        column = text_column(list(record), column, where)
+        record = record[column]
+        where = f"{where}: {column!r}"
+    if record is not None and not isinstance(record, str):
+        raise Unreadable(f"{where} holds {json.dumps(record)[:40]}, not text")
+    return record
+
+
+def text_column(names: list[str], wanted: str | None, where) -> str:
+    """`wanted`, or the first usual name of a text column. Unreadable if `names` has none."""
+    for name in [wanted] if wanted else COLUMNS:
+        if name in names:
+            return name
+    if wanted:
+        raise Unreadable(f"{where}: no column {wanted!r}{nearest(wanted, names) if names else ''}")
+    usual = f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
+    raise Unreadable(f"{where}: no column {usual}; name the text with --column: {', '.join(names)}")
+
+
+def one_line(error) -> str:
+    """An exception's message without line ends, at most 300 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,0 +1,83 @@
+"""Settings that are allowed but seldom meant: far slower here than another, or senseless beside each other.
+
+Both functions return sentences that train.py prints as notes when it starts.
+"""
+
+import os
+
+import torch
+
+from harmonic.kernels.dense import cpu as numba_kernels
+from model import ModelConfig
+from training.config import TrainConfig
+from training.data import Data, split_warnings
+
+COMPILING = 30  # seconds that compiling takes on a CPU, and what it saves of the time of each iteration; on 2 cores of a Xeon
+SAVED = 0.2
+CPU_RATE = 2e10  # operations a second of a core in training, roughly
+
+
+def slow_settings(model: ModelConfig, config: TrainConfig, device: str, dtype: str, flops: float) -> list[str]:
+    """Settings that are legal but far slower on this machine than another one.
+
+    Args:
+        device: cpu, cuda or mps. dtype: of the trunk, float32, bfloat16 or float16. flops: of the whole run, over all processes.
+    """
+    found = []
+    if device == "cpu":
+        if dtype == "float16":
+            found.append("dtype=float16 is slower than float32 on a CPU: use --dtype=float32")
+        if dtype == "bfloat16" and not _multiplies_bfloat16():
+            found.append("this CPU has no bfloat16 instructions, so dtype=bfloat16 can be 20 times slower: use --dtype=float32")
+        threads, cores = torch.get_num_threads(), _cores()
+        alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
+        if alone and threads == 1 < cores:
+            found.append(f"torch uses 1 thread of {cores} cores: set OMP_NUM_THREADS={cores}, or leave it unset")
+        if torch.cuda.is_available():
+            found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")
+        if config.compile and flops * SAVED / (CPU_RATE * threads) < COMPILING:
+            found.append(
+                f"compiling takes about {COMPILING} s before the first iteration, which so short a run may not repay: --compile=false"
+            )
+    if device == "cuda" and dtype == "float32" and torch.cuda.is_bf16_supported():
+        found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
+    if device in ("cpu", "cuda") and model.head_impl in ("dense", "chunked") and (device == "cuda" or numba_kernels):
+        found.append(f"head_impl={model.head_impl} is slower than the compiled kernels and needs more memory: use --head_impl=auto")
+    if model.head_skip == 0 and device == "cpu":
+        found.append("head_skip=0 computes gradients of pairs that do not matter to float32: the default 1e-6 leaves them out")
+    return found
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers itself. True where torch cannot tell."""
+    try:
+        has = torch.cpu.get_capabilities()
+    except (AttributeError, RuntimeError):  # an older torch
+        return True
+    return has.get("architecture") != "x86_64" or bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> list[str]:
+    """Numbers that another setting, or the data, makes senseless."""
+    c, found = config, split_warnings(data, model.block_size)
+    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
+    windows = (data.splits["val"].tokens - 1) // model.block_size
+    if 0 < c.max_iters <= 2 * c.warmup_iters:
+        half = "all" if c.warmup_iters >= c.max_iters else "half or more"
+        found.append(f"warmup_iters={c.warmup_iters} is {half} of max_iters={c.max_iters}: use about {max(1, c.max_iters // 10)}")
+    if end > 2 * c.max_iters > 0:
+        found.append(f"lr_decay_iters={end} is far beyond max_iters={c.max_iters}: the learning rate hardly falls")
+    if c.eval_interval > c.max_iters > 0:
+        found.append(f"eval_interval={c.eval_interval} is beyond max_iters={c.max_iters}: only the start and the end are evaluated")
+    if c.log_interval > c.max_iters > 0:
+        found.append(f"log_interval={c.log_interval} is beyond max_iters={c.max_iters}: no line tells of the training")
+    if c.min_lr is not None and c.min_lr > c.learning_rate:
+        found.append(f"min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}: the rate rises")
+    if c.eval_iters * c.batch_size > windows:
+        found.append(f"eval_iters={c.eval_iters} * batch_size={c.batch_size} are more windows than val has: all {windows:,} are used")
+    return found
