@@ -508,12 +508,17 @@ def encoded(documents, config: PrepareConfig, tokenizer: Tokenizer, folder: Path
 
 @contextlib.contextmanager
 def ctrl_c_held():
-    """SIGINT waits until the block ends."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """SIGINT waits until the block ends. Processes that start in the block never get it: they inherit that it is blocked."""
+    asked = []
+    handler = signal.signal(signal.SIGINT, lambda *_: asked.append(True))  # another thread of this process may take it
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def batched(documents):

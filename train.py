@@ -72,6 +72,7 @@ def configure(argv: list[str]) -> tuple[ModelConfig, TrainConfig, dict | None, p
         if not checkpoint.folders(out_dir):
             checkpoint.newest(out_dir)  # says so
         base = known(read_yaml(out_dir / "config.yaml"), out_dir / "config.yaml", ModelConfig, TrainConfig)
+        base["out_dir"] = str(out_dir)  # the folder may have been copied or renamed since
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     config.init_from, config.source = init_from or "scratch", start or config.source
     if resume:
@@ -89,7 +90,10 @@ def resume_problems(out_dir: Path, base: dict, model: ModelConfig, config: Train
         for k, v in vars(model).items()
         if k not in free and k in base and v != base[k]
     ]
-    if config.new_data_order:
+    folder = data_folder(config.dataset)
+    if config.dataset == base.get("dataset") and not folder.is_dir():
+        found.append(f"no data folder {folder}, on which {out_dir} was trained: name its place on this machine with --dataset=FOLDER")
+    if config.new_data_order or config.eval_only:
         return found
     slots = config.batch_size * config.gradient_accumulation_steps
     before = base.get("batch_size", slots) * base.get("gradient_accumulation_steps", 1)
@@ -270,7 +274,7 @@ def main():
             scaler.load_state_dict(manifest["scaler"])
         iteration, best_loss, skipped = manifest["iter"], manifest["best_val_loss"], manifest["skipped"]
         evaluated = -1 if manifest["val_loss"] is None else iteration
-        if manifest["data"] != data.splits["train"].identity() and not c.new_data_order:
+        if manifest["data"] != data.splits["train"].identity() and not (c.new_data_order or c.eval_only):
             what = "is not the file it was trained on" + ("" if data.splits["train"].sha256 else " (and there is no meta.json)")
             raise UserError(f"cannot resume {out_dir}: {data.splits['train'].path} {what}, and {REORDERED}")
         if iteration >= c.max_iters and not c.eval_only:
@@ -309,8 +313,11 @@ def main():
                     say(f"{out_dir} holds no checkpoint yet: beginning again")
                 for name in ("ckpt", "tensorboard"):
                     shutil.rmtree(out_dir / name, ignore_errors=True)
-                for name in ("config.yaml", "environment.json", "metrics.jsonl", *(f.name for f in out_dir.glob("emissions*.csv"))):
+                for name in ("config.yaml", "metrics.jsonl"):
                     (out_dir / name).unlink(missing_ok=True)
+                if c.init_from == "scratch":  # auto keeps what an earlier start of the same run has used
+                    for path in (out_dir / "environment.json", *out_dir.glob("emissions*.csv*")):
+                        path.unlink(missing_ok=True)
             copy_tokenizer(c.tokenizer, data.folder, out_dir)
             write_yaml(out_dir / "config.yaml", m, replace(c, init_from="scratch", overwrite=False, eval_only=False, new_data_order=False))
             write_environment(out_dir, environment(device, p.world), iteration, changed)

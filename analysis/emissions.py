@@ -148,7 +148,7 @@ def target_of(runs: list[Run], metrics: list[list[dict]], key: str) -> float:
 
 def main():
     (c,) = parse(sys.argv[1:], EmissionsConfig, words="runs")
-    runs = find_runs(c.runs, weights=False)
+    runs = find_runs(c.runs, weights=False, dataset=c.dataset)
     out = default_out(c, runs, "emissions")
     metrics, key = [read_metrics(run.path) for run in runs], "val_loss"
     try:

@@ -230,7 +230,7 @@ NAMES = dict(components_90="for 90 %", shuffled="(shuffled)", participation_rati
 
 def main():
     (c,) = parse(sys.argv[1:], GeometryConfig, words="runs")
-    runs = find_runs(c.runs)
+    runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "geometry")
     data = [run.data() for run in runs]
     if warning := caution(runs, data, c.split):

@@ -132,7 +132,7 @@ FORMATS = dict(
 
 def main():
     (c,) = parse(sys.argv[1:], GradientsConfig, words="runs")
-    runs = find_runs(c.runs, weights=False)
+    runs = find_runs(c.runs, weights=False, dataset=c.dataset)
     out = default_out(c, runs, "gradients")
     rows = [row for run in runs for row in measure(run)]
     print(shown(rows, FORMATS))

@@ -264,7 +264,7 @@ def draw(rows: list[dict], figure):
 
 def main():
     (c,) = parse(sys.argv[1:], PerplexityConfig, words="runs")
-    runs = find_runs(c.runs)
+    runs = find_runs(c.runs, dataset=c.dataset)
     device = check_device(c.device)
     out = default_out(c, runs, "perplexity")
     data = [run.data() for run in runs]

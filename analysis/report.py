@@ -78,6 +78,8 @@ class ReportConfig:
     """run folders"""
     out: str = "report.html"
     """the page"""
+    dataset: str | None = None
+    """prepared data of all runs, a folder under data/ or a path; null = where each run was trained"""
     samples: int = 1
     """texts that each run writes for each of two prompts; 0 = none"""
     max_new_tokens: int = 60
@@ -413,7 +415,7 @@ def page(document: dict) -> str:
 
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig, words="runs")
-    runs = find_runs(c.runs)
+    runs = find_runs(c.runs, dataset=c.dataset)
     out, device = writable(Path(c.out)), check_device(c.device)
     text = page(collect(runs, c, device))
     write_whole(out, text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from harmonic import CONTROLS, IGNORE_INDEX
 from model import Model, ModelConfig
 from training import checkpoint
-from training.config import TrainConfig, UserError, check, known, nearest, parse, read_yaml
+from training.config import TrainConfig, UserError, check, nearest
 from training.data import Data, data_folder, load_data, predicted_count, validation_batches, validation_windows
 from training.files import write_whole
 
@@ -30,8 +30,7 @@ class Run:
         folder = data_folder(self.config.dataset)
         if not folder.is_dir():
             raise UserError(
-                f"no data folder {folder}, where {self.path} was trained: copy the prepared folder to that place or link it "
-                f"(ln -s PREPARED {folder}), or write its new place after `dataset:` in {self.path / 'config.yaml'}"
+                f"no data folder {folder}, on which {self.path} was trained: name its place on this machine with --dataset=FOLDER"
             )
         return load_data(folder, self.config.tokenizer)
 
@@ -49,14 +48,20 @@ class AnalysisConfig:
     """run folders"""
     out: str | None = None
     """the CSV file, with the picture (.png) beside it; null = named after the analysis, in the first run's parent folder"""
+    dataset: str | None = None
+    """prepared data of all runs, a folder under data/ or a path; null = where each run was trained"""
 
     def problems(self) -> list[str]:
         return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
 
 
-def find_runs(folders: list[str], weights: bool = True) -> list[Run]:
-    """Opens run folders, without loading anything. UserError listing every folder that is not a run; where `weights` are needed, with a
-    checkpoint."""
+def find_runs(folders: list[str], weights: bool = True, dataset: str | None = None) -> list[Run]:
+    """Opens run folders, without loading anything.
+
+    Args:
+        weights: a run needs a checkpoint. dataset: where the prepared data of all runs lies, if not where they were trained.
+    Raises: UserError listing every folder that is not such a run.
+    """
     if not folders:
         raise UserError("name one run's folder or more, such as out/run")
     paths, problems = [Path(f) for f in folders], []
@@ -75,12 +80,9 @@ def find_runs(folders: list[str], weights: bool = True) -> list[Run]:
     names = [p.resolve().name for p in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        file = path / "config.yaml"
-        stored = known(read_yaml(file), file, ModelConfig, TrainConfig)
-        try:
-            model_config, config = parse([], ModelConfig, TrainConfig, base=stored)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        model_config, config = checkpoint.read_config(path)
+        if dataset is not None:
+            config.dataset = dataset
         runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
     return runs
 

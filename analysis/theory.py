@@ -149,7 +149,7 @@ FORMATS |= dict.fromkeys(("R", "W", "gamma_5", "bound_5", "gamma_50", "bound_50"
 
 def main():
     (c,) = parse(sys.argv[1:], TheoryConfig, words="runs")
-    runs = find_runs(c.runs)
+    runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "theory")
     rows, found = [], []
     for run in runs:

@@ -334,8 +334,8 @@ def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch,
     d = make_report(monkeypatch, tmp_path / "r.html", run).document()
     told = capsys.readouterr().err
     assert "No samples: no data folder" in told and d["samples"] == [] and d["runs"][0]["curves"]
-    for words in (str(home / "data/gone"), "copied", "ln -s", f"`dataset:` in {run / 'config.yaml'}"):  # what is missing, and what helps
-        assert words.replace("copied", "copy the prepared folder") in told
+    assert str(home / "data/gone") in told and "--dataset=FOLDER" in told  # what is missing, and what helps
+    assert make_report(monkeypatch, tmp_path / "r.html", run, f"--dataset={home / 'data/small'}").document()["samples"]
 
 
 def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):

@@ -403,6 +403,17 @@ def test_prototypes_stay_float32(name):
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("link", LINKS)
+def test_a_head_without_numbers_has_the_same_strength(name, link):
+    """On the meta device, where models are made whose weights are loaded afterwards."""
+    for learn in (False, True) if name in DISTANCES else (False,):
+        options = {"link": link, "learn_scale" if link == "softmax" else "learn_exponent": learn}
+        with torch.device("meta"):
+            head = HarmonicHead(C, V, name, **options)
+        assert head.fixed_strength == HarmonicHead(C, V, name, **options).fixed_strength
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_a_head_is_exported(name):
     """torch.export with any number of states; pairs that cancel are in it."""
     torch.manual_seed(0)

@@ -210,7 +210,7 @@ def test_any_folder_name_can_be_trained_on_and_sampled_from(train, tiny_data, tm
         status, _, error = train(dataset=str(tmp_path / CAFE), out_dir=out_dir, max_iters=1)
         assert status == 0, error
     Path(f"{CAFE}.txt").write_text("the old king")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--out_dir=run", f"--start=FILE:{CAFE}.txt", "--max_new_tokens=1"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir=run{CAFE}", f"--start=FILE:{CAFE}.txt", "--max_new_tokens=1"])
     cli(sample.main)
     assert capsys.readouterr().out.startswith("the old king")
 

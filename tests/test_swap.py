@@ -1,13 +1,22 @@
 """harmonic.swap: a head matched to a softmax predicts nearly the same; transformers' models take a head and train with it."""
 
+import copy
+import json
 import math
+import os
+import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from harmonic import DISTANCES, HarmonicHead, harmonic_loss, load_swapped, match, swap_head
 from harmonic.match import _fit_strength
@@ -109,14 +118,12 @@ def test_padded_rows_stay_padding():
 
 
 def hugging_face(kind: str, **kw):
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
-
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=V, pad_token_id=None, initializer_range=0.2)
-    sizes |= {} if kind == "gpt2" else {"intermediate_size": 40}
+    sizes |= {} if kind == "gpt2" else {"hidden_dim" if kind == "distilbert" else "intermediate_size": 40}
     sizes |= {"num_key_value_heads": 2} if kind.startswith("qwen") else {}
     config = CONFIG_MAPPING[kind](**sizes, **kw)
-    return (AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM).from_config(config)
+    return (AutoModelForMaskedLM if "bert" in kind else AutoModelForCausalLM).from_config(config)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -188,41 +195,198 @@ def test_models_that_do_more_with_logits_are_refused():
         swap_head(model, "cosine")
 
 
-def test_tokens_can_be_added_after_a_swap():
-    model = hugging_face("gpt2")
-    swap_head(model, "cosine")
-    model.resize_token_embeddings(V + 3)
-    ids = torch.tensor([[V + 2, 1, V + 1]])
-    out = model.eval()(input_ids=ids, labels=ids)
-    assert out.logits.shape[-1] == V + 3 and out.logits.isfinite().all() and out.loss.isfinite()
+KINDS = ["gpt2", "bert", "qwen2", "distilbert"]  # their heads have three names
 
 
-def test_a_matched_head_of_a_bfloat16_model_stays_exact():
-    """Its prototypes are large and differ little: in bfloat16 they would lose what they say."""
-    model = hugging_face("qwen2").eval()
-    ids = torch.randint(V, (8, 40))
-    half = hugging_face("qwen2").eval().bfloat16()
-    with torch.no_grad():
-        before = half(input_ids=ids).logits.float().log_softmax(-1)
-        swap_head(half, "euclidean", match_to=ids)
-        after = half(input_ids=ids).logits.log_softmax(-1)
-        off = F.kl_div(after, before, log_target=True, reduction="sum").item() / ids.numel()
-        swap_head(model, "euclidean", match_to=ids)
-    assert half.lm_head.table.dtype == torch.float32 and off < 0.02
+def swapped(kind, matched=True, name="euclidean", **arguments):
+    """A model in eval mode, and ids that it reads."""
+    model, ids = hugging_face(kind).eval(), torch.randint(V, (4, 20), generator=torch.Generator().manual_seed(1))
+    swap_head(model, name, match_to=ids if matched else None, **arguments)
+    return model, ids
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("matched", [True, False])
-def test_a_swapped_model_is_saved_and_loaded(kind, matched, tmp_path):
-    model, ids = hugging_face(kind).eval(), torch.randint(V, (4, 20))
-    swap_head(model, "minkowski", p=2.0, match_to=ids if matched else None)
+@pytest.mark.parametrize(("tokens", "multiple", "rows"), [(310, None, 310), (290, None, 290), (310, 64, 320), (None, 64, 320)])
+def test_the_vocabulary_can_be_resized(kind, matched, tokens, multiple, rows):
+    """Old rows stay, both tables have the same rows, and no new token is likelier than the others."""
+    model, _ = swapped(kind, matched, "cosine")
+    before = model.get_output_embeddings().table.detach().clone()
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple)
+    table, embedding = model.get_output_embeddings().table, model.get_input_embeddings().weight
+    kept = min(rows, V)
+    assert len(table) == len(embedding) == model.config.vocab_size == rows
+    assert (table is embedding) == model.config.tie_word_embeddings == (not matched and kind != "qwen2")
+    assert torch.equal(table[:kept], before[:kept])
+    ids = torch.randint(rows, (2, 9))
+    out = model(input_ids=ids, labels=ids)
+    assert out.logits.shape == (2, 9, rows) and out.loss.isfinite()
+    if rows > V and matched:
+        p = out.logits.softmax(-1).mean((0, 1))
+        assert p[V:].max() < 2 * p[:V].mean()
+    if model.can_generate():
+        text = model.generate(ids[:1, :5], max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+        assert text.shape == (1, 8)
+
+
+def test_a_padded_head_is_resized_with_its_padding(tmp_path):
+    model, _ = swapped("gpt2", name="manhattan", real_vocab_size=V - 7)
+    model.resize_token_embeddings(V - 4, pad_to_multiple_of=64)
+    ids = torch.randint(V - 4, (1, 6))
+    assert model(ids).logits.shape == (1, 6, V - 4) and len(model.lm_head.table) == 320
+    model.save_pretrained(tmp_path)
+    again = load_swapped(tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=True, pad_token_id=0).max() < V - 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("matched", [True, False])
+def test_a_swapped_model_is_copied_in_every_way(kind, matched, tmp_path):
+    """Deep copies, pickles, torch.save, folders: the same logits and the same loss."""
+    model, ids = swapped(kind, matched)
+    torch.save(model, tmp_path / "model.pt")
+    model.save_pretrained(tmp_path / "folder")
+    auto = AutoModelForMaskedLM if "bert" in kind else AutoModelForCausalLM
+    copies = {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "torch.save": torch.load(tmp_path / "model.pt", weights_only=False),
+        "load_swapped": load_swapped(tmp_path / "folder"),
+        "from_pretrained": type(model).from_pretrained(tmp_path / "folder"),
+        "auto": auto.from_pretrained(tmp_path / "folder"),
+    }
+    expected = model(input_ids=ids, labels=ids)
+    for how, other in copies.items():
+        found = other.eval()(input_ids=ids, labels=ids)
+        assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss), how
+        tied = other.get_output_embeddings().table is other.get_input_embeddings().weight
+        assert type(other) is type(model) and isinstance(other, type(hugging_face(kind))), how
+        assert tied == model.config.tie_word_embeddings, how
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matched_head_stays_exact_in_half_precision(kind, tmp_path):
+    """Its prototypes are large and differ little: in bfloat16 they would lose what they say. The trunk is cast."""
+    model, ids = swapped(kind)
+    model.save_pretrained(tmp_path)
+    expected = model(input_ids=ids).logits.log_softmax(-1)
+    casts = [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()]
+    halves = [cast(copy.deepcopy(model)) for cast in casts] + [load_swapped(tmp_path, dtype=torch.bfloat16).eval()]
+    for half in halves:
+        assert half.get_output_embeddings().table.dtype == torch.float32 != half.get_input_embeddings().weight.dtype
+        off = F.kl_div(half(input_ids=ids).logits.log_softmax(-1), expected, log_target=True, reduction="sum").item() / ids.numel()
+        assert off < 0.02
+
+
+def test_a_dot_product_in_silence_is_impossible(tmp_path, caplog):
+    """Whoever multiplies by the head's weight, or loads its folder as another class."""
+    model, _ = swapped("gpt2")
+    with pytest.raises(AttributeError, match="has no `weight`"):
+        F.linear(torch.randn(2, 32), model.get_output_embeddings().weight)
+    assert not hasattr(model.lm_head, "weight")
+    model.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        logger = transformers.utils.logging.get_logger("transformers")
+        logger.addHandler(caplog.handler)
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+        logger.removeHandler(caplog.handler)
+    assert "harmonic_gpt2" in caplog.text and "lm_head.weight" in caplog.text
+
+
+@pytest.mark.parametrize("first", ["harmonic", pytest.param("transformers", marks=pytest.mark.slow)])
+def test_a_fresh_process_needs_nothing_but_the_import(first, tmp_path):
+    model, ids = swapped("gpt2")
+    model.save_pretrained(tmp_path)
+    imports = [
+        "import sys, harmonic; assert 'transformers' not in sys.modules or sys.argv[1] == 'transformers'",
+        "from transformers import AutoModelForCausalLM",
+    ]
+    code = f"""
+{chr(10).join(imports if first == "harmonic" else imports[::-1])}
+import torch
+print(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()(torch.tensor({ids.tolist()})).logits.double().sum().item())
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, first], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) == pytest.approx(model(ids).logits.double().sum().item(), rel=1e-6)
+
+
+def test_rows_of_one_token_have_no_loss():
+    model, ids = swapped("gpt2")
+    loss = model.train()(input_ids=ids[:, :1], labels=ids[:, :1]).loss
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_swapped_model_is_exported():
+    model, ids = swapped("gpt2", name="cosine")
+    any_number = torch.export.Dim.DYNAMIC
+    shapes = {"input_ids": {0: any_number, 1: any_number}, "use_cache": None}
+    program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes)
+    other = torch.randint(V, (3, 13))
+    found = program.module()(input_ids=other, use_cache=False).logits
+    torch.testing.assert_close(found, model(other, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], None])
+def test_adapters_of_peft(modules, tmp_path):
+    """With and without a head of their own: the loss, a step, saving, loading, merging."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model, ids = swapped("gpt2", name="cosine")
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, modules_to_save=modules, task_type="CAUSAL_LM", fan_in_fan_out=True)).train()
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(3):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in trained.values()) and any("table" in n for n in trained) == bool(modules)
+    logits = adapted.eval()(input_ids=ids).logits
+    expected = F.cross_entropy(logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1))
+    torch.testing.assert_close(adapted(input_ids=ids, labels=ids).loss, expected)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_swapped(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=ids).logits, logits)
+    torch.testing.assert_close(again.merge_and_unload()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-3)
+
+
+def a_forward_that_reads_the_weight(self, input_ids=None, labels=None, **more):
+    """As Liger's: fused where there are labels."""
+    h = self.transformer(input_ids=input_ids).last_hidden_state
+    loss = None if labels is None else F.cross_entropy(F.linear(h, self.lm_head.weight).flatten(0, 1), labels.flatten())
+    return {"loss": loss, "logits": self.lm_head(h)} if loss is not None else CausalLMOutput(logits=self.lm_head(h))
+
+
+@pytest.mark.parametrize("where", ["class", "model"])
+def test_a_forward_that_a_library_puts_on_it_sees_no_labels(where, monkeypatch):
+    model, ids = swapped("gpt2", name="cosine")
+    expected = model(input_ids=ids, labels=ids).loss
+    if where == "class":
+        monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", a_forward_that_reads_the_weight)
+    else:
+        model.forward = types.MethodType(a_forward_that_reads_the_weight, model)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
+    assert model(input_ids=ids).logits.shape == (*ids.shape, V)
+
+
+def test_folders_of_an_earlier_version_are_read(tmp_path):
+    """Their config names the plain type, their prototypes are called `weight`; a plain folder is refused."""
+    model, ids = swapped("gpt2", name="minkowski", p=2.0)
     model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/modeling_harmonic.py").unlink()
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    del config["auto_map"]
+    config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("lm_head.table")
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     again = load_swapped(tmp_path / "model").eval()
-    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
-    half = load_swapped(tmp_path / "model", dtype=torch.bfloat16)
-    weight = half.get_output_embeddings().table
-    assert weight.dtype == (torch.float32 if matched else torch.bfloat16)
-    hugging_face(kind).save_pretrained(tmp_path / "plain")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    hugging_face("gpt2").save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="holds no swapped head"):
         load_swapped(tmp_path / "plain")
 
@@ -271,12 +435,99 @@ print(model.eval().generate(torch.tensor([[7, 10, 13]]), max_new_tokens=8, do_sa
 def test_trainer_trains_the_example_of_the_readme(tmp_path):
     assert TRAINER.strip() in (ROOT / "README.md").read_text()
     command = [sys.executable, "-c", TRAINER]
-    env = {**__import__("os").environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     loss, text = [line for line in done.stdout.splitlines() if not line.startswith("{")][-2:]
     assert float(loss) < 0.1 < math.log(500)
     assert "7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 37" in text
+
+
+SFT = """
+import sys, torch
+import torch.nn.functional as F
+sys.path.insert(0, "tests")
+from datasets import Dataset
+from peft import LoraConfig
+from test_swap import V, hugging_face
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+from harmonic import swap_head
+
+words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t2")
+rows = Dataset.from_list([{"input_ids": [(start + 3 * i) % V for i in range(16)]} for start in range(64)])
+for loss_type in ("nll", "chunked_nll"):
+    for adapter in (None, LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"])):
+        model = hugging_face("gpt2")
+        swap_head(model, "cosine", exponent=8.0)
+        arguments = SFTConfig(
+            sys.argv[1], max_steps=12, per_device_train_batch_size=16, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True,
+            loss_type=loss_type, disable_tqdm=True,
+        )
+        parts = dict(train_dataset=rows, eval_dataset=rows.select(range(16)), processing_class=tokenizer, peft_config=adapter)
+        trainer = SFTTrainer(model, arguments, **parts)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        found = trainer.evaluate()
+        ids = torch.tensor(rows[:16]["input_ids"])
+        log_p = trainer.model.eval()(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        loss = F.nll_loss(log_p.reshape(-1, V), ids[:, 1:].reshape(-1)).item()
+        entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
+        accuracy = (log_p.argmax(-1) == ids[:, 1:]).float().mean().item()
+        assert abs(found["eval_loss"] - loss) < 1e-4 and loss < before - 0.5, (found, loss, before)
+        assert abs(found["eval_entropy"] - entropy) < 1e-4 and abs(found["eval_mean_token_accuracy"] - accuracy) < 1e-4, found
+print("trained")
+"""
+
+WRAPPED = """
+import os, sys, torch
+sys.path.insert(0, "tests")
+import torch.distributed as dist
+from test_swap import V, hugging_face
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from harmonic import swap_head
+
+def make():
+    model = hugging_face("qwen2", tie_word_embeddings=False)
+    swap_head(model, "cosine", exponent=8.0)
+    return model.train()
+
+def shard(model):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+ids = torch.randint(V, (4, 20))
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+plain = make()
+expected = plain(input_ids=ids, labels=ids).loss
+expected.backward()
+ways = [shard, DistributedDataParallel, torch.nn.DataParallel, lambda m: m._replicate_for_data_parallel(), torch.compile]
+for way in ways:
+    model = make()
+    loss = way(model)(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    gradient = model.lm_head.table.grad
+    if gradient is not None:
+        torch.testing.assert_close(getattr(gradient, "full_tensor", lambda: gradient)(), plain.lm_head.table.grad, rtol=1e-4, atol=1e-6)
+print("wrapped", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "says"), [(SFT, "trained"), (WRAPPED, "wrapped")])
+def test_whatever_wraps_a_swapped_model_gets_the_heads_loss(code, says, tmp_path):
+    """TRL's SFTTrainer with both of its losses, with and without adapters; FSDP2, DDP, DataParallel, torch.compile."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and says in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -291,7 +542,7 @@ def test_the_package_installs_alone(tmp_path):
         "import torch, harmonic; print(harmonic.__file__);"
         "head = harmonic.HarmonicHead(6, 9, 'canberra'); print(head.loss(torch.randn(5, 6), torch.arange(5)).item())"
     )
-    env = {**__import__("os").environ, "PYTHONPATH": str(tmp_path / "site")}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     where, loss = done.stdout.split()

@@ -19,9 +19,11 @@ from conftest import ROOT, TINY, script
 from safetensors.torch import load_file
 
 from faults.storm import workers
-from harmonic import CONTROLS, DISTANCES
+from harmonic import CONTROLS, DISTANCES, HEADS
 from model import Model, ModelConfig, adamw
-from training import checkpoint
+from training import advice, checkpoint
+from training.config import TrainConfig
+from training.data import load_data
 from training.distributed import launcher
 from training.files import seal, sha256, unseal
 from training.telemetry import Metrics, norms, read_metrics
@@ -143,16 +145,18 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
     assert again.returncode == 0 and "already trained to iteration 400" in again.stdout
 
 
-@pytest.mark.parametrize(("arch", "processes", "accumulation"), [("gpt", 2, 1), ("bert", 3, 2)])
-def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes, accumulation):
-    """torchrun with gloo against one process, 4 * accumulation windows an iteration shared unevenly by 3: to 1e-4."""
+@pytest.mark.parametrize(("arch", "processes", "batch", "accumulation"), [("gpt", 2, 4, 1), ("bert", 3, 1, 4)])
+def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes, batch, accumulation):
+    """torchrun with gloo against one process; 3 processes share 4 windows of training and 4 of validation: some have none in a round."""
     settings = {
         **TINY,
         "dataset": tiny_data,
         "max_iters": 20,
         "arch": arch,
         "head": "cosine",
+        "batch_size": batch,
         "gradient_accumulation_steps": accumulation,
+        "eval_iters": 4 // batch,
     }
     flags = [f"--{k}={v}" for k, v in settings.items()]
     assert script("train.py", *flags, f"--out_dir={tmp_path / 'one'}").returncode == 0
@@ -161,6 +165,7 @@ def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes
     assert f"{processes} processes" in many.stdout and many.stdout.count("iter 0: val loss") == 1
     one, two = (read_metrics(tmp_path / d) for d in ("one", "many"))
     assert len(one) == len(two) == 22
+    assert one[0]["val_loss"] == pytest.approx(two[0]["val_loss"], rel=1e-6)
     for a, b in zip(one, two, strict=True):
         for key in set(a) - {"tokens_per_s", "elapsed_s"}:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
@@ -214,8 +219,10 @@ def test_eval_only_writes_nothing(train, tmp_path):
     assert f"val_loss {stored:.4f}" in out and (tmp_path / "run/metrics.jsonl").read_text() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
-    status, out, err = train(head="euclidean", learning_rate=1e30, grad_clip=0, max_iters=20, warmup_iters=0)
+@pytest.mark.parametrize("head", HEADS)
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path, head):
+    """No factorisation or sort of a head meets the infinite weights first."""
+    status, out, err = train(head=head, learning_rate=1e30, grad_clip=0, max_iters=20, warmup_iters=0)
     assert status == 3 and "stopped: " in err and "iteration" in err and "last good checkpoint" in err
     assert "nan" in (tmp_path / "run/metrics.jsonl").read_text() or "inf" in (tmp_path / "run/metrics.jsonl").read_text()
 
@@ -327,6 +334,100 @@ def test_resuming_another_model_is_refused(train, tmp_path):
     train(head="cosine")
     status, _, err = train(init_from="resume", n_layer=2, head="manhattan")
     assert status == 2 and "n_layer=2: the run has n_layer=1" in err and "head=manhattan: the run has head=cosine" in err
+
+
+def test_what_a_resumed_run_changes_is_said_and_recorded(train, tmp_path):
+    """... and another order of the data needs a flag; more micro-batches of fewer windows are the same order."""
+    train(head="cosine", batch_size=4, seed=1)
+    for changed in ({"seed": 5}, {"batch_size": 8}):
+        status, _, err = train(init_from="resume", max_iters=4, **{"seed": 1, **changed})
+        assert status == 2 and "--new_data_order=true accepts that" in err
+    again = dict(init_from="resume", max_iters=4, seed=1, batch_size=2, gradient_accumulation_steps=2, learning_rate=5e-4)
+    status, _, err = train(**again)
+    assert status == 0, err
+    assert "note: resumed with batch_size=2 (was 4), gradient_accumulation_steps=2 (was 1), max_iters=4 (was 2)" in err
+    status, _, err = train(**{**again, "max_iters": 6, "seed": 5}, new_data_order=True)
+    assert status == 0 and "note: resumed with max_iters=6 (was 4), seed=5 (was 1)" in err
+    stored = json.loads((tmp_path / "run/environment.json").read_text())
+    assert stored["iter"] == 4 and stored["changed"] == {"max_iters": [4, 6], "seed": [1, 5]}
+    assert [start["iter"] for start in stored["earlier"]] == [0, 2] and "learning_rate" in stored["earlier"][1]["changed"]
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["new_data_order"] is False
+
+
+def test_a_config_of_another_version_is_read(train, tmp_path):
+    """A key that is no more is named and ignored, one that was not yet known has its default; a wrong value is an error."""
+    train(head="cosine")
+    path = tmp_path / "run/config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    del stored["beta2"], stored["new_data_order"]
+    path.write_text(yaml.safe_dump({**stored, "warp_speed": 9}))
+    status, _, err = train(init_from="resume", max_iters=4)
+    assert status == 0 and "run/config.yaml has settings of another version, which are ignored: warp_speed" in err
+    path.write_text(yaml.safe_dump({**stored, "head": "hyperbolic"}))
+    status, _, err = train(init_from="resume", max_iters=6)
+    assert status == 2 and "config.yaml: head=hyperbolic: unknown head" in err
+
+
+@pytest.mark.parametrize(
+    "settings", [{"link": "softmax"}, {"link": "softmax", "learn_scale": True}, {"head": "mahalanobis", "learn_exponent": True}]
+)
+def test_a_run_starts_from_another_with_any_strength(train, tmp_path, settings):
+    """Given, learnt or left to its default; with and without naming the head again."""
+    settings = {"head": "cosine", **settings}
+    assert train(**settings, out_dir="first")[0] == 0
+    expected = read_metrics(tmp_path / "first")[-1]["val_loss"]
+    for again in ({}, settings):
+        status, out, err = train(init_from="first", eval_only=True, **again)
+        assert status == 0 and f"val_loss {expected:.4f}" in out, err
+
+
+SLOW = [
+    (dict(dtype="bfloat16"), {}, {}, "no bfloat16 instructions"),
+    (dict(dtype="float16"), {}, {}, "float16 is slower than float32 on a CPU"),
+    ({}, {}, dict(compile=True), "compiling takes"),
+    ({}, dict(head="euclidean", head_impl="dense"), {}, "head_impl=dense is slower"),
+    ({}, dict(head="manhattan", head_impl="chunked"), {}, "head_impl=chunked is slower"),
+    ({}, dict(head="canberra", head_skip=0.0), {}, "head_skip=0 computes"),
+]
+
+
+@pytest.mark.parametrize(("call", "model", "config", "words"), SLOW)
+def test_slow_settings_are_named(monkeypatch, call, model, config, words):
+    """On a CPU without bfloat16; the defaults are silent, and so is a long compiled run."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True})
+    monkeypatch.setattr(advice, "_cores", lambda: torch.get_num_threads())
+    usual = dict(device="cpu", dtype="float32", flops=1e10)
+    assert advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual) == []
+    assert advice.slow_settings(ModelConfig(), TrainConfig(), **{**usual, "flops": 1e16}) == []
+    no_matter = ModelConfig(head="cross_entropy", head_impl="dense", head_skip=0.0)
+    assert advice.slow_settings(no_matter, TrainConfig(compile=False), **usual) == []
+    (found,) = advice.slow_settings(ModelConfig(**model), TrainConfig(**{"compile": False, **config}), **{**usual, **call})
+    assert words in found
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(advice, "_cores", lambda: 8)
+    assert "1 thread of 8 cores" in advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual)[0]
+
+
+SENSELESS = [
+    (dict(max_iters=60, warmup_iters=50), "warmup_iters=50 is half or more of max_iters=60: use about 6"),
+    (dict(max_iters=40, warmup_iters=50), "warmup_iters=50 is all of max_iters=40"),
+    (dict(lr_decay_iters=5000), "lr_decay_iters=5000 is far beyond max_iters=1000"),
+    (dict(eval_interval=2000), "eval_interval=2000 is beyond max_iters=1000"),
+    (dict(log_interval=2000), "log_interval=2000 is beyond max_iters=1000"),
+    (dict(min_lr=1.0), "min_lr=1 is above learning_rate=0.0006"),
+    (dict(eval_iters=10**6), "more windows than val has"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), SENSELESS)
+def test_senseless_settings_are_named(tiny_data, config, words):
+    data, model = load_data(tiny_data), ModelConfig(block_size=16)
+    usual = {"max_iters": 1000, "lr_decay_iters": None, "eval_iters": 1, "batch_size": 4}
+    assert advice.senseless_settings(model, TrainConfig(**usual), data) == []
+    given = {**usual, **config}
+    found = [note for note in advice.senseless_settings(model, TrainConfig(**given), data) if not note.startswith("eval_interval=200 ")]
+    assert len(found) == 1 and words in found[0]
+    assert "so its loss is mostly noise" in advice.senseless_settings(ModelConfig(block_size=512), TrainConfig(**usual), data)[0]
 
 
 def test_a_damaged_checkpoint_is_refused(train, tmp_path):

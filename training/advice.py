@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from harmonic import HEADS
 from harmonic.kernels.dense import cpu as numba_kernels
 from model import ModelConfig
 from training.config import TrainConfig
@@ -41,9 +42,11 @@ def slow_settings(model: ModelConfig, config: TrainConfig, device: str, dtype: s
             )
     if device == "cuda" and dtype == "float32" and torch.cuda.is_bf16_supported():
         found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
-    if device in ("cpu", "cuda") and model.head_impl in ("dense", "chunked") and (device == "cuda" or numba_kernels):
+    kernel = HEADS[model.head].kernel  # "dot", the controls', is a product that torch computes as fast
+    compiled = kernel != "dot" and (device == "cuda" or (device == "cpu" and numba_kernels is not None))
+    if compiled and model.head_impl in ("dense", "chunked"):
         found.append(f"head_impl={model.head_impl} is slower than the compiled kernels and needs more memory: use --head_impl=auto")
-    if model.head_skip == 0 and device == "cpu":
+    if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):  # those two skip nothing
         found.append("head_skip=0 computes gradients of pairs that do not matter to float32: the default 1e-6 leaves them out")
     return found
 
@@ -67,7 +70,7 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
     c, found = config, split_warnings(data, model.block_size)
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     windows = (data.splits["val"].tokens - 1) // model.block_size
-    if 0 < c.max_iters <= 2 * c.warmup_iters:
+    if 0 < c.max_iters <= 2 * c.warmup_iters and c.warmup_iters > 1:
         half = "all" if c.warmup_iters >= c.max_iters else "half or more"
         found.append(f"warmup_iters={c.warmup_iters} is {half} of max_iters={c.max_iters}: use about {max(1, c.max_iters // 10)}")
     if end > 2 * c.max_iters > 0:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Model, ModelConfig
-from training.config import UserError, read_yaml
+from training.config import TrainConfig, UserError, known, parse, read_yaml
 from training.files import fsync, seal, sha256, unseal
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
@@ -192,9 +192,19 @@ def read(folder: Path) -> tuple[dict, dict]:
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """What a safetensors file holds. UserError for one that is damaged or something else."""
     try:
-        return load_file(path)
+        if _is_utf8(path):
+            return load_file(path)
+        return load(path.read_bytes())  # the library maps no file whose name is not UTF-8
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file ({error}); it is refused, and nothing in it was executed") from None
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_weights(model: Model, weights: dict, assign: bool = False):
@@ -235,6 +245,19 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def read_config(out_dir: Path) -> tuple[ModelConfig, TrainConfig]:
+    """A run's stored configuration, whatever version wrote it: a key that is no more is named and ignored, one that was not yet known has
+    its default. UserError for a value that is not valid."""
+    path = out_dir / "config.yaml"
+    try:
+        model_config, config = parse([], ModelConfig, TrainConfig, base=known(read_yaml(path), path, ModelConfig, TrainConfig))
+    except UserError as error:
+        raise UserError(f"{out_dir}: {error}") from None
+    if not model_config.vocab_size:
+        raise UserError(f"{path} has no vocab_size, which training writes there: copy the file from the run again")
+    return model_config, config
+
+
 def load_run(out_dir, device: str = "cpu", which: str = "newest") -> tuple[Model, dict, dict]:
     """A run's "newest" or "best" checkpoint for evaluation or sampling -> (model in eval mode, its stored config, the manifest)."""
     out_dir = Path(out_dir)
@@ -242,9 +265,8 @@ def load_run(out_dir, device: str = "cpu", which: str = "newest") -> tuple[Model
     if folder and (problem := damage(folder, (WEIGHTS,))):
         raise UserError(f"the best checkpoint {folder} is damaged, {problem}: use the newest")
     folder = folder or newest(out_dir, (WEIGHTS,))
-    stored = read_yaml(out_dir / "config.yaml")
-    config = ModelConfig(**{k: v for k, v in stored.items() if k in ModelConfig.__dataclass_fields__})
-    model = Model(config)
+    model_config, config = read_config(out_dir)
+    model = Model(model_config)
     weights, manifest = read(folder)
     load_weights(model, weights)
-    return model.to(device).eval(), stored, manifest
+    return model.to(device).eval(), {**vars(model_config), **vars(config)}, manifest

@@ -9,6 +9,7 @@ import argparse
 import codecs
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import json
@@ -210,8 +211,14 @@ def known(stored: dict, where, *schemas) -> dict:
     names = {f.name for schema in schemas for f in dataclasses.fields(schema)}
     strange = [key for key in stored if key not in names]
     if strange:
-        print(f"note: {where} has settings of another version, which are ignored: {', '.join(map(str, strange))}", file=sys.stderr)
+        _note_once(f"{where} has settings of another version, which are ignored: {', '.join(map(str, strange))}")
     return {key: value for key, value in stored.items() if key in names}
+
+
+@functools.cache
+def _note_once(text: str):
+    """Prints a note on stderr, the first time that it is to be printed: several parts of a program read the same file."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def write_yaml(path, *configs):

@@ -21,7 +21,7 @@ from model import Model, ModelConfig
 from training import checkpoint
 from training.config import UserError, nearest, read_yaml
 from training.data import Data, predicted_count, training_batches
-from training.tokenizer import BPE_FILE, rust_tokenizer, rust_vocabulary
+from training.tokenizer import BPE_FILE, read_characters, rust_tokenizer, rust_vocabulary
 
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "bert-base-uncased", "bert-large-uncased")  # names without an owner
@@ -173,6 +173,7 @@ class Pretrained:
     tokenizer: str | None  # the name of its own, None if unknown
     vocabulary: Path | None  # its tokenizer.json, where it has one
     weights: Callable  # ModelConfig -> its tensors by their names in model.py
+    characters: str = ""  # those of the tokenizer char
 
     @property
     def head(self) -> str:
@@ -205,6 +206,8 @@ class Pretrained:
             own, theirs = (rust_vocabulary(f) for f in (self.vocabulary, rust_tokenizer(data.tokenizer, data.folder)))
             if other := [token for token, i in theirs.items() if own.get(token) != i]:
                 return f"{self.name} has another tokenizer than {where}: {len(other):,} tokens differ, such as {other[0]!r}"
+        elif self.characters and data.tokenizer == "char" and self.characters != read_characters(data.folder).characters:
+            return f"{self.name} has other characters than {where}"
         elif self.tokenizer not in (None, data.tokenizer):
             return f"{self.name} has the tokenizer {self.tokenizer}, another than {where}"
         elif self.tokenizer is None:
@@ -274,7 +277,8 @@ def _from_run(path: Path) -> Pretrained:
         raise UserError(f"{path}/config.yaml has no {', '.join(sorted(lost))}")
     vocabulary = path / BPE_FILE if (path / BPE_FILE).is_file() else None
     weights = lambda _: checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
-    return Pretrained(str(path), settings, settings["block_size"], stored["tokenizer"], vocabulary, weights)
+    characters = read_characters(path).characters if stored["tokenizer"] == "char" else ""
+    return Pretrained(str(path), settings, settings["block_size"], stored["tokenizer"], vocabulary, weights, characters)
 
 
 def _from_nanogpt(path: Path) -> Pretrained:
