@@ -107,9 +107,12 @@ class ModelConfig:
         """Width inside the MLP."""
         return self.intermediate_size or (64 * math.ceil(8 * self.n_embd / 3 / 64) if self.arch == "qwen" else 4 * self.n_embd)
 
+    def head_options(self) -> dict:
+        """The options of the head's distance that are set."""
+        return {k: getattr(self, f"head_{k}") for k in "patq" if getattr(self, f"head_{k}") is not None}
+
     def head_arguments(self) -> dict:
         """Keyword arguments of HarmonicHead after (n_embd, vocab_size, name)."""
-        options = {k: getattr(self, f"head_{k}") for k in "patq" if getattr(self, f"head_{k}") is not None}
         return dict(
             exponent=self.exponent,
             link=self.link,
@@ -121,7 +124,7 @@ class ModelConfig:
             impl=self.head_impl,
             skip=self.head_skip,
             precision=self.head_precision,
-            **options,
+            **self.head_options(),
         )
 
     def problems(self) -> list[str]:

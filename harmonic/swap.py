@@ -12,7 +12,9 @@ import functools
 import importlib.abc
 import importlib.util
 import inspect
+import json
 import sys
+import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,10 @@ from harmonic.loss import IGNORE_INDEX, HarmonicHead
 from harmonic.match import match
 
 PREFIX = "harmonic_"  # in front of transformers' model type, in the config.json of a swapped model
-MORE_WITH_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_router_logits")
+# What some models do with logits afterwards, or add to their loss
+MORE_WITH_LOGITS = (
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "output_router_logits",
+)  # fmt: skip
 HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")  # their tables were called `weight`
 AUTO = "transformers.models.auto.configuration_auto"
 ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
@@ -35,11 +40,11 @@ ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
 class _Request:
     """What a model's forward asks its head for, and what the head found.
 
-    labels: (B, T), or None where only logits are wanted. shift: they are those of the next position. count: of targets in all
-    micro-batches, or None. each: the log-probability of every label is wanted, as by TRL. found: the loss, or what TRL reads.
+    labels: (B, T). shift: they are those of the next position. count: of targets in all micro-batches, or None. each: the
+    log-probability of every label is wanted, as by TRL. found: the loss, or what TRL reads.
     """
 
-    labels: torch.Tensor | None
+    labels: torch.Tensor
     shift: bool
     count: torch.Tensor | int | None
     each: bool
@@ -53,6 +58,7 @@ class ModelHead(HarmonicHead):
     """The head inside a transformers model: while there is a request it computes the loss where the model asks for logits."""
 
     padded = False
+    tied = True  # the table is an input embedding too, which is small and may be cast
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -80,8 +86,14 @@ class ModelHead(HarmonicHead):
 
     def forward(self, h):
         request = _request.get()
-        if request is None or request.labels is None:
+        if request is None:
             return super().forward(h)
+        if not self.tied and self.table.dtype in (torch.float16, torch.bfloat16):
+            warnings.warn(
+                f"the prototypes of this {self.name} head arrive as {self.table.dtype}, in which a matched head is not exact."
+                " With FSDP2, shard the head first, by itself and without a param_dtype",
+                stacklevel=1,
+            )
         labels = request.labels.to(h.device)
         states, labels = (h[..., :-1, :], labels[..., 1:]) if request.shift else (h, labels)
         if request.each:
@@ -89,7 +101,7 @@ class ModelHead(HarmonicHead):
         elif request.count is None:
             request.found = self.loss(states, labels)
         else:  # Trainer's: targets of all micro-batches together
-            request.found = self.loss(states, labels, reduction="sum") / torch.as_tensor(request.count, device=h.device)
+            request.found = self.loss(states, labels, reduction="sum") / torch.as_tensor(request.count, device=h.device).clamp(min=1)
         return h.new_empty(*h.shape[:-1], 0) if self.training or request.each else super().forward(h)
 
     def _score(self, h, labels, count):
@@ -102,7 +114,7 @@ class ModelHead(HarmonicHead):
                 log_q = super().forward(states).log_softmax(-1)
                 entropy[tuple(where.T)] = -torch.special.xlogy(log_q.exp(), log_q.exp()).sum(-1).to(entropy)
                 top[tuple(where.T)] = log_q.argmax(-1) == targets
-        loss = -log_p.sum() / (kept.sum().clamp_min(1) if count is None else count)
+        loss = -log_p.sum() / torch.as_tensor(kept.sum() if count is None else count, device=h.device).clamp(min=1)
         from transformers.utils import ModelOutput
 
         return ModelOutput(loss=loss, log_probs=log_p, entropy=entropy, is_top1=top, label_mask=kept, aux_loss=None)
@@ -137,12 +149,13 @@ def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **argum
     Raises: ValueError for a model without an unembedding, for encoder-decoders, for models that change their logits afterwards or add a
         loss of their own, and whatever HarmonicHead could not honour.
     """
-    old, config = model.get_output_embeddings(), model.config
+    old = model.get_output_embeddings()
     _check_model(model, old, match_to)
     swapped = isinstance(old, ModelHead)
     weight, bias = old.table if swapped else old.weight, getattr(old, "bias", None)
     if name == "cross_entropy" and bias is not None:
         arguments["bias"] = True
+    config = _own_config(model)
     head = ModelHead(weight.shape[1], len(weight), name, **arguments)
     head.padded = "real_vocab_size" in arguments
     head.to(weight.device)
@@ -160,10 +173,21 @@ def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **argum
     config.harmonic = {"name": name, **arguments}
     if not isinstance(model, Swapped):
         model.__class__ = harmonic_class(type(model))
-        if "forward" in model.__dict__:
-            model.forward = model.__dict__.pop("forward")
     _retie(model, head, where)
     return head
+
+
+def _own_config(model):
+    """A configuration that no other model shares. Its class is the one of the folder; in memory other libraries go by the plain type."""
+    shared = model.config
+    config = copy.copy(shared)
+    if not shared.__class__.model_type.startswith(PREFIX):
+        config.__class__ = _harmonic_config(type(shared))
+    config.model_type = config.__class__.model_type.removeprefix(PREFIX)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
+    return config
 
 
 def _check_model(model, old, match_to):
@@ -173,7 +197,8 @@ def _check_model(model, old, match_to):
         raise ValueError(f"{name} is not a causal or masked language model with an unembedding")
     if not hasattr(model, "get_expanded_tied_weights_keys"):
         raise ValueError("swap_head needs transformers 5")
-    if more := [key for key in MORE_WITH_LOGITS if getattr(config, key, None)]:
+    values = {key: getattr(config, key, None) for key in MORE_WITH_LOGITS}
+    if more := [key for key, value in values.items() if value is True or value not in (None, 0, 1)]:
         raise ValueError(f"{name} does more with logits than its unembedding: {', '.join(more)}")
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(f"the head of this model is {old.name} already: a head is matched to a dot product's")
@@ -189,6 +214,7 @@ def _retie(model, head: ModelHead, where: str):
             tied[name] = source
     model._tied_weights_keys = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    head.tied = f"{where}.table" in model.all_tied_weights_keys
     if head.kind != "control":  # a matched head lives on small differences of large prototypes
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), where}
 
@@ -197,8 +223,6 @@ class Swapped:
     """In front of a class of transformers: its unembedding becomes the head that `config.harmonic` describes."""
 
     def __init__(self, config):
-        if config.model_type.startswith(PREFIX):  # of a folder that was read: other libraries know the plain type
-            config.__class__ = _plain_config(type(config))
         super().__init__(config)
         swap_head(self, **config.harmonic)
 
@@ -210,35 +234,31 @@ class Swapped:
 
     def forward(self, *arguments, **given):
         """The plain model's, but for the labels, of which the head computes the loss."""
-        plain, replaced = super().forward, self.__dict__.get("_replaced_forward")
-        if _request.get() is not None:  # a forward that a library put in front calls this one
-            return plain(*arguments, **given)
+        plain = super().forward
         if arguments:
             bound = inspect.signature(plain).bind(*arguments, **given).arguments
             given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
         labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
-        if labels is None and shifted is None and not replaced:
-            return plain(**given)
         each = given.pop("fused_lm_head", False)  # TRL's trainers
+        if labels is None and shifted is None:
+            return plain(**given)
         shift = shifted is None and self.can_generate()
         request = _Request(labels if shifted is None else shifted, shift, given.get("num_items_in_batch"), each)
         token = _request.set(request)
         try:
-            output = replaced(self, **given) if replaced else plain(**given)
+            output = plain(**given)
         finally:
             _request.reset(token)
-        if request.labels is None:
-            return output
         if request.found is None:
             raise RuntimeError(f"{type(self).__name__} did not call its harmonic head, so there is no loss")
         return request.found if each else _with_loss(output, request.found, self.training)
 
     def __setattr__(self, name, value):
-        """A forward that a library puts on this model (TRL, Liger, accelerate) runs inside the one above, without the labels."""
-        if name != "forward":
-            return super().__setattr__(name, value)
-        _check_temperature(value)
-        self.__dict__["_replaced_forward"] = getattr(value, "__func__", None) or (lambda self, *a, **k: value(*a, **k))
+        """TRL's trainers put a forward on a model that multiplies by the head's weight: the one above does in its stead."""
+        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
+            _check_temperature(value)
+        else:
+            super().__setattr__(name, value)
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         """For resize_token_embeddings: input embedding and prototypes get the same number of rows; old rows keep their values."""
@@ -247,7 +267,7 @@ class Swapped:
         new.requires_grad_(embedding.weight.requires_grad)
         tied = head.table is embedding.weight
         table = new.weight if tied else _resized_table(head.table, len(new.weight))
-        tokens = len(new.weight) if new_num_tokens is None else new_num_tokens
+        tokens = head.real_vocab_size if new_num_tokens is None and head.padded else new_num_tokens or len(new.weight)
         self.set_input_embeddings(new)
         self.set_output_embeddings(head.resized(table, tokens))
         if head.padded:
@@ -256,16 +276,14 @@ class Swapped:
 
     def save_pretrained(self, save_directory, **options):
         """transformers'. The folder's config.json names a type of its own, so that no plain class loads it without a word."""
-        plain = type(self.config)
-        self.config.__class__ = type(self).config_class
+        head = self.get_output_embeddings()
+        if head.kind != "control":
+            self.config.harmonic["scale" if head.link == "softmax" else "exponent"] = float(head.strength())
         if type(self).__reduce_ex__ is _reduce:  # an exported model's class has a file of its own
             self._auto_class = None
             if options.get("is_main_process", True):
                 _write_modelling_file(self, Path(save_directory))
-        try:
-            super().save_pretrained(save_directory, **options)
-        finally:
-            self.config.__class__ = plain
+        super().save_pretrained(save_directory, **options)
 
     @classmethod
     def from_pretrained(cls, folder, *arguments, **options):
@@ -286,10 +304,8 @@ def _resized_table(table, rows: int):
 
 def _check_temperature(forward):
     """TRL closes over the temperature of its log-probabilities, which a harmonic head does not have. ValueError for one that is not 1."""
-    python = inspect.ismethod(forward) or inspect.isfunction(forward)
-    variables = inspect.getclosurevars(forward).nonlocals if python else {}
-    temperature = variables.get("temperature", 1.0)
-    if "original_forward" in variables and temperature != 1.0:
+    temperature = inspect.getclosurevars(forward).nonlocals["temperature"]
+    if temperature != 1.0:
         raise ValueError(f"a harmonic head scores labels at temperature 1, not {temperature}: set the trainer's temperature to 1.0")
 
 
@@ -311,28 +327,52 @@ def harmonic_class(plain: type) -> type:
     return type(f"Harmonic{plain.__name__}", (Swapped, plain), members)
 
 
+class _Config:
+    """In front of a configuration: it has the plain type in memory, which PEFT and others go by, and its own in a folder."""
+
+    def to_dict(self):
+        return {**super().to_dict(), "model_type": self.model_type}
+
+    def to_json_string(self, *arguments, **options):
+        stored = json.loads(super().to_json_string(*arguments, **options))
+        return json.dumps({**stored, "model_type": type(self).model_type}, indent=2, sort_keys=True) + "\n"
+
+
 @functools.cache
 def _harmonic_config(plain: type) -> type:
-    """The configuration class of a swapped model's folder."""
-    return type(f"Harmonic{plain.__name__}", (plain,), {"__module__": __name__, "model_type": PREFIX + plain.model_type})
+    """The configuration class of a swapped model."""
+    members = {"__module__": __name__, "__reduce_ex__": _reduce_config, "model_type": PREFIX + plain.model_type}
+    return type(f"Harmonic{plain.__name__}", (_Config, plain), members)
 
 
-def _plain_config(kind: type) -> type:
-    return kind.__mro__[1] if kind.model_type.startswith(PREFIX) else kind
-
-
-def _plain(kind: type) -> type:
-    """The class of transformers behind a swapped model's."""
-    return kind.__mro__[kind.__mro__.index(Swapped) + 1]
+def _plain(kind: type, front: type = Swapped) -> type:
+    """The class of transformers behind a swapped model's, or its configuration's."""
+    return kind.__mro__[kind.__mro__.index(front) + 1]
 
 
 def _reduce(model, protocol):
     """Pickles, copies and sends a swapped model by its plain class, which can be imported."""
-    return _rebuild, (_plain(type(model)),), model.__dict__
+    return _made, (harmonic_class, _plain(type(model))), model.__dict__
 
 
-def _rebuild(plain: type):
-    return harmonic_class(plain).__new__(harmonic_class(plain))
+def _reduce_config(config, protocol):
+    return _made, (_harmonic_config, _plain(type(config), _Config)), config.__dict__
+
+
+def _made(make, plain: type):
+    kind = make(plain)
+    return kind.__new__(kind)
+
+
+def __getattr__(name: str):
+    """The classes by their names, for whoever pickles a class itself."""
+    if name.startswith("Harmonic"):
+        import transformers
+
+        plain = getattr(transformers, name.removeprefix("Harmonic"), None)
+        if isinstance(plain, type):
+            return (_harmonic_config if issubclass(plain, transformers.PreTrainedConfig) else harmonic_class)(plain)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- folders -------------------------------------------------------------------------------------------------------------------------
@@ -352,7 +392,8 @@ def _write_modelling_file(model, folder: Path):
     """Puts a file into a folder that `from_pretrained(folder, trust_remote_code=True)` runs, and its name into the model's config."""
     import transformers
 
-    plain, name, config = _plain(type(model)).__name__, type(model).__name__, type(model).config_class.__name__
+    kind = harmonic_class(_plain(type(model)))  # without FSDP's part of the name
+    plain, name, config = _plain(kind).__name__, kind.__name__, kind.config_class.__name__
     if getattr(transformers, plain, None) is not _plain(type(model)):  # a class that a user wrote
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -372,20 +413,21 @@ def load_swapped(folder, **arguments):
     stored, _ = PreTrainedConfig.get_config_dict(folder, **arguments)
     if not stored.get("harmonic"):
         raise ValueError(f"{folder} holds no swapped head")
-    kind = stored["model_type"].removeprefix(PREFIX)
-    config = CONFIG_MAPPING[kind].from_dict({**stored, "model_type": kind})
-    return harmonic_class(_stored_class(stored, config)).from_pretrained(folder, config=config, **arguments)
+    plain = CONFIG_MAPPING[stored["model_type"].removeprefix(PREFIX)]
+    kind = _harmonic_config(plain)
+    config = kind.from_dict({**stored, "model_type": kind.model_type})
+    return harmonic_class(_stored_class(stored, plain)).from_pretrained(folder, config=config, **arguments)
 
 
-def _stored_class(stored: dict, config) -> type:
-    """The plain class of the model in a folder, from the mapping in its config.json."""
+def _stored_class(stored: dict, config: type) -> type:
+    """The plain class of the model in a folder."""
     import transformers
 
     name = stored["architectures"][0].removeprefix("Harmonic")
     if hasattr(transformers, name):
         return getattr(transformers, name)
     auto = next(key for key in stored["auto_map"] if key != "AutoConfig")  # an export has names of its own
-    return getattr(transformers, auto)._model_mapping[type(config)]
+    return getattr(transformers, auto)._model_mapping[config]
 
 
 class _Types(dict):
@@ -399,14 +441,15 @@ class _Types(dict):
         return super().__contains__(key) or str(key).startswith(PREFIX) and str(key).removeprefix(PREFIX) in self.mapping._mapping
 
     def __missing__(self, key):
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers.models.auto import modeling_auto
 
         plain = self.mapping[key.removeprefix(PREFIX)]
         self[key] = _harmonic_config(plain)
-        for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
-            model = auto._model_mapping.get(plain, None)
+        for name, auto in vars(modeling_auto).items():
+            model = getattr(auto, "_model_mapping", {}).get(plain, None) if name.startswith("AutoModel") else None
             if isinstance(model, type):
-                auto.register(self[key], harmonic_class(model), exist_ok=True)
+                headed = name in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+                auto._model_mapping.register(self[key], harmonic_class(model) if headed else model, exist_ok=True)
         return self[key]
 
 
@@ -417,13 +460,19 @@ def _add_types(module):
 class _Watcher(importlib.abc.MetaPathFinder):
     """Adds the types when transformers' table is imported: importing `harmonic` need not import transformers, which takes a second."""
 
+    looking = False
+
     def find_spec(self, name, path, target=None):
-        if name != AUTO:
+        if name != AUTO or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), _add_types(module))
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
+        if spec:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), _add_types(module))
         return spec
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from harmonic import DISTANCES, HarmonicHead, harmonic_loss, load_swapped, match, swap_head
@@ -238,6 +238,8 @@ def test_a_padded_head_is_resized_with_its_padding(tmp_path):
     again = load_swapped(tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
     assert model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=True, pad_token_id=0).max() < V - 4
+    model.resize_token_embeddings(None, pad_to_multiple_of=100)
+    assert model(ids).logits.shape == (1, 6, V - 4) and len(model.lm_head.table) == 400
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -318,6 +320,7 @@ def test_rows_of_one_token_have_no_loss():
     loss = model.train()(input_ids=ids[:, :1], labels=ids[:, :1]).loss
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(0)).loss == 0
 
 
 def test_a_swapped_model_is_exported():
@@ -353,23 +356,66 @@ def test_adapters_of_peft(modules, tmp_path):
     torch.testing.assert_close(again.merge_and_unload()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-3)
 
 
-def a_forward_that_reads_the_weight(self, input_ids=None, labels=None, **more):
-    """As Liger's: fused where there are labels."""
+def liger(self, input_ids=None, labels=None, **more):
+    """A forward as Liger's: fused where there are labels."""
     h = self.transformer(input_ids=input_ids).last_hidden_state
-    loss = None if labels is None else F.cross_entropy(F.linear(h, self.lm_head.weight).flatten(0, 1), labels.flatten())
-    return {"loss": loss, "logits": self.lm_head(h)} if loss is not None else CausalLMOutput(logits=self.lm_head(h))
+    if labels is None:
+        return CausalLMOutput(logits=self.lm_head(h))
+    return CausalLMOutput(loss=F.cross_entropy(F.linear(h, self.lm_head.weight).flatten(0, 1), labels.flatten()))
 
 
-@pytest.mark.parametrize("where", ["class", "model"])
-def test_a_forward_that_a_library_puts_on_it_sees_no_labels(where, monkeypatch):
+def test_a_fused_loss_of_a_library_is_the_heads_or_an_error(monkeypatch):
+    """The heads' where it is put on the class; one put on the model itself stops."""
     model, ids = swapped("gpt2", name="cosine")
     expected = model(input_ids=ids, labels=ids).loss
-    if where == "class":
-        monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", a_forward_that_reads_the_weight)
-    else:
-        model.forward = types.MethodType(a_forward_that_reads_the_weight, model)
-    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
-    assert model(input_ids=ids).logits.shape == (*ids.shape, V)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.GPT2LMHeadModel, "forward", liger)
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
+    model.forward = types.MethodType(liger, model)
+    with pytest.raises(AttributeError, match="Turn off the fused or chunked loss"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_hooks_of_accelerate_run_on_the_model_they_are_on():
+    """... on a copy too, with mixed precision around them."""
+    from accelerate import Accelerator
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Count(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *arguments, **given):
+            Count.calls += 1
+            return arguments, given
+
+    model, ids = swapped("gpt2", matched=False)
+    expected = model(input_ids=ids, labels=ids).loss
+    add_hook_to_module(model, Count())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_output_embeddings().table.mul_(3)
+    assert not torch.equal(other(input_ids=ids, labels=ids).loss, expected)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, expected) and Count.calls == 2
+    prepared = Accelerator(mixed_precision="no", cpu=True).prepare(model)
+    assert torch.equal(prepared(input_ids=ids, labels=ids).loss, expected) and Count.calls == 3
+
+
+def test_the_configuration_is_the_models_own(tmp_path):
+    """Another model made from it has a dot product, and a folder's makes as many swapped models as one likes."""
+    plain = hugging_face("gpt2")
+    shared = plain.config
+    model = type(plain)(shared)
+    swap_head(model, "cosine", exponent=3.0)
+    assert not hasattr(shared, "harmonic") and type(AutoModelForCausalLM.from_config(shared)) is type(plain)
+    assert model.config.model_type == "gpt2"  # as PEFT and others go by
+    model.lm_head.set_strength(7.0)
+    model.save_pretrained(tmp_path)
+    stored = AutoConfig.from_pretrained(tmp_path)
+    for config in (stored, stored, model.config, pickle.loads(pickle.dumps(stored))):
+        assert type(AutoModelForCausalLM.from_config(config)) is type(model)
+    assert load_swapped(tmp_path).lm_head.strength() == 7.0
+    assert pickle.loads(pickle.dumps(type(model))) is type(model)
+    assert type(AutoModel.from_pretrained(tmp_path)) is transformers.GPT2Model
 
 
 def test_folders_of_an_earlier_version_are_read(tmp_path):
@@ -453,6 +499,7 @@ from test_swap import V, hugging_face
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 from harmonic import swap_head
 
 words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
@@ -468,6 +515,12 @@ for loss_type in ("nll", "chunked_nll"):
         )
         parts = dict(train_dataset=rows, eval_dataset=rows.select(range(16)), processing_class=tokenizer, peft_config=adapter)
         trainer = SFTTrainer(model, arguments, **parts)
+        try:
+            add_fused_lm_head(model, temperature=0.7)
+        except ValueError as error:
+            assert "temperature" in str(error)
+        else:
+            raise AssertionError("another temperature was accepted")
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         found = trainer.evaluate()

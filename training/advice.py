@@ -7,7 +7,8 @@ import os
 
 import torch
 
-from harmonic import HEADS
+from harmonic import HEADS, loss
+from harmonic.distances import resolve
 from harmonic.kernels.dense import cpu as numba_kernels
 from model import ModelConfig
 from training.config import TrainConfig
@@ -42,13 +43,25 @@ def slow_settings(model: ModelConfig, config: TrainConfig, device: str, dtype: s
             )
     if device == "cuda" and dtype == "float32" and torch.cuda.is_bf16_supported():
         found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
-    kernel = HEADS[model.head].kernel  # "dot", the controls', is a product that torch computes as fast
-    compiled = kernel != "dot" and (device == "cuda" or (device == "cpu" and numba_kernels is not None))
-    if compiled and model.head_impl in ("dense", "chunked"):
+    kernel = HEADS[model.head].kernel
+    if model.head_impl in ("dense", "chunked") and _is_compiled(model, device):
         found.append(f"head_impl={model.head_impl} is slower than the compiled kernels and needs more memory: use --head_impl=auto")
     if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):  # those two skip nothing
         found.append("head_skip=0 computes gradients of pairs that do not matter to float32: the default 1e-6 leaves them out")
     return found
+
+
+def _is_compiled(model: ModelConfig, device: str) -> bool:
+    """Whether compiled kernels make the head faster on this device. The controls' dot product torch computes as fast."""
+    row, settings = resolve(model.head, **model.head_options())
+    if row.kernel == "dot":
+        return False
+    if device == "cuda":
+        return loss.gpu is not None
+    if device != "cpu" or not numba_kernels:
+        return False
+    options = {k: v for k, v in settings.items() if k in row.kernel_options}
+    return row.kernel == "l2" or numba_kernels.find(row.kernel, {**options, **row.fixed}) is not None
 
 
 def _multiplies_bfloat16() -> bool:

@@ -218,7 +218,8 @@ def known(stored: dict, where, *schemas) -> dict:
 @functools.cache
 def _note_once(text: str):
     """Prints a note on stderr, the first time that it is to be printed: several parts of a program read the same file."""
-    print(f"note: {text}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one note a machine, not one a process
+        print(f"note: {text}", file=sys.stderr)
 
 
 def write_yaml(path, *configs):

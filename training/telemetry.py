@@ -293,12 +293,13 @@ def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict):
     Args:
         now: an `environment`. iteration: where this start begins. changed: settings that it changes, key -> [before, now].
     """
-    path = out_dir / "environment.json"
-    try:
-        before = json.loads(path.read_bytes())
-        earlier = [*before.pop("earlier", []), before]
-    except (OSError, ValueError, AttributeError):  # none yet, or one that a crash spoilt
-        earlier = []
+    path, earlier = out_dir / "environment.json", []
+    if path.is_file():
+        before = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+        if before is None or not isinstance(before.get("earlier", []), list):
+            path.rename(path.with_name("damaged_environment.json"))
+        else:
+            earlier = [*before.pop("earlier", []), before]
     write_whole(path, json.dumps({**now, "iter": iteration, "changed": changed, "earlier": earlier}, indent=2))
 
 

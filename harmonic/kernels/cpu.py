@@ -713,6 +713,8 @@ ALONE = 2**20
 def follow_torch(work: int) -> int:
     """Numba takes torch's number of threads, or one for little work; torch keeps it, though starting Numba's threads sets OpenMP's number,
     which is torch's."""
+    if Threads.lost:
+        raise RuntimeError("what was computed before this process was forked cannot be differentiated in it: compute it again here")
     Threads.started = True
     threads = torch.get_num_threads()
     ours = 1 if work < ALONE else min(threads, numba.config.NUMBA_NUM_THREADS)
