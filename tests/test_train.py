@@ -644,6 +644,18 @@ def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, one_
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "head"), [("gpt", "manhattan"), ("bert", "cross_entropy")])
+def test_a_sharded_head_equals_one_process(tiny_data, tmp_path, arch, head):
+    """One whose table compiled kernels read, and one with a bias: FSDP2 frees what it shards."""
+    settings = dict(arch=arch, head=head, learn_exponent=False, max_iters=10, eval_iters=3, batch_size=1, gradient_accumulation_steps=4)
+    run_shared(tiny_data, tmp_path / "one", **settings)
+    run_shared(tiny_data, tmp_path / "two", 2, parallel="fsdp", **settings)
+    for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
+
+
 def test_verify_resume(tiny_data, tmp_path):
     flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "head": "hamming_gumbel", "dropout": 0.1, "batch_size": 16}.items()]
     done = script("train.py", *flags, "--verify_resume", f"--out_dir={tmp_path / 'run'}")

@@ -127,6 +127,8 @@ class Tokenizer:
 
 def name_problems(name: str) -> list[str]:
     """What is wrong with a tokenizer's name, in words; empty for a valid one."""
+    if not name:
+        return ["no tokenizer is named: write one, such as `tokenizer: gpt2`, into the run's config.yaml"]
     bpe = re.fullmatch(r"bpe:(\d+)", name)
     if name in NAMES or bpe and int(bpe[1]) >= BPE_MINIMUM:
         return []
@@ -294,7 +296,7 @@ def load_bpe(name: str, folder) -> Tokenizer:
         raise UserError(f"tokenizer {name} lies beside its token files: name their folder")
     path = Path(folder) / BPE_FILE
     if not path.is_file():
-        raise UserError(f"tokenizer {name}: there is no {path}")
+        raise UserError(f"tokenizer {name}: there is no {path}; copy it there from the prepared data")
     try:
         rust = rust_from_file(path)
         vocab = rust.get_vocab()
@@ -367,7 +369,7 @@ def read_characters(folder) -> Characters:
         start = characters.index("\n") if "\n" in characters else 0
         return Characters(characters, unknown=False, start_id=start)
     if not path.is_file():
-        raise UserError(f"tokenizer char: there is no {path}")
+        raise UserError(f"tokenizer char: there is no {path}; copy it there from the prepared data")
     try:
         vocabulary = Characters(**unseal(path.read_bytes()))
         if not vocabulary.characters or len(set(vocabulary.characters)) < len(vocabulary.characters):

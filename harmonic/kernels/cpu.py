@@ -640,7 +640,7 @@ class Pairs(torch.autograd.Function):
         h, w = at_least_four(h.detach()), at_least_four(w.detach())
         raw = h.new_empty(len(h), len(w))
         follow_torch(h.numel() * len(w))
-        pairs(h.numpy(), w.numpy(), raw.numpy(), 0, kernel, found)
+        pairs(_array(h), _array(w), _array(raw), 0, kernel, found)
         ctx.save_for_backward(h, w, raw)
         return raw[: ctx.sizes[0], : ctx.sizes[1]]
 
@@ -650,7 +650,7 @@ class Pairs(torch.autograd.Function):
         h, w, raw = ctx.saved_tensors
         slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()  # padded pairs have no gradient
         shares, dw = h.new_zeros(follow_torch(h.numel() * len(w)), *h.shape), torch.zeros_like(w)
-        ctx.found[1](h.numpy(), w.numpy(), raw.numpy(), slope.numpy(), 0, shares.numpy(), dw.numpy(), f32(ctx.found[2]))
+        ctx.found[1](_array(h), _array(w), _array(raw), _array(slope), 0, _array(shares), _array(dw), f32(ctx.found[2]))
         return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
 
 
@@ -687,7 +687,7 @@ class Unit(torch.autograd.Function):
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         out, inverse = torch.empty_like(rows), rows.new_empty(len(rows))
         follow_torch(rows.numel())
-        _unit(rows.numpy(), out.numpy(), inverse.numpy())
+        _unit(_array(rows), _array(out), _array(inverse))
         ctx.save_for_backward(out, inverse)
         return out.view(x.shape)
 
@@ -697,7 +697,7 @@ class Unit(torch.autograd.Function):
         out, inverse = ctx.saved_tensors
         rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
         follow_torch(rows.numel())
-        _pull_unit(out.numpy(), inverse.numpy(), rows.numpy(), dx.numpy())
+        _pull_unit(_array(out), _array(inverse), _array(rows), _array(dx))
         return dx.view(slope.shape)
 
 
@@ -722,6 +722,11 @@ def follow_torch(work: int) -> int:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     return ours
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    """The same memory as an array. `x.numpy()` would mark it as not resizable, and FSDP2 has to free tables of prototypes."""
+    return np.from_dlpack(x.detach())
 
 
 # A chunk of rows has at most CHUNK raw values: 80 MiB, or two of half of it where raw values are needed beside their slopes.
@@ -774,24 +779,24 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
             elif matmul:
                 raw[:n, here] = own.to(how.product) @ block.to(how.product).T
             else:
-                pairs(padded.numpy(), at_least_four(block).numpy(), raw.numpy(), first, epilogue.kernel, found)
+                pairs(_array(padded), _array(at_least_four(block)), _array(raw), first, epilogue.kernel, found)
             if epilogue.kernel == "l2":
-                _recompute_near(raw.numpy(), first, own.numpy(), block.numpy(), xx[part].numpy(), yy[here].numpy(), f32(epilogue.near))
+                _recompute_near(_array(raw), first, _array(own), _array(block), _array(xx[part]), _array(yy[here]), f32(epilogue.near))
         _epilogue(
-            raw.numpy(),
-            slope.numpy(),
-            own_low[part].numpy(),
-            low.numpy(),
-            (zeros if u is None else u)[part].numpy(),
-            (zeros[:V] if v is None else v).numpy(),
-            (zeros[:V] if bias is None else bias).numpy(),
-            targets[part].numpy(),
-            weight[part].numpy(),
-            losses[part].numpy(),
-            row_sums[part].numpy(),
-            sums.numpy(),
-            strengths[part].numpy(),
-            scratch.numpy(),
+            _array(raw),
+            _array(slope),
+            _array(own_low[part]),
+            _array(low),
+            _array((zeros if u is None else u)[part]),
+            _array(zeros[:V] if v is None else v),
+            _array(zeros[:V] if bias is None else bias),
+            _array(targets[part]),
+            _array(weight[part]),
+            _array(losses[part]),
+            _array(row_sums[part]),
+            _array(sums),
+            _array(strengths[part]),
+            _array(scratch),
             link,
             u is not None,
             numbers,
@@ -818,7 +823,7 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
                 tile = at_least_four(block)
                 into = dy[here] if len(tile) == len(block) else torch.zeros_like(tile)
                 slope[:, V:wide] = 0
-                found[1](padded.numpy(), tile.numpy(), raw.numpy(), slope.numpy(), first, shares.numpy(), into.numpy(), f32(found[2]))
+                found[1](_array(padded), _array(tile), _array(raw), _array(slope), first, _array(shares), _array(into), f32(found[2]))
                 if into.data_ptr() != dy[here].data_ptr():
                     dy[here] += into[: len(block)]
         if shares is not None:
