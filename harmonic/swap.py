@@ -58,7 +58,7 @@ class ModelHead(HarmonicHead):
     """The head inside a transformers model: while there is a request it computes the loss where the model asks for logits."""
 
     padded = False
-    tied = True  # the table is an input embedding too, which is small and may be cast
+    exact = False  # its table is float32 and has to stay it, for it is no input embedding
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -88,7 +88,7 @@ class ModelHead(HarmonicHead):
         request = _request.get()
         if request is None:
             return super().forward(h)
-        if not self.tied and self.table.dtype in (torch.float16, torch.bfloat16):
+        if self.exact and self.table.dtype in (torch.float16, torch.bfloat16):
             warnings.warn(
                 f"the prototypes of this {self.name} head arrive as {self.table.dtype}, in which a matched head is not exact."
                 " With FSDP2, shard the head first, by itself and without a param_dtype",
@@ -214,7 +214,8 @@ def _retie(model, head: ModelHead, where: str):
             tied[name] = source
     model._tied_weights_keys = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    head.tied = f"{where}.table" in model.all_tied_weights_keys
+    tied_now = f"{where}.table" in model.all_tied_weights_keys
+    head.exact = head.kind != "control" and not tied_now and (head.table.is_meta or head.table.dtype == torch.float32)
     if head.kind != "control":  # a matched head lives on small differences of large prototypes
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), where}
 
