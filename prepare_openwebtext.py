@@ -261,7 +261,9 @@ def report(config: PrepareConfig, tokenizer: Tokenizer, splits: dict[str, dict],
     for name, s in splits.items():
         ratio = s["bytes"] / s["tokens"]
         print(f"{name:5} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>15,} bytes {ratio:6.2f} bytes a token")
-    print(f"split: {tally.how_split}")
+    share = splits["val"]["tokens"] / sum(s["tokens"] for s in splits.values())
+    uneven = config.fraction is not None and not 0.5 < share / config.fraction < 2
+    print(f"split: {tally.how_split}{f', which are {share:.1%} of the tokens' if uneven else ''}")
     print(f"{tally.read:,} documents read, {tally.duplicates:,} copies and {tally.empty:,} empty ones dropped")
     if tally.named:
         print(tally.skipped_line())

@@ -98,7 +98,8 @@ def resume_problems(out_dir: Path, base: dict, model: ModelConfig, config: Train
     slots = config.batch_size * config.gradient_accumulation_steps
     before = base.get("batch_size", slots) * base.get("gradient_accumulation_steps", 1)
     if slots != before:
-        found.append(f"cannot resume {out_dir} with {slots} windows an iteration: the run has {before}, and {REORDERED}")
+        product = f"batch_size={config.batch_size} * gradient_accumulation_steps={config.gradient_accumulation_steps}"
+        found.append(f"cannot resume {out_dir} with {product} = {slots} windows an iteration: the run has {before}, and {REORDERED}")
     if config.seed != base.get("seed", config.seed):
         found.append(f"cannot resume {out_dir} with seed={config.seed}: the run has seed={base['seed']}, and {REORDERED}")
     return found

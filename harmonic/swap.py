@@ -382,7 +382,11 @@ MODELLING = '''"""Loads this folder: AutoModelForCausalLM.from_pretrained(FOLDER
 
 from transformers import {plain}
 
-from harmonic.swap import harmonic_class
+try:
+    from harmonic.swap import harmonic_class
+except ImportError:
+    why = "this model has a harmonic head: install it with `pip install ./harmonic` in the repository of harmonic heads"
+    raise ImportError(why) from None
 
 {name} = harmonic_class({plain})
 {config} = {name}.config_class
@@ -407,10 +411,13 @@ def load_swapped(folder, **arguments):
     """A model that `swap_head` changed and `save_pretrained` wrote.
 
     Args: folder: as for from_pretrained, and so are the arguments.
-    Raises: ValueError for a model whose head was not swapped.
+    Raises: ValueError for a path without a folder, or a model whose head was not swapped.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+    path = Path(folder)
+    if not path.is_dir() and (len(path.parts) != 2 or path.parent.is_dir()):  # else it may be OWNER/NAME on the hub
+        raise ValueError(f"no folder {folder}")
     stored, _ = PreTrainedConfig.get_config_dict(folder, **arguments)
     if not stored.get("harmonic"):
         raise ValueError(f"{folder} holds no swapped head")
@@ -491,6 +498,11 @@ class _Enough(Exception):
 @torch.no_grad()
 def _states(model, unembedding, ids):
     """What a model's unembedding sees of token ids: (N, C). It is not computed itself."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError("match_to: expected token ids of real text, a tensor of integers (texts, length)")
+    rows = len(model.get_input_embeddings().weight)
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
+        raise ValueError(f"match_to has ids from {ids.min()} to {ids.max()}; the model has {rows} tokens")
     seen = []
 
     def take(_, inputs):

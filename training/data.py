@@ -97,6 +97,11 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
         near = nearest(folder.name, there) if there else ""
         raise UserError(f"no data folder {folder}{near} (make it with prepare_openwebtext.py --out_dir={folder})")
     if not (folder / "meta.json").is_file():
+        if not (folder / "train.bin").is_file():
+            raise UserError(
+                f"{folder} holds no token files: make them with prepare_openwebtext.py --source={folder} --out_dir=data/NAME,"
+                " and name --dataset=NAME"
+            )
         if tokenizer is None:
             name = "char" if (folder / NANOGPT_META).is_file() else "gpt2"
             raise UserError(

@@ -135,7 +135,8 @@ def name_problems(name: str) -> list[str]:
     if bpe:
         return [f"tokenizer {name}: a byte-level BPE has at least {BPE_MINIMUM} tokens, 256 bytes and 2 special ones"]
     if name.startswith("bpe"):
-        return [f"unknown tokenizer {name!r}: write the vocabulary's size, as in bpe:4096"]
+        size = "".join(filter(str.isdecimal, name)) or "4096"
+        return [f"unknown tokenizer {name!r}: write the vocabulary's size, as in bpe:{size}"]
     return [f"unknown tokenizer {name!r}{nearest(name, [*NAMES, 'bpe:4096'])}"]
 
 
