@@ -29,7 +29,7 @@ from harmonic import (
     paired_distance,
     softmax_linearization_kl,
 )
-from harmonic.distances import formula_table, resolve
+from harmonic.distances import formula_table, operands, resolve
 from harmonic.kernels import dense
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -775,6 +775,16 @@ def no_worse(found, naive, truth, tolerance=1e-5):
         assert (f - t).abs().max() <= (n - t).abs().max() + tolerance * max(1.0, t.abs().max().item())
 
 
+def cancellation(h, w, name) -> float:
+    """What compiled gradients of kernel l2 may lose: differences of two products cancel for a state that nearly is a prototype."""
+    row, x, y, *_ = operands(h.double(), w.double(), name)
+    if row.kernel != "l2":
+        return 0.0
+    d = torch.cdist(x, y)
+    lost = (x.norm(dim=-1, keepdim=True) + y.norm(dim=-1)) / d
+    return torch.finfo(torch.float32).eps / 2 * lost[d > 0].max().item()
+
+
 @given(
     name=st.sampled_from(FAST),
     link=st.sampled_from(LINKS),
@@ -791,18 +801,15 @@ def test_any_loss_is_as_exact_as_dense_float32(name, link, size, exponent, sprea
     n, v, c = size
     h, w = vectors(torch.float32, seed, n, v, c)
     h, w = h.to(dtype), (spread * w).to(dtype)
-    if name in DISTANCES:  # the floor under an exact match is that of the number format
-        assume(distance(h.double(), w.double(), name).min() > 1e-6)
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(v, (n,), generator=g)
     y[torch.rand(n, generator=g) < ignored] = IGNORE_INDEX
     kw = {} if name in CONTROLS else {"link": link, "exponent" if link == "harmonic" else "scale": exponent}
     truth = gradients(h, w, y, name, torch.float64, impl="dense", **kw)
     naive = gradients(h, w, y, name, impl="dense", **kw)
-    # Of the logits themselves; a relative error of d is multiplied by n, however small log d is.
-    rounding = 2e-7 * max(exponent, harmonic_logits(h.double(), w.double(), name, **kw).abs().max().item())
-    # Pairs that lose up to 4 bits (dense.NEAR) keep the product's value: 3 terms, 16 units in the last place of each.
-    no_worse(gradients(h, w, y, name, impl="numba", skip=0.0, **kw), naive, truth, 2e-5 + rounding)
+    rounding = 2e-7 * harmonic_logits(h.double(), w.double(), name, **kw).abs().max().item()  # of the logits themselves
+    rounding += cancellation(h, w, name)
+    no_worse(gradients(h, w, y, name, impl="numba", skip=0.0, **kw), naive, truth, 1e-5 + rounding)
     loss = harmonic_loss(h, w, y, name, impl="numba", **kw)  # half precision comes in as it is
     assert (
         loss.dtype == torch.float32

@@ -14,9 +14,9 @@ from model import ModelConfig
 from training.config import TrainConfig
 from training.data import Data, split_warnings
 
-COMPILING = 30  # seconds that compiling takes on a CPU, and what it saves of the time of each iteration; on 2 cores of a Xeon
-SAVED = 0.2
-CPU_RATE = 2e10  # operations a second of a core in training, roughly
+COMPILING = 30  # seconds that compiling a small model takes on a CPU: about 25 on 2 cores of a Xeon
+SAVED = 0.2  # share of an iteration's time that compiling saves at best: an assumption, not a measurement
+CPU_RATE = 2e10  # operations a second of a core in training: assumed, to the order of magnitude
 
 
 def slow_settings(model: ModelConfig, config: TrainConfig, device: str, dtype: str, flops: float) -> list[str]:
