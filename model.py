@@ -91,8 +91,9 @@ class ModelConfig:
     """how the loss is computed: dense materialises all logits, chunked does not, numba (CPU) and triton are compiled; auto = the fastest"""
     head_skip: float = 1e-6
     """elementwise distances leave out gradients that add up to less than this share of the target's; 0 = none"""
-    head_precision: Literal["float32", "autocast"] = "float32"
-    """products of the head's vectors (cross_entropy and the distances of kernel l2): float32, or autocast's type (on a GPU bfloat16)"""
+    head_precision: Literal["auto", "float32", "split", "autocast"] = "auto"
+    """matrix products of the head: float32, split (two half-precision parts, nearly as exact), autocast (the trunk's dtype); auto = on a GPU
+    split for distances and autocast for cross_entropy and cosine_linear, else float32"""
 
     def attention_width(self) -> int:
         """D, the width of an attention head."""

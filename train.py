@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from harmonic import IGNORE_INDEX, softmax_linearization_kl
 from model import Model, ModelConfig, adamw
 from training import checkpoint, distributed, pretrained
-from training.advice import senseless_settings, slow_settings
+from training.advice import about_products, senseless_settings, slow_settings
 from training.config import TrainConfig, UserError, check, known, parse, read_yaml, split_flags, write_yaml
 from training.data import (
     data_folder,
@@ -288,6 +288,8 @@ def main():
         f"{p.world} process{'es' if p.world > 1 else ''} on {device}{f' ({c.parallel})' if p.world > 1 else ''}, {dtype}"
         f"{', compiled' if c.compile else ''}"
     )
+    with autocast:
+        products = about_products(model.to(device).head)
     flops_per_token = model.flops_per_token(targets_per_window / m.block_size)
     changed = differences(stored, m, c) if resume else {}
     model.recompute = c.activation_checkpointing
@@ -329,7 +331,7 @@ def main():
     p.barrier()
     if c.emissions and p.local_rank == 0 and not c.eval_only:  # one tracker a node
         emissions = Emissions(out_dir, c.emissions_country, int(os.environ.get("GROUP_RANK", 0)))
-    say(about)
+    say(about if products is None else f"{about}\n{products}")
     notes = [f"resumed with {', '.join(f'{k}={now} (was {before})' for k, (before, now) in changed.items())}"] if changed else []
     if not c.eval_only:
         flops = flops_per_token * (c.max_iters - iteration) * slots * m.block_size

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harmonic.kernels import dense
+from harmonic.kernels.products import FLOAT32, Multiply, Products
 
 # Exponents n that go with the width C: name -> (C) -> n.
 EXPONENTS = {
@@ -137,8 +138,12 @@ def _triangle(factor=None):
     return {} if factor is None else {"factor": factor.tril()}
 
 
-def _linear(x, noise=None, factor=None):
-    return x if factor is None else x @ factor.to(x.dtype)
+def _linear(x, noise=None, factor=None, products=FLOAT32):
+    if factor is None:
+        return x
+    if products is FLOAT32 or x.dtype != torch.float32:
+        return x @ factor.to(x.dtype)
+    return Multiply.apply(x, factor.to(x.dtype).T, products)
 
 
 def _diagonal(x, noise=None, theta=None):
@@ -403,9 +408,9 @@ def log_distance(row, raw, u, v, options) -> torch.Tensor:
     return log_d if u is None else log_d - (u + v).abs().clamp_min(row.floor).log()
 
 
-def log_pairs(row, h, w, u, v, options, compiled=False) -> torch.Tensor:
-    """log d of all pairs of mapped operands: (N, C), (V, C) -> (N, V); for a control, its logits. compiled: see `dense.pairs`."""
-    raw = dense.pairs(h, w, row.kernel, compiled, **options, **row.fixed)
+def log_pairs(row, h, w, u, v, options, compiled=False, how: Products = FLOAT32) -> torch.Tensor:
+    """log d of all pairs of mapped operands: (N, C), (V, C) -> (N, V); for a control, its logits. compiled, how: see `dense.pairs`."""
+    raw = dense.pairs(h, w, row.kernel, compiled, how, **options, **row.fixed)
     return log_distance(row, raw, u if u is None else u[:, None], v, options)
 
 

@@ -3,8 +3,8 @@
     harmonic   logit_v = -n log d(h, w_v)   so that p_v = d_v^-n / sum_j d_j^-n     (2502.01628, eq. 2)
     softmax    logit_v = -s d(h, w_v)       the same geometry without HarMax: its control
 
-Everything is float32 (float64 stays) whatever autocast says. Nothing is clamped, smoothed or filled in; the only constant is the floor
-under the logarithm that `kernels/dense.py` documents.
+Everything is float32 (float64 stays) whatever autocast says, except the operands of matrix products where `precision` says so. Nothing is
+clamped, smoothed or filled in; the only constant is the floor under the logarithm that `kernels/dense.py` documents.
 """
 
 import math
@@ -33,6 +33,7 @@ from harmonic.distances import (
 )
 from harmonic.kernels import dense
 from harmonic.kernels.dense import cpu
+from harmonic.kernels.products import FLOAT32, PRECISIONS, Products, choose
 
 gpu = None
 if torch.cuda.is_available():
@@ -42,7 +43,6 @@ if torch.cuda.is_available():
         pass
 
 LINKS = ("harmonic", "softmax")
-PRECISIONS = ("float32", "autocast")
 IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 IGNORE_INDEX = -100  # the target of a position without a loss, as in F.cross_entropy
 # The chunked implementation: about CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the next, but
@@ -143,7 +143,7 @@ def harmonic_loss(
     reduction: str = "mean",
     impl: str = "auto",
     skip: float = SKIP,
-    precision: str = "float32",
+    precision: str = "auto",
     rows: int | None = None,
     training: bool = False,
     check_finite: bool = True,
@@ -158,8 +158,9 @@ def harmonic_loss(
             compiled kernels, on a CPU in float32; "triton" on CUDA; "auto" picks the fastest that the device and the distance have.
         skip: elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the target's, so that what is left out of any
             row adds up to less than `skip` of the target's slope. 0: none.
-        precision: "float32" always, or "autocast": inside torch.autocast impl "numba" multiplies matrices (kernels l2 and dot) in its type,
-            "triton" in bfloat16 alone, with float32 norms, logarithms and sums over chunks; the others never do.
+        precision: of the matrix products (kernels l2 and dot): "float32"; "split", nearly as exact and on a GPU several times faster;
+            "autocast", torch.autocast's type inside it. "auto" is split for distances and autocast for dot products on CUDA, float32
+            elsewhere. Norms, logarithms and sums are always float32, and so is all of impl "dense". See `kernels/products.py`.
         rows: how many rows of w are prototypes, where the rest is padding; None: all.
         check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
         The rest: see `harmonic_logits`.
@@ -173,8 +174,6 @@ def harmonic_loss(
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; choose from mean, sum, none")
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     if not 0 <= skip < 1:
         raise ValueError(f"skip must be in [0, 1), got {skip}")
     row, kept = resolve(name, **settings)
@@ -184,14 +183,17 @@ def harmonic_loss(
     rows = len(w) if rows is None else rows
     if not 0 < rows <= len(w):
         raise ValueError(f"rows {rows} is not in 1..{len(w)}")
-    lower = precision == "autocast" and torch.is_autocast_enabled(h.device.type)
-    product = torch.get_autocast_dtype(h.device.type) if lower else torch.float32
+    products = choose(precision, row.kernel, h.device)
+    if impl == "dense":  # what the others are compared with
+        products = FLOAT32
     with exactly(h.device):
         x, y = together(h.reshape(-1, h.shape[-1]), w)
         mapping, options = split(row, kept)
         trained = {k: v for k, v in mapping.items() if isinstance(v, torch.Tensor)}
         mapping = {k: v for k, v in mapping.items() if k not in trained}
-        how = _How(row, link, options, mapping, tuple(trained), ignore_index, reduction, impl, skip, product, rows, training, check_finite)
+        if products.name == "split" and not row.elementwise:  # the map is a matrix product, too
+            mapping["products"] = products
+        how = _How(row, link, options, mapping, tuple(trained), ignore_index, reduction, impl, skip, products, rows, training, check_finite)
         if not isinstance(strength, torch.Tensor):
             strength = torch.full((), strength, device=x.device)  # filled there: a GPU need not wait for a copy
         strength = strength.to(x)
@@ -249,7 +251,7 @@ class _How:
     reduction: str
     impl: str
     skip: float
-    product: torch.dtype
+    products: Products
     rows: int
     training: bool
     check_finite: bool
@@ -298,7 +300,7 @@ def _loss(x, y, targets, strength, bias, how, *trained):
 
 
 def _token_losses(x, y, u, v, strength, bias, targets, how):
-    logits = _logits(log_pairs(how.row, x, y, u, v, how.options), strength, how.link, bias)
+    logits = _logits(log_pairs(how.row, x, y, u, v, how.options, how=how.products), strength, how.link, bias)
     return F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -425,8 +427,7 @@ class Mapped:
 
 
 def _triton(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
-    product = torch.bfloat16 if how.product == torch.bfloat16 else torch.float32  # slopes are too small for float16
-    return gpu.run(x, y.whole(), u, v, strength, bias, targets, weight, how.epilogue(), needs_grad, product)
+    return gpu.run(x, y.whole(), u, v, strength, bias, targets, weight, how.epilogue(), needs_grad, how.products)
 
 
 def _chunked(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
@@ -505,7 +506,7 @@ class HarmonicHead(nn.Module):
         init_std: float = 0.02,
         impl: str = "auto",
         skip: float = SKIP,
-        precision: str = "float32",
+        precision: str = "auto",
         **options,
     ):
         super().__init__()
@@ -520,6 +521,8 @@ class HarmonicHead(nn.Module):
             raise ValueError(f"{name} takes no bias")
         if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
             raise ValueError(f"real_vocab_size {real_vocab_size} is not in 1..{vocab_size}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
         self.name, self.link, self.options = name, link, options
         self.impl, self.skip, self.precision = impl, skip, precision
         self.real_vocab_size = real_vocab_size or vocab_size
@@ -557,6 +560,11 @@ class HarmonicHead(nn.Module):
         key = "scale" if self.link == "softmax" else "exponent"
         bias = None if self.bias is None else self.bias[: self.real_vocab_size]
         return {key: self.strength(), "link": self.link, "bias": bias, "training": self.training, **self.geometry()}
+
+    def products(self) -> Products:
+        """How `loss` multiplies matrices on the prototypes' device, inside torch.autocast if this is called inside it."""
+        row, _ = resolve(self.name, **self.options)
+        return choose(self.precision, row.kernel, self.padded_prototypes().device)
 
     def geometry(self) -> dict:
         """The distance's options and trained parameters: the keyword settings of `distance`, `paired_distance`, `contributions`."""

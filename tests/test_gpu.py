@@ -16,6 +16,7 @@ from conftest import ROOT, script
 pytest.importorskip("triton")
 
 from harmonic.kernels import dense, gpu  # noqa: E402
+from harmonic.kernels.products import FLOAT32, SPLIT, Products  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -141,22 +142,65 @@ def test_equal_coordinates_and_zeros(epilogue):
     compare((x.round(), y.round(), *others), epilogue)
 
 
+MATMULS = [Epilogue("l2", root=0.5), Epilogue("l2", link="softmax", root=0.5), Epilogue("dot", link="control", factor=1.0)]
+
+
+def near_some(x, y):
+    """Moves two states almost onto prototypes, so that some blocks of l2 are marked near and others are not."""
+    x[2], x[18] = y[3] + 1e-2 * x[2], y[39] + 1e-2 * x[18]
+
+
 @runs
-@pytest.mark.parametrize("epilogue", [Epilogue("l2", root=0.5), Epilogue("dot", link="control", factor=1.0)], ids=repr)
+@pytest.mark.parametrize("epilogue", MATMULS, ids=repr)
+def test_split_products(epilogue, monkeypatch):
+    """Losses as exact as float32's, gradients to 16 bits; rows of very different sizes, several chunks and blocks."""
+    monkeypatch.setattr(gpu, "BLOCK", 16)
+    monkeypatch.setattr(gpu, "CHUNK", 16 * 70)
+    x, y, *others = arguments(epilogue, 37, 70, 33, terms=True)
+    near_some(x, y)
+    y[5] *= 1e-6
+    if epilogue.kernel == "dot":
+        x[7], y[9] = 1e4 * x[7], 1e-4 * y[9]
+    losses, gradients = gpu.run(x, y, *others, epilogue, True, SPLIT)
+    exact, naive = (dense_loss(dtype, x, y, *others, epilogue) for dtype in (torch.float64, torch.float32))
+    allowed = 3 * (naive[0] - exact[0]).abs() + 3e-6 * exact[0].abs().clamp_min(1)
+    assert ((losses - exact[0]).abs() <= allowed).all()
+    for ours, truth in zip(gradients, exact[1], strict=True):
+        if ours is not None and truth is not None:
+            assert (ours - truth).abs().max() <= 5e-5 * truth.abs().max()
+    assert torch.equal(losses, gpu.run(x, y, *others, epilogue, False, SPLIT)[0])
+
+
+@runs
+@pytest.mark.parametrize("epilogue", MATMULS[::2], ids=repr)
 def test_products_in_bfloat16(epilogue, monkeypatch):
     """Operands that bfloat16 holds: only the slopes are rounded, so the losses are as good as ever."""
-    if INTERPRETED:  # PyTorch multiplies so on CUDA alone
-        monkeypatch.setattr(gpu, "_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(Products, "multiply", lambda self, a, b: a.float() @ b.float())  # as CUDA does it: a CPU rounds the result, too
     monkeypatch.setattr(gpu, "BLOCK", 16)
     x, y, *others = arguments(epilogue, 21, 70, 33)
-    x[2], x[18] = y[3] + 1e-2 * x[2], y[39] + 1e-2 * x[18]  # in blocks that are marked near
-    x, y = x.bfloat16().float(), y.bfloat16().float()
-    losses, gradients = gpu.run(x, y, *others, epilogue, True, torch.bfloat16)
+    near_some(x, y)
+    x, y = (t.bfloat16().float() for t in (x, y))
+    losses, gradients = gpu.run(x, y, *others, epilogue, True, Products("autocast", torch.bfloat16, torch.bfloat16))
     exact, naive = (dense_loss(dtype, x, y, *others, epilogue) for dtype in (torch.float64, torch.float32))
     assert (losses - exact[0]).abs().max() <= (naive[0] - exact[0]).abs().max() + 1e-5 * exact[0].abs().max()
     for ours, truth in zip(gradients[:2], exact[1], strict=False):
         error = (ours - truth).abs().max() / truth.abs().max()
         assert 1e-7 < error < 1e-2
+
+
+@runs
+@pytest.mark.parametrize("products", [FLOAT32, SPLIT], ids=["float32", "split"])
+def test_an_offset_that_all_vectors_share(products, monkeypatch):
+    """l2 does not depend on it; inner products of vectors a hundred times as long would lose the distances."""
+    monkeypatch.setattr(gpu, "BLOCK", 16)
+    epilogue = Epilogue("l2", root=0.5)
+    x, y, *others = arguments(epilogue, 20, 40, 33)
+    x, y = x + 100, y + 100
+    losses, gradients = gpu.run(x, y, *others, epilogue, True, products)
+    exact = dense_loss(torch.float64, x, y, *others, epilogue)
+    assert (losses - exact[0]).abs().max() < 1e-4
+    for ours, truth in zip(gradients[:2], exact[1], strict=False):
+        assert (ours - truth).abs().max() <= 1e-4 * truth.abs().max()
 
 
 @runs

@@ -31,6 +31,7 @@ from harmonic import (
 )
 from harmonic.distances import formula_table, operands, resolve
 from harmonic.kernels import dense
+from harmonic.kernels.products import choose
 
 ROOT = Path(__file__).resolve().parent.parent
 N, V, C = 13, 103, 37  # odd on purpose: no dimension divides a block
@@ -886,6 +887,44 @@ def test_products_follow_autocast_only_when_asked():
         assert (lower[0] != plain[name][0]) == (name != "manhattan")
         for a, b in zip(lower, plain[name], strict=True):
             assert (a - b).abs().max() <= 3e-2 * b.abs().max()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "numba"])
+@pytest.mark.parametrize("name", ["euclidean", "cosine", "mahalanobis", "cross_entropy", "cosine_linear"])
+def test_split_products_are_as_exact_as_float32(name, impl):
+    """Losses within 3 times float32's own error and gradients to 16 bits, at a large exponent and with rows of very different lengths."""
+    if (name, impl) == ("cosine_linear", "numba"):
+        return  # has no compiled loss
+    h, w = vectors(torch.float32, n=31, v=203, c=96)
+    w = w * torch.logspace(-6, 0, 203)[:, None]
+    y, kw = torch.arange(31), {} if name in CONTROLS else {"exponent": 300.0, **parameters(name, 96)}
+    exact = harmonic_loss(h.double(), w.double(), y, name, reduction="none", impl="dense", **kw)
+    losses = {p: harmonic_loss(h, w, y, name, reduction="none", impl=impl, precision=p, **kw) for p in ("auto", "float32", "split")}
+    error = {p: (found - exact).abs().max() for p, found in losses.items()}
+    assert error["split"] <= 3 * error["float32"] + 1e-6 and torch.equal(losses["auto"], losses["float32"])
+    found, truth = gradients(h, w, y, name, impl=impl, precision="split", **kw), gradients(h, w, y, name, torch.float64, impl="dense", **kw)
+    for f, t in zip(found[1:], truth[1:], strict=True):
+        assert 1e-7 < (f - t).abs().max() / t.abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("capability, autocast, expected", [
+    (9, True, {"cross_entropy": "autocast", "cosine_linear": "autocast", "euclidean": "split", "cosine": "split", "manhattan": "float32"}),
+    (9, False, {"cross_entropy": "float32", "cosine_linear": "float32", "euclidean": "split", "cosine": "split", "manhattan": "float32"}),
+    (7, True, {"cross_entropy": "autocast", "euclidean": "float32", "manhattan": "float32"}),
+])  # fmt: skip
+def test_precision_auto(capability, autocast, expected, monkeypatch):
+    """What `auto` stands for on CUDA, by the card's compute capability."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
+    for name, kind in expected.items():
+        chosen = choose("auto", HEADS[name].kernel, torch.device("cuda"))
+        assert chosen.name == kind
+        assert choose("auto", HEADS[name].kernel, torch.device("cpu")).name == "float32"
+        if kind == "autocast":  # slopes are too small for float16
+            assert chosen.slopes == (torch.bfloat16 if capability >= 8 else torch.float32)
+    with pytest.raises(ValueError, match="unknown precision 'half'"):
+        HarmonicHead(4, 5, "cosine", precision="half")
 
 
 def test_numba_leaves_torchs_threads_alone():

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from harmonic import HEADS, loss
+from harmonic import HEADS, HarmonicHead, loss
 from harmonic.distances import resolve
 from harmonic.kernels.dense import cpu as numba_kernels
 from model import ModelConfig
@@ -44,11 +44,39 @@ def slow_settings(model: ModelConfig, config: TrainConfig, device: str, dtype: s
     if device == "cuda" and dtype == "float32" and torch.cuda.is_bf16_supported():
         found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
     kernel = HEADS[model.head].kernel
+    if kernel in ("dot", "l2"):
+        if device == "cuda" and model.head_precision == "float32":
+            found.append("head_precision=float32 keeps the head off the tensor cores: use --head_precision=auto")
+        if device != "cuda" and model.head_precision == "split":
+            found.append("head_precision=split is only emulated without CUDA, slower than float32: use --head_precision=auto")
     if model.head_impl in ("dense", "chunked") and _is_compiled(model, device):
         found.append(f"head_impl={model.head_impl} is slower than the compiled kernels and needs more memory: use --head_impl=auto")
     if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):  # those two skip nothing
         found.append("head_skip=0 computes gradients of pairs that do not matter to float32: the default 1e-6 leaves them out")
     return found
+
+
+def about_products(head: HarmonicHead) -> str | None:
+    """How the head multiplies matrices, in words, when called inside the run's autocast. None for a distance without matrix products."""
+    if HEADS[head.name].kernel not in ("dot", "l2"):
+        return None
+    products = head.products()
+    if products.name == "split":
+        return "head multiplies in two half-precision parts (split): as exact as float32"
+    what = f"head multiplies in {str(products.inner).removeprefix('torch.')}"
+    if products.name != "autocast" or head.kind == "control":
+        return what
+    # An inner product rounded to bfloat16 is off by up to 4e-4 |h| |w| (a twentieth of eps), so raw distances of vectors of one length by
+    # as much of themselves.
+    row, settings = resolve(head.name, **head.options)
+    power = float(head.strength()) * row.root(**{k: v for k, v in settings.items() if k in row.kernel_options})
+    error = power * torch.finfo(products.inner).eps / 20
+    if head.kind == "softmax":
+        return f"{what}: distances are off by up to {error / power:.0e} of themselves. --head_precision=auto is as exact as float32"
+    return (
+        f"{what}: at n = {float(head.strength()):.4g} the loss of a token is off by up to {error:.1g} nats where prototypes are as long as"
+        " states. --head_precision=auto is as exact as float32"
+    )
 
 
 def _is_compiled(model: ModelConfig, device: str) -> bool:

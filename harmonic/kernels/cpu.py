@@ -31,6 +31,8 @@ from numba import njit, prange
 from numba.core import types as nb
 from numba.extending import intrinsic
 
+from harmonic.kernels.products import FLOAT32, Multiply
+
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # fastmath, less the flags that allow to assume away NaN and infinity
 OPTIONS = {"fastmath": FAST, "error_model": "numpy"}  # 1/0 is infinity, not an exception that keeps a loop from being vectorised
 f32 = np.float32
@@ -774,10 +776,10 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
         padded = at_least_four(own)
         for first, block in y.blocks():
             here = slice(first, first + len(block))
-            if matmul and how.product == torch.float32:
+            if matmul and how.products is FLOAT32:
                 torch.mm(own, block.T, out=raw[:n, here])
             elif matmul:
-                raw[:n, here] = own.to(how.product) @ block.to(how.product).T
+                raw[:n, here] = Multiply.apply(own, block, how.products)
             else:
                 pairs(_array(padded), _array(at_least_four(block)), _array(raw), first, epilogue.kernel, found)
             if epilogue.kernel == "l2":
@@ -811,14 +813,13 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
             here = slice(first, first + len(block))
             if matmul:
                 s, into = slope[:n, here], dy[here]
-                if how.product == torch.float32:
+                if how.products is FLOAT32:
                     dx[part].addmm_(s, block)
                     into.addmm_(s.T, own, beta=float(i > 0))
                 else:
-                    s = s.to(how.product)
-                    dx[part] += s @ block.to(how.product)
-                    more = s.T @ own.to(how.product)
-                    into.add_(more) if i else into.copy_(more)
+                    more_dx, more_dy = how.products.gradients(s, own, block)
+                    dx[part] += more_dx
+                    into.add_(more_dy) if i else into.copy_(more_dy)
             else:
                 tile = at_least_four(block)
                 into = dy[here] if len(tile) == len(block) else torch.zeros_like(tile)

@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from harmonic.kernels import products
+from harmonic.kernels.products import FLOAT32, Products
+
 try:
     from harmonic.kernels import cpu
 except ImportError:  # without Numba the blocks below serve everything
@@ -79,9 +82,13 @@ def _linf_terms(x, y):
     return torch.zeros_like(difference).scatter_(-1, difference.argmax(-1, keepdim=True), 1.0)
 
 
-def _l2_matmul(h, w):
+def _dot_matmul(h, w, how):
+    return h @ w.T if how is FLOAT32 else products.Multiply.apply(h, w, how)
+
+
+def _l2_matmul(h, w, how):
     hh, ww = h.square().sum(-1, keepdim=True), w.square().sum(-1)
-    raw = torch.addmm(hh + ww, h, w.T, alpha=-2)
+    raw = torch.addmm(hh + ww, h, w.T, alpha=-2) if how is FLOAT32 else (hh + ww).sub(products.Multiply.apply(h, w, how), alpha=2)
     if raw.numel() and (raw.detach().amin(-1, keepdim=True) > NEAR * (hh + ww.amax())).all():
         return raw  # no pair cancels, none is near the floor: one pass settles it for almost every batch
     near = (raw < NEAR * (hh + ww)).nonzero(as_tuple=True)
@@ -101,7 +108,7 @@ KERNELS = {
         lambda x, y, a=10.0: (a * (x - y).abs()).softmax(-1),
     ),
     "canberra": Kernel(_canberra, _canberra_terms),
-    "dot": Kernel(lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=lambda h, w: h @ w.T),
+    "dot": Kernel(lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=_dot_matmul),
 }
 
 
@@ -149,19 +156,21 @@ class Epilogue:
         return (sizes * info.eps ** KERNELS[self.kernel].power(**self.options)).clamp_min(info.tiny)
 
 
-def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, compiled: bool = False, **options) -> torch.Tensor:
+def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, compiled: bool = False, how: Products = FLOAT32, **options) -> torch.Tensor:
     """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra memory: a few (N, V).
 
-    compiled: take the Numba kernel where there is one and the operands are finite float32 on a CPU.
+    compiled: take the Numba kernel where there is one and the operands are finite float32 on a CPU. how: the matrix products of float32.
     """
-    return _exported(h, w, kernel, **options) if torch.compiler.is_exporting() else _pairs(h, w, kernel, compiled, **options)
+    if torch.compiler.is_exporting():
+        return _exported(h, w, kernel, **options)
+    return _pairs(h, w, kernel, compiled, how if h.dtype == torch.float32 else FLOAT32, **options)
 
 
 def _exported(h, w, kernel, **options):
     """`pairs` for torch.export: no step depends on the number of states or on their values. Holds (N, EXPORTED) numbers at a time."""
     k = KERNELS[kernel]
     if kernel == "dot":
-        return k.matmul(h, w)
+        return k.matmul(h, w, FLOAT32)
     hh, ww = k.value(h, h.new_zeros(()), **options)[:, None], k.value(w, w.new_zeros(()), **options)
     low = torch.finfo(h.dtype).eps ** k.power(**options) * (hh + ww)
     if kernel == "l2":
@@ -174,10 +183,10 @@ def _exported(h, w, kernel, **options):
 
 
 @torch.compiler.disable  # blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing
-def _pairs(h, w, kernel, compiled, **options):
+def _pairs(h, w, kernel, compiled, how, **options):
     k = KERNELS[kernel]
     if k.matmul:
-        return k.matmul(h, w)
+        return k.matmul(h, w, how)
     found = find_compiled(h, kernel, options) if compiled else None
     if found and (h.detach().sum() + w.detach().sum()).isfinite():  # compiled maxima lose a NaN, so it takes the readable way
         raw = cpu.Pairs.apply(h, w, kernel, found)

@@ -12,7 +12,8 @@ A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, w
 templates when they are compiled, so a new kernel is two functions and a row of `_find`. p is the kernel's only number: a power, a
 sharpness, a floor or a sign.
 
-Precision. Everything is float32; matrix products take their operands in bfloat16 where asked, and add up in float32. Logits are taken
+Precision. Everything is float32 but the operands of matrix products, which products.py rounds or takes apart; they too add up in float32.
+For l2 a large offset that all vectors share is taken off first, for it would cost the products their last digits. Logits are taken
 relative to the row's nearest prototype: with exponents of hundreds, log d itself would have lost the digits that the logarithm of a ratio
 keeps. For the same reason sums over coordinates, rows and prototypes are added up in slices. A block of l2 that holds a pair whose
 difference cancels is computed from the differences, and so are its gradients (see dense.py).
@@ -30,8 +31,9 @@ import triton
 import triton.language as tl
 
 from harmonic.kernels import dense
+from harmonic.kernels.products import FLOAT32
 
-# Pairs of a chunk, 512 MiB of raw values (twice that for linf and lse, and 256 MiB more for slopes in bfloat16). At most 2^16 rows, so
+# Pairs of a chunk, 512 MiB of raw values (twice that for linf, lse, and l2 and dot with slopes in two parts). At most 2^16 rows, so
 # that few prototypes do not mean a huge chunk.
 CHUNK = 2**27
 CHUNK_ROWS = 2**16
@@ -343,9 +345,18 @@ def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
 
 
 @triton.jit
+def _inner(place, rows, columns, unit_x, unit_y, R, V):
+    """A block of inner products, times what the operands were divided by (None: nothing)."""
+    product = tl.load(place)
+    if unit_x is not None:
+        product *= tl.load(unit_x + rows, rows < R, 0.0)[:, None] * tl.load(unit_y + columns, columns < V, 0.0)[None, :]
+    return product
+
+
+@triton.jit
 def _tile(
-    x, y, size_x, size_y, u, v, targets, strength, raw, kept, near, best, total, target_level, R, V, C, p, epsilon, factor, floor,
-    cancelled, MODE: tl.constexpr, TERM: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, size_x, size_y, unit_x, unit_y, u, v, targets, strength, raw, kept, near, best, total, target_level, R, V, C, p, epsilon, factor,
+    floor, cancelled, MODE: tl.constexpr, TERM: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A block of pairs. Per row it leaves the smallest level and the sum of exp(logit - the logit there), and the target's level.
@@ -363,10 +374,10 @@ def _tile(
         x += tl.program_id(0).to(tl.int64) * C * BLOCK
         y += block.to(tl.int64) * C * BLOCK
     if MODE == "dot":
-        value = tl.load(raw + place)
+        value = _inner(raw + place, rows, columns, unit_x, unit_y, R, V)
     elif MODE == "l2":
         size = _sizes(rows, columns, size_x, size_y, R, V)
-        value = size - 2.0 * tl.load(raw + place)
+        value = size - 2.0 * _inner(raw + place, rows, columns, unit_x, unit_y, R, V)
         cancels = tl.max(tl.max((value < cancelled * size).to(tl.int32), 1), 0)
         if cancels > 0:
             value = _sum(x, y, rows, columns, C, p, TERM, BLOCK, UNROLL)
@@ -402,26 +413,31 @@ def _tile(
 
 @triton.jit
 def _slopes(
-    raw, near, size_x, size_y, u, v, targets, weight, strength, best, total, over_columns, over_rows, R, V, epsilon, factor, floor,
-    MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    raw, high, low, near, size_x, size_y, unit_x, unit_y, u, v, targets, weight, strength, best, total, over_columns, over_rows, R, V,
+    epsilon, factor, floor, MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """raw -> A = dL/draw in place, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength), over its rows of the first two.
+    """raw -> A = dL/draw, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength), over its rows of the first two.
 
-    For a control u + v is the bias. near: None but for l2, whose other blocks hold inner products; marked ones are left out of the sums of
-    A, for `_gradient` does without them.
+    For a control u + v is the bias. high, low: None, and A is written over raw; or A for a matrix product, in one part or two. near: None
+    but for l2, whose other blocks hold inner products. A of a marked block is written over raw, for `_gradient`; its parts and its share in
+    the sums of A are 0.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     rows = i * BLOCK + tl.arange(0, BLOCK)
     columns = j * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < R)[:, None] & (columns < V)[None, :]
-    place = raw + rows.to(tl.int64)[:, None] * tl.num_programs(1) * BLOCK + columns[None, :]
-    found = tl.load(place)
+    place = rows.to(tl.int64)[:, None] * tl.num_programs(1) * BLOCK + columns[None, :]
+    if MODE == "dot":
+        found = _inner(raw + place, rows, columns, unit_x, unit_y, R, V)
+    else:
+        found = tl.load(raw + place)
     signs = found
     if MODE == "linf":
         found = tl.abs(found)
     if near is not None:
         is_near = tl.load(near + i * tl.num_programs(1) + j) > 0
-        found = tl.where(is_near, found, _sizes(rows, columns, size_x, size_y, R, V) - 2.0 * found)
+        if not is_near:
+            found = _sizes(rows, columns, size_x, size_y, R, V) - 2.0 * _inner(raw + place, rows, columns, unit_x, unit_y, R, V)
     value = found if size_x is None else _above(found, rows, columns, size_x, size_y, R, V, epsilon)
     terms = None if v is None else _rank_one(rows, columns, u, v, R, V)
     level = _level(value, terms, factor, floor, LINK, ROOT)
@@ -441,9 +457,17 @@ def _slopes(
     a, e, s = tl.where(inside, a, 0.0), tl.where(inside, e, 0.0), tl.where(inside, g * fall, 0.0)
     if MODE == "linf":
         a = tl.where(signs < 0.0, -a, a)
-    tl.store(place, a)
-    if near is not None:
-        a = tl.where(is_near, 0.0, a)
+    if high is None:
+        tl.store(raw + place, a)
+    else:
+        if near is not None:
+            if is_near:
+                tl.store(raw + place, a)
+            a = tl.where(is_near, 0.0, a)
+        most = a.to(high.dtype.element_ty)
+        tl.store(high + place, most)
+        if low is not None:
+            tl.store(low + place, (a - most.to(tl.float32)).to(low.dtype.element_ty))
     across, down = over_columns + j * R + rows, over_rows + i * V + columns
     size = tl.num_programs(1) * R
     tl.store(across, tl.sum(a, 1), rows < R)
@@ -501,16 +525,6 @@ def _gradient(
     tl.store(out + place, total, inside)
 
 
-@triton.jit
-def _clear(slopes, near, BLOCK: tl.constexpr):
-    """Zero in the blocks that are marked: their gradients have been taken."""
-    if tl.load(near + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) > 0:
-        rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        place = slopes + rows.to(tl.int64)[:, None] * tl.num_programs(1) * BLOCK + columns[None, :]
-        tl.store(place, tl.zeros((BLOCK, BLOCK), tl.float32))
-
-
 # the host
 
 
@@ -524,7 +538,7 @@ def launch(kernel, grid: tuple, warps: int, registers: int | None = None, **argu
 
 
 @torch.no_grad()
-def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, product=torch.float32):
+def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, products=FLOAT32):
     """The loss of each row, and the gradients of sum(weight * loss).
 
     Args:
@@ -532,7 +546,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         strength: a 0-dim tensor, positive; a control ignores it. bias: (V,) or None, a control's.
         targets: (N,) int64 in [0, V). weight: (N,), 0 for ignored rows.
         epilogue: what makes logits of raw values; `supports` must hold for it.
-        product: the type of the operands of the matrix products of l2 and dot.
+        products: how l2 and dot multiply matrices.
     Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that are None or with needs_grad=False.
     """
     recipe = _find(epilogue)
@@ -543,8 +557,10 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
     dx, dy, du, dv, dstrength, dbias = gradients
     dterms = dbias if control else dv
     strength = torch.ones_like(strength) if control else strength
+    if mode == "l2":
+        x, y = _without_offset(x, y)
     level = dict(u=u, v=bias if control else v, strength=strength, factor=epilogue.factor, floor=epilogue.floor, LINK=epilogue.link)
-    level |= dict(MODE=mode, ROOT=epilogue.root, V=V, BLOCK=BLOCK, size_x=None, size_y=None, epsilon=0.0)
+    level |= dict(MODE=mode, ROOT=epilogue.root, V=V, BLOCK=BLOCK, size_x=None, size_y=None, epsilon=0.0, unit_x=None, unit_y=None)
     k, zero = dense.KERNELS[epilogue.kernel], x.new_zeros(())
     if mode != "dot":
         level |= dict(size_y=k.value(y, zero, **epilogue.options), epsilon=torch.finfo(x.dtype).eps ** k.power(**epilogue.options))
@@ -556,7 +572,9 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
     kept = torch.empty_like(raw) if needs_grad and mode in ("linf", "lse") else None
     y_t = None if mode == "dot" else _across(y)
     y_c = _by_coordinates(y) if needs_grad and recipe.slope else None
-    y_p = _whole(y).to(product) if matmul else None
+    if matmul:
+        right = products.operand(_whole(y), left=False, needs_grad=needs_grad)
+        level["unit_y"] = right.unit
     for start in range(0, N, chunk):
         s = slice(start, start + chunk)
         xs = x[s]
@@ -568,9 +586,10 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         near = x.new_empty(grid, dtype=torch.int32) if needs_grad and mode == "l2" else None
         best, total, own = x.new_empty(blocks, R), x.new_empty(blocks, R), x.new_full((R,), torch.nan)  # if a target is no prototype
         if matmul:
-            raw = a = operands = None  # what holds the last chunk's: freed before there is another
-            x_p = _whole(xs).to(product)
-            raw = _product(x_p, y_p.T)
+            raw = slopes = operands = sums = None  # what holds the last chunk's: freed before there is another
+            left = products.operand(_whole(xs), left=True, needs_grad=needs_grad)
+            level["unit_x"] = left.unit
+            raw = products.inner_products(left, right)
         operands = dict(
             x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=recipe.p, TERM=recipe.term, UNROLL=recipe.unroll, cancelled=dense.NEAR
         )
@@ -581,8 +600,10 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         losses[s] = total.log() - strength * _difference(own, lowest, epilogue)
         if not needs_grad:
             continue
+        slopes = _empty_slopes(raw, right.parts, in_place=mode == "dot") if matmul else None
         across, down = x.new_empty(3, blocks, R), x.new_empty(2, grid[0], V)
-        sums = dict(over_columns=across, over_rows=down)
+        sums = dict(over_columns=across, over_rows=down, high=None if slopes is None else slopes[0])
+        sums |= dict(low=slopes[1] if matmul and len(slopes) > 1 else None)
         launch(_slopes, grid, 16, raw=raw, near=near, weight=weight[s], best=lowest, total=total, **sums, **level)
         across, down = across.sum(1), down.sum(1)
         if du is not None:
@@ -597,13 +618,28 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             dx[s].sub_(across[0][:, None])
             dy.sub_(down[0][:, None])
         if matmul:
-            a, factor = raw.to(product), 1 if mode == "dot" else -2  # l2: d/dx of sum A (x - y)^2 = 2 (rowsum(A) x - A y)
-            dx[s].add_(_product(a, y_p)[:R], alpha=factor)
-            dy.add_(_product(a.T, x_p)[:V], alpha=factor)
+            factor = 1 if mode == "dot" else -2  # l2: d/dx of sum A (x - y)^2 = 2 (rowsum(A) x - A y)
+            dx[s].add_(products.pull_left(slopes, right.parts)[:R], alpha=factor)
+            dy.add_(products.pull_right(slopes, left.parts)[:V], alpha=factor)
         if mode == "l2":
             dx[s].addcmul_(across[0][:, None], xs, value=2)
             dy.addcmul_(down[0][:, None], y, value=2)
     return losses, tuple(gradients)
+
+
+def _without_offset(x, y):
+    """x and y less the mean of y where that is most of their length, which l2 does not depend on. Nothing waits for the device."""
+    middle = y.mean(0)
+    large = middle.square().sum() > y.square().sum(1).mean() / 2
+    middle = torch.where(large, middle, 0.0)
+    return x - middle, y - middle
+
+
+def _empty_slopes(raw, parts, in_place):
+    """Room for the slopes of raw values (R, V), to be multiplied with `parts` (P, V, C): (P, R, V). in_place: over `raw` if they fit."""
+    if in_place and parts.dtype == raw.dtype:
+        return raw[None]
+    return raw.new_empty(len(parts), *raw.shape, dtype=parts.dtype)
 
 
 def _whole(x):
@@ -621,18 +657,13 @@ def _by_coordinates(x):
     return (F.pad(x, (0, -x.shape[1] % BLOCK)) if x.shape[1] % BLOCK else x).view(len(x), -1, BLOCK).transpose(0, 1).contiguous()
 
 
-def _product(a, b):
-    """a @ b, added up and returned in float32; the caller has TF32 off."""
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-
-
 def _difference(level, best, epilogue):
     """`_fall` for torch."""
     return -epilogue.root * (level / best).log() if epilogue.link == "harmonic" else best - level
 
 
 def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
-    """Adds the gradients of all pairs to dx and dy; where blocks are marked `near`, theirs only, and clears their slopes.
+    """Adds the gradients of all pairs to dx and dy; where blocks are marked `near`, theirs only.
 
     y_c: y `_by_coordinates`.
     """
@@ -644,5 +675,3 @@ def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
     strides = dict(OWN=1, OTHER=W, near_own=1, near_other=columns)
     p, x_c = recipe.exchanged * recipe.p, _by_coordinates(x)
     launch(_gradient, (columns, coordinates), 8, 128, x=y, y=x_c, out=dy, M=V, K=R, p=p, **strides, **shared)
-    if near is not None:
-        launch(_clear, (rows, columns), 8, slopes=slopes, near=near, BLOCK=BLOCK)

@@ -1,0 +1,194 @@
+"""How exact the head's matrix products are in each precision, against float64.
+
+    python -m benchmarks.precision out/demo/cross_entropy out/demo/cosine      # after `make demo`; about 10 minutes on 2 cores
+
+No GPU is needed: the kernels for GPUs run in Triton's interpreter, and products of half-precision numbers are exact in float32, so the
+arithmetic is that of tensor cores (which add up in an order of their own). Prototypes are
+
+    fresh      8,192 x 768, standard deviation 0.02, beside layer-normalised random states: a model as it starts
+    trained    those of the runs that are given, beside their states on validation text: the first run's for cross_entropy, the last
+               run's for the distances
+    matched    those that `harmonic.match` makes from the first run's dot product: what --init_from gives a distance
+
+with the head's own exponent n and with n = 4 C. Errors are the largest of STATES states: of the losses in nats, and of the gradients with
+respect to states and prototypes, relative to their largest entry. Writes results/precision.csv.
+"""
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from analysis.runs import find_runs
+from benchmarks.head import write
+from harmonic import CONTROLS, HarmonicHead, harmonic_loss, loss
+from harmonic.kernels import gpu
+from harmonic.kernels.products import FLOAT32, SPLIT, Products
+from harmonic.match import match
+from model import Model
+from training.config import cli, parse
+from training.data import Data
+from training.pretrained import states as training_states
+
+HEADS = ("cross_entropy", "euclidean", "cosine", "mahalanobis")
+STATES = 64
+V, C = 8192, 768
+
+
+@dataclass
+class PrecisionConfig:
+    """What to compare"""
+
+    runs: list[str] = field(default_factory=list)
+    """two run folders, the first of cross_entropy; none: only fresh prototypes"""
+    out: str = "results/precision.csv"
+    """the CSV file"""
+
+    def problems(self) -> list[str]:
+        folder = Path(self.out).parent
+        return [] if folder.is_dir() else [f"--out={self.out}: the folder {folder} does not exist"]
+
+
+class AsTensorCores(Products):
+    """Products whose operands are rounded, multiplied exactly and added up in float32."""
+
+    def multiply(self, a, b):
+        return a.float() @ b.float()
+
+
+class Tf32(AsTensorCores):
+    """Operands rounded to the 11 significant bits of TF32, to nearest."""
+
+    def split(self, x, dtype):
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)[None]
+
+
+class OneSlope(Products):
+    """SPLIT, but slopes and what they are multiplied with are rounded to bfloat16."""
+
+    def split(self, x, dtype):
+        return x.to(dtype)[None] if dtype == self.slopes else super().split(x, dtype)
+
+
+PRECISIONS = {
+    "float32": FLOAT32,
+    "tf32": Tf32("tf32", torch.float32, torch.float32),
+    "split": SPLIT,
+    "split but for slopes": OneSlope("one", torch.float16, torch.bfloat16, 2),
+    "bfloat16": AsTensorCores("bfloat16", torch.bfloat16, torch.bfloat16),
+}
+
+
+@dataclass
+class Case:
+    """A head and the states (STATES, C) and targets (STATES,) that it is tried on."""
+
+    prototypes: str
+    head: HarmonicHead
+    states: torch.Tensor
+    targets: torch.Tensor
+
+
+def fresh(name: str) -> Case:
+    g = torch.Generator().manual_seed(0)
+    head = HarmonicHead(C, V, name)
+    with torch.no_grad():
+        head.weight.normal_(std=0.02, generator=g)
+    states = F.layer_norm(torch.randn(STATES, C, generator=g), (C,))
+    return Case("fresh", head, states, torch.randint(V, (STATES,), generator=g))
+
+
+@torch.no_grad()
+def validation_states(model: Model, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (STATES, C) states spread over a few windows, and their targets."""
+    T = model.config.block_size
+    text = torch.from_numpy(data.splits["val"].read(0, 4 * T + 1).astype("int64"))
+    h = model.hidden(text[:-1].view(4, T)).reshape(4 * T, -1)
+    chosen = torch.arange(STATES) * (4 * T // STATES)
+    return h[chosen], text[1:][chosen]
+
+
+def trained_and_matched(folders: list[str], name: str) -> list[Case]:
+    runs = find_runs(folders)
+    first, last = runs[0], runs[-1]
+    run = first if name in CONTROLS else last
+    model, _ = run.load()
+    head = HarmonicHead(model.config.n_embd, len(model.head.weight), name, real_vocab_size=model.head.real_vocab_size)
+    head.weight = model.head.weight
+    cases = [Case("trained", head, *validation_states(model, run.data()))]
+    if name in CONTROLS:
+        return cases
+    model, _ = first.load()
+    table = model.head.prototypes().detach()
+    head = HarmonicHead(table.shape[1], len(table), name)
+    with torch.no_grad():
+        match(head, training_states(model, first.data(), seed=0, batch_size=8), table)
+    return cases + [Case("matched", head, *validation_states(model, first.data()))]
+
+
+def gradients(case: Case, n: float | None, dtype: torch.dtype, products: Products | None = None) -> tuple[torch.Tensor, ...]:
+    """-> (losses, dL/dh, dL/dw), float64. products: how the GPU's kernels multiply; None: plain PyTorch."""
+    h = case.states.detach().to(dtype, copy=True).requires_grad_()
+    w = case.head.prototypes().detach().to(dtype, copy=True).requires_grad_()
+    settings = {k: v.detach().to(dtype) if isinstance(v, torch.Tensor) else v for k, v in case.head.geometry().items()}
+    if n is not None:
+        settings["exponent"] = n
+    with contextlib.ExitStack() as as_on_a_gpu:
+        if products:
+            as_on_a_gpu.enter_context(mock.patch.object(loss, "gpu", gpu))
+            as_on_a_gpu.enter_context(mock.patch.object(loss._How, "implementation", lambda *_: loss._triton))
+            as_on_a_gpu.enter_context(mock.patch.object(loss, "choose", lambda *_: products))
+        losses = harmonic_loss(h, w, case.targets, case.head.name, reduction="none", impl="auto" if products else "dense", **settings)
+        losses.sum().backward()
+    return losses.detach().double(), h.grad.double(), w.grad.double()
+
+
+def compare(case: Case, n: float | None) -> list[dict]:
+    """A row for each precision."""
+    truth = gradients(case, n, torch.float64)
+    rows, of_float32 = [], 0.0
+    for precision, products in PRECISIONS.items():
+        errors = [(a - b).abs().max().item() for a, b in zip(gradients(case, n, torch.float32, products), truth, strict=True)]
+        errors[1:] = [e / t.abs().max().item() for e, t in zip(errors[1:], truth[1:], strict=True)]
+        row = {"head": case.head.name, "prototypes": case.prototypes, "V": case.head.real_vocab_size, "C": case.states.shape[1]}
+        row |= {"n": "" if n is None else f"{n:.4g}", "precision": precision}
+        row |= dict(zip(("loss_error", "dh_error", "dw_error"), (f"{e:.1e}" for e in errors), strict=True))
+        of_float32 = of_float32 or errors[0]  # the first row
+        rows.append(row | {"loss_error_over_float32s": f"{errors[0] / of_float32:.2g}"})
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table that docs/performance.md shows: errors of losses in nats, a row for each head, prototypes and n."""
+    lines = [f"| head | prototypes | n | {' | '.join(PRECISIONS)} |", "|---" * (3 + len(PRECISIONS)) + "|"]
+    for at in dict.fromkeys((r["head"], r["prototypes"], r["n"]) for r in rows):
+        found = {r["precision"]: r["loss_error"] for r in rows if (r["head"], r["prototypes"], r["n"]) == at}
+        lines.append(f"| {' | '.join(at)} | {' | '.join(found[p] for p in PRECISIONS)} |")
+    return "\n".join(lines)
+
+
+def main():
+    (c,) = parse(sys.argv[1:], PrecisionConfig, words="runs")
+    rows, cases = [], []
+    for name in HEADS:
+        cases += [fresh(name)] + (trained_and_matched(c.runs, name) if c.runs else [])
+    for case in tqdm(cases, disable=None, leave=False):
+        for n in [None] if case.head.name in CONTROLS else sorted({float(case.head.strength()), 4.0 * case.states.shape[1]}):
+            rows += compare(case, n)
+            write(rows, c.out)
+    print(markdown(rows))
+    print(f"wrote {c.out}")
+
+
+if __name__ == "__main__":
+    cli(main)
