@@ -11,6 +11,7 @@ here: tests, the documentation's table, `--help` and the benchmark loop over `DI
 
 import contextlib
 import difflib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +95,19 @@ def _normalize(x, noise=None):
 def _fast_unit(x):
     if dense.cpu and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= dense.cpu.ALONE and dense.cpu.usable():
         return dense.cpu.Unit.apply(x)
+    if x.device.type == "cuda" and x.dtype == torch.float32 and (gpu := triton_kernels()) and x.shape[-1] <= gpu.Unit.WIDEST:
+        return gpu.Unit.apply(x)
     return _unit(x, 2)
+
+
+@functools.cache
+def triton_kernels():
+    """The module of Triton kernels, or None where there is no Triton."""
+    try:
+        from harmonic.kernels import gpu
+    except ImportError:
+        return None
+    return gpu
 
 
 def _normalize_l1(x, noise=None):

@@ -204,6 +204,25 @@ def test_an_offset_that_all_vectors_share(products, monkeypatch):
 
 
 @runs
+def test_unit_vectors():
+    """As in float64, at lengths whose squares over- and underflow; zeros stay zeros, a NaN stays in its row."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 37, generator=g).to(DEVICE)
+    x[1] *= 1e25
+    x[2] *= 1e-25
+    x[3] = 0
+    slope = torch.randn(7, 37, generator=g).to(DEVICE)
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    unit, truth = gpu.Unit.apply(leaf), F.normalize(exact, dim=-1, eps=1e-300)
+    (found,), (expected,) = torch.autograd.grad(unit, leaf, slope), torch.autograd.grad(truth, exact, slope.double())
+    assert (unit - truth).abs().max() < 2e-7
+    others = torch.arange(7) != 3
+    assert ((found - expected).norm(dim=1) <= 1e-6 * expected.norm(dim=1))[others].all() and torch.equal(found[3], slope[3])
+    x[5, 4] = torch.nan
+    assert gpu.Unit.apply(x).isnan().any(1).tolist() == [False] * 5 + [True, False]
+
+
+@runs
 def test_linf_ties():
     """One of the coordinates that attain the maximum has the whole gradient."""
     epilogue = Epilogue("linf")

@@ -23,8 +23,10 @@ Checked against float64 on an H200, and in Triton's interpreter; `benchmarks.gpu
 Blocks, warps and unrolling were chosen there by timing (LOG.md); lse, square and powers without a name have been unrolled less since.
 """
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
@@ -41,6 +43,19 @@ CHUNK_ROWS = 2**16
 # slices of as many, some steps of which are written out, so that loads run ahead.
 BLOCK = 64
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+def _log1p_remainder(f):
+    """(log(1 + f) - f) / f^2."""
+    return np.where(abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2)
+
+
+# The polynomial through its values at Chebyshev's nodes of [-1/4, 1/2], constant first; and log 2 / 2^23.
+L0, L1, L2, L3, L4, L5, L6, L7, L8 = (
+    tl.constexpr(float(c))
+    for c in np.polynomial.Chebyshev.interpolate(_log1p_remainder, 8, [-0.25, 0.5]).convert(kind=np.polynomial.Polynomial).coef
+)
+LOG_2 = tl.constexpr(math.log(2) / 2**23)
 
 
 # terms and slopes
@@ -339,9 +354,23 @@ def _denominator(terms, floor):
 
 
 @triton.jit
+def _log1p(t):
+    """log(1 + t) for t > -0.2, to about 1e-7 of itself: 20 instructions without a branch, where an exact division and a logarithm take 35.
+
+    1 + t = 2^k (1 + f) with f in [-1/4, 1/2), and log(1 + f) = f + f^2 P(f), which keeps a small f exact.
+    """
+    k = ((1.0 + t).to(tl.int32, bitcast=True) - 0x3F400000) & ~0x7FFFFF  # times 2^23; 0x3F400000 is 3/4
+    scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2^-k
+    f = tl.fma(t, scale, scale - 1.0)
+    p = tl.fma(f, tl.fma(f, tl.fma(f, tl.fma(f, L8, L7), L6), L5), L4)
+    p = tl.fma(f, tl.fma(f, tl.fma(f, tl.fma(f, p, L3), L2), L1), L0)
+    return tl.fma(k.to(tl.float32), LOG_2, tl.fma(f * f, p, f))
+
+
+@triton.jit
 def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
-    """The logit at `level` minus the logit at `best`, for a strength of 1. Divided exactly: n multiplies an error here by hundreds."""
-    return -ROOT * tl.log(tl.div_rn(level, best)) if LINK == "harmonic" else best - level
+    """The logit at `level` minus the logit at the row's `best`, for a strength of 1. n multiplies an error here by hundreds."""
+    return -ROOT * _log1p((level - best) * (1.0 / best)) if LINK == "harmonic" else best - level
 
 
 @triton.jit
@@ -361,16 +390,20 @@ def _tile(
 ):  # fmt: skip
     """A block of pairs. Per row it leaves the smallest level and the sum of exp(logit - the logit there), and the target's level.
 
-    raw: for dot and l2 it comes with the inner products, which stay but in blocks of l2 that cancel; for linf the difference with its sign.
-    raw (but for those two), kept, near: None where no gradient is wanted; kept is what some slopes need of a pair, near marks the blocks of
-    l2 that cancel.
+    raw: for dot and l2 it comes with the inner products, which stay; for linf it is the difference with its sign. raw (but for those two)
+    and kept, what some slopes need of a pair, are None where no gradient is wanted.
+    l2 marks in `near` the blocks that hold a pair whose difference cancels. A second launch, in mode "near", does these again from the
+    differences and leaves the raw values. One kernel for both would need twice the registers, and have half as many threads at work.
     """
+    if MODE == "near":
+        if tl.load(near + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) == 0:
+            return
     block = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < R)[:, None] & (columns < V)[None, :]
     place = rows.to(tl.int64)[:, None] * tl.num_programs(1) * BLOCK + columns[None, :]
-    if MODE != "dot":
+    if MODE != "dot" and MODE != "l2":
         x += tl.program_id(0).to(tl.int64) * C * BLOCK
         y += block.to(tl.int64) * C * BLOCK
     if MODE == "dot":
@@ -379,12 +412,8 @@ def _tile(
         size = _sizes(rows, columns, size_x, size_y, R, V)
         value = size - 2.0 * _inner(raw + place, rows, columns, unit_x, unit_y, R, V)
         cancels = tl.max(tl.max((value < cancelled * size).to(tl.int32), 1), 0)
-        if cancels > 0:
-            value = _sum(x, y, rows, columns, C, p, TERM, BLOCK, UNROLL)
-            tl.store(raw + place, value)
-        if near is not None:
-            tl.store(near + tl.program_id(0) * tl.num_programs(1) + block, cancels)
-    elif MODE == "sum":
+        tl.store(near + tl.program_id(0) * tl.num_programs(1) + block, cancels)
+    elif MODE == "sum" or MODE == "near":
         value = _sum(x, y, rows, columns, C, p, TERM, BLOCK, UNROLL)
     elif MODE == "linf":
         value, at = _maximum(x, y, rows, columns, C, BLOCK, UNROLL)
@@ -413,10 +442,11 @@ def _tile(
 
 @triton.jit
 def _slopes(
-    raw, high, low, near, size_x, size_y, unit_x, unit_y, u, v, targets, weight, strength, best, total, over_columns, over_rows, R, V,
-    epsilon, factor, floor, MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    raw, high, low, near, size_x, size_y, unit_x, unit_y, u, v, targets, weight, strength, best, inverse_total, over_columns, over_rows,
+    R, V, epsilon, factor, floor, MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """raw -> A = dL/draw, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength), over its rows of the first two.
+    """raw -> A = dL/draw, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength), over its rows of the first two:
+    those that somebody needs.
 
     For a control u + v is the bias. high, low: None, and A is written over raw; or A for a matrix product, in one part or two. near: None
     but for l2, whose other blocks hold inner products. A of a marked block is written over raw, for `_gradient`; its parts and its share in
@@ -443,14 +473,14 @@ def _slopes(
     level = _level(value, terms, factor, floor, LINK, ROOT)
     fall = _fall(level, tl.load(best + rows, rows < R, 1.0)[:, None], LINK, ROOT)
     n = tl.load(strength)
-    share = tl.exp(n * fall) / tl.load(total + rows, rows < R, 1.0)[:, None]
+    share = tl.exp(n * fall) * tl.load(inverse_total + rows, rows < R, 1.0)[:, None]
     hit = columns[None, :] == tl.load(targets + rows, rows < R, -1)[:, None]
     g = tl.load(weight + rows, rows < R, 0.0)[:, None] * (share - tl.where(hit, 1.0, 0.0))  # dL/dlogit
     if LINK == "control":
         a, e = g, g
     else:
         by_log = -n * g if LINK == "harmonic" else -n * g * level  # dL/dlog d
-        a = tl.where(found < value, 0.0, ROOT * by_log / value)  # no gradient below the floor
+        a = tl.where(found < value, 0.0, ROOT * by_log * _inverse(value))  # no gradient below the floor
         e = tl.zeros_like(a)
         if u is not None:
             e = tl.where(tl.abs(terms) <= floor, 0.0, -by_log / terms)
@@ -470,11 +500,14 @@ def _slopes(
             tl.store(low + place, (a - most.to(tl.float32)).to(low.dtype.element_ty))
     across, down = over_columns + j * R + rows, over_rows + i * V + columns
     size = tl.num_programs(1) * R
-    tl.store(across, tl.sum(a, 1), rows < R)
-    tl.store(across + size, tl.sum(e, 1), rows < R)
-    tl.store(across + 2 * size, tl.sum(s, 1), rows < R)
-    tl.store(down, tl.sum(a, 0), columns < V)
-    tl.store(down + tl.num_programs(0) * V, tl.sum(e, 0), columns < V)
+    if MODE == "l2" or MODE == "sum":
+        tl.store(across, tl.sum(a, 1), rows < R)
+        tl.store(down, tl.sum(a, 0), columns < V)
+    if v is not None:
+        tl.store(across + size, tl.sum(e, 1), rows < R)
+        tl.store(down + tl.num_programs(0) * V, tl.sum(e, 0), columns < V)
+    if LINK != "control":
+        tl.store(across + 2 * size, tl.sum(s, 1), rows < R)
 
 
 @triton.jit
@@ -523,6 +556,35 @@ def _gradient(
                 y_at += BLOCK
             total += part
     tl.store(out + place, total, inside)
+
+
+# unit vectors: a program has a row, of WIDTH >= C numbers
+
+
+@triton.jit
+def _unit(x, out, inverse, C, WIDTH: tl.constexpr):
+    """A row over its Euclidean norm, at any scale without over- or underflow; a row of zeros stays one. inverse: 1 / norm, of zeros 1."""
+    row = tl.program_id(0)
+    c = tl.arange(0, WIDTH)
+    place = row.to(tl.int64) * C + c
+    values = tl.load(x + place, c < C, 0.0)
+    scale = 1.0 / tl.maximum(tl.max(tl.abs(values), 0), 1e-37)
+    values *= scale
+    total = tl.sum(values * values, 0)
+    over = 1.0 / tl.where(total == 0.0, 1.0, tl.sqrt_rn(total))
+    tl.store(out + place, values * over, c < C)
+    tl.store(inverse + row, tl.where(total == 0.0, 1.0, scale * over))
+
+
+@triton.jit
+def _pull_unit(out, inverse, slope, dx, C, WIDTH: tl.constexpr):
+    """dL/dx of a row from dL/d(x / |x|): what is across to it, over the norm."""
+    row = tl.program_id(0)
+    c = tl.arange(0, WIDTH)
+    place = row.to(tl.int64) * C + c
+    direction, s = tl.load(out + place, c < C, 0.0), tl.load(slope + place, c < C, 0.0)
+    along = tl.sum(direction * s, 0)
+    tl.store(dx + place, tl.load(inverse + row) * (s - along * direction), c < C)
 
 
 # the host
@@ -583,7 +645,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         level |= dict(targets=targets[s], R=R, u=None if u is None else u[s])
         if mode != "dot":
             level["size_x"] = k.value(xs, zero, **epilogue.options)
-        near = x.new_empty(grid, dtype=torch.int32) if needs_grad and mode == "l2" else None
+        near = x.new_empty(grid, dtype=torch.int32) if mode == "l2" else None
         best, total, own = x.new_empty(blocks, R), x.new_empty(blocks, R), x.new_full((R,), torch.nan)  # if a target is no prototype
         if matmul:
             raw = slopes = operands = sums = None  # what holds the last chunk's: freed before there is another
@@ -594,7 +656,9 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=recipe.p, TERM=recipe.term, UNROLL=recipe.unroll, cancelled=dense.NEAR
         )
         operands |= dict(raw=raw, kept=kept, near=near, best=best, total=total, target_level=own)
-        launch(_tile, grid, 4, 168, **operands, **level)
+        launch(_tile, grid, *((16, None) if matmul else (4, 168)), **operands, **level)
+        if mode == "l2":
+            launch(_tile, grid, 4, 168, **operands, **level | {"MODE": "near", "unit_x": None, "unit_y": None})
         lowest = best.amin(0)
         total = (total * (strength * _difference(best, lowest, epilogue)).exp()).sum(0)
         losses[s] = total.log() - strength * _difference(own, lowest, epilogue)
@@ -604,7 +668,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         across, down = x.new_empty(3, blocks, R), x.new_empty(2, grid[0], V)
         sums = dict(over_columns=across, over_rows=down, high=None if slopes is None else slopes[0])
         sums |= dict(low=slopes[1] if matmul and len(slopes) > 1 else None)
-        launch(_slopes, grid, 16, raw=raw, near=near, weight=weight[s], best=lowest, total=total, **sums, **level)
+        launch(_slopes, grid, 16, raw=raw, near=near, weight=weight[s], best=lowest, inverse_total=1 / total, **sums, **level)
         across, down = across.sum(1), down.sum(1)
         if du is not None:
             du[s] = across[1]
@@ -640,6 +704,32 @@ def _empty_slopes(raw, parts, in_place):
     if in_place and parts.dtype == raw.dtype:
         return raw[None]
     return raw.new_empty(len(parts), *raw.shape, dtype=parts.dtype)
+
+
+class Unit(torch.autograd.Function):
+    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (..., C)."""
+
+    WIDEST = 2**14  # numbers of a row that a program can hold
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        out, inverse = torch.empty_like(rows), rows.new_empty(len(rows))
+        ctx.save_for_backward(out, inverse)
+        width = triton.next_power_of_2(rows.shape[1])
+        if len(rows):
+            launch(_unit, (len(rows),), 4, x=rows, out=out, inverse=inverse, C=rows.shape[1], WIDTH=width)
+        return out.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        out, inverse = ctx.saved_tensors
+        rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
+        width = triton.next_power_of_2(out.shape[1])
+        if len(rows):
+            launch(_pull_unit, (len(rows),), 4, out=out, inverse=inverse, slope=rows, dx=dx, C=out.shape[1], WIDTH=width)
+        return dx.view(slope.shape)
 
 
 def _whole(x):
