@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-slow lint format bench bench-gpu faults multinode study study-algorithmic study-vision study-toy clean
+.PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-algorithmic study-vision study-toy clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-slow  those that take long: lm-evaluation-harness, a storm of faults, kernels for other GPUs (some ten minutes)"
 	@echo "make lint       ruff; make format mends what it can"
 	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
+	@echo "make gpu        what only a GPU can show: kernels against float64, speed of heads and of training, NCCL, sampling (9 minutes a call)"
 	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
 	@echo "make multinode  two machines as network namespaces, and the cable pulled (3 minutes; needs root)"
 	@echo "make study      the study of heads (some eight hours on 2 cores; may be stopped, and goes on)"
@@ -60,6 +61,10 @@ bench: $(VENV)/installed data/wiki/meta.json
 # The code that the CUDA kernels compile to: registers and spills, without a GPU.
 bench-gpu: $(VENV)/installed-dev
 	$(RUN) -m benchmarks.gpu_compile
+
+# Rows that results/gpu.csv has for this card and this code are not measured again. Call it again for what had no time left.
+gpu: $(VENV)/installed
+	$(RUN) -m benchmarks.gpu --minutes=9
 
 # Rows that results/faults.csv has are not tried again; delete it to begin anew.
 faults: $(VENV)/installed data/wiki/meta.json

@@ -9,6 +9,8 @@
 Shapes: B batch, T time, C = n_embd, H heads, D = head_dim (C / H), V = vocab_size rows, of which the first real_vocab_size are tokens.
 """
 
+import functools
+import importlib.util
 import inspect
 import math
 from dataclasses import dataclass
@@ -17,9 +19,12 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from harmonic import CONTROLS, EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
+
+MASK_BLOCK = 128  # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
 
 
 @dataclass
@@ -55,8 +60,8 @@ class ModelConfig:
     bias: bool | None = None
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was published"""
     doc_mask: bool = False
-    """attend within a document only, and count positions from its beginning: each is seen as if it stood alone (its mask costs time and
-    memory: GPUs' fastest attention kernels take none)"""
+    """attend within a document only, and count positions from its beginning: each is seen as if it stood alone. CUDA: FlexAttention, which
+    skips blocks that share no document; a CPU, or dropout in training: a dense mask, slower and T x T numbers a window"""
     eot_id: int | None = None
     """doc_mask: the token that begins a document; null = the data's"""
     tie_weights: bool = True
@@ -92,8 +97,8 @@ class ModelConfig:
     head_skip: float = 1e-6
     """elementwise distances leave out gradients that add up to less than this share of the target's; 0 = none"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = "auto"
-    """matrix products of the head: float32, split (two half-precision parts, nearly as exact), autocast (the trunk's dtype); auto = on a GPU
-    split for distances and autocast for cross_entropy and cosine_linear, else float32"""
+    """matrix products of the head: float32, split (two half-precision parts, as exact), autocast (the trunk's dtype); auto = on a GPU split
+    for distances and autocast for cross_entropy and cosine_linear, else float32"""
 
     def attention_width(self) -> int:
         """D, the width of an attention head."""
@@ -221,6 +226,62 @@ def causal_attention(q, k, v, rows: int = 64):
     return torch.cat(parts, 2)
 
 
+def uses_flex_attention(config: ModelConfig, idx: torch.Tensor, training: bool) -> bool:
+    """Whether attention within the documents of `idx` (B, T) is FlexAttention under a block mask. Otherwise the mask is dense."""
+    has_kernel = idx.is_cuda and importlib.util.find_spec("triton") is not None  # On a CPU FlexAttention has no backward pass.
+    drops = training and config.dropout > 0  # FlexAttention has no dropout.
+    fits = 16 <= config.attention_width() <= 256  # Narrower heads have no kernel. Wider ones may not fit into shared memory.
+    return has_kernel and not drops and fits and idx.shape[1] >= MASK_BLOCK  # Within one block there is little to skip.
+
+
+def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
+    """FlexAttention's mask for tokens that attend within their document only.
+
+    It comes from the first and the last document of each block, so a (T, T) mask never exists.
+
+    Args:
+        number: (B, T), the number of each token's document, which never decreases along T.
+        causal: a token attends to itself and what is before it only.
+    """
+    T = number.shape[1]
+    padded = F.pad(number, (0, -T % MASK_BLOCK), value=T + 1)  # The padding is a document of its own.
+    first, last = padded[:, None, ::MASK_BLOCK], padded[:, None, MASK_BLOCK - 1 :: MASK_BLOCK]  # (B, 1, blocks)
+    single = first == last
+    some = (first[..., :, None] <= last[..., None, :]) & (last[..., :, None] >= first[..., None, :])  # (B, 1, query blocks, key blocks)
+    every = some & single[..., :, None] & single[..., None, :]
+    if causal:
+        some, every = some.tril(), every.tril(-1)
+
+    def allowed(b, h, query, key):
+        same = number[b, query] == number[b, key]
+        return same & (query >= key) if causal else same
+
+    return BlockMask.from_kv_blocks(
+        *listed_blocks(some & ~every), *listed_blocks(every), BLOCK_SIZE=MASK_BLOCK, mask_mod=allowed, seq_lengths=(T, T)
+    )
+
+
+def listed_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen key blocks (B, 1, query blocks, key blocks) -> how many each query block has, and all indices, the chosen first."""
+    chosen = chosen.int()
+    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
+
+
+@functools.cache
+def compiled_flex_attention():
+    """FlexAttention as one kernel. Outside of a compiled block it would compute all scores first."""
+    return torch.compile(flex_attention)
+
+
+def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """FlexAttention of q (B, H, T, D) to k, v (B, key/value heads, T, D), which groups of q's heads share."""
+    attend = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        attend = compiled_flex_attention()
+    # Under autocast a norm leaves q and k in float32. FlexAttention wants one dtype.
+    return attend(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -244,7 +305,9 @@ class Attention(nn.Module):
         if T == 1:  # not in one expression: where the compiler holds T open, that would be no plain bool
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
-        if (
+        if isinstance(mask, BlockMask):
+            y = block_attention(q, k, v, mask)
+        elif (
             causal
             and x.device.type == "cpu"
             and q.dtype == torch.bfloat16
@@ -357,15 +420,18 @@ class Model(nn.Module):
         trunk = self.parameter_count() - head - sum(q.numel() for q in tables)
         return 6 * (trunk + predicted * head) + 12 * c.n_layer * c.n_head * c.attention_width() * c.block_size
 
-    def documents(self, idx) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend (B, 1, T, T)."""
-        T = idx.shape[1]
+    def documents(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | BlockMask]:
+        """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend: FlexAttention's mask or (B, 1, T, T)."""
+        T, causal = idx.shape[1], self.config.arch != "bert"
         begins = idx == self.config.eot_id
         number, here = begins.cumsum(1), torch.arange(T, device=idx.device)
+        positions = here - (here * begins).cummax(1).values
+        if uses_flex_attention(self.config, idx, self.training):
+            return positions, document_block_mask(number, causal)
         mask = number[:, :, None] == number[:, None, :]
-        if self.config.arch != "bert":
+        if causal:
             mask = mask & (here[:, None] >= here)
-        return here - (here * begins).cummax(1).values, mask[:, None]
+        return positions, mask[:, None]
 
     def trunk(self, idx, positions=None, mask=None, cache=None, token_types=None):
         """Token ids (B, T) -> final hidden states (B, T, C)."""
@@ -473,8 +539,8 @@ class Model(nn.Module):
                 positions = (here - begin).clamp_min(0)
                 seen = (keys <= here[:, None]) & ((keys >= begin)[:, None] | (keys == here[:, None]))  # a pad sees itself: no empty softmax
                 h = self.trunk(context, positions=positions, mask=seen[:, None], cache=store)[:, -1]
-            else:
-                h = self.trunk(context, cache=store)[:, -1]
+            else:  # Nothing begins behind the first token, so positions simply count up, and no mask of documents is needed.
+                h = self.trunk(context, positions=torch.arange(L - first - T, L - first, device=device), cache=store)[:, -1]
             tokens = pick(self.head(h), temperature, top_k, top_p, generators)
             if explain is not None:
                 explain(h, tokens)

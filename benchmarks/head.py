@@ -5,13 +5,14 @@
     python -m benchmarks.head --sizes=1024x50304x768 --peers=false # the heads alone
     python -m benchmarks.head --growth=true                        # how time and memory grow with N, V, C and threads
     python -m benchmarks.head --device=cuda                        # on a GPU, and the matrix products inside bfloat16 autocast too
+    python -m benchmarks.head --dtypes=[bfloat16] --precisions=[float32,split,autocast]    # inside autocast, the head's products each way
 
 Forward, and forward and backward of the mean loss, at h layer-normalised and prototypes of standard deviation 0.02. Ratios are medians over
 rounds of time(head) / time(yardstick next to it). With dtype bfloat16 both run inside autocast, heads with precision="autocast". Memory is
 the peak beyond inputs and gradients: of the process (Linux), or of what PyTorch's allocator gave out on a GPU. Errors are against float64,
 for 4 of the states and all prototypes: of the losses in nats, of the gradients relative to their largest entry. Peers are what a user would
 write without this package; those that take minutes run at N=64 (a GPU: 512), and so does their yardstick. Writes a CSV and a bar chart
-beside it.
+beside it. benchmarks/gpu.py measures with the same functions, so what only the command line needs is imported in `main`.
 """
 
 import csv
@@ -28,11 +29,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from harmonic import CONTROLS, HEADS, HarmonicHead, harmonic_loss
 from harmonic.distances import resolve
-from training.config import UserError, check, cli, nearest, parse
 
 MIB = 2**20
 SIZES = {"cpu": "1024x50304x768,4096x4096x256,256x151936x896", "cuda": "8192x50304x768,16384x4096x256"}
@@ -50,6 +49,8 @@ class BenchmarkConfig:
     """states x prototypes x coordinates, one or more; null = SIZES of the device"""
     dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=list)
     """float32, or bfloat16 autocast (without named heads: of those that it changes); none = float32, on a GPU both"""
+    precisions: list[Literal["float32", "split", "autocast"]] = field(default_factory=list)
+    """of the heads' matrix products (without named heads: of those that it changes); none = autocast, whose type is the dtype"""
     rounds: int = 3
     """measurements of each"""
     peers: bool = True
@@ -65,6 +66,8 @@ class BenchmarkConfig:
         self.out = self.out or f"results/head_{self.device}.csv"
 
     def problems(self) -> list[str]:
+        from training.config import nearest
+
         found = [] if self.rounds > 0 else [f"rounds={self.rounds} must be at least 1"]
         if self.device == "cuda" and not torch.cuda.is_available():
             found.append("device=cuda: PyTorch sees no GPU here")
@@ -104,6 +107,47 @@ PEERS |= {
 }
 SLOW = {key for key in PEERS if key[0] in ("manhattan", "minkowski", "chebyshev")}
 SLOW_N = {"cpu": 64, "cuda": 512}
+
+
+# Fused linear cross-entropies that run on a GPU alone: a name -> what imports it. Operands are bfloat16, as in their own benchmarks.
+
+
+def _chunked():
+    options = torch.nn.LinearCrossEntropyOptions()  # PyTorch 2.13
+    return lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+
+
+def _liger():
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss()
+    return lambda h, w, y: fused(w, h, y)
+
+
+def _apple():
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _quack():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy
+
+
+GPU_PEERS = {
+    "F.linear_cross_entropy, chunked": _chunked,
+    "Liger": _liger,
+    "cut_cross_entropy": _apple,
+    "quack": _quack,
+}
+
+
+def add_gpu_peer(name: str):
+    """Puts one of GPU_PEERS into PEERS. Raises: ImportError where its package is missing, AttributeError where PyTorch is too old."""
+    loss = GPU_PEERS[name]()
+    PEERS["cross_entropy", name] = lambda h, w, y: loss(h.bfloat16(), w.bfloat16(), y)
 
 
 def seconds(function, device: str = "cpu") -> float:
@@ -149,9 +193,9 @@ def exponent(name: str) -> dict:
 class Case:
     """Inputs of one size, and what is measured at them."""
 
-    def __init__(self, N, V, C, device="cpu", dtype="float32"):
+    def __init__(self, N, V, C, device="cpu", dtype="float32", precision="autocast"):
         g = torch.Generator().manual_seed(0)
-        self.size, self.device, self.dtype = (N, V, C), device, dtype
+        self.size, self.device, self.dtype, self.precision = (N, V, C), device, dtype, precision
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
         self.h = F.layer_norm(torch.randn(N, C, generator=g), (C,)).to(device).requires_grad_()
         self.y = torch.randint(V, (N,), generator=g).to(device)
@@ -160,7 +204,7 @@ class Case:
 
     def function(self, name, peer=None, n=None):
         """-> a function of `backward` that computes the loss of the first n states."""
-        head = HarmonicHead(self.size[2], 1, name, precision="autocast", **exponent(name)).to(self.device)
+        head = HarmonicHead(self.size[2], 1, name, precision=self.precision, **exponent(name)).to(self.device)
         head.weight, head.real_vocab_size = self.head.weight, self.size[1]
         h, y = self.h[:n], self.y[:n]
 
@@ -170,7 +214,7 @@ class Case:
             if backward:
                 loss.backward()
             if self.device == "cpu" and not loss.isfinite():  # a GPU would be waited for
-                raise UserError(f"{name} {peer or ''}: the loss is {loss.item()}")
+                raise FloatingPointError(f"{name} {peer or ''}: the loss is {loss.item()}")
 
         return run
 
@@ -202,12 +246,14 @@ class Case:
 
         def run(dtype):
             a, b = h.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
-            if peer and dtype == torch.float32:
-                losses = torch.stack([PEERS[name, peer](a[i : i + 1], b, y[i : i + 1]) for i in range(len(a))])
-            else:
-                impl = "auto" if dtype == torch.float32 else "chunked"
-                with self.autocast:
-                    losses = harmonic_loss(a, b, y, name, reduction="none", impl=impl, precision="autocast", **exponent(name))
+            with self.autocast:
+                if peer and dtype == torch.float32:  # the mean of eight copies of a state: some peers take multiples of eight alone
+                    rows = [(a[i : i + 1].repeat(8, 1), b, y[i : i + 1].repeat(8)) for i in range(len(a))]
+                    losses = torch.stack([PEERS[name, peer](*row) for row in rows])
+                else:
+                    impl = "auto" if dtype == torch.float32 else "chunked"
+                    how = {"impl": impl, "precision": self.precision, **exponent(name)}
+                    losses = harmonic_loss(a, b, y, name, reduction="none", **how)
             losses.sum().backward()
             return losses.detach().double(), a.grad.double(), b.grad.double()
 
@@ -216,14 +262,16 @@ class Case:
         return largest[0], *(e / t.abs().max().item() for e, t in zip(largest[1:], truth[1:], strict=True))
 
 
-def measure(case, name, peer, rounds) -> dict:
-    """One row of the table."""
+def measure(case, name, peer, rounds, label_precision=False) -> dict:
+    """One row of the table. label_precision: name the precision of the matrix products in it."""
     n = min(SLOW_N[case.device], case.size[0]) if (name, peer) in SLOW else case.size[0]
     head, yardstick = case.function(name, peer, n), case.yardstick(n)
     row = {"head": name, "impl": peer or "ours", "N": n, "V": case.size[1], "C": case.size[2]}
     row |= {"threads": torch.get_num_threads()} if case.device == "cpu" else {"device": torch.cuda.get_device_name()}
     if case.device == "cuda" or case.dtype != "float32":
         row["dtype"] = case.dtype
+    if label_precision:
+        row["precision"] = case.precision
     for part, backward in (("forward", False), ("forward_backward", True)):
         head(backward), yardstick(backward)  # compile, allocate
         pairs = []
@@ -248,7 +296,7 @@ def chart(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    first = [r for r in rows if (r["V"], r["C"], r.get("dtype")) == (rows[0]["V"], rows[0]["C"], rows[0].get("dtype"))]
+    first = [r for r in rows if place(r) == place({**rows[0], "N": r["N"]})]
     first.sort(key=lambda r: float(r["forward_backward_ratio"]))
     labels = [r["head"] if r["impl"] == "ours" else f"{r['head']}: {r['impl']}" for r in first]
     figure, axes = plt.subplots(figsize=(8, 0.28 * len(first) + 1.2), layout="constrained")
@@ -266,6 +314,8 @@ def chart(rows, path):
 
 def growth(c, path):
     """Seconds and MiB of a few heads as one dimension at a time is doubled, and with one thread."""
+    from tqdm import tqdm
+
     N, V, C = (int(n) for n in c.sizes.split(",")[0].split("x"))
     cases = [(N * k // 4, V, C) for k in (1, 2, 4, 8)] + [(N, V // 2, C), (N, V * 2, C), (N, V, C // 2), (N, V, C * 2)]
     threads, rows = torch.get_num_threads(), []
@@ -290,7 +340,7 @@ def write(rows, path):
 def place(row) -> str:
     """Where a row was measured, in words."""
     size = "{:,} x {:,} x {:,}".format(*(int(row[k]) for k in "NVC"))
-    return f"{size}, {row['dtype']}" if "dtype" in row else size
+    return ", ".join([size, *(row[k] for k in ("dtype", "precision") if k in row)])
 
 
 def where(row) -> str:
@@ -332,6 +382,10 @@ def table(rows):
 
 
 def main():
+    from tqdm import tqdm
+
+    from training.config import check, parse
+
     (c,) = parse(sys.argv[1:], BenchmarkConfig, words="heads")
     check([] if Path(c.out).parent.is_dir() else [f"--out={c.out}: the folder {Path(c.out).parent} does not exist"])
     rows = []
@@ -339,17 +393,19 @@ def main():
         rows = growth(c, c.out)
     else:
         work = []
-        for at in itertools.product(c.sizes.split(","), c.dtypes):
-            products = [name for name in HEADS if resolve(name)[0].kernel in ("l2", "dot")]  # which autocast changes
-            names = c.heads or (products if at[1] == "bfloat16" else list(HEADS))
+        for at in itertools.product(c.sizes.split(","), c.dtypes, c.precisions or ["autocast"]):
+            products = [name for name in HEADS if resolve(name)[0].kernel in ("l2", "dot")]  # which autocast and precisions change
+            changed = at[2] != "float32" if c.precisions else at[1] == "bfloat16"
+            names = c.heads or (products if changed else list(HEADS))
             work += [(at, name, None) for name in names]
             if c.peers and at == work[0][0]:
                 work += [(at, *key) for key in PEERS if key[0] in names]
         case, place_now = None, None
-        for (size, dtype), name, peer in tqdm(work, disable=None, leave=False):
-            if place_now != (size, dtype):
-                case, place_now = Case(*(int(n) for n in size.split("x")), c.device, dtype), (size, dtype)
-            rows.append(measure(case, name, peer, c.rounds))
+        for at, name, peer in tqdm(work, disable=None, leave=False):
+            if place_now != at:
+                size, *settings = at
+                case, place_now = Case(*(int(n) for n in size.split("x")), c.device, *settings), at
+            rows.append(measure(case, name, peer, c.rounds, bool(c.precisions)))
             write(rows, c.out)
     table(rows)
     print(f"wrote {c.out}", end="\n" if c.growth else "")
@@ -360,4 +416,6 @@ def main():
 
 
 if __name__ == "__main__":
+    from training.config import cli
+
     cli(main)

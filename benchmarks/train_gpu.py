@@ -1,143 +1,218 @@
-"""What each head makes of training GPT-2 124M on one GPU: tokens/s, model FLOP utilisation, energy, memory, and its share of an iteration.
+"""An iteration of training GPT-2 124M on one GPU: this project's model beside a loop in nanoGPT's manner.
 
-    python -m benchmarks.train_gpu                       # cross-entropy and the families
-    python -m benchmarks.train_gpu cosine manhattan
-    python -m benchmarks.train_gpu cosine --device=cpu --config=configs/study.yaml --batch_size=2 --out=a.csv    # to see it work
+`python -m benchmarks.gpu` calls `measure` with one of the two loops, and writes what it finds to results/gpu.csv.
 
-The model and whether its blocks are compiled are those of configs/gpt2_124m.yaml, with GPT-2's vocabulary; the tokens are random. An
-iteration is one forward and backward pass of `batch_size` windows, clipping and AdamW, as train.py does them, in bfloat16 autocast. Parts
-are timed with the device waited for at each mark, the whole once an iteration. Energy is the board's, from NVML's counter, over at least
-SECONDS. "F.linear + F.cross_entropy" is the same trunk with the loss that one would write, inside the same autocast: the yardstick.
+Ours      model.py with one head, and what train.py does in an iteration: forward, backward, the norms that it logs, clipping, AdamW.
+Nanogpt   a GPT as one writes it without a second thought: no biases, tied embeddings, fused attention, F.cross_entropy of whole logits,
+          all of it compiled, clip_grad_norm_, fused AdamW, TF32 where it is float32.
+
+Both take the same random tokens, which lie on the GPU already, in bfloat16 autocast. Needs PyTorch alone.
 """
 
 import gc
+import math
 import statistics
-import sys
 import time
-from dataclasses import dataclass, field, fields
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from benchmarks.head import write
-from benchmarks.train_speed import PARTS, iteration
-from harmonic import HEADS
 from model import Model, ModelConfig, adamw
-from training.config import cli, nearest, parse, read_yaml
-from training.telemetry import peak_flops
 
-PLAIN = "F.linear + F.cross_entropy"
-FAMILIES = ["cross_entropy", "euclidean", "cosine", "mahalanobis", "manhattan", "minkowski", "chebyshev", "hamming_soft", "canberra"]
-FAMILIES += ["bray_curtis"]
-SECONDS = 2.0
+RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0  # nanoGPT's
 
 
-@dataclass
-class TrainConfig:
-    """What to measure"""
+@dataclass(frozen=True)
+class Sizes:
+    """A model and a batch. vocabulary: tokens; rows: of the embedding, padding included. compiler: a backend of torch.compile."""
 
-    heads: list[str] = field(default_factory=list)
-    """which heads; none = one of each family"""
-    config: str = "configs/gpt2_124m.yaml"
-    """model and optimiser"""
-    batch_size: int = 16
-    """windows of an iteration"""
-    precision: str = "autocast"
-    """head_precision"""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """where"""
-    out: str = "results/train_gpu.csv"
-    """the CSV file"""
+    device: str = "cuda"
+    layers: int = 12
+    heads: int = 12
+    width: int = 768
+    length: int = 1024
+    vocabulary: int = 50257
+    rows: int = 50304
+    windows: int = 12
+    compiler: str = "inductor"
+    warm_up: int = 5
+    group: int = 10
+    """iterations between two looks at the clock"""
+    seconds: float = 3.0
+    """how long to measure, at least"""
 
-    def problems(self) -> list[str]:
-        found = [f"unknown head {h}{nearest(h, HEADS)}" for h in self.heads if h not in HEADS]
-        if not Path(self.out).parent.is_dir():
-            found.append(f"--out={self.out}: the folder {Path(self.out).parent} does not exist")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            found.append("device=cuda: PyTorch sees no GPU here")
-        return found
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random inputs and targets, (windows, length) each."""
+        generator = torch.Generator().manual_seed(0)
+        both = torch.randint(self.vocabulary, (2, self.windows, self.length), generator=generator)
+        return tuple(both.to(self.device))
 
+    def flops_per_token(self, parameters: int) -> float:
+        """Forward and backward: 6 for each weight that multiplies, and attention (PaLM, arXiv 2204.02311, appendix B).
 
-def joules(device: str) -> float:
-    """The board's energy counter; NaN on a CPU."""
-    if device == "cpu":
-        return float("nan")
-    import pynvml
-
-    pynvml.nvmlInit()
-    board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}".encode())
-    return pynvml.nvmlDeviceGetTotalEnergyConsumption(board) / 1000
+        parameters: all but the embedding of positions; a tied embedding counts once, as the head's matrix.
+        """
+        return 6 * parameters + 12 * self.layers * self.width * self.length
 
 
-def measure(c: TrainConfig, settings: dict, name: str) -> dict:
-    """One row of the table."""
-    gc.collect()  # the last model, for what is compiled is in cycles
-    torch.manual_seed(0)
-    wait = torch.cuda.synchronize if c.device == "cuda" else lambda: None
-    head = "cross_entropy" if name == PLAIN else name
-    known = {f.name for f in fields(ModelConfig)}
-    given = {k: v for k, v in settings.items() if k in known} | {"head": head, "head_precision": c.precision}
-    model = Model(ModelConfig(**given | {"vocab_size": 50304, "real_vocab_size": 50257})).to(c.device)
-    for block in model.blocks if settings.get("compile", True) else ():
-        block.compile(fullgraph=True)
-    optimizer = adamw(model, float(settings["learning_rate"]), (0.9, settings["beta2"]), settings["weight_decay"], None, c.device)
-    T = settings["block_size"]
-    x, y = torch.randint(50257, (2, c.batch_size, T), device=c.device)
-    plain = (lambda h, y: F.cross_entropy(F.linear(h, model.head.weight).flatten(0, 1), y.flatten())) if name == PLAIN else None
-    step = partial(iteration, model, optimizer, x, y, torch.autocast(c.device, torch.bfloat16), loss=plain)
+class Loop(Protocol):
+    """What `measure` runs."""
 
-    for _ in range(3):
-        step()
-    parts = []
-    for _ in range(5):
-        marks = []
-        step(lambda: (wait(), marks.append(time.perf_counter())))  # noqa: B023
-        parts.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
-    if c.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    flops_per_token: float
+
+    def step(self) -> torch.Tensor:
+        """One iteration -> its loss in nats a token, on the device."""
+
+
+class Ours:
+    """train.py's iteration of one micro-batch."""
+
+    def __init__(self, s: Sizes, head: str, precision: str = "auto"):
+        torch.manual_seed(0)
+        shape = dict(n_layer=s.layers, n_head=s.heads, n_embd=s.width, block_size=s.length)
+        config = ModelConfig(**shape, vocab_size=s.rows, real_vocab_size=s.vocabulary, head=head, head_precision=precision)
+        self.model = Model(config).to(s.device)
+        for block in self.model.blocks:
+            block.compile(fullgraph=True, backend=s.compiler)
+        self.optimizer = adamw(self.model, RATE, BETAS, DECAY, None, s.device)
+        self.autocast = torch.autocast(s.device, torch.bfloat16)
+        self.x, self.y = s.tokens()
+        names, self.parameters = zip(*self.model.named_parameters(), strict=True)
+        self.of_head = torch.tensor([name.startswith("head.") for name in names], device=s.device)
+        self.flops_per_token = self.model.flops_per_token()
+
+    def step(self) -> torch.Tensor:
+        model, targets = self.model, self.y.numel()
+        with self.autocast:
+            _, loss = model(self.x, self.y, reduction="sum")
+        (loss / targets).backward()
+        row = [loss.detach()]
+        if model.target_distance is not None:
+            row += [model.target_distance.sum(), model.target_distance.min()]
+        with torch.no_grad():
+            gradients = [p.grad for p in self.parameters]
+            squares = torch.stack(torch._foreach_norm(gradients)).square()
+            norm = squares.sum().sqrt()
+            row += [norm, torch.where(self.of_head, squares, 0.0).sum().sqrt(), torch.where(self.of_head, 0.0, squares).sum().sqrt()]
+            row += [model.head.prototypes().norm(dim=-1).mean()]
+            torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(row)[0] / targets
+
+
+class PlainGPT(nn.Module):
+    """A GPT-2 without biases: tokens (B, T) and targets (B, T) -> the mean loss."""
+
+    def __init__(self, s: Sizes):
+        super().__init__()
+        self.heads = s.heads
+        self.words, self.places = nn.Embedding(s.rows, s.width), nn.Embedding(s.length, s.width)
+        self.blocks, self.last = nn.ModuleList(), nn.LayerNorm(s.width, bias=False)
+        for _ in range(s.layers):
+            block = nn.ModuleDict({key: nn.LayerNorm(s.width, bias=False) for key in ("before_attention", "before_mlp")})
+            for key, inputs, outputs in (("qkv", 1, 3), ("out", 1, 1), ("up", 1, 4), ("down", 4, 1)):
+                block[key] = nn.Linear(inputs * s.width, outputs * s.width, bias=False)
+            self.blocks.append(block)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        for block in self.blocks:
+            products = block["qkv"](block["before_attention"](h)).chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in products)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            h = h + block["out"](mixed.transpose(1, 2).flatten(2))
+            h = h + block["down"](F.gelu(block["up"](block["before_mlp"](h))))
+        logits = F.linear(self.last(h), self.words.weight)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+class Nanogpt:
+    """The plain loop."""
+
+    def __init__(self, s: Sizes):
+        torch.manual_seed(0)
+        model = PlainGPT(s).to(s.device)
+        self.parameters = list(model.parameters())
+        matrices, others = ([p for p in self.parameters if (p.dim() > 1) == wanted] for wanted in (True, False))
+        groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
+        self.model = torch.compile(model, backend=s.compiler)
+        self.autocast = torch.autocast(s.device, torch.bfloat16)
+        self.x, self.y = s.tokens()
+        self.flops_per_token = s.flops_per_token(sum(p.numel() for p in self.parameters) - model.places.weight.numel())
+
+    def step(self) -> torch.Tensor:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        with self.autocast:
+            loss = self.model(self.x, self.y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.backends.cuda.matmul.allow_tf32 = before
+        return loss.detach()
+
+
+def joules() -> float | None:
+    """The board's energy counter; None where the package pynvml is missing, or the driver has no counter."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}".encode())
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(board) / 1000
+    except pynvml.NVMLError:
+        return None
+
+
+def peak_flops(device: str) -> float | None:
+    """Of the card, by its data sheet; None where it is not known, or the package jsonargparse is missing."""
+    try:
+        from training import telemetry
+    except ImportError:
+        return None
+    return telemetry.peak_flops(device)
+
+
+def measure(s: Sizes, loop: Loop) -> dict[str, str]:
+    """Runs a loop for a while -> cells of the table. Raises: FloatingPointError for a loss that is not finite."""
+    gc.collect()  # The last model is in cycles with what was compiled for it.
+    gpu = s.device == "cuda"
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    for _ in range(s.warm_up):
+        loop.step()
     wait()
-    began, energy, count = time.perf_counter(), joules(c.device), 0
-    while time.perf_counter() - began < SECONDS:
-        step()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    energy, times = joules() if gpu else None, []
+    began = time.perf_counter()
+    while time.perf_counter() - began < s.seconds or not times:
+        start = time.perf_counter()
+        for _ in range(s.group):
+            loss = loop.step()
         wait()
-        count += 1
-    took, used = time.perf_counter() - began, joules(c.device) - energy
-    tokens = count * c.batch_size * T
-    gpu = c.device == "cuda"
-    row = {"head": name, "device": torch.cuda.get_device_name() if gpu else "cpu", "tokens_per_s": f"{tokens / took:.0f}"}
-    peak = peak_flops(c.device)
-    row["mfu"] = f"{tokens / took * model.flops_per_token() / peak:.3f}" if peak else ""
-    row |= {"joules_per_token": f"{used / tokens:.3g}", "peak_gib": f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if gpu else ""}
-    return row | {f"{part}, ms": f"{1000 * statistics.median(p):.2f}" for part, p in zip(PARTS, zip(*parts, strict=True), strict=True)}
+        times.append((time.perf_counter() - start) / s.group)
+    used = joules() - energy if energy is not None else None
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()}")
 
-
-def markdown(rows) -> str:
-    """The table, beside the first row."""
-    plain = float(rows[0]["tokens_per_s"])
-    lines = ["| head | tokens/s | to the first row | MFU | mJ a token | peak GiB | head, ms | iteration, ms |", "|---" * 8 + "|"]
-    for r in rows:
-        parts = [float(r[f"{part}, ms"]) for part in PARTS]
-        speed = float(r["tokens_per_s"])
-        mfu = f"{float(r['mfu']):.0%}" if r["mfu"] else ""
-        cells = [f"{speed:,.0f}", f"{speed / plain:.2f}", mfu, f"{1000 * float(r['joules_per_token']):.2f}", r["peak_gib"]]
-        lines.append(f"| {r['head']} | {' | '.join(cells)} | {parts[1]:.1f} | {sum(parts):.1f} |")
-    return "\n".join(lines)
-
-
-def main():
-    (c,) = parse(sys.argv[1:], TrainConfig, words="heads")
-    settings, rows = read_yaml(c.config), []
-    for name in tqdm([PLAIN, *(c.heads or FAMILIES)], disable=None, leave=False):
-        rows.append(measure(c, settings, name))
-        write(rows, c.out)
-    print(markdown(rows))
-    print(f"wrote {c.out}")
-
-
-if __name__ == "__main__":
-    cli(main)
+    tokens = s.windows * s.length
+    speed = tokens / statistics.median(times)
+    row = {"step_ms": f"{1000 * statistics.median(times):.2f}", "tokens_per_s": f"{speed:.0f}"}
+    if peak := peak_flops(s.device):
+        row["mfu"] = f"{speed * loop.flops_per_token / peak:.3f}"
+    if gpu:
+        row["peak_mib"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"
+    if used is not None:
+        row["joules_per_token"] = f"{used / (len(times) * s.group * tokens):.3g}"
+    return row

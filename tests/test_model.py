@@ -1,13 +1,16 @@
 """The decoder: causality by gradient, the cache, masks, padding, initialisation, compilation."""
 
+import importlib.util
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+import model as model_module
 from harmonic import IGNORE_INDEX
-from model import Model, ModelConfig, adamw, causal_attention
+from model import Model, ModelConfig, adamw, causal_attention, document_block_mask, uses_flex_attention
 
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, block_size=12, vocab_size=128, real_vocab_size=101)
 ARCHS = {
@@ -132,6 +135,97 @@ def test_doc_mask_shows_each_document_as_if_alone(arch):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
     model.config.doc_mask = False
     assert (model.trunk(torch.cat((rest, *documents))[None])[0] - together).abs().max() > 1e-3
+
+
+def choose_flex_attention(monkeypatch, chosen: bool):
+    """Whatever the device. On a CPU FlexAttention runs uncompiled and without gradients."""
+    monkeypatch.setattr(model_module, "uses_flex_attention", lambda config, idx, training: chosen)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("arch", ["gpt", "bert", "qwen", "qwen3"])
+@torch.no_grad()
+def test_flex_attention_gives_what_the_dense_mask_gives(arch, monkeypatch):
+    """Three blocks, the last of them not full; documents that end inside a block, at its end, and nowhere. Also under autocast."""
+    model = build(arch, doc_mask=True, eot_id=0, block_size=300, n_embd=64)
+    x = 1 + ids(3, 300) % 99
+    for row, begins in enumerate(([0, 5, 6, 128, 290], [299], [])):
+        x[row, begins] = 0
+    positions, mask = model.documents(x)
+    expected = model.trunk(x)
+    choose_flex_attention(monkeypatch, True)
+    block_positions, block_mask = model.documents(x)
+    assert isinstance(mask, torch.Tensor) and isinstance(block_mask, BlockMask)
+    assert torch.equal(positions, block_positions)
+    torch.testing.assert_close(model.trunk(x), expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.trunk(x).float(), expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_document_block_mask_is_the_one_that_torch_finds(causal):
+    """torch looks at every pair of tokens."""
+    for T, rate in ((128, 0.0), (129, 0.01), (500, 0.003), (500, 0.02), (512, 0.5)):
+        number = (torch.rand(3, T, generator=torch.Generator().manual_seed(T)) < rate).cumsum(1)
+        found = document_block_mask(number, causal)
+        expected = create_block_mask(found.mask_mod, 3, 1, T, T, device="cpu")
+        assert found.shape == expected.shape
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), (T, rate, name)
+
+
+def test_flex_attention_is_chosen_where_it_has_a_kernel():
+    class OnCuda:
+        is_cuda, shape = True, (2, 300)
+
+    config = ModelConfig(**SIZES | dict(n_embd=256))
+    assert not uses_flex_attention(config, ids(2, 300), training=True)  # on a CPU
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no Triton")
+    assert uses_flex_attention(config, OnCuda, training=True)
+    config.dropout = 0.1
+    assert not uses_flex_attention(config, OnCuda, training=True)
+    assert uses_flex_attention(config, OnCuda, training=False)
+    config.n_embd = 32  # 8 a head
+    assert not uses_flex_attention(config, OnCuda, training=False)
+
+
+@torch.no_grad()
+def test_blocks_under_flex_attention_compile_once(monkeypatch):
+    """Documents begin elsewhere in each batch: no reason to compile again."""
+    choose_flex_attention(monkeypatch, True)
+    torch.compiler.reset()
+    model = build("qwen", doc_mask=True, eot_id=0, block_size=130, n_embd=64)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=backend)
+    for seed in range(3):
+        model.trunk(ids(2, 130, seed=seed))
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("arch", ["gpt", "bert", "qwen", "qwen3"])
+def test_flex_attention_on_a_gpu_gives_loss_and_gradients_of_the_dense_mask(arch, compiled, monkeypatch):
+    x, y = ids(3, 300).cuda(), ids(3, 300, seed=1).cuda()  # about three documents begin in a row
+    results = []
+    for chosen in (False, True):
+        choose_flex_attention(monkeypatch, chosen)
+        torch.compiler.reset()
+        model = build(arch, doc_mask=True, eot_id=0, block_size=300, n_embd=96, head_impl="dense").cuda()  # 24 a head
+        for block in model.blocks if compiled else ():
+            block.compile(fullgraph=True)
+        _, loss = model(x, y)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for dense, flex in zip(*results, strict=True):
+        assert (flex - dense).norm() <= 1e-2 * dense.norm()  # products may be TF32
 
 
 def test_doc_mask_in_generation():

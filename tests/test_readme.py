@@ -177,6 +177,19 @@ def test_benchmark_numbers_are_the_measured_ones():
     assert f"at most {max(int(r['spill_stores']) for r in compiled)} spilled bytes" in README
 
 
+def test_tables_of_the_performance_page_are_the_measured_ones():
+    import csv
+
+    from benchmarks.precision import markdown
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert markdown(list(csv.DictReader((ROOT / "results/precision.csv").open()))) in page
+    predicted = [r for r in csv.DictReader((ROOT / "results/gpu_predicted.csv").open()) if r["model"] == "gpt2_124m"]
+    for r in predicted:
+        cells = (r[k] for k in ("head", "precision", "head_ms", "iteration_ms", "ratio", "least_ratio"))
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_swap_numbers_are_the_measured_ones():
     import csv
 

@@ -1,0 +1,303 @@
+"""Runs the steps of benchmarks/gpu.py in processes of their own, and keeps their rows in a table.
+
+A step is a function that returns the cells of one row. Steps run in order. One that crashes, hangs or breaks its CUDA context costs
+only itself, for its process is replaced by a new one. Measurements run alone, checks beside each other.
+"""
+
+import contextlib
+import csv
+import gc
+import hashlib
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 170.0  # Seconds after which a step is ended. Each should take less than two minutes.
+PACKAGES = {  # what the scripts import at their top, beside PyTorch and NumPy: a module -> its name on PyPI
+    "jsonargparse": "jsonargparse",
+    "docstring_parser": "docstring-parser",
+    "yaml": "pyyaml",
+    "safetensors": "safetensors",
+    "tqdm": "tqdm",
+    "psutil": "psutil",
+}
+
+
+def version(package: str) -> str:
+    """Of what is installed here; empty where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+class Absent(Exception):
+    """A package or data that a step needs is not here."""
+
+
+class Scale(Protocol):
+    """What every step is given: on what it runs, and how large its work is."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row.
+
+    seconds: what it takes on an H100, estimated. file: what measures it. needs: modules, of PACKAGES. beside: other such steps may run at
+    the same time. speed_over: the ratio of its row is that of tokens_per_s to this row's.
+    """
+
+    step: str
+    what: str
+    seconds: int
+    measure: Callable[..., dict]
+    arguments: tuple = ()
+    file: str = "benchmarks/gpu.py"
+    needs: tuple[str, ...] = ()
+    precision: str = ""
+    beside: bool = False
+    speed_over: str = ""
+
+    def key(self) -> dict[str, str]:
+        """What tells the row apart, card aside."""
+        return {"code": code(self.file), "step": self.step, "what": self.what, "precision": self.precision}
+
+
+# The table
+
+
+COLUMNS = [
+    "card", "code", "step", "what", "precision", "status", "forward_ms", "step_ms", "ratio", "tokens_per_s", "mfu", "peak_mib",
+    "joules_per_token", "loss_error", "gradient_error", "val_loss", "seconds", "torch", "triton", "note",
+]  # fmt: skip
+KEY = ("card", "code", "step", "what", "precision")
+
+
+@cache
+def code(file: str) -> str:
+    """The first 12 digits of a sha256 over what is measured and the file that measures it."""
+    paths = [*ROOT.glob("harmonic/**/*.py"), *ROOT.glob("training/*.py"), ROOT / "model.py", ROOT / "train.py", ROOT / file]
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Table:
+    """The rows on the disk. A later row of the same key replaces an earlier one in `index`."""
+
+    def __init__(self, path: Path):
+        self.path, self.index = path, {}
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                sys.exit(f"{path} has other columns: it is of another version; move it away")
+            for row in reader:
+                self.index[tuple(row[k] for k in KEY)] = row
+
+    def find(self, key: dict) -> dict | None:
+        """The newest row of a key."""
+        return self.index.get(tuple(key[k] for k in KEY))
+
+    def add(self, row: dict):
+        """Appends a row at once. What is known to be absent is not written twice."""
+        row = {column: str(row.get(column, "")) for column in COLUMNS}
+        before = self.find(row)
+        self.index[tuple(row[k] for k in KEY)] = row
+        if before and before["status"] == row["status"] == "absent" and before["note"] == row["note"]:
+            return
+        new = not self.path.is_file()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def ratio(self, row: dict, to: str) -> str:
+        """tokens_per_s over that of the newest row called `to` on the same card."""
+        others = [r for r in self.index.values() if (r["card"], r["what"], r["status"]) == (row["card"], to, "ok")]
+        if row["what"] == to or not others:
+            return ""
+        return f"{float(row['tokens_per_s']) / float(others[-1]['tokens_per_s']):.2f}"
+
+
+def shown(rows: list[dict]) -> str:
+    """The rows as one table for each step, with the columns that say something there."""
+    blocks = []
+    for name in dict.fromkeys(r["step"] for r in rows):
+        mine = [r for r in rows if r["step"] == name]
+        columns = [c for c in COLUMNS[3:] if c not in ("torch", "triton", "note") and any(r[c] for r in mine)]
+        width = {c: max(len(c), *(len(r[c]) for r in mine)) for c in columns}
+        lines = [name, "  ".join(f"{c:<{width[c]}}" for c in columns)]
+        lines += ["  ".join([*(f"{r[c]:<{width[c]}}" for c in columns), r["note"][:150]]).rstrip() for r in mine]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+# The processes
+
+
+def answer(step: Step, scale: Scale) -> dict:
+    """Runs a step -> its cells."""
+    began = time.perf_counter()
+    try:
+        if missing := [PACKAGES[p] for p in step.needs if importlib.util.find_spec(p) is None]:
+            raise Absent(f"needs {', '.join(missing)}")
+        gc.collect()
+        if scale.device == "cuda":
+            torch.cuda.empty_cache()
+        row = {"status": "ok", **step.measure(scale, *step.arguments)}
+    except Absent as reason:
+        row = {"status": "absent", "note": str(reason)}
+    except Exception as error:  # whatever it is, the other steps go on
+        traceback.print_exc()
+        row = {"status": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())}"[-1000:]}
+    return {**row, "seconds": f"{time.perf_counter() - began:.1f}"}
+
+
+def serve(pipe, scale: Scale):
+    """What a lane's process does: takes steps and answers with their cells."""
+    os.setsid()  # so that what it starts can be ended with it
+    gc.freeze()  # Measurements of memory collect garbage, for which what is imported need not be looked through.
+    with contextlib.suppress(EOFError):  # There are no more steps, or the parent is gone.
+        while True:
+            pipe.send(answer(pipe.recv(), scale))
+    gc.unfreeze()
+
+
+class Lane:
+    """A process that runs steps one after the other."""
+
+    def __init__(self, scale: Scale):
+        self.step, self.ends = None, 0.0
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, scale))
+        self.process.start()
+        other.close()
+
+    def begin(self, step: Step, ends: float):
+        """Gives it a step, which may last until `ends`."""
+        self.step, self.ends = step, ends
+        self.pipe.send(step)
+
+    def result(self) -> dict | None:
+        """The cells of its step, if it has ended in one way or another."""
+        if self.pipe.poll():
+            try:
+                return self.pipe.recv()
+            except EOFError:
+                self.process.join(10)
+                return {"status": "failed", "note": f"the process ended with status {self.process.exitcode}"}
+        if time.monotonic() > self.ends:
+            return {"status": "failed", "note": "it took too long and was ended"}
+        return None
+
+    def stop(self):
+        """Ends the process and what it has started."""
+        self.pipe.close()
+        if self.step is None:  # It waits for a step, and leaves when there will be none.
+            self.process.join(3)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+
+
+class Lanes:
+    """The processes. Measurements run alone, checks beside each other, as many as `most`."""
+
+    def __init__(self, scale: Scale, most: int):
+        self.scale, self.most = scale, most
+        self.busy: list[Lane] = []
+        self.idle: list[Lane] = []
+
+    def room(self, step: Step) -> bool:
+        """Whether a step may begin now."""
+        together = step.beside and all(lane.step.beside for lane in self.busy) and len(self.busy) < self.most
+        return not self.busy or together
+
+    def begin(self, step: Step, ends: float):
+        """Begins a step in a process that is free, or in a new one."""
+        self.idle = [lane for lane in self.idle if lane.process.is_alive()]
+        lane = self.idle.pop() if self.idle else Lane(self.scale)
+        if not step.beside:
+            stop(self.idle)  # They would hold memory of the GPU.
+            self.idle = []
+        lane.begin(step, ends)
+        self.busy.append(lane)
+
+    def ended(self) -> list[tuple[Step, dict]]:
+        """Waits a moment -> the steps that have ended, with their cells."""
+        wait([lane.pipe for lane in self.busy], timeout=0.5)
+        found = []
+        for lane in list(self.busy):
+            if (row := lane.result()) is None:
+                continue
+            found.append((lane.step, row))
+            self.busy.remove(lane)
+            if row["status"] == "failed":  # its CUDA context may be broken
+                lane.stop()
+            else:
+                lane.step = None
+                self.idle.append(lane)
+        return found
+
+    def stop(self):
+        """Ends all of them."""
+        stop([*self.busy, *self.idle])
+
+
+def stop(lanes: list[Lane]):
+    """Ends processes, those that wait for a step all at the same time."""
+    for lane in lanes:
+        lane.pipe.close()
+    for lane in lanes:
+        lane.stop()
+
+
+def run(todo: deque[Step], lanes: Lanes, table: Table, about: dict, deadline: float) -> list[dict]:
+    """Runs the steps in order -> their rows. A step that cannot end in time is left out, and shorter ones behind it get their turn."""
+    rows, left_out = [], []
+    while todo or lanes.busy:
+        while todo and (lanes.room(todo[0]) or time.monotonic() + todo[0].seconds > deadline):
+            step = todo.popleft()
+            now = time.monotonic()
+            if now + step.seconds > deadline:
+                left_out.append(step)
+            else:
+                lanes.begin(step, min(now + LIMIT, deadline + 10))
+        if not lanes.busy:
+            continue
+        for step, cells in lanes.ended():
+            row = {**about, **step.key(), **cells}
+            if step.speed_over and cells["status"] == "ok":
+                row["ratio"] = table.ratio(row, step.speed_over)
+            table.add(row)
+            rows.append({column: str(row.get(column, "")) for column in COLUMNS})
+            said = " ".join(f"{k} {v}" for k, v in cells.items() if k != "status" and v)
+            print(f"{step.step:9}{step.what}{', ' * bool(step.precision)}{step.precision}: {cells['status']}, {said}", flush=True)
+    if left_out:
+        print(f"{len(left_out)} steps had no time left: {', '.join(dict.fromkeys(s.step for s in left_out))}; call again")
+    return rows
