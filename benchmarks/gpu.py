@@ -7,9 +7,9 @@
 
 A step makes one row of results/gpu.csv. Its `code` is a hash of the library, model.py, train.py, training/ and the file that measures it.
 A step is skipped when the table has its row for this card and this code, and when it could not end within --minutes.
-Steps run in other processes (benchmarks/gpu_runner.py), so one that crashes or hangs costs only itself: its row says `failed` and why, and
-the exit status is 1. A row says `absent` where a package or data is missing. `kernels`, `head` and `train` need nothing but PyTorch,
-Triton and NumPy.
+Steps run in other processes (benchmarks/gpu_runner.py), so one that crashes or hangs costs only itself. Its row says `failed` and why, and
+the exit status is 1. A row says `absent` where a package or data is missing. `kernels`, `head` and `train` need nothing but PyTorch, Triton
+and NumPy.
 
 kernels   each head in each precision on the Triton kernels, both links: relative errors of losses and gradients against float64
 head      the loss at GPT-2's size inside bfloat16 autocast, beside F.linear + F.cross_entropy and other libraries: time, memory, and

@@ -11,7 +11,7 @@ from conftest import ROOT, script
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu  # noqa: E402
+from benchmarks import gpu, gpu_runner  # noqa: E402
 
 # What PyTorch, Triton and NumPy are made of, and what they need.
 BARE = ["torch", "torchgen", "functorch", "triton", "numpy", "numpy.libs", "typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2"]
@@ -36,7 +36,7 @@ def test_the_rehearsal(tmp_path, monkeypatch, capsys):
 def test_a_table_of_another_version(tmp_path):
     (tmp_path / "gpu.csv").write_text("card,what\n")
     with pytest.raises(SystemExit, match="move it away"):
-        gpu.Table(tmp_path / "gpu.csv")
+        gpu_runner.Table(tmp_path / "gpu.csv")
 
 
 def test_needs_nothing_else(tmp_path):
@@ -47,14 +47,14 @@ def test_needs_nothing_else(tmp_path):
             if path.exists():
                 (tmp_path / path.name).symlink_to(path)
     program = f"""
-from benchmarks import gpu
+from benchmarks import gpu, gpu_runner
 scale = gpu.rehearsal({str(tmp_path)!r})
 assert float(gpu.check_kernel(scale, "cosine", "split")["loss_error"]) < 1e-5
 assert float(gpu.measure_head(scale, "cosine", "float32")["loss_error"]) < 1e-5
 assert "tokens_per_s" in gpu.measure_training(scale, "euclidean")
 gpu.tell_packages()
 step = next(s for s in gpu.steps() if s.step == "train.py")
-print(gpu.answer(step, scale)["note"])
+print(gpu_runner.answer(step, scale)["note"])
 """
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-S", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -26,7 +26,8 @@ from training.telemetry import energy, read_metrics
 from training.tokenizer import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 
 PACKAGE = Path(__file__).resolve().parent.parent / "harmonic"
-PARTS = ("distances.py", "loss.py", "match.py", "swap.py", "kernels/dense.py")  # of the package, that a head needs without its kernels
+# Of the package, what a head needs without its compiled kernels.
+PARTS = ("distances.py", "loss.py", "match.py", "swap.py", "kernels/dense.py", "kernels/products.py")
 CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "HarmonicGPT2"),
     "bert": ("BertForMaskedLM", "HarmonicBert"),
