@@ -383,6 +383,7 @@ class Mapped:
         for s in self._slices():
             block = self._map(self.x[s], s.start, self.trained) if self.kept is None else self.kept[s]
             yield s.start, block if self.shift is None else block - self.shift
+            block = None  # The next one is made in its memory.
 
     def whole(self):
         """All of it: (M, C)."""

@@ -99,10 +99,22 @@ def _turned(b, s, d):
     return b.bitcast(b.xor(b.bitcast(s, _INT), sign), _FLOAT)
 
 
+@_operation
+def _over(b, x, y):
+    """x / y for finite numbers, to 3 units in the last place: an estimate of 1 / y and a step of Newton's method where vectors have it."""
+    return b.fdiv(x, y, flags=("ninf", "arcp", "nsz", "contract", "reassoc"))
+
+
 @_inlined
 def _signed(s, d):
     """s sign(d), 0 where d is 0."""
     return _turned(s, d) if d != f32(0) else f32(0)
+
+
+@_inlined
+def _sign(x):
+    """-1, 0 or 1."""
+    return _signed(f32(1), x)
 
 
 def _fit(function, low, high, degree):
@@ -465,17 +477,22 @@ def _lse_slope(x, y, s, p, r):
 
 
 def _canberra_term(x, y, p, r):
-    return abs(x - y) / _greater(abs(x) + abs(y), p)
+    return _over(abs(x - y), _greater(abs(x) + abs(y), p))
 
 
 def _canberra_slope(x, y, s, p, r):
     """d/dx |x-y| / (|x|+|y|) is 2 |y| / (|x|+|y|)^2 sign(x-y) where x and y have one sign, else 0; half of it where one is 0."""
+    inverse = _over(f32(1), _greater(abs(x) + abs(y), p))
+    g = _signed(s * inverse * (f32(1) + _sign(x) * _sign(y)), x - y)
+    return g * (abs(y) * inverse), -g * (abs(x) * inverse)
+
+
+def _canberra_floored_slope(x, y, s, p, r):
+    """The same, but +-1/p where the denominator is the floor p."""
     size = abs(x) + abs(y)
-    inverse = f32(1) / _greater(size, p)
-    g = _signed(s * inverse, x - y)
-    both = f32(1) + (_turned(_turned(f32(1), x), y) if (x != f32(0)) & (y != f32(0)) else f32(0))
-    k = both * inverse
-    within = size > p  # below the floor p the denominator is constant
+    inverse = _over(f32(1), _greater(size, p))
+    g, k = _signed(s * inverse, x - y), (f32(1) + _sign(x) * _sign(y)) * inverse
+    within = size > p
     return g * (k * abs(y) if within else f32(1)), -g * (k * abs(x) if within else f32(1))
 
 
@@ -583,6 +600,7 @@ COMPILED = {
     ("linf", None): _compile("linf", _l1_term, _l1_slope, _maximum, backward=_backward_maximum),
     ("lse", None): _compile("lse", _lse_term, _lse_slope, end=_lse_end),
     ("canberra", None): _compile("canberra", _canberra_term, _canberra_slope),
+    ("canberra", "floor"): _compile("canberra_floored", _canberra_term, _canberra_floored_slope),
 }
 
 
@@ -618,7 +636,8 @@ def find(kernel: str, options: dict):
     if options.get("weighted") or not usable():
         return None
     if kernel == "canberra":
-        return *COMPILED["canberra", None], max(options.get("floor", 0.0), 1e-37)  # 0 / 1e-37 = 0, as in scipy
+        floor = options.get("floor", 0.0)
+        return *COMPILED["canberra", "floor" if floor else None], max(floor, 1e-37)  # 0 / 1e-37 = 0, as in scipy
     if kernel == "lp":
         p = float(options.get("p", 1.0))
         return *(COMPILED.get(("lp", p)) or COMPILED["lp", None]), p
@@ -656,19 +675,33 @@ class Pairs(torch.autograd.Function):
         return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
 
 
+@_inlined
+def _inverse_norm(row):
+    """-> (1 over the Euclidean norm of row * scale, scale): scale is 1 unless squares would over- or underflow. A row of zeros: 1."""
+    total = f32(0)
+    for c in range(row.size):
+        total += row[c] * row[c]
+    if f32(1e-30) < total < f32(1e30):
+        return f32(1) / math.sqrt(total), f32(1)
+    largest, total = f32(0), f32(0)
+    for c in range(row.size):
+        largest = _greater(largest, abs(row[c]))
+    scale = f32(1) / _greater(largest, f32(1e-37))
+    for c in range(row.size):
+        total += (row[c] * scale) * (row[c] * scale)
+    if total == 0:
+        return f32(1), f32(1)
+    return f32(1) / math.sqrt(total), scale
+
+
 @_parallel
 def _unit(x, out, inverse):
-    """Rows over their Euclidean norms, at any scale without over- or underflow; `inverse` of the norms. A row of zeros stays one."""
+    """Rows over their Euclidean norms; `inverse` of the norms. A row of zeros stays one."""
     for i in prange(x.shape[0]):
-        row, largest, total = x[i], f32(0), f32(0)
-        for c in range(row.size):
-            largest = _greater(largest, abs(row[c]))
-        scale = f32(1) / _greater(largest, f32(1e-37))
-        for c in range(row.size):
-            total += (row[c] * scale) * (row[c] * scale)
-        inverse[i] = f32(1) if total == 0 else scale / math.sqrt(total)
-        for c in range(row.size):
-            out[i, c] = row[c] * scale * (inverse[i] / scale)
+        over, scale = _inverse_norm(x[i])
+        inverse[i] = over * scale
+        for c in range(x.shape[1]):
+            out[i, c] = x[i, c] * scale * over
 
 
 @_parallel
@@ -755,10 +788,14 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
     losses, row_sums, strengths = torch.empty(N), torch.empty(N), torch.empty(N)
     link = {"harmonic": HARMONIC, "softmax": SOFTMAX, "control": CONTROL}[epilogue.link]
     numbers = np.array([strength, epilogue.root, epilogue.factor, epilogue.floor, how.skip / V], f32)
-    xx, yy = epilogue.sizes(x), torch.cat([epilogue.sizes(block) for _, block in y.blocks()])
+    xx, yy, middle = epilogue.sizes(x), torch.empty(V), torch.zeros(C)
+    for first, block in y.blocks():
+        yy[first : first + len(block)] = epilogue.sizes(block)
+        if epilogue.kernel == "l2":
+            middle += block.sum(0) / V
+        block = None  # The next one is made in its memory.
     if epilogue.kernel == "l2":
         # Vectors with a large common part would lose their differences in the products; l2 does not change when it is taken off.
-        middle = sum(block.sum(0) for _, block in y.blocks()) / V
         if middle.square().sum() > yy.mean() / 2:
             y.shift, x = middle, x - middle
             xx, yy = epilogue.sizes(x), torch.cat([epilogue.sizes(block) for _, block in y.blocks()])
@@ -784,6 +821,7 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
                 pairs(_array(padded), _array(at_least_four(block)), _array(raw), first, epilogue.kernel, found)
             if epilogue.kernel == "l2":
                 _recompute_near(_array(raw), first, _array(own), _array(block), _array(xx[part]), _array(yy[here]), f32(epilogue.near))
+            block = None
         _epilogue(
             _array(raw),
             _array(slope),
@@ -811,6 +849,7 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
             shares.zero_()
         for first, block in y.blocks():
             here = slice(first, first + len(block))
+            tile = None
             if matmul:
                 s, into = slope[:n, here], dy[here]
                 if how.products is FLOAT32:
@@ -827,6 +866,7 @@ def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
                 found[1](_array(padded), _array(tile), _array(raw), _array(slope), first, _array(shares), _array(into), f32(found[2]))
                 if into.data_ptr() != dy[here].data_ptr():
                     dy[here] += into[: len(block)]
+            block = tile = None
         if shares is not None:
             dx[part] = shares.sum(0)[:n]
 

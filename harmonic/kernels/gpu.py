@@ -749,7 +749,7 @@ def _by_coordinates(x):
 
 def _difference(level, best, epilogue):
     """`_fall` for torch."""
-    return -epilogue.root * (level / best).log() if epilogue.link == "harmonic" else best - level
+    return -epilogue.root * ((level - best) / best).log1p() if epilogue.link == "harmonic" else best - level
 
 
 def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
