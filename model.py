@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from harmonic import CONTROLS, EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
+from harmonic import EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
 
 MASK_BLOCK = 128  # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
 
@@ -160,16 +160,16 @@ class ModelConfig:
             found.append(f"activation={self.activation} is for gpt and bert: qwen has SwiGLU")
         if self.qk_norm and self.arch != "qwen":
             found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
-        if self.exponent is not None and (self.head in CONTROLS or (self.link == "softmax" and self.scale is not None)):
+        if self.exponent is not None and (HEADS[self.head].is_control or (self.link == "softmax" and self.scale is not None)):
             found.append(
                 f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}"
                 + (", scale set" if self.scale is not None else "")
             )
-        if self.link != "harmonic" and self.head in CONTROLS:
+        if self.link != "harmonic" and HEADS[self.head].is_control:
             found.append(f"link={self.link} does nothing with head={self.head}: a control has no distance")
         if self.rope_theta != 1e6 and self.arch != "qwen":
             found.append(f"rope_theta={self.rope_theta} is for arch=qwen, not {self.arch}")
-        if self.scale is not None and (self.link == "harmonic" or self.head in CONTROLS):
+        if self.scale is not None and (self.link == "harmonic" or HEADS[self.head].is_control):
             found.append(
                 f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale belongs to a distance with link=softmax"
             )

@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 from harmonic import contributions, paired_distance
-from harmonic.distances import resolve
 from text.sources import special_file
 from training import checkpoint
 from training.config import UserError, check, cli, parse
@@ -122,7 +121,7 @@ class Explainer:
     def __init__(self, model, tokenizer, rows: int):
         self.head, self.tokenizer = model.head, tokenizer
         self.lines = [[] for _ in range(rows)]
-        row = resolve(self.head.name, **self.head.options)[0]
+        row = self.head.distance
         self.share = "of sum |h w|" if row.kernel == "dot" else "of d^2" if row.kernel == "l2" and row.degree == 1 else "of d"
         self.only = 1 if row.kernel == "linf" else self.coordinates
 
@@ -136,7 +135,7 @@ class Explainer:
             best = shares.topk(min(self.only, shares.numel()))
             carried = ", ".join(f"{c} ({s:.1%})" for s, c in zip(best.values.tolist(), best.indices.tolist(), strict=True))
             near = "  ".join(f"{self._show(t)} {v:.4g} ({probability[row, t]:.1%})" for t, v in zip(top.tolist(), values[1:], strict=True))
-            symbol = "logit" if self.head.kind == "control" else "d"
+            symbol = "logit" if self.head.is_control else "d"
             self.lines[row].append(
                 f"{self._show(token):>16}  {symbol} {values[0]:.4g}  p {probability[row, token]:.1%}\n"
                 f"{'nearest:':>18} {near}\n{'coordinates:':>18} {carried} {self.share}"

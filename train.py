@@ -234,7 +234,7 @@ def main():
             few = windows[: max(1, 256 // m.block_size)]  # 256 states show how far the head is from a softmax
             x, _ = next(validation_batches(data, m.arch, m.block_size, few, len(few)))
             kl = softmax_linearization_kl(model.hidden(x.to(device)).reshape(-1, m.n_embd)[:256], model.head)
-            strength = None if model.head.log_strength is None else model.head.strength().item()
+            strength = None if model.head.log_strength is None else model.head.strength.item()
         if isinstance(model, FSDPModule):
             model.reshard()  # what no backward pass does here
         model.train()
@@ -263,7 +263,7 @@ def main():
             kl = pretrained.swap(model, m, pretrained.states(model.eval(), data, c.seed, c.batch_size))
             with torch.no_grad():  # one choice for all processes
                 model.head.weight.copy_(p.from_main(lambda: model.head.weight.detach().cpu()))
-                model.head.set_strength(p.from_main(lambda: float(model.head.strength())))
+                model.head.set_strength(p.from_main(lambda: float(model.head.strength)))
             say(f"{source.name} as it is: val loss {of_source['source_val_loss']:.4f}, perplexity {of_source['source_perplexity']:.4g}")
             say(f"its head swapped for {model.head.extra_repr()}, not tied: KL {kl:.2g} nats a token on training text")
     iteration, best_loss, evaluated, skipped = 0, math.inf, -1, 0
@@ -382,7 +382,7 @@ def main():
                 "grad_norm_trunk": norm_trunk,
                 "prototype_radius": radius,
             }
-            if model.head.kind != "control":
+            if not model.head.is_control:
                 record |= {"target_distance_min": nearest, "target_distance_mean": distance / targets}
             if c.on_nan == "skip":
                 record["skipped"] = pending[j][2]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from analysis.runs import predictions
-from harmonic import CONTROLS
 from training.data import Data
 
 BINS, TOKENS, ROWS = 15, 32768, 256
@@ -28,12 +27,12 @@ def examine(model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np
             logits = head(state)
             log_p = logits.log_softmax(-1).cpu()
             best, choice = log_p.max(-1)
-            if head.name in CONTROLS:
+            if head.is_control:
                 nearest = torch.full((len(state),), math.nan)
             else:
-                s = float(head.strength())
+                s = float(head.strength)
                 nearest = logits.amax(-1).cpu() / -s
-                nearest = nearest.exp() if head.link == "harmonic" else nearest
+                nearest = nearest.exp() if head.is_harmonic else nearest
             columns = -log_p.gather(1, target[:, None])[:, 0], position, target, best.exp(), choice == target, nearest
             found.append([column.double() for column in columns])
     names = ("nll", "position", "target", "confidence", "correct", "nearest")

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown, table, windows, write_csv
-from harmonic import CONTROLS, distance
+from harmonic import distance
 from training.config import cli, parse
 from training.data import validation_batches
 from training.distributed import check_device
@@ -194,7 +194,7 @@ def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
     w, lines = model.head.prototypes().detach(), []
     for word in words:
         i = word_ids(tokenizer, word)
-        if model.head.name in CONTROLS:
+        if model.head.is_control:
             order = torch.nn.functional.cosine_similarity(w[i : i + 1], w).argsort(descending=True)
         else:
             order = distance(w[i : i + 1], w, model.head.name, **model.head.geometry())[0].argsort()

@@ -147,8 +147,8 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
     speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     head = model.head
     return {
-        "head": head.name + (", softmax link" if head.kind == "softmax" else ""),
-        "strength": None if head.kind == "control" else f"{'n' if head.kind == 'harmonic' else 's'} = {float(head.strength()):.4g}",
+        "head": head.name + (", softmax link" if head.strength_name == "scale" else ""),
+        "strength": None if head.is_control else f"{'n' if head.is_harmonic else 's'} = {float(head.strength):.4g}",
         "iterations": max([m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]),
         "best_val_loss": best["val_loss"],
         "perplexity": best.get("perplexity"),

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harmonic import CONTROLS, IGNORE_INDEX
+from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
 from training import checkpoint
 from training.config import TrainConfig, UserError, check, nearest
@@ -182,7 +182,7 @@ def publish(rows: list[dict], out: Path, draw):
 def about(run: Run) -> dict:
     """What every table begins with."""
     c = run.model_config
-    return {"run": run.name, "head": c.head, "link": None if c.head in CONTROLS else c.link}
+    return {"run": run.name, "head": c.head, "link": None if HEADS[c.head].is_control else c.link}
 
 
 def default_out(c, runs: list[Run], name: str) -> Path:

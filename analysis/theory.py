@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
-from harmonic import CONTROLS, HarmonicHead, distance
+from harmonic import HEADS, HarmonicHead, distance
 from training.config import cli, parse
 from training.data import predicted_count
 from training.distributed import check_device
@@ -55,10 +55,10 @@ def margins(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) -> tuple
     for x, y in zip(h.split(ROWS), targets.split(ROWS), strict=True):
         logits = head(x)
         p.append(logits.softmax(-1).gather(1, y[:, None])[:, 0])
-        values = -logits if head.kind == "control" else distance(x, head.prototypes(), head.name, **head.geometry())
+        values = -logits if head.is_control else distance(x, head.prototypes(), head.name, **head.geometry())
         own = values.gather(1, y[:, None])[:, 0]
         other = values.scatter(1, y[:, None], math.inf).amin(-1)
-        rho.append(torch.full_like(own, math.nan) if head.kind == "control" else own / other)
+        rho.append(torch.full_like(own, math.nan) if head.is_control else own / other)
         gamma.append(other - own)
     return torch.cat(rho), torch.cat(gamma), torch.cat(p)
 
@@ -72,14 +72,14 @@ def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
     trained = steps * run.tokens_per_iteration() * predicted_count(c.arch, c.block_size) / c.block_size
     norm, size = model.head.prototypes().norm().item(), h.norm(dim=-1).max().item()
     row = {**about(run), "tokens": len(h), "predicted": predicted.double().mean().item()}
-    row |= {f"rho_{round(100 * q)}": None if model.head.kind == "control" else rho.quantile(q).item() for q in QUANTILES}
+    row |= {f"rho_{round(100 * q)}": None if model.head.is_control else rho.quantile(q).item() for q in QUANTILES}
     row |= {"R": size, "W": norm}
     for q in (0.05, 0.5):
         value = gamma[predicted].quantile(q).item() if predicted.any() else None
         row[f"gamma_{round(100 * q)}"] = value
         row[f"bound_{round(100 * q)}"] = size * norm / (value * math.sqrt(trained)) if value and trained else None
-    if model.head.kind == "harmonic":  # FIELD: a theorem, so a number below 1 is a fault of the code
-        least = 1 / (1 + (model.head.real_vocab_size - 1) * rho.double() ** float(model.head.strength()))
+    if model.head.is_harmonic:  # FIELD: a theorem, so a number below 1 is a fault of the code
+        least = 1 / (1 + (model.head.real_vocab_size - 1) * rho.double() ** float(model.head.strength))
         row["margin_bound_holds"] = (p.double() >= least * (1 - 1e-4)).double().mean().item()
     else:
         row["margin_bound_holds"] = None
@@ -97,7 +97,7 @@ def toy(name: str, steps: int = 2000, points: torch.Tensor | None = None, target
     torch.manual_seed(seed)
     if points is None:
         points, targets = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1), torch.arange(5)
-    exponent = {} if name in CONTROLS else {"exponent": 4.0}
+    exponent = {} if HEADS[name].is_control else {"exponent": 4.0}
     head = HarmonicHead(points.shape[1], int(targets.max()) + 1, name, init_std=0.1, impl="dense", **exponent)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
     losses, path = [], [head.weight.detach().clone()]

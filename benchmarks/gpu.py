@@ -36,11 +36,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -48,7 +46,6 @@ import torch
 from benchmarks import head, train_gpu
 from benchmarks.gpu_runner import PACKAGES, ROOT, Absent, Lanes, Step, Table, run, shown, version
 from harmonic import HEADS, HarmonicHead
-from harmonic.distances import resolve
 
 YARDSTICK, NANOGPT = "F.linear + F.cross_entropy", "loop in nanoGPT's manner"
 FIRST = ["cross_entropy", "cosine", "euclidean"]
@@ -152,13 +149,12 @@ def check_kernel(scale: Scale, name: str, precision: str) -> dict:
 
     Raises: AssertionError where one is larger than ALLOWED. Absent for a head that has no Triton kernel.
     """
-    links = ["harmonic", "softmax"] if resolve(name)[0].logit is None else ["harmonic"]
+    links = ["harmonic", "softmax"] if not HEADS[name].is_control else ["harmonic"]
     allowed = ALLOWED[precision]
     loss_error = gradient_error = 0.0
     for check in scale.checks:
         for link in links:
-            with interpreted() if scale.rehearse else contextlib.nullcontext():
-                found = check_once(scale.device, check, name, link, precision)
+            found = check_once(scale.device, check, name, link, precision)
             loss_error, gradient_error = max(loss_error, found["loss"]), max(gradient_error, found["gradient"])
             assert found["ignored"] == 0, f"{link}: a state whose target is ignored has a gradient"
             for what, more in allowed.items():
@@ -170,7 +166,7 @@ def check_kernel(scale: Scale, name: str, precision: str) -> dict:
 def check_once(device: str, check: Check, name: str, link: str, precision: str) -> dict[str, float]:
     """-> relative errors of `loss` and `gradient`, those of plain float32, and the largest gradient of an `ignored` state."""
     torch.manual_seed(0)
-    V, control = check.prototypes, resolve(name)[0].logit is not None
+    V, control = check.prototypes, HEADS[name].is_control
     trained = {} if control else {"learn_scale" if link == "softmax" else "learn_exponent": True}
     layer = HarmonicHead(check.coordinates, V + 3, name, link=link, real_vocab_size=V, precision=precision, impl="triton", **trained)
     layer.to(device).eval()  # without noise
@@ -198,20 +194,6 @@ def check_once(device: str, check: Check, name: str, link: str, precision: str) 
         "gradient, plain": largest_error(plain_gradients, true_gradients),
         "ignored": gradients[0][~kept].abs().max().item(),
     }
-
-
-@contextlib.contextmanager
-def interpreted():
-    """The head takes the Triton kernels on a CPU, in Triton's interpreter: TRITON_INTERPRET=1 is set before Triton is imported."""
-    from harmonic import loss
-    from harmonic.kernels import gpu
-
-    def implementation(how, x):
-        return loss._triton if how.impl == "triton" else loss._chunked
-
-    with mock.patch.object(loss, "gpu", gpu), mock.patch.object(loss._How, "implementation", implementation):
-        warnings.filterwarnings("ignore", module="triton.runtime.interpreter")  # It computes what is masked out, too.
-        yield
 
 
 # head
@@ -410,7 +392,7 @@ def run_study(scale: Scale, name: str, seed: int) -> dict:
 
 def precisions(name: str) -> list[str]:
     """Those that make a difference to a head."""
-    return ["split", "float32", "autocast"] if resolve(name)[0].kernel in ("l2", "dot") else ["float32"]
+    return ["split", "float32", "autocast"] if HEADS[name].kernel in ("l2", "dot") else ["float32"]
 
 
 def kernel_steps() -> list[Step]:

@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.head import write
-from harmonic.kernels import gpu
-from harmonic.kernels.products import FLOAT32, SPLIT, Products
+from harmonic.backends import triton as gpu
+from harmonic.precision import FLOAT32, SPLIT, Products
 from training.config import check, cli, parse
 
 N, V, C = 8192, 50257, 768

@@ -45,7 +45,7 @@ MAHALANOBIS_OTHER = 3.1e-3  # seconds beside its products, measured on an H200: 
 OPTIMIZER = 28 + 12  # bytes a parameter: AdamW reads p, g, m, v and writes p, m, v; clipping reads g, reads and writes it
 ACCUMULATE = 12  # bytes a parameter: a micro-batch after the first reads two gradients and writes one
 
-CHUNK = 2**27  # pairs, of harmonic/kernels/gpu.py
+CHUNK = 2**27  # pairs, of harmonic/backends/triton.py
 GOALS = {"cross_entropy": 1.05, "euclidean": 1.3, "cosine": 1.3, "mahalanobis": 1.3}
 ELEMENTWISE = {  # head -> its rows of results/gpu_instructions.csv
     "chebyshev": ("linf l1 +kept", "maximum +kept"),

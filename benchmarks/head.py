@@ -30,8 +30,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from harmonic import CONTROLS, HEADS, HarmonicHead, harmonic_loss
-from harmonic.distances import resolve
+from harmonic import HEADS, HarmonicHead, harmonic_loss
 
 MIB = 2**20
 SIZES = {"cpu": "1024x50304x768,4096x4096x256,256x151936x896", "cuda": "8192x50304x768,16384x4096x256"}
@@ -187,7 +186,7 @@ def peak_memory(function, device: str = "cpu") -> float:
 
 def exponent(name: str) -> dict:
     """The n of all measurements here, as an argument: how many pairs are negligible depends on it."""
-    return {} if name in CONTROLS else {"exponent": "sqrt_dim" if name == "cosine" else "dim"}
+    return {} if HEADS[name].is_control else {"exponent": "sqrt_dim" if name == "cosine" else "dim"}
 
 
 class Case:
@@ -394,7 +393,7 @@ def main():
     else:
         work = []
         for at in itertools.product(c.sizes.split(","), c.dtypes, c.precisions or ["autocast"]):
-            products = [name for name in HEADS if resolve(name)[0].kernel in ("l2", "dot")]  # which autocast and precisions change
+            products = [name for name in HEADS if HEADS[name].kernel in ("l2", "dot")]  # which autocast and precisions change
             changed = at[2] != "float32" if c.precisions else at[1] == "bfloat16"
             names = c.heads or (products if changed else list(HEADS))
             work += [(at, name, None) for name in names]

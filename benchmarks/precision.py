@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import harmonic.loss
+import harmonic.precision
 from analysis.runs import find_runs
 from benchmarks.head import write
-from harmonic import CONTROLS, HarmonicHead, harmonic_loss, loss
-from harmonic.kernels import gpu
-from harmonic.kernels.products import FLOAT32, SPLIT, Products
-from harmonic.match import match
+from harmonic import HEADS as TABLE
+from harmonic import HarmonicHead, harmonic_loss, match
+from harmonic.precision import FLOAT32, SPLIT, Products
 from model import Model
 from training.config import cli, parse
 from training.data import Data
@@ -121,12 +122,12 @@ def validation_states(model: Model, data: Data) -> tuple[torch.Tensor, torch.Ten
 def trained_and_matched(folders: list[str], name: str) -> list[Case]:
     runs = find_runs(folders)
     first, last = runs[0], runs[-1]
-    run = first if name in CONTROLS else last
+    run = first if TABLE[name].is_control else last
     model, _ = run.load()
     head = HarmonicHead(model.config.n_embd, len(model.head.weight), name, real_vocab_size=model.head.real_vocab_size)
     head.weight = model.head.weight
     cases = [Case("trained", head, *validation_states(model, run.data()))]
-    if name in CONTROLS:
+    if TABLE[name].is_control:
         return cases
     model, _ = first.load()
     table = model.head.prototypes().detach()
@@ -143,12 +144,12 @@ def gradients(case: Case, n: float | None, dtype: torch.dtype, products: Product
     settings = {k: v.detach().to(dtype) if isinstance(v, torch.Tensor) else v for k, v in case.head.geometry().items()}
     if n is not None:
         settings["exponent"] = n
-    with contextlib.ExitStack() as as_on_a_gpu:
+    settings |= {"reduction": "none", "impl": "triton" if products else "dense"}
+    with contextlib.ExitStack() as chosen:
         if products:
-            as_on_a_gpu.enter_context(mock.patch.object(loss, "gpu", gpu))
-            as_on_a_gpu.enter_context(mock.patch.object(loss._How, "implementation", lambda *_: loss._triton))
-            as_on_a_gpu.enter_context(mock.patch.object(loss, "choose", lambda *_: products))
-        losses = harmonic_loss(h, w, case.targets, case.head.name, reduction="none", impl="auto" if products else "dense", **settings)
+            chosen.enter_context(mock.patch.object(harmonic.loss, "choose_products", lambda *_: products))
+            chosen.enter_context(mock.patch.dict(harmonic.precision.BY_NAME, {products.name: products}))
+        losses = harmonic_loss(h, w, case.targets, case.head.name, **settings)
         losses.sum().backward()
     return losses.detach().double(), h.grad.double(), w.grad.double()
 
@@ -183,7 +184,7 @@ def main():
     for name in HEADS:
         cases += [fresh(name)] + (trained_and_matched(c.runs, name) if c.runs else [])
     for case in tqdm(cases, disable=None, leave=False):
-        for n in [None] if case.head.name in CONTROLS else sorted({float(case.head.strength()), 4.0 * case.states.shape[1]}):
+        for n in [None] if case.head.is_control else sorted({float(case.head.strength), 4.0 * case.states.shape[1]}):
             rows += compare(case, n)
             write(rows, c.out)
     print(markdown(rows))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from analysis.runs import find_runs
 from benchmarks.head import seconds, write
 from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
-from harmonic.distances import exactly, log_distance, operands
-from harmonic.kernels import dense
+from harmonic.kernels import pairs
+from harmonic.pairwise import exactly, log_distance, operands
 from training.config import check, cli, parse
 from training.data import validation_batches, validation_windows
 
@@ -56,10 +56,10 @@ def states(run, n):
 def shares(head, h, y, skip):
     """-> the share of pairs, and of 4 x 4 tiles, that are left out."""
     with exactly(h.device):
-        row, x, w, u, v, options = operands(h.detach(), head.prototypes().detach(), head.name, **head.geometry())
-        raw = dense.pairs(x, w, row.kernel, True, **options, **row.fixed).detach().requires_grad_()
-        log_d = log_distance(row, raw, None if u is None else u[:, None], v, options)
-        logits = -head.strength() * (log_d if head.link == "harmonic" else log_d.exp())
+        both = operands(h.detach(), head.prototypes().detach(), head.name, **head.geometry())
+        raw = pairs(both.x, both.y, both.distance.kernel, both.options).detach().requires_grad_()
+        log_d = log_distance(both.distance, raw, None if both.u is None else both.u[:, None], both.v, both.options)
+        logits = -head.strength * (log_d if head.is_harmonic else log_d.exp())
         slope = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), raw)[0].abs()
     out = slope < skip / slope.shape[1] * slope.gather(1, y[:, None])
     tiles = F.pad(out, (0, -out.shape[1] % 4, 0, -out.shape[0] % 4), value=True).unflatten(1, (-1, 4)).unflatten(0, (-1, 4))

@@ -58,7 +58,7 @@ def main():
         model, _ = run.load()
         kl = pretrained.swap(model, replace(run.model_config, head=name, **settings), states)
         took = time.perf_counter() - began
-        strength = "" if model.head.kind == "control" else float(model.head.strength())
+        strength = "" if model.head.is_control else float(model.head.strength)
         about = ", ".join(f"{k.removeprefix('head_')}={v}" for k, v in settings.items())
         rows.append(dict(zip(COLUMNS, (name, about, strength, kl, perplexity(model.eval()), own, took), strict=True)))
     with open(Path(c.out), "w", newline="") as file:

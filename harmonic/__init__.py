@@ -4,10 +4,15 @@ Imports nothing else of this repository and works with any PyTorch model. See `H
 a model of transformers.
 """
 
-from harmonic.distances import CONTROLS, DISTANCES, EXPONENTS, HEADS, Distance, contributions, distance, paired_distance
-from harmonic.loss import IGNORE_INDEX, HarmonicHead, default_scale, harmonic_logits, harmonic_loss, softmax_linearization_kl
+from harmonic.distances import CONTROLS, DISTANCES, HEADS, Distance
+from harmonic.head import HarmonicHead, softmax_linearization_kl
+from harmonic.integrations.transformers import load_swapped, swap_head
+from harmonic.links import EXPONENTS, default_scale
+from harmonic.loss import IGNORE_INDEX, harmonic_logits, harmonic_loss
 from harmonic.match import match
-from harmonic.swap import load_swapped, swap_head
+from harmonic.pairwise import contributions, distance, paired_distance
+
+__version__ = "0.2.0"
 
 __all__ = [
     "CONTROLS",

@@ -19,8 +19,8 @@ import math
 
 import torch
 
-from harmonic.distances import exactly, log_pairs, operands, resolve
-from harmonic.loss import HarmonicHead
+from harmonic.head import HarmonicHead
+from harmonic.pairwise import exactly, fast_log_pairs, operands
 
 NEAR = 1e-4  # nats: perplexity within 0.01 %
 ROWS = 256  # states that are looked at: (ROWS, V) numbers are held
@@ -56,9 +56,8 @@ def match(head: HarmonicHead, states: torch.Tensor, weight: torch.Tensor, bias: 
         b = torch.zeros(rows, device=w.device) if bias is None else bias[:rows].float() - bias[:rows].float().mean()
         z = h @ w.T + b
         p = z.softmax(-1)
-        row, _ = resolve(head.name, **head.options)
-        if row.kernel == "l2":
-            head.padded_prototypes()[:rows] = _on_a_sphere(head, row.degree, states.float(), w, b, z, p)
+        if head.distance.kernel == "l2":
+            head.padded_prototypes()[:rows] = _on_a_sphere(head, head.distance.degree, states.float(), w, b, z, p)
             return _fit_strength(head, h, p)
         few = max(2, PAIRS // rows)
         return _fit_scale(head, _spread(h, few), weight[:rows].float() + torch.outer(b, _constant(states.float())), _spread(p, few))
@@ -88,8 +87,8 @@ def _on_a_sphere(head, degree, h, w, b, z, p):
     along = h @ u
 
     # the exponent of the harmonic head whose prototypes these are
-    n = float(head.strength()) * max(1, degree) if head.given else None  # of the distance, not of its square
-    if n is not None and head.link == "softmax":
+    n = float(head.strength) * max(1, degree) if head.given else None  # of the distance, not of its square
+    if n is not None and not head.is_harmonic:
         n *= math.sqrt(2 * H) ** degree  # s d has the slope of n log d at the d of R = |h|
     off = mean.square().mean().sqrt().item() * (2 if degree else 1)
     enough = spread * off / math.sqrt(2 * NEAR)  # z^2 / n (cosine z^2 / 2n) moves logits by off / n a nat: KL (spread off / n)^2 / 2
@@ -118,20 +117,19 @@ def _on_a_sphere(head, degree, h, w, b, z, p):
 
 def _logits_of_one(head, h):
     """The head's logits at strength 1, largest of each row 0: (N, C) -> (N, V)."""
-    _, x, y, u, v, options = operands(h, head.prototypes(), head.name, **head.geometry())
-    log_d = log_pairs(resolve(head.name, **head.options)[0], x, y, u, v, options, compiled=True)
-    logits = -(log_d if head.link == "harmonic" else log_d.exp())
+    log_d = fast_log_pairs(operands(h, head.prototypes(), head.name, **head.geometry()))
+    logits = -(log_d if head.is_harmonic else log_d.exp())
     return logits - logits.amax(-1, keepdim=True)
 
 
 def _fit_strength(head, h, p) -> float:
     """Sets the strength that minimises KL(p || head) unless it was given -> that KL in nats. The loss is convex in it."""
     entropy = -torch.special.xlogy(p, p).sum(-1).mean().item()
-    if head.kind == "control":
+    if head.is_control:
         return (-(p * head(h)[:, : p.shape[1]].log_softmax(-1)).sum(-1).mean()).item() - entropy
     logits = _logits_of_one(head, h)
     target = (p * logits).sum(-1)
-    s = float(head.strength())
+    s = float(head.strength)
     if not head.given:
         low, high = 0.0, math.inf
         for _ in range(60):
@@ -156,7 +154,7 @@ def _fit_scale(head, h, w, p) -> float:
         head.padded_prototypes()[: len(w)] = math.exp(log_a) * w
         return _fit_strength(head, h, p)
 
-    if head.kind == "control":
+    if head.is_control:
         return error(0.0)
     best = 0.0
     for step in (1.0, 1 / 4, 1 / 16):

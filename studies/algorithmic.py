@@ -342,7 +342,7 @@ def rows_of(job: Job, rate: float, multiples: list[float], seeds: list[int], eva
         row = dict(zip(JOB, job.key(), strict=True)) | {"learning_rate": f"{rate:.6g}", "seed": seed, "steps": job.steps}
         control = job.link == "control"
         row |= {"multiple": f"{multiples[i]:.6g}", "exponent": "" if control else f"{kind.width * multiples[i]:.6g}"}
-        row |= {"scale": f"{models[i].head.strength():.6g}" if job.link == "softmax" else ""}
+        row |= {"scale": f"{models[i].head.strength:.6g}" if job.link == "softmax" else ""}
         row |= {"init_std": f"{kind.std * (multiples[i] if control else 1):.6g}", "examples": data[0].shape[1]}
         row |= {"train_accuracy": f"{curves['train'][-1, i]:.4f}", "test_accuracy": f"{curves['test'][-1, i]:.4f}"}
         row |= {"test_loss": f"{curves['loss'][-1, i]:.4f}", "top2": f"{spectrum(curves['prototypes'][i])['top2']:.4f}"}

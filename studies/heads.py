@@ -347,7 +347,7 @@ def result(c: StudyConfig, s: dict, status: int, seconds: float, sha: str) -> di
     speed = statistics.median(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     used = energy(run)
     row |= {
-        "scale": "" if s["link"] != "softmax" else f"{float(model.head.strength()):.6g}",
+        "scale": "" if s["link"] != "softmax" else f"{float(model.head.strength):.6g}",
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
         "test_loss": "" if s["stage"] in "15" else f"{test_loss(model, data_folder(s['dataset'])):.6f}",
         "bits_per_byte": f"{losses[-1].get('bits_per_byte', math.nan):.6f}",

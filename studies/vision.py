@@ -348,7 +348,7 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
         model = Classifier(images, job["backbone"], job["head"], job["link"], multiple)
         best = train(model, images, rate, epochs, seed)
         row = job | {"multiple": f"{multiple:.6g}", "learning_rate": f"{rate:.6g}", "seed": seed, "train_images": len(images.x)}
-        row |= {"scale": f"{model.head.strength():.6g}" if job["link"] == "softmax" else ""}
+        row |= {"scale": f"{model.head.strength:.6g}" if job["link"] == "softmax" else ""}
         row |= {"size": images.x.shape[-1], "epochs": best["epochs"], "seconds": f"{time.perf_counter() - began:.2f}"}
         found.append(row | {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"})
         return model

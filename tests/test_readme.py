@@ -127,24 +127,13 @@ def test_demo_numbers_are_the_measured_ones():
         assert f"| {nats:.3f} | {perplexity:.1f} | {bits:.3f} |" in README
 
 
-def test_snippets_work(monkeypatch):
-    from harmonic import DISTANCES, HEADS, Distance, HarmonicHead, distance, harmonic_loss
-
+def test_snippets_work():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    (use,), (entry,) = ([b for b in blocks if b.startswith(start)] for start in ("from harmonic import HarmonicHead", '"hellinger"'))
+    (use,) = (b for b in blocks if b.startswith("from harmonic import HarmonicHead"))
     names = {"n_embd": 8, "vocab_size": 20, "h": torch.randn(3, 8), "targets": torch.arange(3)}
     exec(use, names)
     assert names["logits"].shape == (3, 20)
     torch.testing.assert_close(names["loss"], torch.nn.functional.cross_entropy(names["logits"], names["targets"]))
-
-    ((name, row),) = eval("{" + entry + "}", {"Distance": Distance}).items()
-    monkeypatch.setitem(DISTANCES, name, row)
-    monkeypatch.setitem(HEADS, name, row)
-    h, w = torch.randn(4, 8).double(), torch.randn(6, 8).double()
-    expected = (h.softmax(-1).sqrt()[:, None] - w.softmax(-1).sqrt()).square().sum(-1)
-    torch.testing.assert_close(distance(h, w, name), expected)
-    assert harmonic_loss(h, w, torch.arange(4), name, link="softmax").isfinite()
-    assert HarmonicHead(8, 20, name)(h.float()).shape == (4, 20)
 
 
 def test_help_lists_every_key():

@@ -1,4 +1,4 @@
-"""harmonic.swap: a head matched to a softmax predicts nearly the same; transformers' models take a head and train with it."""
+"""Swapped heads: a head matched to a softmax predicts nearly the same; transformers' models take a head and train with it."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def test_nearness_grows_with_the_exponent_until_float32_rounds():
     for n in (50, 500, 5000):
         head = HarmonicHead(C, V, "euclidean", exponent=float(n))
         match(head, h, w, b)
-        assert head.strength() == n  # it was given
+        assert head.strength == n  # it was given
         found.append(kl(h, w, b, head))
     assert found[0] > 3 * found[1] > 9 * found[2] and found[2] < 1e-4
 
@@ -95,7 +95,7 @@ def test_the_others_are_fitted_in_scale_and_exponent(name):
         other.weight.data.copy_(size * head.weight)
         assert _fit_strength(other, h, (h @ w.T).softmax(-1)) > 0.98 * found - 1e-3
     for change in (0.8, 1.25):
-        other = HarmonicHead(C, V, name, exponent=head.strength() * change).eval()
+        other = HarmonicHead(C, V, name, exponent=head.strength * change).eval()
         other.weight.data.copy_(head.weight)
         assert kl(h, w, None, other) > 0.999 * kl(h, w, None, head)
 
@@ -173,7 +173,7 @@ def test_swapped_models_keep_what_they_predict(kind):
     spread = before.std(-1).mean()
     assert (after - before).abs().mean() < 0.15 * spread > 0.05
     assert head.table is not model.get_input_embeddings().weight and not model.config.tie_word_embeddings
-    assert model.config.harmonic["name"] == "euclidean" and model.config.harmonic["exponent"] == float(head.strength())
+    assert model.config.harmonic["name"] == "euclidean" and model.config.harmonic["exponent"] == float(head.strength)
     if kind != "bert":
         text = model.generate(ids[:1, :5], max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert text.shape == (1, 10)
@@ -413,7 +413,7 @@ def test_the_configuration_is_the_models_own(tmp_path):
     stored = AutoConfig.from_pretrained(tmp_path)
     for config in (stored, stored, model.config, pickle.loads(pickle.dumps(stored))):
         assert type(AutoModelForCausalLM.from_config(config)) is type(model)
-    assert load_swapped(tmp_path).lm_head.strength() == 7.0
+    assert load_swapped(tmp_path).lm_head.strength == 7.0
     assert pickle.loads(pickle.dumps(type(model))) is type(model)
     assert type(AutoModel.from_pretrained(tmp_path)) is transformers.GPT2Model
 

@@ -7,9 +7,9 @@ import os
 
 import torch
 
-from harmonic import HEADS, HarmonicHead, loss
+from harmonic import HEADS, HarmonicHead
+from harmonic.backends import load
 from harmonic.distances import resolve
-from harmonic.kernels.dense import cpu as numba_kernels
 from model import ModelConfig
 from training.config import TrainConfig
 from training.data import Data, split_warnings
@@ -58,38 +58,38 @@ def slow_settings(model: ModelConfig, config: TrainConfig, device: str, dtype: s
 
 def about_products(head: HarmonicHead) -> str | None:
     """How the head multiplies matrices, in words, when called inside the run's autocast. None for a distance without matrix products."""
-    if HEADS[head.name].kernel not in ("dot", "l2"):
+    if head.distance.kernel not in ("dot", "l2"):
         return None
     products = head.products()
     if products.name == "split":
         return "head multiplies in two half-precision parts (split): as exact as float32"
     what = f"head multiplies in {str(products.inner).removeprefix('torch.')}"
-    if products.name != "autocast" or head.kind == "control":
+    if products.name != "autocast" or head.is_control:
         return what
     # An inner product rounded to bfloat16 is off by up to 4e-4 |h| |w| (a twentieth of eps), so raw distances of vectors of one length by
     # as much of themselves.
-    row, settings = resolve(head.name, **head.options)
-    power = float(head.strength()) * row.root(**{k: v for k, v in settings.items() if k in row.kernel_options})
+    distance, options = resolve(head.name, **head.options)
+    power = float(head.strength) * distance.root(**distance.kernel_options(options))
     error = power * torch.finfo(products.inner).eps / 20
-    if head.kind == "softmax":
+    if not head.is_harmonic:
         return f"{what}: distances are off by up to {error / power:.0e} of themselves. --head_precision=auto is as exact as float32"
     return (
-        f"{what}: at n = {float(head.strength()):.4g} the loss of a token is off by up to {error:.1g} nats where prototypes are as long as"
+        f"{what}: at n = {float(head.strength):.4g} the loss of a token is off by up to {error:.1g} nats where prototypes are as long as"
         " states. --head_precision=auto is as exact as float32"
     )
 
 
 def _is_compiled(model: ModelConfig, device: str) -> bool:
     """Whether compiled kernels make the head faster on this device. The controls' dot product torch computes as fast."""
-    row, settings = resolve(model.head, **model.head_options())
-    if row.kernel == "dot":
+    distance, options = resolve(model.head, **model.head_options())
+    if distance.kernel == "dot":
         return False
     if device == "cuda":
-        return loss.gpu is not None
-    if device != "cpu" or not numba_kernels:
+        return load("triton") is not None
+    numba = load("numba") if device == "cpu" else None
+    if numba is None:
         return False
-    options = {k: v for k, v in settings.items() if k in row.kernel_options}
-    return row.kernel == "l2" or numba_kernels.find(row.kernel, {**options, **row.fixed}) is not None
+    return distance.kernel == "l2" or numba.find(distance.kernel, distance.kernel_options(options)) is not None
 
 
 def _multiplies_bfloat16() -> bool:

@@ -27,7 +27,10 @@ from training.tokenizer import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 
 PACKAGE = Path(__file__).resolve().parent.parent / "harmonic"
 # Of the package, what a head needs without its compiled kernels.
-PARTS = ("distances.py", "loss.py", "match.py", "swap.py", "kernels/dense.py", "kernels/products.py")
+PARTS = (
+    "distances.py", "head.py", "kernels.py", "links.py", "loss.py", "maps.py", "match.py", "pairwise.py", "precision.py",
+    "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py", "integrations/transformers.py",
+)  # fmt: skip
 CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "HarmonicGPT2"),
     "bert": ("BertForMaskedLM", "HarmonicBert"),
@@ -106,10 +109,9 @@ def model_of(model: Model, tokenizer: Tokenizer):
 
     rows = max(model.config.real_vocab_size, tokenizer.mask_id + 1 if model.config.arch == "bert" else 0)
     c = replace(model.config, vocab_size=rows)
-    if model.head.kind == "softmax":
-        c.scale, c.exponent = float(model.head.strength()), None
-    elif model.head.kind == "harmonic":
-        c.exponent = float(model.head.strength())
+    if not model.head.is_control:
+        c.scale, c.exponent = None, None
+        setattr(c, model.head.strength_name, float(model.head.strength))
     if c.arch != "qwen" and (c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)):
         raise UserError(f"transformers' {kind_of(c)} has neither n_kv_head={c.n_kv_head} nor head_dim={c.head_dim}")
     if c.qk_norm and has_bias(c):
@@ -137,9 +139,9 @@ def write_parts(folder: Path):
     """The modelling file, and the parts of the package `harmonic` beside it: transformers copies single files, hence their flat names."""
     for part in PARTS:
         text = (PACKAGE / part).read_text()
-        text = re.sub(r"from harmonic\.kernels import (\w+)", r"from . import harmonic_\1 as \1", text)
-        text = re.sub(r"from harmonic\.(?:kernels\.)?(\w+) import", r"from .harmonic_\1 import", text)
-        (folder / f"harmonic_{Path(part).name}").write_text(text)
+        text = re.sub(r"from harmonic\.(?:\w+\.)?(\w+) import", r"from .harmonic_\1 import", text)
+        name = part.replace("/__init__", "").rpartition("/")[2]
+        (folder / f"harmonic_{name}").write_text(text)
     shutil.copyfile(Path(__file__).with_name("modeling_harmonic.py"), folder / "modeling_harmonic.py")
 
 
@@ -212,9 +214,7 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
         raise UserError(f"{run}/environment.json cannot be read ({error}): the model card tells what the run was made with") from None
     used = energy(run)
     masked = stored["arch"] == "bert"
-    link = {"harmonic": ": a token's logit is `-n log d(h, w)`", "softmax": ": a token's logit is `-s d(h, w)`", "control": ""}[
-        model.head.kind
-    ]
+    link = "" if model.head.is_control else f": a token's logit is `{'-n log d' if model.head.is_harmonic else '-s d'}(h, w)`"
     return CARD.format(
         **{k: v for k, v in stored.items() if k != "tie_weights"},
         **{k: environment[k] for k in ("world_size", "git_commit")},

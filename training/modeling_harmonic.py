@@ -16,9 +16,9 @@ from transformers import (
 )
 
 try:
-    from harmonic.swap import Swapped
+    from harmonic.integrations.transformers import Swapped
 except ImportError:
-    from .harmonic_swap import Swapped
+    from .harmonic_transformers import Swapped
 
 
 class HarmonicGPT2Config(GPT2Config):

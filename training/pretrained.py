@@ -422,9 +422,8 @@ def swap(model: Model, config: ModelConfig, states: torch.Tensor) -> float:
     arguments = dict(real_vocab_size=config.real_vocab_size or None, **config.head_arguments())
     model.head = HarmonicHead(config.n_embd, config.vocab_size, config.head, **arguments).to(states.device)
     kl = match(model.head, states, old.weight, old.bias)
-    if model.head.kind == "softmax":
-        config.scale, config.exponent = float(model.head.strength()), None
-    elif model.head.kind == "harmonic":
-        config.exponent = float(model.head.strength())
+    if not model.head.is_control:
+        config.scale, config.exponent = None, None
+        setattr(config, model.head.strength_name, float(model.head.strength))
     model.config = config
     return kl

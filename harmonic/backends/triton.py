@@ -12,11 +12,11 @@ A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, w
 templates when they are compiled, so a new kernel is two functions and a row of `_find`. p is the kernel's only number: a power, a
 sharpness, a floor or a sign.
 
-Precision. Everything is float32 but the operands of matrix products, which products.py rounds or takes apart; they too add up in float32.
+Precision. Everything is float32 but the operands of matrix products, which precision.py rounds or takes apart; they too add up in float32.
 For l2 a large offset that all vectors share is taken off first, for it would cost the products their last digits. Logits are taken
 relative to the row's nearest prototype: with exponents of hundreds, log d itself would have lost the digits that the logarithm of a ratio
 keeps. For the same reason sums over coordinates, rows and prototypes are added up in slices. A block of l2 that holds a pair whose
-difference cancels is computed from the differences, and so are its gradients (see dense.py).
+difference cancels is computed from the differences, and so are its gradients (see kernels.py).
 A NaN passes through. No atomics: the result is the same in every run.
 
 Checked against float64 on an H200, and in Triton's interpreter; `benchmarks.gpu_compile` lists every variant's registers and spills.
@@ -24,6 +24,7 @@ Blocks, warps and unrolling were chosen there by timing (LOG.md); lse, square an
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +33,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from harmonic.kernels import dense
-from harmonic.kernels.products import FLOAT32
+from harmonic.backends import Backend, Problem, Result
+from harmonic.backends.mapped import Sides
+from harmonic.kernels import KERNELS, NEAR
+from harmonic.precision import FLOAT32
 
 # Pairs of a chunk, 512 MiB of raw values (twice that for linf, lse, and l2 and dot with slopes in two parts). At most 2^16 rows, so
 # that few prototypes do not mean a huge chunk.
@@ -42,6 +45,7 @@ CHUNK_ROWS = 2**16
 # A program's block is BLOCK rows x BLOCK prototypes (in `_gradient`: x BLOCK coordinates), 8 to 32 of them a thread. Sums are added up in
 # slices of as many, some steps of which are written out, so that loads run ahead.
 BLOCK = 64
+MOST_BLOCKS = 65_535  # of a launch, along prototypes
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -190,7 +194,7 @@ def _canberra_slope(total, x, y, a, kept, c, p):
 
 
 class Recipe(NamedTuple):
-    """How these templates make a kernel of dense.py.
+    """How these templates make a kernel of kernels.py.
 
     mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". term, slope, p: see above. exchanged: the factor of p
     where x and y are exchanged. remainder: whether the slope leaves -a to the host. unroll: steps written out, as many as registers do for.
@@ -203,6 +207,21 @@ class Recipe(NamedTuple):
     exchanged: float = 1.0
     remainder: bool = False
     unroll: int = 8
+
+
+class Epilogue(NamedTuple):
+    """What turns raw values into logits, beside the operands.
+
+    d = (factor raw)^root / max(|u + v|, floor), without the denominator where there are no terms u, v; logit = -n log d (link
+    "harmonic"), -s d ("softmax"), raw + bias ("control": the dot product of cross-entropy). options: of the kernel.
+    """
+
+    kernel: str
+    options: dict
+    link: str
+    factor: float
+    root: float
+    floor: float
 
 
 def _find(epilogue) -> Recipe | None:
@@ -230,9 +249,36 @@ def _find(epilogue) -> Recipe | None:
     return None if options else found
 
 
-def supports(epilogue) -> bool:
-    """Whether `run` can do it; an option that no kernel here reads, such as canberra's q, says no."""
-    return epilogue.link in ("harmonic", "softmax", "control") and _find(epilogue) is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Kernels then run in Python, on a CPU.
+
+
+def _epilogue(problem: Problem) -> Epilogue:
+    distance, options = problem.distance, problem.kernel_options
+    floor = distance.denominator.floor if distance.denominator else torch.finfo(torch.float32).tiny
+    return Epilogue(distance.kernel, options, problem.spec.link, distance.factor, distance.root(**options), floor)
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why there is no kernel for it. An option that no kernel here reads, such as canberra's q, says no."""
+    x = problem.states
+    if x.dtype != torch.float32 or (x.device.type != "cuda" and not INTERPRETED):
+        return f"needs CUDA and float32 (h is {x.dtype} on {x.device})"
+    if problem.distance.is_control and problem.spec.name != "cross_entropy":
+        return f"there is no compiled kernel for {problem.spec.name}"
+    if _find(_epilogue(problem)) is None:
+        return f"there is no compiled kernel for {problem.spec.name} with these options"
+    if problem.spec.rows > MOST_BLOCKS * BLOCK:
+        return f"{problem.spec.rows:,} prototypes are more than the {MOST_BLOCKS * BLOCK:,} of one launch"
+    return None
+
+
+def loss(problem: Problem, needs_grad: bool) -> Result:
+    """See `Backend`."""
+    sides = Sides(problem)
+    x, y = sides.states.whole(), sides.prototypes.whole()
+    given = (problem.strength, problem.bias, problem.targets, problem.weights)
+    losses, gradients = run(x, y, sides.u, sides.v, *given, _epilogue(problem), needs_grad, problem.spec.products)
+    return sides.result(losses, *gradients) if needs_grad else Result(losses, None)
 
 
 # blocks of raw values
@@ -311,7 +357,7 @@ def _sizes(rows, columns, size_x, size_y, R, V):
 
 @triton.jit
 def _above(raw, rows, columns, size_x, size_y, R, V, epsilon):
-    """raw where it exceeds the floor, else the floor; `dense.above` for a block."""
+    """raw where it exceeds the floor, else the floor; `kernels.above` for a block."""
     low = tl.maximum(epsilon * _sizes(rows, columns, size_x, size_y, R, V), TINY)
     return tl.where(raw < low, low, raw)
 
@@ -370,7 +416,13 @@ def _log1p(t):
 @triton.jit
 def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
     """The logit at `level` minus the logit at the row's `best`, for a strength of 1. n multiplies an error here by hundreds."""
-    return -ROOT * _log1p((level - best) * (1.0 / best)) if LINK == "harmonic" else best - level
+    if LINK == "harmonic":
+        # Farther than 1e38 times the nearest is as far: the probability is 0. `_log1p` ends there; a NaN stays one.
+        ratio = tl.minimum((level - best) * (1.0 / best), 1e38, propagate_nan=tl.PropagateNan.ALL)
+        fall = -ROOT * _log1p(ratio)
+    else:
+        fall = best - level
+    return fall
 
 
 @triton.jit
@@ -607,7 +659,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         x: (N, C), y: (V, C), mapped operands. u: (N,), v: (V,), their rank-one terms, or None. All float32 and contiguous.
         strength: a 0-dim tensor, positive; a control ignores it. bias: (V,) or None, a control's.
         targets: (N,) int64 in [0, V). weight: (N,), 0 for ignored rows.
-        epilogue: what makes logits of raw values; `supports` must hold for it.
+        epilogue: what makes logits of raw values; there must be a recipe for it.
         products: how l2 and dot multiply matrices.
     Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that are None or with needs_grad=False.
     """
@@ -623,7 +675,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         x, y = _without_offset(x, y)
     level = dict(u=u, v=bias if control else v, strength=strength, factor=epilogue.factor, floor=epilogue.floor, LINK=epilogue.link)
     level |= dict(MODE=mode, ROOT=epilogue.root, V=V, BLOCK=BLOCK, size_x=None, size_y=None, epsilon=0.0, unit_x=None, unit_y=None)
-    k, zero = dense.KERNELS[epilogue.kernel], x.new_zeros(())
+    k, zero = KERNELS[epilogue.kernel], x.new_zeros(())
     if mode != "dot":
         level |= dict(size_y=k.value(y, zero, **epilogue.options), epsilon=torch.finfo(x.dtype).eps ** k.power(**epilogue.options))
     blocks = triton.cdiv(V, BLOCK)
@@ -653,7 +705,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             level["unit_x"] = left.unit
             raw = products.inner_products(left, right)
         operands = dict(
-            x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=recipe.p, TERM=recipe.term, UNROLL=recipe.unroll, cancelled=dense.NEAR
+            x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=recipe.p, TERM=recipe.term, UNROLL=recipe.unroll, cancelled=NEAR
         )
         operands |= dict(raw=raw, kept=kept, near=near, best=best, total=total, target_level=own)
         launch(_tile, grid, *((16, None) if matmul else (4, 168)), **operands, **level)
@@ -765,3 +817,6 @@ def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
     strides = dict(OWN=1, OTHER=W, near_own=1, near_other=columns)
     p, x_c = recipe.exchanged * recipe.p, _by_coordinates(x)
     launch(_gradient, (columns, coordinates), 8, 128, x=y, y=x_c, out=dy, M=V, K=R, p=p, **strides, **shared)
+
+
+BACKEND = Backend("triton", supports, loss)

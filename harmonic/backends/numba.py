@@ -31,7 +31,11 @@ from numba import njit, prange
 from numba.core import types as nb
 from numba.extending import intrinsic
 
-from harmonic.kernels.products import FLOAT32, Multiply
+from harmonic.backends import Backend, Problem, Result
+from harmonic.backends.mapped import Sides
+from harmonic.kernels import KERNELS, NEAR, sizes
+from harmonic.links import CONTROL as CONTROL_NAME
+from harmonic.precision import FLOAT32, Multiply
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # fastmath, less the flags that allow to assume away NaN and infinity
 OPTIONS = {"fastmath": FAST, "error_model": "numpy"}  # 1/0 is infinity, not an exception that keeps a loop from being vectorised
@@ -768,115 +772,188 @@ def _array(x: torch.Tensor) -> np.ndarray:
 CHUNK = 20 * 2**20
 
 
-def supports(epilogue) -> bool:
-    """Whether `run` has a kernel for it."""
-    return (epilogue.kernel in ("l2", "dot") and usable()) or find(epilogue.kernel, epilogue.options) is not None
+LINKS = {"harmonic": HARMONIC, "softmax": SOFTMAX, CONTROL_NAME: CONTROL}
 
 
-def run(x, y, u, v, strength, bias, targets, weight, how, needs_grad):
-    """See `loss._chunked`: the same, float32 on a CPU, with compiled kernels and each chunk forward and backward while it is in cache."""
-    epilogue, N, V, C = how.epilogue(), len(x), len(y), x.shape[1]
-    threads = follow_torch(N * V * C)
-    matmul = epilogue.kernel in ("l2", "dot")
-    found = None if matmul else find(epilogue.kernel, epilogue.options)
-    apart = epilogue.kernel in ("linf", "lse")  # their gradients need the raw values again
-    rows = min(N, max(4, CHUNK // (1 + apart) // V // 4 * 4))
-    wide = max(V, 4)
-    raw = torch.empty(max(rows, 4), wide)
-    slope = torch.empty_like(raw) if apart and needs_grad else raw
-    scratch, sums = torch.empty(threads, 2, V), torch.zeros(threads, V)
-    losses, row_sums, strengths = torch.empty(N), torch.empty(N), torch.empty(N)
-    link = {"harmonic": HARMONIC, "softmax": SOFTMAX, "control": CONTROL}[epilogue.link]
-    numbers = np.array([strength, epilogue.root, epilogue.factor, epilogue.floor, how.skip / V], f32)
-    xx, yy, middle = epilogue.sizes(x), torch.empty(V), torch.zeros(C)
-    for first, block in y.blocks():
-        yy[first : first + len(block)] = epilogue.sizes(block)
-        if epilogue.kernel == "l2":
-            middle += block.sum(0) / V
-        block = None  # The next one is made in its memory.
-    if epilogue.kernel == "l2":
+def supports(problem: Problem) -> str | None:
+    """None, or why there is no kernel for it."""
+    distance = problem.distance
+    if problem.states.dtype != torch.float32 or problem.states.device.type != "cpu":
+        return f"needs a CPU and float32 (h is {problem.states.dtype} on {problem.states.device})"
+    if not problem.finite:
+        return "compiled maxima lose a NaN"
+    if distance.is_control and problem.spec.name != "cross_entropy":
+        return f"there is no compiled kernel for {problem.spec.name}"
+    if not usable():
+        return "this process is a fork of one that ran Numba's kernels"
+    if distance.kernel not in ("l2", "dot") and find(distance.kernel, problem.kernel_options) is None:
+        return f"there is no compiled kernel for {problem.spec.name} with these options"
+    return None
+
+
+class _Work:
+    """The two sides of a problem, and what all its chunks share.
+
+    raw, slope: room for the raw values of a chunk and for their slopes, one memory where the raw values are not needed again.
+    xx, yy: the sizes of states (N,) and prototypes (V,) that floors are relative to; own_low, low: their shares in the floor.
+    """
+
+    def __init__(self, problem: Problem, needs_grad: bool):
+        self.problem, self.needs_grad, self.sides = problem, needs_grad, Sides(problem)
+        self.x, self.y = self.sides.states.whole(), self.sides.prototypes
+        self.products = problem.spec.products
+        N, V, C = len(self.x), len(self.y), self.x.shape[1]
+        self.threads = follow_torch(N * V * C)
+        self.kernel = problem.distance.kernel
+        self.matmul = self.kernel in ("l2", "dot")
+        self.found = None if self.matmul else find(self.kernel, problem.kernel_options)
+        apart = self.kernel in ("linf", "lse")  # Their gradients need the raw values again.
+        self.rows = min(N, max(4, CHUNK // (1 + apart) // V // 4 * 4))
+        self.wide = max(V, 4)
+        self.raw = torch.empty(max(self.rows, 4), self.wide)
+        self.slope = torch.empty_like(self.raw) if apart and needs_grad else self.raw
+        self.scratch, self.sums = torch.empty(self.threads, 2, V), torch.zeros(self.threads, V)
+        self.losses, self.row_sums, self.strengths = torch.empty(N), torch.empty(N), torch.empty(N)
+        self.zeros = torch.zeros(max(N, V))
+        self._measure()
+        self.dx = torch.zeros(N, C) if needs_grad else None
+        self.dy = self.y.new_gradient() if needs_grad else None
+        self.shares = None  # of each thread in dx
+        if needs_grad and not self.matmul:
+            self.dy.zero_()
+            self.shares = torch.empty(self.threads, max(self.rows, 4), C)
+
+    def _measure(self):
+        self.xx, self.yy, middle = self._sizes(self.x), torch.empty(len(self.y)), torch.zeros(self.x.shape[1])
+        for first, block in self.y.blocks():
+            self.yy[first : first + len(block)] = self._sizes(block)
+            if self.kernel == "l2":
+                middle += block.sum(0) / len(self.y)
+            block = None  # The next one is made in its memory.
         # Vectors with a large common part would lose their differences in the products; l2 does not change when it is taken off.
-        if middle.square().sum() > yy.mean() / 2:
-            y.shift, x = middle, x - middle
-            xx, yy = epilogue.sizes(x), torch.cat([epilogue.sizes(block) for _, block in y.blocks()])
-    own_low, low = epilogue.low(xx), epilogue.low(yy)
-    zeros = torch.zeros(max(N, V))
-    dx = torch.zeros(N, C) if needs_grad else None
-    dy = y.new_gradient() if needs_grad else None
-    if needs_grad and not matmul:
-        dy.zero_()
-    shares = torch.empty(threads, max(rows, 4), C) if needs_grad and not matmul else None
+        if self.kernel == "l2" and middle.square().sum() > self.yy.mean() / 2:
+            self.y.shift, self.x = middle, self.x - middle
+            self.xx, self.yy = self._sizes(self.x), torch.cat([self._sizes(block) for _, block in self.y.blocks()])
+        self.own_low, self.low = self._low(self.xx), self._low(self.yy)
 
-    for i in range(0, N, rows):
-        part = slice(i, min(i + rows, N))
-        own, n = x[part], part.stop - i
-        padded = at_least_four(own)
-        for first, block in y.blocks():
-            here = slice(first, first + len(block))
-            if matmul and how.products is FLOAT32:
-                torch.mm(own, block.T, out=raw[:n, here])
-            elif matmul:
-                raw[:n, here] = Multiply.apply(own, block, how.products)
-            else:
-                pairs(_array(padded), _array(at_least_four(block)), _array(raw), first, epilogue.kernel, found)
-            if epilogue.kernel == "l2":
-                _recompute_near(_array(raw), first, _array(own), _array(block), _array(xx[part]), _array(yy[here]), f32(epilogue.near))
-            block = None
-        _epilogue(
-            _array(raw),
-            _array(slope),
-            _array(own_low[part]),
-            _array(low),
-            _array((zeros if u is None else u)[part]),
-            _array(zeros[:V] if v is None else v),
-            _array(zeros[:V] if bias is None else bias),
-            _array(targets[part]),
-            _array(weight[part]),
-            _array(losses[part]),
-            _array(row_sums[part]),
-            _array(sums),
-            _array(strengths[part]),
-            _array(scratch),
-            link,
-            u is not None,
-            numbers,
-            needs_grad,
-        )
-        if not needs_grad:
-            continue
-        slope[n:4] = 0  # rows that only fill a tile
-        if shares is not None:
-            shares.zero_()
-        for first, block in y.blocks():
-            here = slice(first, first + len(block))
-            tile = None
-            if matmul:
-                s, into = slope[:n, here], dy[here]
-                if how.products is FLOAT32:
-                    dx[part].addmm_(s, block)
-                    into.addmm_(s.T, own, beta=float(i > 0))
-                else:
-                    more_dx, more_dy = how.products.gradients(s, own, block)
-                    dx[part] += more_dx
-                    into.add_(more_dy) if i else into.copy_(more_dy)
-            else:
-                tile = at_least_four(block)
-                into = dy[here] if len(tile) == len(block) else torch.zeros_like(tile)
-                slope[:, V:wide] = 0
-                found[1](_array(padded), _array(tile), _array(raw), _array(slope), first, _array(shares), _array(into), f32(found[2]))
-                if into.data_ptr() != dy[here].data_ptr():
-                    dy[here] += into[: len(block)]
-            block = tile = None
-        if shares is not None:
-            dx[part] = shares.sum(0)[:n]
+    def _sizes(self, x):
+        """`value(x, 0)`: (M, C) -> (M,)."""
+        if self.problem.distance.is_control:
+            return x.new_zeros(len(x))
+        return sizes(self.kernel, x, **self.problem.kernel_options)
 
+    def _low(self, of_rows):
+        """One operand's share in the floor of the raw values, never 0: (M,) -> (M,)."""
+        info = torch.finfo(of_rows.dtype)
+        power = KERNELS[self.kernel].power(**self.problem.kernel_options)
+        return (of_rows * info.eps**power).clamp_min(info.tiny)
+
+
+def loss(problem: Problem, needs_grad: bool) -> Result:
+    """See `Backend`. Each chunk of rows goes forward and backward while it is in cache."""
+    work = _Work(problem, needs_grad)
+    for i in range(0, len(work.x), work.rows):
+        part = slice(i, min(i + work.rows, len(work.x)))
+        _measure_pairs(work, part)
+        _turn_into_slopes(work, part)
+        if needs_grad:
+            work.slope[part.stop - i : 4] = 0  # rows that only fill a tile
+            if work.matmul:
+                _pull_products(work, part)
+            else:
+                _pull_elementwise(work, part)
     if not needs_grad:
-        return losses, None
-    sums = sums.sum(0)
-    if epilogue.kernel == "l2":  # of |x|^2 + |y|^2 - 2 x.y, the product is in dx and dy
-        torch.addcmul(-2 * dx, x, row_sums[:, None], value=2, out=dx)
-        for first, block in y.blocks():
-            into = dy[first : first + len(block)]
+        return Result(work.losses, None)
+    sums = work.sums.sum(0)
+    if work.kernel == "l2":  # of |x|^2 + |y|^2 - 2 x.y, the product is in dx and dy
+        torch.addcmul(-2 * work.dx, work.x, work.row_sums[:, None], value=2, out=work.dx)
+        for first, block in work.y.blocks():
+            into = work.dy[first : first + len(block)]
             into.mul_(-2).addcmul_(block, sums[first : first + len(block), None], value=2)
-    terms = u is not None
-    return losses, (dx, dy, row_sums if terms else None, sums if terms else None, strengths.sum(), None if bias is None else sums)
+    terms = work.sides.u is not None
+    du, dv = (work.row_sums, sums) if terms else (None, None)
+    dbias = None if problem.bias is None else sums
+    return work.sides.result(work.losses, work.dx, work.dy, du, dv, work.strengths.sum(), dbias)
+
+
+def _measure_pairs(work: _Work, part: slice):
+    """Raw values of a chunk of rows and all prototypes, into `work.raw`."""
+    own, n = work.x[part], part.stop - part.start
+    padded = at_least_four(own)
+    for first, block in work.y.blocks():
+        here = slice(first, first + len(block))
+        if work.matmul and work.products is FLOAT32:
+            torch.mm(own, block.T, out=work.raw[:n, here])
+        elif work.matmul:
+            work.raw[:n, here] = Multiply.apply(own, block, work.products)
+        else:
+            pairs(_array(padded), _array(at_least_four(block)), _array(work.raw), first, work.kernel, work.found)
+        if work.kernel == "l2":
+            sizes_of_both = _array(work.xx[part]), _array(work.yy[here])
+            _recompute_near(_array(work.raw), first, _array(own), _array(block), *sizes_of_both, f32(NEAR))
+        block = None
+
+
+def _turn_into_slopes(work: _Work, part: slice):
+    """Raw values of a chunk -> its losses, and what is left of it in the backward pass."""
+    problem, sides, V = work.problem, work.sides, len(work.y)
+    distance = problem.distance
+    floor = distance.denominator.floor if distance.denominator else np.finfo(f32).tiny
+    root = distance.root(**problem.kernel_options)
+    _epilogue(
+        _array(work.raw),
+        _array(work.slope),
+        _array(work.own_low[part]),
+        _array(work.low),
+        _array((work.zeros if sides.u is None else sides.u)[part]),
+        _array(work.zeros[:V] if sides.v is None else sides.v),
+        _array(work.zeros[:V] if problem.bias is None else problem.bias),
+        _array(problem.targets[part]),
+        _array(problem.weights[part]),
+        _array(work.losses[part]),
+        _array(work.row_sums[part]),
+        _array(work.sums),
+        _array(work.strengths[part]),
+        _array(work.scratch),
+        LINKS[problem.spec.link],
+        sides.u is not None,
+        np.array([problem.strength, root, distance.factor, floor, problem.spec.skip / V], f32),
+        work.needs_grad,
+    )
+
+
+def _pull_products(work: _Work, part: slice):
+    """Slopes of a chunk -> their products with prototypes and states, added to dx and dy."""
+    own, n = work.x[part], part.stop - part.start
+    for first, block in work.y.blocks():
+        here = slice(first, first + len(block))
+        slope, into = work.slope[:n, here], work.dy[here]
+        if work.products is FLOAT32:
+            work.dx[part].addmm_(slope, block)
+            into.addmm_(slope.T, own, beta=float(part.start > 0))
+        else:
+            more_dx, more_dy = work.products.gradients(slope, own, block)
+            work.dx[part] += more_dx
+            into.add_(more_dy) if part.start else into.copy_(more_dy)
+        block = None
+
+
+def _pull_elementwise(work: _Work, part: slice):
+    """Slopes of a chunk -> dx of its rows, and their share of dy."""
+    V, padded = len(work.y), at_least_four(work.x[part])
+    work.shares.zero_()
+    for first, block in work.y.blocks():
+        here = slice(first, first + len(block))
+        tile = at_least_four(block)
+        into = work.dy[here] if len(tile) == len(block) else torch.zeros_like(tile)
+        work.slope[:, V : work.wide] = 0
+        backward = work.found[1]
+        arrays = [_array(t) for t in (padded, tile, work.raw, work.slope)]
+        backward(*arrays, first, _array(work.shares), _array(into), f32(work.found[2]))
+        if into.data_ptr() != work.dy[here].data_ptr():
+            work.dy[here] += into[: len(block)]
+        block = tile = None
+    work.dx[part] = work.shares.sum(0)[: part.stop - part.start]
+
+
+BACKEND = Backend("numba", supports, loss)

@@ -15,8 +15,9 @@ from conftest import ROOT, script
 
 pytest.importorskip("triton")
 
-from harmonic.kernels import dense, gpu  # noqa: E402
-from harmonic.kernels.products import FLOAT32, SPLIT, Products  # noqa: E402
+from harmonic import kernels  # noqa: E402
+from harmonic.backends import triton as gpu  # noqa: E402
+from harmonic.precision import FLOAT32, SPLIT, Products  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -56,16 +57,16 @@ def arguments(epilogue, n=13, v=37, c=21, terms=False, strength=None, seed=0):
 
 
 def dense_loss(dtype, x, y, u, v, strength, bias, targets, weight, epilogue):
-    """The same in plain PyTorch: in float32 as dense.py does it, in float64 from the kernel's formula above the float32 floor."""
+    """The same in plain PyTorch: in float32 as kernels.py does it, in float64 from the kernel's formula above the float32 floor."""
     leaves = [t if t is None else t.detach().to(dtype).requires_grad_() for t in (x, y, u, v, strength, bias)]
     h, w, a, b, n, c = leaves
     if dtype == torch.float32:
-        raw = dense.pairs(h, w, epilogue.kernel, **epilogue.options)
+        raw = kernels.pairs(h, w, epilogue.kernel, epilogue.options)
     else:
-        raw = dense.KERNELS[epilogue.kernel].value(h[:, None], w, **epilogue.options)
+        raw = kernels.KERNELS[epilogue.kernel].value(h[:, None], w, **epilogue.options)
         if epilogue.kernel != "dot":
-            low = [dense.floor(epilogue.kernel, t, **epilogue.options).double() for t in (x, y)]
-            raw = dense.above(raw, low[0][:, None] + low[1])
+            low = [kernels.floor(epilogue.kernel, t, **epilogue.options).double() for t in (x, y)]
+            raw = kernels.above(raw, low[0][:, None] + low[1])
     if epilogue.link == "control":
         logits = raw if c is None else raw + c
     else:
@@ -79,7 +80,7 @@ def dense_loss(dtype, x, y, u, v, strength, bias, targets, weight, epilogue):
 
 
 def compare(inputs, epilogue):
-    """Losses and gradients are as near to float64 as dense.py's own in float32, and 1e-5 of the largest."""
+    """Losses and gradients are as near to float64 as kernels.py's own in float32, and 1e-5 of the largest."""
     losses, gradients = gpu.run(*inputs, epilogue, True)
     truth, naive = (dense_loss(dtype, *inputs, epilogue) for dtype in (torch.float64, torch.float32))
     names = ("losses", "x", "y", "u", "v", "strength", "bias")
@@ -118,6 +119,18 @@ def test_blocks_and_chunks(epilogue, monkeypatch):
 @pytest.mark.parametrize("epilogue", [Epilogue("l2", root=0.5), Epilogue("lp")], ids=repr)
 def test_large_exponent(epilogue):
     compare(arguments(epilogue, 5, 40, 96, strength=768.0), epilogue)
+
+
+@runs
+@pytest.mark.parametrize("epilogue", [Epilogue("l2", root=0.5), Epilogue("lp", {"p": 8.0}, root=1 / 8)], ids=repr)
+def test_a_prototype_infinitely_nearer_than_the_rest(epilogue):
+    """A state of zeros on a prototype of zeros: the floor is the smallest number, and the ratio to the others overflows."""
+    x, y, *others = arguments(epilogue, strength=2.0)
+    x[0] = y[4] = 0
+    targets = others[4]
+    targets[0] = 4
+    losses, gradients = compare((x, y, *others), epilogue)
+    assert losses[0] == 0 and all(g is None or g.isfinite().all() for g in gradients)
 
 
 @runs
@@ -265,10 +278,9 @@ def test_no_rows():
 
 
 def test_supports():
-    assert all(gpu.supports(e) for e in EPILOGUES)
+    assert all(gpu._find(e) for e in EPILOGUES)
     for kernel, options in (("canberra", {"q": 1.0}), ("canberra", {"weighted": True}), ("l2", {"p": 2.0}), ("other", {})):
-        assert not gpu.supports(Epilogue(kernel, options))
-    assert not gpu.supports(Epilogue("lp", link="other"))
+        assert not gpu._find(Epilogue(kernel, options))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that it starts")

@@ -21,13 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harmonic.kernels import products
-from harmonic.kernels.products import FLOAT32, Products
-
-try:
-    from harmonic.kernels import cpu
-except ImportError:  # without Numba the blocks below serve everything
-    cpu = None
+from harmonic.precision import FLOAT32, Multiply, Products
 
 # A block of (rows, prototypes, coordinates) small enough to stay in a core's cache: 2^18 floats are 1 MiB.
 BLOCK = 2**18
@@ -39,12 +33,14 @@ NEAR = 2.0**-4
 @dataclass(frozen=True)
 class Kernel:
     """`value(x, y, **options)`: (..., C), (..., C) -> (...). `terms`: the same arguments -> (..., C), what each coordinate contributes;
-    they add up to the raw value for the sums and to 1 for the maxima. `power`: the raw value's degree in the scale of x and y."""
+    they add up to the raw value for the sums and to 1 for the maxima. `power`: the raw value's degree in the scale of x and y. `options`:
+    the names of the numbers it takes. `matmul`: the raw values of all pairs by a matrix product, where there is such a form."""
 
     value: Callable
     terms: Callable
     power: Callable = field(default=lambda **options: 1.0)
     matmul: Callable | None = None
+    options: tuple[str, ...] = ()
 
 
 def _power(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -83,12 +79,12 @@ def _linf_terms(x, y):
 
 
 def _dot_matmul(h, w, how):
-    return h @ w.T if how is FLOAT32 else products.Multiply.apply(h, w, how)
+    return h @ w.T if how is FLOAT32 else Multiply.apply(h, w, how)
 
 
 def _l2_matmul(h, w, how):
     hh, ww = h.square().sum(-1, keepdim=True), w.square().sum(-1)
-    raw = torch.addmm(hh + ww, h, w.T, alpha=-2) if how is FLOAT32 else (hh + ww).sub(products.Multiply.apply(h, w, how), alpha=2)
+    raw = torch.addmm(hh + ww, h, w.T, alpha=-2) if how is FLOAT32 else (hh + ww).sub(Multiply.apply(h, w, how), alpha=2)
     if raw.numel() and (raw.detach().amin(-1, keepdim=True) > NEAR * (hh + ww.amax())).all():
         return raw  # no pair cancels, none is near the floor: one pass settles it for almost every batch
     near = (raw < NEAR * (hh + ww)).nonzero(as_tuple=True)
@@ -101,13 +97,14 @@ def _l2_matmul(h, w, how):
 
 KERNELS = {
     "l2": Kernel(lambda x, y: (x - y).square().sum(-1), lambda x, y: (x - y).square(), lambda: 2.0, _l2_matmul),
-    "lp": Kernel(lambda x, y, p=1.0: _lp_terms(x, y, p).sum(-1), _lp_terms, lambda p=1.0: p),
+    "lp": Kernel(lambda x, y, p=1.0: _lp_terms(x, y, p).sum(-1), _lp_terms, lambda p=1.0: p, options=("p",)),
     "linf": Kernel(lambda x, y: (x - y).abs().amax(-1), _linf_terms),
     "lse": Kernel(
         lambda x, y, a=10.0: (a * (x - y).abs()).logsumexp(-1) / a,
         lambda x, y, a=10.0: (a * (x - y).abs()).softmax(-1),
+        options=("a",),
     ),
-    "canberra": Kernel(_canberra, _canberra_terms),
+    "canberra": Kernel(_canberra, _canberra_terms, options=("floor", "q", "weighted")),
     "dot": Kernel(lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=_dot_matmul),
 }
 
@@ -130,43 +127,17 @@ def above(raw, low):
     return torch.where(raw < low, low, raw)  # this order lets a NaN through: it is never hidden
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What turns raw values into logits: all that a fused implementation needs beside the operands.
-
-    d = (factor raw)^root / max(|u + v|, floor), without the denominator where there are no terms u, v;
-    logit = -n log d (link "harmonic"), -s d ("softmax"), raw + bias ("control": the dot product of cross-entropy).
-    """
-
-    kernel: str
-    options: dict
-    link: str
-    factor: float
-    root: float
-    floor: float
-    near: float = NEAR  # for l2
-
-    def sizes(self, x: torch.Tensor) -> torch.Tensor:
-        """`value(x, 0)`, which the floor is relative to: (N, C) -> (N,)."""
-        return x.new_zeros(len(x)) if self.link == "control" else sizes(self.kernel, x, **self.options)
-
-    def low(self, sizes: torch.Tensor) -> torch.Tensor:
-        """One operand's share in the floor of the raw values, never 0: (N,) -> (N,)."""
-        info = torch.finfo(sizes.dtype)
-        return (sizes * info.eps ** KERNELS[self.kernel].power(**self.options)).clamp_min(info.tiny)
-
-
-def pairs(h: torch.Tensor, w: torch.Tensor, kernel: str, compiled: bool = False, how: Products = FLOAT32, **options) -> torch.Tensor:
+def pairs(x: torch.Tensor, y: torch.Tensor, kernel: str, options: dict, products: Products = FLOAT32) -> torch.Tensor:
     """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra memory: a few (N, V).
 
-    compiled: take the Numba kernel where there is one and the operands are finite float32 on a CPU. how: the matrix products of float32.
+    options: of the kernel. products: how float32 matrices are multiplied.
     """
     if torch.compiler.is_exporting():
-        return _exported(h, w, kernel, **options)
-    return _pairs(h, w, kernel, compiled, how if h.dtype == torch.float32 else FLOAT32, **options)
+        return _exported(x, y, kernel, options)
+    return _pairs(x, y, kernel, options, products if x.dtype == torch.float32 else FLOAT32)
 
 
-def _exported(h, w, kernel, **options):
+def _exported(h, w, kernel, options):
     """`pairs` for torch.export: no step depends on the number of states or on their values. Holds (N, EXPORTED) numbers at a time."""
     k = KERNELS[kernel]
     if kernel == "dot":
@@ -182,25 +153,20 @@ def _exported(h, w, kernel, **options):
     return above(raw, low)
 
 
-@torch.compiler.disable  # blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing
-def _pairs(h, w, kernel, compiled, how, **options):
+@torch.compiler.disable  # Blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing.
+def _pairs(x, y, kernel, options, products):
     k = KERNELS[kernel]
     if k.matmul:
-        return k.matmul(h, w, how)
-    found = find_compiled(h, kernel, options) if compiled else None
-    if found and (h.detach().sum() + w.detach().sum()).isfinite():  # compiled maxima lose a NaN, so it takes the readable way
-        raw = cpu.Pairs.apply(h, w, kernel, found)
-    else:
-        raw = _blocks(h, w, k.value, **options)
-    return above(raw, floor(kernel, h, **options)[:, None] + floor(kernel, w, **options))
+        return k.matmul(x, y, products)
+    return floored(_blocks(x, y, k.value, **options), x, y, kernel, options)
 
 
-def find_compiled(x: torch.Tensor, kernel: str, options: dict):
-    """The Numba kernel for tensors like x, or None."""
-    return cpu.find(kernel, options) if cpu and x.device.type == "cpu" and x.dtype == torch.float32 else None
+def floored(raw: torch.Tensor, x: torch.Tensor, y: torch.Tensor, kernel: str, options: dict) -> torch.Tensor:
+    """Raw values (N, V) of all pairs, raised to their floor."""
+    return above(raw, floor(kernel, x, **options)[:, None] + floor(kernel, y, **options))
 
 
-def paired(h: torch.Tensor, w: torch.Tensor, kernel: str, **options) -> torch.Tensor:
+def paired(h: torch.Tensor, w: torch.Tensor, kernel: str, options: dict) -> torch.Tensor:
     """Raw values of rows paired by broadcasting, floored: (..., C), (..., C) -> (...)."""
     raw = KERNELS[kernel].value(h, w, **options)
     return raw if kernel == "dot" else above(raw, floor(kernel, h, **options) + floor(kernel, w, **options))

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+# Whether torch.mm takes half-precision operands and gives float32 sums: from PyTorch 2.8 on, and on CUDA only.
+HAS_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "") and not torch.version.hip
 PRECISIONS = ("auto", "float32", "split", "autocast")
 
 
@@ -87,23 +89,34 @@ class Products:
         """a @ b, two matrices of one type -> float32. The caller has TF32 off."""
         if a.dtype in (torch.float32, torch.float64):
             return a @ b
-        if a.device.type == "cuda":
+        if a.device.type == "cuda" and HAS_OUT_DTYPE:
             return torch.mm(a, b, out_dtype=torch.float32)
         if self.parts > 1:  # products of half-precision numbers are exact in float32: what tensor cores do
             return a.float() @ b.float()
         return (a @ b).float()
 
+    def encode(self) -> str:
+        """What `decode` reads."""
+        return f"{self.name} {str(self.inner).removeprefix('torch.')} {str(self.slopes).removeprefix('torch.')} {self.parts}"
+
+    @staticmethod
+    def decode(text: str) -> "Products":
+        """The products that `encode` wrote."""
+        name, inner, slopes, parts = text.split()
+        return BY_NAME.get(name) or Products(name, getattr(torch, inner), getattr(torch, slopes), int(parts))
+
 
 FLOAT32 = Products("float32", torch.float32, torch.float32)
 SPLIT = Products("split", torch.float16, torch.bfloat16, parts=2)
+BY_NAME = {"float32": FLOAT32, "split": SPLIT}  # "autocast" depends on its type
 
 
-def choose(precision: str, kernel: str, device: torch.device) -> Products:
-    """The products of a head with this kernel of dense.py.
+def choose_products(precision: str, kernel: str, device: torch.device) -> Products:
+    """The products of a head with this kernel of kernels.py.
 
     auto: on CUDA split for l2, and for dot products autocast; elsewhere float32, which is as fast as anything that exact on a CPU.
     autocast: float32 outside of autocast. Slopes are never float16, which ends at 6e-8: they are bfloat16 where the device has it, else
-    float32. A GPU without bfloat16 has no split either. Raises: ValueError for an unknown precision.
+    float32. A GPU without bfloat16, or whose torch.mm gives no float32, has no split. Raises: ValueError for an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
@@ -115,7 +128,7 @@ def choose(precision: str, kernel: str, device: torch.device) -> Products:
         return FLOAT32
     has_bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "split":
-        return SPLIT if has_bfloat16 else FLOAT32
+        return SPLIT if has_bfloat16 and (HAS_OUT_DTYPE or device.type != "cuda") else FLOAT32
     if precision == "float32" or not torch.is_autocast_enabled(device.type):
         return FLOAT32
     dtype = torch.get_autocast_dtype(device.type)

@@ -1,0 +1,1 @@
+"""Other libraries whose models take a head."""

@@ -1,0 +1,121 @@
+"""The maps of the table: what happens to states and prototypes alike before a kernel compares them.
+
+A map takes vectors (..., C), a generator of noise or None, and its settings, and gives vectors (..., C).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from harmonic.precision import FLOAT32, Multiply
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map and what is trained in it.
+
+    function: (x, noise, **settings) -> mapped x, (..., C) -> (..., C). noise: a torch.Generator while training, else None. settings: the
+        distance's options that its kernel does not take, and what `prepare` makes of the trained parameters.
+    parameters: (C) -> {name: initial tensor}.
+    prepare: (**parameters) -> the settings that the function takes in their place, computed once.
+    noisy: it draws noise while training.
+    cheap: a few operations a coordinate, so that it may be computed again to save memory.
+    straight_through: its gradient is a surrogate's, not its derivative.
+    """
+
+    function: Callable
+    parameters: Callable = lambda dim: {}
+    prepare: Callable = lambda **parameters: parameters
+    noisy: bool = False
+    cheap: bool = True
+    straight_through: bool = False
+
+
+def _unit(x, order):
+    """x over its norm of that order, at any scale of x without over- or underflow; a row of zeros stays one."""
+    size = x.detach().abs().amax(-1, keepdim=True)
+    zero = size == 0
+    x = x / torch.where(zero, 1.0, size)  # the result does not depend on the scale, so neither does its gradient
+    return x / torch.where(zero, 1.0, torch.linalg.vector_norm(x, ord=order, dim=-1, keepdim=True))
+
+
+def _normalize(x, noise=None):
+    return _unit(x, 2) if torch.compiler.is_exporting() else _fast_unit(x)
+
+
+@torch.compiler.disable
+def _fast_unit(x):
+    from harmonic.backends import unit_vectors  # Not at the top: backends map vectors, too.
+
+    compiled = unit_vectors(x)
+    return _unit(x, 2) if compiled is None else compiled
+
+
+def _normalize_l1(x, noise=None):
+    return _unit(x.abs(), 1)
+
+
+def _soft(x, noise=None, t=1.0):
+    return torch.sigmoid(x / t)
+
+
+def _gumbel(x, noise=None, t=1.0):
+    """Binary Gumbel-softmax: the difference of two Gumbel variables is logistic noise, added while training only."""
+    if noise is not None:
+        u = torch.rand(x.shape, generator=noise, dtype=x.dtype, device=x.device)
+        x = x + torch.logit(u.clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps))
+    return torch.sigmoid(x / t)
+
+
+def _hard(x, noise=None, t=1.0):
+    """1[x > 0] forward, the derivative of sigmoid(x / t) backward (straight-through)."""
+    soft = torch.sigmoid(x / t)
+    return (x > 0).to(x.dtype) + (soft - soft.detach())
+
+
+EPSILON_FULL = 1e-6  # in P = A A^T + eps I, keeps P positive definite whatever A becomes
+
+
+def _positive(factor=None):
+    """Full Mahalanobis: -> L with P = L L' = A A' + eps I, from A. NaN where there is none, as for an A that is not finite."""
+    if factor is None:
+        return {}
+    identity = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
+    if torch.compiler.is_exporting():  # [A, sqrt(eps) I] is such an L, too, twice as wide; ONNX has no factorisation
+        return {"factor": torch.cat((factor, math.sqrt(EPSILON_FULL) * identity.to(factor.dtype)), 1)}
+    wide = factor.double()  # the factorisation needs the digits, not the distance
+    triangle, failed = torch.linalg.cholesky_ex(wide @ wide.T + EPSILON_FULL * identity)
+    return {"factor": torch.where(failed > 0, math.nan, triangle).to(factor.dtype)}
+
+
+def _triangle(factor=None):
+    return {} if factor is None else {"factor": factor.tril()}
+
+
+def _linear(x, noise=None, factor=None, products=FLOAT32):
+    if factor is None:
+        return x
+    if products is FLOAT32 or x.dtype != torch.float32:
+        return x @ factor.to(x.dtype)
+    return Multiply.apply(x, factor.to(x.dtype).T, products)
+
+
+def _diagonal(x, noise=None, theta=None):
+    return x if theta is None else x * (theta.to(x.dtype) / 2).exp()
+
+
+UNIT = Map(_normalize)
+UNIT_L1 = Map(_normalize_l1)
+SIGMOID = Map(_soft)
+NOISY_SIGMOID = Map(_gumbel, noisy=True)
+SIGN = Map(_hard, straight_through=True)
+FULL = Map(
+    _linear,
+    parameters=lambda dim: {"factor": torch.eye(dim) * math.sqrt(1 - EPSILON_FULL)},
+    prepare=_positive,
+    cheap=False,
+)
+TRIANGULAR = Map(_linear, parameters=lambda dim: {"factor": torch.eye(dim)}, prepare=_triangle, cheap=False)
+DIAGONAL = Map(_diagonal, parameters=lambda dim: {"theta": torch.zeros(dim)})

@@ -1,0 +1,90 @@
+"""torch.compile, torch.export and ONNX."""
+
+import pytest
+import torch
+from head_cases import C, N, V
+
+from harmonic import (
+    HEADS,
+    IGNORE_INDEX,
+    HarmonicHead,
+)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_exported(name):
+    """torch.export with any number of states; pairs that cancel are in it."""
+    torch.manual_seed(0)
+    head = HarmonicHead(C, 128, name, real_vocab_size=V).eval()
+    any_number = torch.export.Dim.DYNAMIC
+    program = torch.export.export(head, (torch.randn(2, 3, C),), dynamic_shapes=({0: any_number, 1: any_number},))
+    h = torch.randn(5, 7, C)
+    h[0, 0], h[0, 1], h[0, 2] = head.weight[3], 1.001 * head.weight[5], 0
+    torch.testing.assert_close(program.module()(h), head(h), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+def test_onnxruntime_computes_an_exported_head(name):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, name).eval()
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    model = torch.onnx.export(head, (torch.randn(4, C),), dynamo=True, dynamic_shapes=shapes, verbose=False).model_proto
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    h = torch.randn(9, C)
+    (found,) = session.run(None, {session.get_inputs()[0].name: h.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), head(h), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_is_one_operator(name, reduction):
+    """No graph break: in one graph it gives the loss and gradients that it gives outside."""
+    torch.compiler.reset()  # or the compilations of the other heads count
+    torch.manual_seed(0)
+    head, h, y = HarmonicHead(C, 128, name, real_vocab_size=V).eval(), torch.randn(N, C), torch.arange(N)
+    y[3] = IGNORE_INDEX
+
+    def loss(x):
+        return (head.loss(2 * x, y, reduction=reduction) * torch.arange(1, N + 1)).mean()
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = h.clone().requires_grad_()
+        value = function(x)
+        found.append((value, *torch.autograd.grad(value, (x, *head.parameters()))))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_models_loss_is_exported():
+    """torch.export of a module that returns the loss."""
+
+    class Trained(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = torch.nn.Linear(C, C), HarmonicHead(C, V, "manhattan")
+
+        def forward(self, x, y):
+            return self.head.loss(self.trunk(x), y)
+
+    torch.manual_seed(0)
+    model, x, y = Trained().eval(), torch.randn(N, C), torch.arange(N)
+    program = torch.export.export(model, (x, y))
+    torch.testing.assert_close(program.module()(x, y), model(x, y))
+
+
+@pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan", "cross_entropy", "canberra", "mahalanobis"])
+def test_compiled_equals_eager(name):
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, name)
+    h, y = torch.randn(N, C), torch.arange(N)
+    eager = head.loss(h, y), head(h)
+    compiled = torch.compile(lambda x: (head.loss(x * 1.0, y), head(x * 1.0)), backend="aot_eager")(h)
+    torch.testing.assert_close(compiled, eager)
+    eager[0].backward()
+    expected = head.weight.grad.clone()
+    head.weight.grad = None
+    compiled[0].backward()
+    torch.testing.assert_close(head.weight.grad, expected)

@@ -1,0 +1,116 @@
+"""HarmonicHead as a module: padding, casts, trained parameters, and what it says of itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from head_cases import LINKS, C, N, V
+
+from harmonic import (
+    CONTROLS,
+    DISTANCES,
+    HEADS,
+    HarmonicHead,
+    harmonic_logits,
+)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_padded_head_equals_one_without_padding(name):
+    """In its loss, its gradients, and whatever is done with its logits: a row of padding has none."""
+    torch.manual_seed(0)
+    plain, padded = HarmonicHead(C, V, name).eval(), HarmonicHead(C, 128, name, real_vocab_size=V).eval()
+    with torch.no_grad():
+        padded.weight[:V], padded.weight[V:] = plain.weight, 1e3
+    h, y = torch.randn(2, N, C), torch.randint(0, V, (2, N))
+
+    def uses(head):
+        logits = head(h).flatten(0, -2)
+        log_p = logits.log_softmax(-1)
+        return {
+            "logits": logits,
+            "loss": head.loss(h, y),
+            "smoothed": F.cross_entropy(logits, y.view(-1), label_smoothing=0.1),
+            "entropy": -(log_p.exp() * log_p).sum(-1),
+            "least likely": logits.topk(V).values[:, -1],
+            "mean": logits.mean(),
+            "draw": torch.multinomial(log_p.exp(), 1, generator=torch.Generator().manual_seed(0)),
+        }
+
+    expected, found = uses(plain), uses(padded)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    for key in ("loss", "smoothed", "entropy"):
+        ours, theirs = (
+            torch.autograd.grad(u[key].sum(), head.weight, retain_graph=True)[0] for u, head in ((found, padded), (expected, plain))
+        )
+        assert torch.equal(ours[:V], theirs) and ours[V:].abs().max() == 0 < ours.abs().max(), key
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_prototypes_stay_float32(name):
+    """Whatever casts the module they are in; those of a dot product follow, as any matrix does."""
+    for cast in (torch.nn.Module.half, torch.nn.Module.bfloat16, lambda m: m.to(torch.float16)):
+        model = cast(torch.nn.Sequential(torch.nn.Linear(C, C), HarmonicHead(C, V, name)))
+        kept = {p.dtype for p in model[1].parameters()} == {torch.float32}
+        assert model[0].weight.dtype != torch.float32 and kept == (name in DISTANCES)
+    assert model.double()[1].weight.dtype == torch.float64
+    assert HarmonicHead(C, V, name).to("meta", torch.float16).weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("link", LINKS)
+def test_a_head_without_numbers_has_the_same_strength(name, link):
+    """On the meta device, where models are made whose weights are loaded afterwards."""
+    for learn in (False, True) if name in DISTANCES else (False,):
+        options = {"link": link, "learn_scale" if link == "softmax" else "learn_exponent": learn}
+        with torch.device("meta"):
+            head = HarmonicHead(C, V, name, **options)
+        assert head.fixed_strength == HarmonicHead(C, V, name, **options).fixed_strength
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis_diagonal", "mahalanobis_cholesky"])
+def test_mahalanobis_parameters_train(name):
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, name)
+    start = {k: p.clone() for k, p in head.named_parameters()}
+    h = torch.randn(N, C)
+    torch.testing.assert_close(head(h), harmonic_logits(h, head.weight, "euclidean"), rtol=1e-4, atol=1e-3)  # P = I at first
+    optimizer = torch.optim.SGD(head.parameters(), 0.01)
+    head.loss(h, torch.arange(N)).backward()
+    optimizer.step()
+    moved = {k for k, p in head.named_parameters() if not torch.equal(p, start[k])}
+    assert moved == set(start) and len(moved) == 2
+
+
+def test_learnt_exponent_and_scale_move():
+    h, y = torch.randn(N, C), torch.arange(N)
+    for link, kw in (("harmonic", {"learn_exponent": True}), ("softmax", {"learn_scale": True})):
+        head = HarmonicHead(C, V, "cosine", link=link, **kw)
+        fixed = HarmonicHead(C, V, "cosine", link=link)
+        assert head.strength.item() == pytest.approx(fixed.strength, rel=1e-6)
+        head.loss(h, y).backward()
+        assert head.log_strength.grad.abs() > 0
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("link", LINKS)
+def test_a_head_is_made_again_from_its_configuration(name, link):
+    options = {} if name in CONTROLS else {"link": link, "learn_scale" if link == "softmax" else "learn_exponent": True}
+    head = HarmonicHead(C, 128, name, real_vocab_size=V, impl="chunked", **options).eval()
+    again = HarmonicHead.from_config(head.config()).eval()
+    again.load_state_dict(head.state_dict())
+    h = torch.randn(N, C)
+    assert torch.equal(again(h), head(h)) and again.config() == head.config() and repr(again) == repr(head)
+    more = head.rebuild(200)
+    assert more(h).shape == (N, 200) and more.describe() == head.describe()
+
+
+def test_a_head_says_what_it_is():
+    heads = [
+        HarmonicHead(64, V, "minkowski", p=2.0),
+        HarmonicHead(64, V, "cosine", link="softmax", scale=3),
+        HarmonicHead(64, V, "cross_entropy"),
+    ]
+    assert [head.describe() for head in heads] == ["minkowski, harmonic link, n = 256", "cosine, softmax link, s = 3", "cross_entropy"]
+    assert [head.is_harmonic for head in heads] == [True, False, False] and [head.is_control for head in heads] == [False, False, True]
+    assert [head.strength_name for head in heads] == ["exponent", "scale", None] and heads[0].distance is DISTANCES["euclidean"]

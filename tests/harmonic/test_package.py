@@ -1,0 +1,34 @@
+"""The package by itself: what importing it starts, a wheel in a fresh environment, and a distance that is added."""
+
+import re
+import shutil
+
+from conftest import ROOT, script
+
+DOCUMENT = ROOT / "docs/add_a_distance.md"
+
+
+def test_importing_starts_no_backend():
+    """Neither Numba, nor CUDA, nor the Triton backend; and nothing else of this repository."""
+    code = "import sys, harmonic, torch; print([m for m in sys.modules if m.split('.')[0] in ('numba', 'model', 'training')"
+    code += " or m.startswith('harmonic.backends.') and m.split('.')[2] in ('numba', 'triton')], torch.cuda.is_initialized())"
+    done = script("-c", code)
+    assert done.stdout.strip() == "[] False", done.stdout + done.stderr
+
+
+def test_a_distance_is_added_as_documented(tmp_path):
+    """The entry and the formula of docs/add_a_distance.md, in a copy of the package: the tests of all heads pass for it, unedited."""
+    for folder in ("harmonic", "tests/harmonic"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    entry, formula = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    for name, place, text in (("distances.py", "DISTANCES = {\n", entry), ("reference.py", "def distance(", None)):
+        path = tmp_path / "harmonic" / name
+        source = path.read_text()
+        assert source.count(place) == 1
+        path.write_text(source.replace(place, place + entry if text else f"{formula}\n\n{place}"))
+    command = re.search(r"python (-m pytest .* -k \w+)", DOCUMENT.read_text()).group(1)
+    done = script(*command.split(), "-q", "-p", "no:cacheprovider", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30, done.stdout[-3000:]
