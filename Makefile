@@ -9,7 +9,7 @@ help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test       the tests (6 to 12 minutes on 2 cores)"
 	@echo "make test-slow  those that take long: lm-evaluation-harness, a storm of faults, kernels for other GPUs (some ten minutes)"
-	@echo "make lint       ruff; make format mends what it can"
+	@echo "make lint       ruff and mypy; make format fixes what it can"
 	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
 	@echo "make gpu        what only a GPU can show: kernels against float64, speed of heads and of training, NCCL, sampling (9 minutes a call)"
 	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
@@ -45,6 +45,7 @@ test-slow: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 format: $(VENV)/installed-dev
 	$(RUN) -m ruff format .

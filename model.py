@@ -1,12 +1,16 @@
-"""The decoder in one file: GPT, BERT and Qwen blocks under a swappable unembedding (harmonic.HarmonicHead).
+"""The decoder in one file: GPT, BERT and Qwen blocks under a swappable unembedding
+(harmonic.HarmonicHead).
 
     gpt    GPT-2 (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, causal.
-    bert   BERT (Devlin et al. 2018): post-LayerNorm, learned positions, token types, erf GELU, bidirectional; a transform before the
+    bert   BERT (Devlin et al. 2018): post-LayerNorm, learned positions, token types, erf GELU,
+           bidirectional; a transform before the
            head, which is computed at masked positions only.
-    qwen   Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped key/value heads, SwiGLU, bias on Q, K, V only; with qk_norm the
+    qwen   Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped key/value heads, SwiGLU,
+           bias on Q, K, V only; with qk_norm the
            Qwen3 style (RMSNorm on Q and K per head, no bias).
 
-Shapes: B batch, T time, C = n_embd, H heads, D = head_dim (C / H), V = vocab_size rows, of which the first real_vocab_size are tokens.
+Shapes: B batch, T time, C = n_embd, H heads, D = head_dim (C / H), V = vocab_size rows, of which
+    the first real_vocab_size are tokens.
 """
 
 import functools
@@ -24,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from harmonic import EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
 
-MASK_BLOCK = 128  # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
+MASK_BLOCK = (
+    128  # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
+)
 
 
 @dataclass
@@ -44,24 +50,31 @@ class ModelConfig:
     head_dim: int = 0
     """width of an attention head; 0 = n_embd / n_head (Qwen3 models have their own)"""
     intermediate_size: int = 0
-    """width inside the MLP; 0 = 4 n_embd (gpt, bert) or 8/3 n_embd rounded up to a multiple of 64 (qwen)"""
+    """width inside the MLP; 0 = 4 n_embd (gpt, bert) or 8/3 n_embd rounded up to a multiple of 64
+    (qwen)"""
     activation: Literal["gelu", "gelu_tanh"] | None = None
-    """gpt, bert: GELU, or its approximation by tanh; null = as published (gelu_tanh for gpt, gelu for bert)"""
+    """gpt, bert: GELU, or its approximation by tanh; null = as published (gelu_tanh for gpt, gelu
+    for bert)"""
     block_size: int = 1024
     """longest context, in tokens"""
     vocab_size: int = 0
-    """rows of the token table; 0 = the data's vocabulary (and its mask token) rounded up to a multiple of 64"""
+    """rows of the token table; 0 = the data's vocabulary (and its mask token) rounded up to a
+    multiple of 64"""
     real_vocab_size: int = 0
     """ids below this are tokens, rows above are padding without probability; 0 = from the data"""
     dropout: float = 0.0
     """dropout of embeddings, attention and residual branches"""
     label_smoothing: float = 0.0
-    """share of the target spread over all tokens while training (an ablation: it materialises the logits); evaluation never does"""
+    """share of the target spread over all tokens while training (an ablation: it materialises the
+    logits); evaluation never does"""
     bias: bool | None = None
-    """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was published"""
+    """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was
+    published"""
     doc_mask: bool = False
-    """attend within a document only, and count positions from its beginning: each is seen as if it stood alone. CUDA: FlexAttention, which
-    skips blocks that share no document; a CPU, or dropout in training: a dense mask, slower and T x T numbers a window"""
+    """attend within a document only, and count positions from its beginning: each is seen as if it
+    stood alone. CUDA: FlexAttention, which
+    skips blocks that share no document; a CPU, or dropout in training: a dense mask, slower and T x
+    T numbers a window"""
     eot_id: int | None = None
     """doc_mask: the token that begins a document; null = the data's"""
     tie_weights: bool = True
@@ -93,12 +106,15 @@ class ModelConfig:
     head_init_std: float = 0.02
     """standard deviation of the prototypes at the start; tied, of the embedding (GPT-2's 0.02)"""
     head_impl: Literal["auto", "dense", "chunked", "numba", "triton"] = "auto"
-    """how the loss is computed: dense materialises all logits, chunked does not, numba (CPU) and triton are compiled; auto = the fastest"""
+    """how the loss is computed: dense materialises all logits, chunked does not, numba (CPU) and
+    triton are compiled; auto = the fastest"""
     head_skip: float = 1e-6
-    """elementwise distances leave out gradients that add up to less than this share of the target's; 0 = none"""
+    """elementwise distances leave out gradients that add up to less than this share of the
+    target's; 0 = none"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = "auto"
-    """matrix products of the head: float32, split (two half-precision parts, as exact), autocast (the trunk's dtype); auto = on a GPU split
-    for distances and autocast for cross_entropy and cosine_linear, else float32"""
+    """matrix products of the head: float32, split (two half-precision parts, nearly exact),
+    autocast (the trunk's dtype); auto = on a GPU
+    split for distances and autocast for cross_entropy and cosine_linear, else float32"""
 
     def attention_width(self) -> int:
         """D, the width of an attention head."""
@@ -111,11 +127,15 @@ class ModelConfig:
 
     def mlp_width(self) -> int:
         """Width inside the MLP."""
-        return self.intermediate_size or (64 * math.ceil(8 * self.n_embd / 3 / 64) if self.arch == "qwen" else 4 * self.n_embd)
+        return self.intermediate_size or (
+            64 * math.ceil(8 * self.n_embd / 3 / 64) if self.arch == "qwen" else 4 * self.n_embd
+        )
 
     def head_options(self) -> dict:
         """The options of the head's distance that are set."""
-        return {k: getattr(self, f"head_{k}") for k in "patq" if getattr(self, f"head_{k}") is not None}
+        return {
+            k: getattr(self, f"head_{k}") for k in "patq" if getattr(self, f"head_{k}") is not None
+        }
 
     def head_arguments(self) -> dict:
         """Keyword arguments of HarmonicHead after (n_embd, vocab_size, name)."""
@@ -125,7 +145,9 @@ class ModelConfig:
             scale=self.scale,
             learn_exponent=self.learn_exponent,
             learn_scale=self.learn_scale,
-            bias=self.arch == "bert" and self.head == "cross_entropy",  # BERT's decoder has one; distances have no place for it
+            bias=self.arch == "bert"
+            and self.head
+            == "cross_entropy",  # BERT's decoder has one; distances have no place for it
             init_std=self.head_init_std,
             impl=self.head_impl,
             skip=self.head_skip,
@@ -160,18 +182,23 @@ class ModelConfig:
             found.append(f"activation={self.activation} is for gpt and bert: qwen has SwiGLU")
         if self.qk_norm and self.arch != "qwen":
             found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
-        if self.exponent is not None and (HEADS[self.head].is_control or (self.link == "softmax" and self.scale is not None)):
+        if self.exponent is not None and (
+            HEADS[self.head].is_control or (self.link == "softmax" and self.scale is not None)
+        ):
             found.append(
                 f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}"
                 + (", scale set" if self.scale is not None else "")
             )
         if self.link != "harmonic" and HEADS[self.head].is_control:
-            found.append(f"link={self.link} does nothing with head={self.head}: a control has no distance")
+            found.append(
+                f"link={self.link} does nothing with head={self.head}: a control has no distance"
+            )
         if self.rope_theta != 1e6 and self.arch != "qwen":
             found.append(f"rope_theta={self.rope_theta} is for arch=qwen, not {self.arch}")
         if self.scale is not None and (self.link == "harmonic" or HEADS[self.head].is_control):
             found.append(
-                f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale belongs to a distance with link=softmax"
+                f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale"
+                " belongs to a distance with link=softmax"
             )
         try:
             HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments())
@@ -201,12 +228,19 @@ class KVCache:
     """Keys and values of the tokens seen so far, one buffer for all layers."""
 
     def __init__(self, config: ModelConfig, batch: int, device, dtype):
-        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.block_size, config.attention_width())
+        shape = (
+            config.n_layer,
+            batch,
+            config.n_kv_head or config.n_head,
+            config.block_size,
+            config.attention_width(),
+        )
         self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Stores k, v (B, H, T, D) behind what is there -> all keys and values so far. The model advances `length` after a pass."""
+        """Stores k, v (B, H, T, D) behind what is there -> all keys and values so far. The model
+        advances `length` after a pass."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -214,8 +248,10 @@ class KVCache:
 
 
 def causal_attention(q, k, v, rows: int = 64):
-    """Scaled dot-product attention written out for blocks of queries, (B, H, T, D) each. Compiled, it spares a CPU a third of the time of
-    PyTorch's own kernel in bfloat16. Scores are rounded to bfloat16, as products are; probabilities are kept for the backward pass, so it
+    """Scaled dot-product attention written out for blocks of queries, (B, H, T, D) each. Compiled,
+    it spares a CPU a third of the time of
+    PyTorch's own kernel in bfloat16. Scores are rounded to bfloat16, as products are; probabilities
+    are kept for the backward pass, so it
     is for short contexts."""
     parts = []
     for i in range(0, q.shape[2], rows):
@@ -227,11 +263,18 @@ def causal_attention(q, k, v, rows: int = 64):
 
 
 def uses_flex_attention(config: ModelConfig, idx: torch.Tensor, training: bool) -> bool:
-    """Whether attention within the documents of `idx` (B, T) is FlexAttention under a block mask. Otherwise the mask is dense."""
-    has_kernel = idx.is_cuda and importlib.util.find_spec("triton") is not None  # On a CPU FlexAttention has no backward pass.
+    """Whether attention within the documents of `idx` (B, T) is FlexAttention under a block mask.
+    Otherwise the mask is dense."""
+    has_kernel = (
+        idx.is_cuda and importlib.util.find_spec("triton") is not None
+    )  # On a CPU FlexAttention has no backward pass.
     drops = training and config.dropout > 0  # FlexAttention has no dropout.
-    fits = 16 <= config.attention_width() <= 256  # Narrower heads have no kernel. Wider ones may not fit into shared memory.
-    return has_kernel and not drops and fits and idx.shape[1] >= MASK_BLOCK  # Within one block there is little to skip.
+    fits = (
+        16 <= config.attention_width() <= 256
+    )  # Narrower heads have no kernel. Wider ones may not fit into shared memory.
+    return (
+        has_kernel and not drops and fits and idx.shape[1] >= MASK_BLOCK
+    )  # Within one block there is little to skip.
 
 
 def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
@@ -244,10 +287,17 @@ def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
         causal: a token attends to itself and what is before it only.
     """
     T = number.shape[1]
-    padded = F.pad(number, (0, -T % MASK_BLOCK), value=T + 1)  # The padding is a document of its own.
-    first, last = padded[:, None, ::MASK_BLOCK], padded[:, None, MASK_BLOCK - 1 :: MASK_BLOCK]  # (B, 1, blocks)
+    padded = F.pad(
+        number, (0, -T % MASK_BLOCK), value=T + 1
+    )  # The padding is a document of its own.
+    first, last = (
+        padded[:, None, ::MASK_BLOCK],
+        padded[:, None, MASK_BLOCK - 1 :: MASK_BLOCK],
+    )  # (B, 1, blocks)
     single = first == last
-    some = (first[..., :, None] <= last[..., None, :]) & (last[..., :, None] >= first[..., None, :])  # (B, 1, query blocks, key blocks)
+    some = (first[..., :, None] <= last[..., None, :]) & (
+        last[..., :, None] >= first[..., None, :]
+    )  # (B, 1, query blocks, key blocks)
     every = some & single[..., :, None] & single[..., None, :]
     if causal:
         some, every = some.tril(), every.tril(-1)
@@ -257,40 +307,63 @@ def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
         return same & (query >= key) if causal else same
 
     return BlockMask.from_kv_blocks(
-        *listed_blocks(some & ~every), *listed_blocks(every), BLOCK_SIZE=MASK_BLOCK, mask_mod=allowed, seq_lengths=(T, T)
+        *listed_blocks(some & ~every),
+        *listed_blocks(every),
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=allowed,
+        seq_lengths=(T, T),
     )
 
 
 def listed_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen key blocks (B, 1, query blocks, key blocks) -> how many each query block has, and all indices, the chosen first."""
+    """Chosen key blocks (B, 1, query blocks, key blocks) -> how many each query block has, and all
+    indices, the chosen first."""
     chosen = chosen.int()
-    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
+    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(
+        dim=-1, descending=True, stable=True
+    ).int()
 
 
 @functools.cache
 def compiled_flex_attention():
-    """FlexAttention as one kernel. Outside of a compiled block it would compute all scores first."""
+    """FlexAttention as one kernel. Outside of a compiled block it would compute all scores
+    first."""
     return torch.compile(flex_attention)
 
 
-def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> torch.Tensor:
-    """FlexAttention of q (B, H, T, D) to k, v (B, key/value heads, T, D), which groups of q's heads share."""
+def block_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask
+) -> torch.Tensor:
+    """FlexAttention of q (B, H, T, D) to k, v (B, key/value heads, T, D), which groups of q's heads
+    share."""
     attend = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         attend = compiled_flex_attention()
     # Under autocast a norm leaves q and k in float32. FlexAttention wants one dtype.
-    return attend(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return attend(
+        q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.n_kv_head or config.n_head
+        self.layer, self.n_head, self.n_kv_head = (
+            layer,
+            config.n_head,
+            config.n_kv_head or config.n_head,
+        )
         self.width = config.attention_width()
         self.causal, self.dropout = config.arch != "bert", config.dropout
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.width, bias=has_bias(config))
-        self.out = nn.Linear(self.n_head * self.width, config.n_embd, bias=config.arch != "qwen" and has_bias(config))
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=1e-6) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.qkv = nn.Linear(
+            config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.width, bias=has_bias(config)
+        )
+        self.out = nn.Linear(
+            self.n_head * self.width, config.n_embd, bias=config.arch != "qwen" and has_bias(config)
+        )
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(self.width, eps=1e-6) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
@@ -302,7 +375,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         causal = self.causal and mask is None
-        if T == 1:  # not in one expression: where the compiler holds T open, that would be no plain bool
+        if (
+            T == 1
+        ):  # not in one expression: where the compiler holds T open, that would be no plain bool
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
         if isinstance(mask, BlockMask):
@@ -318,8 +393,13 @@ class Attention(nn.Module):
             y = causal_attention(q, k, v)
         else:
             if gqa and mask is not None:  # grouped heads with a mask have no fast kernel on GPUs
-                k, v, gqa = *(t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v)), False
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
+                k, v, gqa = (
+                    *(t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v)),
+                    False,
+                )
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa
+            )
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -329,7 +409,10 @@ class MLP(nn.Module):
         C, width, bias = config.n_embd, config.mlp_width(), has_bias(config)
         self.arch, self.gelu = config.arch, config.gelu()
         if self.arch == "qwen":
-            self.up, self.down = nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)  # up holds the gate and the value
+            self.up, self.down = (
+                nn.Linear(C, 2 * width, bias=False),
+                nn.Linear(width, C, bias=False),
+            )  # up holds the gate and the value
         else:
             self.up, self.down = nn.Linear(C, width, bias=bias), nn.Linear(width, C, bias=bias)
 
@@ -360,8 +443,10 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A trunk and a head.
 
-    Initialisation: every weight matrix and embedding N(0, 0.02^2) as in GPT-2 and BERT, the prototypes N(0, head_init_std^2), biases 0,
-    norms 1; for gpt the projections back into the residual stream are divided by sqrt(2 n_layer) (GPT-2, section 2.3).
+    Initialisation: every weight matrix and embedding N(0, 0.02^2) as in GPT-2 and BERT, the
+        prototypes N(0, head_init_std^2), biases 0,
+    norms 1; for gpt the projections back into the residual stream are divided by sqrt(2 n_layer)
+    (GPT-2, section 2.3).
     """
 
     def __init__(self, config: ModelConfig):
@@ -369,7 +454,11 @@ class Model(nn.Module):
         self.config = config
         C = config.n_embd
         self.head = HarmonicHead(
-            C, config.vocab_size, config.head, real_vocab_size=config.real_vocab_size or None, **config.head_arguments()
+            C,
+            config.vocab_size,
+            config.head,
+            real_vocab_size=config.real_vocab_size or None,
+            **config.head_arguments(),
         )
         self.tokens = nn.Embedding(config.vocab_size, C)
         self.positions = None if config.arch == "qwen" else nn.Embedding(config.block_size, C)
@@ -378,7 +467,11 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = None if config.arch == "bert" else norm(config, C)
-        self.transform = nn.Sequential(nn.Linear(C, C), nn.GELU(config.gelu()), norm(config, C)) if config.arch == "bert" else None
+        self.transform = (
+            nn.Sequential(nn.Linear(C, C), nn.GELU(config.gelu()), norm(config, C))
+            if config.arch == "bert"
+            else None
+        )
         for name, p in self.named_parameters():
             if name.startswith("head."):
                 continue
@@ -395,8 +488,11 @@ class Model(nn.Module):
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def parameter_groups(self, weight_decay: float, prototype_decay: float | None = None) -> list[dict]:
-        """AdamW's groups: matrices decay; biases, norms, the exponent and Mahalanobis' parameters do not (decay would shrink the
+    def parameter_groups(
+        self, weight_decay: float, prototype_decay: float | None = None
+    ) -> list[dict]:
+        """AdamW's groups: matrices decay; biases, norms, the exponent and Mahalanobis' parameters
+        do not (decay would shrink the
         distance itself); the prototypes decay by `prototype_decay`, None = like matrices."""
         prototypes = [self.head.weight]
         others = [(n, p) for n, p in self.named_parameters() if p is not self.head.weight]
@@ -404,24 +500,45 @@ class Model(nn.Module):
         rest = [p for n, p in others if p.dim() < 2 or n.startswith("head.")]
         return [
             {"params": decay, "weight_decay": weight_decay},
-            {"params": prototypes, "weight_decay": weight_decay if prototype_decay is None else prototype_decay},
+            {
+                "params": prototypes,
+                "weight_decay": weight_decay if prototype_decay is None else prototype_decay,
+            },
             {"params": rest, "weight_decay": 0.0},
         ]
 
     def flops_per_token(self, predicted: float = 1.0) -> float:
-        """Floating-point operations per token of forward + backward: 6 per weight that multiplies, 12 n_layer H D T for attention
-        (PaLM, arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so that MFU compares like with like.
+        """Floating-point operations per token of forward + backward: 6 per weight that multiplies,
+        12 n_layer H D T for attention
+        (PaLM, arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so
+        that MFU compares like with like.
 
         Args:
             predicted: share of the tokens that the head sees; bert's are the masked ones.
         """
-        c, head = self.config, sum(q.numel() for m in (self.head, self.transform) if m is not None for q in m.parameters())
-        tables = [e.weight for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens) if e is not None]
+        c, head = (
+            self.config,
+            sum(
+                q.numel()
+                for m in (self.head, self.transform)
+                if m is not None
+                for q in m.parameters()
+            ),
+        )
+        tables = [
+            e.weight
+            for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens)
+            if e is not None
+        ]
         trunk = self.parameter_count() - head - sum(q.numel() for q in tables)
-        return 6 * (trunk + predicted * head) + 12 * c.n_layer * c.n_head * c.attention_width() * c.block_size
+        return (
+            6 * (trunk + predicted * head)
+            + 12 * c.n_layer * c.n_head * c.attention_width() * c.block_size
+        )
 
     def documents(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | BlockMask]:
-        """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend: FlexAttention's mask or (B, 1, T, T)."""
+        """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend:
+        FlexAttention's mask or (B, 1, T, T)."""
         T, causal = idx.shape[1], self.config.arch != "bert"
         begins = idx == self.config.eot_id
         number, here = begins.cumsum(1), torch.arange(T, device=idx.device)
@@ -446,8 +563,14 @@ class Model(nn.Module):
             x = x + self.positions(positions)
         else:
             D = c.attention_width()
-            frequency = c.rope_theta ** (-torch.arange(0, D, 2, device=idx.device, dtype=torch.float32) / D)
-            angle = (positions.view(-1, 1, T, 1) if positions.dim() > 1 else positions[None, None, :, None]).float() * frequency
+            frequency = c.rope_theta ** (
+                -torch.arange(0, D, 2, device=idx.device, dtype=torch.float32) / D
+            )
+            angle = (
+                positions.view(-1, 1, T, 1)
+                if positions.dim() > 1
+                else positions[None, None, :, None]
+            ).float() * frequency
             rope = angle.cos(), angle.sin()
         if self.token_types is not None:
             x = x + self.token_types(torch.zeros_like(idx) if token_types is None else token_types)
@@ -470,7 +593,8 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         """Ids (B, T) -> (logits of all tokens (B, T, real_vocab_size), None).
 
-        With targets (B, T), which are IGNORE_INDEX where nothing is predicted: -> (None, loss in nats), and the logits never exist.
+        With targets (B, T), which are IGNORE_INDEX where nothing is predicted: -> (None, loss in
+        nats), and the logits never exist.
         """
         if targets is None:
             return self.head(self.hidden(idx)), None
@@ -482,7 +606,9 @@ class Model(nn.Module):
             self.target_distance = self.head.target_distance(x, targets)
             if smoothing := self.config.label_smoothing:
                 logits = self.head(x).flatten(0, -2)
-                return None, F.cross_entropy(logits, targets.flatten(), reduction=reduction, label_smoothing=smoothing)
+                return None, F.cross_entropy(
+                    logits, targets.flatten(), reduction=reduction, label_smoothing=smoothing
+                )
         return None, self.head.loss(x, targets, reduction=reduction)
 
     @torch.inference_mode()
@@ -499,13 +625,18 @@ class Model(nn.Module):
     ):
         """Yields the next token of every prompt, a list of ints a step.
 
-        Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its neighbours. When a row's context
-        reaches block_size, its older half is dropped and positions start again, with the cache and without it.
+        Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its
+        neighbours. When a row's context
+        reaches block_size, its older half is dropped and positions start again, with the cache and
+        without it.
 
         Args:
-            prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and masked.
-            temperature: 0 takes the likeliest token. top_k, top_p: keep the k likeliest / the smallest set of probability p.
-            cache: keep keys and values (one token a step) or recompute the context each step: same text, slower.
+            prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and
+                masked.
+            temperature: 0 takes the likeliest token. top_k, top_p: keep the k likeliest / the
+                smallest set of probability p.
+            cache: keep keys and values (one token a step) or recompute the context each step: same
+                text, slower.
             explain: called with (hidden states (B, C), tokens (B,)) a step.
         """
         if self.config.arch == "bert":
@@ -529,7 +660,11 @@ class Model(nn.Module):
             else:
                 starts, first = now, int(now.min())
                 context = ids[:, first:]
-                store = KVCache(self.config, len(prompts), device, self._compute_dtype()) if cache else None
+                store = (
+                    KVCache(self.config, len(prompts), device, self._compute_dtype())
+                    if cache
+                    else None
+                )
             padded = bool((starts != first).any())
             T = context.shape[1]
             if padded:
@@ -537,10 +672,18 @@ class Model(nn.Module):
                 keys = torch.arange(first, L, device=device)
                 begin = starts.to(device)[:, None]
                 positions = (here - begin).clamp_min(0)
-                seen = (keys <= here[:, None]) & ((keys >= begin)[:, None] | (keys == here[:, None]))  # a pad sees itself: no empty softmax
+                seen = (keys <= here[:, None]) & (
+                    (keys >= begin)[:, None] | (keys == here[:, None])
+                )  # a pad sees itself: no empty softmax
                 h = self.trunk(context, positions=positions, mask=seen[:, None], cache=store)[:, -1]
-            else:  # Nothing begins behind the first token, so positions simply count up, and no mask of documents is needed.
-                h = self.trunk(context, positions=torch.arange(L - first - T, L - first, device=device), cache=store)[:, -1]
+            # Nothing begins behind the first token, so positions simply count up, and no mask of
+            # documents is needed.
+            else:
+                h = self.trunk(
+                    context,
+                    positions=torch.arange(L - first - T, L - first, device=device),
+                    cache=store,
+                )[:, -1]
             tokens = pick(self.head(h), temperature, top_k, top_p, generators)
             if explain is not None:
                 explain(h, tokens)
@@ -549,7 +692,11 @@ class Model(nn.Module):
 
     def _compute_dtype(self):
         device = self.tokens.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.tokens.weight.dtype
+        return (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else self.tokens.weight.dtype
+        )
 
 
 def pick(logits, temperature, top_k, top_p, generators):
@@ -563,13 +710,31 @@ def pick(logits, temperature, top_k, top_p, generators):
     if top_p is not None:
         ordered, order = logits.sort(-1, descending=True)
         p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # the mass before a token already reaches top_p; the likeliest always stays
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -math.inf)
+        outside = (
+            p.cumsum(-1) - p >= top_p
+        )  # the mass before a token already reaches top_p; the likeliest always stays
+        logits = logits.masked_fill(
+            torch.zeros_like(outside).scatter(-1, order, outside), -math.inf
+        )
     p = logits.softmax(-1)
-    return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
+    return torch.cat(
+        [torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)]
+    )
 
 
-def adamw(model: Model, learning_rate: float, betas: tuple[float, float], weight_decay: float, prototype_decay: float | None, device: str):
+def adamw(
+    model: Model,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    prototype_decay: float | None,
+    device: str,
+):
     """AdamW over the model's parameter groups, fused where the device has it."""
     fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device in ("cuda", "cpu")
-    return torch.optim.AdamW(model.parameter_groups(weight_decay, prototype_decay), lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(
+        model.parameter_groups(weight_decay, prototype_decay),
+        lr=learning_rate,
+        betas=betas,
+        fused=fused,
+    )

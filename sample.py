@@ -1,9 +1,10 @@
-"""Writes text with a trained run; fills masks with a BERT; explains which prototypes and coordinates decided.
+"""Writes text with a trained run; fills masks with a BERT; explains which prototypes and
+coordinates decided.
 
-python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100 --temperature=0.8 --top_k=200 --seed=1
-python sample.py --out_dir=out/l1 --start="The" --explain
-python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot
-python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
+python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100
+--temperature=0.8 --top_k=200 --seed=1 python sample.py --out_dir=out/l1 --start="The" --explain
+python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot python sample.py
+--out_dir=out/bert --start="The film was [MASK] and far too long."
 """
 
 import contextlib
@@ -34,7 +35,8 @@ class SampleConfig:
     out_dir: str = "out/run"
     """the run's folder; its newest checkpoint is used"""
     start: list[str] = field(default_factory=list)
-    """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file (UTF-8; line ends become \\n); none = the start of a
+    """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file (UTF-8; line
+    ends become \\n); none = the start of a
     document. <|endoftext|> ([SEP] for bert) in a prompt is the end-of-text token"""
     num_samples: int = 1
     """texts for each prompt"""
@@ -60,7 +62,11 @@ class SampleConfig:
     """precision of the trunk (autocast)"""
 
     def problems(self) -> list[str]:
-        found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("num_samples", "max_new_tokens") if getattr(self, k) < 1]
+        found = [
+            f"{k}={getattr(self, k)} must be at least 1"
+            for k in ("num_samples", "max_new_tokens")
+            if getattr(self, k) < 1
+        ]
         if not 0 <= self.seed < 2**31:
             found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
         if self.temperature < 0:
@@ -82,26 +88,36 @@ def read_prompt(text: str) -> str:
     path = Path(text[5:])
     try:
         if special := special_file(path.stat().st_mode):
-            raise UserError(f"--start={text}: a {special}, which may never end; save its text in a file")
+            raise UserError(
+                f"--start={text}: a {special}, which may never end; save its text in a file"
+            )
         prompt = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"--start={text}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--start={text}: not UTF-8 text") from None
     if "\0" in prompt:
-        raise UserError(f"--start={text}: it holds NUL characters, so it is no UTF-8 text: perhaps UTF-16; save it as UTF-8")
+        raise UserError(
+            f"--start={text}: it holds NUL characters, so it is no UTF-8 text: perhaps UTF-16; save"
+            " it as UTF-8"
+        )
     return prompt
 
 
 def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
     """Ids of a prompt; `[MASK]` becomes the mask id where `masked`."""
     if not prompt:
-        raise UserError("the prompt is empty: give --start=TEXT, or leave --start out to begin a document")
+        raise UserError(
+            "the prompt is empty: give --start=TEXT, or leave --start out to begin a document"
+        )
     if masked:
         for mask in MASKS[1:]:
             prompt = prompt.replace(mask, MASKS[0])
         if MASKS[0] not in prompt:
-            raise UserError("a bert does not write on, it fills masks: put [MASK] into --start, as in --start='The film was [MASK].'")
+            raise UserError(
+                "a bert does not write on, it fills masks: put [MASK] into --start, as in"
+                " --start='The film was [MASK].'"
+            )
         pieces = [tokenizer.encode_prompt(piece) for piece in prompt.split(MASKS[0])]
         ids = [i for piece in pieces for i in (*piece, tokenizer.mask_id)][:-1]
     else:
@@ -109,12 +125,16 @@ def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
     if not ids:
         raise UserError(f"the prompt {prompt!r} has no tokens")
     if tokenizer.unk_id in ids:
-        raise UserError(f"the prompt {prompt!r} has characters that the tokenizer {tokenizer.name} does not know")
+        raise UserError(
+            f"the prompt {prompt!r} has characters that the tokenizer {tokenizer.name} does not"
+            " know"
+        )
     return ids
 
 
 class Explainer:
-    """Collects, for each row, lines that say why each token came: called by Model.generate with (hidden states, tokens)."""
+    """Collects, for each row, lines that say why each token came: called by Model.generate with
+    (hidden states, tokens)."""
 
     nearest, coordinates = 5, 4  # prototypes and coordinates shown
 
@@ -122,7 +142,13 @@ class Explainer:
         self.head, self.tokenizer = model.head, tokenizer
         self.lines = [[] for _ in range(rows)]
         row = self.head.distance
-        self.share = "of sum |h w|" if row.kernel == "dot" else "of d^2" if row.kernel == "l2" and row.degree == 1 else "of d"
+        self.share = (
+            "of sum |h w|"
+            if row.kernel == "dot"
+            else "of d^2"
+            if row.kernel == "l2" and row.degree == 1
+            else "of d"
+        )
         self.only = 1 if row.kernel == "linf" else self.coordinates
 
     def __call__(self, h, tokens):
@@ -130,14 +156,26 @@ class Explainer:
         probability = head(h).softmax(-1)
         for row, token in enumerate(tokens.tolist()):
             top = probability[row].topk(min(self.nearest, head.real_vocab_size)).indices
-            values = paired_distance(h[row], head.weight[torch.cat((tokens[row : row + 1], top))], head.name, **head.geometry()).tolist()
+            values = paired_distance(
+                h[row],
+                head.weight[torch.cat((tokens[row : row + 1], top))],
+                head.name,
+                **head.geometry(),
+            ).tolist()
             shares = contributions(h[row], head.weight[token], head.name, **head.geometry())
             best = shares.topk(min(self.only, shares.numel()))
-            carried = ", ".join(f"{c} ({s:.1%})" for s, c in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-            near = "  ".join(f"{self._show(t)} {v:.4g} ({probability[row, t]:.1%})" for t, v in zip(top.tolist(), values[1:], strict=True))
+            carried = ", ".join(
+                f"{c} ({s:.1%})"
+                for s, c in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            )
+            near = "  ".join(
+                f"{self._show(t)} {v:.4g} ({probability[row, t]:.1%})"
+                for t, v in zip(top.tolist(), values[1:], strict=True)
+            )
             symbol = "logit" if self.head.is_control else "d"
             self.lines[row].append(
-                f"{self._show(token):>16}  {symbol} {values[0]:.4g}  p {probability[row, token]:.1%}\n"
+                f"{self._show(token):>16}  {symbol} {values[0]:.4g}  p"
+                f" {probability[row, token]:.1%}\n"
                 f"{'nearest:':>18} {near}\n{'coordinates:':>18} {carried} {self.share}"
             )
 
@@ -146,10 +184,14 @@ class Explainer:
 
 
 def fill(model, tokenizer, prompts: list[list[int]]):
-    """Prints each prompt with its masks filled by the likeliest token, and the candidates of each mask."""
+    """Prints each prompt with its masks filled by the likeliest token, and the candidates of each
+    mask."""
     for ids in prompts:
         if len(ids) > model.config.block_size:
-            raise UserError(f"the prompt has {len(ids)} tokens, the model's block_size is {model.config.block_size}")
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the model's block_size is"
+                f" {model.config.block_size}"
+            )
         x = torch.tensor([ids], device=model.tokens.weight.device)
         h = model.hidden(x)[0, (x[0] == tokenizer.mask_id).nonzero()[:, 0]].float()
         p = model.head(h).softmax(-1)
@@ -168,7 +210,9 @@ class Texts:
     def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]], eot_id: int | None):
         self.eot_id = eot_id
         self.streams = [tokenizer.stream_decoder() for _ in prompts]
-        self.texts = ["".join(map(stream, ids)) for stream, ids in zip(self.streams, prompts, strict=True)]
+        self.texts = [
+            "".join(map(stream, ids)) for stream, ids in zip(self.streams, prompts, strict=True)
+        ]
         self.lengths = [0] * len(prompts)  # tokens written, the last one included
         self.ended = [False] * len(prompts)
 
@@ -189,11 +233,14 @@ class Texts:
 
 
 def write(texts: Texts, steps, explainer: Explainer | None, total: int):
-    """Prints the texts as `steps` yields their tokens: one text at once, several when they are whole."""
+    """Prints the texts as `steps` yields their tokens: one text at once, several when they are
+    whole."""
     alone = len(texts.texts) == 1
     if alone:
         print(texts.texts[0], end="", flush=True)
-    progress = tqdm(total=total, unit="token", disable=alone or not sys.stderr.isatty(), leave=False)
+    progress = tqdm(
+        total=total, unit="token", disable=alone or not sys.stderr.isatty(), leave=False
+    )
     for tokens in steps:
         pieces = texts.add(tokens)
         progress.update()
@@ -226,12 +273,20 @@ def main():
     (c,) = parse(sys.argv[1:], SampleConfig, words="start")
     device = check_device(c.device)
     model, stored, manifest = checkpoint.load_run(c.out_dir, device)
-    tokenizer = load_tokenizer(stored["tokenizer"], tokenizer_folder(Path(c.out_dir), stored["dataset"]))
+    tokenizer = load_tokenizer(
+        stored["tokenizer"], tokenizer_folder(Path(c.out_dir), stored["dataset"])
+    )
     masked = model.config.arch == "bert"
     if masked and not c.start:
-        raise UserError("a bert does not write on, it fills masks: give --start='The film was [MASK].'")
+        raise UserError(
+            "a bert does not write on, it fills masks: give --start='The film was [MASK].'"
+        )
     prompts = read_prompts(c.start, tokenizer, masked)
-    autocast = contextlib.nullcontext() if c.dtype == "float32" else torch.autocast(device, getattr(torch, c.dtype))
+    autocast = (
+        contextlib.nullcontext()
+        if c.dtype == "float32"
+        else torch.autocast(device, getattr(torch, c.dtype))
+    )
     print(f"{c.out_dir}, iteration {manifest['iter']}: {model.head.extra_repr()}", file=sys.stderr)
     with torch.inference_mode(), autocast:
         if masked:
@@ -241,11 +296,19 @@ def main():
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
             print(
-                f"note: {longest} tokens exceed block_size={model.config.block_size}: the context slides, the oldest half is forgotten",
+                f"note: {longest} tokens exceed block_size={model.config.block_size}: the context"
+                " slides, the oldest half is forgotten",
                 file=sys.stderr,
             )
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
-        arguments = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed, cache=c.cache, explain=explainer)
+        arguments = dict(
+            temperature=c.temperature,
+            top_k=c.top_k,
+            top_p=c.top_p,
+            seed=c.seed,
+            cache=c.cache,
+            explain=explainer,
+        )
         steps = model.generate(rows, c.max_new_tokens, **arguments)
         began = time.perf_counter()
         shown = rows if prompts else [[] for _ in rows]  # a document's start is not shown

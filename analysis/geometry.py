@@ -1,12 +1,15 @@
-"""The shape of what a model has learnt: prototypes, input embedding and last hidden states, each beside what chance would give.
+"""The shape of what a model has learnt: prototypes, input embedding and last hidden states, each
+beside what chance would give.
 
     python -m analysis.geometry out/a out/b --words="king city"
 
-For each: share of variance in the top 2 and top 5 principal components, components for 90 %, effective rank, participation ratio, isotropy
-(mean cosine of two rows), the correlation of a row's norm with its token's frequency, and the parallelogram loss of word relations. Under
-each is what chance gives: the same norms of rows in random directions, and in another order beside the frequencies. For the parallelograms
-there is a second null, the same words in shuffled pairs. With several runs: linear CKA of their hidden states, layer by layer, on the same
-text, beside that of states in another order. `--words` prints nearest prototypes.
+For each: share of variance in the top 2 and top 5 principal components, components for 90 %,
+    effective rank, participation ratio, isotropy (mean cosine of two rows), the correlation of a
+    row's norm with its token's frequency, and the parallelogram loss of word relations. Under each
+    is what chance gives: the same norms of rows in random directions, and in another order beside
+    the frequencies. For the parallelograms there is a second null, the same words in shuffled
+    pairs. With several runs: linear CKA of their hidden states, layer by layer, on the same text,
+    beside that of states in another order. `--words` prints nearest prototypes.
 """
 
 import itertools
@@ -20,7 +23,18 @@ import torch
 from scipy.stats import spearmanr
 
 from analysis.relations import RELATIONS, pairs
-from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown, table, windows, write_csv
+from analysis.runs import (
+    AnalysisConfig,
+    about,
+    caution,
+    default_out,
+    find_runs,
+    publish,
+    shown,
+    table,
+    windows,
+    write_csv,
+)
 from harmonic import distance
 from training.config import cli, parse
 from training.data import validation_batches
@@ -45,7 +59,8 @@ class GeometryConfig(AnalysisConfig):
 
 
 def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows (M, C) -> (centred rows, variances of the principal components, largest first, their directions in columns), float64."""
+    """Rows (M, C) -> (centred rows, variances of the principal components, largest first, their
+    directions in columns), float64."""
     x = x.detach().cpu().double()
     x = x - x.mean(0)
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
@@ -53,11 +68,15 @@ def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def spectrum(x: torch.Tensor) -> dict:
-    """Principal components of the rows of x (M, C): shares of variance of the top 2 and top 5, components for 90 %, effective rank
-    exp(entropy of the normalised singular values) (Roy and Vetterli 2007), participation ratio (sum v)^2 / sum v^2 of the variances v.
+    """Principal components of the rows of x (M, C): shares of variance of the top 2 and top 5,
+    components for 90 %, effective rank
+    exp(entropy of the normalised singular values) (Roy and Vetterli 2007), participation ratio (sum
+    v)^2 / sum v^2 of the variances v.
     NaN where x is not finite."""
     if not x.isfinite().all():
-        return dict.fromkeys(("top2", "top5", "components_90", "effective_rank", "participation_ratio"), math.nan)
+        return dict.fromkeys(
+            ("top2", "top5", "components_90", "effective_rank", "participation_ratio"), math.nan
+        )
     _, variance, _ = principal(x)
     share = variance / variance.sum()
     singular = variance.sqrt() / variance.sqrt().sum()
@@ -71,7 +90,8 @@ def spectrum(x: torch.Tensor) -> dict:
 
 
 def mean_cosine(x: torch.Tensor) -> float:
-    """The mean cosine of two different rows: 0 for directions spread evenly, 1 for one direction (Ethayarajh 2019)."""
+    """The mean cosine of two different rows: 0 for directions spread evenly, 1 for one direction
+    (Ethayarajh 2019)."""
     unit = torch.nn.functional.normalize(x.detach().cpu().double(), dim=-1)
     return ((unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))).item()
 
@@ -79,7 +99,9 @@ def mean_cosine(x: torch.Tensor) -> float:
 def matched_null(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """Rows of the same norms in random directions."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(noise, dim=-1) * x.detach().cpu().norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(noise, dim=-1) * x.detach().cpu().norm(
+        dim=-1, keepdim=True
+    )
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -93,7 +115,8 @@ def word_ids(tokenizer, word: str) -> int:
 
 
 def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
-    """The pairs of a relation as tokens, without those of which a token stands for an earlier word too ("est" of "largest", "smallest")."""
+    """The pairs of a relation as tokens, without those of which a token stands for an earlier word
+    too ("est" of "largest", "smallest")."""
     kept = []
     for pair in pairs(relation):
         first, second = (word_ids(tokenizer, word) for word in pair)
@@ -103,10 +126,13 @@ def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
 
 
 def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float, float, dict]:
-    """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the root of their variance: the mean over all
-    pairs of pairs of a relation (`token_pairs`), and over relations. NaN where no relation has two pairs.
+    """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the
+    root of their variance: the mean over all
+    pairs of pairs of a relation (`token_pairs`), and over relations. NaN where no relation has two
+    pairs.
 
-    Returns: (the loss, the same with each relation's second words shuffled, the loss of each relation).
+    Returns: (the loss, the same with each relation's second words shuffled, the loss of each
+        relation).
     """
     rows, variance, directions = principal(x)
     plane = rows @ directions[:, :2] / variance[:2].sum().sqrt()
@@ -123,11 +149,16 @@ def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float
         found[name] = mean(second - first)
         for _ in range(shuffles):
             null.append(mean(second[rng.sample(range(len(second)), len(second))] - first))
-    return (sum(found.values()) / len(found), sum(null) / len(null), found) if found else (math.nan, math.nan, found)
+    return (
+        (sum(found.values()) / len(found), sum(null) / len(null), found)
+        if found
+        else (math.nan, math.nan, found)
+    )
 
 
 def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Linear centred kernel alignment of two sets of states of the same tokens, (N, C), (N, C') (Kornblith et al. 2019): 1 where one is a
+    """Linear centred kernel alignment of two sets of states of the same tokens, (N, C), (N, C')
+    (Kornblith et al. 2019): 1 where one is a
     rotation and scaling of the other."""
     a, b = (x.cpu().double() - x.cpu().double().mean(0) for x in (a, b))
     return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())).item()
@@ -135,27 +166,39 @@ def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def layers(model, data, split: str) -> list[torch.Tensor]:
-    """Hidden states of the split's text at the output of each block, and last what the head sees: [(N, C)], N about STATES."""
+    """Hidden states of the split's text at the output of each block, and last what the head sees:
+    [(N, C)], N about STATES."""
     c, seen = model.config, []
     starts = windows(data, split, c.block_size, STATES // c.block_size)
-    hooks = [block.register_forward_hook(lambda _, __, out: seen[-1].append(out)) for block in model.blocks]
-    for x, _ in validation_batches(data, "gpt", c.block_size, starts, 16, split):  # text as it is, without BERT's masks
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: seen[-1].append(out))
+        for block in model.blocks
+    ]
+    for x, _ in validation_batches(
+        data, "gpt", c.block_size, starts, 16, split
+    ):  # text as it is, without BERT's masks
         seen.append([])
         seen[-1].append(model.hidden(x.to(model.tokens.weight.device)))
     for hook in hooks:
         hook.remove()
-    found = [torch.cat([part[i].flatten(0, 1) for part in seen]).cpu() for i in range(len(model.blocks) + 1)]
+    found = [
+        torch.cat([part[i].flatten(0, 1) for part in seen]).cpu()
+        for i in range(len(model.blocks) + 1)
+    ]
     return found
 
 
 def frequency(data) -> torch.Tensor:
     """How often each token occurs in the first 4 M tokens of the training split: (vocab_size,)."""
     split = data.splits["train"]
-    return torch.bincount(torch.from_numpy(split.read(0, min(split.tokens, 2**22))), minlength=data.vocab_size)[: data.vocab_size]
+    return torch.bincount(
+        torch.from_numpy(split.read(0, min(split.tokens, 2**22))), minlength=data.vocab_size
+    )[: data.vocab_size]
 
 
 def measure(run, model, data, states) -> list[dict]:
-    """Rows of a run: the prototypes, the input embedding where it is another, the hidden states, and their null models."""
+    """Rows of a run: the prototypes, the input embedding where it is another, the hidden states,
+    and their null models."""
     tokenizer, counts, rows = data.load_tokenizer(), frequency(data), []
     real = model.head.prototypes().detach().cpu()
     what = {"prototypes": real}
@@ -167,30 +210,52 @@ def measure(run, model, data, states) -> list[dict]:
     for name, x in what.items():
         for chance in (False, True):
             y = matched_null(x) if chance else x
-            row = {**about(run), "what": f"{name}, chance" if chance else name, **spectrum(y), "mean_cosine": mean_cosine(y)}
-            row |= {"radius": y.norm(dim=-1).mean().item(), "radius_frequency": None, "parallelogram": None, "shuffled": None}
+            row = {
+                **about(run),
+                "what": f"{name}, chance" if chance else name,
+                **spectrum(y),
+                "mean_cosine": mean_cosine(y),
+            }
+            row |= {
+                "radius": y.norm(dim=-1).mean().item(),
+                "radius_frequency": None,
+                "parallelogram": None,
+                "shuffled": None,
+            }
             if name != "hidden states":
                 norms = y.norm(dim=-1)[: len(counts)][often]
-                row["radius_frequency"] = rank_correlation(norms[order] if chance else norms, counts[often])
+                row["radius_frequency"] = rank_correlation(
+                    norms[order] if chance else norms, counts[often]
+                )
                 row["parallelogram"], row["shuffled"], _ = parallelogram(y, tokenizer)
             rows.append(row)
     return rows
 
 
 def similarity(runs, states) -> list[dict]:
-    """Linear CKA of each two runs, layer by layer, and with the states of one in another order; of what the heads see alone where the
+    """Linear CKA of each two runs, layer by layer, and with the states of one in another order; of
+    what the heads see alone where the
     runs have not as many layers."""
     rows = []
     for (a, x), (b, y) in itertools.combinations(zip(runs, states, strict=True), 2):
         order = torch.randperm(len(x[0]), generator=torch.Generator().manual_seed(0))
         for i in range(len(x)) if len(x) == len(y) else [-1]:
             layer = "head" if i in (-1, len(x) - 1) else i
-            rows.append({"a": a.name, "b": b.name, "layer": layer, "cka": linear_cka(x[i], y[i]), "chance": linear_cka(x[i], y[i][order])})
+            rows.append(
+                {
+                    "a": a.name,
+                    "b": b.name,
+                    "layer": layer,
+                    "cka": linear_cka(x[i], y[i]),
+                    "chance": linear_cka(x[i], y[i][order]),
+                }
+            )
     return rows
 
 
 def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
-    """The nearest prototypes of each word's prototype, by the head's own distance (a control: by cosine)."""
+    """The nearest prototypes of each word's prototype, by the head's own distance (a control: by
+    cosine)."""
     w, lines = model.head.prototypes().detach(), []
     for word in words:
         i = word_ids(tokenizer, word)
@@ -204,16 +269,28 @@ def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
 
 
 def draw(maps, figure):
-    """The prototypes on their first two principal components: grey points, relations as arrows with their words."""
+    """The prototypes on their first two principal components: grey points, relations as arrows with
+    their words."""
     figure.set_size_inches(6 * len(maps), 6)
-    for axes, (name, x, tokenizer) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+    for axes, (name, x, tokenizer) in zip(
+        figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True
+    ):
         rows, variance, directions = principal(x)
         plane = rows @ directions[:, :2]
         axes.scatter(*plane.T, s=2, color="0.8", linewidths=0)
-        for color, relation in zip(("#0072b2", "#d55e00", "#009e73"), ("country: capital", "man: woman", "one: many"), strict=True):
+        for color, relation in zip(
+            ("#0072b2", "#d55e00", "#009e73"),
+            ("country: capital", "man: woman", "one: many"),
+            strict=True,
+        ):
             for first, second in pairs(relation)[:5]:
                 a, b = (plane[word_ids(tokenizer, w)] for w in (first, second))
-                axes.annotate("", b.tolist(), a.tolist(), arrowprops={"arrowstyle": "->", "color": color, "lw": 1})
+                axes.annotate(
+                    "",
+                    b.tolist(),
+                    a.tolist(),
+                    arrowprops={"arrowstyle": "->", "color": color, "lw": 1},
+                )
                 axes.text(*a.tolist(), first, fontsize=7, color=color)
                 axes.text(*b.tolist(), second, fontsize=7, color=color)
         share = variance / variance.sum()
@@ -223,8 +300,17 @@ def draw(maps, figure):
         axes.spines[["top", "right"]].set_visible(False)
 
 
-FORMATS = dict(top2=".1%", top5=".1%", effective_rank=".1f", participation_ratio=".1f", mean_cosine=".3f")
-FORMATS |= dict(radius=".3g", radius_frequency=".2f", parallelogram=".3f", shuffled=".3f", cka=".3f", chance=".3f")
+FORMATS = dict(
+    top2=".1%", top5=".1%", effective_rank=".1f", participation_ratio=".1f", mean_cosine=".3f"
+)
+FORMATS |= dict(
+    radius=".3g",
+    radius_frequency=".2f",
+    parallelogram=".3f",
+    shuffled=".3f",
+    cka=".3f",
+    chance=".3f",
+)
 NAMES = dict(components_90="for 90 %", shuffled="(shuffled)", participation_ratio="participation")
 
 
@@ -247,11 +333,22 @@ def main():
     print("".join(texts), end="\n" if texts else "")
     for d in {d.tokenizer: d for d in data}.values():
         words, names = d.load_tokenizer(), list(RELATIONS)
-        every, kept = (sum(len(f(name)) for name in names) for f in (pairs, lambda name, words=words: token_pairs(words, name)))
-        whole = [len(words.encode(f" {w}")) == 1 for name in names for pair in pairs(name) for w in pair]
+        every, kept = (
+            sum(len(f(name)) for name in names)
+            for f in (pairs, lambda name, words=words: token_pairs(words, name))
+        )
+        whole = [
+            len(words.encode(f" {w}")) == 1 for name in names for pair in pairs(name) for w in pair
+        ]
         share = sum(whole) / len(whole)
-        print(f"{d.tokenizer}: {kept} of {every} pairs of words have tokens of their own, {share:.0%} of the words are one token")
-    alike = {(d.tokenizer, d.splits[c.split].tokens, run.model_config.block_size) for run, d in zip(runs, data, strict=True)}
+        print(
+            f"{d.tokenizer}: {kept} of {every} pairs of words have tokens of their own, {share:.0%}"
+            " of the words are one token"
+        )
+    alike = {
+        (d.tokenizer, d.splits[c.split].tokens, run.model_config.block_size)
+        for run, d in zip(runs, data, strict=True)
+    }
     if len(alike) > 1:
         print("note: no CKA: the runs' data, tokenizers or block_size differ", file=sys.stderr)
     elif len(runs) > 1:

@@ -1,11 +1,14 @@
-"""How steady training was: gradient norms before clipping, head and trunk apart, loss spikes, and the growth of the prototypes.
+"""How steady training was: gradient norms before clipping, head and trunk apart, loss spikes, and
+the growth of the prototypes.
 
     python -m analysis.gradients out/a out/b
 
-"Gradient stability" has no definition in the papers. Here, over the steps after the first tenth: mean and coefficient of variation
-(standard deviation over mean), the spike rate (share of steps whose norm is above SPIKE times the median of the WINDOW steps before), the
-clip rate (share of steps whose norm is above grad_clip) and loss spikes (share of steps whose loss is SPIKE robust standard deviations
-above that median). Growth is the exponent a in `mean |w| ~ iterations^a` over the second half: 0 where the prototypes have stopped growing.
+"Gradient stability" has no definition in the papers. Here, over the steps after the first tenth:
+mean and coefficient of variation (standard deviation over mean), the spike rate (share of steps
+whose norm is above SPIKE times the median of the WINDOW steps before), the clip rate (share of
+steps whose norm is above grad_clip) and loss spikes (share of steps whose loss is SPIKE robust
+standard deviations above that median). Growth is the exponent a in `mean |w| ~ iterations^a` over
+the second half: 0 where the prototypes have stopped growing.
 """
 
 import math
@@ -35,7 +38,11 @@ def series(metrics: list[dict], key: str) -> np.ndarray:
 def medians_before(values: np.ndarray) -> np.ndarray:
     """The median of the WINDOW values before each; infinite for the first."""
     first = [np.median(values[:i]) if i else math.inf for i in range(min(WINDOW, len(values)))]
-    rest = np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW)[:-1], axis=1) if len(values) > WINDOW else []
+    rest = (
+        np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW)[:-1], axis=1)
+        if len(values) > WINDOW
+        else []
+    )
     return np.array([*first, *rest])
 
 
@@ -43,7 +50,8 @@ def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") ->
     """-> mean, cv, spike_rate, clip_rate of a run's gradient norms; NaN where it has none.
 
     Args:
-        metrics: lines of metrics.jsonl. clip: grad_clip, 0 = never. key: grad_norm, grad_norm_head or grad_norm_trunk.
+        metrics: lines of metrics.jsonl. clip: grad_clip, 0 = never. key: grad_norm, grad_norm_head
+            or grad_norm_trunk.
     """
     norms = series(metrics, key)
     start = int(len(norms) * SKIP)
@@ -60,7 +68,8 @@ def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") ->
 
 
 def loss_spikes(metrics: list[dict]) -> float:
-    """Share of steps whose training loss is far above the median of those before; 1.4826 times the median deviation is a robust sd."""
+    """Share of steps whose training loss is far above the median of those before; 1.4826 times the
+    median deviation is a robust sd."""
     losses = series(metrics, "train_loss")
     above = losses - medians_before(losses)
     start = max(1, int(len(losses) * SKIP))  # the first has none before it
@@ -70,19 +79,23 @@ def loss_spikes(metrics: list[dict]) -> float:
 
 
 def growth(metrics: list[dict]) -> dict:
-    """The prototypes' mean norm at the start and at the end, and the exponent of its growth over the second half."""
+    """The prototypes' mean norm at the start and at the end, and the exponent of its growth over
+    the second half."""
     radius = series(metrics, "prototype_radius")
     if not len(radius):
         return dict.fromkeys(("radius_start", "radius_end", "growth"))
     half = np.arange(len(radius)) >= max(1, len(radius) // 2)
     exponent = math.nan
     if half.sum() > 2 and (radius[half] > 0).all():
-        exponent = float(np.polyfit(np.log(np.arange(len(radius))[half]), np.log(radius[half]), 1)[0])
+        exponent = float(
+            np.polyfit(np.log(np.arange(len(radius))[half]), np.log(radius[half]), 1)[0]
+        )
     return {"radius_start": float(radius[0]), "radius_end": float(radius[-1]), "growth": exponent}
 
 
 def measure(run) -> list[dict]:
-    """Three rows of a run: all parameters, the head's, the trunk's. None for what its metrics.jsonl does not have."""
+    """Three rows of a run: all parameters, the head's, the trunk's. None for what its metrics.jsonl
+    does not have."""
     metrics = read_metrics(run.path)
     if not any("train_loss" in m or "grad_norm" in m for m in metrics):
         raise UserError(f"{run.path}/metrics.jsonl has no steps: train the run first")
@@ -90,10 +103,18 @@ def measure(run) -> list[dict]:
     for part, key in PARTS.items():
         count = len(series(metrics, key))
         found = stability(metrics, run.config.grad_clip, key)
-        row = {**about(run), "part": part, "steps": count, **(found if count else dict.fromkeys(found))}
+        row = {
+            **about(run),
+            "part": part,
+            "steps": count,
+            **(found if count else dict.fromkeys(found)),
+        }
         row |= dict.fromkeys(("loss_spikes", "radius_start", "radius_end", "growth"))
         if part == "all":
-            row |= {"loss_spikes": loss_spikes(metrics) if len(series(metrics, "train_loss")) else None, **growth(metrics)}
+            row |= {
+                "loss_spikes": loss_spikes(metrics) if len(series(metrics, "train_loss")) else None,
+                **growth(metrics),
+            }
         rows.append(row)
     return rows
 
@@ -108,7 +129,11 @@ def smooth(values: np.ndarray, points: int = 200):
 def draw(runs, figure):
     """Gradient norms of head and trunk, and the prototypes' radius, over the steps."""
     figure.set_size_inches(11, 3.6)
-    panels = (("grad_norm_head", "gradient norm, head"), ("grad_norm_trunk", "gradient norm, trunk"), ("prototype_radius", "mean |w|"))
+    panels = (
+        ("grad_norm_head", "gradient norm, head"),
+        ("grad_norm_trunk", "gradient norm, trunk"),
+        ("prototype_radius", "mean |w|"),
+    )
     for axes, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
         for run in runs:
             values = series(read_metrics(run.path), key)
@@ -126,7 +151,14 @@ def draw(runs, figure):
 
 
 FORMATS = dict(
-    mean=".3g", cv=".3f", spike_rate=".2%", clip_rate=".1%", loss_spikes=".2%", radius_start=".3g", radius_end=".3g", growth=".3f"
+    mean=".3g",
+    cv=".3f",
+    spike_rate=".2%",
+    clip_rate=".1%",
+    loss_spikes=".2%",
+    radius_start=".3g",
+    radius_end=".3g",
+    growth=".3f",
 )
 
 

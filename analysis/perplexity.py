@@ -2,16 +2,20 @@
 
     python -m analysis.perplexity out/a out/b --split=test
 
-A window of block_size tokens slides over the split by `stride`; each window scores the tokens that the one before it did not reach. So
-every token but the first is scored once, and has at least block_size - stride tokens of context where there are so many before it. A
-smaller stride gives more context, a lower loss and a longer run. bert predicts masked tokens, in windows side by side with fixed noise.
+A window of block_size tokens slides over the split by `stride`; each window scores the tokens that
+the one before it did not reach. So every token but the first is scored once, and has at least
+block_size - stride tokens of context where there are so many before it. A smaller stride gives more
+context, a lower loss and a longer run. bert predicts masked tokens, in windows side by side with
+fixed noise.
 
-With --documents each document is scored alone, behind an end-of-text token, as lm-evaluation-harness does; its words and bytes are counted
-as there, so that word_perplexity, byte_perplexity and bits_per_byte are its own (`analysis.harness` makes the task).
+With --documents each document is scored alone, behind an end-of-text token, as
+lm-evaluation-harness does; its words and bytes are counted as there, so that word_perplexity,
+byte_perplexity and bits_per_byte are its own (`analysis.harness` makes the task).
 
-With --detail some tokens are looked at one by one: calibration, and the loss by position, frequency and distance to the nearest prototype
-(`analysis.calibration`). With --corpus another prepared folder's text is scored too, encoded by the run's own tokenizer, and the run's own
-text in the same way, each document alone: bits per byte out of distribution and in it.
+With --detail some tokens are looked at one by one: calibration, and the loss by position, frequency
+and distance to the nearest prototype (`analysis.calibration`). With --corpus another prepared
+folder's text is scored too, encoded by the run's own tokenizer, and the run's own text in the same
+way, each document alone: bits per byte out of distribution and in it.
 """
 
 import itertools
@@ -32,7 +36,14 @@ from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs
 from harmonic import IGNORE_INDEX
 from model import Model, ModelConfig
 from training.config import UserError, check, cli, parse
-from training.data import Data, batch, data_folder, load_data, validation_batches, validation_windows
+from training.data import (
+    Data,
+    batch,
+    data_folder,
+    load_data,
+    validation_batches,
+    validation_windows,
+)
 from training.distributed import check_device
 
 
@@ -43,11 +54,13 @@ class PerplexityConfig(AnalysisConfig):
     split: Literal["val", "test"] = "val"
     """which split of the runs' data"""
     stride: int = 0
-    """tokens between windows, at most block_size; 0 = block_size // 2, with documents block_size; bert does not use it"""
+    """tokens between windows, at most block_size; 0 = block_size // 2, with documents block_size;
+    bert does not use it"""
     documents: bool = False
     """score each document alone, in windows side by side: what lm-evaluation-harness measures"""
     detail: bool = False
-    """also calibration and the loss by position, frequency and distance, into _detail.csv and .png"""
+    """also calibration and the loss by position, frequency and distance, into _detail.csv and
+    .png"""
     corpus: str | None = None
     """a folder under data/, or a path: other text to score, in bits per byte"""
     corpus_bytes: int = 1_000_000
@@ -61,7 +74,11 @@ class PerplexityConfig(AnalysisConfig):
 
     def problems(self) -> list[str]:
         found = [f"stride={self.stride} must not be negative"] if self.stride < 0 else []
-        found += [f"{k}={getattr(self, k)} must be at least 1" for k in ("batch_size", "corpus_bytes") if getattr(self, k) < 1]
+        found += [
+            f"{k}={getattr(self, k)} must be at least 1"
+            for k in ("batch_size", "corpus_bytes")
+            if getattr(self, k) < 1
+        ]
         return found + super().problems()
 
 
@@ -69,24 +86,35 @@ def default_stride(config: ModelConfig, documents: bool = False) -> int:
     return config.block_size if documents else max(1, config.block_size // 2)
 
 
-def problems(config: ModelConfig, data: Data, split: str, stride: int, documents: bool = False) -> list[str]:
+def problems(
+    config: ModelConfig, data: Data, split: str, stride: int, documents: bool = False
+) -> list[str]:
     """Why a split cannot be scored, in words; empty if it can."""
     if split not in data.splits:
         return [f"{data.folder} has no split {split}"]
     found, needed = [], config.block_size + 1 if config.arch == "bert" else 2
     if data.splits[split].tokens < needed:
-        found.append(f"{data.splits[split].path} has {data.splits[split].tokens} tokens: {needed} are needed")
+        found.append(
+            f"{data.splits[split].path} has {data.splits[split].tokens} tokens: {needed} are needed"
+        )
     if config.arch != "bert" and stride > config.block_size:
-        found.append(f"stride={stride} is longer than block_size={config.block_size}: tokens would be left out")
+        found.append(
+            f"stride={stride} is longer than block_size={config.block_size}: tokens would be left"
+            " out"
+        )
     if config.arch == "bert" and documents:
-        found.append("documents=true: bert predicts masked tokens, which give no likelihood of a document")
+        found.append(
+            "documents=true: bert predicts masked tokens, which give no likelihood of a document"
+        )
     return found
 
 
 def sliding_windows(tokens: int, block_size: int, stride: int):
-    """Windows over a split of `tokens` tokens: yields (start, skip), where a window's first `skip` targets belong to earlier windows.
+    """Windows over a split of `tokens` tokens: yields (start, skip), where a window's first `skip`
+    targets belong to earlier windows.
 
-    A window reads min(block_size, tokens - 1) inputs from `start`, and its targets are one further on. The last one ends with the split.
+    A window reads min(block_size, tokens - 1) inputs from `start`, and its targets are one further
+    on. The last one ends with the split.
     """
     length = min(block_size, tokens - 1)
     last, reached = tokens - 1 - length, 0
@@ -96,18 +124,22 @@ def sliding_windows(tokens: int, block_size: int, stride: int):
 
 
 def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_size: int):
-    """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of earlier windows being IGNORE_INDEX."""
+    """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of
+    earlier windows being IGNORE_INDEX."""
     tokens = data.splits[split].tokens
     windows = sliding_windows(tokens, block_size, stride)
     while part := list(itertools.islice(windows, batch_size)):
-        x, y = batch(data.splits[split], data, [start for start, _ in part], min(block_size, tokens - 1))
+        x, y = batch(
+            data.splits[split], data, [start for start, _ in part], min(block_size, tokens - 1)
+        )
         for row, (_, skip) in zip(y, part, strict=True):
             row[:skip] = IGNORE_INDEX
         yield x, y
 
 
 def documents_of(data: Data, split: str):
-    """Yields each document of a split as (end-of-text, its ids), int64, without the end-of-text token that ends it."""
+    """Yields each document of a split as (end-of-text, its ids), int64, without the end-of-text
+    token that ends it."""
     start, tokens = 0, data.splits[split].tokens
     ids = np.concatenate(([data.eot_id], data.splits[split].read(0, tokens), [data.eot_id]))
     for end in np.flatnonzero(ids == data.eot_id)[1:]:
@@ -117,7 +149,8 @@ def documents_of(data: Data, split: str):
 
 
 def document_batches(documents, eot_id: int, block_size: int, stride: int, batch_size: int):
-    """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each, short ones filled up behind.
+    """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each,
+    short ones filled up behind.
 
     Args:
         documents: as from `documents_of`.
@@ -130,7 +163,10 @@ def document_batches(documents, eot_id: int, block_size: int, stride: int, batch
     )
     while part := list(itertools.islice(windows, batch_size)):
         longest = max(len(ids) for ids, _ in part) - 1
-        x, y = torch.full((len(part), longest), eot_id), torch.full((len(part), longest), IGNORE_INDEX)
+        x, y = (
+            torch.full((len(part), longest), eot_id),
+            torch.full((len(part), longest), IGNORE_INDEX),
+        )
         for i, (ids, skip) in enumerate(part):
             ids = torch.from_numpy(ids)
             x[i, : len(ids) - 1], y[i, skip : len(ids) - 1] = ids[:-1], ids[1 + skip :]
@@ -139,7 +175,13 @@ def document_batches(documents, eot_id: int, block_size: int, stride: int, batch
 
 @torch.inference_mode()
 def likelihood(
-    model: Model, data: Data, split: str, stride: int = 0, batch_size: int = 16, progress: str | None = None, documents: bool = False
+    model: Model,
+    data: Data,
+    split: str,
+    stride: int = 0,
+    batch_size: int = 16,
+    progress: str | None = None,
+    documents: bool = False,
 ) -> tuple[float, int]:
     """The negative log likelihood of a split, added up in float64 -> (nats, tokens scored).
 
@@ -158,7 +200,9 @@ def likelihood(
         batches = validation_batches(data, c.arch, c.block_size, starts, batch_size, split)
         count = len(starts)
     elif documents:
-        batches = document_batches(documents_of(data, split), data.eot_id, c.block_size, stride, batch_size)
+        batches = document_batches(
+            documents_of(data, split), data.eot_id, c.block_size, stride, batch_size
+        )
         count = None
     else:
         batches = sliding_batches(data, split, c.block_size, stride, batch_size)
@@ -166,16 +210,23 @@ def likelihood(
 
     nats, scored = torch.zeros((), dtype=torch.float64), 0
     device = model.tokens.weight.device
-    with tqdm(total=count, desc=progress, unit=" windows", leave=False, disable=None if progress else True) as bar:
+    with tqdm(
+        total=count, desc=progress, unit=" windows", leave=False, disable=None if progress else True
+    ) as bar:
         for x, y in batches:
             x, y = x.to(device), y.to(device)
             kept = y != IGNORE_INDEX
-            losses = model.head.loss(model.hidden(x)[kept], y[kept], reduction="none")  # (tokens scored,): logits are never held
+            losses = model.head.loss(
+                model.hidden(x)[kept], y[kept], reduction="none"
+            )  # (tokens scored,): logits are never held
             nats += losses.cpu().double().sum()
             scored += len(losses)
             bar.update(len(x))
     if not scored:
-        raise UserError(f"{data.splits[split].path} has no {'document' if documents else 'token'} to score: prepare a longer split")
+        raise UserError(
+            f"{data.splits[split].path} has no {'document' if documents else 'token'} to score:"
+            " prepare a longer split"
+        )
     return nats.item(), scored
 
 
@@ -184,24 +235,39 @@ def measure(run, data: Data, other: Data | None, c: PerplexityConfig, device: st
     model, manifest = run.load(device, c.checkpoint)
     row = _scores(run, model, manifest, data, c)
     if other:
-        row |= {f"{name}_documents": _by_document(model, data, d, s, c) for name, d, s in (("own", data, c.split), ("other", other, "val"))}
+        row |= {
+            f"{name}_documents": _by_document(model, data, d, s, c)
+            for name, d, s in (("own", data, c.split), ("other", other, "val"))
+        }
     return row
 
 
 @torch.inference_mode()
 def _by_document(model: Model, data: Data, source: Data, split: str, c: PerplexityConfig) -> float:
-    """Bits per byte of the documents of a split of `source`, each alone, in the tokens of the run's `data`."""
+    """Bits per byte of the documents of a split of `source`, each alone, in the tokens of the run's
+    `data`."""
     own, words = data.load_tokenizer(), source.load_tokenizer()
     every = max(1, source.splits[split].bytes // c.corpus_bytes)
-    texts = [words.decode(ids[1:]) for ids in itertools.islice(documents_of(source, split), 0, None, every)]
+    texts = [
+        words.decode(ids[1:])
+        for ids in itertools.islice(documents_of(source, split), 0, None, every)
+    ]
     size = sum(len(text.encode()) for text in texts)
     if not size:
-        raise UserError(f"{source.splits[split].path} has no document with text: there is nothing to score")
-    documents = (np.concatenate(([data.eot_id], ids)).astype(np.int64) for ids in own.encode_batch(texts) if ids)
+        raise UserError(
+            f"{source.splits[split].path} has no document with text: there is nothing to score"
+        )
+    documents = (
+        np.concatenate(([data.eot_id], ids)).astype(np.int64)
+        for ids in own.encode_batch(texts)
+        if ids
+    )
     block, device, nats = model.config.block_size, model.tokens.weight.device, 0.0
     for x, y in document_batches(documents, data.eot_id, block, block, c.batch_size):
         x, y = x.to(device), y.to(device)
-        nats += model.head.loss(model.hidden(x)[y != IGNORE_INDEX], y[y != IGNORE_INDEX], reduction="sum").item()
+        nats += model.head.loss(
+            model.hidden(x)[y != IGNORE_INDEX], y[y != IGNORE_INDEX], reduction="sum"
+        ).item()
     return nats / math.log(2) / size
 
 
@@ -216,8 +282,11 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
         "tokens": scored,
         "nats_per_token": nats / scored,
         "perplexity": torch.tensor(nats / scored, dtype=torch.float64).exp().item(),
-        # the first token, which nothing predicts, is charged the mean: the same formula as in training
-        "bits_per_byte": None if masked else nats / scored / math.log(2) * split.tokens / split.bytes,
+        # the first token, which nothing predicts, is charged the mean: the same formula as in
+        # training
+        "bits_per_byte": None
+        if masked
+        else nats / scored / math.log(2) * split.tokens / split.bytes,
     }
     if c.documents:  # as lm-evaluation-harness counts
         words = data.load_tokenizer()
@@ -225,12 +294,22 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
         length = sum(len(text.encode()) for text in texts)
         row["bits_per_byte"] = nats / math.log(2) / length
         row["byte_perplexity"] = math.exp(nats / length)
-        row["word_perplexity"] = math.exp(min(nats / sum(len(re.split(r"\s+", text)) for text in texts), 700))
+        row["word_perplexity"] = math.exp(
+            min(nats / sum(len(re.split(r"\s+", text)) for text in texts), 700)
+        )
     return row
 
 
-FORMATS = dict.fromkeys(("nats_per_token", "bits_per_byte", "own_documents", "other_documents", "byte_perplexity"), ".4f")
-FORMATS |= {"tokens": ",", "perplexity": ",.2f", "word_perplexity": ",.2f", "calibration_error": ".3f"}
+FORMATS = dict.fromkeys(
+    ("nats_per_token", "bits_per_byte", "own_documents", "other_documents", "byte_perplexity"),
+    ".4f",
+)
+FORMATS |= {
+    "tokens": ",",
+    "perplexity": ",.2f",
+    "word_perplexity": ",.2f",
+    "calibration_error": ".3f",
+}
 NAMES = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "calibration_error": "ECE"}
 
 
@@ -241,15 +320,23 @@ def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path)
         model, _ = run.load(device, c.checkpoint)
         tokens = calibration.examine(model, d, c.split)
         errors.append(calibration.calibration_error(tokens))
-        rows += [{**about(run), **row} for row in calibration.detail(tokens, frequency(d).numpy(), run.model_config.block_size)]
-    publish(rows, out.with_name(f"{out.stem}_detail.csv"), lambda figure: calibration.draw(rows, figure))
+        rows += [
+            {**about(run), **row}
+            for row in calibration.detail(tokens, frequency(d).numpy(), run.model_config.block_size)
+        ]
+    publish(
+        rows, out.with_name(f"{out.stem}_detail.csv"), lambda figure: calibration.draw(rows, figure)
+    )
     return errors
 
 
 def draw(rows: list[dict], figure):
-    """A bar for each run: bits per byte, or nats per token where a run has none. Shorter is better."""
+    """A bar for each run: bits per byte, or nats per token where a run has none. Shorter is
+    better."""
     key, label = (
-        ("bits_per_byte", "bits per byte") if all(r["bits_per_byte"] is not None for r in rows) else ("nats_per_token", "nats per token")
+        ("bits_per_byte", "bits per byte")
+        if all(r["bits_per_byte"] is not None for r in rows)
+        else ("nats_per_token", "nats per token")
     )
     figure.set_size_inches(7, 1.1 + 0.4 * len(rows))
     axes = figure.subplots()
@@ -269,17 +356,29 @@ def main():
     out = default_out(c, runs, "perplexity")
     data = [run.data() for run in runs]
     check(
-        list(dict.fromkeys(p for r, d in zip(runs, data, strict=True) for p in problems(r.model_config, d, c.split, c.stride, c.documents)))
+        list(
+            dict.fromkeys(
+                p
+                for r, d in zip(runs, data, strict=True)
+                for p in problems(r.model_config, d, c.split, c.stride, c.documents)
+            )
+        )
     )
     other = load_data(data_folder(c.corpus)) if c.corpus else None
     if c.corpus and (masked := [run.name for run in runs if run.model_config.arch == "bert"]):
-        raise UserError(f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which give no likelihood of a text")
+        raise UserError(
+            f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which give no"
+            " likelihood of a text"
+        )
     if warning := caution(runs, data, c.split):
         print(f"note: {warning}", file=sys.stderr)
 
     rows = [measure(run, d, other, c, device) for run, d in zip(runs, data, strict=True)]
     if c.detail:
-        rows = [{**row, "calibration_error": error} for row, error in zip(rows, details(runs, data, c, device, out), strict=True)]
+        rows = [
+            {**row, "calibration_error": error}
+            for row, error in zip(rows, details(runs, data, c, device, out), strict=True)
+        ]
     print(shown(rows, FORMATS, NAMES, left_out=("split", "stride")))
     publish(rows, out, lambda figure: draw(rows, figure))
 

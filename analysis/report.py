@@ -1,9 +1,11 @@
-"""One self-contained HTML page that compares finished runs: results, curves, samples and what was different.
+"""One self-contained HTML page that compares finished runs: results, curves, samples and what was
+different.
 
     python -m analysis.report out/a out/b --out=report.html
 
-The page is `report.html` beside this file with one JSON document put into it: it needs no network and no other file. Losses are those that
-training measured on its fixed validation windows; `python -m analysis.perplexity` scores a whole split.
+The page is `report.html` beside this file with one JSON document put into it: it needs no network
+and no other file. Losses are those that training measured on its fixed validation windows; `python
+-m analysis.perplexity` scores a whole split.
 """
 
 import dataclasses
@@ -30,11 +32,18 @@ from training.telemetry import clock, energy, listed, read_metrics, timed
 from training.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("report.html")
-POINTS = 1000  # most points of a curve that the page holds; each knows the least, mean and greatest value of the iterations behind it
+# Most points of a curve that the page holds; each knows the least, mean and greatest value of the
+# iterations behind it
+POINTS = 1000
 PROMPTS = 2  # excerpts of the validation text that every run continues
-PROMPT_CHARACTERS, TRUTH_CHARACTERS = 80, 240  # of an excerpt: what the runs see, and how the text really goes on
+PROMPT_CHARACTERS, TRUTH_CHARACTERS = (
+    80,
+    240,
+)  # of an excerpt: what the runs see, and how the text really goes on
 EXCERPT_TOKENS = 160  # enough for both with any tokenizer of words or their parts
-MASK_EVERY = 7  # bert fills every seventh token (`how_sampled` says so), about the share that it learns on
+MASK_EVERY = (
+    7  # bert fills every seventh token (`how_sampled` says so), about the share that it learns on
+)
 
 # curves: metrics key, title, unit, whether it is noisy enough to be smoothed
 CHARTS = [
@@ -46,14 +55,23 @@ CHARTS = [
     ("prototype_radius", "Prototype radius", "mean Euclidean norm", False),
     ("target_distance_mean", "Distance to the target, mean", "in the head's own distance", True),
     ("target_distance_min", "Distance to the target, least", "in the head's own distance", True),
-    ("kl_to_softmax", "KL to softmax", "nats, from the head to the softmax it linearises to", False),
+    (
+        "kl_to_softmax",
+        "KL to softmax",
+        "nats, from the head to the softmax it linearises to",
+        False,
+    ),
     ("strength", "Learnt exponent or scale", "n or s", False),
     ("lr", "Learning rate", "", False),
 ]
 
-MAPS, MAP_POINTS = 6, 1500  # maps of the best runs; prototypes on a map, those of the most frequent tokens
+MAPS, MAP_POINTS = (
+    6,
+    1500,
+)  # maps of the best runs; prototypes on a map, those of the most frequent tokens
 
-# columns of the summary: key, title, format, which value is best, and what must agree for the best to be marked
+# columns of the summary: key, title, format, which value is best, and what must agree for the best
+# to be marked
 COLUMNS = [
     ("head", "head", "", None, None),
     ("strength", "exponent n / scale s", "", None, None),
@@ -79,7 +97,8 @@ class ReportConfig:
     out: str = "report.html"
     """the page"""
     dataset: str | None = None
-    """prepared data of all runs, a folder under data/ or a path; null = where each run was trained"""
+    """prepared data of all runs, a folder under data/ or a path; null = where each run was
+    trained"""
     samples: int = 1
     """texts that each run writes for each of two prompts; 0 = none"""
     max_new_tokens: int = 60
@@ -95,16 +114,22 @@ class ReportConfig:
 
     def problems(self) -> list[str]:
         least = {"samples": 0, "max_new_tokens": 1, "temperature": 0, "top_k": 1}
-        return [f"{k}={getattr(self, k)} must be at least {low}" for k, low in least.items() if getattr(self, k) < low]
+        return [
+            f"{k}={getattr(self, k)} must be at least {low}"
+            for k, low in least.items()
+            if getattr(self, k) < low
+        ]
 
 
 def shown(value: float, digits: int = 5):
-    """A number as the page's JSON holds it: rounded to some significant digits, or the name of one that is not finite."""
+    """A number as the page's JSON holds it: rounded to some significant digits, or the name of one
+    that is not finite."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else repr(value)
 
 
 def thin(points: list[tuple[int, float]]) -> dict:
-    """A curve of at most POINTS points: x, mean y, and lo and hi where a point stands for several. One that is not finite shows."""
+    """A curve of at most POINTS points: x, mean y, and lo and hi where a point stands for several.
+    One that is not finite shows."""
     size = math.ceil(len(points) / POINTS)
     buckets = [points[i : i + size] for i in range(0, len(points), size)]
     values = [[y for _, y in b] for b in buckets]
@@ -112,7 +137,10 @@ def thin(points: list[tuple[int, float]]) -> dict:
     found = {"x": [b[len(b) // 2][0] for b in buckets], "y": [shown(m) for m in means]}
     if size > 1:
         for name, extreme in (("lo", min), ("hi", max)):
-            found[name] = [shown(extreme(v) if math.isfinite(m) else m) for v, m in zip(values, means, strict=True)]
+            found[name] = [
+                shown(extreme(v) if math.isfinite(m) else m)
+                for v, m in zip(values, means, strict=True)
+            ]
     return found
 
 
@@ -123,7 +151,8 @@ def curves(metrics: list[dict]) -> dict:
 
 
 def prototype_map(model: Model, data: Data) -> dict:
-    """The prototypes of the MAP_POINTS most frequent tokens on the first two principal components of all of them."""
+    """The prototypes of the MAP_POINTS most frequent tokens on the first two principal components
+    of all of them."""
     rows, variance, directions = principal(model.head.prototypes())
     words, share = data.load_tokenizer(), variance / variance.sum()
     tokens = frequency(data)[: len(rows)].argsort(descending=True)[:MAP_POINTS]
@@ -132,7 +161,9 @@ def prototype_map(model: Model, data: Data) -> dict:
         "axes": [f"PC {i + 1} ({share[i]:.1%})" for i in range(2)],
         "x": [shown(v, 4) for v in plane[:, 0].tolist()],
         "y": [shown(v, 4) for v in plane[:, 1].tolist()],
-        "tokens": [words.decode_token(t).strip() or repr(words.decode_token(t)) for t in tokens.tolist()],
+        "tokens": [
+            words.decode_token(t).strip() or repr(words.decode_token(t)) for t in tokens.tolist()
+        ],
     }
 
 
@@ -148,8 +179,12 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
     head = model.head
     return {
         "head": head.name + (", softmax link" if head.strength_name == "scale" else ""),
-        "strength": None if head.is_control else f"{'n' if head.is_harmonic else 's'} = {float(head.strength):.4g}",
-        "iterations": max([m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]),
+        "strength": None
+        if head.is_control
+        else f"{'n' if head.is_harmonic else 's'} = {float(head.strength):.4g}",
+        "iterations": max(
+            [m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]
+        ),
         "best_val_loss": best["val_loss"],
         "perplexity": best.get("perplexity"),
         "bits_per_byte": best.get("bits_per_byte"),
@@ -159,25 +194,34 @@ def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
         "energy": used,
         "co2": co2,
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
-        "minutes": clock(metrics, run.tokens_per_iteration())[-1][0] / 60 if timed(metrics) else None,
+        "minutes": clock(metrics, run.tokens_per_iteration())[-1][0] / 60
+        if timed(metrics)
+        else None,
         "last_val_loss": evaluations[-1]["val_loss"],
     }
 
 
 def summary_table(summaries: list[dict], agree: dict[str, bool]) -> dict:
-    """The summary as texts, the best of each column marked where its kind of value may be compared."""
+    """The summary as texts, the best of each column marked where its kind of value may be
+    compared."""
     rows = [[] for _ in summaries]
     for key, _, form, better, kind in COLUMNS:
         values = [s[key] for s in summaries]
         finite = [v for v in values if better and v is not None and math.isfinite(v)]
         best = better(finite) if len(values) > 1 and len(finite) > 0 and agree[kind] else None
         for row, v in zip(rows, values, strict=True):
-            row.append({"text": "–" if v is None else format(v, form), "best": best is not None and v == best})
+            row.append(
+                {
+                    "text": "–" if v is None else format(v, form),
+                    "best": best is not None and v == best,
+                }
+            )
     return {"columns": [title for _, title, *_ in COLUMNS], "rows": rows}
 
 
 def paired(summaries: list[dict], losses: list) -> dict | None:
-    """Puts differences to the best run, on the same windows, into the summaries -> what a picture of them needs."""
+    """Puts differences to the best run, on the same windows, into the summaries -> what a picture
+    of them needs."""
     if len(losses) < 2:
         return None
     best, found = compare(losses)
@@ -186,27 +230,56 @@ def paired(summaries: list[dict], losses: list) -> dict | None:
             s["difference"] = "the best"
         else:
             s["difference"] = "within noise: " if d.low <= 0 <= d.high else ""
-            s["difference"] += f"{d.mean:.3f} ({d.low:.3f} to {d.high:.3f}), {f'p = {d.p:.3f}' if d.p >= 0.001 else 'p < 0.001'}"
-    return {"best": best, "windows": len(losses[0]), "rows": [[shown(v) for v in (d.mean, d.low, d.high)] for d in found]}
+            s["difference"] += (
+                f"{d.mean:.3f} ({d.low:.3f} to {d.high:.3f}),"
+                f" {f'p = {d.p:.3f}' if d.p >= 0.001 else 'p < 0.001'}"
+            )
+    return {
+        "best": best,
+        "windows": len(losses[0]),
+        "rows": [[shown(v) for v in (d.mean, d.low, d.high)] for d in found],
+    }
 
 
 def energy_parts(used: dict) -> dict:
     """Wh of the processor, GPUs, memory, and what CodeCarbon's file does not assign."""
     parts = {k: used[f"{k}_energy"] for k in ("cpu", "gpu", "ram")}
-    return {k: shown(1000 * v) for k, v in {**parts, "rest": max(0.0, used["energy_consumed"] - sum(parts.values()))}.items()}
+    return {
+        k: shown(1000 * v)
+        for k, v in {
+            **parts,
+            "rest": max(0.0, used["energy_consumed"] - sum(parts.values())),
+        }.items()
+    }
 
 
 def radar(summaries: list[dict], agree: dict[str, bool]) -> list[dict] | None:
-    """The papers' three axes, 0 to 10, 10 the best of this page: best / value. None where they may not be compared."""
-    axes = (("performance", "bits_per_byte"), ("interpretability", "components"), ("sustainability", "kwh"))
-    if len(summaries) < 2 or not all(agree.values()) or any(not s[key] or not math.isfinite(s[key]) for s in summaries for _, key in axes):
+    """The papers' three axes, 0 to 10, 10 the best of this page: best / value. None where they may
+    not be compared."""
+    axes = (
+        ("performance", "bits_per_byte"),
+        ("interpretability", "components"),
+        ("sustainability", "kwh"),
+    )
+    if (
+        len(summaries) < 2
+        or not all(agree.values())
+        or any(not s[key] or not math.isfinite(s[key]) for s in summaries for _, key in axes)
+    ):
         return None
     best = {key: min(s[key] for s in summaries) for _, key in axes}
-    return [{"axes": [a for a, _ in axes], "values": [shown(10 * best[key] / s[key], 3) for _, key in axes]} for s in summaries]
+    return [
+        {
+            "axes": [a for a, _ in axes],
+            "values": [shown(10 * best[key] / s[key], 3) for _, key in axes],
+        }
+        for s in summaries
+    ]
 
 
 def excerpts(data: Data) -> list[tuple[str, str]]:
-    """Places of the validation text, evenly spread -> (prompt, how it goes on), each from the start of a word where there are words."""
+    """Places of the validation text, evenly spread -> (prompt, how it goes on), each from the start
+    of a word where there are words."""
     val, words = data.splits["val"], data.load_tokenizer()
     found = []
     for i in range(PROMPTS):
@@ -219,22 +292,37 @@ def excerpts(data: Data) -> list[tuple[str, str]]:
     return found
 
 
-def continuations(model: Model, words: Tokenizer, eot_id: int, texts: list[tuple[str, str]], c: ReportConfig) -> list[list[list]]:
+def continuations(
+    model: Model, words: Tokenizer, eot_id: int, texts: list[tuple[str, str]], c: ReportConfig
+) -> list[list[list]]:
     """What a run writes: for each excerpt `c.samples` texts, each a list of pieces [kind, text]."""
     prompts = [words.encode(prompt) or [eot_id] for prompt, _ in texts]
     rows = [p for p in prompts for _ in range(c.samples)]
-    steps = model.generate(rows, c.max_new_tokens, temperature=c.temperature, top_k=c.top_k, seed=c.seed)
-    written = zip(*tqdm(steps, total=c.max_new_tokens, desc="sampling", leave=False, disable=None), strict=True)  # a row of tokens a prompt
-    pieces = [[["new", words.decode([*p, *new])[len(words.decode(p)) :]]] for p, new in zip(rows, written, strict=True)]
+    steps = model.generate(
+        rows, c.max_new_tokens, temperature=c.temperature, top_k=c.top_k, seed=c.seed
+    )
+    written = zip(
+        *tqdm(steps, total=c.max_new_tokens, desc="sampling", leave=False, disable=None),
+        strict=True,
+    )  # a row of tokens a prompt
+    pieces = [
+        [["new", words.decode([*p, *new])[len(words.decode(p)) :]]]
+        for p, new in zip(rows, written, strict=True)
+    ]
     return [pieces[i : i + c.samples] for i in range(0, len(pieces), c.samples)]
 
 
 @torch.inference_mode()
 def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[list[list]]:
-    """What bert puts for masked words: for each excerpt one text of pieces [kind, text, truth], kind being given, right or wrong."""
+    """What bert puts for masked words: for each excerpt one text of pieces [kind, text, truth],
+    kind being given, right or wrong."""
     found = []
     for prompt, truth in texts:
-        ids = torch.tensor(words.encode(prompt + truth)[: model.config.block_size], dtype=torch.long, device=model.tokens.weight.device)
+        ids = torch.tensor(
+            words.encode(prompt + truth)[: model.config.block_size],
+            dtype=torch.long,
+            device=model.tokens.weight.device,
+        )
         if not len(ids):  # an excerpt without text
             found.append([[]])
             continue
@@ -243,28 +331,44 @@ def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[
         masked[hidden] = words.mask_id
         guesses = ids.clone()
         guesses[hidden] = model(masked[None])[0][0, hidden].argmax(-1)
-        names = [(words.decode_token(g), words.decode_token(t)) for g, t in zip(guesses, ids, strict=True)]
-        kinds = ["given" if m != words.mask_id else "right" if g == t else "wrong" for m, g, t in zip(masked, guesses, ids, strict=True)]
-        found.append([[[kind, guess, true] for kind, (guess, true) in zip(kinds, names, strict=True)]])
+        names = [
+            (words.decode_token(g), words.decode_token(t))
+            for g, t in zip(guesses, ids, strict=True)
+        ]
+        kinds = [
+            "given" if m != words.mask_id else "right" if g == t else "wrong"
+            for m, g, t in zip(masked, guesses, ids, strict=True)
+        ]
+        found.append(
+            [[[kind, guess, true] for kind, (guess, true) in zip(kinds, names, strict=True)]]
+        )
     return found
 
 
 def read_environment(run: Run) -> dict:
-    """A run's environment.json, empty where it has none. UserError for one that is not a JSON object."""
+    """A run's environment.json, empty where it has none. UserError for one that is not a JSON
+    object."""
     path = run.path / "environment.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is not JSON with keys and values: delete it, and the page leaves the machine out")
+        raise UserError(
+            f"{path} is not JSON with keys and values: delete it, and the page leaves the machine"
+            " out"
+        )
     return found
 
 
 def differences(runs: list[Run]) -> list[dict]:
     """Configuration keys that are not the same in all runs, but for their folders."""
     configs = [dataclasses.asdict(r.model_config) | dataclasses.asdict(r.config) for r in runs]
-    texts = {k: ["null" if c[k] is None else str(c[k]) for c in configs] for k in configs[0] if k != "out_dir"}
+    texts = {
+        k: ["null" if c[k] is None else str(c[k]) for c in configs]
+        for k in configs[0]
+        if k != "out_dir"
+    }
     return [{"key": k, "values": values} for k, values in texts.items() if len(set(values)) > 1]
 
 
@@ -285,22 +389,33 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
 
     summaries, drawn, models, samples, maps, losses = [], [], [], [], [], []
     for i, run in enumerate(tqdm(runs, desc="runs", leave=False, disable=None)):
-        metrics, (model, _), m = read_metrics(run.path), run.load(device, "best"), run.model_config  # one run's at a time
+        metrics, (model, _), m = (
+            read_metrics(run.path),
+            run.load(device, "best"),
+            run.model_config,
+        )  # one run's at a time
         summaries.append(summary(run, model, metrics))
         drawn.append(curves(metrics))
         models.append(
-            f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size}, {model.parameter_count() / 1e6:.2f} M parameters"
+            f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size},"
+            f" {model.parameter_count() / 1e6:.2f} M parameters"
         )
         if data:
             maps.append({"run": i, **prototype_map(model, data[i])})
             try:
                 losses.append(window_losses(model, data[i]))
-            except UserError as error:  # a split that is too short to score does not keep anyone from the curves
+            except (
+                UserError
+            ) as error:  # a split that is too short to score does not keep anyone from the curves
                 notes.append(f"{run.name} is not compared window by window: {error}")
                 print(f"note: {notes[-1]}", file=sys.stderr)
         if texts:
             words = data[i].load_tokenizer()
-            samples.append(fills(model, words, texts) if m.arch == "bert" else continuations(model, words, data[i].eot_id, texts, c))
+            samples.append(
+                fills(model, words, texts)
+                if m.arch == "bert"
+                else continuations(model, words, data[i].eot_id, texts, c)
+            )
 
     warning = (
         caution(runs, data)
@@ -309,33 +424,50 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         if len(runs) > 1
         else None
     )
-    work = [(s["iterations"] * r.tokens_per_iteration()) for s, r in zip(summaries, runs, strict=True)]
-    same_windows = len({(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}) == 1
+    work = [
+        (s["iterations"] * r.tokens_per_iteration()) for s, r in zip(summaries, runs, strict=True)
+    ]
+    same_windows = (
+        len({(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs})
+        == 1
+    )
     environments = [read_environment(run) for run in runs]
     machines = {(e.get("device"), e.get("world_size")) for e in environments}
     last = [s["last_val_loss"] for s in summaries]
-    notes += [f"Beware: the last validation loss of {r.name} is {v}." for r, v in zip(runs, last, strict=True) if not math.isfinite(v)]
+    notes += [
+        f"Beware: the last validation loss of {r.name} is {v}."
+        for r, v in zip(runs, last, strict=True)
+        if not math.isfinite(v)
+    ]
     if warning:
         notes.append(warning[0].upper() + warning[1:] + ".")
     if len(set(work)) > 1:
-        notes.append("The runs have not seen the same number of tokens: more training lowers a loss, and energy and time are not ranked.")
+        notes.append(
+            "The runs have not seen the same number of tokens: more training lowers a loss, and"
+            " energy and time are not ranked."
+        )
     if len(machines) > 1:
         notes.append("The runs ran on different machines: energy and time are not ranked.")
     if not same_windows:
         notes.append(
-            "The runs have different validation windows (block_size, eval_iters or batch_size): small differences in loss mean nothing."
+            "The runs have different validation windows (block_size, eval_iters or batch_size):"
+            " small differences in loss mean nothing."
         )
     agree = {
         "losses": warning is None and same_windows,
-        "bits": len({r.model_config.arch == "bert" for r in runs}) == 1 and (not data or not texts_differ(data)),
+        "bits": len({r.model_config.arch == "bert" for r in runs}) == 1
+        and (not data or not texts_differ(data)),
         "work": len(set(work)) == 1 == len(machines),
     }
-    same_size = len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
+    same_size = (
+        len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
+    )
     comparable = warning is None and len(losses) == len(runs) and same_size
     differences_to_best = paired(summaries, losses) if comparable else None
     steps = [f"{r.tokens_per_iteration():,}" for r in runs]
     sizes = [
-        f"{r.config.dataset}, {d.tokenizer}, {d.splits['train'].tokens:,} training tokens" for r, d in zip(runs, data or [], strict=False)
+        f"{r.config.dataset}, {d.tokenizer}, {d.splits['train'].tokens:,} training tokens"
+        for r, d in zip(runs, data or [], strict=False)
     ]
     return {
         "title": " vs ".join(r.name for r in runs) if len(runs) <= 3 else f"{len(runs)} runs",
@@ -348,7 +480,10 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         ],
         "notes": notes,
         "summary": summary_table(summaries, agree),
-        "charts": [{"key": k, "title": title, "unit": unit, "noisy": noisy} for k, title, unit, noisy in CHARTS],
+        "charts": [
+            {"key": k, "title": title, "unit": unit, "noisy": noisy}
+            for k, title, unit, noisy in CHARTS
+        ],
         "same_step": len(set(steps)) == 1,
         "runs": [
             {"name": r.name, "tokens_per_iteration": r.tokens_per_iteration(), "curves": found}
@@ -356,9 +491,17 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         ],
         "paired": differences_to_best,
         "radar": radar(summaries, agree),
-        "maps": [maps[i] for i in sorted(sorted(range(len(maps)), key=lambda i: summaries[i]["best_val_loss"])[:MAPS])],
+        "maps": [
+            maps[i]
+            for i in sorted(
+                sorted(range(len(maps)), key=lambda i: summaries[i]["best_val_loss"])[:MAPS]
+            )
+        ],
         "energy": [s["energy"] and energy_parts(s["energy"]) for s in summaries],
-        "samples": [{"prompt": prompt, "truth": truth, "runs": [s[i] for s in samples]} for i, (prompt, truth) in enumerate(texts)],
+        "samples": [
+            {"prompt": prompt, "truth": truth, "runs": [s[i] for s in samples]}
+            for i, (prompt, truth) in enumerate(texts)
+        ],
         "sampling": how_sampled(runs, c),
         "differences": differences(runs),
         "environments": [" · ".join(describe(e)) for e in environments],
@@ -369,9 +512,17 @@ def how_sampled(runs: list[Run], c: ReportConfig) -> str:
     fills = any(r.model_config.arch == "bert" for r in runs)
     writes = any(r.model_config.arch != "bert" for r in runs)
     text = "The best checkpoint of each run."
-    text += f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens, seed {c.seed}." if writes else ""
+    text += (
+        f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens, seed"
+        f" {c.seed}."
+        if writes
+        else ""
+    )
     return text + (
-        " bert sees the text with every seventh token hidden and puts the likeliest; struck out is what the text has." if fills else ""
+        " bert sees the text with every seventh token hidden and puts the likeliest; struck out is"
+        " what the text has."
+        if fills
+        else ""
     )
 
 
@@ -380,12 +531,22 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
     if not any(math.isfinite(s["best_val_loss"]) for s in summaries):
         return "No run has a finite validation loss."
     if len(runs) == 1:
-        return f"{runs[0].name} reaches a validation loss of {summaries[0]['best_val_loss']:.3f} nats/token."
+        return (
+            f"{runs[0].name} reaches a validation loss of {summaries[0]['best_val_loss']:.3f}"
+            " nats/token."
+        )
     if differences is None:
         return ""
     best, rows = differences["best"], differences["rows"]
-    others = sorted((mean, low, runs[i].name) for i, (mean, low, _) in enumerate(rows) if i != best and not isinstance(mean, str))
-    text = f"{runs[best].name} has the lowest validation loss, {summaries[best]['best_val_loss']:.3f} nats/token"
+    others = sorted(
+        (mean, low, runs[i].name)
+        for i, (mean, low, _) in enumerate(rows)
+        if i != best and not isinstance(mean, str)
+    )
+    text = (
+        f"{runs[best].name} has the lowest validation loss, {summaries[best]['best_val_loss']:.3f}"
+        " nats/token"
+    )
     if alike := [name for _, low, name in others if low <= 0]:
         return f"{text}, but these windows do not tell it apart from {listed(alike, 3)}."
     return text + (f", {others[0][0]:.3f} below {others[0][2]}." if others else ".")
@@ -395,7 +556,11 @@ def describe(environment: dict) -> list[str]:
     """An environment.json in a few words."""
     versions = [f"{k} {v}" for k, v in (environment.get("versions") or {}).items()]
     commit = environment.get("git_commit")
-    git = [f"commit {commit[:10]}{' with changes' if environment.get('git_dirty') else ''}"] if commit else []
+    git = (
+        [f"commit {commit[:10]}{' with changes' if environment.get('git_dirty') else ''}"]
+        if commit
+        else []
+    )
     rest = [
         f"python {environment.get('python', '?')}",
         *versions,
@@ -407,10 +572,15 @@ def describe(environment: dict) -> list[str]:
 
 
 def page(document: dict) -> str:
-    """The template with the document in it. Nothing of the document can end the script element it stands in."""
-    data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    """The template with the document in it. Nothing of the document can end the script element it
+    stands in."""
+    data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
     values = {"TITLE": html.escape(document["title"]), "DATA": data}
-    return re.sub("__(TITLE|DATA)__", lambda found: values[found[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return re.sub(
+        "__(TITLE|DATA)__", lambda found: values[found[1]], TEMPLATE.read_text(encoding="utf-8")
+    )
 
 
 def main():

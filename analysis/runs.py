@@ -1,4 +1,5 @@
-"""What the analysis scripts share: opening finished runs, saying what may be compared, and writing results."""
+"""What the analysis scripts share: opening finished runs, saying what may be compared, and writing
+results."""
 
 import csv
 import os
@@ -9,13 +10,21 @@ from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
 from training import checkpoint
 from training.config import TrainConfig, UserError, check, nearest
-from training.data import Data, data_folder, load_data, predicted_count, validation_batches, validation_windows
+from training.data import (
+    Data,
+    data_folder,
+    load_data,
+    predicted_count,
+    validation_batches,
+    validation_windows,
+)
 from training.files import write_whole
 
 
 @dataclass
 class Run:
-    """A finished run. `name`: its folder's name, or its path where another run's folder has the same name."""
+    """A finished run. `name`: its folder's name, or its path where another run's folder has the
+    same name."""
 
     path: Path
     name: str
@@ -23,19 +32,26 @@ class Run:
     config: TrainConfig
 
     def tokens_per_iteration(self) -> int:
-        return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
+        return (
+            self.config.batch_size
+            * self.config.gradient_accumulation_steps
+            * self.model_config.block_size
+        )
 
     def data(self) -> Data:
-        """The data it was trained on. UserError when it is not there, as for a run's folder that was copied from another machine."""
+        """The data it was trained on. UserError when it is not there, as for a run's folder that
+        was copied from another machine."""
         folder = data_folder(self.config.dataset)
         if not folder.is_dir():
             raise UserError(
-                f"no data folder {folder}, on which {self.path} was trained: name its place on this machine with --dataset=FOLDER"
+                f"no data folder {folder}, on which {self.path} was trained: name its place on this"
+                " machine with --dataset=FOLDER"
             )
         return load_data(folder, self.config.tokenizer)
 
     def load(self, device: str = "cpu", which: str = "newest") -> tuple[Model, dict]:
-        """The newest or best checkpoint -> (model in eval mode, float32; its manifest). UserError for a damaged one."""
+        """The newest or best checkpoint -> (model in eval mode, float32; its manifest). UserError
+        for a damaged one."""
         model, _, manifest = checkpoint.load_run(self.path, device, which)
         return model, manifest
 
@@ -47,26 +63,35 @@ class AnalysisConfig:
     runs: list[str] = field(default_factory=list)
     """run folders"""
     out: str | None = None
-    """the CSV file, with the picture (.png) beside it; null = named after the analysis, in the first run's parent folder"""
+    """the CSV file, with the picture (.png) beside it; null = named after the analysis, in the
+    first run's parent folder"""
     dataset: str | None = None
-    """prepared data of all runs, a folder under data/ or a path; null = where each run was trained"""
+    """prepared data of all runs, a folder under data/ or a path; null = where each run was
+    trained"""
 
     def problems(self) -> list[str]:
-        return [f"out={self.out} must end in .csv"] if self.out is not None and not self.out.endswith(".csv") else []
+        return (
+            [f"out={self.out} must end in .csv"]
+            if self.out is not None and not self.out.endswith(".csv")
+            else []
+        )
 
 
 def find_runs(folders: list[str], weights: bool = True, dataset: str | None = None) -> list[Run]:
     """Opens run folders, without loading anything.
 
     Args:
-        weights: a run needs a checkpoint. dataset: where the prepared data of all runs lies, if not where they were trained.
+        weights: a run needs a checkpoint. dataset: where the prepared data of all runs lies, if not
+            where they were trained.
     Raises: UserError listing every folder that is not such a run.
     """
     if not folders:
         raise UserError("name one run's folder or more, such as out/run")
     paths, problems = [Path(f) for f in folders], []
     for i, path in enumerate(paths):
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        siblings = (
+            [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        )
         if not path.is_dir():
             problems.append(f"no run {path}{nearest(path.name, siblings) if siblings else ''}")
         elif not (path / "config.yaml").is_file():
@@ -88,22 +113,27 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
 
 
 def windows(data: Data, split: str, block_size: int, most: int) -> list[int]:
-    """First tokens of at most `most` windows side by side, spread evenly over a split. UserError where there is none."""
+    """First tokens of at most `most` windows side by side, spread evenly over a split. UserError
+    where there is none."""
     if split not in data.splits:
         raise UserError(f"{data.folder} has no split {split}: it has {', '.join(data.splits)}")
     tokens = data.splits[split].tokens
     if tokens <= block_size:
         raise UserError(
-            f"{data.splits[split].path} has {tokens} tokens, and block_size={block_size} needs {block_size + 1}: prepare a longer split"
+            f"{data.splits[split].path} has {tokens} tokens, and block_size={block_size} needs"
+            f" {block_size + 1}: prepare a longer split"
         )
     return validation_windows(tokens, block_size, max(1, most))
 
 
 def predictions(model: Model, data: Data, split: str, tokens: int):
-    """What a model predicts in windows side by side, spread evenly over a split, about `tokens` predicted tokens in all.
+    """What a model predicts in windows side by side, spread evenly over a split, about `tokens`
+    predicted tokens in all.
 
-    Yields for each batch of windows: hidden states (N, C) and targets (N,) on the model's device, and which tokens of the windows they
-    belong to: (B, T), bool, on the CPU. UserError for a split that is missing or shorter than a window.
+    Yields for each batch of windows: hidden states (N, C) and targets (N,) on the model's device,
+        and which tokens of the windows they
+    belong to: (B, T), bool, on the CPU. UserError for a split that is missing or shorter than a
+        window.
     """
     c, device = model.config, model.tokens.weight.device
     starts = windows(data, split, c.block_size, tokens // predicted_count(c.arch, c.block_size))
@@ -113,19 +143,30 @@ def predictions(model: Model, data: Data, split: str, tokens: int):
 
 
 def texts_differ(data: list[Data], split: str = "val") -> bool:
-    """Whether a split is of other text for some: texts of one length in bytes are taken to be the same."""
+    """Whether a split is of other text for some: texts of one length in bytes are taken to be the
+    same."""
     return len({d.splits[split].bytes for d in data}) > 1
 
 
 def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None:
     """What keeps the losses of runs from being compared, as a sentence; None when nothing does."""
     if len({run.model_config.arch == "bert" for run in runs}) > 1:
-        return "bert predicts masked tokens and the others predict the next one: their losses may not be compared"
+        return (
+            "bert predicts masked tokens and the others predict the next one: their losses may"
+            " not be compared"
+        )
     if lacking := [d for d in data if split not in d.splits]:
-        raise UserError(f"{lacking[0].folder} has no split {split}: it has {', '.join(lacking[0].splits)}")
-    tokens = {(d.tokenizer, d.vocab_size, d.splits[split].tokens, d.splits[split].bytes) for d in data}
+        raise UserError(
+            f"{lacking[0].folder} has no split {split}: it has {', '.join(lacking[0].splits)}"
+        )
+    tokens = {
+        (d.tokenizer, d.vocab_size, d.splits[split].tokens, d.splits[split].bytes) for d in data
+    }
     if texts_differ(data, split):
-        return "the runs have different data: only bits/byte may be compared, and it speaks of different texts"
+        return (
+            "the runs have different data: only bits/byte may be compared, and it speaks of"
+            " different texts"
+        )
     if len(tokens) > 1:
         return "the runs have different tokenizers: only bits/byte may be compared"
     return None
@@ -143,12 +184,17 @@ def writable(path: Path) -> Path:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Text columns under a header: the first one left-aligned, the others too unless every cell is a number."""
+    """Text columns under a header: the first one left-aligned, the others too unless every cell is
+    a number."""
     columns = list(zip(header, *rows, strict=True))
-    numbers = [all(c[:1].isdigit() or c in ("-", "nan", "inf") for c in column[1:]) for column in columns]
+    numbers = [
+        all(c[:1].isdigit() or c in ("-", "nan", "inf") for c in column[1:]) for column in columns
+    ]
     widths = [max(map(len, column)) for column in columns]
     lines = (
-        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)).rstrip()
+        "  ".join(
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)
+        ).rstrip()
         for line in [header, *rows]
     )
     return "\n".join(lines)
@@ -161,10 +207,15 @@ def write_csv(rows: list[dict], path: Path):
         writer.writerows(rows)
 
 
-def shown(rows: list[dict], formats: dict[str, str], names: dict[str, str] | None = None, left_out=()) -> str:
+def shown(
+    rows: list[dict], formats: dict[str, str], names: dict[str, str] | None = None, left_out=()
+) -> str:
     """Rows as text columns: `formats` of numbers by key, `names` of columns; None shows as -."""
     columns = [key for key in rows[0] if key not in left_out]
-    cells = [["-" if row[k] is None else format(row[k], formats.get(k, "")) for k in columns] for row in rows]
+    cells = [
+        ["-" if row[k] is None else format(row[k], formats.get(k, "")) for k in columns]
+        for row in rows
+    ]
     return table([(names or {}).get(k, k) for k in columns], cells)
 
 

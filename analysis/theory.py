@@ -1,13 +1,16 @@
-"""What the theory of harmonic loss speaks of, measured: margins, terms of its bound, nearness to a softmax, minimisers.
+"""What the theory of harmonic loss speaks of, measured: margins, terms of its bound, nearness to a
+softmax, minimisers.
 
     python -m analysis.theory out/a out/b
 
-Over validation tokens. The margin of a token is rho = d(h, w_y) / min over j != y of d(h, w_j): below 1 where it is predicted, and
-`p_y >= 1 / (1 + (V - 1) rho^n)` (harmonic link). gamma = min over j != y of d_j - d_y, of the tokens that are predicted; for a head
-without a distance it is the difference of logits. The bound's term is R |W|_F / (gamma sqrt N), R the largest |h| and N the tokens
-predicted in training, repeats included (2603.10225's PAC-Bayes bound): it changes under scaling, though a loss of a homogeneous distance
-does not. The picture shows the margins, the KL to the linearised softmax over training, and a toy: five separable points, for which a
-distance head has a finite minimiser.
+Over validation tokens. The margin of a token is rho = d(h, w_y) / min over j != y of d(h, w_j):
+below 1 where it is predicted, and `p_y >= 1 / (1 + (V - 1) rho^n)` (harmonic link). gamma = min
+over j != y of d_j - d_y, of the tokens that are predicted; for a head without a distance it is the
+difference of logits. The bound's term is R |W|_F / (gamma sqrt N), R the largest |h| and N the
+tokens predicted in training, repeats included (2603.10225's PAC-Bayes bound): it changes under
+scaling, though a loss of a homogeneous distance does not. The picture shows the margins, the KL to
+the linearised softmax over training, and a toy: five separable points, for which a distance head
+has a finite minimiser.
 """
 
 import math
@@ -43,19 +46,26 @@ class TheoryConfig(AnalysisConfig):
 
 @torch.no_grad()
 def states_of(model, data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and targets of about TOKENS tokens, evenly spread over a split: (N, C), (N,)."""
+    """Hidden states and targets of about TOKENS tokens, evenly spread over a split: (N, C),
+    (N,)."""
     states, targets, _ = zip(*predictions(model, data, split, TOKENS), strict=True)
     return torch.cat(states), torch.cat(targets)
 
 
 @torch.no_grad()
-def margins(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def margins(
+    head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (rho, NaN for a control; gamma; p_y), each (N,)."""
     rho, gamma, p = [], [], []
     for x, y in zip(h.split(ROWS), targets.split(ROWS), strict=True):
         logits = head(x)
         p.append(logits.softmax(-1).gather(1, y[:, None])[:, 0])
-        values = -logits if head.is_control else distance(x, head.prototypes(), head.name, **head.geometry())
+        values = (
+            -logits
+            if head.is_control
+            else distance(x, head.prototypes(), head.name, **head.geometry())
+        )
         own = values.gather(1, y[:, None])[:, 0]
         other = values.scatter(1, y[:, None], math.inf).amin(-1)
         rho.append(torch.full_like(own, math.nan) if head.is_control else own / other)
@@ -69,36 +79,55 @@ def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0
     c, steps = run.model_config, sum("train_loss" in m for m in read_metrics(run.path))
-    trained = steps * run.tokens_per_iteration() * predicted_count(c.arch, c.block_size) / c.block_size
+    trained = (
+        steps * run.tokens_per_iteration() * predicted_count(c.arch, c.block_size) / c.block_size
+    )
     norm, size = model.head.prototypes().norm().item(), h.norm(dim=-1).max().item()
     row = {**about(run), "tokens": len(h), "predicted": predicted.double().mean().item()}
-    row |= {f"rho_{round(100 * q)}": None if model.head.is_control else rho.quantile(q).item() for q in QUANTILES}
+    row |= {
+        f"rho_{round(100 * q)}": None if model.head.is_control else rho.quantile(q).item()
+        for q in QUANTILES
+    }
     row |= {"R": size, "W": norm}
     for q in (0.05, 0.5):
         value = gamma[predicted].quantile(q).item() if predicted.any() else None
         row[f"gamma_{round(100 * q)}"] = value
-        row[f"bound_{round(100 * q)}"] = size * norm / (value * math.sqrt(trained)) if value and trained else None
+        row[f"bound_{round(100 * q)}"] = (
+            size * norm / (value * math.sqrt(trained)) if value and trained else None
+        )
     if model.head.is_harmonic:  # FIELD: a theorem, so a number below 1 is a fault of the code
-        least = 1 / (1 + (model.head.real_vocab_size - 1) * rho.double() ** float(model.head.strength))
+        least = 1 / (
+            1 + (model.head.real_vocab_size - 1) * rho.double() ** float(model.head.strength)
+        )
         row["margin_bound_holds"] = (p.double() >= least * (1 - 1e-4)).double().mean().item()
     else:
         row["margin_bound_holds"] = None
     return row, rho.cpu()
 
 
-def toy(name: str, steps: int = 2000, points: torch.Tensor | None = None, targets: torch.Tensor | None = None, seed: int = 0) -> dict:
+def toy(
+    name: str,
+    steps: int = 2000,
+    points: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+    seed: int = 0,
+) -> dict:
     """Prototypes of separable classes trained on the loss alone, from N(0, 0.1^2), n = 4, Adam.
 
     Args:
-        points: (N, C) of classes `targets` (N,); by default five classes, one point each, on a sphere of radius 1 in 8 dimensions.
+        points: (N, C) of classes `targets` (N,); by default five classes, one point each, on a
+            sphere of radius 1 in 8 dimensions.
         seed: of the start.
-    Returns: the norm |W|_F and the loss of each step; the points; the head; the path of the prototypes (steps + 1, classes, C).
+    Returns: the norm |W|_F and the loss of each step; the points; the head; the path of the
+        prototypes (steps + 1, classes, C).
     """
     torch.manual_seed(seed)
     if points is None:
         points, targets = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1), torch.arange(5)
     exponent = {} if HEADS[name].is_control else {"exponent": 4.0}
-    head = HarmonicHead(points.shape[1], int(targets.max()) + 1, name, init_std=0.1, impl="dense", **exponent)
+    head = HarmonicHead(
+        points.shape[1], int(targets.max()) + 1, name, init_std=0.1, impl="dense", **exponent
+    )
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
     losses, path = [], [head.weight.detach().clone()]
     for _ in range(steps):
@@ -109,7 +138,13 @@ def toy(name: str, steps: int = 2000, points: torch.Tensor | None = None, target
         optimizer.step()
         path.append(head.weight.detach().clone())
     path = torch.stack(path)
-    return {"norms": path[:-1].norm(dim=(1, 2)).tolist(), "losses": losses, "points": points, "head": head, "path": path}
+    return {
+        "norms": path[:-1].norm(dim=(1, 2)).tolist(),
+        "losses": losses,
+        "points": points,
+        "head": head,
+        "path": path,
+    }
 
 
 def draw(runs, found, figure):
@@ -119,11 +154,17 @@ def draw(runs, found, figure):
     for run, rho in zip(runs, found, strict=True):
         rho = rho[rho.isfinite()].sort().values
         (line,) = (
-            left.plot(rho, torch.linspace(0, 1, len(rho)), label=run.name) if len(rho) else left.plot([], [], label=f"{run.name} (no d)")
+            left.plot(rho, torch.linspace(0, 1, len(rho)), label=run.name)
+            if len(rho)
+            else left.plot([], [], label=f"{run.name} (no d)")
         )
-        points = [(m["iter"], m["kl_to_softmax"]) for m in read_metrics(run.path) if "kl_to_softmax" in m]
+        points = [
+            (m["iter"], m["kl_to_softmax"]) for m in read_metrics(run.path) if "kl_to_softmax" in m
+        ]
         if points:
-            middle.plot(*zip(*points, strict=True), marker=".", color=line.get_color(), label=run.name)
+            middle.plot(
+                *zip(*points, strict=True), marker=".", color=line.get_color(), label=run.name
+            )
     left.axvline(1, color="0.6", linewidth=0.8, linestyle="--")
     left.set_xlabel("rho = own distance / nearest other")
     left.set_title("share of tokens below; left of 1: predicted", loc="left", fontsize=10)
@@ -143,7 +184,9 @@ def draw(runs, found, figure):
         axes.spines[["top", "right"]].set_visible(False)
 
 
-FORMATS = {f"rho_{round(100 * q)}": ".4f" for q in QUANTILES} | dict(predicted=".1%", margin_bound_holds=".1%")
+FORMATS = {f"rho_{round(100 * q)}": ".4f" for q in QUANTILES} | dict(
+    predicted=".1%", margin_bound_holds=".1%"
+)
 FORMATS |= dict.fromkeys(("R", "W", "gamma_5", "bound_5", "gamma_50", "bound_50"), ".3g")
 
 

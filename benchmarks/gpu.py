@@ -3,16 +3,20 @@
     python -m benchmarks.gpu --minutes=9            # what `make gpu` runs
     python -m benchmarks.gpu --list                 # the steps, what they take, and which are done
     python -m benchmarks.gpu --only=kernels,head    # some of them
-    python -m benchmarks.gpu --rehearse             # one of each kind on the CPU, tiny: finds mistakes before a GPU is there
+    # one of each kind on the CPU, tiny: finds mistakes before a GPU is there
+    python -m benchmarks.gpu --rehearse
 
-A step makes one row of results/gpu.csv. Its `code` is a hash of the library, model.py, train.py, training/ and the file that measures it.
-A step is skipped when the table has its row for this card and this code, and when it could not end within --minutes.
-Steps run in other processes (benchmarks/gpu_runner.py), so one that crashes or hangs costs only itself. Its row says `failed` and why, and
-the exit status is 1. A row says `absent` where a package or data is missing. `kernels`, `head` and `train` need nothing but PyTorch, Triton
-and NumPy.
+A step makes one row of results/gpu.csv. Its `code` is a hash of the library, model.py, train.py,
+training/ and the file that measures it. A step is skipped when the table has its row for this card
+and this code, and when it could not end within --minutes. Steps run in other processes
+(benchmarks/gpu_runner.py), so one that crashes or hangs costs only itself. Its row says `failed`
+and why, and the exit status is 1. A row says `absent` where a package or data is missing.
+`kernels`, `head` and `train` need nothing but PyTorch, Triton and NumPy.
 
-kernels   each head in each precision on the Triton kernels, both links: relative errors of losses and gradients against float64
-head      the loss at GPT-2's size inside bfloat16 autocast, beside F.linear + F.cross_entropy and other libraries: time, memory, and
+kernels   each head in each precision on the Triton kernels, both links: relative errors of losses
+          and gradients against float64
+head      the loss at GPT-2's size inside bfloat16 autocast, beside F.linear + F.cross_entropy and
+          other libraries: time, memory, and
           errors of losses in nats and of gradients relative to the largest (benchmarks/head.py)
 train     an iteration of GPT-2 124M beside a loop in nanoGPT's manner (benchmarks/train_gpu.py)
 train.py  the command itself on made-up tokens: its speed, float16, resuming
@@ -39,6 +43,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -58,7 +63,8 @@ SEEDS = (1338, 1339, 1340)
 
 @dataclass(frozen=True)
 class Check:
-    """States, prototypes and coordinates of an exactness check. One state in `every` is kept; the targets of the others are ignored."""
+    """States, prototypes and coordinates of an exactness check. One state in `every` is kept; the
+    targets of the others are ignored."""
 
     states: int
     prototypes: int
@@ -68,20 +74,30 @@ class Check:
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes, device and places of all steps. flags: of train.py; small: of its runs that are about correctness alone."""
+    """Sizes, device and places of all steps. flags: of train.py; small: of its runs that are about
+    correctness alone."""
 
     device: str
     home: str
     """an empty folder for runs"""
-    checks: tuple[Check, ...] = (Check(133, 1021, 97, 2), Check(700, 200_003, 17, 11))  # of the second the kernels make two chunks
+    checks: tuple[Check, ...] = (
+        Check(133, 1021, 97, 2),
+        Check(700, 200_003, 17, 11),
+    )  # of the second the kernels make two chunks
     head: tuple[int, int, int] = (8192, 50304, 768)
     rounds: int = 5
     train: train_gpu.Sizes = train_gpu.Sizes()
     config: tuple[str, ...] = ("configs/gpt2_124m.yaml",)
     study_config: tuple[str, ...] = ("configs/study_gpt2_124m.yaml",)
     flags: dict = field(default_factory=lambda: dict(batch_size=12, max_iters=40))
-    small: dict = field(default_factory=lambda: dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8, max_iters=20))
-    study: dict = field(default_factory=lambda: dict(batch_size=12, max_iters=300, warmup_iters=30, eval_iters=20))
+    small: dict = field(
+        default_factory=lambda: dict(
+            n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8, max_iters=20
+        )
+    )
+    study: dict = field(
+        default_factory=lambda: dict(batch_size=12, max_iters=300, warmup_iters=30, eval_iters=20)
+    )
     compile: bool = True
     vocabulary: int = 50257
     new_tokens: int = 200
@@ -91,8 +107,19 @@ class Scale:
 
 def rehearsal(home: str) -> Scale:
     """Everything tiny and on the CPU."""
-    tiny = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, batch_size=2, max_iters=4, learning_rate=1e-3, warmup_iters=1)
-    train = train_gpu.Sizes("cpu", 2, 2, 64, 32, 500, 512, windows=2, compiler="eager", warm_up=1, group=2, seconds=0.0)
+    tiny = dict(
+        n_layer=2,
+        n_head=2,
+        n_embd=64,
+        block_size=32,
+        batch_size=2,
+        max_iters=4,
+        learning_rate=1e-3,
+        warmup_iters=1,
+    )
+    train = train_gpu.Sizes(
+        "cpu", 2, 2, 64, 32, 500, 512, windows=2, compiler="eager", warm_up=1, group=2, seconds=0.0
+    )
     return Scale(
         device="cpu",
         home=home,
@@ -119,7 +146,8 @@ def rehearsal(home: str) -> Scale:
 def largest_error(found: list, truth: list) -> float:
     """The largest difference of any gradient, relative to the largest entry of the true one.
 
-    The gradient of one number, such as the exponent, is a sum over states that may cancel: it counts as 0.01 a state at least.
+    The gradient of one number, such as the exponent, is a sum over states that may cancel: it
+        counts as 0.01 a state at least.
     """
     states, errors = len(truth[0]), []
     for ours, exact in zip(found, truth, strict=True):
@@ -135,8 +163,11 @@ ALLOWED = {  # relative errors, beside three times those of plain PyTorch in flo
 }
 
 
-def loss_and_gradients(layer: HarmonicHead, h: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Losses (N,), and the gradients of their sum with respect to h and all that the head trains."""
+def loss_and_gradients(
+    layer: HarmonicHead, h: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Losses (N,), and the gradients of their sum with respect to h and all that the head
+    trains."""
     h = h.detach().requires_grad_()
     leaves = [h, *layer.parameters()]
     gradients = torch.autograd.grad(layer.loss(h, y, reduction="sum"), leaves)
@@ -147,7 +178,8 @@ def loss_and_gradients(layer: HarmonicHead, h: torch.Tensor, y: torch.Tensor) ->
 def check_kernel(scale: Scale, name: str, precision: str) -> dict:
     """The largest errors of one head in one precision over sizes and links.
 
-    Raises: AssertionError where one is larger than ALLOWED. Absent for a head that has no Triton kernel.
+    Raises: AssertionError where one is larger than ALLOWED. Absent for a head that has no Triton
+        kernel.
     """
     links = ["harmonic", "softmax"] if not HEADS[name].is_control else ["harmonic"]
     allowed = ALLOWED[precision]
@@ -155,22 +187,39 @@ def check_kernel(scale: Scale, name: str, precision: str) -> dict:
     for check in scale.checks:
         for link in links:
             found = check_once(scale.device, check, name, link, precision)
-            loss_error, gradient_error = max(loss_error, found["loss"]), max(gradient_error, found["gradient"])
+            loss_error, gradient_error = (
+                max(loss_error, found["loss"]),
+                max(gradient_error, found["gradient"]),
+            )
             assert found["ignored"] == 0, f"{link}: a state whose target is ignored has a gradient"
             for what, more in allowed.items():
                 most = more + 3 * found[f"{what}, plain"]
-                assert found[what] <= most, f"{link}, {check}: {what} error {found[what]:.1e}, allowed {most:.1e}"
+                assert found[what] <= most, (
+                    f"{link}, {check}: {what} error {found[what]:.1e}, allowed {most:.1e}"
+                )
     return {"loss_error": f"{loss_error:.1e}", "gradient_error": f"{gradient_error:.1e}"}
 
 
 def check_once(device: str, check: Check, name: str, link: str, precision: str) -> dict[str, float]:
-    """-> relative errors of `loss` and `gradient`, those of plain float32, and the largest gradient of an `ignored` state."""
+    """-> relative errors of `loss` and `gradient`, those of plain float32, and the largest gradient
+    of an `ignored` state."""
     torch.manual_seed(0)
     V, control = check.prototypes, HEADS[name].is_control
     trained = {} if control else {"learn_scale" if link == "softmax" else "learn_exponent": True}
-    layer = HarmonicHead(check.coordinates, V + 3, name, link=link, real_vocab_size=V, precision=precision, impl="triton", **trained)
+    layer = HarmonicHead(
+        check.coordinates,
+        V + 3,
+        name,
+        link=link,
+        real_vocab_size=V,
+        precision=precision,
+        impl="triton",
+        **trained,
+    )
     layer.to(device).eval()  # without noise
-    h = torch.nn.functional.layer_norm(torch.randn(check.states, check.coordinates), (check.coordinates,)).to(device)
+    h = torch.nn.functional.layer_norm(
+        torch.randn(check.states, check.coordinates), (check.coordinates,)
+    ).to(device)
     y = torch.randint(V, (check.states,), device=device)
     kept = torch.arange(check.states, device=device) % check.every == 0
     y[~kept] = -100
@@ -200,7 +249,8 @@ def check_once(device: str, check: Check, name: str, link: str, precision: str) 
 
 
 def measure_head(scale: Scale, name: str, precision: str, peer: str | None = None) -> dict:
-    """Forward, forward and backward, memory beyond inputs and gradients; the ratio is that of both to the yardstick's, measured in turn."""
+    """Forward, forward and backward, memory beyond inputs and gradients; the ratio is that of both
+    to the yardstick's, measured in turn."""
     case = head.Case(*scale.head, scale.device, "bfloat16", precision)
     found = head.measure(case, name, peer, scale.rounds)
     loss, *gradients = case.errors(name, peer)
@@ -217,7 +267,9 @@ def measure_head(scale: Scale, name: str, precision: str, peer: str | None = Non
 def measure_peer(scale: Scale, peer: str) -> dict:
     """The same of another implementation of cross-entropy."""
     if peer == YARDSTICK:
-        head.PEERS["cross_entropy", peer] = lambda h, w, y: torch.nn.functional.cross_entropy(torch.nn.functional.linear(h, w), y)
+        head.PEERS["cross_entropy", peer] = lambda h, w, y: torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(h, w), y
+        )
     elif ("cross_entropy", peer) not in head.PEERS:
         try:
             head.add_gpu_peer(peer)
@@ -240,19 +292,33 @@ def measure_training(scale: Scale, name: str) -> dict:
 
 
 def script(scale: Scale, *words: str, torchrun: bool = False) -> str:
-    """Runs `python WORDS...` -> all that it printed. A rehearsal runs it in this process, where PyTorch is imported already.
+    """Runs `python WORDS...` -> all that it printed. A rehearsal runs it in this process, where
+    PyTorch is imported already.
 
     Raises: RuntimeError with the last lines where the exit status is not 0.
     """
     if scale.rehearse and not torchrun:
         printed, status = here(words)
     else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] if torchrun else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+            if torchrun
+            else []
+        )
         command = [sys.executable, *launcher, *words]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         printed, status = done.stdout, done.returncode
     if status:
-        raise RuntimeError(f"{words[0]} ended with status {status}: {' / '.join(printed.splitlines()[-5:])}")
+        raise RuntimeError(
+            f"{words[0]} ended with status {status}: {' / '.join(printed.splitlines()[-5:])}"
+        )
     return printed
 
 
@@ -260,7 +326,11 @@ def here(words: tuple[str, ...]) -> tuple[str, int]:
     """Runs a script in this process -> (what it printed, its exit status)."""
     printed, argv, status = io.StringIO(), sys.argv, 0
     try:
-        with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with (
+            contextlib.chdir(ROOT),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+        ):
             sys.argv = list(words)
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
@@ -270,23 +340,50 @@ def here(words: tuple[str, ...]) -> tuple[str, int]:
     return printed.getvalue(), status
 
 
-def train(scale: Scale, out_dir: str, config: tuple[str, ...], torchrun: bool = False, **flags) -> list[dict]:
+def train(
+    scale: Scale, out_dir: str, config: tuple[str, ...], torchrun: bool = False, **flags
+) -> list[dict]:
     """A run of train.py -> the lines of its metrics.jsonl."""
-    settings = dict(dataset=f"{scale.home}/tokens", gradient_accumulation_steps=1, eval_interval=10**6, eval_iters=1, warmup_iters=1)
-    settings |= dict(emissions=False, device=scale.device, compile=scale.compile, dtype="bfloat16", out_dir=f"{scale.home}/{out_dir}")
+    settings = dict(
+        dataset=f"{scale.home}/tokens",
+        gradient_accumulation_steps=1,
+        eval_interval=10**6,
+        eval_iters=1,
+        warmup_iters=1,
+    )
+    settings |= dict(
+        emissions=False,
+        device=scale.device,
+        compile=scale.compile,
+        dtype="bfloat16",
+        out_dir=f"{scale.home}/{out_dir}",
+    )
     settings |= flags
-    script(scale, "train.py", *config, *(f"--{key}={value}" for key, value in settings.items()), torchrun=torchrun)
-    return [json.loads(line) for line in Path(settings["out_dir"], "metrics.jsonl").read_text().splitlines()]
+    script(
+        scale,
+        "train.py",
+        *config,
+        *(f"--{key}={value}" for key, value in settings.items()),
+        torchrun=torchrun,
+    )
+    return [
+        json.loads(line)
+        for line in Path(settings["out_dir"], "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def results(metrics: list[dict]) -> dict:
-    """The cells of a run: its last validation loss, and its median speed after a third of its iterations."""
+    """The cells of a run: its last validation loss, and its median speed after a third of its
+    iterations."""
     losses = [m["val_loss"] for m in metrics if "val_loss" in m]
     steps = [m for m in metrics if "tokens_per_s" in m]
     steps = steps[len(steps) // 3 :]
     if not all(isinstance(x, float) and math.isfinite(x) for x in losses):
         raise FloatingPointError(f"validation losses {losses}")
-    row = {"val_loss": f"{losses[-1]:.4f}", "tokens_per_s": f"{statistics.median(m['tokens_per_s'] for m in steps):.0f}"}
+    row = {
+        "val_loss": f"{losses[-1]:.4f}",
+        "tokens_per_s": f"{statistics.median(m['tokens_per_s'] for m in steps):.0f}",
+    }
     if "mfu" in steps[0]:
         row["mfu"] = f"{statistics.median(m['mfu'] for m in steps):.3f}"
     return row
@@ -299,21 +396,40 @@ def run_train(scale: Scale, name: str) -> dict:
 
 def run_float16(scale: Scale) -> dict:
     """train.py with dtype=float16, which scales losses."""
-    return results(train(scale, "float16", scale.config, head="cosine", **scale.small | dict(dtype="float16", compile=False)))
+    return results(
+        train(
+            scale,
+            "float16",
+            scale.config,
+            head="cosine",
+            **scale.small | dict(dtype="float16", compile=False),
+        )
+    )
 
 
 def run_resume(scale: Scale) -> dict:
-    """A run that is stopped half-way and resumed, and one that never was: loss_error is the difference of their validation losses."""
+    """A run that is stopped half-way and resumed, and one that never was: loss_error is the
+    difference of their validation losses."""
     most = scale.small["max_iters"]
     settings = scale.small | dict(head="euclidean", compile=False, lr_decay_iters=most)
     whole = train(scale, "whole", scale.config, **settings)
     train(scale, "parts", scale.config, **settings | dict(max_iters=most // 2))
-    settings = dict(dataset=f"{scale.home}/tokens", init_from="resume", out_dir=f"{scale.home}/parts", max_iters=most)
+    settings = dict(
+        dataset=f"{scale.home}/tokens",
+        init_from="resume",
+        out_dir=f"{scale.home}/parts",
+        max_iters=most,
+    )
     script(scale, "train.py", *(f"--{key}={value}" for key, value in settings.items()))
-    parts = [json.loads(line) for line in Path(scale.home, "parts", "metrics.jsonl").read_text().splitlines()]
+    parts = [
+        json.loads(line)
+        for line in Path(scale.home, "parts", "metrics.jsonl").read_text().splitlines()
+    ]
     row, resumed = results(whole), results(parts)
     difference = abs(float(row["val_loss"]) - float(resumed["val_loss"]))
-    assert difference < 1e-3, f"the loss is {row['val_loss']} in one go and {resumed['val_loss']} when resumed"
+    assert difference < 1e-3, (
+        f"the loss is {row['val_loss']} in one go and {resumed['val_loss']} when resumed"
+    )
     return {**row, "loss_error": f"{difference:.1e}"}
 
 
@@ -325,7 +441,8 @@ def run_torchrun(scale: Scale) -> dict:
 
 
 def run_wrapped(scale: Scale, how: str) -> dict:
-    """Three iterations under DistributedDataParallel or FSDP2, in a group of one process: the losses are those of the model alone.
+    """Three iterations under DistributedDataParallel or FSDP2, in a group of one process: the
+    losses are those of the model alone.
 
     train.py wraps no model where there is one process, so this does it.
     """
@@ -334,7 +451,12 @@ def run_wrapped(scale: Scale, how: str) -> dict:
     from torch.nn.parallel import DistributedDataParallel
 
     if not dist.is_initialized():  # and it stays so: taking a group apart can hang
-        dist.init_process_group("nccl" if scale.device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if scale.device == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
     s, losses = scale.train, {}
     small = train_gpu.Sizes(s.device, 2, 2, 64, s.length, s.vocabulary, s.rows, 2, "eager")
     for kind in ("alone", how):
@@ -361,12 +483,71 @@ def run_wrapped(scale: Scale, how: str) -> dict:
     return {"loss_error": f"{difference:.1e}"}
 
 
+def run_doc_mask(scale: Scale, arch: str) -> dict:
+    """FlexAttention within documents beside the dense mask, float32, compiled and not: losses and
+    gradients at an odd length."""
+    import model as decoder
+
+    length = scale.small["block_size"] * 4 - 24  # no multiple of a block
+    flags = dict(
+        n_layer=2,
+        n_head=4,
+        n_embd=4 * 64,
+        block_size=length,
+        vocab_size=scale.vocabulary,
+        doc_mask=True,
+        eot_id=0,
+        dropout=0.0,
+    )
+    config = decoder.ModelConfig(
+        arch=arch, **flags, **(dict(n_kv_head=2) if arch == "qwen" else {})
+    )
+    torch.manual_seed(0)
+    plain = decoder.Model(config).to(scale.device)
+    tokens = torch.randint(scale.vocabulary, (2, length + 1), device=scale.device)
+    tokens[:, length // 3] = tokens[:, length // 2] = 0  # ends of documents
+    found = {}
+    for way, flex, compiled in (
+        ("dense", False, False),
+        ("flex", True, False),
+        ("compiled", True, scale.compile),
+    ):
+        chosen = decoder.uses_flex_attention if flex else lambda *_: False
+        with mock.patch.object(decoder, "uses_flex_attention", chosen):
+            used = torch.compile(plain) if compiled else plain
+            _, loss = used(tokens[:, :-1], tokens[:, 1:])
+            found[way] = (
+                loss.item(),
+                *(g.double() for g in torch.autograd.grad(loss, list(plain.parameters()))),
+            )
+    errors = []
+    for way in ("flex", "compiled"):
+        for a, b in zip(found[way][1:], found["dense"][1:], strict=True):
+            errors.append(((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item())
+    assert max(errors) < 1e-3, f"the largest gradient error is {max(errors):.1e}"
+    difference = abs(found["compiled"][0] - found["dense"][0])
+    assert difference < 1e-4, f"the losses are {[values[0] for values in found.values()]}"
+    return {"loss_error": f"{difference:.1e}", "gradient_error": f"{max(errors):.1e}"}
+
+
 def run_sample(scale: Scale) -> dict:
-    """sample.py with a fresh model: tokens a second with the cache; the ratio is that to the speed without it."""
-    train(scale, "sample", scale.config, head="cosine", **scale.flags | dict(max_iters=1, compile=False))
+    """sample.py with a fresh model: tokens a second with the cache; the ratio is that to the speed
+    without it."""
+    train(
+        scale,
+        "sample",
+        scale.config,
+        head="cosine",
+        **scale.flags | dict(max_iters=1, compile=False),
+    )
     speeds = {}
     for cached in (True, False):
-        words = [f"--out_dir={scale.home}/sample", f"--max_new_tokens={scale.new_tokens}", f"--cache={cached}", f"--device={scale.device}"]
+        words = [
+            f"--out_dir={scale.home}/sample",
+            f"--max_new_tokens={scale.new_tokens}",
+            f"--cache={cached}",
+            f"--device={scale.device}",
+        ]
         printed = script(scale, "sample.py", "--start=The", *words)
         last = next(line for line in reversed(printed.splitlines()) if line.endswith(" tokens/s"))
         speeds[cached] = float(last.split()[-2].replace(",", ""))
@@ -378,7 +559,11 @@ def run_sample(scale: Scale) -> dict:
 
 def run_study(scale: Scale, name: str, seed: int) -> dict:
     """A short run of the study's configuration on the largest token files that are here."""
-    folders = [path.parent for path in Path(ROOT, scale.data).glob("*/meta.json") if (path.parent / "train.bin").is_file()]
+    folders = [
+        path.parent
+        for path in Path(ROOT, scale.data).glob("*/meta.json")
+        if (path.parent / "train.bin").is_file()
+    ]
     if not folders:
         raise Absent(f"no token files under {scale.data}/: prepare_openwebtext.py makes them")
     folder = max(folders, key=lambda path: (path / "train.bin").stat().st_size)
@@ -398,48 +583,96 @@ def precisions(name: str) -> list[str]:
 def kernel_steps() -> list[Step]:
     names = dict.fromkeys([*FIRST, *NEXT, *HEADS])
     pairs = [(name, precision) for name in names for precision in precisions(name)]
-    return [Step("kernels", name, 30, check_kernel, (name, how), precision=how, beside=True) for name, how in pairs]
+    return [
+        Step("kernels", name, 30, check_kernel, (name, how), precision=how, beside=True)
+        for name, how in pairs
+    ]
 
 
 def head_steps(names: list[str]) -> list[Step]:
     pairs = [(name, precision) for name in names for precision in precisions(name)]
-    return [Step("head", name, 20, measure_head, (name, how), "benchmarks/head.py", precision=how) for name, how in pairs]
+    return [
+        Step("head", name, 20, measure_head, (name, how), "benchmarks/head.py", precision=how)
+        for name, how in pairs
+    ]
 
 
 def peer_steps() -> list[Step]:
     names = [YARDSTICK, "F.linear_cross_entropy", *head.GPU_PEERS]
-    return [Step("head", name, 20, measure_peer, (name,), "benchmarks/head.py", precision="autocast") for name in names]
+    return [
+        Step("head", name, 20, measure_peer, (name,), "benchmarks/head.py", precision="autocast")
+        for name in names
+    ]
 
 
 def training_steps(names: list[str]) -> list[Step]:
     seconds = {NANOGPT: 90}  # It is compiled as a whole.
     file = "benchmarks/train_gpu.py"
-    return [Step("train", name, seconds.get(name, 60), measure_training, (name,), file, speed_over=NANOGPT) for name in names]
+    return [
+        Step(
+            "train",
+            name,
+            seconds.get(name, 60),
+            measure_training,
+            (name,),
+            file,
+            speed_over=NANOGPT,
+        )
+        for name in names
+    ]
 
 
 def steps() -> list[Step]:
     """All of them, most important first."""
     needs = tuple(PACKAGES)
-    found = [*kernel_steps(), *head_steps(FIRST), *peer_steps(), *head_steps(["manhattan", "chebyshev"])]
+    found = [
+        *kernel_steps(),
+        *head_steps(FIRST),
+        *peer_steps(),
+        *head_steps(["manhattan", "chebyshev"]),
+    ]
     found += training_steps([NANOGPT, *FIRST])
-    found += [Step("train.py", name, 70, run_train, (name,), needs=needs, speed_over=NANOGPT) for name in FIRST[:2]]
+    found += [
+        Step("train.py", name, 70, run_train, (name,), needs=needs, speed_over=NANOGPT)
+        for name in FIRST[:2]
+    ]
+    found += [
+        Step("doc_mask", arch, 60, run_doc_mask, (arch,), "model.py") for arch in ("gpt", "qwen")
+    ]
     found += [Step("nccl", how, 20, run_wrapped, (how,)) for how in ("DDP", "FSDP2")]
     found += [Step("nccl", "torchrun", 30, run_torchrun, needs=needs)]
-    found += [Step("train.py", "float16", 30, run_float16, needs=needs), Step("train.py", "resume", 75, run_resume, needs=needs)]
+    found += [
+        Step("train.py", "float16", 30, run_float16, needs=needs),
+        Step("train.py", "resume", 75, run_resume, needs=needs),
+    ]
     found += [Step("sample", "cosine", 75, run_sample, needs=needs)]
     found += training_steps(NEXT)
     found += head_steps([name for name in HEADS if name not in (*FIRST, "manhattan", "chebyshev")])
-    found += [Step("study", f"{name}, seed {seed}", 100, run_study, (name, seed), needs=needs) for seed in SEEDS for name in FIRST]
+    found += [
+        Step("study", f"{name}, seed {seed}", 100, run_study, (name, seed), needs=needs)
+        for seed in SEEDS
+        for name in FIRST
+    ]
     return found
 
 
 def rehearsed() -> list[Step]:
     """One or a few of each kind, side by side: their times mean nothing."""
     kernels = [("euclidean", "split"), ("cross_entropy", "autocast"), ("manhattan", "float32")]
-    wanted = {("train", name) for name in (NANOGPT, "cosine")} | {("train.py", name) for name in ("cosine", "float16", "resume")}
+    wanted = {("train", name) for name in (NANOGPT, "cosine")} | {
+        ("train.py", name) for name in ("cosine", "float16", "resume")
+    }
     wanted |= {("head", name) for name in ("cosine", YARDSTICK, "F.linear_cross_entropy", "Liger")}
-    wanted |= {("nccl", name) for name in ("DDP", "FSDP2", "torchrun")} | {("sample", "cosine"), ("study", f"cosine, seed {SEEDS[0]}")}
-    found = [s for s in steps() if (s.step, s.what) in wanted or (s.step == "kernels" and s.arguments in kernels)]
+    wanted.add(("doc_mask", "qwen"))
+    wanted |= {("nccl", name) for name in ("DDP", "FSDP2", "torchrun")} | {
+        ("sample", "cosine"),
+        ("study", f"cosine, seed {SEEDS[0]}"),
+    }
+    found = [
+        s
+        for s in steps()
+        if (s.step, s.what) in wanted or (s.step == "kernels" and s.arguments in kernels)
+    ]
     found.sort(key=lambda s: s.what != "torchrun")  # the longest
     return [replace(s, beside=True) for s in found]
 
@@ -448,42 +681,81 @@ def rehearsed() -> list[Step]:
 
 
 def make_tokens(scale: Scale):
-    """Random tokens in the form of a prepared folder. Their tokenizer is one of characters, which needs no package and no network."""
+    """Random tokens in the form of a prepared folder. Their tokenizer is one of characters, which
+    needs no package and no network."""
     folder, generator = Path(scale.home, "tokens"), np.random.default_rng(0)
     folder.mkdir()
     splits = {}
     for name, count in (("train", 2_000_000), ("val", 100_000)):
-        generator.integers(scale.vocabulary - 1, size=count, dtype=np.uint16).tofile(folder / f"{name}.bin")
+        generator.integers(scale.vocabulary - 1, size=count, dtype=np.uint16).tofile(
+            folder / f"{name}.bin"
+        )
         splits[name] = {"file": f"{name}.bin", "tokens": count, "bytes": count}
     characters = "".join(chr(32 + i) for i in range(scale.vocabulary - 1))
-    (folder / "characters.json").write_text(json.dumps({"characters": characters, "unknown": False}))
-    meta = {"tokenizer": "char", "vocab_size": scale.vocabulary, "dtype": "uint16", "splits": splits}
-    (folder / "meta.json").write_text(json.dumps({**meta, "eot_id": scale.vocabulary - 1, "mask_id": scale.vocabulary}))
+    (folder / "characters.json").write_text(
+        json.dumps({"characters": characters, "unknown": False})
+    )
+    meta = {
+        "tokenizer": "char",
+        "vocab_size": scale.vocabulary,
+        "dtype": "uint16",
+        "splits": splits,
+    }
+    (folder / "meta.json").write_text(
+        json.dumps({**meta, "eot_id": scale.vocabulary - 1, "mask_id": scale.vocabulary})
+    )
 
 
 def tell_packages():
     """Says which packages the scripts need that are not here, and how they get here."""
-    print(f"torch {version('torch')}, triton {version('triton') or 'absent'}, numpy {version('numpy')}")
+    print(
+        f"torch {version('torch')}, triton {version('triton') or 'absent'}, numpy"
+        f" {version('numpy')}"
+    )
     missing = " ".join(PACKAGES[p] for p in PACKAGES if importlib.util.find_spec(p) is None)
-    print(f"train.py and sample.py also need {', '.join(PACKAGES.values())}: {'missing ' + missing if missing else 'all there'}")
+    print(
+        f"train.py and sample.py also need {', '.join(PACKAGES.values())}:"
+        f" {'missing ' + missing if missing else 'all there'}"
+    )
     if missing:
         print(f"  with a network:  python -m pip install {missing}")
-        print(f"  without one, carry wheels/ here from a machine that has it:  python -m pip download --no-deps -d wheels {missing}")
-        print(f"  (for another Python add: --only-binary=:all: --python-version=3.{sys.version_info.minor}), and here")
+        print(
+            "  without one, carry wheels/ here from a machine that has it:  python -m pip download"
+            f" --no-deps -d wheels {missing}"
+        )
+        print(
+            "  (for another Python add: --only-binary=:all:"
+            f" --python-version=3.{sys.version_info.minor}), and here"
+        )
         print(f"  python -m pip install --no-index --no-deps --find-links=wheels {missing}")
-    print("the step head also measures these, where they can be imported: liger-kernel, cut-cross-entropy, quack-kernels", flush=True)
+    print(
+        "the step head also measures these, where they can be imported: liger-kernel,"
+        " cut-cross-entropy, quack-kernels",
+        flush=True,
+    )
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="no step begins that cannot end within them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="no step begins that cannot end within them"
+    )
     parser.add_argument("--only", help="names of steps, with commas between")
-    parser.add_argument("--out", type=Path, help="the table; default results/gpu.csv, of a rehearsal out/gpu_rehearsal.csv")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the table; default results/gpu.csv, of a rehearsal out/gpu_rehearsal.csv",
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
     c = parser.parse_args()
     if c.only and (strange := set(c.only.split(",")) - {s.step for s in steps()}):
-        parser.error(f"--only: unknown steps {', '.join(sorted(strange))}; there are {', '.join(dict.fromkeys(s.step for s in steps()))}")
+        parser.error(
+            f"--only: unknown steps {', '.join(sorted(strange))}; there are"
+            f" {', '.join(dict.fromkeys(s.step for s in steps()))}"
+        )
     if not c.rehearse and not c.list and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --rehearse runs all steps on the CPU")
     measured = ROOT / "results/gpu.csv"
@@ -501,16 +773,29 @@ def main() -> int:
     gpu = torch.cuda.is_available() and not c.rehearse
     card = torch.cuda.get_device_name() if gpu else "cpu"
     table = Table(c.out)
-    chosen = [s for s in (rehearsed() if c.rehearse else steps()) if not c.only or s.step in c.only.split(",")]
-    done = [s for s in chosen if (row := table.find({"card": card, **s.key()})) and row["status"] == "ok"]
+    chosen = [
+        s
+        for s in (rehearsed() if c.rehearse else steps())
+        if not c.only or s.step in c.only.split(",")
+    ]
+    done = [
+        s
+        for s in chosen
+        if (row := table.find({"card": card, **s.key()})) and row["status"] == "ok"
+    ]
     if c.list:
         for s in chosen:
-            print(f"{s.step:9}{s.what:34}{s.precision:9}{s.seconds:4} s{'  done' if s in done else ''}")
+            print(
+                f"{s.step:9}{s.what:34}{s.precision:9}{s.seconds:4}"
+                f" s{'  done' if s in done else ''}"
+            )
         return 0
     print(f"{card}: {len(chosen)} steps, of which {c.out} has {len(done)}", flush=True)
     most = 2 if c.rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
     about = {"card": card, "torch": version("torch"), "triton": version("triton")}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the processes below are ended, too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that the processes below are ended, too
     if c.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes that are started from here on
     with tempfile.TemporaryDirectory(prefix="gpu-") as home:
@@ -518,11 +803,20 @@ def main() -> int:
         make_tokens(scale)
         lanes = Lanes(scale, most)
         try:
-            rows = run(deque(s for s in chosen if s not in done), lanes, table, about, began + 60 * c.minutes)
+            rows = run(
+                deque(s for s in chosen if s not in done),
+                lanes,
+                table,
+                about,
+                began + 60 * c.minutes,
+            )
         finally:
             lanes.stop()
     kept = [row for s in chosen if (row := table.find({"card": card, **s.key()}))]
-    print(f"\n{shown(kept)}\n\n{card}: {len(rows)} steps in {time.monotonic() - began:.0f} s; the table is {c.out}")
+    print(
+        f"\n{shown(kept)}\n\n{card}: {len(rows)} steps in {time.monotonic() - began:.0f} s; the"
+        f" table is {c.out}"
+    )
     return int(any(row["status"] == "failed" for row in rows))
 
 

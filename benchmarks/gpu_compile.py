@@ -1,16 +1,21 @@
-"""Compiles every variant of the Triton kernels for sm_80, sm_90 and sm_100, without a GPU, and lists what each needs.
+"""Compiles every variant of the Triton kernels for sm_80, sm_90 and sm_100, without a GPU, and
+lists what each needs.
 
-    python -m benchmarks.gpu_compile                        # registers and spills -> results/gpu_compile.csv
-    python -m benchmarks.gpu_compile --instructions=true    # inner loops -> results/gpu_instructions.csv
+    python -m benchmarks.gpu_compile  # registers and spills -> results/gpu_compile.csv
+    # inner loops -> results/gpu_instructions.csv
+    python -m benchmarks.gpu_compile --instructions=true
 
-Registers and spilled bytes are a thread's, as ptxas reports them; shared memory is a block's. The variants are those that the loss starts
-at GPT-2's size, as this records them while it runs on tensors without data.
+Registers and spilled bytes are a thread's, as ptxas reports them; shared memory is a block's. The
+variants are those that the loss starts at GPT-2's size, as this records them while it runs on
+tensors without data.
 
-The second table has the elementwise kernels without terms, harmonic link. It counts the instructions of the inner loop, divided by the
-pairs and coordinates that a thread handles there. A packed instruction of sm_100, such as FADD2, counts once. For sm_90 it adds two least
-times at 8,192 x 50,304 x 768 on an H100 SXM or H200: of what the formula needs, and of what was compiled. Each is the time of the unit
-that is busy longest. `measured_ms` is from results/head_cuda.csv, of the kernels and the card there: for `tile` the forward pass, for
-each of the two `gradient` kernels half of what the backward pass adds, `_slopes` and all.
+The second table has the elementwise kernels without terms, harmonic link. It counts the
+instructions of the inner loop, divided by the pairs and coordinates that a thread handles there. A
+packed instruction of sm_100, such as FADD2, counts once. For sm_90 it adds two least times at 8,192
+x 50,304 x 768 on an H100 SXM or H200: of what the formula needs, and of what was compiled. Each is
+the time of the unit that is busy longest. `measured_ms` is from results/head_cuda.csv, of the
+kernels and the card there: for `tile` the forward pass, for each of the two `gradient` kernels half
+of what the backward pass adds, `_slopes` and all.
 """
 
 import contextlib
@@ -38,20 +43,35 @@ from training.config import check, cli, parse
 
 N, V, C = 8192, 50257, 768
 # kernel, options, root
-KERNELS = [("l2", {}, 0.5), ("l2", {}, 1.0), ("linf", {}, 1.0), ("lse", {"a": 10.0}, 1.0), ("canberra", {}, 1.0)]
+KERNELS = [
+    ("l2", {}, 0.5),
+    ("l2", {}, 1.0),
+    ("linf", {}, 1.0),
+    ("lse", {"a": 10.0}, 1.0),
+    ("canberra", {}, 1.0),
+]
 KERNELS += [("lp", {"p": p}, 1 / p) for p in (0.5, 1.0, 1.5, 2.0, 3.0, 2.5)]
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 PRODUCTS = [FLOAT32, SPLIT, Products("autocast", torch.bfloat16, torch.bfloat16)]
 MEASURED = "results/head_cuda.csv"
 SIZE = (8192, 50304, 768)  # of MEASURED
 
-# An H100 SXM or H200. Results a cycle of one multiprocessor of compute capability 9.0, from the table "Throughput of Native Arithmetic
-# Instructions" of CUDA's guides: float32 additions and multiplications; comparisons, minima, selections, integers and logic; rsqrt, log2
-# and exp2. `issue`: each of four schedulers starts one instruction of 32 threads a cycle. `load`: one load of 32 threads a cycle.
+# An H100 SXM or H200. Results a cycle of one multiprocessor of compute capability 9.0, from the
+# table "Throughput of Native Arithmetic Instructions" of CUDA's guides: float32 additions and
+# multiplications; comparisons, minima, selections, integers and logic; rsqrt, log2 and exp2.
+# `issue`: each of four schedulers starts one instruction of 32 threads a cycle. `load`: one load of
+# 32 threads a cycle.
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
 RATES = {"issue": 128, "float": 128, "compare": 64, "special": 16, "load": 32}
 
-# The class of an instruction by how its name begins; what is not here is "other". MUFU is rsqrt, log2, exp2.
+# The class of an instruction by how its name begins; what is not here is "other". MUFU is rsqrt,
+# log2, exp2.
 CLASSES = {
     "float": ("FADD", "FMUL", "FFMA", "HFMA2"),
     "compare": ("FSETP", "FSEL", "FMNMX", "FSET", "SEL"),
@@ -73,7 +93,9 @@ class CompileConfig:
     """the CSV file; null = results/gpu_compile.csv or gpu_instructions.csv"""
 
     def __post_init__(self):
-        self.out = self.out or f"results/gpu_{'instructions' if self.instructions else 'compile'}.csv"
+        self.out = (
+            self.out or f"results/gpu_{'instructions' if self.instructions else 'compile'}.csv"
+        )
 
     def problems(self) -> list[str]:
         folder = Path(self.out).parent
@@ -81,15 +103,21 @@ class CompileConfig:
 
 
 def cases():
-    """-> (epilogue, rank-one terms or a control's bias, gradients, products) of every way to call `gpu.run`."""
+    """-> (epilogue, rank-one terms or a control's bias, gradients, products) of every way to call
+    `gpu.run`."""
 
     def epilogue(kernel, options, root, link):
-        return SimpleNamespace(kernel=kernel, options=options, link=link, factor=1.0, root=root, floor=1e-3)
+        return SimpleNamespace(
+            kernel=kernel, options=options, link=link, factor=1.0, root=root, floor=1e-3
+        )
 
     for gradients in (False, True):
         for link in ("harmonic", "softmax"):
             for kernel in KERNELS:
-                rank_one = kernel[1].get("p") in (1.0, 1.5)  # the two ways a denominator meets a root
+                rank_one = kernel[1].get("p") in (
+                    1.0,
+                    1.5,
+                )  # the two ways a denominator meets a root
                 for terms in [False, True] if rank_one else [False]:
                     for products in PRODUCTS if kernel[0] == "l2" else [FLOAT32]:
                         yield epilogue(*kernel, link), terms, gradients, products
@@ -99,7 +127,8 @@ def cases():
 
 
 def variants() -> dict:
-    """(kernel, its constants in words) -> what `compiled` reads, of every kernel that `run` starts in one of `cases`."""
+    """(kernel, its constants in words) -> what `compiled` reads, of every kernel that `run` starts
+    in one of `cases`."""
     found = {}
 
     def record(kernel, grid, warps, registers=None, **arguments):
@@ -107,14 +136,25 @@ def variants() -> dict:
         for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, arguments[parameter.name]
             whole = isinstance(value, int)
-            if parameter.is_constexpr or value is None or (whole and value == 1):  # as a launch specialises
+            if (
+                parameter.is_constexpr or value is None or (whole and value == 1)
+            ):  # as a launch specialises
                 constants[name], signature[name] = value, "constexpr"
                 continue
-            signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32" if whole else "fp32"
+            signature[name] = (
+                TYPES[value.dtype]
+                if isinstance(value, torch.Tensor)
+                else "i32"
+                if whole
+                else "fp32"
+            )
             if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
-        found.setdefault((kernel.__name__.strip("_"), words(constants, signature)), (source, {"num_warps": warps, "maxnreg": registers}))
+        found.setdefault(
+            (kernel.__name__.strip("_"), words(constants, signature)),
+            (source, {"num_warps": warps, "maxnreg": registers}),
+        )
 
     launch, gpu.launch = gpu.launch, record
     try:
@@ -123,7 +163,19 @@ def variants() -> dict:
             u, v = (empty(N), empty(V)) if terms and not control else (None, None)
             bias = empty(V) if terms and control else None
             targets = torch.empty(N, dtype=torch.int64, device="meta")
-            gpu.run(empty(N, C), empty(V, C), u, v, empty(), bias, targets, empty(N), epilogue, gradients, products)
+            gpu.run(
+                empty(N, C),
+                empty(V, C),
+                u,
+                v,
+                empty(),
+                bias,
+                targets,
+                empty(N),
+                epilogue,
+                gradients,
+                products,
+            )
         x = empty(V, C).requires_grad_()
         torch.autograd.grad(gpu.Unit.apply(x), x, empty(V, C))
     finally:
@@ -140,16 +192,29 @@ def words(constants: dict, signature: dict) -> str:
     named = [constants[k] for k in ("MODE", "TERM", "SLOPE", "LINK") if constants.get(k)]
     named = [re.sub(r"^_|_(term|slope)$", "", getattr(value, "__name__", value)) for value in named]
     named += [f"root={constants['ROOT']:.3g}"] if "ROOT" in constants else []
-    named += [text for stride, text in (("OTHER", "by rows"), ("OWN", "by prototypes")) if constants.get(stride) == 1]
+    named += [
+        text
+        for stride, text in (("OTHER", "by rows"), ("OWN", "by prototypes"))
+        if constants.get(stride) == 1
+    ]
     named += [f"width={constants['WIDTH']}"] if "WIDTH" in constants else []
     there = [k for k, kind in signature.items() if kind != "constexpr"]
     named += [f"slopes={signature['high'].removeprefix('*')}"] if "high" in there else []
-    optional = {"low": "low", "unit_x": "unit", "raw": "raw", "kept": "kept", "near": "near", "u": "u", "v": "v"}
+    optional = {
+        "low": "low",
+        "unit_x": "unit",
+        "raw": "raw",
+        "kept": "kept",
+        "near": "near",
+        "u": "u",
+        "v": "v",
+    }
     return " ".join(named + [f"+{word}" for k, word in optional.items() if k in there])
 
 
 def build(source, options: dict, arch: int) -> tuple:
-    """-> the compiled kernel, and what ptxas said. Always compiles: ptxas reports nothing for what a cache holds."""
+    """-> the compiled kernel, and what ptxas said. Always compiles: ptxas reports nothing for what
+    a cache holds."""
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as log:
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -161,7 +226,12 @@ def compiled(source, options: dict, arch: int) -> dict:
     kernel, log = build(source, options, arch)
     said = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
     numbers = [int(re.search(pattern, log)[1]) for pattern in said]
-    return dict(zip(("registers", "spill_stores", "spill_loads", "shared_bytes"), (*numbers, kernel.metadata.shared)))
+    return dict(
+        zip(
+            ("registers", "spill_stores", "spill_loads", "shared_bytes"),
+            (*numbers, kernel.metadata.shared),
+        )
+    )
 
 
 # instructions
@@ -171,8 +241,10 @@ def compiled(source, options: dict, arch: int) -> dict:
 class Elementwise:
     """An elementwise kernel.
 
-    variant: without "by rows" and "by prototypes". needs: the operations of its formula a pair and coordinate, by class; a multiplication
-    and the addition of its product are one, signs and absolute values of operands are free. head: in MEASURED.
+    variant: without "by rows" and "by prototypes". needs: the operations of its formula a pair and
+        coordinate, by class; a multiplication
+    and the addition of its product are one, signs and absolute values of operands are free. head:
+    in MEASURED.
     """
 
     kernel: str
@@ -181,8 +253,9 @@ class Elementwise:
     head: str | None = None
 
 
-# tile: the difference, and what follows. lse is a maximum, and then a sum for which differences are computed again.
-# gradient: the difference, its sign where that is not in the difference itself, factors, and the sum.
+# tile: the difference, and what follows. lse is a maximum, and then a sum for which differences are
+# computed again. gradient: the difference, its sign where that is not in the difference itself,
+# factors, and the sum.
 ELEMENTWISE = [
     Elementwise("tile", "sum l1", {"float": 2}, "manhattan"),
     Elementwise("tile", "sum half", {"float": 2, "special": 1}),
@@ -207,7 +280,8 @@ ELEMENTWISE = [
 
 
 def find_elementwise(kernel: str, variant: str) -> Elementwise | None:
-    """The entry of a variant of `variants`, None for those that the table of instructions leaves out."""
+    """The entry of a variant of `variants`, None for those that the table of instructions leaves
+    out."""
     plain = re.sub(r" (harmonic root=\S+|\+raw|by \w+)", "", variant)
     if "+raw" in variant and "linf" not in variant:  # the same loop as without
         return None
@@ -219,7 +293,12 @@ def disassemble(kernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        done = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [triton.knobs.nvidia.nvdisasm.path, "-c", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     return done.stdout
 
 
@@ -232,14 +311,17 @@ def innermost_loops(sass: str) -> list[list[str]]:
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
             names.append(found[1])
             target = re.search(r"BRA.*`\((\.L_\w+)\)", line)
-            if target and labels.get(target[1], len(names)) < len(names) - 1:  # backwards, and not to itself as after the last
+            if (
+                target and labels.get(target[1], len(names)) < len(names) - 1
+            ):  # backwards, and not to itself as after the last
                 loops.append((labels[target[1]], len(names)))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return [names[first:last] for first, last in inner]
 
 
 def main_loops(sass: str) -> list[list[str]]:
-    """The unrolled loops over coordinates or over rows: of those with special functions, and of those without, the longest."""
+    """The unrolled loops over coordinates or over rows: of those with special functions, and of
+    those without, the longest."""
     loops = [loop for loop in innermost_loops(sass) if any(name.startswith("LDG") for name in loop)]
     kinds = {any(name.startswith("MUFU") for name in loop): [] for loop in loops}
     for loop in loops:
@@ -250,7 +332,8 @@ def main_loops(sass: str) -> list[list[str]]:
 def steps(loop: list[str], kernel: str, variant: str, warps: int) -> int:
     """How many steps of the source a turn of a loop makes, by how many numbers it loads.
 
-    A step loads, for each thread, one number for each of its rows and four of its columns. Slopes that need `kept` load it for each row.
+    A step loads, for each thread, one number for each of its rows and four of its columns. Slopes
+    that need `kept` load it for each row.
     The gradient of a maximum does without columns.
     """
     widths = {"64": 2, "128": 4}
@@ -258,7 +341,10 @@ def steps(loop: list[str], kernel: str, variant: str, warps: int) -> int:
     rows = gpu.BLOCK**2 // (32 * warps) // 4
     columns = 0 if variant.startswith("maximum") else 4
     step = (2 if kernel == "gradient" and "+kept" in variant else 1) * rows + columns
-    assert loaded % step == 0, f"{kernel} {variant} loads {loaded} numbers a turn, not a multiple of {step}: its blocks have another shape"
+    assert loaded % step == 0, (
+        f"{kernel} {variant} loads {loaded} numbers a turn, not a multiple of {step}: its blocks"
+        " have another shape"
+    )
     return loaded // step
 
 
@@ -267,7 +353,8 @@ def classify(name: str) -> str:
 
 
 def count_instructions(sass: str, kernel: str, variant: str, warps: int) -> Counter:
-    """Instructions a pair and coordinate, by class; "packed": those of "float" that do two threads' work."""
+    """Instructions a pair and coordinate, by class; "packed": those of "float" that do two threads'
+    work."""
     counts = Counter()
     for loop in main_loops(sass):
         each = 1 / (steps(loop, kernel, variant, warps) * gpu.BLOCK**2 // (32 * warps))
@@ -281,17 +368,31 @@ def least_ms(counts: dict) -> float:
     """Of the unit that is busy longest, at SIZE."""
     classes = [*CLASSES, "other"]
     work = {kind: counts.get(kind, 0.0) for kind in classes}
-    busy = {"issue": sum(work.values()), "float": work["float"] + counts.get("packed", 0.0), "special": work["special"]}
-    busy |= {"load": work["load"], "compare": work["compare"] + work["integer"]}  # integers share the unit of comparisons
+    busy = {
+        "issue": sum(work.values()),
+        "float": work["float"] + counts.get("packed", 0.0),
+        "special": work["special"],
+    }
+    busy |= {
+        "load": work["load"],
+        "compare": work["compare"] + work["integer"],
+    }  # integers share the unit of comparisons
     N, V, C = SIZE
-    return max(1000 * N * V * C * busy[unit] / (rate * MULTIPROCESSORS * CLOCK) for unit, rate in RATES.items())
+    return max(
+        1000 * N * V * C * busy[unit] / (rate * MULTIPROCESSORS * CLOCK)
+        for unit, rate in RATES.items()
+    )
 
 
 def measured_ms(path: str) -> dict[tuple[str, str], float]:
     """(kernel, head) -> ms, where MEASURED is there."""
     found = {}
     for row in csv.DictReader(open(path, encoding="utf-8")) if Path(path).is_file() else ():
-        here = tuple(int(row[k]) for k in "NVC") == SIZE and row["impl"] == "ours" and row["dtype"] == "float32"
+        here = (
+            tuple(int(row[k]) for k in "NVC") == SIZE
+            and row["impl"] == "ours"
+            and row["dtype"] == "float32"
+        )
         if here:
             forward, both = float(row["forward_seconds"]), float(row["forward_backward_seconds"])
             found["tile", row["head"]] = 1000 * forward
@@ -305,7 +406,9 @@ def instruction_rows(archs: list[int]) -> list[dict]:
     work = [(*name, *wanted, find_elementwise(*name)) for name, wanted in variants().items()]
     work = [(*item, arch) for item in work if item[-1] for arch in archs]
     for kernel, variant, source, options, entry, arch in tqdm(work, disable=None, leave=False):
-        counts = count_instructions(disassemble(build(source, options, arch)[0]), kernel, variant, options["num_warps"])
+        counts = count_instructions(
+            disassemble(build(source, options, arch)[0]), kernel, variant, options["num_warps"]
+        )
         row = {"kernel": kernel, "variant": variant, "arch": f"sm_{arch}"}
         row["instructions"] = f"{sum(counts.values()) - counts['packed']:.2f}"
         row |= {kind: f"{counts[kind]:.2f}" for kind in (*CLASSES, "other")}
@@ -323,12 +426,19 @@ def markdown(rows: list[dict]) -> str:
     """Any rows as a table."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(str(row.get(column, '')) for column in columns)} |" for row in rows])
+    return "\n".join(
+        lines
+        + [f"| {' | '.join(str(row.get(column, '')) for column in columns)} |" for row in rows]
+    )
 
 
 def main():
     (c,) = parse(sys.argv[1:], CompileConfig)
-    check(["TRITON_INTERPRET is set: nothing would be compiled"] if triton.knobs.runtime.interpret else [])
+    check(
+        ["TRITON_INTERPRET is set: nothing would be compiled"]
+        if triton.knobs.runtime.interpret
+        else []
+    )
     if c.instructions:
         rows = instruction_rows(c.archs)
         print(markdown(rows))
@@ -337,14 +447,23 @@ def main():
     rows = []
     work = [(name, wanted, arch) for name, wanted in variants().items() for arch in c.archs]
     for (kernel, variant), wanted, arch in tqdm(work, disable=None, leave=False):
-        rows.append({"kernel": kernel, "variant": variant, "arch": f"sm_{arch}", **compiled(*wanted, arch)})
+        rows.append(
+            {"kernel": kernel, "variant": variant, "arch": f"sm_{arch}", **compiled(*wanted, arch)}
+        )
     width = max(len(r["variant"]) for r in rows)
     print(f"{'kernel':<9} {'variant':<{width}} {'arch':<6} registers  spilled  shared")
     for r in rows:
         spilled = r["spill_stores"] + r["spill_loads"]
-        print(f"{r['kernel']:<9} {r['variant']:<{width}} {r['arch']:<6} {r['registers']:>9} {spilled:>8} {r['shared_bytes']:>7}")
+        print(
+            f"{r['kernel']:<9}"
+            f" {r['variant']:<{width}} {r['arch']:<6} {r['registers']:>9}"
+            f" {spilled:>8} {r['shared_bytes']:>7}"
+        )
     spills = Counter(r["arch"] for r in rows if r["spill_stores"] or r["spill_loads"])
-    print(f"{len(rows)} compiled; with spills: {dict(spills) or 'none'}; most registers: {max(r['registers'] for r in rows)}")
+    print(
+        f"{len(rows)} compiled; with spills: {dict(spills) or 'none'}; most registers:"
+        f" {max(r['registers'] for r in rows)}"
+    )
     write(rows, c.out)
 
 

@@ -1,12 +1,16 @@
-"""What an iteration should take on one H100 SXM, from operations and bytes, before anyone has measured it.
+"""What an iteration should take on one H100 SXM, from operations and bytes, before anyone has
+measured it.
 
-    python -m benchmarks.gpu_predict    # prints a table, writes results/gpu_predicted.csv; reads results/gpu_instructions.csv
+    # prints a table, writes results/gpu_predicted.csv; reads results/gpu_instructions.csv
+    python -m benchmarks.gpu_predict
 
-Rows of gpt2_124m and qwen2_0.5b are one micro-batch of configs/: head and trunk, forward and backward, and a share of the optimizer's step.
-`ratio` is to the same trunk with nanoGPT's head, `least_ratio` the same if the passes over pairs ran as fast as memory, and elementwise
-kernels as fast as their instructions. Rows of head_8192 are the head alone, as `python -m benchmarks.head` measures it.
-Where results/gpu.csv has the row, `measured_ms` is its `step_ms`, and `quotient` is that over the prediction of the same thing. An H100's
-row comes before an H200's. A training step there has an optimizer step after its one micro-batch, so the prediction has the whole of one.
+Rows of gpt2_124m and qwen2_0.5b are one micro-batch of configs/: head and trunk, forward and
+backward, and a share of the optimizer's step. `ratio` is to the same trunk with nanoGPT's head,
+`least_ratio` the same if the passes over pairs ran as fast as memory, and elementwise kernels as
+fast as their instructions. Rows of head_8192 are the head alone, as `python -m benchmarks.head`
+measures it. Where results/gpu.csv has the row, `measured_ms` is its `step_ms`, and `quotient` is
+that over the prediction of the same thing. An H100's row comes before an H200's. A training step
+there has an optimizer step after its one micro-batch, so the prediction has the whole of one.
 """
 
 import csv
@@ -24,26 +28,42 @@ PEAK = 989e12  # NVIDIA's data sheet of the H100 SXM: dense bfloat16 products
 HALF = 650e12  # assumed: large products with bfloat16 operands reach 600 to 700
 FLOAT32 = 51e12  # measured on an H200, whose float32 units are the same (LOG.md: 49 to 54)
 MEMORY = 0.9 * 3.35e12  # data sheet, of which large copies reach nine tenths
-TRUNK_MFU = 0.40  # assumed: what well-kept loops with GPT-2 124M reach on an H100, counted as PaLM does (arXiv 2204.02311, appendix B)
-INSTRUCTIONS = 1.3  # an elementwise kernel's time over the floor of its instructions; manhattan's and canberra's were 1.1 to 1.7 on an H200
+# Assumed: what well-kept loops with GPT-2 124M reach on an H100, counted as PaLM does (arXiv
+# 2204.02311, appendix B)
+TRUNK_MFU = 0.40
+# An elementwise kernel's time over the floor of its instructions; manhattan's and canberra's were
+# 1.1 to 1.7 on an H200
+INSTRUCTIONS = 1.3
 
 # Bytes a pair of a state and a prototype, beside what a product itself writes and reads
-NANOGPT_COMPILED = 2 + 2 + 4  # bfloat16 logits: read for the maximum, read for the sum; read and overwritten by their gradient
+NANOGPT_COMPILED = (
+    2 + 2 + 4
+)  # bfloat16 logits: read for the maximum, read for the sum; read and overwritten by their gradient
 NANOGPT_EAGER = 6 + 12 + 8 + 6  # to float32; log_softmax in two reads; its gradient; to bfloat16
-TILE, SLOPES = 4, 8  # raw values are read; raw values are read and slopes written: two bfloat16 parts, or float32 in place
+TILE, SLOPES = (
+    4,
+    8,
+)
 AUTOCAST_SLOPES = 6  # one bfloat16 part
 
-# Instructions a pair of `_tile` and `_slopes` (split, harmonic link), compiled for sm_90, and the share of the issue slots that they get.
-# Earlier forms of `_slopes`, with 68 (dot) and 167 (l2), took 2.2 and 5.2 ms of 8,192 x 50,304 pairs on an H200: 0.43 and 0.44.
+# Instructions a pair of `_tile` and `_slopes` (split, harmonic link), compiled for sm_90, and the
+# share of the issue slots that they get. Earlier forms of `_slopes`, with 68 (dot) and 167 (l2),
+# took 2.2 and 5.2 ms of 8,192 x 50,304 pairs on an H200: 0.43 and 0.44.
 PASSES = {"dot": (41, 33), "l2": (84, 122)}
 ISSUED = 0.44 * MULTIPROCESSORS * CLOCK * RATES["issue"]
 
 # Maps of both operands, forward and backward
-COSINE_MAP = 8 + 8 + 12  # bytes a number of h and w: `Unit` forward, once more in the backward pass, and backward
-MAHALANOBIS_OTHER = 3.1e-3  # seconds beside its products, measured on an H200: a factorisation in float64, and sums
+COSINE_MAP = (
+    8 + 8 + 12
+)  # bytes a number of h and w: `Unit` forward, once more in the backward pass, and backward
+MAHALANOBIS_OTHER = (
+    3.1e-3  # seconds beside its products, measured on an H200: a factorisation in float64, and sums
+)
 
-OPTIMIZER = 28 + 12  # bytes a parameter: AdamW reads p, g, m, v and writes p, m, v; clipping reads g, reads and writes it
-ACCUMULATE = 12  # bytes a parameter: a micro-batch after the first reads two gradients and writes one
+OPTIMIZER = 28 + 12
+ACCUMULATE = (
+    12  # bytes a parameter: a micro-batch after the first reads two gradients and writes one
+)
 
 CHUNK = 2**27  # pairs, of harmonic/backends/triton.py
 GOALS = {"cross_entropy": 1.05, "euclidean": 1.3, "cosine": 1.3, "mahalanobis": 1.3}
@@ -55,7 +75,19 @@ ELEMENTWISE = {  # head -> its rows of results/gpu_instructions.csv
 }
 NANOGPT, PLAIN = "nanoGPT's", "F.linear + F.cross_entropy"
 NAMES = {NANOGPT: "loop in nanoGPT's manner"}  # where results/gpu.csv calls a head otherwise
-COLUMNS = ["model", "head", "precision", "head_ms", "trunk_ms", "optimizer_ms", "iteration_ms", "ratio", "least_ratio", "goal", "meets"]
+COLUMNS = [
+    "model",
+    "head",
+    "precision",
+    "head_ms",
+    "trunk_ms",
+    "optimizer_ms",
+    "iteration_ms",
+    "ratio",
+    "least_ratio",
+    "goal",
+    "meets",
+]
 COLUMNS += ["card", "measured_ms", "quotient"]
 
 
@@ -71,14 +103,21 @@ class PredictConfig:
     """the CSV file"""
 
     def problems(self) -> list[str]:
-        found = [] if Path(self.instructions).is_file() else [f"--instructions={self.instructions} does not exist"]
+        found = (
+            []
+            if Path(self.instructions).is_file()
+            else [f"--instructions={self.instructions} does not exist"]
+        )
         folder = Path(self.out).parent
-        return found + ([] if folder.is_dir() else [f"--out={self.out}: the folder {folder} does not exist"])
+        return found + (
+            [] if folder.is_dir() else [f"--out={self.out}: the folder {folder} does not exist"]
+        )
 
 
 @dataclass(frozen=True)
 class Slack:
-    """What kernels need beyond operations and bytes: a factor on the floor of instructions, and the entries of PASSES."""
+    """What kernels need beyond operations and bytes: a factor on the floor of instructions, and the
+    entries of PASSES."""
 
     instructions: float
     passes: dict[str, tuple[float, float]]
@@ -89,7 +128,8 @@ EXPECTED, LEAST = Slack(INSTRUCTIONS, PASSES), Slack(1.0, dict.fromkeys(PASSES, 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch. trunk, parameters: weights of the blocks, and of everything. accumulation: micro-batches a step of the optimizer.
+    """A micro-batch. trunk, parameters: weights of the blocks, and of everything. accumulation:
+    micro-batches a step of the optimizer.
 
     baseline: the head that ratios are to. passes: its bytes a pair.
     """
@@ -129,11 +169,31 @@ class Work:
         return 1000 * self.parameters * size / MEMORY
 
 
-# GPT-2: 12 blocks of 12 C^2 weights, and a tied table. One GPU takes all 40 micro-batches of configs/gpt2_124m.yaml.
-GPT2 = Work("gpt2_124m", 12 * 1024, 50304, 768, 12, trunk=12 * 12 * 768**2, parameters=124.4e6, accumulation=40)
-# Qwen2: a block has q and o of C^2, k and v of C x 128, and three matrices of C x 4,864. 15 micro-batches of configs/qwen2_0.5b.yaml.
+# GPT-2: 12 blocks of 12 C^2 weights, and a tied table. One GPU takes all 40 micro-batches of
+# configs/gpt2_124m.yaml.
+GPT2 = Work(
+    "gpt2_124m",
+    12 * 1024,
+    50304,
+    768,
+    12,
+    trunk=12 * 12 * 768**2,
+    parameters=124.4e6,
+    accumulation=40,
+)
+# Qwen2: a block has q and o of C^2, k and v of C x 128, and three matrices of C x 4,864. 15
+# micro-batches of configs/qwen2_0.5b.yaml.
 QWEN_BLOCK = 2 * 896**2 + 2 * 896 * 128 + 3 * 896 * 4864
-QWEN = Work("qwen2_0.5b", 4 * 1024, 151936, 896, 24, trunk=24 * QWEN_BLOCK, parameters=494.0e6, accumulation=15)
+QWEN = Work(
+    "qwen2_0.5b",
+    4 * 1024,
+    151936,
+    896,
+    24,
+    trunk=24 * QWEN_BLOCK,
+    parameters=494.0e6,
+    accumulation=15,
+)
 HEAD = Work("head_8192", *SIZE, baseline=PLAIN, passes=NANOGPT_EAGER)
 
 
@@ -141,7 +201,8 @@ HEAD = Work("head_8192", *SIZE, baseline=PLAIN, passes=NANOGPT_EAGER)
 
 
 def pass_ms(work: Work, size: int, instructions: float) -> float:
-    """A kernel that goes over all pairs once. size: bytes a pair that it reads and writes; instructions: a pair."""
+    """A kernel that goes over all pairs once. size: bytes a pair that it reads and writes;
+    instructions: a pair."""
     return 1000 * work.pairs * max(size / MEMORY, instructions / ISSUED)
 
 
@@ -151,12 +212,17 @@ def baseline_ms(work: Work) -> float:
 
 def product_ms(work: Work, kernel: str, precision: str, slack: Slack) -> float:
     """A head of one of the two kernels that multiply matrices."""
-    products = {"float32": 3 / FLOAT32, "split": 9 / HALF, "autocast": 3 / HALF}[precision] * work.product()
+    products = {"float32": 3 / FLOAT32, "split": 9 / HALF, "autocast": 3 / HALF}[
+        precision
+    ] * work.product()
     parts = 2 if precision == "split" else 1
-    # A chunk's gradient of prototypes is added to the sum of them, and so are the products of further parts.
+    # A chunk's gradient of prototypes is added to the sum of them, and so are the products of
+    # further parts.
     sums = work.chunks * parts * 12 * work.prototypes * work.width / MEMORY
     tile, slopes = slack.passes[kernel]
-    passes = pass_ms(work, TILE, tile) + pass_ms(work, AUTOCAST_SLOPES if precision == "autocast" else SLOPES, slopes)
+    passes = pass_ms(work, TILE, tile) + pass_ms(
+        work, AUTOCAST_SLOPES if precision == "autocast" else SLOPES, slopes
+    )
     return 1000 * (products + sums) + passes
 
 
@@ -171,40 +237,61 @@ def map_ms(work: Work, head: str, precision: str) -> float:
     return 0.0
 
 
-def elementwise_ms(work: Work, head: str, floors: dict[tuple[str, str], float], slack: Slack) -> float:
+def elementwise_ms(
+    work: Work, head: str, floors: dict[tuple[str, str], float], slack: Slack
+) -> float:
     """A head without matrix products. floors: (kernel, variant) -> ms at SIZE."""
     tile, gradient = ELEMENTWISE[head]
-    floor = sum(ms for (kernel, variant), ms in floors.items() if (kernel, variant) in (("tile", tile), ("gradient", gradient)))
+    floor = sum(
+        ms
+        for (kernel, variant), ms in floors.items()
+        if (kernel, variant) in (("tile", tile), ("gradient", gradient))
+    )
     share = work.pairs * work.width / math.prod(SIZE)
     return slack.instructions * floor * share + pass_ms(work, SLOPES, slack.passes["l2"][1])
 
 
 def read_floors(path: str) -> dict[tuple[str, str], float]:
-    """(kernel, variant without the link) -> ms for sm_90; the two kernels of a gradient together."""
+    """(kernel, variant without the link) -> ms for sm_90; the two kernels of a gradient
+    together."""
     floors = {}
     for row in csv.DictReader(open(path, encoding="utf-8")):
         if row["arch"] != "sm_90":
             continue
-        words = [word for word in row["variant"].split() if word not in ("harmonic", "+raw", "by", "rows", "prototypes")]
+        words = [
+            word
+            for word in row["variant"].split()
+            if word not in ("harmonic", "+raw", "by", "rows", "prototypes")
+        ]
         key = row["kernel"], " ".join(word for word in words if not word.startswith("root="))
         floors[key] = floors.get(key, 0.0) + float(row["floor_instructions_ms"])
     return floors
 
 
-def heads(work: Work, floors: dict[tuple[str, str], float], slack: Slack) -> dict[tuple[str, str], float]:
+def heads(
+    work: Work, floors: dict[tuple[str, str], float], slack: Slack
+) -> dict[tuple[str, str], float]:
     """(head, precision) -> ms. floors: of `read_floors`."""
-    found = {(work.baseline, "autocast"): baseline_ms(work), ("cross_entropy", "autocast"): product_ms(work, "dot", "autocast", slack)}
+    found = {
+        (work.baseline, "autocast"): baseline_ms(work),
+        ("cross_entropy", "autocast"): product_ms(work, "dot", "autocast", slack),
+    }
     for precision in ("float32", "split", "autocast"):
         for head in ("euclidean", "cosine", "mahalanobis"):
-            found[head, precision] = product_ms(work, "l2", precision, slack) + map_ms(work, head, precision)
-    return found | {(head, "float32"): elementwise_ms(work, head, floors, slack) for head in ELEMENTWISE}
+            found[head, precision] = product_ms(work, "l2", precision, slack) + map_ms(
+                work, head, precision
+            )
+    return found | {
+        (head, "float32"): elementwise_ms(work, head, floors, slack) for head in ELEMENTWISE
+    }
 
 
 # the table
 
 
 def read_measured(path: str) -> dict[tuple[str, str, str], tuple[str, float]]:
-    """(step, head, precision) -> card and ms of the newest row in results/gpu.csv; empty where there is no such file."""
+    """(step, head, precision) -> card and ms of the newest row in results/gpu.csv; empty where
+    there is no such file."""
     found = {}
     if not Path(path).is_file():
         return found
@@ -212,12 +299,16 @@ def read_measured(path: str) -> dict[tuple[str, str, str], tuple[str, float]]:
     for card in ("H200", "H100"):
         for row in rows:
             if card in row.get("card", "") and row.get("step_ms"):
-                found[row.get("step"), row.get("what"), row.get("precision")] = card, float(row["step_ms"])
+                found[row.get("step"), row.get("what"), row.get("precision")] = (
+                    card,
+                    float(row["step_ms"]),
+                )
     return found
 
 
 def is_default(head: str, precision: str) -> bool:
-    """Whether head_precision=auto means this precision, as in the training steps of results/gpu.csv."""
+    """Whether head_precision=auto means this precision, as in the training steps of
+    results/gpu.csv."""
     if head in ("euclidean", "cosine", "mahalanobis"):
         return precision == "split"
     return True
@@ -238,15 +329,31 @@ def table(work: Work, floors: dict[tuple[str, str], float], known: dict) -> list
     for (head, precision), head_ms in times.items():
         baseline = times[work.baseline, "autocast"] + rest
         ratio = (head_ms + rest) / baseline
-        row = {"model": work.name, "head": head, "precision": precision, "head_ms": f"{head_ms:.1f}", "trunk_ms": f"{work.trunk_ms():.1f}"}
-        row |= {"optimizer_ms": f"{work.optimizer_ms(work.accumulation):.2f}", "iteration_ms": f"{head_ms + rest:.1f}"}
-        row |= {"ratio": f"{ratio:.2f}", "least_ratio": f"{(least[head, precision] + rest) / baseline:.2f}"}
+        row = {
+            "model": work.name,
+            "head": head,
+            "precision": precision,
+            "head_ms": f"{head_ms:.1f}",
+            "trunk_ms": f"{work.trunk_ms():.1f}",
+        }
+        row |= {
+            "optimizer_ms": f"{work.optimizer_ms(work.accumulation):.2f}",
+            "iteration_ms": f"{head_ms + rest:.1f}",
+        }
+        row |= {
+            "ratio": f"{ratio:.2f}",
+            "least_ratio": f"{(least[head, precision] + rest) / baseline:.2f}",
+        }
         if work.layers and head in GOALS:
             row |= {"goal": GOALS[head], "meets": "yes" if ratio <= GOALS[head] else "no"}
         measured = find_measured(work, head, precision, known)
         if measured is not None:
             same = head_ms + work.trunk_ms() + work.optimizer_ms(1)
-            row |= {"card": measured[0], "measured_ms": f"{measured[1]:.1f}", "quotient": f"{measured[1] / same:.2f}"}
+            row |= {
+                "card": measured[0],
+                "measured_ms": f"{measured[1]:.1f}",
+                "quotient": f"{measured[1] / same:.2f}",
+            }
         rows.append({column: row.get(column, "") for column in COLUMNS})
     return rows
 

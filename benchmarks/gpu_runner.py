@@ -1,7 +1,8 @@
 """Runs the steps of benchmarks/gpu.py in processes of their own, and keeps their rows in a table.
 
-A step is a function that returns the cells of one row. Steps run in order. One that crashes, hangs or breaks its CUDA context costs
-only itself, for its process is replaced by a new one. Measurements run alone, checks beside each other.
+A step is a function that returns the cells of one row. Steps run in order. One that crashes, hangs
+or breaks its CUDA context costs only itself, for its process is replaced by a new one. Measurements
+run alone, checks beside each other.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 170.0  # Seconds after which a step is ended. Each should take less than two minutes.
-PACKAGES = {  # what the scripts import at their top, beside PyTorch and NumPy: a module -> its name on PyPI
+# What the scripts import at their top, beside PyTorch and NumPy: a module -> its name on PyPI
+PACKAGES = {
     "jsonargparse": "jsonargparse",
     "docstring_parser": "docstring-parser",
     "yaml": "pyyaml",
@@ -60,7 +62,8 @@ class Scale(Protocol):
 class Step:
     """One row.
 
-    seconds: what it takes on an H100, estimated. file: what measures it. needs: modules, of PACKAGES. beside: other such steps may run at
+    seconds: what it takes on an H100, estimated. file: what measures it. needs: modules, of
+        PACKAGES. beside: other such steps may run at
     the same time. speed_over: the ratio of its row is that of tokens_per_s to this row's.
     """
 
@@ -77,15 +80,22 @@ class Step:
 
     def key(self) -> dict[str, str]:
         """What tells the row apart, card aside."""
-        return {"code": code(self.file), "step": self.step, "what": self.what, "precision": self.precision}
+        return {
+            "code": code(self.file),
+            "step": self.step,
+            "what": self.what,
+            "precision": self.precision,
+        }
 
 
 # The table
 
 
 COLUMNS = [
-    "card", "code", "step", "what", "precision", "status", "forward_ms", "step_ms", "ratio", "tokens_per_s", "mfu", "peak_mib",
-    "joules_per_token", "loss_error", "gradient_error", "val_loss", "seconds", "torch", "triton", "note",
+    "card", "code", "step", "what", "precision", "status", "forward_ms", "step_ms", "ratio",
+    "tokens_per_s", "mfu", "peak_mib",
+    "joules_per_token", "loss_error", "gradient_error", "val_loss", "seconds", "torch", "triton",
+    "note",
 ]  # fmt: skip
 KEY = ("card", "code", "step", "what", "precision")
 
@@ -93,7 +103,13 @@ KEY = ("card", "code", "step", "what", "precision")
 @cache
 def code(file: str) -> str:
     """The first 12 digits of a sha256 over what is measured and the file that measures it."""
-    paths = [*ROOT.glob("harmonic/**/*.py"), *ROOT.glob("training/*.py"), ROOT / "model.py", ROOT / "train.py", ROOT / file]
+    paths = [
+        *ROOT.glob("harmonic/**/*.py"),
+        *ROOT.glob("training/*.py"),
+        ROOT / "model.py",
+        ROOT / "train.py",
+        ROOT / file,
+    ]
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
@@ -123,7 +139,11 @@ class Table:
         row = {column: str(row.get(column, "")) for column in COLUMNS}
         before = self.find(row)
         self.index[tuple(row[k] for k in KEY)] = row
-        if before and before["status"] == row["status"] == "absent" and before["note"] == row["note"]:
+        if (
+            before
+            and before["status"] == row["status"] == "absent"
+            and before["note"] == row["note"]
+        ):
             return
         new = not self.path.is_file()
         with self.path.open("a", newline="") as file:
@@ -136,7 +156,11 @@ class Table:
 
     def ratio(self, row: dict, to: str) -> str:
         """tokens_per_s over that of the newest row called `to` on the same card."""
-        others = [r for r in self.index.values() if (r["card"], r["what"], r["status"]) == (row["card"], to, "ok")]
+        others = [
+            r
+            for r in self.index.values()
+            if (r["card"], r["what"], r["status"]) == (row["card"], to, "ok")
+        ]
         if row["what"] == to or not others:
             return ""
         return f"{float(row['tokens_per_s']) / float(others[-1]['tokens_per_s']):.2f}"
@@ -147,10 +171,17 @@ def shown(rows: list[dict]) -> str:
     blocks = []
     for name in dict.fromkeys(r["step"] for r in rows):
         mine = [r for r in rows if r["step"] == name]
-        columns = [c for c in COLUMNS[3:] if c not in ("torch", "triton", "note") and any(r[c] for r in mine)]
+        columns = [
+            c
+            for c in COLUMNS[3:]
+            if c not in ("torch", "triton", "note") and any(r[c] for r in mine)
+        ]
         width = {c: max(len(c), *(len(r[c]) for r in mine)) for c in columns}
         lines = [name, "  ".join(f"{c:<{width[c]}}" for c in columns)]
-        lines += ["  ".join([*(f"{r[c]:<{width[c]}}" for c in columns), r["note"][:150]]).rstrip() for r in mine]
+        lines += [
+            "  ".join([*(f"{r[c]:<{width[c]}}" for c in columns), r["note"][:150]]).rstrip()
+            for r in mine
+        ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -172,14 +203,18 @@ def answer(step: Step, scale: Scale) -> dict:
         row = {"status": "absent", "note": str(reason)}
     except Exception as error:  # whatever it is, the other steps go on
         traceback.print_exc()
-        row = {"status": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())}"[-1000:]}
+        row = {
+            "status": "failed",
+            "note": f"{type(error).__name__}: {' '.join(str(error).split())}"[-1000:],
+        }
     return {**row, "seconds": f"{time.perf_counter() - began:.1f}"}
 
 
 def serve(pipe, scale: Scale):
     """What a lane's process does: takes steps and answers with their cells."""
     os.setsid()  # so that what it starts can be ended with it
-    gc.freeze()  # Measurements of memory collect garbage, for which what is imported need not be looked through.
+    # Measurements of memory collect garbage, for which what is imported need not be looked through.
+    gc.freeze()
     with contextlib.suppress(EOFError):  # There are no more steps, or the parent is gone.
         while True:
             pipe.send(answer(pipe.recv(), scale))
@@ -209,7 +244,10 @@ class Lane:
                 return self.pipe.recv()
             except EOFError:
                 self.process.join(10)
-                return {"status": "failed", "note": f"the process ended with status {self.process.exitcode}"}
+                return {
+                    "status": "failed",
+                    "note": f"the process ended with status {self.process.exitcode}",
+                }
         if time.monotonic() > self.ends:
             return {"status": "failed", "note": "it took too long and was ended"}
         return None
@@ -235,7 +273,11 @@ class Lanes:
 
     def room(self, step: Step) -> bool:
         """Whether a step may begin now."""
-        together = step.beside and all(lane.step.beside for lane in self.busy) and len(self.busy) < self.most
+        together = (
+            step.beside
+            and all(lane.step.beside for lane in self.busy)
+            and len(self.busy) < self.most
+        )
         return not self.busy or together
 
     def begin(self, step: Step, ends: float):
@@ -278,7 +320,8 @@ def stop(lanes: list[Lane]):
 
 
 def run(todo: deque[Step], lanes: Lanes, table: Table, about: dict, deadline: float) -> list[dict]:
-    """Runs the steps in order -> their rows. A step that cannot end in time is left out, and shorter ones behind it get their turn."""
+    """Runs the steps in order -> their rows. A step that cannot end in time is left out, and
+    shorter ones behind it get their turn."""
     rows, left_out = [], []
     while todo or lanes.busy:
         while todo and (lanes.room(todo[0]) or time.monotonic() + todo[0].seconds > deadline):
@@ -297,7 +340,14 @@ def run(todo: deque[Step], lanes: Lanes, table: Table, about: dict, deadline: fl
             table.add(row)
             rows.append({column: str(row.get(column, "")) for column in COLUMNS})
             said = " ".join(f"{k} {v}" for k, v in cells.items() if k != "status" and v)
-            print(f"{step.step:9}{step.what}{', ' * bool(step.precision)}{step.precision}: {cells['status']}, {said}", flush=True)
+            print(
+                f"{step.step:9}{step.what}{', ' * bool(step.precision)}{step.precision}:"
+                f" {cells['status']}, {said}",
+                flush=True,
+            )
     if left_out:
-        print(f"{len(left_out)} steps had no time left: {', '.join(dict.fromkeys(s.step for s in left_out))}; call again")
+        print(
+            f"{len(left_out)} steps had no time left:"
+            f" {', '.join(dict.fromkeys(s.step for s in left_out))}; call again"
+        )
     return rows

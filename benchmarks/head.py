@@ -1,18 +1,24 @@
-"""What each head costs, as a ratio to `F.linear` + `F.cross_entropy` measured alternately in the same run.
+"""What each head costs, as a ratio to `F.linear` + `F.cross_entropy` measured alternately in the
+same run.
 
-    python -m benchmarks.head                                      # every head and peer at three sizes: about 40 minutes on 2 cores
+    python -m benchmarks.head  # every head and peer at three sizes: about 40 minutes on 2 cores
     python -m benchmarks.head manhattan --sizes=1024x50304x768     # one head at GPT-2's size
     python -m benchmarks.head --sizes=1024x50304x768 --peers=false # the heads alone
-    python -m benchmarks.head --growth=true                        # how time and memory grow with N, V, C and threads
-    python -m benchmarks.head --device=cuda                        # on a GPU, and the matrix products inside bfloat16 autocast too
-    python -m benchmarks.head --dtypes=[bfloat16] --precisions=[float32,split,autocast]    # inside autocast, the head's products each way
+    python -m benchmarks.head --growth=true  # how time and memory grow with N, V, C and threads
+    # on a GPU, and the matrix products inside bfloat16 autocast too
+    python -m benchmarks.head --device=cuda
+    # inside autocast, the head's products each way
+    python -m benchmarks.head --dtypes=[bfloat16] --precisions=[float32,split,autocast]
 
-Forward, and forward and backward of the mean loss, at h layer-normalised and prototypes of standard deviation 0.02. Ratios are medians over
-rounds of time(head) / time(yardstick next to it). With dtype bfloat16 both run inside autocast, heads with precision="autocast". Memory is
-the peak beyond inputs and gradients: of the process (Linux), or of what PyTorch's allocator gave out on a GPU. Errors are against float64,
-for 4 of the states and all prototypes: of the losses in nats, of the gradients relative to their largest entry. Peers are what a user would
-write without this package; those that take minutes run at N=64 (a GPU: 512), and so does their yardstick. Writes a CSV and a bar chart
-beside it. benchmarks/gpu.py measures with the same functions, so what only the command line needs is imported in `main`.
+Forward, and forward and backward of the mean loss, at h layer-normalised and prototypes of standard
+deviation 0.02. Ratios are medians over rounds of time(head) / time(yardstick next to it). With
+dtype bfloat16 both run inside autocast, heads with precision="autocast". Memory is the peak beyond
+inputs and gradients: of the process (Linux), or of what PyTorch's allocator gave out on a GPU.
+Errors are against float64, for 4 of the states and all prototypes: of the losses in nats, of the
+gradients relative to their largest entry. Peers are what a user would write without this package;
+those that take minutes run at N=64 (a GPU: 512), and so does their yardstick. Writes a CSV and a
+bar chart beside it. benchmarks/gpu.py measures with the same functions, so what only the command
+line needs is imported in `main`.
 """
 
 import csv
@@ -33,7 +39,10 @@ import torch.nn.functional as F
 from harmonic import HEADS, HarmonicHead, harmonic_loss
 
 MIB = 2**20
-SIZES = {"cpu": "1024x50304x768,4096x4096x256,256x151936x896", "cuda": "8192x50304x768,16384x4096x256"}
+SIZES = {
+    "cpu": "1024x50304x768,4096x4096x256,256x151936x896",
+    "cuda": "8192x50304x768,16384x4096x256",
+}
 
 
 @dataclass
@@ -47,9 +56,11 @@ class BenchmarkConfig:
     sizes: str | None = None
     """states x prototypes x coordinates, one or more; null = SIZES of the device"""
     dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=list)
-    """float32, or bfloat16 autocast (without named heads: of those that it changes); none = float32, on a GPU both"""
+    """float32, or bfloat16 autocast (without named heads: of those that it changes); none =
+    float32, on a GPU both"""
     precisions: list[Literal["float32", "split", "autocast"]] = field(default_factory=list)
-    """of the heads' matrix products (without named heads: of those that it changes); none = autocast, whose type is the dtype"""
+    """of the heads' matrix products (without named heads: of those that it changes); none =
+    autocast, whose type is the dtype"""
     rounds: int = 3
     """measurements of each"""
     peers: bool = True
@@ -73,12 +84,17 @@ class BenchmarkConfig:
         if self.device == "cuda" and self.growth:
             found.append("growth=true measures a CPU: leave device=cuda out")
         for size in self.sizes.split(","):
-            if len(numbers := size.split("x")) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
+            if len(numbers := size.split("x")) != 3 or not all(
+                n.isdecimal() and int(n) for n in numbers
+            ):
                 found.append(f"size {size!r} is not of the form 1024x50304x768")
-        return found + [f"unknown head {h}{nearest(h, HEADS)}" for h in self.heads if h not in HEADS]
+        return found + [
+            f"unknown head {h}{nearest(h, HEADS)}" for h in self.heads if h not in HEADS
+        ]
 
 
-# What a user would write: (head, how) -> loss of (h, w, y). The slow ones take minutes at full size.
+# What a user would write: (head, how) -> loss of (h, w, y). The slow ones take minutes at full
+# size.
 
 
 def _broadcast(h, w, y):
@@ -94,11 +110,15 @@ if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
     PEERS["cross_entropy", "F.linear_cross_entropy"] = F.linear_cross_entropy
 PEERS |= {
     ("euclidean", "torch.cdist"): _cdist(2.0),
-    ("euclidean", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "euclidean", exponent="dim", impl="dense"),
+    ("euclidean", "dense"): lambda h, w, y: harmonic_loss(
+        h, w, y, "euclidean", exponent="dim", impl="dense"
+    ),
     ("cosine", "normalised F.linear"): lambda h, w, y: F.cross_entropy(
         -(h.shape[1] ** 0.5) * (1 - F.linear(F.normalize(h), F.normalize(w))).log(), y
     ),
-    ("cosine", "dense"): lambda h, w, y: harmonic_loss(h, w, y, "cosine", exponent="sqrt_dim", impl="dense"),
+    ("cosine", "dense"): lambda h, w, y: harmonic_loss(
+        h, w, y, "cosine", exponent="sqrt_dim", impl="dense"
+    ),
     ("manhattan", "torch.cdist"): _cdist(1.0),
     ("manhattan", "torch.compile of the broadcast"): torch.compile(_broadcast),
     ("minkowski", "torch.cdist"): _cdist(1.5),
@@ -108,7 +128,8 @@ SLOW = {key for key in PEERS if key[0] in ("manhattan", "minkowski", "chebyshev"
 SLOW_N = {"cpu": 64, "cuda": 512}
 
 
-# Fused linear cross-entropies that run on a GPU alone: a name -> what imports it. Operands are bfloat16, as in their own benchmarks.
+# Fused linear cross-entropies that run on a GPU alone: a name -> what imports it. Operands are
+# bfloat16, as in their own benchmarks.
 
 
 def _chunked():
@@ -144,7 +165,8 @@ GPU_PEERS = {
 
 
 def add_gpu_peer(name: str):
-    """Puts one of GPU_PEERS into PEERS. Raises: ImportError where its package is missing, AttributeError where PyTorch is too old."""
+    """Puts one of GPU_PEERS into PEERS. Raises: ImportError where its package is missing,
+    AttributeError where PyTorch is too old."""
     loss = GPU_PEERS[name]()
     PEERS["cross_entropy", name] = lambda h, w, y: loss(h.bfloat16(), w.bfloat16(), y)
 
@@ -159,11 +181,16 @@ def seconds(function, device: str = "cpu") -> float:
 
 
 def resident(key: str) -> float:
-    """A number of MiB from this process's status: VmRSS now, VmHWM at most since it was reset. NaN where there is none."""
+    """A number of MiB from this process's status: VmRSS now, VmHWM at most since it was reset. NaN
+    where there is none."""
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(key))
+    return next(
+        int(line.split()[1]) / 1024
+        for line in status.read_text().splitlines()
+        if line.startswith(key)
+    )
 
 
 def peak_memory(function, device: str = "cpu") -> float:
@@ -185,7 +212,8 @@ def peak_memory(function, device: str = "cpu") -> float:
 
 
 def exponent(name: str) -> dict:
-    """The n of all measurements here, as an argument: how many pairs are negligible depends on it."""
+    """The n of all measurements here, as an argument: how many pairs are negligible depends on
+    it."""
     return {} if HEADS[name].is_control else {"exponent": "sqrt_dim" if name == "cosine" else "dim"}
 
 
@@ -203,7 +231,9 @@ class Case:
 
     def function(self, name, peer=None, n=None):
         """-> a function of `backward` that computes the loss of the first n states."""
-        head = HarmonicHead(self.size[2], 1, name, precision=self.precision, **exponent(name)).to(self.device)
+        head = HarmonicHead(self.size[2], 1, name, precision=self.precision, **exponent(name)).to(
+            self.device
+        )
         head.weight, head.real_vocab_size = self.head.weight, self.size[1]
         h, y = self.h[:n], self.y[:n]
 
@@ -230,24 +260,33 @@ class Case:
         self.h.grad = self.head.weight.grad = None
 
     def memory(self, function) -> float:
-        """The peak of forward and backward beyond inputs and gradients, in MiB: the less of two, for an allocator keeps what it likes."""
+        """The peak of forward and backward beyond inputs and gradients, in MiB: the less of two,
+        for an allocator keeps what it likes."""
         N, V, C = self.size
         peaks = []
         for _ in range(2):
             self.clear()
-            peaks.append(peak_memory(lambda: function(True), self.device) - (N * C + V * C) * 4 / MIB)
+            peaks.append(
+                peak_memory(lambda: function(True), self.device) - (N * C + V * C) * 4 / MIB
+            )
         self.clear()
         return min(peaks)
 
     def errors(self, name, peer=None):
-        """-> the largest errors against float64: of a loss in nats, of dL/dh and dL/dw relative to the largest entry."""
+        """-> the largest errors against float64: of a loss in nats, of dL/dh and dL/dw relative to
+        the largest entry."""
         h, w, y = self.h.detach()[:4], self.head.weight.detach(), self.y[:4]
 
         def run(dtype):
             a, b = h.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
             with self.autocast:
-                if peer and dtype == torch.float32:  # the mean of eight copies of a state: some peers take multiples of eight alone
-                    rows = [(a[i : i + 1].repeat(8, 1), b, y[i : i + 1].repeat(8)) for i in range(len(a))]
+                if (
+                    peer and dtype == torch.float32
+                ):  # the mean of eight copies of a state: some peers take multiples of eight alone
+                    rows = [
+                        (a[i : i + 1].repeat(8, 1), b, y[i : i + 1].repeat(8))
+                        for i in range(len(a))
+                    ]
                     losses = torch.stack([PEERS[name, peer](*row) for row in rows])
                 else:
                     impl = "auto" if dtype == torch.float32 else "chunked"
@@ -258,7 +297,9 @@ class Case:
 
         found, truth = run(torch.float32), run(torch.float64)
         largest = [(a - b).abs().max().item() for a, b in zip(found, truth, strict=True)]
-        return largest[0], *(e / t.abs().max().item() for e, t in zip(largest[1:], truth[1:], strict=True))
+        return largest[0], *(
+            e / t.abs().max().item() for e, t in zip(largest[1:], truth[1:], strict=True)
+        )
 
 
 def measure(case, name, peer, rounds, label_precision=False) -> dict:
@@ -266,7 +307,11 @@ def measure(case, name, peer, rounds, label_precision=False) -> dict:
     n = min(SLOW_N[case.device], case.size[0]) if (name, peer) in SLOW else case.size[0]
     head, yardstick = case.function(name, peer, n), case.yardstick(n)
     row = {"head": name, "impl": peer or "ours", "N": n, "V": case.size[1], "C": case.size[2]}
-    row |= {"threads": torch.get_num_threads()} if case.device == "cpu" else {"device": torch.cuda.get_device_name()}
+    row |= (
+        {"threads": torch.get_num_threads()}
+        if case.device == "cpu"
+        else {"device": torch.cuda.get_device_name()}
+    )
     if case.device == "cuda" or case.dtype != "float32":
         row["dtype"] = case.dtype
     if label_precision:
@@ -283,8 +328,16 @@ def measure(case, name, peer, rounds, label_precision=False) -> dict:
         row[f"{part}_ratio"] = f"{statistics.median(a / b for a, b in pairs):.2f}"
     mine, other = case.memory(head), case.memory(yardstick)
     row |= {"peak_mib": f"{mine:.0f}", "peak_ratio": f"{mine / other:.2f}"}
-    if not peer and (case.device == "cuda" or case.size[1] * case.size[2] < 5e7):  # float64 takes a CPU minutes beyond
-        row |= dict(zip(("loss_error", "dh_error", "dw_error"), (f"{e:.0e}" for e in case.errors(name)), strict=True))
+    if not peer and (
+        case.device == "cuda" or case.size[1] * case.size[2] < 5e7
+    ):  # float64 takes a CPU minutes beyond
+        row |= dict(
+            zip(
+                ("loss_error", "dh_error", "dw_error"),
+                (f"{e:.0e}" for e in case.errors(name)),
+                strict=True,
+            )
+        )
     return row
 
 
@@ -304,7 +357,9 @@ def chart(rows, path):
     axes.bar_label(bars, [f" {r['forward_backward_ratio']}" for r in first], fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time, forward + backward, over F.linear + F.cross_entropy")
-    figure.suptitle(f"{place(first[0])}, {where(first[0])}; grey: what a user would write", fontsize=10)
+    figure.suptitle(
+        f"{place(first[0])}, {where(first[0])}; grey: what a user would write", fontsize=10
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
     figure.savefig(path, dpi=120)
@@ -316,9 +371,18 @@ def growth(c, path):
     from tqdm import tqdm
 
     N, V, C = (int(n) for n in c.sizes.split(",")[0].split("x"))
-    cases = [(N * k // 4, V, C) for k in (1, 2, 4, 8)] + [(N, V // 2, C), (N, V * 2, C), (N, V, C // 2), (N, V, C * 2)]
+    cases = [(N * k // 4, V, C) for k in (1, 2, 4, 8)] + [
+        (N, V // 2, C),
+        (N, V * 2, C),
+        (N, V, C // 2),
+        (N, V, C * 2),
+    ]
     threads, rows = torch.get_num_threads(), []
-    for size, count in tqdm([(s, threads) for s in cases] + ([((N, V, C), 1)] if threads > 1 else []), disable=None, leave=False):
+    for size, count in tqdm(
+        [(s, threads) for s in cases] + ([((N, V, C), 1)] if threads > 1 else []),
+        disable=None,
+        leave=False,
+    ):
         torch.set_num_threads(count)
         case = Case(*size)
         for name in c.heads or ["cross_entropy", "cosine", "manhattan"]:
@@ -351,29 +415,49 @@ def markdown(rows) -> str:
     """The table that README shows: ratios to the yardstick; a row a head, then the peers."""
     ours = [r for r in rows if r["impl"] == "ours"]
     places = list(dict.fromkeys(map(place, ours)))
-    lines = [f"| head | {' | '.join(places)} | forward | peak memory | error, nats |", "|---" * (len(places) + 4) + "|"]
+    lines = [
+        f"| head | {' | '.join(places)} | forward | peak memory | error, nats |",
+        "|---" * (len(places) + 4) + "|",
+    ]
     for head in dict.fromkeys(r["head"] for r in ours):
         found = {place(r): r for r in ours if r["head"] == head}
         r = found[places[0]]
         times = " | ".join(found[p]["forward_backward_ratio"] if p in found else "" for p in places)
-        lines.append(f"| {head} | {times} | {r['forward_ratio']} | {r['peak_ratio']} | {r['loss_error']} |")
+        lines.append(
+            f"| {head} | {times} | {r['forward_ratio']} | {r['peak_ratio']} | {r['loss_error']} |"
+        )
     size = "{:,} x {:,}".format(*(int(ours[0][k]) for k in "VC"))
-    lines += ["", f"| what a user would write, {size} | forward + backward | forward | peak memory |", "|---|---|---|---|"]
+    lines += [
+        "",
+        f"| what a user would write, {size} | forward + backward | forward | peak memory |",
+        "|---|---|---|---|",
+    ]
     for r in rows:
         if r["impl"] != "ours":
-            how = [f"N={r['N']}"] * (r["N"] != ours[0]["N"]) + ([r["dtype"]] if "dtype" in r else [])
+            how = [f"N={r['N']}"] * (r["N"] != ours[0]["N"]) + (
+                [r["dtype"]] if "dtype" in r else []
+            )
             name = f"{r['head']}: {r['impl']}" + (f" ({', '.join(how)})" if how else "")
-            lines.append(f"| {name} | {r['forward_backward_ratio']} | {r['forward_ratio']} | {r['peak_ratio']} |")
+            lines.append(
+                f"| {name} | {r['forward_backward_ratio']} | {r['forward_ratio']} |"
+                f" {r['peak_ratio']} |"
+            )
     return "\n".join(lines)
 
 
 def table(rows):
-    print(f"{'head':24}{'implementation':32}{'forward':>12}{'ratio':>8}{'+ backward':>12}{'ratio':>8}{'peak':>10}{'ratio':>8}{'error':>8}")
+    print(
+        f"{'head':24}{'implementation':32}{'forward':>12}{'ratio':>8}{'+ backward':>12}"
+        f"{'ratio':>8}{'peak':>10}{'ratio':>8}{'error':>8}"
+    )
     at = None
     for r in rows:
         if at != (at := (r["N"], place(r), r.get("threads"))):
             print(f"{place(r)}, {where(r)}")
-        times = [f"{1000 * float(r[f'{part}_seconds']):.1f} ms" for part in ("forward", "forward_backward")]
+        times = [
+            f"{1000 * float(r[f'{part}_seconds']):.1f} ms"
+            for part in ("forward", "forward_backward")
+        ]
         print(
             f"{r['head']:24}{r['impl']:32}{times[0]:>12}{r['forward_ratio']:>8}{times[1]:>12}{r['forward_backward_ratio']:>8}"
             f"{r['peak_mib'] + ' MiB':>10}{r['peak_ratio']:>8}{r.get('loss_error', ''):>8}"
@@ -386,14 +470,20 @@ def main():
     from training.config import check, parse
 
     (c,) = parse(sys.argv[1:], BenchmarkConfig, words="heads")
-    check([] if Path(c.out).parent.is_dir() else [f"--out={c.out}: the folder {Path(c.out).parent} does not exist"])
+    check(
+        []
+        if Path(c.out).parent.is_dir()
+        else [f"--out={c.out}: the folder {Path(c.out).parent} does not exist"]
+    )
     rows = []
     if c.growth:
         rows = growth(c, c.out)
     else:
         work = []
         for at in itertools.product(c.sizes.split(","), c.dtypes, c.precisions or ["autocast"]):
-            products = [name for name in HEADS if HEADS[name].kernel in ("l2", "dot")]  # which autocast and precisions change
+            products = [
+                name for name in HEADS if HEADS[name].kernel in ("l2", "dot")
+            ]  # which autocast and precisions change
             changed = at[2] != "float32" if c.precisions else at[1] == "bfloat16"
             names = c.heads or (products if changed else list(HEADS))
             work += [(at, name, None) for name in names]

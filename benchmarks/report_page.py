@@ -2,8 +2,9 @@
 
     python -m benchmarks.report_page out/demo/cosine --runs=50 --steps=100000
 
-The runs are copies of one run with made-up metrics of that many logged steps. Opening is the time that headless Chromium takes to a
-screenshot of the page, less that of an empty page; the least of ROUNDS. Writes results/report_page.csv.
+The runs are copies of one run with made-up metrics of that many logged steps. Opening is the time
+that headless Chromium takes to a screenshot of the page, less that of an empty page; the least of
+ROUNDS. Writes results/report_page.csv.
 """
 
 import csv
@@ -38,12 +39,23 @@ class PageConfig:
     """the CSV file"""
 
     def problems(self) -> list[str]:
-        return [f"{k}={getattr(self, k)} must be at least 1" for k in ("runs", "steps") if getattr(self, k) < 1]
+        return [
+            f"{k}={getattr(self, k)} must be at least 1"
+            for k in ("runs", "steps")
+            if getattr(self, k) < 1
+        ]
 
 
 def opening(page: Path, width: int) -> float:
     """Seconds from Chromium's start to a screenshot of a page."""
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", f"--screenshot={page}.png"]
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={width},2000",
+        f"--screenshot={page}.png",
+    ]
     times = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
@@ -65,18 +77,49 @@ def main():
         with open(home / "metrics.jsonl", "w") as file:
             for i in range(c.steps):
                 line = {**steps[i % len(steps)], "iter": i, "elapsed_s": 0.1 * i}
-                file.write(json.dumps({**line, "train_loss": 4 + 5 * math.exp(-i / 9999) + line["train_loss"] % 0.3}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            **line,
+                            "train_loss": 4 + 5 * math.exp(-i / 9999) + line["train_loss"] % 0.3,
+                        }
+                    )
+                    + "\n"
+                )
                 if i % (c.steps // 100 or 1) == 0:
-                    file.write(json.dumps({"iter": i, "val_loss": 4 + 5 * math.exp(-i / 9999), "perplexity": 99.0}) + "\n")
+                    file.write(
+                        json.dumps(
+                            {"iter": i, "val_loss": 4 + 5 * math.exp(-i / 9999), "perplexity": 99.0}
+                        )
+                        + "\n"
+                    )
         for i in range(c.runs):
-            shutil.copytree(run.path, home / f"run{i:02}", ignore=shutil.ignore_patterns("metrics.jsonl"))
+            shutil.copytree(
+                run.path, home / f"run{i:02}", ignore=shutil.ignore_patterns("metrics.jsonl")
+            )
             (home / f"run{i:02}/metrics.jsonl").symlink_to(home / "metrics.jsonl")
         page, empty = home / "report.html", home / "empty.html"
         empty.write_text("<!doctype html><title>empty</title>")
         began = time.perf_counter()
         runs = [str(home / f"run{i:02}") for i in range(c.runs)]
-        subprocess.run([sys.executable, "-m", "analysis.report", *runs, f"--out={page}", "--samples=0", "--device=cpu"], check=True)
-        row = {"runs": c.runs, "steps": c.steps, "write_s": f"{time.perf_counter() - began:.1f}", "mb": f"{page.stat().st_size / 1e6:.1f}"}
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "analysis.report",
+                *runs,
+                f"--out={page}",
+                "--samples=0",
+                "--device=cpu",
+            ],
+            check=True,
+        )
+        row = {
+            "runs": c.runs,
+            "steps": c.steps,
+            "write_s": f"{time.perf_counter() - began:.1f}",
+            "mb": f"{page.stat().st_size / 1e6:.1f}",
+        }
         for width in (1400, 400):
             row[f"open_{width}_s"] = f"{opening(page, width) - opening(empty, width):.2f}"
     with open(c.out, "w", newline="") as file:

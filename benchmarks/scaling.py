@@ -1,17 +1,21 @@
 """How training scales: measured with one and two processes, and calculated for up to 64 GPUs.
 
-    python -m benchmarks.scaling          # about five minutes on 2 cores; writes results/scaling.csv and .png
+    # about five minutes on 2 cores; writes results/scaling.csv and .png
+    python -m benchmarks.scaling
 
-Measured, with one thread a process: *strong* scaling shares the same windows of an iteration among the processes, *weak* scaling gives each
-process as many. Efficiency is tokens/s over those of one process times the number of processes, medians over rounds in turn.
+Measured, with one thread a process: *strong* scaling shares the same windows of an iteration among
+    the processes, *weak* scaling gives each process as many. Efficiency is tokens/s over those of
+    one process times the number of processes, medians over rounds in turn.
 
-Calculated: an iteration takes 6 N + attention operations a token at the given share of a GPU's peak, and moves the bytes below between
-GPUs in rings, at the bandwidth inside a machine or of a machine's network, whichever is less. Two bounds: everything that can overlap
-with computing does (DDP sends gradients during the backward pass, two thirds of the computing; FSDP fetches and sends during both
-passes), or nothing does.
+Calculated: an iteration takes 6 N + attention operations a token at the given share of a GPU's
+    peak, and moves the bytes below between GPUs in rings, at the bandwidth inside a machine or of a
+    machine's network, whichever is less. Two bounds: everything that can overlap with computing
+    does (DDP sends gradients during the backward pass, two thirds of the computing; FSDP fetches
+    and sends during both passes), or nothing does.
 
     ddp    2 (W - 1) / W * 4 P     gradients, float32, reduced in a ring once an iteration
-    fsdp   (2 M + 1) (W - 1) / W * 4 P     weights gathered twice for each of M micro-batches, gradients scattered once
+    fsdp   (2 M + 1) (W - 1) / W * 4 P     weights gathered twice for each of M micro-batches,
+           gradients scattered once
 """
 
 import csv
@@ -31,7 +35,17 @@ from training.config import TrainConfig, cli, parse
 from training.distributed import launcher
 from training.telemetry import read_metrics
 
-COLUMNS = ["model", "how", "scaling", "processes", "tokens_per_s", "ms_computing", "ms_moving", "efficiency", "efficiency_without_overlap"]
+COLUMNS = [
+    "model",
+    "how",
+    "scaling",
+    "processes",
+    "tokens_per_s",
+    "ms_computing",
+    "ms_moving",
+    "efficiency",
+    "efficiency_without_overlap",
+]
 
 
 @dataclass
@@ -63,18 +77,56 @@ class ScalingConfig:
 def measured(c: ScalingConfig) -> list[dict]:
     speeds = {}
     with tempfile.TemporaryDirectory(prefix="scaling-") as home:
-        kinds = [("one", "strong", 1), ("ddp", "strong", 2), ("fsdp", "strong", 2), ("ddp", "weak", 2), ("fsdp", "weak", 2)]
+        kinds = [
+            ("one", "strong", 1),
+            ("ddp", "strong", 2),
+            ("fsdp", "strong", 2),
+            ("ddp", "weak", 2),
+            ("fsdp", "weak", 2),
+        ]
         for _ in tqdm(range(c.rounds), "measuring", disable=None):
             for how, scaling, processes in kinds:
-                settings = dict(dataset=c.dataset, n_layer=4, n_head=6, n_embd=192, block_size=128, head="cosine", compile=False)
-                settings |= dict(batch_size=8, gradient_accumulation_steps=processes if scaling == "weak" else 1, max_iters=c.iters)
-                settings |= dict(eval_interval=10**6, eval_iters=1, log_interval=1, emissions=False, out_dir=f"{home}/run", overwrite=True)
+                settings = dict(
+                    dataset=c.dataset,
+                    n_layer=4,
+                    n_head=6,
+                    n_embd=192,
+                    block_size=128,
+                    head="cosine",
+                    compile=False,
+                )
+                settings |= dict(
+                    batch_size=8,
+                    gradient_accumulation_steps=processes if scaling == "weak" else 1,
+                    max_iters=c.iters,
+                )
+                settings |= dict(
+                    eval_interval=10**6,
+                    eval_iters=1,
+                    log_interval=1,
+                    emissions=False,
+                    out_dir=f"{home}/run",
+                    overwrite=True,
+                )
                 settings |= {} if how == "one" else dict(parallel=how)
-                words = [sys.executable, *launcher(processes), "train.py", *(f"--{k}={v}" for k, v in settings.items())]
-                subprocess.run(["env", "OMP_NUM_THREADS=1", *words], check=True, capture_output=True)
-                run = [r["tokens_per_s"] for r in read_metrics(f"{home}/run") if "tokens_per_s" in r]
+                words = [
+                    sys.executable,
+                    *launcher(processes),
+                    "train.py",
+                    *(f"--{k}={v}" for k, v in settings.items()),
+                ]
+                subprocess.run(
+                    ["env", "OMP_NUM_THREADS=1", *words], check=True, capture_output=True
+                )
+                run = [
+                    r["tokens_per_s"] for r in read_metrics(f"{home}/run") if "tokens_per_s" in r
+                ]
                 speeds.setdefault((how, scaling, processes), []).append(statistics.median(run[4:]))
     alone = speeds["one", "strong", 1]
+
+    def speedup(found: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(found, alone, strict=True))
+
     return [
         {
             "model": "gpt, 4 layers, 192 wide",
@@ -82,7 +134,7 @@ def measured(c: ScalingConfig) -> list[dict]:
             "scaling": f"measured, {scaling}",
             "processes": processes,
             "tokens_per_s": f"{statistics.median(found):.0f}",
-            "efficiency": f"{statistics.median(a / b for a, b in zip(found, alone, strict=True)) / processes:.2f}",
+            "efficiency": f"{speedup(found) / processes:.2f}",
         }
         for (how, scaling, processes), found in speeds.items()
     ]
@@ -90,11 +142,14 @@ def measured(c: ScalingConfig) -> list[dict]:
 
 def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict]:
     """The config's own iteration (strong scaling), shared among 1 to 64 GPUs."""
-    model_config, config = parse([f"configs/{name}.yaml"], ModelConfig, TrainConfig, config_file=True)
+    model_config, config = parse(
+        [f"configs/{name}.yaml"], ModelConfig, TrainConfig, config_file=True
+    )
     model_config.vocab_size = model_config.vocab_size or 50304  # GPT-2's, padded
     with torch.device("meta"):
         model = Model(model_config)
     windows = config.batch_size * config.gradient_accumulation_steps
+    tokens = windows * model_config.block_size
     rows = []
     for world in (1, 2, 4, 8, 16, 32, 64):
         mine = math.ceil(windows / world)
@@ -106,14 +161,16 @@ def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict
         micro = math.ceil(mine / config.batch_size)
         moving = (2 * weights if how == "ddp" else (2 * micro + 1) * weights) / bandwidth
         hidden = 2 / 3 * computing if how == "ddp" else computing
-        ideal = windows * model_config.block_size * model.flops_per_token() / (c.peak * c.mfu) / world
+        ideal = (
+            windows * model_config.block_size * model.flops_per_token() / (c.peak * c.mfu) / world
+        )
         rows.append(
             {
                 "model": name,
                 "how": how,
                 "scaling": f"calculated, strong, {network}",
                 "processes": world,
-                "tokens_per_s": f"{windows * model_config.block_size / (computing + max(0.0, moving - hidden)):.0f}",
+                "tokens_per_s": f"{tokens / (computing + max(0.0, moving - hidden)):.0f}",
                 "ms_computing": f"{1e3 * computing:.2f}",
                 "ms_moving": f"{1e3 * moving:.2f}",
                 "efficiency": f"{ideal / (computing + max(0.0, moving - hidden)):.2f}",
@@ -133,15 +190,26 @@ def chart(rows: list[dict], path: Path):
     for axis, name in zip(axes, ("gpt2_124m", "qwen2_0.5b"), strict=True):
         for how, colour in (("ddp", "tab:blue"), ("fsdp", "tab:orange")):
             for network, line in (("between", "o-"), ("ethernet", "s:")):
-                own = [r for r in rows if (r["model"], r["how"]) == (name, how) and r["scaling"].endswith(network)]
-                best, worst = ([float(r[k]) for r in own] for k in ("efficiency", "efficiency_without_overlap"))
+                own = [
+                    r
+                    for r in rows
+                    if (r["model"], r["how"]) == (name, how) and r["scaling"].endswith(network)
+                ]
+                best, worst = (
+                    [float(r[k]) for r in own] for k in ("efficiency", "efficiency_without_overlap")
+                )
                 worlds = [r["processes"] for r in own]
                 axis.fill_between(worlds, worst, best, color=colour, alpha=0.15)
                 label = f"{how}, {'8 x 400 Gb/s' if network == 'between' else '100 Gb/s'} a machine"
                 axis.plot(worlds, best, line, color=colour, label=label, markersize=4)
         ticks = [1, 2, 4, 8, 16, 32, 64]
         axis.set(
-            xscale="log", xticks=ticks, xticklabels=ticks, xlabel="GPUs", title=f"{name}, one iteration shared (calculated)", ylim=(0, 1.05)
+            xscale="log",
+            xticks=ticks,
+            xticklabels=ticks,
+            xlabel="GPUs",
+            title=f"{name}, one iteration shared (calculated)",
+            ylim=(0, 1.05),
         )
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -156,7 +224,10 @@ def markdown(rows: list[dict]) -> str:
     lines = ["| processes | | scaling | tokens/s | efficiency |", "|---|---|---|---|---|"]
     for r in rows:
         if r["scaling"].startswith("measured"):
-            lines.append(f"| {r['processes']} | {r['how']} | {r['scaling'].split()[-1]} | {r['tokens_per_s']} | {r['efficiency']} |")
+            lines.append(
+                f"| {r['processes']} | {r['how']} | {r['scaling'].split()[-1]} |"
+                f" {r['tokens_per_s']} | {r['efficiency']} |"
+            )
     return "\n".join(lines)
 
 

@@ -1,11 +1,14 @@
-"""What leaving out negligible pairs buys: share of pairs and tiles, time, and the error of the gradients it makes.
+"""What leaving out negligible pairs buys: share of pairs and tiles, time, and the error of the
+gradients it makes.
 
     python -m benchmarks.skip out/manhattan out/canberra      # trained runs, elementwise heads
-    python -m benchmarks.skip                                 # random input alone, at the demo's size
+    python -m benchmarks.skip  # random input alone, at the demo's size
 
-For each row the pairs whose slope |dL/draw| is below skip / V of the target's are left out (`harmonic_loss`), a 4 x 4 tile of pairs when
-all of them are. Reported for several values of `skip`, on validation tokens of a run's newest checkpoint and on random input: the time of
-forward and backward over that with skip=0, measured alternately, and |difference| / |gradient|, Frobenius norms. Writes a CSV.
+For each row the pairs whose slope |dL/draw| is below skip / V of the target's are left out
+(`harmonic_loss`), a 4 x 4 tile of pairs when all of them are. Reported for several values of
+`skip`, on validation tokens of a run's newest checkpoint and on random input: the time of forward
+and backward over that with skip=0, measured alternately, and |difference| / |gradient|, Frobenius
+norms. Writes a CSV.
 """
 
 import statistics
@@ -40,7 +43,11 @@ class SkipConfig:
     """the CSV file"""
 
     def problems(self) -> list[str]:
-        return [f"{k}={getattr(self, k)} must be at least 1" for k in ("N", "rounds") if getattr(self, k) < 1]
+        return [
+            f"{k}={getattr(self, k)} must be at least 1"
+            for k in ("N", "rounds")
+            if getattr(self, k) < 1
+        ]
 
 
 @torch.no_grad()
@@ -58,11 +65,17 @@ def shares(head, h, y, skip):
     with exactly(h.device):
         both = operands(h.detach(), head.prototypes().detach(), head.name, **head.geometry())
         raw = pairs(both.x, both.y, both.distance.kernel, both.options).detach().requires_grad_()
-        log_d = log_distance(both.distance, raw, None if both.u is None else both.u[:, None], both.v, both.options)
+        log_d = log_distance(
+            both.distance, raw, None if both.u is None else both.u[:, None], both.v, both.options
+        )
         logits = -head.strength * (log_d if head.is_harmonic else log_d.exp())
         slope = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), raw)[0].abs()
     out = slope < skip / slope.shape[1] * slope.gather(1, y[:, None])
-    tiles = F.pad(out, (0, -out.shape[1] % 4, 0, -out.shape[0] % 4), value=True).unflatten(1, (-1, 4)).unflatten(0, (-1, 4))
+    tiles = (
+        F.pad(out, (0, -out.shape[1] % 4, 0, -out.shape[0] % 4), value=True)
+        .unflatten(1, (-1, 4))
+        .unflatten(0, (-1, 4))
+    )
     return out.float().mean().item(), tiles.all(3).all(1).float().mean().item()
 
 
@@ -99,11 +112,19 @@ def main():
     (c,) = parse(sys.argv[1:], SkipConfig, words="runs")
     runs = find_runs(c.runs) if c.runs else []
     matmul = [r for r in runs if HEADS[r.model_config.head].kernel in ("l2", "dot")]
-    check([f"{r.path}: {r.model_config.head} leaves no pairs out, only elementwise distances do" for r in matmul])
+    check(
+        [
+            f"{r.path}: {r.model_config.head} leaves no pairs out, only elementwise distances do"
+            for r in matmul
+        ]
+    )
     skips, rows = [float(s) for s in c.skips.split(",")], []
     g = torch.Generator().manual_seed(0)
     head = HarmonicHead(192, 4096, "manhattan", exponent="dim")
-    h, y = F.layer_norm(torch.randn(c.N, 192, generator=g), (192,)), torch.randint(4096, (c.N,), generator=g)
+    h, y = (
+        F.layer_norm(torch.randn(c.N, 192, generator=g), (192,)),
+        torch.randint(4096, (c.N,), generator=g),
+    )
     rows += measure("random", head, h, y, skips, c.rounds)
     for run in runs:
         rows += measure(run.name, *states(run, c.N), skips, c.rounds)

@@ -1,9 +1,11 @@
-"""What swapping the head of a trained model costs, before any training: perplexity with its own head and with every other one.
+"""What swapping the head of a trained model costs, before any training: perplexity with its own
+head and with every other one.
 
     python -m benchmarks.swap out/demo/cross_entropy
 
-Each head is matched to the model's softmax on training text (`harmonic.match`) and scored on the whole validation split, with the exponent
-that is found and with one that goes with the width. Writes results/head_swap.csv and prints README's table.
+Each head is matched to the model's softmax on training text (`harmonic.match`) and scored on the
+whole validation split, with the exponent that is found and with one that goes with the width.
+Writes results/head_swap.csv and prints README's table.
 """
 
 import csv
@@ -24,7 +26,10 @@ from training.config import UserError, cli, parse
 
 SETTINGS = [(name, {}) for name in HEADS if name != "cross_entropy"]
 SETTINGS += [("minkowski", {"head_p": 2.0})]
-SETTINGS += [(name, exponent(name)) for name in ("euclidean", "cosine", "mahalanobis", "manhattan", "canberra")]
+SETTINGS += [
+    (name, exponent(name))
+    for name in ("euclidean", "cosine", "mahalanobis", "manhattan", "canberra")
+]
 SETTINGS += [(name, {"link": "softmax"}) for name in ("euclidean", "cosine", "manhattan")]
 COLUMNS = ["head", "settings", "strength", "kl", "perplexity", "source_perplexity", "seconds"]
 
@@ -60,7 +65,15 @@ def main():
         took = time.perf_counter() - began
         strength = "" if model.head.is_control else float(model.head.strength)
         about = ", ".join(f"{k.removeprefix('head_')}={v}" for k, v in settings.items())
-        rows.append(dict(zip(COLUMNS, (name, about, strength, kl, perplexity(model.eval()), own, took), strict=True)))
+        rows.append(
+            dict(
+                zip(
+                    COLUMNS,
+                    (name, about, strength, kl, perplexity(model.eval()), own, took),
+                    strict=True,
+                )
+            )
+        )
     with open(Path(c.out), "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -71,11 +84,18 @@ def main():
 
 def markdown(rows: list[dict]) -> str:
     """README's table."""
-    lines = ["| head | n (softmax: s) | KL, nats a token | perplexity | of the source |", "|---|---|---|---|---|"]
+    lines = [
+        "| head | n (softmax: s) | KL, nats a token | perplexity | of the source |",
+        "|---|---|---|---|---|",
+    ]
     for r in rows:
         about = f", {r['settings']}" if r["settings"] else ""
         strength = f"{float(r['strength']):.4g}" if r["strength"] not in ("", None) else ""
-        cells = f"{float(r['kl']):.1e}", f"{float(r['perplexity']):.2f}", f"{float(r['source_perplexity']):.2f}"
+        cells = (
+            f"{float(r['kl']):.1e}",
+            f"{float(r['perplexity']):.2f}",
+            f"{float(r['source_perplexity']):.2f}",
+        )
         lines.append(f"| {r['head']}{about} | {strength} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

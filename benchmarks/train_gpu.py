@@ -1,12 +1,17 @@
-"""An iteration of training GPT-2 124M on one GPU: this project's model beside a loop in nanoGPT's manner.
+"""An iteration of training GPT-2 124M on one GPU: this project's model beside a loop in nanoGPT's
+manner.
 
-`python -m benchmarks.gpu` calls `measure` with one of the two loops, and writes what it finds to results/gpu.csv.
+`python -m benchmarks.gpu` calls `measure` with one of the two loops, and writes what it finds to
+results/gpu.csv.
 
-Ours      model.py with one head, and what train.py does in an iteration: forward, backward, the norms that it logs, clipping, AdamW.
-Nanogpt   a GPT as one writes it without a second thought: no biases, tied embeddings, fused attention, F.cross_entropy of whole logits,
+Ours      model.py with one head, and what train.py does in an iteration: forward, backward, the
+          norms that it logs, clipping, AdamW.
+Nanogpt   a GPT as one writes it without a second thought: no biases, tied embeddings, fused
+          attention, F.cross_entropy of whole logits,
           all of it compiled, clip_grad_norm_, fused AdamW, TF32 where it is float32.
 
-Both take the same random tokens, which lie on the GPU already, in bfloat16 autocast. Needs PyTorch alone.
+Both take the same random tokens, which lie on the GPU already, in bfloat16 autocast. Needs PyTorch
+alone.
 """
 
 import gc
@@ -27,7 +32,8 @@ RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0  # nanoGPT's
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model and a batch. vocabulary: tokens; rows: of the embedding, padding included. compiler: a backend of torch.compile."""
+    """A model and a batch. vocabulary: tokens; rows: of the embedding, padding included. compiler:
+    a backend of torch.compile."""
 
     device: str = "cuda"
     layers: int = 12
@@ -51,9 +57,11 @@ class Sizes:
         return tuple(both.to(self.device))
 
     def flops_per_token(self, parameters: int) -> float:
-        """Forward and backward: 6 for each weight that multiplies, and attention (PaLM, arXiv 2204.02311, appendix B).
+        """Forward and backward: 6 for each weight that multiplies, and attention (PaLM, arXiv
+        2204.02311, appendix B).
 
-        parameters: all but the embedding of positions; a tied embedding counts once, as the head's matrix.
+        parameters: all but the embedding of positions; a tied embedding counts once, as the head's
+            matrix.
         """
         return 6 * parameters + 12 * self.layers * self.width * self.length
 
@@ -73,7 +81,13 @@ class Ours:
     def __init__(self, s: Sizes, head: str, precision: str = "auto"):
         torch.manual_seed(0)
         shape = dict(n_layer=s.layers, n_head=s.heads, n_embd=s.width, block_size=s.length)
-        config = ModelConfig(**shape, vocab_size=s.rows, real_vocab_size=s.vocabulary, head=head, head_precision=precision)
+        config = ModelConfig(
+            **shape,
+            vocab_size=s.rows,
+            real_vocab_size=s.vocabulary,
+            head=head,
+            head_precision=precision,
+        )
         self.model = Model(config).to(s.device)
         for block in self.model.blocks:
             block.compile(fullgraph=True, backend=s.compiler)
@@ -96,7 +110,11 @@ class Ours:
             gradients = [p.grad for p in self.parameters]
             squares = torch.stack(torch._foreach_norm(gradients)).square()
             norm = squares.sum().sqrt()
-            row += [norm, torch.where(self.of_head, squares, 0.0).sum().sqrt(), torch.where(self.of_head, 0.0, squares).sum().sqrt()]
+            row += [
+                norm,
+                torch.where(self.of_head, squares, 0.0).sum().sqrt(),
+                torch.where(self.of_head, 0.0, squares).sum().sqrt(),
+            ]
             row += [model.head.prototypes().norm(dim=-1).mean()]
             torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
@@ -113,8 +131,18 @@ class PlainGPT(nn.Module):
         self.words, self.places = nn.Embedding(s.rows, s.width), nn.Embedding(s.length, s.width)
         self.blocks, self.last = nn.ModuleList(), nn.LayerNorm(s.width, bias=False)
         for _ in range(s.layers):
-            block = nn.ModuleDict({key: nn.LayerNorm(s.width, bias=False) for key in ("before_attention", "before_mlp")})
-            for key, inputs, outputs in (("qkv", 1, 3), ("out", 1, 1), ("up", 1, 4), ("down", 4, 1)):
+            block = nn.ModuleDict(
+                {
+                    key: nn.LayerNorm(s.width, bias=False)
+                    for key in ("before_attention", "before_mlp")
+                }
+            )
+            for key, inputs, outputs in (
+                ("qkv", 1, 3),
+                ("out", 1, 1),
+                ("up", 1, 4),
+                ("down", 4, 1),
+            ):
                 block[key] = nn.Linear(inputs * s.width, outputs * s.width, bias=False)
             self.blocks.append(block)
         for p in self.parameters():
@@ -140,13 +168,20 @@ class Nanogpt:
         torch.manual_seed(0)
         model = PlainGPT(s).to(s.device)
         self.parameters = list(model.parameters())
-        matrices, others = ([p for p in self.parameters if (p.dim() > 1) == wanted] for wanted in (True, False))
-        groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+        matrices, others = (
+            [p for p in self.parameters if (p.dim() > 1) == wanted] for wanted in (True, False)
+        )
+        groups = [
+            {"params": matrices, "weight_decay": DECAY},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
         self.model = torch.compile(model, backend=s.compiler)
         self.autocast = torch.autocast(s.device, torch.bfloat16)
         self.x, self.y = s.tokens()
-        self.flops_per_token = s.flops_per_token(sum(p.numel() for p in self.parameters) - model.places.weight.numel())
+        self.flops_per_token = s.flops_per_token(
+            sum(p.numel() for p in self.parameters) - model.places.weight.numel()
+        )
 
     def step(self) -> torch.Tensor:
         before = torch.backends.cuda.matmul.allow_tf32
@@ -162,21 +197,25 @@ class Nanogpt:
 
 
 def joules() -> float | None:
-    """The board's energy counter; None where the package pynvml is missing, or the driver has no counter."""
+    """The board's energy counter; None where the package pynvml is missing, or the driver has no
+    counter."""
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}".encode())
+        board = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
+        )
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(board) / 1000
     except pynvml.NVMLError:
         return None
 
 
 def peak_flops(device: str) -> float | None:
-    """Of the card, by its data sheet; None where it is not known, or the package jsonargparse is missing."""
+    """Of the card, by its data sheet; None where it is not known, or the package jsonargparse is
+    missing."""
     try:
         from training import telemetry
     except ImportError:
@@ -185,7 +224,8 @@ def peak_flops(device: str) -> float | None:
 
 
 def measure(s: Sizes, loop: Loop) -> dict[str, str]:
-    """Runs a loop for a while -> cells of the table. Raises: FloatingPointError for a loss that is not finite."""
+    """Runs a loop for a while -> cells of the table. Raises: FloatingPointError for a loss that is
+    not finite."""
     gc.collect()  # The last model is in cycles with what was compiled for it.
     gpu = s.device == "cuda"
     wait = torch.cuda.synchronize if gpu else lambda: None

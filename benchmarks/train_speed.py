@@ -1,12 +1,16 @@
-"""How fast train.py trains and sample.py samples, beside what one would write first, in the same run on the same machine.
+"""How fast train.py trains and sample.py samples, beside what one would write first, in the same
+run on the same machine.
 
     python -m benchmarks.train_speed                # about 15 minutes on 2 cores
     python -m benchmarks.train_speed --only=steps
 
-steps        tokens/s of train.py's own iterations (from its metrics) over those of a plain eager loop in nanoGPT's manner: GPT of 6 layers,
-             384 wide, 256 tokens of context, 8 windows, 4,096 tokens of vocabulary, cross_entropy; processes in turn, medians over rounds
+steps        tokens/s of train.py's own iterations (from its metrics) over those of a plain eager
+             loop in nanoGPT's manner: GPT of 6 layers,
+             384 wide, 256 tokens of context, 8 windows, 4,096 tokens of vocabulary, cross_entropy;
+             processes in turn, medians over rounds
 shares       where an iteration's time goes: data, trunk, head, norms and clipping, optimiser
-sample       sample.py's tokens/s for 512 new tokens with the cache of keys and values, over those without
+sample       sample.py's tokens/s for 512 new tokens with the cache of keys and values, over those
+             without
 checkpoint   how much longer an iteration takes while a checkpoint is written in its background
 memory       resident memory of train.py over 10,000 iterations of a tiny model
 """
@@ -60,7 +64,8 @@ class SpeedConfig:
 
 
 class Plain(nn.Module):
-    """A GPT as one writes it without a second thought: tied embeddings, fused attention, logits, F.cross_entropy."""
+    """A GPT as one writes it without a second thought: tied embeddings, fused attention, logits,
+    F.cross_entropy."""
 
     def __init__(self, layers: int, heads: int, width: int, length: int):
         super().__init__()
@@ -70,7 +75,9 @@ class Plain(nn.Module):
         for _ in range(layers):
             products = dict(qkv=nn.Linear(width, 3 * width), out=nn.Linear(width, width))
             products |= dict(up=nn.Linear(width, 4 * width), down=nn.Linear(4 * width, width))
-            self.blocks.append(nn.ModuleDict(dict(a=nn.LayerNorm(width), b=nn.LayerNorm(width)) | products))
+            self.blocks.append(
+                nn.ModuleDict(dict(a=nn.LayerNorm(width), b=nn.LayerNorm(width)) | products)
+            )
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
@@ -78,26 +85,36 @@ class Plain(nn.Module):
     def forward(self, x, y):
         h = self.words(x) + self.places(torch.arange(x.shape[1]))
         for b in self.blocks:
-            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in b["qkv"](b["a"](h)).chunk(3, -1))
-            h = h + b["out"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            q, k, v = (
+                t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for t in b["qkv"](b["a"](h)).chunk(3, -1)
+            )
+            h = h + b["out"](
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            )
             h = h + b["down"](F.gelu(b["up"](b["b"](h))))
         logits = F.linear(self.last(h), self.words.weight)
         return F.cross_entropy(logits.view(-1, VOCABULARY), y.view(-1))
 
 
 def plain(c: SpeedConfig) -> float:
-    """tokens/s of the plain loop: random windows of a memory map, forward, backward, clipping, AdamW."""
+    """tokens/s of the plain loop: random windows of a memory map, forward, backward, clipping,
+    AdamW."""
     torch.manual_seed(0)
     model = Plain(SIZE["n_layer"], SIZE["n_head"], SIZE["n_embd"], SIZE["block_size"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    autocast = torch.autocast("cpu", torch.bfloat16) if c.dtype == "bfloat16" else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16) if c.dtype == "bfloat16" else contextlib.nullcontext()
+    )
     T, times = SIZE["block_size"], []
     for _ in range(c.iters):
         began = time.perf_counter()
         data = np.memmap(Path(c.dataset) / "train.bin", np.uint16, "r")
         starts = torch.randint(len(data) - T, (BATCH,))
         x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
+        y = torch.stack(
+            [torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts]
+        )
         with autocast:
             loss = model(x, y)
         loss.backward()
@@ -110,30 +127,79 @@ def plain(c: SpeedConfig) -> float:
 
 def train(c: SpeedConfig, out: Path, **flags) -> list[dict]:
     """A training process of the benchmark's size -> its metrics."""
-    settings = dict(dataset=c.dataset, batch_size=BATCH, head="cross_entropy", head_precision="autocast", eval_interval=10**6, eval_iters=1)
-    settings |= SIZE | dict(log_interval=1, emissions=False, overwrite=True, out_dir=out, warmup_iters=1, max_iters=c.iters) | flags
-    subprocess.run([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())], check=True, stdout=subprocess.DEVNULL)
+    settings = dict(
+        dataset=c.dataset,
+        batch_size=BATCH,
+        head="cross_entropy",
+        head_precision="autocast",
+        eval_interval=10**6,
+        eval_iters=1,
+    )
+    settings |= (
+        SIZE
+        | dict(
+            log_interval=1,
+            emissions=False,
+            overwrite=True,
+            out_dir=out,
+            warmup_iters=1,
+            max_iters=c.iters,
+        )
+        | flags
+    )
+    subprocess.run(
+        [sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return read_metrics(out)
 
 
 def steps(c: SpeedConfig, home: Path) -> list[list]:
-    kinds = [(who, dtype) for dtype in ("float32", "bfloat16") for who in ("plain loop", "train.py")]
+    kinds = [
+        (who, dtype) for dtype in ("float32", "bfloat16") for who in ("plain loop", "train.py")
+    ]
     found = {kind: [] for kind in kinds}
     for _ in tqdm(range(c.rounds), "steps", disable=None):
         for who, dtype in kinds:
             if who == "train.py":
-                speeds = [r["tokens_per_s"] for r in train(c, home / "steps", dtype=dtype) if "tokens_per_s" in r]
+                speeds = [
+                    r["tokens_per_s"]
+                    for r in train(c, home / "steps", dtype=dtype)
+                    if "tokens_per_s" in r
+                ]
                 speed = statistics.median(speeds[8:])
             else:
-                words = ["--only=plain", f"--dtype={dtype}", f"--iters={c.iters}", f"--dataset={c.dataset}"]
-                done = subprocess.run([sys.executable, "-m", "benchmarks.train_speed", *words], check=True, capture_output=True, text=True)
+                words = [
+                    "--only=plain",
+                    f"--dtype={dtype}",
+                    f"--iters={c.iters}",
+                    f"--dataset={c.dataset}",
+                ]
+                done = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.train_speed", *words],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
                 speed = float(done.stdout)
             found[who, dtype].append(speed)
     rows, compared = [], {("train.py", "bfloat16"): ["float32", "bfloat16"]}
     for who, dtype in kinds:
         for base in compared.get((who, dtype), ["float32"]):
-            ratio = statistics.median(a / b for a, b in zip(found[who, dtype], found["plain loop", base], strict=True))
-            rows.append([who, dtype, f"{statistics.median(found[who, dtype]):.0f}", "tokens/s", f"{ratio:.2f}", f"plain loop, {base}"])
+            ratio = statistics.median(
+                a / b for a, b in zip(found[who, dtype], found["plain loop", base], strict=True)
+            )
+            rows.append(
+                [
+                    who,
+                    dtype,
+                    f"{statistics.median(found[who, dtype]):.0f}",
+                    "tokens/s",
+                    f"{ratio:.2f}",
+                    f"plain loop, {base}",
+                ]
+            )
     return rows
 
 
@@ -141,7 +207,8 @@ PARTS = ("trunk, forward", "head, both ways", "trunk, backward", "norms, clippin
 
 
 def iteration(model, optimizer, x, y, autocast, mark=lambda: None, loss=None):
-    """One as train.py runs it: x, y (B, T) -> nothing; `mark()` is called before the first of PARTS and after each.
+    """One as train.py runs it: x, y (B, T) -> nothing; `mark()` is called before the first of PARTS
+    and after each.
 
     loss: (hidden states, targets) -> what is differentiated; None: the sum of the model's own head.
     """
@@ -169,21 +236,40 @@ def shares(c: SpeedConfig, _: Path) -> list[list]:
     rows, data = [], load_data(c.dataset)
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
-        model = Model(ModelConfig(**SIZE, vocab_size=VOCABULARY, head="cross_entropy", head_precision="autocast"))
+        model = Model(
+            ModelConfig(
+                **SIZE, vocab_size=VOCABULARY, head="cross_entropy", head_precision="autocast"
+            )
+        )
         for block in model.blocks:
             block.compile(fullgraph=True)
         optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1, None, "cpu")
-        autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+        autocast = (
+            torch.autocast("cpu", torch.bfloat16)
+            if dtype == "bfloat16"
+            else contextlib.nullcontext()
+        )
         parts = {part: [] for part in ("data", *PARTS)}
         for step in range(c.iters):
             marks = [time.perf_counter()]
-            ((x, y),) = training_batches(data, "gpt", SIZE["block_size"], 0, step, range(BATCH), BATCH, BATCH)
+            ((x, y),) = training_batches(
+                data, "gpt", SIZE["block_size"], 0, step, range(BATCH), BATCH, BATCH
+            )
             iteration(model, optimizer, x, y, autocast, lambda: marks.append(time.perf_counter()))  # noqa: B023
             for part, a, b in zip(parts, marks[:-1], marks[1:], strict=True):
                 parts[part].append(b - a)
         took = {part: statistics.median(times[8:]) for part, times in parts.items()}
         for part, t in took.items():
-            rows.append([f"share: {part}", dtype, f"{1000 * t:.1f}", "ms", f"{t / sum(took.values()):.3f}", "an iteration"])
+            rows.append(
+                [
+                    f"share: {part}",
+                    dtype,
+                    f"{1000 * t:.1f}",
+                    "ms",
+                    f"{t / sum(took.values()):.3f}",
+                    "an iteration",
+                ]
+            )
     return rows
 
 
@@ -191,21 +277,43 @@ def sample(c: SpeedConfig, home: Path) -> list[list]:
     train(c, home / "sample", max_iters=1, block_size=1024, batch_size=1, compile=False)
     found = {}
     for cache in ("false", "true"):
-        words = [f"--out_dir={home / 'sample'}", "--max_new_tokens=512", "--start=The city of", f"--cache={cache}"]
+        words = [
+            f"--out_dir={home / 'sample'}",
+            "--max_new_tokens=512",
+            "--start=The city of",
+            f"--cache={cache}",
+        ]
         speeds = []
         for _ in range(c.rounds):
-            done = subprocess.run([sys.executable, "sample.py", *words], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "sample.py", *words], check=True, capture_output=True, text=True
+            )
             speeds.append(float(re.search(r"([\d,]+) tokens/s", done.stderr)[1].replace(",", "")))
         found[cache] = statistics.median(speeds)
     ratio = found["true"] / found["false"]
     return [
-        ["sample.py, without cache", "float32", f"{found['false']:.0f}", "tokens/s", "1.00", "sample.py, without cache"],
-        ["sample.py", "float32", f"{found['true']:.0f}", "tokens/s", f"{ratio:.1f}", "sample.py, without cache"],
+        [
+            "sample.py, without cache",
+            "float32",
+            f"{found['false']:.0f}",
+            "tokens/s",
+            "1.00",
+            "sample.py, without cache",
+        ],
+        [
+            "sample.py",
+            "float32",
+            f"{found['true']:.0f}",
+            "tokens/s",
+            f"{ratio:.1f}",
+            "sample.py, without cache",
+        ],
     ]
 
 
 def checkpoint(c: SpeedConfig, home: Path) -> list[list]:
-    """147 MB a checkpoint, every 8 iterations: the copy that training waits for, and the iterations that share the processor with the
+    """147 MB a checkpoint, every 8 iterations: the copy that training waits for, and the iterations
+    that share the processor with the
     writing."""
     model = Model(ModelConfig(**SIZE, vocab_size=VOCABULARY))
     optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1, None, "cpu")
@@ -219,12 +327,25 @@ def checkpoint(c: SpeedConfig, home: Path) -> list[list]:
         copies.append(time.perf_counter() - began)
     interval = 8
     records = train(c, home / "checkpoint", max_iters=10 * interval, eval_interval=interval)
-    times = {r["iter"]: BATCH * SIZE["block_size"] / r["tokens_per_s"] for r in records if "tokens_per_s" in r and r["iter"] >= interval}
-    after = [statistics.median(t for i, t in times.items() if i % interval == k) for k in range(interval)]
+    times = {
+        r["iter"]: BATCH * SIZE["block_size"] / r["tokens_per_s"]
+        for r in records
+        if "tokens_per_s" in r and r["iter"] >= interval
+    }
+    after = [
+        statistics.median(t for i, t in times.items() if i % interval == k) for k in range(interval)
+    ]
     quiet = statistics.median(after[interval // 2 :])
     copy = statistics.median(copies)
     return [
-        ["copying a checkpoint's 147 MB", "float32", f"{1000 * copy:.0f}", "ms", f"{copy / quiet:.2f}", "a quiet iteration"],
+        [
+            "copying a checkpoint's 147 MB",
+            "float32",
+            f"{1000 * copy:.0f}",
+            "ms",
+            f"{copy / quiet:.2f}",
+            "a quiet iteration",
+        ],
         *(
             [
                 f"iteration {k + 1} after a checkpoint",
@@ -241,9 +362,23 @@ def checkpoint(c: SpeedConfig, home: Path) -> list[list]:
 
 def memory(c: SpeedConfig, home: Path) -> list[list]:
     run, marks = home / "memory", (1000, 10_000)
-    settings = dict(dataset=c.dataset, n_layer=1, n_head=1, n_embd=16, block_size=32, batch_size=4, max_iters=10_001, eval_interval=500)
-    settings |= dict(eval_iters=1, log_interval=10, compile=False, emissions=False, out_dir=run, head="cosine")
-    process = subprocess.Popen([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())], stdout=subprocess.DEVNULL)
+    settings = dict(
+        dataset=c.dataset,
+        n_layer=1,
+        n_head=1,
+        n_embd=16,
+        block_size=32,
+        batch_size=4,
+        max_iters=10_001,
+        eval_interval=500,
+    )
+    settings |= dict(
+        eval_iters=1, log_interval=10, compile=False, emissions=False, out_dir=run, head="cosine"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())],
+        stdout=subprocess.DEVNULL,
+    )
     seen, about = {}, psutil.Process(process.pid)
     while process.poll() is None and len(seen) < len(marks):
         path = run / "metrics.jsonl"
@@ -254,13 +389,25 @@ def memory(c: SpeedConfig, home: Path) -> list[list]:
         time.sleep(0.02)
     process.wait()
     ratio = seen[marks[1]] / seen[marks[0]]
-    return [["resident memory at iteration 10,000", "float32", f"{seen[marks[1]]:.0f}", "MiB", f"{ratio:.3f}", "at iteration 1,000"]]
+    return [
+        [
+            "resident memory at iteration 10,000",
+            "float32",
+            f"{seen[marks[1]]:.0f}",
+            "MiB",
+            f"{ratio:.3f}",
+            "at iteration 1,000",
+        ]
+    ]
 
 
 def markdown(rows: list[dict]) -> str:
     """README's table."""
     lines = ["| | precision | | times | |", "|---|---|---|---|---|"]
-    lines += [f"| {r['what']} | {r['dtype']} | {r['value']} {r['unit']} | {r['ratio']} | {r['to']} |" for r in rows]
+    lines += [
+        f"| {r['what']} | {r['dtype']} | {r['value']} {r['unit']} | {r['ratio']} | {r['to']} |"
+        for r in rows
+    ]
     return "\n".join(lines)
 
 
@@ -275,7 +422,10 @@ def main():
                 new = measure(c, Path(home))
                 rows += new
                 print(
-                    "\n".join(f"{what:40} {dtype:9} {value:>8} {unit:9} {ratio:>6} x {to}" for what, dtype, value, unit, ratio, to in new)
+                    "\n".join(
+                        f"{what:40} {dtype:9} {value:>8} {unit:9} {ratio:>6} x {to}"
+                        for what, dtype, value, unit, ratio, to in new
+                    )
                 )
     if c.only is None:
         with open(c.out, "w", newline="") as file:

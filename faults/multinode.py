@@ -1,10 +1,12 @@
-"""Two machines, as network namespaces with their own addresses and a cable between them: trains, cuts the cable, puts it back.
+"""Two machines, as network namespaces with their own addresses and a cable between them: trains,
+cuts the cable, puts it back.
 
     sudo python -m faults.multinode          # about two minutes; writes results/multinode.txt
 
-Each side runs `torchrun --nnodes=2` as on two real machines, with the rendezvous over c10d; what they share is the folder of the run. In
-mid-run the link between them goes down for longer than --timeout. Then it is put back, and the run has to end like one that a single
-process did alone: the same losses to 1e-4.
+Each side runs `torchrun --nnodes=2` as on two real machines, with the rendezvous over c10d; what
+they share is the folder of the run. In mid-run the link between them goes down for longer than
+--timeout. Then it is put back, and the run has to end like one that a single process did alone: the
+same losses to 1e-4.
 """
 
 import os
@@ -43,7 +45,9 @@ class MultinodeConfig:
 def ip(*words):
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"ip {' '.join(words)}: {done.stderr.strip()} (network namespaces need root)")
+        raise UserError(
+            f"ip {' '.join(words)}: {done.stderr.strip()} (network namespaces need root)"
+        )
 
 
 class Network:
@@ -54,7 +58,20 @@ class Network:
         for node in NODES:
             ip("netns", "add", node)
             ip("-n", node, "link", "set", "lo", "up")
-        ip("link", "add", "eth0", "netns", "node0", "type", "veth", "peer", "name", "eth0", "netns", "node1")
+        ip(
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            "node0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            "node1",
+        )
         for node, address in NODES.items():
             ip("-n", node, "address", "add", f"{address}/24", "dev", "eth0")
         self.link("up")
@@ -84,15 +101,36 @@ def main():
         home = Path(folder)
         run, alone = home / "run", home / "alone"
         settings = dict(dropout=0, head="cosine", lr_decay_iters=c.max_iters)
-        launcher = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={NODES['node0']}:29500", "--rdzv_id=1"]
-        training = command(run, c.dataset, c.max_iters, timeout=c.timeout, **settings)[1:]  # train.py and its flags
+        launcher = [
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint={NODES['node0']}:29500",
+            "--rdzv_id=1",
+        ]
+        training = command(run, c.dataset, c.max_iters, timeout=c.timeout, **settings)[
+            1:
+        ]  # train.py and its flags
         nodes = {}
         for i, (node, address) in enumerate(NODES.items()):
-            here = [f"--rdzv_conf=is_host={int(i == 0)}", f"--local_addr={address}"]  # namespaces share their host's name
-            words = [sys.executable, "-m", "torch.distributed.run", *launcher, *here, "--max-restarts=3", *training]
+            here = [
+                f"--rdzv_conf=is_host={int(i == 0)}",
+                f"--local_addr={address}",
+            ]  # namespaces share their host's name
+            words = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *launcher,
+                *here,
+                "--max-restarts=3",
+                *training,
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
             with (home / f"{node}.log").open("w") as log:
-                nodes[node] = subprocess.Popen(["ip", "netns", "exec", node, *words], env=environment, stdout=log, stderr=log)
+                nodes[node] = subprocess.Popen(
+                    ["ip", "netns", "exec", node, *words], env=environment, stdout=log, stderr=log
+                )
         try:
             tell(f"torchrun started on {' and '.join(f'{n} ({a})' for n, a in NODES.items())}")
             if not wait_until(lambda: written(run) >= c.cut_at, nodes["node0"]):
@@ -100,19 +138,35 @@ def main():
             network.link("down")
             cut = time.monotonic()
             tell(f"iteration {written(run)}: link down")
-            wait_until(lambda: time.monotonic() - cut > c.cut_seconds or any(n.poll() is not None for n in nodes.values()))
+            wait_until(
+                lambda: (
+                    time.monotonic() - cut > c.cut_seconds
+                    or any(n.poll() is not None for n in nodes.values())
+                )
+            )
             stood = written(run), newest_iteration(run)
             network.link("up")
-            tell(f"link up again; metrics stand at iteration {stood[0]}, the newest checkpoint at {stood[1]}")
+            tell(
+                f"link up again; metrics stand at iteration {stood[0]}, the newest checkpoint at"
+                f" {stood[1]}"
+            )
             if not wait_until(lambda: newest_iteration(run) > stood[0], nodes["node0"]):
                 raise UserError("training did not go on after the link was back")
-            tell(f"training has passed iteration {stood[0]} again, {time.monotonic() - cut - c.cut_seconds:.0f} s after the link was back")
+            tell(
+                f"training has passed iteration {stood[0]} again,"
+                f" {time.monotonic() - cut - c.cut_seconds:.0f} s after the link was back"
+            )
             statuses = {name: node.wait(300) for name, node in nodes.items()}
             tell(f"ended: exit status {' and '.join(f'{s} on {n}' for n, s in statuses.items())}")
             finish(command(alone, c.dataset, c.max_iters, **settings), home / "log")
             pairs = list(zip(history(alone), history(run), strict=True))
-            furthest = max(abs(a[k] - b[k]) for a, b in pairs for k in ("train_loss", "val_loss") if k in a)
-            tell(f"largest difference of a loss to one process alone, over {c.max_iters} iterations: {furthest:.1e} nats")
+            furthest = max(
+                abs(a[k] - b[k]) for a, b in pairs for k in ("train_loss", "val_loss") if k in a
+            )
+            tell(
+                f"largest difference of a loss to one process alone, over {c.max_iters} iterations:"
+                f" {furthest:.1e} nats"
+            )
         finally:
             for name, node in nodes.items():
                 node.kill()

@@ -1,16 +1,21 @@
 """Breaks real runs in every way that runs break, and looks at what is left.
 
-    python -m faults.storm                            # all of it, about 40 minutes on 2 cores; adds to results/faults.csv what is missing
+    # all of it, about 40 minutes on 2 cores; adds to results/faults.csv what is missing
+    python -m faults.storm
     python -m faults.storm --only=kills --trials=10
 
-kills     SIGKILL at random moments, half of them while a checkpoint is being written; one process, and two under torchrun
-damage    a bit flipped, a file cut short or missing, in the newest checkpoint and in train.bin, val.bin and meta.json
-disk      a disk that fills up in mid-run (and is emptied again), a folder that turns read-only, one that was read-only before
+kills     SIGKILL at random moments, half of them while a checkpoint is being written; one process,
+          and two under torchrun
+damage    a bit flipped, a file cut short or missing, in the newest checkpoint and in train.bin,
+          val.bin and meta.json
+disk      a disk that fills up in mid-run (and is emptied again), a folder that turns read-only, one
+          that was read-only before
 clock     the time of day jumps by a day to and fro while training; files from the future
 hang      a process that stops answering, under torchrun --max-restarts
 
-Every run is compared in the end with one that nothing happened to: the same metrics, line by line, and the same bytes of weights and
-optimiser. A row says what was tried, what happened, how many iterations were done again, and whether all was as it should be.
+Every run is compared in the end with one that nothing happened to: the same metrics, line by line,
+    and the same bytes of weights and optimiser. A row says what was tried, what happened, how many
+    iterations were done again, and whether all was as it should be.
 """
 
 import csv
@@ -36,8 +41,26 @@ from training.verify import compare, history, kill_all, written
 
 INTERVAL = 5  # iterations between checkpoints
 BATCH = 10  # kills of a run, before it is ended and compared
-COLUMNS = ["fault", "processes", "trial", "tried", "happened", "done_again", "seconds", "as_it_should"]
-TINY = dict(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=8, eval_iters=1, eval_interval=INTERVAL, log_interval=1) | dict(
+COLUMNS = [
+    "fault",
+    "processes",
+    "trial",
+    "tried",
+    "happened",
+    "done_again",
+    "seconds",
+    "as_it_should",
+]
+TINY = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=64,
+    block_size=64,
+    batch_size=8,
+    eval_iters=1,
+    eval_interval=INTERVAL,
+    log_interval=1,
+) | dict(
     head="cosine", dropout=0.1, warmup_iters=10, lr_decay_iters=3000, compile=False, emissions=False
 )
 
@@ -56,7 +79,11 @@ class StormConfig:
     """the table; rows that it has are not tried again"""
 
     def problems(self) -> list[str]:
-        found = [] if self.trials is None or self.trials > 0 else [f"trials={self.trials} must be at least 1"]
+        found = (
+            []
+            if self.trials is None or self.trials > 0
+            else [f"trials={self.trials} must be at least 1"]
+        )
         return (
             found
             if (Path(self.dataset) / "meta.json").is_file()
@@ -76,7 +103,10 @@ class Table:
             self.rows = list(csv.DictReader(file))
 
     def has(self, fault: str, processes: int, trial: int) -> bool:
-        return any((r["fault"], r["processes"], r["trial"]) == (fault, str(processes), str(trial)) for r in self.rows)
+        return any(
+            (r["fault"], r["processes"], r["trial"]) == (fault, str(processes), str(trial))
+            for r in self.rows
+        )
 
     def drop(self, fault: str, processes: int, trials: range):
         """Forgets the rows of a batch that was not ended."""
@@ -87,22 +117,48 @@ class Table:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def add(self, fault: str, processes: int, trial: int, tried: str, happened: str, done_again, seconds: float, good: bool):
+    def add(
+        self,
+        fault: str,
+        processes: int,
+        trial: int,
+        tried: str,
+        happened: str,
+        done_again,
+        seconds: float,
+        good: bool,
+    ):
         values = fault, processes, trial, tried, happened, done_again, f"{seconds:.1f}", good
         self.rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
 
 
-def command(out: Path, dataset, max_iters: int, processes: int = 1, torchrun=(), **flags) -> list[str]:
-    settings = {**TINY, "dataset": dataset, "max_iters": max_iters, "init_from": "auto", "out_dir": out, **flags}
-    return [sys.executable, *launcher(processes, *torchrun), "train.py", *(f"--{k}={v}" for k, v in settings.items())]
+def command(
+    out: Path, dataset, max_iters: int, processes: int = 1, torchrun=(), **flags
+) -> list[str]:
+    settings = {
+        **TINY,
+        "dataset": dataset,
+        "max_iters": max_iters,
+        "init_from": "auto",
+        "out_dir": out,
+        **flags,
+    }
+    return [
+        sys.executable,
+        *launcher(processes, *torchrun),
+        "train.py",
+        *(f"--{k}={v}" for k, v in settings.items()),
+    ]
 
 
 def begin(words: list[str], log: Path, env: dict | None = None) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("a") as file:
-        return subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(
+            words, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
 
 
 def finish(words: list[str], log: Path, env: dict | None = None, timeout: float = 900) -> int:
@@ -139,7 +195,9 @@ def wait_until(condition, process: subprocess.Popen | None = None, seconds: floa
 
 def newest_iteration(run: Path) -> int:
     """Of the checkpoints that are sound."""
-    sound = [m["iter"] for f, m in checkpoint.manifests(run).items() if checkpoint.damage(f) is None]
+    sound = [
+        m["iter"] for f, m in checkpoint.manifests(run).items() if checkpoint.damage(f) is None
+    ]
     return max(sound, default=0)
 
 
@@ -149,7 +207,8 @@ def differences(a: Path, b: Path) -> str:
 
 
 def kills(c: StormConfig, table: Table, home: Path):
-    """Batches of kills of one run, which is then ended and compared; a batch without its comparison is begun anew."""
+    """Batches of kills of one run, which is then ended and compared; a batch without its comparison
+    is begun anew."""
     total = c.trials or 50
     for processes in (1, 2):
         for batch, first in enumerate(range(0, total, BATCH)):
@@ -159,10 +218,19 @@ def kills(c: StormConfig, table: Table, home: Path):
                 kill_and_compare(c, table, home / f"{processes} {batch}", processes, batch, trials)
 
 
-def kill_and_compare(c: StormConfig, table: Table, home: Path, processes: int, batch: int, trials: range):
+def kill_and_compare(
+    c: StormConfig, table: Table, home: Path, processes: int, batch: int, trials: range
+):
     home.mkdir()
-    run, whole, log, rng = home / "killed", home / "whole", home / "log", random.Random(f"{processes} {batch}")
-    for trial in tqdm(trials, f"kills, {processes} process{'es' if processes > 1 else ''}", disable=None):
+    run, whole, log, rng = (
+        home / "killed",
+        home / "whole",
+        home / "log",
+        random.Random(f"{processes} {batch}"),
+    )
+    for trial in tqdm(
+        trials, f"kills, {processes} process{'es' if processes > 1 else ''}", disable=None
+    ):
         process = begin(command(run, c.dataset, 100_000, processes), log)
         goal = newest_iteration(run) + INTERVAL * rng.randrange(1, 8)
         wait_until(lambda: newest_iteration(run) >= goal, process)  # noqa: B023  called before the next round
@@ -184,15 +252,21 @@ def kill_and_compare(c: StormConfig, table: Table, home: Path, processes: int, b
         left = any((run / "ckpt").glob(".iter_*"))
         lines, kept = written(run), newest_iteration(run)
         when = "while a checkpoint was written" if writing else "at a random moment"
-        what = f"goes on from {kept} of {lines}{', an unfinished checkpoint was left' if left else ''}"
+        what = (
+            f"goes on from {kept} of {lines}{', an unfinished checkpoint was left' if left else ''}"
+        )
         good = 0 <= lines - kept <= 2 * INTERVAL and took < 10
-        table.add("kill", processes, trial, f"SIGKILL to {who} {when}", what, lines - kept, took, good)
+        table.add(
+            "kill", processes, trial, f"SIGKILL to {who} {when}", what, lines - kept, took, good
+        )
     end, began = newest_iteration(run) + 20, time.monotonic()
     statuses = [finish(command(r, c.dataset, end, processes), log) for r in (run, whole)]
     wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
     tried = f"the run of kills {trials[0]} to {trials[-1]}, ended, against one never killed"
     happened = wrong or f"bitwise equal over {end} iterations"
-    table.add("after kills", processes, batch, tried, happened, "", time.monotonic() - began, not wrong)
+    table.add(
+        "after kills", processes, batch, tried, happened, "", time.monotonic() - began, not wrong
+    )
 
 
 def spoil(path: Path, how: str, rng: random.Random) -> str:
@@ -236,13 +310,28 @@ def damage(c: StormConfig, table: Table, home: Path):
         if status == 0:
             wrong = differences(run, whole)
             reported = "is damaged" in text
-            happened = wrong or ("reported, the checkpoint before used, bitwise equal" if reported else "of no consequence, bitwise equal")
+            happened = wrong or (
+                "reported, the checkpoint before used, bitwise equal"
+                if reported
+                else "of no consequence, bitwise equal"
+            )
             good = not wrong
         else:
-            (message,) = [line for line in text.splitlines() if line.startswith("train.py: ")] or [text[-200:]]
+            (message,) = [line for line in text.splitlines() if line.startswith("train.py: ")] or [
+                text[-200:]
+            ]
             happened = f"refused: {message.removeprefix('train.py: ').replace(f'{home}/', '')}"
             good = status == 2 and "Traceback" not in text and name in message
-        table.add("damage", 1, trial, tried, happened, INTERVAL if "reported" in happened else 0, time.monotonic() - began, good)
+        table.add(
+            "damage",
+            1,
+            trial,
+            tried,
+            happened,
+            INTERVAL if "reported" in happened else 0,
+            time.monotonic() - began,
+            good,
+        )
 
 
 class Disk:
@@ -251,7 +340,9 @@ class Disk:
     def __init__(self, path: Path, megabytes: float):
         self.path = path
         path.mkdir()
-        self._mount("mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(path))
+        self._mount(
+            "mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(path)
+        )
 
     def _mount(self, *words):
         done = subprocess.run(words, capture_output=True, text=True)
@@ -268,13 +359,17 @@ class Disk:
         subprocess.run(["umount", "-l", str(self.path)], check=False)
 
 
-def stop_and_compare(c: StormConfig, process: subprocess.Popen, run: Path, whole: Path, log: Path) -> str:
+def stop_and_compare(
+    c: StormConfig, process: subprocess.Popen, run: Path, whole: Path, log: Path
+) -> str:
     """SIGTERM to a run, and what differs then from one that nothing happened to."""
     process.send_signal(signal.SIGTERM)
     status, end = process.wait(60), newest_iteration(run)
     finish(command(whole, c.dataset, end), log)
     same = compare(run, whole)
-    steps = ([r for r in history(path) if "train_loss" in r] for path in (run, whole))  # the whole one evaluates at its end besides
+    steps = (
+        [r for r in history(path) if "train_loss" in r] for path in (run, whole)
+    )  # the whole one evaluates at its end besides
     same["metrics"] = next(steps) == next(steps)
     found = [f"{part} differ" for part, equal in same.items() if not equal]
     return "; ".join(found if status == 143 else [f"exit status {status}", *found])
@@ -298,9 +393,19 @@ def disk(c: StormConfig, table: Table, home: Path):
             wait_until(lambda: newest_iteration(run) > during + INTERVAL, process)
             wrong = stop_and_compare(c, process, run, home / "full whole", log)
         happened = (
-            f"reported; iter {during} stayed; metrics waited at {before} to {stuck} lines; with room again all written, bitwise equal"
+            f"reported; iter {during} stayed; metrics waited at {before} to {stuck} lines; with"
+            " room again all written, bitwise equal"
         )
-        table.add("full disk", 1, 0, "tmpfs full in mid-run, then enlarged", wrong or happened, 0, time.monotonic() - began, not wrong)
+        table.add(
+            "full disk",
+            1,
+            0,
+            "tmpfs full in mid-run, then enlarged",
+            wrong or happened,
+            0,
+            time.monotonic() - began,
+            not wrong,
+        )
     if not table.has("read-only out_dir", 1, 0):
         began, log = time.monotonic(), home / "ro.log"
         with Disk(home / "ro", 50) as small:
@@ -308,14 +413,26 @@ def disk(c: StormConfig, table: Table, home: Path):
             status = finish(command(small.path / "run", c.dataset, 20), log)
         message = log.read_text().strip().splitlines()[-1].replace(f"{home}/", "")
         good = status == 2 and "cannot be written: Read-only file system" in message
-        table.add("read-only out_dir", 1, 0, "out_dir on a read-only file system", message, 0, time.monotonic() - began, good)
+        table.add(
+            "read-only out_dir",
+            1,
+            0,
+            "out_dir on a read-only file system",
+            message,
+            0,
+            time.monotonic() - began,
+            good,
+        )
     if not table.has("read-only out_dir", 1, 1):
         began, log, run = time.monotonic(), home / "immutable.log", home / "immutable"
         process = begin(command(run, c.dataset, 100_000), log)
         wait_until(lambda: newest_iteration(run) > 0, process)
         if subprocess.run(["chattr", "+i", str(run / "ckpt")], capture_output=True).returncode:
             kill_all(process)
-            raise UserError("chattr +i does not work on this file system: no folder can be made read-only for root")
+            raise UserError(
+                "chattr +i does not work on this file system: no folder can be made read-only for"
+                " root"
+            )
         wait_until(lambda: "could not be written" in log.read_text(), process)
         kept = newest_iteration(run)
         subprocess.run(["chattr", "-i", str(run / "ckpt")], check=True)
@@ -323,7 +440,16 @@ def disk(c: StormConfig, table: Table, home: Path):
         wrong = stop_and_compare(c, process, run, home / "immutable whole", log)
         happened = f"reported; iter {kept} stayed; written again once it could be; bitwise equal"
         tried = "ckpt turns read-only in mid-run, and back"
-        table.add("read-only out_dir", 1, 1, tried, wrong or happened, 0, time.monotonic() - began, not wrong)
+        table.add(
+            "read-only out_dir",
+            1,
+            1,
+            tried,
+            wrong or happened,
+            0,
+            time.monotonic() - began,
+            not wrong,
+        )
 
 
 def fill(path: Path):
@@ -359,25 +485,45 @@ def clock(c: StormConfig, table: Table, home: Path):
     statuses.append(finish(command(whole, c.dataset, 40), log))
     wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
     tried = "time.time() jumps by a day and by 95 years; files of 1970 and 2096"
-    table.add("clock", 1, 0, tried, wrong or "bitwise equal", 0, time.monotonic() - began, not wrong)
+    table.add(
+        "clock", 1, 0, tried, wrong or "bitwise equal", 0, time.monotonic() - began, not wrong
+    )
 
 
 def hang(c: StormConfig, table: Table, home: Path):
     for trial in range(2):
         if table.has("hang", 2, trial):
             continue
-        log, run, whole = home / f"hang{trial}.log", home / f"hang{trial}", home / f"hang{trial} whole"
+        log, run, whole = (
+            home / f"hang{trial}.log",
+            home / f"hang{trial}",
+            home / f"hang{trial} whole",
+        )
         process = begin(command(run, c.dataset, 200, 2, ["--max-restarts=1"], timeout=10), log)
         wait_until(lambda run=run: newest_iteration(run) >= 2 * INTERVAL, process)
         workers(process)[trial].suspend()
         began, lines = time.monotonic(), written(run)
-        wait_until(lambda run=run, lines=lines: written(run) < lines or newest_iteration(run) > lines + INTERVAL, process)
+        wait_until(
+            lambda run=run, lines=lines: (
+                written(run) < lines or newest_iteration(run) > lines + INTERVAL
+            ),
+            process,
+        )
         took = time.monotonic() - began
         status = process.wait(300)
         finish(command(whole, c.dataset, 200, 2), log)
         wrong = differences(run, whole) or (f"exit status {status}" if status else "")
         happened = f"given up, started again and going on after {took:.0f} s; bitwise equal"
-        table.add("hang", 2, trial, f"SIGSTOP to rank {trial}, timeout=10, --max-restarts=1", wrong or happened, "", took, not wrong)
+        table.add(
+            "hang",
+            2,
+            trial,
+            f"SIGSTOP to rank {trial}, timeout=10, --max-restarts=1",
+            wrong or happened,
+            "",
+            took,
+            not wrong,
+        )
 
 
 def markdown(rows: list[dict]) -> str:
@@ -385,11 +531,18 @@ def markdown(rows: list[dict]) -> str:
     kinds = {}
     for row in rows:
         kinds.setdefault((row["fault"], row["processes"]), []).append(row)
-    lines = ["| fault | processes | trials | as it should | iterations done again, most | seconds, most |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| fault | processes | trials | as it should | iterations done again, most | seconds, most"
+        " |",
+        "|---|---|---|---|---|---|",
+    ]
     for (fault, processes), group in kinds.items():
         good = sum(r["as_it_should"] == "True" for r in group)
         again = max((int(r["done_again"]) for r in group if r["done_again"]), default=0)
-        lines.append(f"| {fault} | {processes} | {len(group)} | {good} | {again} | {max(float(r['seconds']) for r in group):.0f} |")
+        lines.append(
+            f"| {fault} | {processes} | {len(group)} | {good} | {again} |"
+            f" {max(float(r['seconds']) for r in group):.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -408,7 +561,11 @@ def main():
     print(markdown(table.rows))
     check(problems)
     if wrong := [r for r in table.rows if r["as_it_should"] != "True"]:
-        print(f"{len(wrong)} not as it should be:", *(f"{r['fault']}: {r['tried']}: {r['happened']}" for r in wrong), sep="\n  ")
+        print(
+            f"{len(wrong)} not as it should be:",
+            *(f"{r['fault']}: {r['tried']}: {r['happened']}" for r in wrong),
+            sep="\n  ",
+        )
         sys.exit(1)
 
 

@@ -1,7 +1,8 @@
-"""Harmonic heads: unembeddings whose logit for a token is `-n log d(h, w)`, with d any of the distances in `DISTANCES`.
+"""Harmonic heads: unembeddings whose logit for a token is `-n log d(h, w)`, with d any of the
+distances in `DISTANCES`.
 
-Imports nothing else of this repository and works with any PyTorch model. See `HarmonicHead` and `harmonic_loss`; `swap_head` puts one into
-a model of transformers.
+Imports nothing else of this repository and works with any PyTorch model. See `HarmonicHead` and
+`harmonic_loss`; `swap_head` puts one into a model of transformers.
 """
 
 from harmonic.distances import CONTROLS, DISTANCES, HEADS, Distance

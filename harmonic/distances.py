@@ -1,30 +1,44 @@
 """Every distance: its formula, map, kernel and epilogue, in one table.
 
-A distance is a *map* of both operands (`maps.py`), one of the *kernels* (`kernels.py`) on all pairs, and an *epilogue* that turns raw
-values into d, over a denominator for some:
+A distance is a *map* of both operands (`maps.py`), one of the *kernels* (`kernels.py`) on all
+pairs, and an *epilogue* that turns raw values into d, over a denominator for some:
 
-    d(h, w) = (factor kernel(x, y))^root / max(|terms(x) + terms(y)|, floor),   x = map(h), y = map(w)
+    d(h, w) = (factor kernel(x, y))^root / max(|terms(x) + terms(y)|, floor)
+    x = map(h), y = map(w)
 
-`reference.py` has each formula as it is printed. Sources: A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01628 (the
-harmonic loss). To add a distance, add an entry here and a function there: tests, the documentation's table, `--help` and benchmarks follow.
+`reference.py` has each formula as it is printed. Sources: A = arXiv 2603.10225 (non-Euclidean
+distance layers), B = arXiv 2502.01628 (the harmonic loss). To add a distance, add an entry here and
+a function there: tests, the documentation's table, `--help` and benchmarks follow.
 """
 
 import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from harmonic.kernels import KERNELS
-from harmonic.maps import DIAGONAL, FULL, NOISY_SIGMOID, SIGMOID, SIGN, TRIANGULAR, UNIT, UNIT_L1, Map
+from harmonic.maps import (
+    DIAGONAL,
+    FULL,
+    NOISY_SIGMOID,
+    SIGMOID,
+    SIGN,
+    TRIANGULAR,
+    UNIT,
+    UNIT_L1,
+    Map,
+)
 
 
 @dataclass(frozen=True)
 class Denominator:
     """max(|terms(x) + terms(y)|, floor). terms: (mapped x) -> (...)."""
 
-    terms: Callable
+    terms: Callable[[Tensor], Tensor]
     floor: float = torch.finfo(torch.float32).tiny
 
 
@@ -40,7 +54,8 @@ class Distance:
     factor, root: of the epilogue; root: (**options of the kernel) -> number.
     denominator: of the epilogue; None: there is none.
     logit: (raw value) -> logit. Of a control, in place of the epilogue.
-    options: numbers that a user may set, with their defaults. The kernel takes those it knows, the map the others.
+    options: numbers that a user may set, with their defaults. The kernel takes those it knows, the
+        map the others.
     constants: options of the kernel that are part of the definition.
     degree: k in d(ch, cw) = c^k d(h, w) for c > 0; None where d is not homogeneous.
     translation_invariant: d(h + t, w + t) = d(h, w).
@@ -52,11 +67,11 @@ class Distance:
     exponent: float | str = "dim"
     map: Map | None = None
     factor: float = 1.0
-    root: Callable = lambda **options: 1.0
+    root: Callable[..., float] = lambda **options: 1.0
     denominator: Denominator | None = None
-    logit: Callable | None = None
-    options: dict = field(default_factory=dict)
-    constants: dict = field(default_factory=dict)
+    logit: Callable[[Tensor], Tensor] | None = None
+    options: dict[str, float] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     degree: int | None = 1
     translation_invariant: bool = False
 
@@ -65,44 +80,73 @@ class Distance:
         """Not a distance: a dot product, which takes neither link, exponent nor scale."""
         return self.logit is not None
 
-    def parameters(self, dim: int) -> dict[str, torch.Tensor]:
+    def parameters(self, dim: int) -> dict[str, Tensor]:
         """What is trained beside the prototypes, at its start."""
         return self.map.parameters(dim) if self.map else {}
 
-    def kernel_options(self, options: dict) -> dict:
+    def kernel_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Those of a user's options that the kernel takes, with its constants."""
         known = KERNELS[self.kernel].options
-        return {k: v for k, v in options.items() if k in self.options and k in known} | self.constants
+        taken = {k: v for k, v in options.items() if k in self.options and k in known}
+        return taken | self.constants
 
-    def map_settings(self, settings: dict) -> dict:
+    def map_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The user's options and trained parameters that the map takes, prepared."""
         if self.map is None:
             return {}
-        options = {k: v for k, v in settings.items() if k in self.options and k not in KERNELS[self.kernel].options}
-        return options | self.map.prepare(**{k: v for k, v in settings.items() if k not in self.options})
+        known = KERNELS[self.kernel].options
+        options = {k: v for k, v in settings.items() if k in self.options and k not in known}
+        trained = {k: v for k, v in settings.items() if k not in self.options}
+        return options | self.map.prepare(**trained)
 
 
-def _half(**options):
+def _half(**options: Any) -> float:
     return 0.5  # never the square root: d = sqrt(raw) has no gradient at 0
 
 
-def _sum(x):
-    """In float64 where there is one: sums of layer-normalised states nearly cancel, and n multiplies the error of the logarithm."""
+def _sum(x: Tensor) -> Tensor:
+    """In float64 where there is one: sums of layer-normalised states nearly cancel, and n
+    multiplies the error of the logarithm."""
     return x.sum(-1) if x.device.type == "mps" else x.sum(-1, dtype=torch.float64).to(x.dtype)
 
 
-def _abs_sum(x):
+def _abs_sum(x: Tensor) -> Tensor:
     return x.abs().sum(-1)
 
 
-_mahalanobis = dict(kernel="l2", root=_half, translation_invariant=True, exponent="4dim", source="A, Mahalanobis")
+def _mahalanobis(formula: str, map: Map) -> Distance:
+    return Distance(
+        formula,
+        "l2",
+        map=map,
+        root=_half,
+        translation_invariant=True,
+        exponent="4dim",
+        source="A, Mahalanobis",
+    )
+
 
 DISTANCES = {
-    "euclidean": Distance("sqrt(sum (h-w)^2)", "l2", root=_half, translation_invariant=True, exponent="4dim", source="B, eq. 1"),
-    "euclidean_squared": Distance(  # -s d is softmax(2 s h.w - s |w|^2): cross-entropy with a temperature and a norm penalty
-        "sum (h-w)^2", "l2", degree=2, translation_invariant=True, exponent="2dim", source="published code of A and B"
+    "euclidean": Distance(
+        "sqrt(sum (h-w)^2)",
+        "l2",
+        root=_half,
+        translation_invariant=True,
+        exponent="4dim",
+        source="B, eq. 1",
     ),
-    "manhattan": Distance("sum |h-w|", "lp", translation_invariant=True, exponent="dim/4", source="A, Manhattan"),
+    # -s d is softmax(2 s h.w - s |w|^2): cross-entropy with a temperature and a norm penalty.
+    "euclidean_squared": Distance(
+        "sum (h-w)^2",
+        "l2",
+        degree=2,
+        translation_invariant=True,
+        exponent="2dim",
+        source="published code of A and B",
+    ),
+    "manhattan": Distance(
+        "sum |h-w|", "lp", translation_invariant=True, exponent="dim/4", source="A, Manhattan"
+    ),
     "minkowski": Distance(
         "(sum |h-w|^p)^(1/p)",
         "lp",
@@ -112,7 +156,9 @@ DISTANCES = {
         exponent="4dim",
         source="A, Minkowski",
     ),
-    "chebyshev": Distance("max |h-w|", "linf", translation_invariant=True, exponent="4dim", source="A, Chebyshev"),
+    "chebyshev": Distance(
+        "max |h-w|", "linf", translation_invariant=True, exponent="4dim", source="A, Chebyshev"
+    ),
     "chebyshev_smooth": Distance(  # d(x, x) = log(C)/a, not 0
         "log sum exp(a |h-w|) / a",
         "lse",
@@ -132,7 +178,13 @@ DISTANCES = {
         source="A, cosine",
     ),
     "hamming_soft": Distance(
-        "sum |s(h)-s(w)|, s = sigmoid(x/t)", "lp", map=SIGMOID, degree=None, options={"t": 1.0}, exponent="dim/4", source="A, Hamming"
+        "sum |s(h)-s(w)|, s = sigmoid(x/t)",
+        "lp",
+        map=SIGMOID,
+        degree=None,
+        options={"t": 1.0},
+        exponent="dim/4",
+        source="A, Hamming",
     ),
     "hamming_gumbel": Distance(
         "sum |s(h)-s(w)|, logistic noise in s while training",
@@ -152,9 +204,16 @@ DISTANCES = {
         exponent="sqrt_dim",
         source="A, Hamming",
     ),
-    "canberra": Distance("sum |h-w| / (|h|+|w|)", "canberra", degree=0, exponent="4dim", source="A, Canberra"),
+    "canberra": Distance(
+        "sum |h-w| / (|h|+|w|)", "canberra", degree=0, exponent="4dim", source="A, Canberra"
+    ),
     "canberra_robust": Distance(
-        "sum |h-w| / max(|h|+|w|, 0.001)", "canberra", degree=None, constants={"floor": 1e-3}, exponent="2dim", source="A, Canberra"
+        "sum |h-w| / max(|h|+|w|, 0.001)",
+        "canberra",
+        degree=None,
+        constants={"floor": 1e-3},
+        exponent="2dim",
+        source="A, Canberra",
     ),
     "canberra_weighted": Distance(
         "sum |h-w| (|h|+|w|)^(q-1) / sum (|h|+|w|)^q; q = 1 is bray_curtis_abs",
@@ -166,10 +225,20 @@ DISTANCES = {
         source="A, Canberra",
     ),
     "bray_curtis": Distance(  # homogeneous wherever the floor of the denominator is not reached
-        "sum |h-w| / max(|sum h + sum w|, 0.001)", "lp", denominator=Denominator(_sum, 1e-3), degree=0, exponent=4, source="A, Bray-Curtis"
+        "sum |h-w| / max(|sum h + sum w|, 0.001)",
+        "lp",
+        denominator=Denominator(_sum, 1e-3),
+        degree=0,
+        exponent=4,
+        source="A, Bray-Curtis",
     ),
     "bray_curtis_abs": Distance(
-        "sum |h-w| / (sum |h| + sum |w|)", "lp", denominator=Denominator(_abs_sum), degree=0, exponent=4, source="A, Bray-Curtis"
+        "sum |h-w| / (sum |h| + sum |w|)",
+        "lp",
+        denominator=Denominator(_abs_sum),
+        degree=0,
+        exponent=4,
+        source="A, Bray-Curtis",
     ),
     "bray_curtis_normalized": Distance(  # loses signs: d(x, -x) = 0
         "sum |a(h)-a(w)| / 2, a = |x| / sum |x|",
@@ -180,9 +249,9 @@ DISTANCES = {
         exponent=4,
         source="A, Bray-Curtis",
     ),
-    "mahalanobis": Distance("sqrt((h-w)' P (h-w)), P = A A' + 1e-6 I", map=FULL, **_mahalanobis),
-    "mahalanobis_diagonal": Distance("sqrt(sum exp(theta) (h-w)^2)", map=DIAGONAL, **_mahalanobis),
-    "mahalanobis_cholesky": Distance("|L' (h-w)|, L lower triangular", map=TRIANGULAR, **_mahalanobis),
+    "mahalanobis": _mahalanobis("sqrt((h-w)' P (h-w)), P = A A' + 1e-6 I", FULL),
+    "mahalanobis_diagonal": _mahalanobis("sqrt(sum exp(theta) (h-w)^2)", DIAGONAL),
+    "mahalanobis_cholesky": _mahalanobis("|L' (h-w)|, L lower triangular", TRIANGULAR),
 }
 
 # Not harmonic: they take neither link, exponent nor scale.
@@ -204,7 +273,8 @@ CONTROLS = {
 }
 HEADS = {**DISTANCES, **CONTROLS}
 
-# Settings at which a general formula is another entry: the fast kernel serves them, and nothing is written twice.
+# Settings at which a general formula is another entry: the fast kernel serves them, and nothing is
+# written twice.
 _SAME_AS = {
     ("minkowski", "p", 1.0): "manhattan",
     ("minkowski", "p", 2.0): "euclidean",
@@ -213,19 +283,23 @@ _SAME_AS = {
 }
 
 
-def resolve(name: str, **settings) -> tuple[Distance, dict]:
-    """Looks a head up: -> (its row, its settings with defaults filled in). A setting is an option or a trained parameter.
+def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
+    """Looks a head up: -> (its row, its settings with defaults filled in). A setting is an option
+    or a trained parameter.
 
-    Raises ValueError for an unknown name (naming the nearest), an unknown setting, or an option that is not a positive number.
+    Raises ValueError for an unknown name (naming the nearest), an unknown setting, or an option
+    that is not a positive number.
     """
     if name not in HEADS:
         near = difflib.get_close_matches(str(name), HEADS, n=1)
-        raise ValueError(f"unknown distance {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(HEADS)}"))
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(HEADS)}"
+        raise ValueError(f"unknown distance {name!r}; {hint}")
     row = HEADS[name]
     valid = [*row.options, *row.parameters(1)]
     for key in settings:
         if key not in valid:
-            raise ValueError(f"{name} has no setting {key!r}" + (f"; it has {', '.join(valid)}" if valid else ""))
+            has = f"; it has {', '.join(valid)}" if valid else ""
+            raise ValueError(f"{name} has no setting {key!r}{has}")
     for key, value in row.options.items():
         settings.setdefault(key, value)
         if not settings[key] > 0:
@@ -239,12 +313,15 @@ def resolve(name: str, **settings) -> tuple[Distance, dict]:
 
 def formula_table() -> str:
     """The Markdown table of all heads that README shows."""
-    rows = ["| head | distance | kernel | degree | default n | settings | source |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| head | distance | kernel | degree | default n | settings | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, d in HEADS.items():
         formula = d.formula.replace("|", "\\|")
         settings = ", ".join([f"{k}={v:g}" for k, v in d.options.items()] + list(d.parameters(1)))
-        exponent = "" if d.is_control else d.exponent
-        rows.append(
-            f"| `{name}` | {formula} | {d.kernel} | {'' if d.degree is None else d.degree} | {exponent} | {settings} | {d.source} |"
-        )
+        exponent = "" if d.is_control else str(d.exponent)
+        degree = "" if d.degree is None else str(d.degree)
+        cells = (f"`{name}`", formula, d.kernel, degree, exponent, settings, d.source)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

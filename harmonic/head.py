@@ -1,10 +1,13 @@
 """The head as a module: prototypes, a distance, a link, and whatever of them is trained."""
 
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from harmonic.distances import Distance, resolve
 from harmonic.links import resolve_strength
@@ -13,25 +16,28 @@ from harmonic.pairwise import exactly, log_pairs, operands, paired_distance
 from harmonic.precision import PRECISIONS, Products, choose_products
 
 
-def _at_least_float32(before, after):
-    """A tensor that a module's cast has made narrower than float32 gets its own numbers back, on the new device."""
-    if after.dtype in (torch.float16, torch.bfloat16) and before.dtype in (torch.float32, torch.float64):
-        return before.to(after.device)
-    return after
+def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
+    """A tensor that a module's cast has made narrower than float32 gets its own numbers back, on
+    the new device."""
+    narrow, wide = (torch.float16, torch.bfloat16), (torch.float32, torch.float64)
+    return before.to(after.device) if after.dtype in narrow and before.dtype in wide else after
 
 
 class HarmonicHead(nn.Module):
     """An unembedding: prototypes (V, C), a distance, a link, and whatever of them is trained.
 
-    `head(h)` gives the logits of all tokens, so that F.cross_entropy, sampling and top-k work unchanged; `head.loss(h, targets)` gives the
-    loss without ever holding all logits. Casting a model to half precision leaves the prototypes of a distance float32, unless they are
-    tied to an embedding that is cast.
+    `head(h)` gives the logits of all tokens, so that F.cross_entropy, sampling and top-k work
+    unchanged; `head.loss(h, targets)` gives the loss without ever holding all logits. Casting a
+    model to half precision leaves the prototypes of a distance float32, unless they are tied to an
+    embedding that is cast.
 
     Args:
         n_embd: C. vocab_size: V, the rows of the table.
         name: a key of `DISTANCES` or `CONTROLS`.
-        exponent, link, scale: see `harmonic_logits`. learn_exponent / learn_scale train log n / log s from that start.
-        real_vocab_size: rows from here on are padding: they get no logit, no probability and no gradient.
+        exponent, link, scale: see `harmonic_logits`. learn_exponent / learn_scale train log n / log
+            s from that start.
+        real_vocab_size: rows from here on are padding: they get no logit, no probability and no
+            gradient.
         bias: a trained (V,) bias; "cross_entropy" only.
         init_std: prototypes start from N(0, init_std^2); GPT-2's 0.02 by default.
         impl, skip, precision: see `harmonic_loss`.
@@ -39,7 +45,7 @@ class HarmonicHead(nn.Module):
     Raises: ValueError for anything it could not honour.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         n_embd: int,
         vocab_size: int,
@@ -64,14 +70,20 @@ class HarmonicHead(nn.Module):
         if distance.is_control and (learn_exponent or learn_scale):
             raise ValueError(f"{name} has no exponent or scale to learn")
         if (learn_exponent and link == "softmax") or (learn_scale and link == "harmonic"):
-            has, flag = ("a scale", "learn_scale") if link == "softmax" else ("an exponent", "learn_exponent")
-            raise ValueError(f"the {link} link has {has}: set {flag}")
+            has = (
+                "a scale: set learn_scale"
+                if link == "softmax"
+                else "an exponent: set learn_exponent"
+            )
+            raise ValueError(f"the {link} link has {has}")
         if bias and name != "cross_entropy":
             raise ValueError(f"{name} takes no bias")
         if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
             raise ValueError(f"real_vocab_size {real_vocab_size} is not in 1..{vocab_size}")
         if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}"
+            )
         self.name, self.link, self.options = name, link, options
         self.impl, self.skip, self.precision = impl, skip, precision
         self.real_vocab_size = real_vocab_size or vocab_size
@@ -83,11 +95,12 @@ class HarmonicHead(nn.Module):
         self.log_strength = nn.Parameter(torch.tensor([math.log(strength)])) if learns else None
         self.distance_parameters = nn.ParameterDict(distance.parameters(n_embd))
 
-    def _apply(self, fn, recurse=True):
-        """What `.to`, `.half`, `.cuda` and others do to a module: every tensor becomes fn(tensor)."""
-        if self.is_control:
-            return super()._apply(fn, recurse)
-        return super()._apply(lambda tensor: _at_least_float32(tensor, fn(tensor)), recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to`, `.half`, `.cuda` and others do to a module: every tensor becomes
+        fn(tensor)."""
+        kept = fn if self.is_control else lambda tensor: _at_least_float32(tensor, fn(tensor))
+        applied: Self = super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # torch
+        return applied
 
     def extra_repr(self) -> str:
         rows, coordinates = self.padded_prototypes().shape
@@ -111,7 +124,7 @@ class HarmonicHead(nn.Module):
         return not self.is_control and self.link == "harmonic"
 
     @property
-    def strength(self) -> float | torch.Tensor:
+    def strength(self) -> float | Tensor:
         """n or s: a float, or a 0-dim tensor when it is learnt. 1 for a control."""
         return self.fixed_strength if self.log_strength is None else self.log_strength.exp()[0]
 
@@ -127,7 +140,8 @@ class HarmonicHead(nn.Module):
         if self.is_control:
             return self.name
         symbol = "n" if self.is_harmonic else "s"
-        return f"{self.name}, {self.link} link, {symbol} = {torch.as_tensor(self.strength).item():.4g}"
+        strength = torch.as_tensor(self.strength).item()
+        return f"{self.name}, {self.link} link, {symbol} = {strength:.4g}"
 
     @torch.no_grad()
     def set_strength(self, value: float) -> None:
@@ -136,78 +150,120 @@ class HarmonicHead(nn.Module):
         if self.log_strength is not None:
             self.log_strength.fill_(math.log(value))
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """What `from_config` makes a head of: everything but the numbers of its tensors."""
         rows, width = self.padded_prototypes().shape
-        found = {"n_embd": width, "vocab_size": rows, "name": self.name, "link": self.link, "real_vocab_size": self.real_vocab_size}
-        found |= {"bias": self.bias is not None, "impl": self.impl, "skip": self.skip, "precision": self.precision, **self.options}
-        if not self.is_control:
-            found[self.strength_name] = torch.as_tensor(self.strength).item()
-            found[f"learn_{self.strength_name}"] = self.log_strength is not None
+        found = {
+            "n_embd": width,
+            "vocab_size": rows,
+            "name": self.name,
+            "link": self.link,
+            "real_vocab_size": self.real_vocab_size,
+            "bias": self.bias is not None,
+            "impl": self.impl,
+            "skip": self.skip,
+            "precision": self.precision,
+            **self.options,
+        }
+        strength = self.strength_name
+        if strength is not None:
+            found[strength] = torch.as_tensor(self.strength).item()
+            found[f"learn_{strength}"] = self.log_strength is not None
         return found
 
     @classmethod
-    def from_config(cls, config: dict) -> "HarmonicHead":
+    def from_config(cls, config: dict[str, Any]) -> "HarmonicHead":
         """A head as `config` describes it, with prototypes at their start."""
         return cls(**config)
 
     def rebuild(self, vocab_size: int) -> "HarmonicHead":
-        """A new head like this one with another number of prototypes, all of them tokens; they start anew."""
-        return type(self).from_config(self.config() | {"vocab_size": vocab_size, "real_vocab_size": vocab_size})
+        """A new head like this one with another number of prototypes, all of them tokens; they
+        start anew."""
+        return type(self).from_config(
+            self.config() | {"vocab_size": vocab_size, "real_vocab_size": vocab_size}
+        )
 
     def products(self) -> Products:
-        """How `loss` multiplies matrices on the prototypes' device, inside torch.autocast if this is called inside it."""
+        """How `loss` multiplies matrices on the prototypes' device, inside torch.autocast if this
+        is called inside it."""
         precision = "float32" if self.impl == "dense" else self.precision
         return choose_products(precision, self.distance.kernel, self.padded_prototypes().device)
 
-    def geometry(self) -> dict:
-        """The distance's options and trained parameters: the keyword settings of `distance`, `paired_distance`, `contributions`."""
+    def geometry(self) -> dict[str, Any]:
+        """The distance's options and trained parameters: the keyword settings of `distance`,
+        `paired_distance`, `contributions`."""
         return {**self.options, **self.distance_parameters}
 
-    def prototypes(self) -> torch.Tensor:
+    def prototypes(self) -> Tensor:
         """The rows that are tokens: (real_vocab_size, C)."""
         table = self.padded_prototypes()
         return table if self.real_vocab_size == len(table) else table[: self.real_vocab_size]
 
-    def padded_prototypes(self) -> torch.Tensor:
+    def padded_prototypes(self) -> Tensor:
         """The whole table, with rows that are padding: (V, C)."""
         return self.weight
 
     # What it computes
 
-    def _settings(self):
-        strength = {} if self.is_control else {self.strength_name: self.strength}
+    def _settings(self) -> dict[str, Any]:
+        name = self.strength_name
+        strength = {} if name is None else {name: self.strength}
         bias = None if self.bias is None else self.bias[: self.real_vocab_size]
-        return {**strength, "link": self.link, "bias": bias, "training": self.training, **self.geometry()}
+        return {
+            **strength,
+            "link": self.link,
+            "bias": bias,
+            "training": self.training,
+            **self.geometry(),
+        }
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         """(..., C) -> logits (..., real_vocab_size)."""
         return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
 
-    def loss(self, h: torch.Tensor, targets: torch.Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> torch.Tensor:
-        """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for reduction="none". NaN where h or w is not finite."""
-        how = {"ignore_index": ignore_index, "reduction": reduction, "impl": self.impl, "skip": self.skip, "precision": self.precision}
-        how |= {"rows": self.real_vocab_size, "check_finite": False}  # A slice of the table would cost a copy of its gradient.
-        return harmonic_loss(h, self.padded_prototypes(), targets, self.name, **how, **self._settings())
+    def loss(
+        self, h: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
+    ) -> Tensor:
+        """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for
+        reduction="none". NaN where h or w is not finite."""
+        return harmonic_loss(
+            h,
+            self.padded_prototypes(),
+            targets,
+            self.name,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            impl=self.impl,
+            skip=self.skip,
+            precision=self.precision,
+            rows=self.real_vocab_size,  # A slice of the table would cost a copy of its gradient.
+            check_finite=False,
+            **self._settings(),
+        )
 
     @torch.no_grad()
-    def target_distance(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
-        """d(h, w_target) of each row, without noise: (..., C), (...) -> (...). None for a control; NaN where a target is no token."""
+    def target_distance(self, h: Tensor, targets: Tensor) -> Tensor | None:
+        """d(h, w_target) of each row, without noise: (..., C), (...) -> (...). None for a control;
+        NaN where a target is no token."""
         if self.is_control:
             return None
         known = (targets >= 0) & (targets < self.real_vocab_size)
-        d = paired_distance(h, self.prototypes()[torch.where(known, targets, 0)], self.name, **self.geometry())
+        d = paired_distance(
+            h, self.prototypes()[torch.where(known, targets, 0)], self.name, **self.geometry()
+        )
         return torch.where(known, d, math.nan)
 
 
 @torch.no_grad()
-def softmax_linearization_kl(h: torch.Tensor, head: HarmonicHead) -> float | None:
-    """How far a head of the l2 kernel is from the softmax it linearises to: mean KL(p || q) in nats over the rows of h (N, C).
+def softmax_linearization_kl(h: Tensor, head: HarmonicHead) -> float | None:
+    """How far a head of the l2 kernel is from the softmax it linearises to: mean KL(p || q) in nats
+    over the rows of h (N, C).
 
-    -n log d = -m log r for the squared distance r = |x|^2 + |y|^2 - 2 x.y of the mapped vectors. Around r0, the mean of r over the
-    prototypes, its tangent is -m r / r0, a softmax of dot products with a norm penalty: q. Where prototypes are small beside the state r0
-    is |x|^2 (euclidean, mahalanobis; with n = |x|^2 = C this is softmax(x.y - |y|^2 / 2)), and for cosine about 2, the value at right
-    angles. None where the kernel is not l2 or the link not harmonic.
+    -n log d = -m log r for the squared distance r = |x|^2 + |y|^2 - 2 x.y of the mapped vectors.
+    Around r0, the mean of r over the prototypes, its tangent is -m r / r0, a softmax of dot
+    products with a norm penalty: q. Where prototypes are small beside the state r0 is |x|^2
+    (euclidean, mahalanobis; with n = |x|^2 = C this is softmax(x.y - |y|^2 / 2)), and for cosine
+    about 2, the value at right angles. None where the kernel is not l2 or the link not harmonic.
     """
     if head.distance.kernel != "l2" or not head.is_harmonic:
         return None

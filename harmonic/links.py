@@ -5,9 +5,12 @@ softmax    logit_v = -s d(h, w_v)       the same geometry without HarMax: its co
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from harmonic.distances import HEADS, resolve
 from harmonic.pairwise import paired_distance
@@ -16,7 +19,7 @@ LINKS = ("harmonic", "softmax")
 CONTROL = "control"  # in place of a link where the head is a dot product
 
 # Exponents n that go with the width C: name -> (C) -> n.
-EXPONENTS = {
+EXPONENTS: dict[str, Callable[[int], float]] = {
     "dim/4": lambda dim: dim / 4,
     "sqrt_dim": math.sqrt,
     "dim": float,
@@ -25,28 +28,40 @@ EXPONENTS = {
 }
 
 
-def logits(log_d: torch.Tensor, strength: float | torch.Tensor, link: str, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """log d -> logits, with strength n or s. A control has its logits already, and no strength; bias: (V,), a control's."""
+def logits(
+    log_d: Tensor, strength: float | Tensor, link: str, bias: Tensor | None = None
+) -> Tensor:
+    """log d -> logits, with strength n or s. A control has its logits already, and no strength;
+    bias: (V,), a control's."""
     if link == CONTROL:
         return log_d if bias is None else log_d + bias
     return -strength * (log_d if link == "harmonic" else log_d.exp())
 
 
-def resolve_exponent(name: str, dim: int, exponent: float | str | None = None) -> float:
-    """The exponent as a number, from a positive number, a key of `EXPONENTS`, or None for the distance's default. ValueError otherwise."""
+def resolve_exponent(name: str, dim: int, exponent: float | str | Tensor | None = None) -> float:
+    """The exponent as a number, from a positive number, a key of `EXPONENTS`, or None for the
+    distance's default. ValueError otherwise."""
     exponent = HEADS[name].exponent if exponent is None else exponent
-    n = EXPONENTS[exponent](dim) if exponent in EXPONENTS else exponent
+    n = exponent
+    if isinstance(exponent, str) and exponent in EXPONENTS:
+        n = EXPONENTS[exponent](dim)
     if not isinstance(n, int | float) or not 0 < n < math.inf:
-        raise ValueError(f"exponent must be a positive number or one of {', '.join(EXPONENTS)}, got {exponent!r}")
+        raise ValueError(
+            f"exponent must be a positive number or one of {', '.join(EXPONENTS)}, got {exponent!r}"
+        )
     return float(n)
 
 
 @torch.no_grad()
-def default_scale(name: str, dim: int, exponent: float | str | None = None, **settings) -> float:
-    """The s at which `-s d` and `-n log d` have the same slope for a freshly initialised model: n over the median distance between a
-    layer-normalised state and a prototype of standard deviation 0.02. So that twins start from the same place."""
+def default_scale(
+    name: str, dim: int, exponent: float | str | Tensor | None = None, **settings: Any
+) -> float:
+    """The s at which `-s d` and `-n log d` have the same slope for a freshly initialised model: n
+    over the median distance between a layer-normalised state and a prototype of standard deviation
+    0.02. So that twins start from the same place."""
     generator = torch.Generator().manual_seed(0)
-    h, w = (torch.randn(64, dim, generator=generator, device="cpu") for _ in range(2))  # also inside torch.device("meta")
+    # The device is named, for this may run inside torch.device("meta").
+    h, w = (torch.randn(64, dim, generator=generator, device="cpu") for _ in range(2))
     options = {k: v for k, v in settings.items() if k in resolve(name)[0].options}
     typical = paired_distance(F.layer_norm(h, (dim,)), 0.02 * w, name, **options).median().item()
     return resolve_exponent(name, dim, exponent) / typical
@@ -56,17 +71,18 @@ def resolve_strength(
     name: str,
     dim: int,
     link: str = "harmonic",
-    exponent: float | str | torch.Tensor | None = None,
-    scale: float | torch.Tensor | None = None,
-    **settings,
-) -> tuple[str, float | torch.Tensor]:
-    """-> (the link, or "control"; n or s as a number or tensor). settings: of the distance. ValueError for what is no link or strength."""
+    exponent: float | str | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    **settings: Any,
+) -> tuple[str, float | Tensor]:
+    """-> (the link, or "control"; n or s as a number or tensor). settings: of the distance.
+    ValueError for what is no link or strength."""
     if HEADS[name].is_control:
         return CONTROL, 1.0
     if link not in LINKS:
         raise ValueError(f"unknown link {link!r}; choose from {', '.join(LINKS)}")
     chosen = scale if link == "softmax" else exponent
-    if isinstance(chosen, torch.Tensor):
+    if isinstance(chosen, Tensor):
         return link, chosen
     if link == "harmonic":
         return link, resolve_exponent(name, dim, exponent)

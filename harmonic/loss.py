@@ -1,43 +1,62 @@
 """HarMax in log space: logits and loss.
 
-    harmonic   logit_v = -n log d(h, w_v)   so that p_v = d_v^-n / sum_j d_j^-n     (2502.01628, eq. 2)
+    harmonic   logit_v = -n log d(h, w_v)   so that p_v = d_v^-n / sum_j d_j^-n (2502.01628, eq. 2)
     softmax    logit_v = -s d(h, w_v)       the same geometry without HarMax: its control
 
-Everything is float32 (float64 stays) whatever autocast says, except the operands of matrix products where `precision` says so. Nothing is
-clamped, smoothed or filled in; the only constant is the floor under the logarithm that `kernels.py` documents.
+Everything is float32 (float64 stays) whatever autocast says, except the operands of matrix products
+where `precision` says so. Nothing is clamped, smoothed or filled in; the only constant is the floor
+under the logarithm that `kernels.py` documents.
+
+How a loss is computed is chosen by three arguments:
+
+    impl       "auto": the fastest that the device and the distance have. "chunked": plain PyTorch
+               that holds a few chunks of rows, whatever N. "numba", "triton": the same with
+               compiled kernels, in float32 on a CPU and on CUDA. "dense": all logits, (N, V).
+    skip       Elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the
+               target's. What is left out of a row adds up to less than `skip` of the target's.
+    precision  Of the matrix products (kernels l2 and dot): "float32"; "split", nearly as exact and
+               on a GPU several times faster; "autocast", torch.autocast's type inside it. "auto" is
+               split for distances and autocast for dot products on CUDA, float32 elsewhere. Norms,
+               logarithms and sums are always float32, and so is "dense". See `precision.py`.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from harmonic.backends import IMPLS, Problem, Spec
 from harmonic.backends.autograd import evaluate
 from harmonic.distances import resolve
 from harmonic.links import logits, resolve_strength
 from harmonic.pairwise import check_vectors, draw_seed, exactly, fast_log_pairs, operands, together
-from harmonic.precision import FLOAT32, choose_products
+from harmonic.precision import choose_products
 
 IGNORE_INDEX = -100  # the target of a position without a loss, as in F.cross_entropy
 REDUCTIONS = ("mean", "sum", "none")
 SKIP = 1e-6
 
 
-def harmonic_logits(
-    h: torch.Tensor,
-    w: torch.Tensor,
+def harmonic_logits(  # noqa: PLR0913
+    h: Tensor,
+    w: Tensor,
     name: str,
     *,
-    exponent: float | str | torch.Tensor | None = None,
+    exponent: float | str | Tensor | None = None,
     link: str = "harmonic",
-    scale: float | torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
     training: bool = False,
-    **settings,
-) -> torch.Tensor:
-    """Logits whose log-softmax is HarMax: (..., C), (V, C) -> (..., V), float32 (float64 if h and w are).
+    **settings: Any,
+) -> Tensor:
+    """Logits whose log-softmax is HarMax: (..., C), (V, C) -> (..., V), float32 (float64 if h and w
+    are).
 
     Args:
-        name: a key of `DISTANCES`, or a control ("cross_entropy", "cosine_linear"), which ignores exponent, link and scale.
-        exponent: n, the power of the distance (not of its square): a number, a 0-dim tensor, a key of `EXPONENTS`, None = the default.
+        name: a key of `DISTANCES`, or a control ("cross_entropy", "cosine_linear"), which ignores
+            exponent, link and scale.
+        exponent: n, the power of the distance (not of its square): a number, a 0-dim tensor, a key
+            of `EXPONENTS`, None = the default.
         link: "harmonic" (-n log d) or "softmax" (-s d).
         scale: s; None = matched to the exponent by `default_scale`.
         bias: (V,), for "cross_entropy" only.
@@ -51,16 +70,16 @@ def harmonic_logits(
         return logits(fast_log_pairs(both), strength, link, bias).view(*h.shape[:-1], len(w))
 
 
-def harmonic_loss(
-    h: torch.Tensor,
-    w: torch.Tensor,
-    targets: torch.Tensor,
+def harmonic_loss(  # noqa: PLR0913
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
     name: str,
     *,
-    exponent: float | str | torch.Tensor | None = None,
+    exponent: float | str | Tensor | None = None,
     link: str = "harmonic",
-    scale: float | torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     impl: str = "auto",
@@ -69,55 +88,43 @@ def harmonic_loss(
     rows: int | None = None,
     training: bool = False,
     check_finite: bool = True,
-    **settings,
-) -> torch.Tensor:
+    **settings: Any,
+) -> Tensor:
     """Negative log likelihood of the targets in nats, unsmoothed.
 
-    Args:
-        h: (..., C) hidden states. w: (V, C) prototypes. targets: (...) integers in [0, V) or `ignore_index`.
-        reduction: "mean" over the targets that are not ignored, "sum", or "none" -> (...).
-        impl: "dense" materialises (N, V); "chunked" never holds more than a few chunks of rows, whatever N; "numba" is the same with
-            compiled kernels, on a CPU in float32; "triton" on CUDA; "auto" picks the fastest that the device and the distance have.
-        skip: elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the target's, so that what is left out of any
-            row adds up to less than `skip` of the target's slope. 0: none.
-        precision: of the matrix products (kernels l2 and dot): "float32"; "split", nearly as exact and on a GPU several times faster;
-            "autocast", torch.autocast's type inside it. "auto" is split for distances and autocast for dot products on CUDA, float32
-            elsewhere. Norms, logarithms and sums are always float32, and so is all of impl "dense". See `precision.py`.
-        rows: how many rows of w are prototypes, where the rest is padding; None: all.
-        check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training loop that looks at it.
-        The rest: see `harmonic_logits`.
-    Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over no targets is 0, with zero
-        gradients (not NaN), so that a process whose share is empty does not poison the others. No states at all are as good as states
-        whose targets are all ignored.
-    Raises: ValueError for unknown names, non-positive numbers, mismatched sizes, devices that differ, integer vectors; on a CPU also for
-        targets out of range and vectors that are not finite (elsewhere the check would wait for the device: a NaN comes out).
+    Args: h: (..., C) hidden states. w: (V, C) prototypes. targets: (...) integers in [0, V) or
+        `ignore_index`. reduction: "mean" over the targets that are not ignored, "sum", "none".
+        impl, skip, precision: see above. rows: how many rows of w are prototypes, where the rest is
+        padding; None: all. check_finite: raise for vectors that are not finite; else the loss is
+        NaN, as in a training loop that looks at it. The others: see `harmonic_logits`.
+    Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over
+        no targets is 0 with zero gradients, so that a process without targets harms no other.
+    Raises: ValueError for unknown names, non-positive numbers, mismatched sizes, devices that
+        differ, integer vectors; on a CPU also for targets out of range and vectors that are not
+        finite (elsewhere the check would wait for the device: a NaN comes out).
     """
     distance, kept = resolve(name, **settings)
     link, strength = resolve_strength(name, w.shape[-1], link, exponent, scale, **settings)
     rows = len(w) if rows is None else rows
     _check(h, w, targets, impl, reduction, skip, rows)
-    # What the others are compared with is float32.
-    products = FLOAT32 if impl == "dense" else choose_products(precision, distance.kernel, h.device)
+    precision = "float32" if impl == "dense" else precision  # The others are compared with it.
+    products = choose_products(precision, distance.kernel, h.device)
+    options = {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
+    trained = {k: v for k, v in distance.map_settings(kept).items() if isinstance(v, Tensor)}
+    how = (ignore_index, reduction, impl, skip, products, check_finite)
+    spec = Spec(name, options, link, list(trained), rows, *how)
     states, prototypes = together(h.reshape(-1, h.shape[-1]), w)
-    options = {k: v for k, v in settings.items() if not isinstance(v, torch.Tensor)}
-    parameters = {k: v for k, v in distance.map_settings(kept).items() if isinstance(v, torch.Tensor)}
-    if not isinstance(strength, torch.Tensor):
-        strength = torch.full((), strength, device=states.device)  # Filled there: a GPU need not wait for a copy.
-    problem = Problem(
-        states,
-        prototypes,
-        targets.reshape(-1).long(),
-        strength.to(states),
-        bias,
-        list(parameters.values()),
-        draw_seed(distance, training),
-        Spec(name, options, link, list(parameters), rows, ignore_index, reduction, impl, skip, products, check_finite),
-    )
+    if not isinstance(strength, Tensor):  # Filled there: a GPU need not wait for a copy.
+        strength = torch.full((), strength, device=states.device)
+    tensors = (states, prototypes, targets.reshape(-1).long(), strength.to(states), bias)
+    problem = Problem(*tensors, list(trained.values()), draw_seed(distance, training), spec)
     losses = evaluate(problem)
     return losses.view(targets.shape) if reduction == "none" else losses
 
 
-def _check(h, w, targets, impl, reduction, skip, rows) -> None:
+def _check(
+    h: Tensor, w: Tensor, targets: Tensor, impl: str, reduction: str, skip: float, rows: int
+) -> None:
     """ValueError for arguments of `harmonic_loss` that it could not honour."""
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
@@ -131,6 +138,9 @@ def _check(h, w, targets, impl, reduction, skip, rows) -> None:
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets {tuple(targets.shape)} must be integers, got {targets.dtype}")
     if targets.device != h.device:
-        raise ValueError(f"h {tuple(h.shape)} is on {h.device}, targets {tuple(targets.shape)} on {targets.device}")
+        raise ValueError(
+            f"h {tuple(h.shape)} is on {h.device}, "
+            f"targets {tuple(targets.shape)} on {targets.device}"
+        )
     if not 0 < rows <= len(w):
         raise ValueError(f"rows {rows} is not in 1..{len(w)}")

@@ -1,10 +1,12 @@
-"""Distances of all pairs and of paired rows: `distance`, `paired_distance`, `contributions`, and what they are made of."""
+"""Distances of all pairs and of paired rows: `distance`, `paired_distance`, `contributions`, and
+what they are made of."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from harmonic.distances import Distance, resolve
 from harmonic.kernels import KERNELS, floored, pairs
@@ -19,21 +21,23 @@ class Operands(NamedTuple):
     """
 
     distance: Distance
-    x: torch.Tensor
-    y: torch.Tensor
-    u: torch.Tensor | None
-    v: torch.Tensor | None
-    options: dict
+    x: Tensor
+    y: Tensor
+    u: Tensor | None
+    v: Tensor | None
+    options: dict[str, Any]
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: Tensor) -> Tensor:
     """float64 stays, everything else becomes float32: distances are never computed in less."""
     if not x.is_floating_point():
-        raise ValueError(f"expected floating-point vectors, got {x.dtype} of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"expected floating-point vectors, got {x.dtype} of shape {tuple(x.shape)}"
+        )
     return x if x.dtype == torch.float64 else x.float()
 
 
-def together(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def together(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Both wide, and float64 if one of them is."""
     h, w = wide(h), wide(w)
     return (h, w) if h.dtype == w.dtype else (h.double(), w.double())
@@ -41,7 +45,8 @@ def together(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Distances inside are float32 and nothing less: no autocast, no TF32, no sums in float16, whatever the caller has set."""
+    """Distances inside are float32 and nothing less: no autocast, no TF32, no sums in float16,
+    whatever the caller has set."""
     if device.type == "cuda" and torch.backends.cuda.matmul.allow_fp16_accumulation:
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
         try:
@@ -63,23 +68,26 @@ def exactly(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
-def check_vectors(h: torch.Tensor, w: torch.Tensor, paired: bool = False) -> None:
+def check_vectors(h: Tensor, w: Tensor, paired: bool = False) -> None:
     """ValueError, which names the sizes, for operands that no distance is defined for."""
     if h.shape[-1] != w.shape[-1]:
-        raise ValueError(f"h and w differ in their last dimension: {tuple(h.shape)} and {tuple(w.shape)}")
+        raise ValueError(
+            f"h and w differ in their last dimension: {tuple(h.shape)} and {tuple(w.shape)}"
+        )
     if not paired and (w.dim() != 2 or not w.numel()):
         raise ValueError(f"w {tuple(w.shape)} is not a table of prototypes (V, C)")
     if h.device != w.device:
         raise ValueError(f"h {tuple(h.shape)} is on {h.device}, w {tuple(w.shape)} on {w.device}")
 
 
-def draw_seed(distance: Distance, training: bool) -> torch.Tensor | None:
-    """The seed of a map's noise, from torch's own generator; None where there is none. h takes it, w the next."""
+def draw_seed(distance: Distance, training: bool) -> Tensor | None:
+    """The seed of a map's noise, from torch's own generator; None where there is none. h takes it,
+    w the next."""
     noisy = training and distance.map is not None and distance.map.noisy
     return torch.randint(2**62, (), device="cpu") if noisy else None
 
 
-def mapped(distance: Distance, x: torch.Tensor, seed: int | None, settings: dict) -> torch.Tensor:
+def mapped(distance: Distance, x: Tensor, seed: int | None, settings: dict[str, Any]) -> Tensor:
     """x behind the distance's map: (..., C) -> (..., C). settings: of the map."""
     if distance.map is None:
         return x
@@ -87,46 +95,62 @@ def mapped(distance: Distance, x: torch.Tensor, seed: int | None, settings: dict
     return distance.map.function(x, noise, **settings)
 
 
-def map_both(distance: Distance, h: torch.Tensor, w: torch.Tensor, seed: int | None, settings: dict, options: dict) -> Operands:
+def map_both(
+    distance: Distance,
+    h: Tensor,
+    w: Tensor,
+    seed: int | None,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> Operands:
     """Both operands behind the map. settings: of the map; options: of the kernel."""
-    x, y = mapped(distance, h, seed, settings), mapped(distance, w, None if seed is None else seed + 1, settings)
+    x = mapped(distance, h, seed, settings)
+    y = mapped(distance, w, None if seed is None else seed + 1, settings)
     if distance.denominator is None:
         return Operands(distance, x, y, None, None, options)
-    return Operands(distance, x, y, distance.denominator.terms(x), distance.denominator.terms(y), options)
+    u, v = distance.denominator.terms(x), distance.denominator.terms(y)
+    return Operands(distance, x, y, u, v, options)
 
 
-def operands(h: torch.Tensor, w: torch.Tensor, name: str, training: bool = False, paired: bool = False, **settings) -> Operands:
+def operands(
+    h: Tensor, w: Tensor, name: str, training: bool = False, paired: bool = False, **settings: Any
+) -> Operands:
     """Everything that a kernel and its epilogue need, of states and prototypes."""
     distance, settings = resolve(name, **settings)
     check_vectors(h, w, paired)
     h, w = together(h, w)
-    seed = draw_seed(distance, training)
-    seed = None if seed is None else int(seed)
-    return map_both(distance, h, w, seed, distance.map_settings(settings), distance.kernel_options(settings))
+    drawn = draw_seed(distance, training)
+    seed = None if drawn is None else int(drawn)
+    of_map, of_kernel = distance.map_settings(settings), distance.kernel_options(settings)
+    return map_both(distance, h, w, seed, of_map, of_kernel)
 
 
-def log_distance(distance: Distance, raw: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, options: dict) -> torch.Tensor:
+def log_distance(
+    distance: Distance, raw: Tensor, u: Tensor | None, v: Tensor | None, options: dict[str, Any]
+) -> Tensor:
     """Raw values and terms that broadcast against them -> log d; for a control, its logits."""
     if distance.logit is not None:
         return distance.logit(raw)
-    log_d = distance.root(**options) * (distance.factor * raw).log()
-    if distance.denominator is None:
+    log_d: Tensor = distance.root(**options) * (distance.factor * raw).log()
+    if distance.denominator is None or u is None or v is None:  # All three are there, or none.
         return log_d
     return log_d - (u + v).abs().clamp_min(distance.denominator.floor).log()
 
 
-def log_pairs(both: Operands, products: Products = FLOAT32) -> torch.Tensor:
+def log_pairs(both: Operands, products: Products = FLOAT32) -> Tensor:
     """log d of all pairs of mapped operands: (N, V); for a control, its logits."""
     raw = pairs(both.x, both.y, both.distance.kernel, both.options, products)
     u = None if both.u is None else both.u[:, None]
     return log_distance(both.distance, raw, u, both.v, both.options)
 
 
-def fast_log_pairs(both: Operands) -> torch.Tensor:
+def fast_log_pairs(both: Operands) -> Tensor:
     """The same, with a backend's kernel where there is one for tensors like these."""
     from harmonic.backends import raw_values  # Not at the top: backends measure distances, too.
 
-    raw = None if torch.compiler.is_exporting() else raw_values(both.x, both.y, both.distance.kernel, both.options)
+    if torch.compiler.is_exporting():
+        return log_pairs(both)
+    raw = raw_values(both.x, both.y, both.distance.kernel, both.options)
     if raw is None:
         return log_pairs(both)
     raw = floored(raw, both.x, both.y, both.distance.kernel, both.options)
@@ -134,12 +158,13 @@ def fast_log_pairs(both: Operands) -> torch.Tensor:
     return log_distance(both.distance, raw, u, both.v, both.options)
 
 
-def distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
+def distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
     """d(h, w) for all pairs: (..., C), (V, C) -> (..., V), in float32 (float64 if both are).
 
     Args:
         name: a key of `DISTANCES`.
-        settings: the distance's options (p, a, t, q) and trained parameters (factor, theta); see its row.
+        settings: the distance's options (p, a, t, q) and trained parameters (factor, theta); see
+            its row.
     Raises: ValueError for an unknown name or setting, or mismatched sizes.
     """
     if resolve(name, **settings)[0].is_control:
@@ -149,7 +174,7 @@ def distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.T
         return log_pairs(both).exp().view(*h.shape[:-1], len(w))
 
 
-def paired_distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
+def paired_distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
     """d of rows paired by broadcasting: (..., C), (..., C) -> (...). For a control: its logits."""
     with exactly(h.device):
         both = operands(h, w, name, paired=True, **settings)
@@ -159,11 +184,12 @@ def paired_distance(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> 
 
 
 @torch.no_grad()
-def contributions(h: torch.Tensor, w: torch.Tensor, name: str, **settings) -> torch.Tensor:
-    """The share of each coordinate in a pair's distance: (..., C), (..., C) -> (..., C), non-negative, adding up to 1.
+def contributions(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
+    """The share of each coordinate in a pair's distance: (..., C), (..., C) -> (..., C),
+    non-negative, adding up to 1.
 
-    Exact for the sums (l2 shares are of the square). The maximum gives all to one coordinate, the smooth maximum its softmax weights.
-    For a dot product the shares are of sum |h w|.
+    Exact for the sums (l2 shares are of the square). The maximum gives all to one coordinate, the
+    smooth maximum its softmax weights. For a dot product the shares are of sum |h w|.
     """
     with exactly(h.device):
         both = operands(h, w, name, paired=True, **settings)

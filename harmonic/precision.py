@@ -1,20 +1,27 @@
-"""How exactly the head multiplies matrices: the inner products of the kernels l2 and dot, and the products of their gradients.
+"""How exactly the head multiplies matrices: the inner products of the kernels l2 and dot, and the
+products of their gradients.
 
     float32    operands as they are
-    split      each operand is the sum of two half-precision parts, high and low: a.b = high.high + high.low + low.high
+    split      each operand is the sum of two half-precision parts, high and low:
+               a.b = high.high + high.low + low.high
     autocast   operands rounded to autocast's type
 
-Sums are float32 in all three. A split product is three products on tensor cores and about as exact as one in float32
-(results/precision.csv). Inner products take parts in float16, with each row scaled by a power of two so that nothing over- or underflows:
-they keep 22 bits of a number. Slopes span many decades, so the products of gradients take parts in bfloat16: 16 bits, at any size.
+Sums are float32 in all three. A split product is three products on tensor cores. It is about as
+exact as one in float32 where sums are rounded to nearest (results/precision.csv); tensor cores cut
+off digits in their sums, which has not been measured. Inner products take parts in float16, with
+each row scaled by a power of two so that nothing over- or underflows: they keep 22 bits of a
+number. Slopes span many decades, so the products of gradients take parts in bfloat16: 16 bits, at
+any size.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-# Whether torch.mm takes half-precision operands and gives float32 sums: from PyTorch 2.8 on, and on CUDA only.
+# Whether torch.mm takes half-precision operands and gives float32 sums: from PyTorch 2.8 on, and on
+# CUDA only.
 HAS_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "") and not torch.version.hip
 PRECISIONS = ("auto", "float32", "split", "autocast")
 
@@ -22,88 +29,103 @@ PRECISIONS = ("auto", "float32", "split", "autocast")
 class Operand(NamedTuple):
     """One side of the products of a chunk.
 
-    inner: (M, C), or the concatenated parts (M, 3C), for products of rows. unit: (M,), what a row of `inner` has been divided by, or None.
+    inner: (M, C), or the concatenated parts (M, 3C), for products of rows. unit: (M,), what a row
+    of `inner` has been divided by, or None.
     parts: (P, M, C), for the products with slopes, or None.
     """
 
-    inner: torch.Tensor
-    unit: torch.Tensor | None
-    parts: torch.Tensor | None
+    inner: Tensor
+    unit: Tensor | None
+    parts: Tensor | None
 
 
 @dataclass(frozen=True)
 class Products:
-    """A way to multiply. inner, slopes: the types of the operands of x.y, and of slopes and what they are multiplied with."""
+    """A way to multiply. inner, slopes: the types of the operands of x.y, and of slopes and what
+    they are multiplied with."""
 
     name: str
     inner: torch.dtype
     slopes: torch.dtype
     parts: int = 1
 
-    def operand(self, x: torch.Tensor, left: bool, needs_grad: bool) -> Operand:
+    def operand(self, x: Tensor, left: bool, needs_grad: bool) -> Operand:
         """Rows x (M, C), float32, as the left or the right side of products."""
         parts = self.split(x, self.slopes) if needs_grad else None
         if self.parts == 1:
-            same = parts is not None and self.inner == self.slopes
-            return Operand(parts[0] if same else self.split(x, self.inner)[0], None, parts)
-        exponent = torch.frexp(x.abs().amax(1)).exponent.clamp(-100, 120) - 15  # float16 ends at 2^16
+            if parts is not None and self.inner == self.slopes:
+                return Operand(parts[0], None, parts)
+            return Operand(self.split(x, self.inner)[0], None, parts)
+        exponent = torch.frexp(x.abs().amax(1)).exponent.clamp(-100, 120)
+        exponent = exponent - 15  # float16 ends at 2^16
         unit = ((exponent + 127) << 23).view(torch.float32)  # 2^exponent, exactly
         high, low = self.split(x / unit[:, None], self.inner)
         return Operand(torch.cat((high, high, low) if left else (high, low, high), 1), unit, parts)
 
-    def split(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x as a sum of numbers of this type: (...) -> (P, ...)."""
         if self.parts == 1:
             return x.to(dtype)[None]
         high = x.to(dtype)
         return torch.stack((high, (x - high.to(x.dtype)).to(dtype)))
 
-    def inner_products(self, x: Operand, y: Operand) -> torch.Tensor:
+    def inner_products(self, x: Operand, y: Operand) -> Tensor:
         """(R, .), (V, .) -> (R, V), in units of `x.unit[:, None] * y.unit`."""
         return self.multiply(x.inner, y.inner.T)
 
-    def pull_left(self, slopes: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """slopes @ y: parts (P, R, V), (P, V, C) -> (R, C). The product of the two low parts is left out."""
-        total = None
-        for i, part in enumerate(y):
-            high = slopes[: len(slopes) - i]
-            product = self.multiply(high.reshape(-1, high.shape[2]), part).view(*high.shape[:2], -1).sum(0)
-            total = product if total is None else total + product
+    def pull_left(self, slopes: Tensor, y: Tensor) -> Tensor:
+        """slopes @ y: parts (P, R, V), (P, V, C) -> (R, C). The product of the two low parts is
+        left out."""
+        total = self._pull_left(slopes, y[0])
+        for i in range(1, len(y)):
+            total = total + self._pull_left(slopes[: len(slopes) - i], y[i])
         return total
 
-    def pull_right(self, slopes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """slopes.T @ x: parts (P, R, V), (P, R, C) -> (V, C). The product of the two low parts is left out."""
-        total = None
-        for i, part in enumerate(x):
-            high = slopes[: len(slopes) - i]
-            product = self.multiply(high.reshape(-1, high.shape[2]).T, part.repeat(len(high), 1))
-            total = product if total is None else total.add_(product)
+    def _pull_left(self, slopes: Tensor, part: Tensor) -> Tensor:
+        """The sum of slopes @ part over the parts of the slopes: (P, R, V), (V, C) -> (R, C)."""
+        product = self.multiply(slopes.reshape(-1, slopes.shape[2]), part)
+        return product.view(*slopes.shape[:2], -1).sum(0)
+
+    def pull_right(self, slopes: Tensor, x: Tensor) -> Tensor:
+        """slopes.T @ x: parts (P, R, V), (P, R, C) -> (V, C). The product of the two low parts is
+        left out."""
+        total = self._pull_right(slopes, x[0])
+        for i in range(1, len(x)):
+            total.add_(self._pull_right(slopes[: len(slopes) - i], x[i]))
         return total
 
-    def gradients(self, slopes: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pull_right(self, slopes: Tensor, part: Tensor) -> Tensor:
+        """The sum of slopes.T @ part over the parts of the slopes: (P, R, V), (R, C) -> (V, C)."""
+        return self.multiply(slopes.reshape(-1, slopes.shape[2]).T, part.repeat(len(slopes), 1))
+
+    def gradients(self, slopes: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """slopes @ y and slopes.T @ x: (R, V), (R, C), (V, C), all float32 -> (R, C), (V, C)."""
         a, p, q = (self.split(t, self.slopes) for t in (slopes, x, y))
         return self.pull_left(a, q), self.pull_right(a, p)
 
-    def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, two matrices of one type -> float32. The caller has TF32 off."""
         if a.dtype in (torch.float32, torch.float64):
             return a @ b
         if a.device.type == "cuda" and HAS_OUT_DTYPE:
             return torch.mm(a, b, out_dtype=torch.float32)
-        if self.parts > 1:  # products of half-precision numbers are exact in float32: what tensor cores do
+        if self.parts > 1:
+            # Products of half-precision numbers are exact in float32: what tensor cores do.
             return a.float() @ b.float()
         return (a @ b).float()
 
     def encode(self) -> str:
         """What `decode` reads."""
-        return f"{self.name} {str(self.inner).removeprefix('torch.')} {str(self.slopes).removeprefix('torch.')} {self.parts}"
+        inner, slopes = (str(t).removeprefix("torch.") for t in (self.inner, self.slopes))
+        return f"{self.name} {inner} {slopes} {self.parts}"
 
     @staticmethod
     def decode(text: str) -> "Products":
         """The products that `encode` wrote."""
         name, inner, slopes, parts = text.split()
-        return BY_NAME.get(name) or Products(name, getattr(torch, inner), getattr(torch, slopes), int(parts))
+        return BY_NAME.get(name) or Products(
+            name, getattr(torch, inner), getattr(torch, slopes), int(parts)
+        )
 
 
 FLOAT32 = Products("float32", torch.float32, torch.float32)
@@ -114,9 +136,11 @@ BY_NAME = {"float32": FLOAT32, "split": SPLIT}  # "autocast" depends on its type
 def choose_products(precision: str, kernel: str, device: torch.device) -> Products:
     """The products of a head with this kernel of kernels.py.
 
-    auto: on CUDA split for l2, and for dot products autocast; elsewhere float32, which is as fast as anything that exact on a CPU.
-    autocast: float32 outside of autocast. Slopes are never float16, which ends at 6e-8: they are bfloat16 where the device has it, else
-    float32. A GPU without bfloat16, or whose torch.mm gives no float32, has no split. Raises: ValueError for an unknown precision.
+    auto: on CUDA split for l2, and for dot products autocast; elsewhere float32, which is as fast
+    as anything that exact on a CPU.
+    autocast: float32 outside of autocast. Slopes are never float16, which ends at 6e-8: they are
+    bfloat16 where the device has it, else float32. A GPU without bfloat16, or whose torch.mm gives
+    no float32, has no split. Raises: ValueError for an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
@@ -139,14 +163,22 @@ class Multiply(torch.autograd.Function):
     """x @ y.T, differentiable: (N, C), (V, C) -> (N, V)."""
 
     @staticmethod
-    def forward(ctx, x, y, products):
+    def forward(ctx: Any, x: Tensor, y: Tensor, products: Products) -> Tensor:
         ctx.products = products
         ctx.save_for_backward(x, y)
         a, b = products.operand(x, True, False), products.operand(y, False, False)
         raw = products.inner_products(a, b)
-        return raw if a.unit is None else raw.mul_(a.unit[:, None]).mul_(b.unit)
+        if a.unit is None or b.unit is None:  # Both have units, or neither.
+            return raw
+        return raw.mul_(a.unit[:, None]).mul_(b.unit)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slopes):
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, Tensor, None]:
         return *ctx.products.gradients(slopes, *ctx.saved_tensors), None
+
+
+def inner_products(x: Tensor, y: Tensor, products: Products) -> Tensor:
+    """x @ y.T by these products, differentiable: (N, C), (V, C) -> (N, V)."""
+    found: Tensor = Multiply.apply(x, y, products)  # type: ignore[no-untyped-call]  # torch
+    return found

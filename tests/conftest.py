@@ -1,4 +1,5 @@
-"""Small prepared data and helpers to run the scripts as a user does, in this process or as real ones."""
+"""Small prepared data and helpers to run the scripts as a user does, in this process or as real
+ones."""
 
 import contextlib
 import io
@@ -13,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-WORDS = "the a small old king river house film music red blue city war light sings saw made near with and of in was".split()
+WORDS = "the a small old king river house film music red blue city war light".split()
+WORDS += "sings saw made near with and of in was".split()
 
 
 def text(documents: int, seed: int = 0) -> list[str]:
@@ -34,7 +36,15 @@ def text(documents: int, seed: int = 0) -> list[str]:
 def script(*words, cwd=ROOT, env=None, **kw):
     """Runs `python WORDS...` as a user would -> CompletedProcess with text output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kw)
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kw,
+    )
 
 
 def script_here(*words, cwd=ROOT):
@@ -42,7 +52,11 @@ def script_here(*words, cwd=ROOT):
     arguments, out, err, status = [str(w) for w in words], io.StringIO(), io.StringIO(), 0
     module, argv = arguments[0] == "-m", sys.argv
     try:
-        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             sys.argv = arguments[module:]
             if module:
                 runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -65,21 +79,28 @@ def tiny_data(tmp_path_factory):
     source.write_text("".join(json.dumps({"text": t}) + "\n" for t in text(300)))
     out = folder / "tiny"
     done = script(
-        "prepare_openwebtext.py", f"--source={source}", "--tokenizer=bpe:300", f"--out_dir={out}", "--num_proc=1", "--val_fraction=0.1"
+        "prepare_openwebtext.py",
+        f"--source={source}",
+        "--tokenizer=bpe:300",
+        f"--out_dir={out}",
+        "--num_proc=1",
+        "--val_fraction=0.1",
     )
     assert done.returncode == 0, done.stderr
     return out
 
 
 TINY = dict(
-    n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=2, warmup_iters=1, eval_iters=2, eval_interval=100,
+    n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=2, warmup_iters=1,
+    eval_iters=2, eval_interval=100,
     log_interval=1, compile=False, emissions=False, learning_rate=1e-3,
 )  # fmt: skip
 
 
 @pytest.fixture
 def train(tiny_data, tmp_path, monkeypatch, capsys):
-    """train(head="cosine", ...) -> (exit status, stdout, stderr), run in this process with tiny settings; words may be a config file."""
+    """train(head="cosine", ...) -> (exit status, stdout, stderr), run in this process with tiny
+    settings; words may be a config file."""
     import train as script_module
     from training.config import cli
 

@@ -1,4 +1,5 @@
-"""The algorithmic tasks: what they say, that train and test are apart, and that a batch of seeds is the seeds one after another."""
+"""The algorithmic tasks: what they say, that train and test are apart, and that a batch of seeds is
+the seeds one after another."""
 
 import itertools
 import math
@@ -24,7 +25,9 @@ def test_addition_and_equivalence():
 def test_the_lattice_is_of_parallelograms():
     found = TASKS["lattice"].examples()
     for (a, b, c), d in found:
-        assert np.array_equal(np.subtract(divmod(d, 5), divmod(c, 5)), np.subtract(divmod(b, 5), divmod(a, 5)))
+        assert np.array_equal(
+            np.subtract(divmod(d, 5), divmod(c, 5)), np.subtract(divmod(b, 5), divmod(a, 5))
+        )
         assert a not in (b, c)
     assert len(found) == 85**2 - 2 * 25 * 25 + 25  # all of them less those with b = a or c = a
 
@@ -35,14 +38,21 @@ def test_permutations_are_a_group():
     rng = np.random.default_rng(0)
     for a, b, c in rng.integers(24, size=(50, 3)).tolist():
         assert table[table[a, b], c] == table[a, table[b, c]]
-    assert all(sorted(table[i, j] for j in range(24)) == list(range(24)) for i in range(24)) and table[1, 2] != table[2, 1]
+    assert (
+        all(sorted(table[i, j] for j in range(24)) == list(range(24)) for i in range(24))
+        and table[1, 2] != table[2, 1]
+    )
 
 
 def test_the_family_is_a_tree():
     table = dict(TASKS["family"].examples())
     assert len(table) == 126 + 124 + 126
     for i in range(3, 127):
-        assert table[i, 128] == table[table[i, 127], 127] and table[table[i, 129], 129] == i and table[table[i, 129], 127] == table[i, 127]
+        assert (
+            table[i, 128] == table[table[i, 127], 127]
+            and table[table[i, 129], 129] == i
+            and table[table[i, 129], 127] == table[i, 127]
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in TASKS if n != "addition113"])
@@ -51,30 +61,54 @@ def test_train_and_test_share_nothing(name):
     train, test = algorithmic.split(task, 0.8, 3)
     keys = [{task.same(tuple(row[:-1])) for row in side.tolist()} for side in (train, test)]
     assert not keys[0] & keys[1] and len(train) > 2 * len(test) > 0
-    assert set(map(tuple, [*train.tolist(), *test.tolist()])) <= {(*x, y) for x, y in task.examples()}
+    assert set(map(tuple, [*train.tolist(), *test.tolist()])) <= {
+        (*x, y) for x, y in task.examples()
+    }
     again, other = algorithmic.split(task, 0.8, 3)[0], algorithmic.split(task, 0.8, 4)[0]
     assert np.array_equal(train, again) and not np.array_equal(train[:50], other[:50])
 
 
-@pytest.mark.parametrize("model, head", [("mlp", "manhattan"), ("mlp", "mahalanobis"), ("mlp", "cross_entropy"), ("decoder", "cosine")])
+@pytest.mark.parametrize(
+    "model, head",
+    [("mlp", "manhattan"), ("mlp", "mahalanobis"), ("mlp", "cross_entropy"), ("decoder", "cosine")],
+)
 def test_a_batch_is_its_seeds_one_after_another(model, head):
-    job = Job("main", "permutation", model, head, "control" if head == "cross_entropy" else "harmonic", 0.8, 4, 3)
+    job = Job(
+        "main",
+        "permutation",
+        model,
+        head,
+        "control" if head == "cross_entropy" else "harmonic",
+        0.8,
+        4,
+        3,
+    )
     data = algorithmic.splits(TASKS["permutation"], 0.8, [5, 6, 7])
     make = lambda: [algorithmic.make(job, 1.0, seed) for seed in (5, 6, 7)]
     together = algorithmic.train(make(), data, 1e-3, 4, 4)
     for i, alone in enumerate(make()):
         one = algorithmic.train([alone], [d[i : i + 1] for d in data], 1e-3, 4, 4)
-        torch.testing.assert_close(one["prototypes"][0], together["prototypes"][i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            one["prototypes"][0], together["prototypes"][i], rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(one["loss"][:, 0], together["loss"][:, i], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together["prototypes"][0], together["prototypes"][1])
 
 
 def test_the_mlp_learns_the_permutations(tmp_path):
-    rows = algorithmic.run(Job("main", "permutation", "mlp", "euclidean", "harmonic", 0.9, 300, 2), (1e-2, 1.0), str(tmp_path))
-    assert len(rows) == 2 and all(float(r["train_accuracy"]) > 0.9 and r["train_90"] != "" for r in rows)
+    rows = algorithmic.run(
+        Job("main", "permutation", "mlp", "euclidean", "harmonic", 0.9, 300, 2),
+        (1e-2, 1.0),
+        str(tmp_path),
+    )
+    assert len(rows) == 2 and all(
+        float(r["train_accuracy"]) > 0.9 and r["train_90"] != "" for r in rows
+    )
     assert all(0 < float(r["top2"]) <= 1 and r["exponent"] == "16" for r in rows)
     kept = torch.load(next(tmp_path.iterdir()), weights_only=True)
-    assert kept["prototypes"].shape == (2, 24, 16) and len(kept["path"]) == len(kept["steps"]) == len(kept["test"])
+    assert kept["prototypes"].shape == (2, 24, 16) and len(kept["path"]) == len(
+        kept["steps"]
+    ) == len(kept["test"])
 
 
 def test_levels_reached_and_intervals():
@@ -83,21 +117,36 @@ def test_levels_reached_and_intervals():
     assert first == 10 and math.isnan(never)
     for k, n in ((0, 20), (13, 20), (20, 20)):
         expected = scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
-        assert algorithmic_report.wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+        assert algorithmic_report.wilson(k, n) == pytest.approx(
+            (expected.low, expected.high), abs=1e-4
+        )
     rows = [{"test_99": x} for x in ("100", "300", "", "")]
-    assert math.isinf(algorithmic_report.median_step(rows, "test_99")) and algorithmic_report.median_step(rows[:3], "test_99") == 300
+    assert (
+        math.isinf(algorithmic_report.median_step(rows, "test_99"))
+        and algorithmic_report.median_step(rows[:3], "test_99") == 300
+    )
 
 
 def test_the_best_setting_of_a_sweep_is_chosen():
     row = dict(stage="sweep", model="mlp", head="cosine", link="harmonic")
-    found = [row | dict(learning_rate="0.01", multiple="0.25", test_accuracy=a, test_loss="1") for a in ("0.5", "0.9")]
-    found += [row | dict(learning_rate="0.003", multiple="4", test_accuracy="0.7", test_loss=x) for x in ("nan", "0.9")]
-    assert algorithmic.choice(found, "mlp", "cosine", "harmonic") == (0.01, 0.25)  # equal accuracy: the lower loss
+    found = [
+        row | dict(learning_rate="0.01", multiple="0.25", test_accuracy=a, test_loss="1")
+        for a in ("0.5", "0.9")
+    ]
+    found += [
+        row | dict(learning_rate="0.003", multiple="4", test_accuracy="0.7", test_loss=x)
+        for x in ("nan", "0.9")
+    ]
+    assert algorithmic.choice(found, "mlp", "cosine", "harmonic") == (
+        0.01,
+        0.25,
+    )  # equal accuracy: the lower loss
     assert algorithmic.choice(found, "mlp", "cosine", "softmax") is None
 
 
 def test_a_sweep_goes_beyond_the_edge():
-    """The best lies off the grid: it is followed axis by axis, and not beyond the number of settings that is allowed."""
+    """The best lies off the grid: it is followed axis by axis, and not beyond the number of
+    settings that is allowed."""
     tried = []
 
     def costs(settings, best=(64.0, 0.01)):
@@ -109,26 +158,43 @@ def test_a_sweep_goes_beyond_the_edge():
     assert tried[:4] == grid and [m for m, _ in tried[4:7]] == [16, 64, 256] and len(tried) == 4 + 6
     assert min(rate for _, rate in tried) == pytest.approx(0.1 / 10**0.5)
     found = dict(zip(tried, costs(tried[:]), strict=False))
-    assert beyond(min(found, key=found.get), list(found), (4, 10**0.5)) is not None  # the budget ended there
+    assert (
+        beyond(min(found, key=found.get), list(found), (4, 10**0.5)) is not None
+    )  # the budget ended there
     tried.clear()
     search(grid, (4, 3), 6, lambda s: costs(s, (1.0, 0.1)))
-    assert min(m for m, _ in tried) == 0.25 and min(r for _, r in tried) < 0.04  # one step off each edge, which is no better
+    assert (
+        min(m for m, _ in tried) == 0.25 and min(r for _, r in tried) < 0.04
+    )  # one step off each edge, which is no better
     found = dict(zip(tried, costs(tried[:], (1.0, 0.1)), strict=False))
-    assert on_edge([found], (4, 3)).startswith("0 of 1") and on_edge([found, {(1.0, 1.0): 2.0}], (4, 3)).startswith("1 of 2")
+    assert on_edge([found], (4, 3)).startswith("0 of 1") and on_edge(
+        [found, {(1.0, 1.0): 2.0}], (4, 3)
+    ).startswith("1 of 2")
 
 
 def test_every_head_has_its_jobs():
     found = algorithmic.jobs(algorithmic.AlgorithmicConfig())
     for stage, task in itertools.product(("main",), ("addition", "lattice", "permutation")):
-        assert [(j.head, j.link) for j in found if (j.stage, j.task) == (stage, task)] == algorithmic.HEADS
-    assert {j.seeds for j in found if j.stage == "main"} == {20} and len({j.key() for j in found}) == len(found)
+        assert [
+            (j.head, j.link) for j in found if (j.stage, j.task) == (stage, task)
+        ] == algorithmic.HEADS
+    assert {j.seeds for j in found if j.stage == "main"} == {20} and len(
+        {j.key() for j in found}
+    ) == len(found)
     decoders = algorithmic.jobs(algorithmic.AlgorithmicConfig(models="decoder"))
-    assert {j.stage for j in decoders} == {"sweep", "decoder"} and {j.model for j in found} == {"mlp"}
+    assert {j.stage for j in decoders} == {"sweep", "decoder"} and {j.model for j in found} == {
+        "mlp"
+    }
 
 
 @pytest.mark.parametrize(
     "flag, words",
-    [("--tasks=lattic", "unknown lattic"), ("--models=rnn", "unknown rnn"), ("--only=cosin", "is not a head"), ("--seeds=0", "seeds=0")],
+    [
+        ("--tasks=lattic", "unknown lattic"),
+        ("--models=rnn", "unknown rnn"),
+        ("--only=cosin", "is not a head"),
+        ("--seeds=0", "seeds=0"),
+    ],
 )
 def test_bad_flags(flag, words):
     done = script_here("-m", "studies.algorithmic", flag)
@@ -150,12 +216,26 @@ def test_the_report(tmp_path):
         writer = csv.DictWriter(file, algorithmic.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    words = ["-m", "studies.algorithmic_report", f"--table={tmp_path / 'a.csv'}", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'a'}"]
+    words = [
+        "-m",
+        "studies.algorithmic_report",
+        f"--table={tmp_path / 'a.csv'}",
+        f"--runs={tmp_path / 'runs'}",
+        f"--out={tmp_path / 'a'}",
+    ]
     done = script_here(*words)
     assert done.returncode == 0 and "| cosine | 0/2 (0-66 %) | never |" in done.stdout, done.stderr
-    assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "a_curves.png").stat().st_size > 5000
+    assert (tmp_path / "a.png").stat().st_size > 5000 and (
+        tmp_path / "a_curves.png"
+    ).stat().st_size > 5000
     assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
     before = (tmp_path / "a.png").read_bytes()
-    done = script_here(*words[:3], "--runs=nowhere", words[-1])  # no curves: the pictures stay as they were
-    assert done.returncode == 0 and "no " in done.stdout and (tmp_path / "a.png").read_bytes() == before
+    done = script_here(
+        *words[:3], "--runs=nowhere", words[-1]
+    )  # no curves: the pictures stay as they were
+    assert (
+        done.returncode == 0
+        and "no " in done.stdout
+        and (tmp_path / "a.png").read_bytes() == before
+    )
     assert script_here("-m", "studies.algorithmic_report", "--table=nowhere.csv").returncode == 2

@@ -1,4 +1,5 @@
-"""The analysis scripts on tiny runs: the sums against a loop that scores one token at a time, the page, and what a user may get wrong."""
+"""The analysis scripts on tiny runs: the sums against a loop that scores one token at a time, the
+page, and what a user may get wrong."""
 
 import csv
 import dataclasses
@@ -40,11 +41,21 @@ def prepare(folder: Path, vocab_size: int = 300, repeat: int = 1) -> Path:
     train_bpe(TEXT, vocab_size, folder)
     words = load_tokenizer(f"bpe:{vocab_size}", folder)
     splits = {}
-    for name, text in {"train": "".join(TEXT) * 3 * repeat, "val": "".join(TEXT[:7]) * repeat, "test": TEXT[8]}.items():
+    for name, text in {
+        "train": "".join(TEXT) * 3 * repeat,
+        "val": "".join(TEXT[:7]) * repeat,
+        "test": TEXT[8],
+    }.items():
         ids = np.array([*words.encode(text), words.eot_id], "<u2")
         ids.tofile(folder / f"{name}.bin")
         splits[name] = {"file": f"{name}.bin", "tokens": len(ids), "bytes": len(text.encode())}
-    meta = {"tokenizer": words.name, "vocab_size": words.vocab_size, "dtype": "uint16", "eot_id": words.eot_id, "mask_id": words.mask_id}
+    meta = {
+        "tokenizer": words.name,
+        "vocab_size": words.vocab_size,
+        "dtype": "uint16",
+        "eot_id": words.eot_id,
+        "mask_id": words.mask_id,
+    }
     (folder / "meta.json").write_text(json.dumps(meta | {"splits": splits}))
     return folder
 
@@ -54,9 +65,20 @@ def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
     folder.mkdir(parents=True)
     d = load_data(data)
     names = {f.name for f in dataclasses.fields(ModelConfig)}
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 320, "real_vocab_size": d.vocab_size}
+    sizes = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 16,
+        "vocab_size": 320,
+        "real_vocab_size": d.vocab_size,
+    }
     config = ModelConfig(**sizes | {k: v for k, v in settings.items() if k in names})
-    training = TrainConfig(dataset=str(data), out_dir=str(folder), **{k: v for k, v in settings.items() if k not in names})
+    training = TrainConfig(
+        dataset=str(data),
+        out_dir=str(folder),
+        **{k: v for k, v in settings.items() if k not in names},
+    )
     write_yaml(folder / "config.yaml", config, training)
     torch.manual_seed(len(folder.name))
     model = Model(config)
@@ -65,7 +87,15 @@ def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
     checkpoint.save(folder, 2, checkpoint.snapshot(model, optimizer), {"val_loss": 1.0})
     torch.nn.init.normal_(model.head.weight, std=0.6)
     checkpoint.save(folder, iterations, checkpoint.snapshot(model, optimizer), {"val_loss": 2.0})
-    lines = [{"iter": 0, "val_loss": 6.0, "perplexity": math.exp(6), "bits_per_byte": 4.0, "kl_to_softmax": 0.03}]
+    lines = [
+        {
+            "iter": 0,
+            "val_loss": 6.0,
+            "perplexity": math.exp(6),
+            "bits_per_byte": 4.0,
+            "kl_to_softmax": 0.03,
+        }
+    ]
     for i in range(iterations):
         lines.append(
             {
@@ -77,11 +107,23 @@ def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
                 "elapsed_s": 6.0 * (i + 1),
             }
         )
-    lines.append({"iter": iterations, "val_loss": 5.0, "perplexity": math.exp(5), "bits_per_byte": 3.0, "kl_to_softmax": 0.04})
+    lines.append(
+        {
+            "iter": iterations,
+            "val_loss": 5.0,
+            "perplexity": math.exp(5),
+            "bits_per_byte": 3.0,
+            "kl_to_softmax": 0.04,
+        }
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "emissions.csv").write_text("duration,emissions,energy_consumed\n30,0.001,0.002\n30,0.002,0.003\n")
+    (folder / "emissions.csv").write_text(
+        "duration,emissions,energy_consumed\n30,0.001,0.002\n30,0.002,0.003\n"
+    )
     (folder / "environment.json").write_text(
-        json.dumps({"python": "3.11", "device": "cpu", "git_commit": "0123456789abcdef", "git_dirty": True})
+        json.dumps(
+            {"python": "3.11", "device": "cpu", "git_commit": "0123456789abcdef", "git_dirty": True}
+        )
     )
     return folder
 
@@ -120,7 +162,10 @@ def test_windows_score_every_token_but_the_first_once_and_with_enough_context(to
     assert scored == list(range(1, tokens))
 
 
-@pytest.mark.parametrize(("name", "stride", "batch_size"), [("ce", 0, 16), ("cosine", 5, 3), ("ce", 16, 1), ("cosine", 1, 7)])
+@pytest.mark.parametrize(
+    ("name", "stride", "batch_size"),
+    [("ce", 0, 16), ("cosine", 5, 3), ("ce", 16, 1), ("cosine", 1, 7)],
+)
 def test_likelihood_equals_a_loop_over_single_tokens(home, name, stride, batch_size):
     run = find_runs([home / "out" / name])[0]
     (model, _), data = run.load(), run.data()
@@ -142,7 +187,9 @@ def test_a_split_shorter_than_a_window(home):
     split = data.splits["test"]
     short = dataclasses.replace(data, splits={"test": dataclasses.replace(split, tokens=7)})
     ids = torch.from_numpy(split.read(0, 7))
-    expected = torch.nn.functional.cross_entropy(model(ids[None, :-1])[0][0].double(), ids[1:], reduction="sum").item()
+    expected = torch.nn.functional.cross_entropy(
+        model(ids[None, :-1])[0][0].double(), ids[1:], reduction="sum"
+    ).item()
     assert perplexity.likelihood(model, short, "test") == (pytest.approx(expected, rel=1e-6), 6)
 
 
@@ -175,18 +222,30 @@ def test_not_a_number_is_not_hidden(home, tmp_path):
 
 
 def test_perplexity_prints_a_table_and_writes_csv_and_chart(home, tmp_path, monkeypatch, capsys):
-    call(perplexity.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={tmp_path / 'p.csv'}", "--device=cpu")
+    call(
+        perplexity.main,
+        monkeypatch,
+        home / "out/ce",
+        home / "out/cosine",
+        f"--out={tmp_path / 'p.csv'}",
+        "--device=cpu",
+    )
     printed, errors = capsys.readouterr()
     with open(tmp_path / "p.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     data = load_data(home / "data/small")
     val = data.splits["val"]
-    assert [r["run"] for r in rows] == ["ce", "cosine"] and [r["link"] for r in rows] == ["", "harmonic"]
+    assert [r["run"] for r in rows] == ["ce", "cosine"] and [r["link"] for r in rows] == [
+        "",
+        "harmonic",
+    ]
     for row in rows:
         nats = float(row["nats_per_token"])
         assert int(row["tokens"]) == val.tokens - 1 and row["stride"] == "8" and row["iter"] == "4"
         assert float(row["perplexity"]) == pytest.approx(math.exp(nats))
-        assert float(row["bits_per_byte"]) == pytest.approx(nats * val.tokens / math.log(2) / val.bytes)
+        assert float(row["bits_per_byte"]) == pytest.approx(
+            nats * val.tokens / math.log(2) / val.bytes
+        )
         assert f"{nats:.4f}" in printed
     assert len({len(line) for line in printed.splitlines()[:3]}) == 1  # aligned
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and "note" not in errors
@@ -202,7 +261,13 @@ def test_best_checkpoint_and_default_place(home, tmp_path, monkeypatch):
 
 
 def test_different_tokenizers_are_told(home, tmp_path, monkeypatch, capsys):
-    call(perplexity.main, monkeypatch, home / "out/ce", home / "out/other", f"--out={tmp_path / 'p.csv'}")
+    call(
+        perplexity.main,
+        monkeypatch,
+        home / "out/ce",
+        home / "out/other",
+        f"--out={tmp_path / 'p.csv'}",
+    )
     assert "different tokenizers: only bits/byte may be compared" in capsys.readouterr().err
     ce, other = find_runs([home / "out/ce", home / "out/other"])
     longer = load_data(prepare(tmp_path / "longer", repeat=2))
@@ -223,7 +288,8 @@ def test_table_aligns_texts_left_and_numbers_right():
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, texts of script and style elements, and whether tags are balanced."""
+    """Elements with their attributes, texts of script and style elements, and whether tags are
+    balanced."""
 
     VOID = {"meta", "link", "input", "br"}
 
@@ -257,28 +323,55 @@ def make_report(monkeypatch, out: Path, *words) -> Page:
 
 
 def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch):
-    page = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/cosine", "--samples=2")
+    page = make_report(
+        monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/cosine", "--samples=2"
+    )
     d = page.document()
-    assert [r["name"] for r in d["runs"]] == ["ce", "cosine"] and page.scripts["title"].startswith("ce vs cosine")
+    assert [r["name"] for r in d["runs"]] == ["ce", "cosine"] and page.scripts["title"].startswith(
+        "ce vs cosine"
+    )
     assert d["runs"][0]["curves"]["train_loss"] == {"x": [0, 1, 2, 3], "y": [6.0, 5.75, 5.5, 5.25]}
     assert d["runs"][1]["curves"]["val_loss"] == {"x": [0, 4], "y": [6.0, 5.0]}
-    cells = [dict(zip(d["summary"]["columns"], (c["text"] for c in row), strict=True)) for row in d["summary"]["rows"]]
+    cells = [
+        dict(zip(d["summary"]["columns"], (c["text"] for c in row), strict=True))
+        for row in d["summary"]["rows"]
+    ]
     own = ("head", "exponent n / scale s", "above the best (95 %)", "PCs for 90 %")
-    assert {k: v for k, v in cells[0].items() if k not in own} == {k: v for k, v in cells[1].items() if k not in own}
-    assert [c["head"] for c in cells] == ["cross_entropy", "cosine"] and cells[0]["exponent n / scale s"] == "–"
-    shown = {"exponent n / scale s": "n = 4", "iterations": "4", "best val loss": "5.0000", "bits/byte": "3.0000"}
-    assert cells[1] == cells[1] | shown | {"kWh": "0.005", "g CO₂e": "3", "tokens/s": "100", "minutes": "0.4"}
+    assert {k: v for k, v in cells[0].items() if k not in own} == {
+        k: v for k, v in cells[1].items() if k not in own
+    }
+    assert [c["head"] for c in cells] == ["cross_entropy", "cosine"] and cells[0][
+        "exponent n / scale s"
+    ] == "–"
+    shown = {
+        "exponent n / scale s": "n = 4",
+        "iterations": "4",
+        "best val loss": "5.0000",
+        "bits/byte": "3.0000",
+    }
+    assert cells[1] == cells[1] | shown | {
+        "kWh": "0.005",
+        "g CO₂e": "3",
+        "tokens/s": "100",
+        "minutes": "0.4",
+    }
     differences = [c["above the best (95 %)"] for c in cells]
     assert differences.count("the best") == 1 and re.fullmatch(
         r"(within noise: )?[\d.]+ \(-?[\d.]+ to [\d.]+\), p [=<] [\d.]+", min(differences)
     )
-    assert d["paired"]["windows"] > 5 and max(max(r["values"]) for r in d["radar"]) == 10 and len(d["maps"]) == 2
+    assert (
+        d["paired"]["windows"] > 5
+        and max(max(r["values"]) for r in d["radar"]) == 10
+        and len(d["maps"]) == 2
+    )
     assert set(d["maps"][0]["tokens"]) & {"king", "sun", "day"}
     assert [{x["key"]: x["values"]} for x in d["differences"]] == [
         {"head": ["cross_entropy", "cosine"]},
         {"learning_rate": ["0.0006", "0.001"]},
     ]
-    assert len(d["samples"]) == 2 and all(len(texts) == 2 for s in d["samples"] for texts in s["runs"])
+    assert len(d["samples"]) == 2 and all(
+        len(texts) == 2 for s in d["samples"] for texts in s["runs"]
+    )
     assert d["samples"][0]["runs"][0][0][0][1]  # some text
     assert not d["notes"] and "commit 0123456789 with changes" in d["environments"][0]
     assert ("html", {"lang": "en"}) in page.elements
@@ -293,21 +386,34 @@ def test_report_is_the_same_again(home, tmp_path, monkeypatch):
 
 def test_report_loads_nothing(home, tmp_path, monkeypatch):
     page = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce")
-    links = [a[k] for _, a in page.elements for k in ("src", "href", "srcset", "data", "action", "poster") if k in a]
+    links = [
+        a[k]
+        for _, a in page.elements
+        for k in ("src", "href", "srcset", "data", "action", "poster")
+        if k in a
+    ]
     assert links == ["data:,"]  # the icon, so that browsers ask for none
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(|WebSocket|sendBeacon|innerHTML", (tmp_path / "r.html").read_text())
+    assert not re.search(
+        r"url\(|@import|fetch\(|XMLHttpRequest|import\(|WebSocket|sendBeacon|innerHTML",
+        (tmp_path / "r.html").read_text(),
+    )
     assert any("default-src 'none'" in a.get("content", "") for _, a in page.elements)
 
 
 def test_report_escapes_what_comes_from_runs(home, tmp_path, monkeypatch):
     hostile = tmp_path / "<script>alert(1)<%script> & __DATA__"
     shutil.copytree(home / "out" / "ce", hostile)
-    (hostile / "environment.json").write_text(json.dumps({"device": "</script><img src=x onerror=alert(1)>"}))
+    (hostile / "environment.json").write_text(
+        json.dumps({"device": "</script><img src=x onerror=alert(1)>"})
+    )
     page = make_report(monkeypatch, tmp_path / "r.html", hostile, home / "out/cosine")
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 2 and "img" not in tags
     d = page.document()
-    assert d["runs"][0]["name"] == hostile.name and "</script><img src=x onerror=alert(1)> | cpu" in dict(d["facts"]).values()
+    assert (
+        d["runs"][0]["name"] == hostile.name
+        and "</script><img src=x onerror=alert(1)> | cpu" in dict(d["facts"]).values()
+    )
 
 
 def test_report_shows_bert_fills(home, tmp_path, monkeypatch):
@@ -315,27 +421,44 @@ def test_report_shows_bert_fills(home, tmp_path, monkeypatch):
     generated, filled = d["samples"][0]["runs"]
     assert [p[0] for p in generated[0]] == ["new"]
     kinds = [p[0] for p in filled[0]]
-    assert len(kinds) == 16 and set(kinds) <= {"given", "right", "wrong"} and [i for i, k in enumerate(kinds) if k != "given"] == [3, 10]
+    assert (
+        len(kinds) == 16
+        and set(kinds) <= {"given", "right", "wrong"}
+        and [i for i, k in enumerate(kinds) if k != "given"] == [3, 10]
+    )
     assert any("may not be compared" in note for note in d["notes"])
     assert not any(c["best"] for row in d["summary"]["rows"] for c in row[3:6])
 
 
 def test_report_compares_bits_per_byte_only_between_tokenizers(home, tmp_path, monkeypatch):
-    d = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/other").document()
+    d = make_report(
+        monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/other"
+    ).document()
     assert any("only bits/byte may be compared" in note for note in d["notes"])
-    marked = {d["summary"]["columns"][i] for row in d["summary"]["rows"] for i, c in enumerate(row) if c["best"]}
+    marked = {
+        d["summary"]["columns"][i]
+        for row in d["summary"]["rows"]
+        for i, c in enumerate(row)
+        if c["best"]
+    }
     assert "bits/byte" in marked and not marked & {"best val loss", "final val loss", "perplexity"}
 
 
 def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(home / "out" / "ce", tmp_path / "ce")
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(str(home / "data/small"), str(home / "data/gone")))
+    (run / "config.yaml").write_text(
+        config.replace(str(home / "data/small"), str(home / "data/gone"))
+    )
     d = make_report(monkeypatch, tmp_path / "r.html", run).document()
     told = capsys.readouterr().err
     assert "No samples: no data folder" in told and d["samples"] == [] and d["runs"][0]["curves"]
-    assert str(home / "data/gone") in told and "--dataset=FOLDER" in told  # what is missing, and what helps
-    assert make_report(monkeypatch, tmp_path / "r.html", run, f"--dataset={home / 'data/small'}").document()["samples"]
+    assert (
+        str(home / "data/gone") in told and "--dataset=FOLDER" in told
+    )  # what is missing, and what helps
+    assert make_report(
+        monkeypatch, tmp_path / "r.html", run, f"--dataset={home / 'data/small'}"
+    ).document()["samples"]
 
 
 def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):
@@ -347,7 +470,9 @@ def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):
     d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
     assert d["runs"][0]["curves"]["train_loss"]["y"] == [6.0, "nan", 5.5, 5.25]
     cells = dict(zip(d["summary"]["columns"], d["summary"]["rows"][0], strict=True))
-    assert cells["best val loss"]["text"] == "6.0000" and any("the last validation loss of ce is nan" in note for note in d["notes"])
+    assert cells["best val loss"]["text"] == "6.0000" and any(
+        "the last validation loss of ce is nan" in note for note in d["notes"]
+    )
     assert "inf" in d["runs"][0]["curves"]["grad_norm"]["y"]
 
 
@@ -356,28 +481,48 @@ def test_long_curves_are_thinned_and_keep_their_extremes():
     points[70_000] = (70_000, -50.0)
     points[90_000] = (90_000, math.nan)
     curve = report.thin(points)
-    assert len(curve["x"]) == len(curve["y"]) == len(curve["lo"]) == len(curve["hi"]) <= report.POINTS
+    assert (
+        len(curve["x"]) == len(curve["y"]) == len(curve["lo"]) == len(curve["hi"]) <= report.POINTS
+    )
     numbers = {key: [v for v in curve[key] if v != "nan"] for key in ("y", "lo", "hi")}
     assert min(numbers["lo"]) == -50.0 and max(numbers["hi"]) == 6.0
-    assert all(len(v) == len(curve["x"]) - 1 for v in numbers.values())  # the point that holds NaN is NaN
+    assert all(
+        len(v) == len(curve["x"]) - 1 for v in numbers.values()
+    )  # the point that holds NaN is NaN
     assert all(2.4 < m < 3.2 for m in numbers["y"])
     assert report.thin(points[:3]) == {"x": [0, 1, 2], "y": [0.0, 1.0, 2.0]}
 
 
 def test_the_lead_says_only_what_the_windows_tell(home):
-    runs, summaries = find_runs([home / "out/ce", home / "out/cosine"]), [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}]
+    runs, summaries = (
+        find_runs([home / "out/ce", home / "out/cosine"]),
+        [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}],
+    )
     lead = lambda rows: report.lead(runs, summaries, rows and {"best": 1, "rows": rows})
-    assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead([[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]])
+    assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead(
+        [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
+    )
     assert "do not tell it apart from ce" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])
-    assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]]).removeprefix("cosine has the lowest validation loss, 5.000")
+    assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]]).removeprefix(
+        "cosine has the lowest validation loss, 5.000"
+    )
 
 
 def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     run = shutil.copytree(home / "out/ce", tmp_path / "elsewhere")
     (run / "environment.json").write_text(json.dumps({"device": "another"}))
     d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
-    marked = {d["summary"]["columns"][i] for row in d["summary"]["rows"] for i, c in enumerate(row) if c["best"]}
-    assert any("different machines" in note for note in d["notes"]) and not marked & {"kWh", "tokens/s", "minutes"} and not d["radar"]
+    marked = {
+        d["summary"]["columns"][i]
+        for row in d["summary"]["rows"]
+        for i, c in enumerate(row)
+        if c["best"]
+    }
+    assert (
+        any("different machines" in note for note in d["notes"])
+        and not marked & {"kWh", "tokens/s", "minutes"}
+        and not d["radar"]
+    )
 
 
 # what a user may get wrong
@@ -394,13 +539,18 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
         (["{home}/out/ce", "{home}/out/ce"], "is named twice"),
         (["{tmp}/empty"], "holds no checkpoint"),
         (["{tmp}/damaged"], "does not match its sha256"),
-        (["{tmp}/config"], "{tmp}/config: config.yaml: head=cosin: unknown head; did you mean cosine?"),
+        (
+            ["{tmp}/config"],
+            "{tmp}/config: config.yaml: head=cosin: unknown head; did you mean cosine?",
+        ),
         (["{home}/out/ce", "--out={tmp}/no/p.csv"], "the folder {tmp}/no does not exist"),
         (["{home}/out/ce", "--device=tpux"], "unknown device"),
         (["{home}/out/ce", "--sead=1"], "unknown key"),
     ],
 )
-def test_bad_input_is_one_clear_message_and_nothing_is_written(home, tmp_path, monkeypatch, main, words, message):
+def test_bad_input_is_one_clear_message_and_nothing_is_written(
+    home, tmp_path, monkeypatch, main, words, message
+):
     for name in ("empty", "damaged", "config"):
         shutil.copytree(home / "out" / "ce", tmp_path / name)
     shutil.rmtree(tmp_path / "empty" / "ckpt")
@@ -428,7 +578,13 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(home, tmp_path, m
 )
 def test_perplexity_bad_settings(home, tmp_path, monkeypatch, words, message):
     with pytest.raises(UserError, match=re.escape(message.format(home=home))):
-        call(perplexity.main, monkeypatch, home / "out/ce", f"--out={tmp_path / 'p.csv'}", *(w.format(tmp=tmp_path) for w in words))
+        call(
+            perplexity.main,
+            monkeypatch,
+            home / "out/ce",
+            f"--out={tmp_path / 'p.csv'}",
+            *(w.format(tmp=tmp_path) for w in words),
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -442,8 +598,16 @@ def test_perplexity_bad_settings(home, tmp_path, monkeypatch, words, message):
             "line 2 is not a metrics record",
         ),
         ("metrics.jsonl", '{"iter": 0, "train_loss": 1.0}\n', "has no validation loss yet"),
-        ("emissions.csv", "a,b\n1,2\n", r"is not a CodeCarbon table \(line 2: no energy_consumed\)"),
-        ("emissions.csv", "energy_consumed,emissions\n1,2\n3,4,5\n", r"line 3: more cells than the header"),
+        (
+            "emissions.csv",
+            "a,b\n1,2\n",
+            r"is not a CodeCarbon table \(line 2: no energy_consumed\)",
+        ),
+        (
+            "emissions.csv",
+            "energy_consumed,emissions\n1,2\n3,4,5\n",
+            r"line 3: more cells than the header",
+        ),
         ("environment.json", "{", "is not JSON"),
         ("environment.json", "[1]", "is not JSON with keys and values"),
     ],
@@ -459,7 +623,8 @@ def test_report_damaged_runs(home, tmp_path, monkeypatch, file, content, message
 def test_a_run_of_train(tmp_path, monkeypatch, capsys):
     """The whole way: what train.py writes, both scripts read."""
     data, run = prepare(tmp_path / "data" / "small"), tmp_path / "out" / "run"
-    sizes = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1 --eval_iters=2".split()
+    sizes = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2".split()
+    sizes += "--max_iters=3 --warmup_iters=1 --eval_iters=2".split()
     words = [
         "train.py",
         *sizes,
@@ -475,7 +640,15 @@ def test_a_run_of_train(tmp_path, monkeypatch, capsys):
     call(perplexity.main, monkeypatch, run)
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["run", "cosine", "harmonic"]
     d = make_report(monkeypatch, tmp_path / "r.html", run).document()
-    curves = {"val_loss", "train_loss", "grad_norm", "grad_norm_head", "grad_norm_trunk", "prototype_radius", "target_distance_mean"}
+    curves = {
+        "val_loss",
+        "train_loss",
+        "grad_norm",
+        "grad_norm_head",
+        "grad_norm_trunk",
+        "prototype_radius",
+        "target_distance_mean",
+    }
     assert set(d["runs"][0]["curves"]) == curves | {"target_distance_min", "kl_to_softmax", "lr"}
     assert d["summary"]["rows"][0][2]["text"] == "3"  # iterations
 
@@ -485,4 +658,7 @@ def test_a_mistake_is_a_message_and_exit_status_2(home, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli(report.main)
     assert stopped.value.code == 2
-    assert capsys.readouterr() == ("", f"python -m analysis.report: no run {home}/out/cosin; did you mean cosine?\n")
+    assert capsys.readouterr() == (
+        "",
+        f"python -m analysis.report: no run {home}/out/cosin; did you mean cosine?\n",
+    )

@@ -45,18 +45,25 @@ def test_permutation_looks_random():
 
 @pytest.mark.parametrize("n", [5, 64, 1000, 78_125_000])
 def test_permutation_is_uniform(n):
-    """Where a window lands over many keys, alone and together with the window after it, by chi-squared tests; the largest is 10^10
+    """Where a window lands over many keys, alone and together with the window after it, by
+    chi-squared tests; the largest is 10^10
     tokens in windows of 128."""
     keys, bins = 8000, 5
     places = np.array([[permute(i, n, key) for i in (0, 1, n // 2)] for key in range(keys)])
     assert (places < n).all()
     parts = places * bins // n
-    sizes = np.bincount(np.arange(n) * bins // n, minlength=bins) / n if n < 10**6 else np.full(bins, 1 / bins)
+    sizes = (
+        np.bincount(np.arange(n) * bins // n, minlength=bins) / n
+        if n < 10**6
+        else np.full(bins, 1 / bins)
+    )
     for column in parts.T:
         assert chisquare(np.bincount(column, minlength=bins), keys * sizes).pvalue > 1e-4
     for a, b in ((0, 1), (0, 2)):
         together = np.bincount(parts[:, a] * bins + parts[:, b], minlength=bins**2)
-        same = np.eye(bins) * (sizes * n * (sizes * n - 1))[:, None] + (1 - np.eye(bins)) * np.outer(sizes * n, sizes * n)
+        same = np.eye(bins) * (sizes * n * (sizes * n - 1))[:, None] + (
+            1 - np.eye(bins)
+        ) * np.outer(sizes * n, sizes * n)
         expected = (same / (n * (n - 1))).ravel()
         assert together[expected == 0].sum() == 0
         assert chisquare(together[expected > 0], keys * expected[expected > 0]).pvalue > 1e-4
@@ -64,7 +71,11 @@ def test_permutation_is_uniform(n):
 
 def test_ten_billion_tokens_need_no_table():
     tokens, block, slots = 10**10, 1024, 480
-    starts = [index(1, step, slot, slots, tokens, block) for step in (0, 10_000, 50_000) for slot in range(slots)]
+    starts = [
+        index(1, step, slot, slots, tokens, block)
+        for step in (0, 10_000, 50_000)
+        for slot in range(slots)
+    ]
     assert len(set(starts)) == len(starts) and max(starts) + block + 1 <= tokens
     assert kstest(np.array(starts) / tokens, "uniform").pvalue > 1e-3
 
@@ -72,7 +83,11 @@ def test_ten_billion_tokens_need_no_table():
 def test_an_epoch_visits_every_window_once():
     tokens, block, slots = 1000, 16, 4
     windows = (tokens - 1) // block - 1
-    starts = [index(5, step, slot, slots, tokens, block) for step in range(3 * windows) for slot in range(slots)]
+    starts = [
+        index(5, step, slot, slots, tokens, block)
+        for step in range(3 * windows)
+        for slot in range(slots)
+    ]
     for epoch in range(3):
         part = starts[epoch * windows : (epoch + 1) * windows]
         assert len(set(part)) == windows and len({s % block for s in part}) == 1
@@ -92,7 +107,11 @@ def test_order_does_not_depend_on_processes_or_accumulation(tiny_data):
     data = load_data(tiny_data)
     for arch in ("gpt", "bert"):
         whole = torch.cat([x for x, _ in training_batches(data, arch, 16, 1, 3, range(6), 6, 6)])
-        parts = [x for share in (range(0, 2), range(2, 6)) for x, _ in training_batches(data, arch, 16, 1, 3, share, 6, 3)]
+        parts = [
+            x
+            for share in (range(0, 2), range(2, 6))
+            for x, _ in training_batches(data, arch, 16, 1, 3, share, 6, 3)
+        ]
         assert torch.equal(whole, torch.cat(parts))
 
 
@@ -102,7 +121,10 @@ def test_targets_are_the_next_tokens(tiny_data):
     stream = np.fromfile(tiny_data / "train.bin", np.uint16)
     for row, (a, b) in enumerate(zip(x, y, strict=True)):
         start = index(1, 0, row, 3, data.splits["train"].tokens, 16)
-        assert a.tolist() == stream[start : start + 16].tolist() and b.tolist() == stream[start + 1 : start + 17].tolist()
+        assert (
+            a.tolist() == stream[start : start + 16].tolist()
+            and b.tolist() == stream[start + 1 : start + 17].tolist()
+        )
 
 
 def test_validation_windows_are_fixed_and_spread():
@@ -111,7 +133,8 @@ def test_validation_windows_are_fixed_and_spread():
 
 
 def test_bert_noise():
-    """15 % of each window, of which 80 % masked, 10 % random, 10 % kept; never the end-of-text token; drawn by the key alone."""
+    """15 % of each window, of which 80 % masked, 10 % random, 10 % kept; never the end-of-text
+    token; drawn by the key alone."""
     data = Data(None, "x", 100, 0, 101, {})
     rng = np.random.default_rng(0)
     counts = np.zeros(3)
@@ -120,13 +143,25 @@ def test_bert_noise():
         window[::10] = 0
         x, y = mask_tokens(window, data, (key,))
         chosen = y != IGNORE_INDEX
-        assert chosen.sum() == masked_count(128) == 19 and (y[chosen] == window[chosen]).all() and (window[chosen] != 0).all()
+        assert (
+            chosen.sum() == masked_count(128) == 19
+            and (y[chosen] == window[chosen]).all()
+            and (window[chosen] != 0).all()
+        )
         assert (x[~chosen] == window[~chosen]).all()
-        counts += (x[chosen] == 101).sum(), ((x[chosen] != 101) & (x[chosen] != window[chosen])).sum(), (x[chosen] == window[chosen]).sum()
+        counts += (
+            (x[chosen] == 101).sum(),
+            ((x[chosen] != 101) & (x[chosen] != window[chosen])).sum(),
+            (x[chosen] == window[chosen]).sum(),
+        )
     share = counts / counts.sum()
     assert abs(share - [0.8, 0.099, 0.101]).max() < 0.015
     again = mask_tokens(window, data, (299,))
-    assert (again[0] == x).all() and (again[1] == y).all() and (mask_tokens(window, data, (300,))[1] != y).any()
+    assert (
+        (again[0] == x).all()
+        and (again[1] == y).all()
+        and (mask_tokens(window, data, (300,))[1] != y).any()
+    )
 
 
 def test_masking_a_window_of_nothing_but_ends():
@@ -139,7 +174,9 @@ def test_validation_noise_depends_on_the_window_alone(tiny_data):
     starts = [0, 16, 32, 48]
     one = list(validation_batches(data, "bert", 16, starts, 4))[0]
     two = list(validation_batches(data, "bert", 16, starts[2:], 1))
-    assert torch.equal(one[0][2:], torch.cat([x for x, _ in two])) and torch.equal(one[1][2:], torch.cat([y for _, y in two]))
+    assert torch.equal(one[0][2:], torch.cat([x for x, _ in two])) and torch.equal(
+        one[1][2:], torch.cat([y for _, y in two])
+    )
 
 
 def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
@@ -149,7 +186,11 @@ def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
     with pytest.raises(UserError, match="name the tokenizer"):
         load_data(tmp_path)
     data = load_data(tmp_path, "gpt2")
-    assert data.vocab_size == 50257 and data.splits["train"].tokens == 60 and data.rows("bert") == 50258
+    assert (
+        data.vocab_size == 50257
+        and data.splits["train"].tokens == 60
+        and data.rows("bert") == 50258
+    )
     assert data.splits["val"].bytes == 20 * len("Hello world")
 
 
@@ -186,18 +227,33 @@ def test_llm_c_header_is_skipped_and_checked(tmp_path):
 
 def test_ids_of_another_width_or_tokenizer_are_named(tmp_path):
     draw = np.random.default_rng(0)
-    words, characters, wide = draw.integers(0, 50000, 5000), draw.integers(0, 65, 5000), draw.integers(0, 150000, 5000)
+    words, characters, wide = (
+        draw.integers(0, 50000, 5000),
+        draw.integers(0, 65, 5000),
+        draw.integers(0, 150000, 5000),
+    )
     np.array(words, np.uint16).tofile(tmp_path / "val.bin")
     for ids, dtype, tokenizer, says in [
         (words, np.uint16, "gpt2", None),
-        (words, np.uint32, "gpt2", r"its ids are uint32 \(every second uint16 is 0\).*np.uint32\).astype\(np.uint16\)"),
+        (
+            words,
+            np.uint32,
+            "gpt2",
+            r"its ids are uint32 \(every second uint16 is 0\).*np.uint32\).astype\(np.uint16\)",
+        ),
         (words, np.int64, "gpt2", "its ids are uint64"),
         (words, np.uint32, "bert", "its ids are uint32"),
         (words, np.uint16, "bert", "another tokenizer made it"),
         (wide, np.uint16, "gpt2", "but gpt2 has 50,257: another tokenizer made it"),
         (wide, np.uint32, "qwen", "val.bin: it holds the id .* or its ids are uint16"),
         (wide, np.int64, "qwen", "its ids are uint64.*astype.np.uint32"),
-        (words, np.uint16, "qwen", "it holds the id .* but qwen has 151,646: another tokenizer made it or its ids are uint16"),
+        (
+            words,
+            np.uint16,
+            "qwen",
+            "it holds the id .* but qwen has 151,646: another tokenizer made it or its ids are"
+            " uint16",
+        ),
         (characters, np.uint16, "gpt2", "look like characters.*--tokenizer=char"),
         (characters, np.uint32, "qwen", "look like characters"),
         (words[:3], np.uint16, "gpt2", None),
@@ -232,12 +288,20 @@ def test_nanogpts_character_folder(tmp_path):
     with pytest.raises(UserError, match="--tokenizer=char"):
         load_data(tmp_path)
     for other in ("gpt2", "qwen", "bert"):
-        with pytest.raises(UserError, match=f"holds nanoGPT's meta.pkl, so its tokens are characters: use --tokenizer=char, not {other}"):
+        with pytest.raises(
+            UserError,
+            match=(
+                "holds nanoGPT's meta.pkl, so its tokens are characters: use --tokenizer=char,"
+                f" not {other}"
+            ),
+        ):
             load_data(tmp_path, other)
     data = load_data(tmp_path, "char")
     val = data.splits["val"]
     cut = int(len(text) * 0.9)
-    assert data.load_tokenizer().decode(val.read(0, val.tokens)) == text[cut:] and val.bytes == len(text[cut:].encode())
+    assert data.load_tokenizer().decode(val.read(0, val.tokens)) == text[cut:] and val.bytes == len(
+        text[cut:].encode()
+    )
     assert data.vocab_size == len(set(text)) + 1 == data.eot_id + 1 == data.mask_id
 
 
@@ -249,8 +313,12 @@ def test_short_splits_are_named_before_training(tiny_data):
         for name, tokens in (("val", val), ("train", train)):
             windows = (tokens - 1) // block_size
             assert any(f"{name}.bin has {tokens:,} tokens" in p for p in problems) == (windows == 0)
-            assert any(f"{name}.bin holds {windows} window" in w for w in warnings) == (0 < windows < 10)
-        assert all("--block_size" in line and "more documents" in line for line in problems + warnings)
+            assert any(f"{name}.bin holds {windows} window" in w for w in warnings) == (
+                0 < windows < 10
+            )
+        assert all(
+            "--block_size" in line and "more documents" in line for line in problems + warnings
+        )
 
 
 def test_reading_uint32(tmp_path):
@@ -261,16 +329,29 @@ def test_reading_uint32(tmp_path):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]), "train.bin is truncated"),
+        (
+            lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]),
+            "train.bin is truncated",
+        ),
         (lambda f: (f / "val.bin").unlink(), "val.bin is missing"),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json is wrong"),
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json is wrong"),
-        (lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace('"bytes": 7', '"bytes": 8')), "checksum"),
         (
-            lambda f: (f / "meta.json").write_text(seal({**unseal((f / "meta.json").read_text()), "dtype": "float64"})),
+            lambda f: (f / "meta.json").write_text(
+                (f / "meta.json").read_text().replace('"bytes": 7', '"bytes": 8')
+            ),
+            "checksum",
+        ),
+        (
+            lambda f: (f / "meta.json").write_text(
+                seal({**unseal((f / "meta.json").read_text()), "dtype": "float64"})
+            ),
             "uint16 or uint32",
         ),
-        (lambda f: (f / "meta.json").write_text(json.dumps({"dtype": "uint16"})), "it has no 'splits'"),
+        (
+            lambda f: (f / "meta.json").write_text(json.dumps({"dtype": "uint16"})),
+            "it has no 'splits'",
+        ),
     ],
 )
 def test_damaged_folders_are_named(tiny_data, tmp_path, damage, words):

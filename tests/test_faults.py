@@ -1,4 +1,5 @@
-"""The storm's own tools, one small storm, and the tables that README and docs/ take from results/."""
+"""The storm's own tools, one small storm, and the tables that README and docs/ take from
+results/."""
 
 import csv
 import math
@@ -35,11 +36,23 @@ def test_a_small_storm(tiny_data, tmp_path):
     """Two damages; asked for again, it adds nothing but the table."""
     out = tmp_path / "faults.csv"
     for _ in range(2):
-        done = script("-m", "faults.storm", "--only=damage", "--trials=2", f"--dataset={tiny_data}", f"--out={out}")
-        assert done.returncode == 0 and "| damage | 1 | 2 | 2 |" in done.stdout, done.stdout + done.stderr
+        done = script(
+            "-m",
+            "faults.storm",
+            "--only=damage",
+            "--trials=2",
+            f"--dataset={tiny_data}",
+            f"--out={out}",
+        )
+        assert done.returncode == 0 and "| damage | 1 | 2 | 2 |" in done.stdout, (
+            done.stdout + done.stderr
+        )
     with out.open(newline="") as file:
         found = list(csv.DictReader(file))
-    assert [(r["fault"], r["trial"], r["as_it_should"]) for r in found] == [("damage", "0", "True"), ("damage", "1", "True")]
+    assert [(r["fault"], r["trial"], r["as_it_should"]) for r in found] == [
+        ("damage", "0", "True"),
+        ("damage", "1", "True"),
+    ]
 
 
 def test_a_storm_needs_data(tmp_path):
@@ -57,10 +70,18 @@ def test_tables_are_the_measured_ones():
 
 
 def test_the_calculation_of_scaling():
-    """GPT-2 small on two machines: 2 * 15/16 * 4 bytes of each of 124 M gradients over 12.5 GB/s are 75 ms."""
-    found = {(r["processes"]): r for r in scaling.calculated(scaling.ScalingConfig(), "gpt2_124m", "ddp", "ethernet")}
-    assert float(found[16]["ms_moving"]) == pytest.approx(2 * 15 / 16 * 4 * 124.48e6 / 12.5e9 * 1e3, rel=1e-3)
-    assert float(found[1]["efficiency"]) == 1 and float(found[16]["efficiency"]) > float(found[16]["efficiency_without_overlap"])
+    """GPT-2 small on two machines: 2 * 15/16 * 4 bytes of each of 124 M gradients over 12.5 GB/s
+    are 75 ms."""
+    found = {
+        (r["processes"]): r
+        for r in scaling.calculated(scaling.ScalingConfig(), "gpt2_124m", "ddp", "ethernet")
+    }
+    assert float(found[16]["ms_moving"]) == pytest.approx(
+        2 * 15 / 16 * 4 * 124.48e6 / 12.5e9 * 1e3, rel=1e-3
+    )
+    assert float(found[1]["efficiency"]) == 1 and float(found[16]["efficiency"]) > float(
+        found[16]["efficiency_without_overlap"]
+    )
 
 
 def test_the_plain_loop_of_the_benchmark_is_a_gpt():
@@ -71,7 +92,9 @@ def test_the_plain_loop_of_the_benchmark_is_a_gpt():
 
     torch.manual_seed(0)
     plain = train_speed.Plain(2, 2, 16, 8)
-    ours = Model(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=train_speed.VOCABULARY))
+    ours = Model(
+        ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=train_speed.VOCABULARY)
+    )
     assert sum(p.numel() for p in plain.parameters()) == ours.parameter_count()
     x = torch.randint(0, train_speed.VOCABULARY, (2, 8))
     for model_loss in (plain(x, x), ours(x, x)[1]):  # nothing learnt: a uniform guess

@@ -1,4 +1,5 @@
-"""`make gpu` without a GPU: its rehearsal, and that its first steps need nothing but PyTorch, Triton and NumPy."""
+"""`make gpu` without a GPU: its rehearsal, and that its first steps need nothing but PyTorch,
+Triton and NumPy."""
 
 import csv
 import subprocess
@@ -14,7 +15,19 @@ pytest.importorskip("triton")
 from benchmarks import gpu, gpu_runner  # noqa: E402
 
 # What PyTorch, Triton and NumPy are made of, and what they need.
-BARE = ["torch", "torchgen", "functorch", "triton", "numpy", "numpy.libs", "typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2"]
+BARE = [
+    "torch",
+    "torchgen",
+    "functorch",
+    "triton",
+    "numpy",
+    "numpy.libs",
+    "typing_extensions.py",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+]
 BARE += ["markupsafe", "fsspec", "filelock", "setuptools", "packaging"]
 
 
@@ -24,7 +37,10 @@ def test_the_rehearsal(tmp_path, monkeypatch, capsys):
     done = script("-m", "benchmarks.gpu", "--rehearse", f"--out={out}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = list(csv.DictReader(out.open()))
-    assert {r["what"] for r in rows if r["status"] != "ok"} <= {"Liger", "F.linear_cross_entropy"}, rows  # a package, a version
+    assert {r["what"] for r in rows if r["status"] != "ok"} <= {
+        "Liger",
+        "F.linear_cross_entropy",
+    }, rows  # a package, a version
     assert {r["step"] for r in rows} == {s.step for s in gpu.steps()}
     assert len(rows) == len(gpu.rehearsed()) and all(len(r["code"]) == 12 for r in rows)
 
@@ -40,7 +56,8 @@ def test_a_table_of_another_version(tmp_path):
 
 
 def test_needs_nothing_else(tmp_path):
-    """An interpreter that sees only three packages imports the benchmark, and takes its first kinds of steps."""
+    """An interpreter that sees only three packages imports the benchmark, and takes its first kinds
+    of steps."""
     site = Path(torch.__file__).parent.parent
     for name in BARE:
         for path in [site / name, *site.glob(f"{name.removesuffix('.py')}-*.dist-info")]:
@@ -56,8 +73,18 @@ gpu.tell_packages()
 step = next(s for s in gpu.steps() if s.step == "train.py")
 print(gpu_runner.answer(step, scale)["note"])
 """
-    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pip install jsonargparse docstring-parser pyyaml safetensors tqdm psutil" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("needs jsonargparse")

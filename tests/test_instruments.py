@@ -1,4 +1,5 @@
-"""gradients, geometry, emissions, theory, calibration and paired comparison: against definitions, known cases and libraries."""
+"""gradients, geometry, emissions, theory, calibration and paired comparison: against definitions,
+known cases and libraries."""
 
 import csv
 import dataclasses
@@ -18,7 +19,16 @@ from codecarbon.output_methods.file import FileOutput
 from matplotlib.figure import Figure
 from test_analysis import call, home, make_run  # noqa: F401  (a fixture)
 
-from analysis import calibration, compare, emissions, geometry, gradients, perplexity, report, theory
+from analysis import (
+    calibration,
+    compare,
+    emissions,
+    geometry,
+    gradients,
+    perplexity,
+    report,
+    theory,
+)
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import find_runs
 from harmonic import IGNORE_INDEX, HarmonicHead
@@ -33,7 +43,10 @@ g = np.random.default_rng(0)
 
 
 def steps(norms, **more):
-    return [{"iter": i, "grad_norm": float(n), "train_loss": 5.0, "prototype_radius": 1.0, **more} for i, n in enumerate(norms)]
+    return [
+        {"iter": i, "grad_norm": float(n), "train_loss": 5.0, "prototype_radius": 1.0, **more}
+        for i, n in enumerate(norms)
+    ]
 
 
 # gradients
@@ -41,17 +54,25 @@ def steps(norms, **more):
 
 def test_stability_of_known_series():
     norms = np.full(1000, 0.5)
-    norms[::100] = 2.0  # from 100 on nine spikes in 900 steps, each above 3 medians and above the clip
+    norms[::100] = (
+        2.0  # from 100 on nine spikes in 900 steps, each above 3 medians and above the clip
+    )
     found = gradients.stability(steps(norms), clip=1.0)
     assert found["spike_rate"] == found["clip_rate"] == 9 / 900
-    assert found["mean"] == pytest.approx(norms[100:].mean()) and found["cv"] == pytest.approx(norms[100:].std() / norms[100:].mean())
+    assert found["mean"] == pytest.approx(norms[100:].mean()) and found["cv"] == pytest.approx(
+        norms[100:].std() / norms[100:].mean()
+    )
     assert gradients.stability(steps(norms), clip=0)["clip_rate"] == 0
     values = g.standard_normal(173)
-    before = [math.inf] + [np.median(values[max(0, i - gradients.WINDOW) : i]) for i in range(1, 173)]
+    before = [math.inf] + [
+        np.median(values[max(0, i - gradients.WINDOW) : i]) for i in range(1, 173)
+    ]
     for length in (0, 1, gradients.WINDOW, gradients.WINDOW + 1, 173):
         np.testing.assert_array_equal(gradients.medians_before(values[:length]), before[:length])
     assert math.isnan(gradients.stability([{"iter": 0, "val_loss": 1.0}])["mean"])
-    assert math.isnan(gradients.stability(steps([1.0] * 50 + [math.nan] * 50))["mean"])  # a NaN is not hidden
+    assert math.isnan(
+        gradients.stability(steps([1.0] * 50 + [math.nan] * 50))["mean"]
+    )  # a NaN is not hidden
 
 
 def test_growth_is_the_exponent_of_a_power_law():
@@ -74,10 +95,16 @@ def test_loss_spikes_are_counted():
 def test_spectrum_of_known_shapes():
     x = torch.randn(20000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = geometry.spectrum(x)
-    assert found["effective_rank"] == pytest.approx(6, abs=0.01) and found["participation_ratio"] == pytest.approx(6, abs=0.02)
+    assert found["effective_rank"] == pytest.approx(6, abs=0.01) and found[
+        "participation_ratio"
+    ] == pytest.approx(6, abs=0.02)
     assert found["components_90"] == 6 and found["top2"] == pytest.approx(1 / 3, abs=0.02)
     line = geometry.spectrum(x[:, :1] * torch.arange(1.0, 5) + 100)  # its offset is no direction
-    assert line["effective_rank"] == pytest.approx(1, abs=1e-3) and line["components_90"] == 1 and line["top2"] == pytest.approx(1)
+    assert (
+        line["effective_rank"] == pytest.approx(1, abs=1e-3)
+        and line["components_90"] == 1
+        and line["top2"] == pytest.approx(1)
+    )
     scaled = geometry.spectrum(x * torch.tensor([10.0, 10, 0.1, 0.1, 0.1, 0.1]))
     assert scaled["components_90"] == 2 and scaled["top2"] > 0.99
 
@@ -95,7 +122,9 @@ def test_mean_cosine_and_null_model():
 def test_rank_correlation_is_spearmans():
     a, b = torch.randn(50), torch.randn(50)
     ranks = [scipy.stats.rankdata(x) for x in (a.round(), (a + b).round())]  # ties share a rank
-    assert geometry.rank_correlation(a.round(), (a + b).round()) == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-6)
+    assert geometry.rank_correlation(a.round(), (a + b).round()) == pytest.approx(
+        np.corrcoef(*ranks)[0, 1], abs=1e-6
+    )
 
 
 def test_linear_cka():
@@ -106,14 +135,21 @@ def test_linear_cka():
     b = torch.randn(300, 5) + a[:, :5]
     h = torch.eye(300) - 1 / 300
     k, l = h @ a @ a.T @ h, h @ b @ b.T @ h  # the definition with kernels
-    assert geometry.linear_cka(a, b) == pytest.approx(((k * l).sum() / (k.norm() * l.norm())).item(), abs=1e-5)
+    assert geometry.linear_cka(a, b) == pytest.approx(
+        ((k * l).sum() / (k.norm() * l.norm())).item(), abs=1e-5
+    )
 
 
 class Words:
     """A tokenizer of whole words."""
 
     def __init__(self):
-        self.ids = {w: i for i, w in enumerate(dict.fromkeys(w for r in RELATIONS for pair in pairs(r) for w in pair))}
+        self.ids = {
+            w: i
+            for i, w in enumerate(
+                dict.fromkeys(w for r in RELATIONS for pair in pairs(r) for w in pair)
+            )
+        }
 
     def encode(self, text):
         return [self.ids[text.strip()]]
@@ -132,8 +168,14 @@ def test_parallelogram_loss_is_zero_for_parallelograms():
 
 
 def test_words_that_share_a_token_count_once():
-    """The last token of "largest" and of "smallest" is "est": their differences would be those of first words alone."""
-    ends = {w: i for i, w in enumerate(("est", "large", "small", "high", "low", "great", "old", "long", "good", "best"))}
+    """The last token of "largest" and of "smallest" is "est": their differences would be those of
+    first words alone."""
+    ends = {
+        w: i
+        for i, w in enumerate(
+            ("est", "large", "small", "high", "low", "great", "old", "long", "good", "best")
+        )
+    }
 
     class LastTokens:
         def encode(self, text):
@@ -145,23 +187,38 @@ def test_words_that_share_a_token_count_once():
 
 
 def test_relations_are_pairs():
-    assert len(RELATIONS) >= 12 and all(len(pairs(r)) >= 6 and all(len(p) == 2 for p in pairs(r)) for r in RELATIONS)
+    assert len(RELATIONS) >= 12 and all(
+        len(pairs(r)) >= 6 and all(len(p) == 2 for p in pairs(r)) for r in RELATIONS
+    )
 
 
 def test_geometry_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
     call(
-        geometry.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={tmp_path / 'g.csv'}", "--words=king sun", "--device=cpu"
+        geometry.main,
+        monkeypatch,
+        home / "out/ce",
+        home / "out/cosine",
+        f"--out={tmp_path / 'g.csv'}",
+        "--words=king sun",
+        "--device=cpu",
     )
     out = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "g.csv").open()))
     what = [f"{w}{chance}" for w in ("prototypes", "hidden states") for chance in ("", ", chance")]
     assert [(r["run"], r["what"]) for r in rows] == [(r, w) for r in ("ce", "cosine") for w in what]
     for found, chance in zip(rows[::2], rows[1::2], strict=True):
-        assert float(found["radius"]) == pytest.approx(float(chance["radius"]), rel=1e-5) and abs(float(chance["mean_cosine"])) < 0.05
+        assert (
+            float(found["radius"]) == pytest.approx(float(chance["radius"]), rel=1e-5)
+            and abs(float(chance["mean_cosine"])) < 0.05
+        )
     (run,) = find_runs([home / "out/ce"])
-    assert float(rows[0]["effective_rank"]) == pytest.approx(geometry.spectrum(run.load()[0].head.prototypes())["effective_rank"])
+    assert float(rows[0]["effective_rank"]) == pytest.approx(
+        geometry.spectrum(run.load()[0].head.prototypes())["effective_rank"]
+    )
     cka = list(csv.DictReader((tmp_path / "g_cka.csv").open()))
-    assert [r["layer"] for r in cka] == ["0", "head"] and all(0 <= float(r["chance"]) < float(r["cka"]) <= 1 for r in cka)
+    assert [r["layer"] for r in cka] == ["0", "head"] and all(
+        0 <= float(r["chance"]) < float(r["cka"]) <= 1 for r in cka
+    )
     assert "' king'" in out and (tmp_path / "g.png").stat().st_size > 10_000
 
 
@@ -170,12 +227,19 @@ def test_geometry_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 def test_time_and_energy_to_a_target():
     points = [(0.0, 8.0), (10.0, 6.0), (20.0, 5.0), (30.0, 5.5)]
-    assert emissions.time_to(5.5, points) == pytest.approx(15) and emissions.time_to(9.0, points) == 0.0
+    assert (
+        emissions.time_to(5.5, points) == pytest.approx(15)
+        and emissions.time_to(9.0, points) == 0.0
+    )
     assert emissions.time_to(4.0, points) is None and emissions.time_to(5.0, points) == 20.0
 
 
 def test_time_in_steps_over_a_resume():
-    lines = [{"elapsed_s": s, "tokens_per_s": 10.0} for s in (3.0, 8.0)] + [{"val_loss": 1.0}] + [{"elapsed_s": 4.0, "tokens_per_s": 5.0}]
+    lines = (
+        [{"elapsed_s": s, "tokens_per_s": 10.0} for s in (3.0, 8.0)]
+        + [{"val_loss": 1.0}]
+        + [{"elapsed_s": 4.0, "tokens_per_s": 5.0}]
+    )
     assert clock(lines, tokens=20) == [(3.0, 2.0), (8.0, 4.0), (8.0, 4.0), (12.0, 8.0)]
 
 
@@ -184,21 +248,30 @@ def test_several_nodes_are_added_up_once(tmp_path):
     for name, rows in (("emissions", "1,2,30\n3,4,40\n"), ("emissions_node1", "10,20,60\n")):
         (tmp_path / f"{name}.csv").write_text(f"energy_consumed,emissions,duration\n{rows}")
     used = energy(tmp_path)
-    assert (used["energy_consumed"], used["emissions"], used["duration"]) == (14.0, 26.0, 70.0) and used["gpu_energy"] == 0
+    assert (used["energy_consumed"], used["emissions"], used["duration"]) == (
+        14.0,
+        26.0,
+        70.0,
+    ) and used["gpu_energy"] == 0
 
 
 @pytest.mark.parametrize("arch", ["gpt", "bert", "qwen"])
 @pytest.mark.parametrize("head", ["cross_entropy", "manhattan", "mahalanobis"])
 def test_work_counted_is_the_work_calculated(arch, head):
     """Attention too: of which torch's counter knows nothing where a CPU fuses it."""
-    c = ModelConfig(arch=arch, n_layer=3, n_head=4, n_embd=128, block_size=128, vocab_size=4096, head=head)
+    c = ModelConfig(
+        arch=arch, n_layer=3, n_head=4, n_embd=128, block_size=128, vocab_size=4096, head=head
+    )
     calculated = Model(c).flops_per_token(predicted_count(arch, 128) / 128)
     assert emissions.counted_flops(c) == pytest.approx(calculated, rel=0.02)
 
 
 def test_the_target_is_reached_by_all_that_learnt(home, capsys):  # noqa: F811
     runs = find_runs([home / "out/ce", home / "out/cosine", home / "out/bert"])
-    series = [[{"val_loss": v} for v in values] for values in ((8.0, 5.0, 6.0), (8.0, 5.5, math.nan), (8.5, 9.0, math.nan))]
+    series = [
+        [{"val_loss": v} for v in values]
+        for values in ((8.0, 5.0, 6.0), (8.0, 5.5, math.nan), (8.5, 9.0, math.nan))
+    ]
     assert emissions.target_of(runs, series, "val_loss") == 5.5
     assert "bert never fell below its first loss" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no loss to reach"):
@@ -207,9 +280,13 @@ def test_the_target_is_reached_by_all_that_learnt(home, capsys):  # noqa: F811
 
 def test_what_needs_no_weights_runs_without_a_checkpoint(home, tmp_path, monkeypatch, capsys):  # noqa: F811
     """A run that diverged before its first one is the one to look at; nor is its data needed."""
-    run = shutil.copytree(home / "out/ce", tmp_path / "early", ignore=shutil.ignore_patterns("ckpt"))
+    run = shutil.copytree(
+        home / "out/ce", tmp_path / "early", ignore=shutil.ignore_patterns("ckpt")
+    )
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(str(home / "data/small"), str(home / "data/gone")))
+    (run / "config.yaml").write_text(
+        config.replace(str(home / "data/small"), str(home / "data/gone"))
+    )
     call(gradients.main, monkeypatch, run)
     call(emissions.main, monkeypatch, run, home / "out/cosine")
     assert "nobody checked" in capsys.readouterr().err
@@ -218,17 +295,31 @@ def test_what_needs_no_weights_runs_without_a_checkpoint(home, tmp_path, monkeyp
 
 
 def test_emissions_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
-    call(emissions.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={tmp_path / 'e.csv'}")
+    call(
+        emissions.main,
+        monkeypatch,
+        home / "out/ce",
+        home / "out/cosine",
+        f"--out={tmp_path / 'e.csv'}",
+    )
     rows = list(csv.DictReader((tmp_path / "e.csv").open()))
     assert "target: 5.0000" in capsys.readouterr().out
     for row in rows:
-        assert float(row["kwh"]) == pytest.approx(0.005) and float(row["kg_co2e"]) == pytest.approx(0.003)
+        assert float(row["kwh"]) == pytest.approx(0.005) and float(row["kg_co2e"]) == pytest.approx(
+            0.003
+        )
         tokens = 4 * 12 * 16  # iterations, windows, block_size
         steps = tokens / 100  # seconds, at 100 tokens/s; 24 s with evaluations
         whole = 60.0
-        assert float(row["minutes"]) == pytest.approx(whole / 60) and float(row["steps"]) == pytest.approx(steps / whole)
-        assert float(row["evaluation"]) == pytest.approx((24 - steps) / whole) and float(row["start_end"]) == pytest.approx(1 - 24 / whole)
-        assert float(row["joules_per_token"]) == pytest.approx(0.005 * steps / whole * 3.6e6 / tokens)
+        assert float(row["minutes"]) == pytest.approx(whole / 60) and float(
+            row["steps"]
+        ) == pytest.approx(steps / whole)
+        assert float(row["evaluation"]) == pytest.approx((24 - steps) / whole) and float(
+            row["start_end"]
+        ) == pytest.approx(1 - 24 / whole)
+        assert float(row["joules_per_token"]) == pytest.approx(
+            0.005 * steps / whole * 3.6e6 / tokens
+        )
         assert float(row["minutes_to_target"]) == pytest.approx(steps / 60)
         assert float(row["kwh_to_target"]) == pytest.approx(0.005 * steps / whole)
     assert (tmp_path / "e.png").stat().st_size > 10_000
@@ -245,28 +336,45 @@ def test_margins_are_those_of_a_loop():
     for i in range(9):
         d = (h[i] - head.weight.detach()).abs().sum(-1)
         other = min(d[j] for j in range(7) if j != y[i])
-        assert rho[i] == pytest.approx((d[y[i]] / other).item(), rel=1e-5) and gamma[i] == pytest.approx((other - d[y[i]]).item(), abs=1e-5)
+        assert rho[i] == pytest.approx((d[y[i]] / other).item(), rel=1e-5) and gamma[
+            i
+        ] == pytest.approx((other - d[y[i]]).item(), abs=1e-5)
         assert p[i] == pytest.approx((d[y[i]] ** -3 / (d**-3).sum()).item(), rel=1e-4)
         assert p[i] >= 1 / (1 + 6 * rho[i] ** 3) * (1 - 1e-5)
 
 
 def test_the_toy_has_a_finite_minimiser():
-    """|W| of a distance head ends at the class centres, on a sphere of radius 1; cross-entropy's grows on."""
+    """|W| of a distance head ends at the class centres, on a sphere of radius 1; cross-entropy's
+    grows on."""
     found = {name: theory.toy(name, 1000) for name in theory.TOY}
     for name in ("euclidean", "manhattan"):
         torch.testing.assert_close(found[name]["path"][-1], found[name]["points"], rtol=0, atol=0.1)
         assert found[name]["norms"][-1] == pytest.approx(math.sqrt(5), rel=0.02)
     for name in ("euclidean", "manhattan", "cosine"):
-        assert found[name]["losses"][-1] < 1e-3 and found[name]["norms"][-1] / found[name]["norms"][500] < 1.02
+        assert (
+            found[name]["losses"][-1] < 1e-3
+            and found[name]["norms"][-1] / found[name]["norms"][500] < 1.02
+        )
     assert found["cross_entropy"]["norms"][-1] / found["cross_entropy"]["norms"][500] > 1.15
 
 
 def test_theory_command(home, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(theory, "toy", lambda name: {"norms": [1.0, 2.0]})
-    call(theory.main, monkeypatch, home / "out/ce", home / "out/cosine", home / "out/bert", f"--out={tmp_path / 't.csv'}", "--device=cpu")
+    call(
+        theory.main,
+        monkeypatch,
+        home / "out/ce",
+        home / "out/cosine",
+        home / "out/bert",
+        f"--out={tmp_path / 't.csv'}",
+        "--device=cpu",
+    )
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     assert [r["margin_bound_holds"] for r in rows] == ["", "1.0", "1.0"] and rows[0]["rho_50"] == ""
-    assert float(rows[1]["rho_5"]) < float(rows[1]["rho_95"]) and (tmp_path / "t.png").stat().st_size > 10_000
+    assert (
+        float(rows[1]["rho_5"]) < float(rows[1]["rho_95"])
+        and (tmp_path / "t.png").stat().st_size > 10_000
+    )
 
 
 # calibration
@@ -275,34 +383,58 @@ def test_theory_command(home, tmp_path, monkeypatch):  # noqa: F811
 def test_calibration_error_of_known_predictions():
     n = 10_000
     confidence = g.uniform(0.02, 1, n)
-    honest = {"confidence": confidence, "correct": (g.uniform(size=n) < confidence).astype(float), "nll": confidence}
+    honest = {
+        "confidence": confidence,
+        "correct": (g.uniform(size=n) < confidence).astype(float),
+        "nll": confidence,
+    }
     assert calibration.calibration_error(honest) < 0.02
     boastful = {**honest, "correct": np.zeros(n)}
     assert calibration.calibration_error(boastful) == pytest.approx(confidence.mean(), abs=1e-6)
 
 
 def test_bins_hold_every_token_once():
-    tokens = {"x": np.array([0.0, 0.5, 1.0, 2.0, 5.0]), "nll": np.arange(5.0), "confidence": np.ones(5), "correct": np.ones(5)}
+    tokens = {
+        "x": np.array([0.0, 0.5, 1.0, 2.0, 5.0]),
+        "nll": np.arange(5.0),
+        "confidence": np.ones(5),
+        "correct": np.ones(5),
+    }
     rows = calibration.bins_of(tokens, "x", np.array([0.0, 1.0, 2.0]))
     assert [(r["from"], r["tokens"], r["nll"]) for r in rows] == [(0.0, 2, 0.5), (1.0, 3, 3.0)]
 
 
 def test_detail_and_another_corpus(home, tmp_path, monkeypatch, capsys):  # noqa: F811
-    words = ["--detail", f"--corpus={home / 'data/other'}", f"--out={tmp_path / 'p.csv'}", "--device=cpu"]
+    words = [
+        "--detail",
+        f"--corpus={home / 'data/other'}",
+        f"--out={tmp_path / 'p.csv'}",
+        "--device=cpu",
+    ]
     call(perplexity.main, monkeypatch, home / "out/ce", home / "out/cosine", *words)
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     details = list(csv.DictReader((tmp_path / "p_detail.csv").open()))
     assert {(r["run"], r["by"]) for r in details} == {
-        *((run, by) for run in ("ce", "cosine") for by in ("position", "frequency", "confidence")), ("cosine", "nearest")
-    }  # fmt: skip
+        *((run, by) for run in ("ce", "cosine") for by in ("position", "frequency", "confidence")),
+        ("cosine", "nearest"),
+    }
     for run in ("ce", "cosine"):
         for by in ("position", "frequency", "confidence"):
             mine = [r for r in details if (r["run"], r["by"]) == (run, by)]
             total = sum(int(r["tokens"]) for r in mine)
             mean = sum(int(r["tokens"]) * float(r["nll"]) for r in mine) / total
-            assert total > 100 and mean == pytest.approx(float(next(r for r in rows if r["run"] == run)["nats_per_token"]), rel=0.2)
+            assert total > 100 and mean == pytest.approx(
+                float(next(r for r in rows if r["run"] == run)["nats_per_token"]), rel=0.2
+            )
     # the same text in other tokens: the same bits per byte as scoring it document by document
-    call(perplexity.main, monkeypatch, home / "out/ce", "--documents", f"--out={tmp_path / 'd.csv'}", "--device=cpu")
+    call(
+        perplexity.main,
+        monkeypatch,
+        home / "out/ce",
+        "--documents",
+        f"--out={tmp_path / 'd.csv'}",
+        "--device=cpu",
+    )
     own = next(csv.DictReader((tmp_path / "d.csv").open()))
     for name in ("own_documents", "other_documents"):
         assert float(rows[0][name]) == pytest.approx(float(own["bits_per_byte"]), rel=1e-4)
@@ -311,7 +443,13 @@ def test_detail_and_another_corpus(home, tmp_path, monkeypatch, capsys):  # noqa
 
 def test_bert_scores_no_other_corpus(home, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="bert predicts masked tokens"):
-        call(perplexity.main, monkeypatch, home / "out/bert", f"--corpus={home / 'data/other'}", f"--out={tmp_path / 'p.csv'}")
+        call(
+            perplexity.main,
+            monkeypatch,
+            home / "out/bert",
+            f"--corpus={home / 'data/other'}",
+            f"--out={tmp_path / 'p.csv'}",
+        )
 
 
 def test_nearest_is_the_distance_to_the_nearest_prototype(home):  # noqa: F811
@@ -321,7 +459,9 @@ def test_nearest_is_the_distance_to_the_nearest_prototype(home):  # noqa: F811
     h, y = theory.states_of(model, data, "val")
     w = torch.nn.functional.normalize(model.head.prototypes(), dim=-1)
     d = (1 - torch.nn.functional.normalize(h, dim=-1) @ w.T).amin(-1)
-    np.testing.assert_allclose(np.sort(tokens["nearest"][:16]), np.sort(d[:16].detach().numpy()), rtol=1e-3)
+    np.testing.assert_allclose(
+        np.sort(tokens["nearest"][:16]), np.sort(d[:16].detach().numpy()), rtol=1e-3
+    )
 
 
 # paired comparison
@@ -333,7 +473,9 @@ def test_difference_agrees_with_the_paired_t_test():
         b = a - shift + 0.3 * g.standard_normal(200)
         found, t = compare.difference(a, b), scipy.stats.ttest_rel(a, b)
         assert found.mean == pytest.approx((a - b).mean())
-        assert found.p == pytest.approx(t.pvalue, abs=0.02) or found.p == pytest.approx(1e-4, abs=1e-4)
+        assert found.p == pytest.approx(t.pvalue, abs=0.02) or found.p == pytest.approx(
+            1e-4, abs=1e-4
+        )
         interval = t.confidence_interval()
         assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.01)
 
@@ -343,7 +485,10 @@ def test_window_losses_average_to_the_likelihood(home):  # noqa: F811
     (model, _), data = run.load(), run.data()
     losses = compare.window_losses(model, data)
     nats, tokens = perplexity.likelihood(model, data, "val", stride=16)
-    assert losses.mean() == pytest.approx(nats / tokens, rel=0.05) and len(losses) == (data.splits["val"].tokens - 1) // 16
+    assert (
+        losses.mean() == pytest.approx(nats / tokens, rel=0.05)
+        and len(losses) == (data.splits["val"].tokens - 1) // 16
+    )
     assert compare.compare([losses, losses - 1])[0] == 1
 
 
@@ -380,12 +525,20 @@ def test_broken_metrics(home, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 
 class Tracker:
-    """CodeCarbon's tracker without its search for hardware: real rows, written by its real FileOutput."""
+    """CodeCarbon's tracker without its search for hardware: real rows, written by its real
+    FileOutput."""
 
     def __init__(self, output_dir, output_file, on_csv_write, **settings):
         self.file = FileOutput(output_file, output_dir, on_csv_write)
         values = {f.name: "x" for f in dataclasses.fields(EmissionsData)}
-        numbers = {"energy_consumed": 8.0, "emissions": 4.0, "cpu_energy": 5.0, "gpu_energy": 1.0, "ram_energy": 2.0, "duration": 10.0}
+        numbers = {
+            "energy_consumed": 8.0,
+            "emissions": 4.0,
+            "cpu_energy": 5.0,
+            "gpu_energy": 1.0,
+            "ram_energy": 2.0,
+            "duration": 10.0,
+        }
         self.row = EmissionsData(**values | numbers | {"run_id": str(uuid.uuid4())})
 
     def flush(self):
@@ -398,8 +551,16 @@ EARLIER = {  # a file of an earlier start -> its energy and its duration
     "two rows": ("energy_consumed,emissions,duration\n1,2,30\n3,4,40\n", 4.0, 70.0),
     "a unit in a name": ("energy_consumed_kwh,emissions_kg,duration_s\n1,2,30\n", 1.0, 30.0),
     "no duration": ("energy_consumed,emissions,length\n1,2,30\n", 1.0, math.nan),
-    "more columns, empty cells": ("new,emissions,gpu_energy,energy_consumed,duration\nx,2,,1,30\n", 1.0, 30.0),
-    "a name in Latin-1": (b"project_name,emissions,energy_consumed,duration\ncaf\xe9,2,1,30\n", 1.0, 30.0),
+    "more columns, empty cells": (
+        "new,emissions,gpu_energy,energy_consumed,duration\nx,2,,1,30\n",
+        1.0,
+        30.0,
+    ),
+    "a name in Latin-1": (
+        b"project_name,emissions,energy_consumed,duration\ncaf\xe9,2,1,30\n",
+        1.0,
+        30.0,
+    ),
     "no row": ("energy_consumed,emissions,duration\n", 0.0, 0.0),
     "nothing": ("", 0.0, 0.0),
 }
@@ -439,7 +600,8 @@ def put(run, lines):
 
 
 def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Each key of metrics.jsonl is taken away from all lines, and from the earlier half, as of a run that a newer version resumed."""
+    """Each key of metrics.jsonl is taken away from all lines, and from the earlier half, as of a
+    run that a newer version resumed."""
     folder = shutil.copytree(home / "out/ce", tmp_path / "ce")
     whole = lines_of(folder)
     (run,) = find_runs([folder])
@@ -448,7 +610,11 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
     optional = {key for line in whole for key in line} - {"iter", "val_loss"}
     for key in sorted(optional):
         for kept in (0, len(whole) // 2):
-            put(folder, [{k: v for k, v in line.items() if k != key} for line in whole[: len(whole) - kept]] + whole[len(whole) - kept :])
+            put(
+                folder,
+                [{k: v for k, v in line.items() if k != key} for line in whole[: len(whole) - kept]]
+                + whole[len(whole) - kept :],
+            )
             metrics = read_metrics(folder)
             cost = emissions.measure(run, metrics, "val_loss", 5.5)
             emissions.draw([run], [metrics], [cost], "val_loss", Figure())
@@ -460,7 +626,9 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
                 assert gradients.measure(run)[0]["mean"] is None
             gradients.draw([run], Figure())
             assert gradients.shown(gradients.measure(run), gradients.FORMATS)
-            shown = report.summary_table([report.summary(run, model, metrics)], {"losses": True, "bits": True, "work": True})
+            shown = report.summary_table(
+                [report.summary(run, model, metrics)], {"losses": True, "bits": True, "work": True}
+            )
             assert len(shown["rows"][0]) == len(report.COLUMNS) and report.curves(metrics)
             theory.measure(run, model, run.data(), "val")
 
@@ -475,18 +643,25 @@ def test_keys_that_nobody_knows_stay_in_metrics(home, tmp_path):  # noqa: F811
     metrics.write({"iter": 2, "train_loss": math.nan})
     metrics.close()
     expected = [line for line in lines if line.get("iter", 0) < 2]
-    assert lines_of(folder) == [*expected, {"iter": 2, "train_loss": "nan"}] and math.isnan(read_metrics(folder)[-1]["train_loss"])
+    assert lines_of(folder) == [*expected, {"iter": 2, "train_loss": "nan"}] and math.isnan(
+        read_metrics(folder)[-1]["train_loss"]
+    )
 
 
 def test_settings_of_another_version_are_named_and_ignored(home, tmp_path, monkeypatch, capsys):  # noqa: F811
     folder = shutil.copytree(home / "out/cosine", tmp_path / "cosine")
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("label_smoothing", "smoothing") + "flash: true\nworkers: [1, 2]\n")
+    (folder / "config.yaml").write_text(
+        text.replace("label_smoothing", "smoothing") + "flash: true\nworkers: [1, 2]\n"
+    )
     call(gradients.main, monkeypatch, folder)
     told = capsys.readouterr().err
     assert told.count("note: ") == 1 and "smoothing, flash, workers" in told and str(folder) in told
     (run,) = find_runs([folder])
-    assert run.load()[0].head.name == run.model_config.head == "cosine" and run.model_config.label_smoothing == 0
+    assert (
+        run.load()[0].head.name == run.model_config.head == "cosine"
+        and run.model_config.label_smoothing == 0
+    )
 
 
 def test_an_optimiser_of_another_version_is_refused(home):  # noqa: F811
@@ -494,7 +669,10 @@ def test_an_optimiser_of_another_version_is_refused(home):  # noqa: F811
     model, _ = run.load()
     optimizer = torch.optim.AdamW(model.parameters())
     for key in ("exp_avg/blocks.9.gone", "momentum"):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"holds '{key}'.*--init_from="):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(UserError, match=f"holds '{key}'.*--init_from="),
+        ):
             patch.setattr(checkpoint, "load_tensors", lambda path, key=key: {key: torch.zeros(2)})
             checkpoint.load_optimizer(model, optimizer, checkpoint.newest(run.path))
 
@@ -505,14 +683,23 @@ class Pairs(Table):
 
 def test_a_studys_table_is_appended_to_or_refused(tmp_path):
     path = tmp_path / "t.csv"
-    for before, rows in ((None, 0), ("", 0), ("a,b\r\n", 0), ("a,b\r\n1,2\r\n", 1), ("a,b\n1,2", 1)):
+    for before, rows in (
+        (None, 0),
+        ("", 0),
+        ("a,b\r\n", 0),
+        ("a,b\r\n1,2\r\n", 1),
+        ("a,b\n1,2", 1),
+    ):
         path.unlink(missing_ok=True)
         if before is not None:
             path.write_text(before, newline="")
         table = Pairs(path)
         table.add({"a": 3, "b": 4})
         table.add({"a": 5})
-        assert [(r["a"], r["b"]) for r in Pairs(path).rows] == [("1", "2")] * rows + [("3", "4"), ("5", "")]
+        assert [(r["a"], r["b"]) for r in Pairs(path).rows] == [("1", "2")] * rows + [
+            ("3", "4"),
+            ("5", ""),
+        ]
     for before, message in (
         ("a,b,c\n1,2,3\n", "t.csv has other columns"),
         ("b,a\n", "t.csv has other columns"),
@@ -530,7 +717,9 @@ def test_a_studys_table_is_appended_to_or_refused(tmp_path):
 
 def short(data, tokens: int):
     """The data with the first tokens of each split."""
-    splits = {name: dataclasses.replace(split, tokens=tokens) for name, split in data.splits.items()}
+    splits = {
+        name: dataclasses.replace(split, tokens=tokens) for name, split in data.splits.items()
+    }
     return dataclasses.replace(data, splits=splits)
 
 
@@ -564,7 +753,11 @@ def test_documents_of_one_token_or_none(home):  # noqa: F811
     assert list(perplexity.document_batches([np.array([eot])], eot, 16, 16, 2)) == []
     empty = data.splits["val"]
     ends = np.full(20, eot, "<u2")
-    blank = type("Blank", (type(empty),), {"read": lambda self, start, count: ends[start : start + count].astype(np.int64)})
+    blank = type(
+        "Blank",
+        (type(empty),),
+        {"read": lambda self, start, count: ends[start : start + count].astype(np.int64)},
+    )
     data = dataclasses.replace(data, splits={"val": blank(**vars(empty) | {"tokens": 20})})
     with pytest.raises(UserError, match="has no document to score"):
         perplexity.likelihood(model, data, "val", documents=True)
@@ -576,7 +769,10 @@ def test_documents_of_one_token_or_none(home):  # noqa: F811
 def test_no_token_has_no_calibration():
     names = ("nll", "position", "target", "confidence", "correct", "nearest")
     tokens = {name: np.zeros(0) for name in names}
-    assert math.isnan(calibration.calibration_error(tokens)) and calibration.detail(tokens, np.zeros(5), 16) == []
+    assert (
+        math.isnan(calibration.calibration_error(tokens))
+        and calibration.detail(tokens, np.zeros(5), 16) == []
+    )
 
 
 def test_pictures_are_drawn_of_a_run_without_all_norms(home):  # noqa: F811
@@ -617,14 +813,17 @@ const waiting = setInterval(() => {
   found.push(light);
   if (!document.title.startsWith("ERROR")) document.title = JSON.stringify(found);
 }, 50);
-</script></body>"""
+</script></body>"""  # noqa: E501
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium (apt-get install chromium)")
 @pytest.mark.parametrize(("width", "light"), [(1400, True), (400, True), (1400, False)])
 def test_the_page_in_chromium(home, tmp_path, monkeypatch, width, light):  # noqa: F811
     page = tmp_path / "r.html"
-    runs = [make_run(tmp_path / head, home / "data/small", 40, head=head) for head in ("cross_entropy", "cosine")]
+    runs = [
+        make_run(tmp_path / head, home / "data/small", 40, head=head)
+        for head in ("cross_entropy", "cosine")
+    ]
     call(report.main, monkeypatch, *runs, f"--out={page}", "--max_new_tokens=5", "--device=cpu")
     page.write_text(page.read_text().replace("</body>", CLICKS))
     command = [
@@ -637,7 +836,7 @@ def test_the_page_in_chromium(home, tmp_path, monkeypatch, width, light):  # noq
         f"--blink-settings=preferredColorScheme={int(light)}",
     ]
     command += ["--virtual-time-budget=30000", "--dump-dom", page.as_uri()]
-    for _ in range(3):  # on a busy machine Chromium may dump the page before its first frame, when CLICKS still waits for curves
+    for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         title = done.stdout.split("<title>")[1].split("</title>")[0]

@@ -10,7 +10,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import model as model_module
 from harmonic import IGNORE_INDEX
-from model import Model, ModelConfig, adamw, causal_attention, document_block_mask, uses_flex_attention
+from model import (
+    Model,
+    ModelConfig,
+    adamw,
+    causal_attention,
+    document_block_mask,
+    uses_flex_attention,
+)
 
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, block_size=12, vocab_size=128, real_vocab_size=101)
 ARCHS = {
@@ -34,14 +41,19 @@ def ids(*shape, seed=0):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_position_depends_on_what_it_may_see(arch):
-    """By gradient: the logits of position t move with every token up to t and, unless it is bert, with none after it."""
+    """By gradient: the logits of position t move with every token up to t and, unless it is bert,
+    with none after it."""
     model = build(arch).eval()
     x = ids(1, 12)
     embedded = []
-    model.tokens.register_forward_hook(lambda _, __, out: embedded.append(out.requires_grad_()) or out)
+    model.tokens.register_forward_hook(
+        lambda _, __, out: embedded.append(out.requires_grad_()) or out
+    )
     logits, _ = model(x)
     for t in (0, 5, 11):
-        (gradient,) = torch.autograd.grad(logits[0, t, :101].square().sum(), embedded[0], retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            logits[0, t, :101].square().sum(), embedded[0], retain_graph=True
+        )
         moved = gradient[0].abs().amax(-1) > 0
         expected = torch.ones(12, dtype=torch.bool) if arch == "bert" else torch.arange(12) <= t
         assert torch.equal(moved, expected)
@@ -56,7 +68,10 @@ def test_loss_equals_cross_entropy_of_logits(arch, head):
     logits, none = model(x)
     assert none is None and logits.shape == (3, 12, 101)
     torch.testing.assert_close(model(x, y)[1], F.cross_entropy(logits.view(-1, 101), y.view(-1)))
-    torch.testing.assert_close(model(x, y, reduction="sum")[1], F.cross_entropy(logits.view(-1, 101), y.view(-1), reduction="sum"))
+    torch.testing.assert_close(
+        model(x, y, reduction="sum")[1],
+        F.cross_entropy(logits.view(-1, 101), y.view(-1), reduction="sum"),
+    )
 
 
 @pytest.mark.parametrize("arch, head", [("gpt", "cosine"), ("bert", "cross_entropy")])
@@ -104,7 +119,9 @@ def test_cached_logits_equal_full_logits():
         from model import KVCache
 
         cache = KVCache(model.config, 2, "cpu", torch.float32)
-        steps = [model.hidden(x[:, :5], cache=cache)] + [model.hidden(x[:, t : t + 1], cache=cache) for t in range(5, 12)]
+        steps = [model.hidden(x[:, :5], cache=cache)] + [
+            model.hidden(x[:, t : t + 1], cache=cache) for t in range(5, 12)
+        ]
         torch.testing.assert_close(torch.cat(steps, 1), model.hidden(x), rtol=1e-4, atol=1e-5)
 
 
@@ -117,7 +134,10 @@ def test_sampling_respects_top_k_top_p_and_padding():
     frequency = torch.bincount(drawn, minlength=5) / 2000
     assert (frequency - logits[0].softmax(-1)).abs().max() < 0.04 and frequency[4] == 0
     assert set(pick(logits, 1.0, 2, None, generators).tolist()) == {0, 1}
-    assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {0, 1}  # 0.64 alone does not reach 0.7
+    assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {
+        0,
+        1,
+    }  # 0.64 alone does not reach 0.7
     assert set(pick(logits, 1.0, None, 0.6, generators).tolist()) == {0}
     assert set(pick(logits, 0, None, None, generators).tolist()) == {0}
     model = build("gpt").eval()
@@ -128,7 +148,10 @@ def test_sampling_respects_top_k_top_p_and_padding():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_doc_mask_shows_each_document_as_if_alone(arch):
     model = build(arch, doc_mask=True, eot_id=0).eval()
-    documents = [torch.cat((torch.zeros(1, dtype=torch.long), 1 + ids(1, n, seed=n)[0] % 99)) for n in (3, 0, 4)]
+    documents = [
+        torch.cat((torch.zeros(1, dtype=torch.long), 1 + ids(1, n, seed=n)[0] % 99))
+        for n in (3, 0, 4)
+    ]
     rest = 1 + ids(1, 2, seed=3)[0] % 99  # the end of a document that began in the window before
     together = model.trunk(torch.cat((rest, *documents))[None])[0]
     alone = [model.trunk(d[None])[0] for d in (rest, *documents)]
@@ -142,11 +165,15 @@ def choose_flex_attention(monkeypatch, chosen: bool):
     monkeypatch.setattr(model_module, "uses_flex_attention", lambda config, idx, training: chosen)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:Mismatch dtype between input and weight")
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile",
+    "ignore:Mismatch dtype between input and weight",
+)
 @pytest.mark.parametrize("arch", ["gpt", "bert", "qwen", "qwen3"])
 @torch.no_grad()
 def test_flex_attention_gives_what_the_dense_mask_gives(arch, monkeypatch):
-    """Three blocks, the last of them not full; documents that end inside a block, at its end, and nowhere. Also under autocast."""
+    """Three blocks, the last of them not full; documents that end inside a block, at its end, and
+    nowhere. Also under autocast."""
     model = build(arch, doc_mask=True, eot_id=0, block_size=300, n_embd=64)
     x = 1 + ids(3, 300) % 99
     for row, begins in enumerate(([0, 5, 6, 128, 290], [299], [])):
@@ -170,7 +197,14 @@ def test_document_block_mask_is_the_one_that_torch_finds(causal):
         found = document_block_mask(number, causal)
         expected = create_block_mask(found.mask_mod, 3, 1, T, T, device="cpu")
         assert found.shape == expected.shape
-        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        for name in (
+            "kv_num_blocks",
+            "kv_indices",
+            "full_kv_num_blocks",
+            "full_kv_indices",
+            "q_num_blocks",
+            "q_indices",
+        ):
             assert torch.equal(getattr(found, name), getattr(expected, name)), (T, rate, name)
 
 
@@ -212,13 +246,17 @@ def test_blocks_under_flex_attention_compile_once(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("arch", ["gpt", "bert", "qwen", "qwen3"])
-def test_flex_attention_on_a_gpu_gives_loss_and_gradients_of_the_dense_mask(arch, compiled, monkeypatch):
+def test_flex_attention_on_a_gpu_gives_loss_and_gradients_of_the_dense_mask(
+    arch, compiled, monkeypatch
+):
     x, y = ids(3, 300).cuda(), ids(3, 300, seed=1).cuda()  # about three documents begin in a row
     results = []
     for chosen in (False, True):
         choose_flex_attention(monkeypatch, chosen)
         torch.compiler.reset()
-        model = build(arch, doc_mask=True, eot_id=0, block_size=300, n_embd=96, head_impl="dense").cuda()  # 24 a head
+        model = build(
+            arch, doc_mask=True, eot_id=0, block_size=300, n_embd=96, head_impl="dense"
+        ).cuda()  # 24 a head
         for block in model.blocks if compiled else ():
             block.compile(fullgraph=True)
         _, loss = model(x, y)
@@ -229,16 +267,25 @@ def test_flex_attention_on_a_gpu_gives_loss_and_gradients_of_the_dense_mask(arch
 
 
 def test_doc_mask_in_generation():
-    """Where a document begins inside a text, nothing in front of it matters; with the cache and without."""
+    """Where a document begins inside a text, nothing in front of it matters; with the cache and
+    without."""
     model = build("gpt", doc_mask=True, eot_id=0).eval()
     with torch.no_grad():
         model.head.weight[0] *= 3  # documents end often
     prompts = [[5, 6, 7, 0, 8], [9, 0, 8], [0, 8], [5, 5]]
     tokens = [list(row) for row in zip(*model.generate(prompts, 40, temperature=3.0), strict=True)]
-    assert tokens == [list(row) for row in zip(*model.generate(prompts, 40, temperature=3.0, cache=False), strict=True)]
+    assert tokens == [
+        list(row)
+        for row in zip(*model.generate(prompts, 40, temperature=3.0, cache=False), strict=True)
+    ]
     assert any(0 in row for row in tokens)
     greedy = list(zip(*model.generate(prompts, 5, temperature=0), strict=True))
-    assert greedy[0] == greedy[1] == greedy[2] == next(zip(*model.generate([[0, 8]], 5, temperature=0), strict=True))
+    assert (
+        greedy[0]
+        == greedy[1]
+        == greedy[2]
+        == next(zip(*model.generate([[0, 8]], 5, temperature=0), strict=True))
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -282,11 +329,14 @@ def test_inductor_compiles_the_blocks_on_this_machine():
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(model.head.weight.grad, expected, rtol=1e-3, atol=1e-5)
-    assert set(model.state_dict()) == set(build("qwen").state_dict())  # names as in the uncompiled model
+    assert set(model.state_dict()) == set(
+        build("qwen").state_dict()
+    )  # names as in the uncompiled model
 
 
 def test_attention_written_out_is_no_less_exact():
-    """Odd sizes, bfloat16, values and gradients, against float64: no further off than attention as one writes it in bfloat16."""
+    """Odd sizes, bfloat16, values and gradients, against float64: no further off than attention as
+    one writes it in bfloat16."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, 77, 10, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     weight = torch.randn(2, 3, 77, 10)
@@ -300,9 +350,16 @@ def test_attention_written_out_is_no_less_exact():
         return [y, *torch.autograd.grad((y * weight).sum(), inputs)]
 
     exact = results(naive, torch.float64)
-    for a, b, c in zip(results(causal_attention, torch.bfloat16), results(naive, torch.bfloat16), exact, strict=True):
+    for a, b, c in zip(
+        results(causal_attention, torch.bfloat16),
+        results(naive, torch.bfloat16),
+        exact,
+        strict=True,
+    ):
         assert (a - c).abs().mean() <= 1.05 * (b - c).abs().mean() < 0.01
-    torch.testing.assert_close(causal_attention(*(x.double() for x in inputs)), exact[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        causal_attention(*(x.double() for x in inputs)), exact[0], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_bfloat16_on_a_cpu_compiles_the_attention_written_out():
@@ -315,23 +372,41 @@ def test_bfloat16_on_a_cpu_compiles_the_attention_written_out():
 
 
 def test_initialisation_is_as_documented():
-    model = build("gpt", n_embd=128, n_layer=3, vocab_size=1024, real_vocab_size=1024, head_init_std=0.05, tie_weights=False)
+    model = build(
+        "gpt",
+        n_embd=128,
+        n_layer=3,
+        vocab_size=1024,
+        real_vocab_size=1024,
+        head_init_std=0.05,
+        tie_weights=False,
+    )
     assert model.head.weight.std().item() == pytest.approx(0.05, rel=0.05)
     assert model.tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.05)
+    assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(
+        0.02 / math.sqrt(6), rel=0.05
+    )
     assert model.blocks[0].mlp.up.bias.abs().max() == 0
     tied = build("gpt")
     assert tied.tokens.weight is tied.head.weight
 
 
 def test_sizes_of_the_published_models():
-    """Parameter counts: GPT-2 124M (124,439,808), BERT base with its decoder (109,514,298), Qwen2 0.5B (494,032,768)."""
+    """Parameter counts: GPT-2 124M (124,439,808), BERT base with its decoder (109,514,298), Qwen2
+    0.5B (494,032,768)."""
     published = {
         124_439_808: dict(arch="gpt", vocab_size=50257),
         109_514_298: dict(arch="bert", block_size=512, vocab_size=30522),
         494_032_768: dict(
-            arch="qwen", n_layer=24, n_head=14, n_kv_head=2, n_embd=896, intermediate_size=4864, vocab_size=151936, block_size=1024
+            arch="qwen",
+            n_layer=24,
+            n_head=14,
+            n_kv_head=2,
+            n_embd=896,
+            intermediate_size=4864,
+            vocab_size=151936,
+            block_size=1024,
         ),
     }
     for count, settings in published.items():
@@ -340,14 +415,24 @@ def test_sizes_of_the_published_models():
 
 
 def test_every_parameter_is_in_one_group_and_prototypes_have_their_own():
-    for kw in (dict(head="mahalanobis"), dict(head="cosine", learn_exponent=True), dict(head="cross_entropy", tie_weights=False)):
+    for kw in (
+        dict(head="mahalanobis"),
+        dict(head="cosine", learn_exponent=True),
+        dict(head="cross_entropy", tie_weights=False),
+    ):
         model = build("gpt", **kw)
         groups = adamw(model, 1e-3, (0.9, 0.95), 0.1, 0.0, "cpu").param_groups
         listed = [id(p) for g in groups for p in g["params"]]
         assert sorted(listed) == sorted(id(p) for p in model.parameters())
         decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-        assert decay[id(model.head.weight)] == 0.0 and decay[id(model.blocks[0].mlp.up.weight)] == 0.1
-        assert all(decay[id(p)] == 0 for n, p in model.named_parameters() if p.dim() < 2 or n.startswith("head."))
+        assert (
+            decay[id(model.head.weight)] == 0.0 and decay[id(model.blocks[0].mlp.up.weight)] == 0.1
+        )
+        assert all(
+            decay[id(p)] == 0
+            for n, p in model.named_parameters()
+            if p.dim() < 2 or n.startswith("head.")
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""model.py computes what transformers computes: with the same weights, at odd sizes, with padding, in gradients and in generated text."""
+"""model.py computes what transformers computes: with the same weights, at odd sizes, with padding,
+in gradients and in generated text."""
 
 import csv
 from pathlib import Path
@@ -25,16 +26,29 @@ def test_parity_of_a_real_encoder():
 
 def test_parity_sees_a_difference(monkeypatch):
     """A wrong epsilon in a norm, or another base of the rotary positions, does not pass."""
-    for name, key, value in (("GPT2LMHeadModel", "layer_norm_epsilon", 1e-3), ("Qwen2ForCausalLM, untied, 6 groups", "rope_theta", 2e4)):
+    for name, key, value in (
+        ("GPT2LMHeadModel", "layer_norm_epsilon", 1e-3),
+        ("Qwen2ForCausalLM, untied, 6 groups", "rope_theta", 2e4),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(parity.pretrained, "settings_of", changed(parity.pretrained.settings_of))
             build = parity.build
-            patch.setattr(parity, "build", lambda settings, key=key, value=value, build=build: build(wrong(settings, key, value)))
+            patch.setattr(
+                parity,
+                "build",
+                lambda settings, key=key, value=value, build=build: build(
+                    wrong(settings, key, value)
+                ),
+            )
             assert parity.measure(name)["logits"] > 1e-3
 
 
 def wrong(settings: dict, key: str, value) -> dict:
-    return {**settings, "rope_parameters": {"rope_type": "default", key: value}} if key == "rope_theta" else {**settings, key: value}
+    return (
+        {**settings, "rope_parameters": {"rope_type": "default", key: value}}
+        if key == "rope_theta"
+        else {**settings, key: value}
+    )
 
 
 def changed(settings_of):

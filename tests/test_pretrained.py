@@ -1,4 +1,5 @@
-"""Starting from models that people already have: what is read, what is refused, and what a swapped head predicts."""
+"""Starting from models that people already have: what is read, what is refused, and what a swapped
+head predicts."""
 
 import json
 import pickle
@@ -20,7 +21,8 @@ GPT = "GPT2LMHeadModel"
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """-> (a folder in Hugging Face's format, transformers' model). 300 rows: the vocabulary of tiny_data."""
+    """-> (a folder in Hugging Face's format, transformers' model). 300 rows: the vocabulary of
+    tiny_data."""
     folder = tmp_path_factory.mktemp("hub") / "gpt2"
     theirs = parity.build({**parity.CASES[GPT], "vocab_size": 300})
     theirs.save_pretrained(folder)
@@ -44,27 +46,40 @@ def logits(model, ids):
 
 
 IDS = torch.randint(290, (2, 17), generator=torch.Generator().manual_seed(0))
-SIZES = {key: None for key in ("n_layer", "n_head", "n_embd", "block_size")}  # as the model has them
+SIZES = {
+    key: None for key in ("n_layer", "n_head", "n_embd", "block_size")
+}  # as the model has them
 
 
 def test_shards_and_half_precision_are_read(gpt2, tmp_path):
     folder, theirs = gpt2
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    torch.testing.assert_close(logits(load(tmp_path / "shards"), IDS), logits(load(folder), IDS), rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(load(tmp_path / "shards"), IDS), logits(load(folder), IDS), rtol=0, atol=0
+    )
     (tmp_path / "half").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / "half")
-    save_file({k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items()}, tmp_path / "half" / "model.safetensors")
+    save_file(
+        {k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items()},
+        tmp_path / "half" / "model.safetensors",
+    )
     half = load(tmp_path / "half")
     assert half.head.weight.dtype == torch.float32
     assert 0 < (logits(half, IDS) - logits(load(folder), IDS)).abs().max() < 0.5
 
 
 def test_old_names_are_read(gpt2, copy):
-    """The hub's own gpt2 has no prefix and buffers of masks; BERT's has gamma and beta, a pooler and a second head."""
-    tensors = {k.removeprefix("transformer."): v for k, v in load_file(copy / "model.safetensors").items()}
-    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "lm_head.weight": tensors["wte.weight"].clone()}
+    """The hub's own gpt2 has no prefix and buffers of masks; BERT's has gamma and beta, a pooler
+    and a second head."""
+    tensors = {
+        k.removeprefix("transformer."): v for k, v in load_file(copy / "model.safetensors").items()
+    }
+    tensors |= {
+        "h.0.attn.bias": torch.ones(1, 1, 4, 4),
+        "lm_head.weight": tensors["wte.weight"].clone(),
+    }
     save_file(tensors, copy / "model.safetensors")
     torch.testing.assert_close(logits(load(copy), IDS), logits(load(gpt2[0]), IDS), rtol=0, atol=0)
 
@@ -72,7 +87,10 @@ def test_old_names_are_read(gpt2, copy):
     theirs.save_pretrained(copy.parent / "bert")
     expected = logits(load(copy.parent / "bert"), IDS)
     tensors = load_file(copy.parent / "bert" / "model.safetensors")
-    renamed = {k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v for k, v in tensors.items()}
+    renamed = {
+        k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v
+        for k, v in tensors.items()
+    }
     renamed |= {
         "bert.pooler.dense.bias": torch.ones(3),
         "cls.seq_relationship.bias": torch.ones(2),
@@ -87,7 +105,10 @@ def test_an_encoder_alone_gets_a_new_transform(gpt2, tmp_path, capsys):
     theirs.bert.save_pretrained(tmp_path / "bert")
     model = load(tmp_path / "bert")
     assert "has no head.bias, transform.0.weight" in capsys.readouterr().err
-    assert torch.equal(model.tokens.weight, theirs.bert.embeddings.word_embeddings.weight) and model.tokens.weight is model.head.weight
+    assert (
+        torch.equal(model.tokens.weight, theirs.bert.embeddings.word_embeddings.weight)
+        and model.tokens.weight is model.head.weight
+    )
 
 
 def nanogpt(theirs, path, **changes):
@@ -96,19 +117,38 @@ def nanogpt(theirs, path, **changes):
     for name, tensor in theirs.state_dict().items():
         matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         tensors[f"_orig_mod.{name}"] = tensor.T.contiguous() if matrix else tensor
-    arguments = dict(n_layer=3, n_head=3, n_embd=51, block_size=parity.LONGEST, bias=True, vocab_size=300, dropout=0.1)
-    stored = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "model_args": arguments, "iter_num": 5}
+    arguments = dict(
+        n_layer=3,
+        n_head=3,
+        n_embd=51,
+        block_size=parity.LONGEST,
+        bias=True,
+        vocab_size=300,
+        dropout=0.1,
+    )
+    stored = {
+        "model": tensors,
+        "optimizer": {"state": {}, "param_groups": []},
+        "model_args": arguments,
+        "iter_num": 5,
+    }
     stored |= {"best_val_loss": torch.tensor(3.0), "config": {"dataset": "openwebtext"}, **changes}
     torch.save(stored, path)
 
 
 def test_nanogpts_checkpoint_is_read(gpt2, tmp_path):
-    theirs = parity.build({**parity.CASES[GPT], "vocab_size": 300, "activation_function": "gelu"})  # nn.GELU(), not GPT-2's tanh
+    theirs = parity.build(
+        {**parity.CASES[GPT], "vocab_size": 300, "activation_function": "gelu"}
+    )  # nn.GELU(), not GPT-2's tanh
     nanogpt(theirs, tmp_path / "ckpt.pt")
     expected = theirs(input_ids=IDS).logits
-    torch.testing.assert_close(logits(load(tmp_path / "ckpt.pt"), IDS), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(load(tmp_path / "ckpt.pt"), IDS), expected, rtol=1e-4, atol=1e-4
+    )
     nanogpt(gpt2[1], tmp_path / "old.pt")
-    assert (logits(load(tmp_path / "old.pt"), IDS) - gpt2[1](input_ids=IDS).logits).abs().max() > 5e-4
+    assert (
+        logits(load(tmp_path / "old.pt"), IDS) - gpt2[1](input_ids=IDS).logits
+    ).abs().max() > 5e-4
 
 
 class Evil:
@@ -118,7 +158,13 @@ class Evil:
 
 def test_pickles_are_not_executed(gpt2, copy, tmp_path, capsys):
     nanogpt(gpt2[1], tmp_path / "evil.pt", extra=Evil())
-    with pytest.raises(UserError, match="evil.pt is not a checkpoint of nanoGPT, or holds more than tensors; nothing in it was run"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "evil.pt is not a checkpoint of nanoGPT, or holds more than tensors; nothing in it"
+            " was run"
+        ),
+    ):
         load(tmp_path / "evil.pt")
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(UserError, match="has no model.safetensors; pytorch_model.bin is a pickle"):
@@ -137,7 +183,11 @@ def test_missing_extra_and_wrong_tensors_are_listed(copy):
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(UserError) as caught:
         load(copy)
-    for words in ("h.1.mlp.c_fc.bias is missing", "h.0.attn.q_norm.weight is not part of gpt", "ln_f.weight is (50,), expected (51,)"):
+    for words in (
+        "h.1.mlp.c_fc.bias is missing",
+        "h.0.attn.q_norm.weight is not part of gpt",
+        "ln_f.weight is (50,), expected (51,)",
+    ):
         assert words in str(caught.value)
 
 
@@ -145,7 +195,10 @@ def test_missing_extra_and_wrong_tensors_are_listed(copy):
     "change, words",
     [
         ({"model_type": "llama"}, "is a model of type llama: known are gpt2, bert, qwen2, qwen3"),
-        ({"activation_function": "relu"}, "model.py does not have the activation relu (only gelu_pytorch_tanh, gelu_new, gelu)"),
+        (
+            {"activation_function": "relu"},
+            "model.py does not have the activation relu (only gelu_pytorch_tanh, gelu_new, gelu)",
+        ),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
         ({"n_layer": "three"}, "config.json is wrong"),
         (None, "config.json is wrong"),
@@ -161,8 +214,13 @@ def test_other_models_are_refused(copy, change, words):
 
 def test_tied_tables_that_differ_are_refused(copy):
     tensors = load_file(copy / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1}, copy / "model.safetensors")
-    with pytest.raises(UserError, match="wte.weight and lm_head.weight differ, but its configuration ties them"):
+    save_file(
+        {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1},
+        copy / "model.safetensors",
+    )
+    with pytest.raises(
+        UserError, match="wte.weight and lm_head.weight differ, but its configuration ties them"
+    ):
         load(copy)
 
 
@@ -196,19 +254,27 @@ def test_a_damaged_file_or_a_missing_shard_is_named(gpt2, copy, tmp_path):
 def test_training_starts_from_it_and_reports_both_numbers(train, gpt2, tmp_path):
     status, out, err = train(init_from=gpt2[0], head="euclidean", **{**SIZES, "block_size": 16})
     assert status == 0, err
-    assert "as it is: val loss" in out and "its head swapped for euclidean, harmonic link, n = " in out
+    assert (
+        "as it is: val loss" in out and "its head swapped for euclidean, harmonic link, n = " in out
+    )
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["iter"] == 0 and abs(first["val_loss"] - first["source_val_loss"]) < 0.05
     model, stored, _ = checkpoint.load_run(tmp_path / "run")
     assert stored["exponent"] > 10 and not stored["tie_weights"] and model.config.n_embd == 51
-    status, out, _ = train(init_from="resume", max_iters=4, **{k: None for k in (*SIZES, "dataset")})
+    status, out, _ = train(
+        init_from="resume", max_iters=4, **{k: None for k in (*SIZES, "dataset")}
+    )
     assert status == 0 and "iter 4" in out
     assert stored["source"] == str(gpt2[0]) and stored["init_from"] == "scratch"
-    status, again, err = train("run/config.yaml", out_dir="again", **{k: None for k in (*SIZES, "dataset")})
-    assert status == 0 and "as it is: val loss" in again, err  # the folder holds what starts it again
-    assert json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])["val_loss"] == pytest.approx(
-        first["val_loss"], abs=0.1
+    status, again, err = train(
+        "run/config.yaml", out_dir="again", **{k: None for k in (*SIZES, "dataset")}
     )
+    assert status == 0 and "as it is: val loss" in again, (
+        err
+    )  # the folder holds what starts it again
+    assert json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])[
+        "val_loss"
+    ] == pytest.approx(first["val_loss"], abs=0.1)
 
 
 @pytest.mark.parametrize("link", ["harmonic", "softmax"])
@@ -217,28 +283,43 @@ def test_a_given_exponent_stays(train, gpt2, tmp_path, link):
     status, _, err = train(init_from="auto", source=gpt2[0], **flags)
     assert status == 0, err
     stored = checkpoint.load_run(tmp_path / "run")[1]
-    assert stored["exponent"] == 60.0 if link == "harmonic" else stored["scale"] > 1 and stored["exponent"] is None
-    status, out, err = train(init_from="auto", source=gpt2[0], max_iters=3, **{k: None for k in (*SIZES, "dataset")})
+    assert (
+        stored["exponent"] == 60.0
+        if link == "harmonic"
+        else stored["scale"] > 1 and stored["exponent"] is None
+    )
+    status, out, err = train(
+        init_from="auto", source=gpt2[0], max_iters=3, **{k: None for k in (*SIZES, "dataset")}
+    )
     assert status == 0 and "iter 3" in out and "as it is" not in out, err  # resumed
 
 
 def test_a_matched_head_needs_float32(train, gpt2):
-    status, _, err = train(init_from=gpt2[0], head="cosine", head_precision="autocast", **{**SIZES, "block_size": 16})
+    status, _, err = train(
+        init_from=gpt2[0], head="cosine", head_precision="autocast", **{**SIZES, "block_size": 16}
+    )
     assert status == 2 and "head_precision=autocast: a matched head" in err
 
 
 def test_a_run_and_its_own_head_go_on(train, tmp_path):
     assert train(head="cosine", max_iters=3)[0] == 0
     status, out, _ = train(init_from="run", out_dir="next", head="cosine", max_iters=1)
-    before = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    before = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ][-1]
     after = json.loads((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()[0])
     assert status == 0 and before["val_loss"] == after["val_loss"] and "swapped" not in out
     status, _, err = train(init_from="run", out_dir="third", head="euclidean")
-    assert status == 2 and "head=euclidean: a head is swapped for one of cross_entropy, and run has cosine" in err
+    assert (
+        status == 2
+        and "head=euclidean: a head is swapped for one of cross_entropy, and run has cosine" in err
+    )
 
 
 def test_what_contradicts_the_model_is_listed(train, gpt2, tmp_path):
-    status, _, err = train(init_from=gpt2[0], **{**SIZES, "n_layer": 5, "block_size": 16, "arch": "bert"})
+    status, _, err = train(
+        init_from=gpt2[0], **{**SIZES, "n_layer": 5, "block_size": 16, "arch": "bert"}
+    )
     assert status == 2 and not (tmp_path / "run").exists()
     for words in ("has arch=gpt, not bert", "has n_layer=3, not 5"):
         assert words in err
@@ -285,17 +366,30 @@ def test_the_hub_out_of_reach_is_said(train, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     status, _, err = train(init_from="Qwen/Qwen2.5-0.5B")
-    assert status == 2 and "Qwen/Qwen2.5-0.5B: neither a local folder nor to be had from the Hugging Face hub (OSError: no route" in err
+    assert (
+        status == 2
+        and "Qwen/Qwen2.5-0.5B: neither a local folder nor to be had from the Hugging Face hub"
+        " (OSError: no route"
+        in err
+    )
 
 
 def test_the_hub_is_asked_for_safetensors_alone(monkeypatch, gpt2):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(gpt2[0]))
-    torch.testing.assert_close(logits(load("gpt2"), IDS), logits(load(gpt2[0]), IDS), rtol=0, atol=0)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kw: asked.append((name, kw)) or str(gpt2[0]),
+    )
+    torch.testing.assert_close(
+        logits(load("gpt2"), IDS), logits(load(gpt2[0]), IDS), rtol=0, atol=0
+    )
     patterns = [pattern for _, kw in asked for pattern in kw["allow_patterns"]]
-    assert patterns[:2] == ["config.json", "tokenizer.json"] and all("safetensors" in pattern for pattern in patterns[2:])
+    assert patterns[:2] == ["config.json", "tokenizer.json"] and all(
+        "safetensors" in pattern for pattern in patterns[2:]
+    )
 
 
 def test_weights_are_fetched_after_everything_was_checked(train, monkeypatch, gpt2, tmp_path):
@@ -304,21 +398,39 @@ def test_weights_are_fetched_after_everything_was_checked(train, monkeypatch, gp
     (tmp_path / "hub").mkdir()
     shutil.copy(gpt2[0] / "config.json", tmp_path / "hub")
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(kw) or str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kw: asked.append(kw) or str(tmp_path / "hub"),
+    )
     status, _, err = train(init_from="gpt2", lerning_rate=1, **SIZES)
     assert status == 2 and "lerning_rate: unknown key" in err and len(asked) == 1
 
 
 @pytest.mark.slow
 def test_two_processes_swap_alike(gpt2, tiny_data, tmp_path):
-    flags = {**TINY, "dataset": tiny_data, "init_from": gpt2[0], "head": "euclidean", "backend": "gloo", "block_size": 16}
+    flags = {
+        **TINY,
+        "dataset": tiny_data,
+        "init_from": gpt2[0],
+        "head": "euclidean",
+        "backend": "gloo",
+        "block_size": 16,
+    }
     for key in ("n_layer", "n_head", "n_embd"):
         del flags[key]
     losses = []
     for processes in (1, 2):
-        command = [*(launcher(processes) if processes > 1 else []), "train.py", *(f"--{k}={v}" for k, v in flags.items())]
+        command = [
+            *(launcher(processes) if processes > 1 else []),
+            "train.py",
+            *(f"--{k}={v}" for k, v in flags.items()),
+        ]
         done = script(*command, f"--out_dir={tmp_path / str(processes)}")
         assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in (tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()
+        ]
         losses.append([m["val_loss"] for m in lines if "val_loss" in m])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

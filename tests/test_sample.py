@@ -18,8 +18,18 @@ def runs(tiny_data, tmp_path_factory):
     from conftest import script
 
     folder = tmp_path_factory.mktemp("runs")
-    for name, extra in {"gpt": {"head": "cosine"}, "bert": {"arch": "bert", "head": "manhattan"}}.items():
-        settings = {**TINY, "dataset": tiny_data, "max_iters": 150, "learning_rate": 1e-2, "out_dir": folder / name, **extra}
+    for name, extra in {
+        "gpt": {"head": "cosine"},
+        "bert": {"arch": "bert", "head": "manhattan"},
+    }.items():
+        settings = {
+            **TINY,
+            "dataset": tiny_data,
+            "max_iters": 150,
+            "learning_rate": 1e-2,
+            "out_dir": folder / name,
+            **extra,
+        }
         done = script("train.py", *[f"--{k}={v}" for k, v in settings.items()])
         assert done.returncode == 0, done.stderr
     return folder
@@ -57,13 +67,18 @@ def test_cache_gives_the_same_text(sample):
 
 def test_a_batch_gives_the_same_text_as_one(sample):
     both = sample("gpt", "--start", "a red house", "the", "--max_new_tokens=20", "--seed=5")[1]
-    assert both.startswith(sample("gpt", "--start=a red house", "--max_new_tokens=20", "--seed=5")[1])
+    assert both.startswith(
+        sample("gpt", "--start=a red house", "--max_new_tokens=20", "--seed=5")[1]
+    )
 
 
 def test_greedy_top_k_top_p(sample):
     greedy = sample("gpt", "--start=the", "--temperature=0", "--max_new_tokens=20")[1]
     assert sample("gpt", "--start=the", "--top_k=1", "--max_new_tokens=20")[1] == greedy
-    assert sample("gpt", "--start=the", "--top_p=0.000001", "--max_new_tokens=20", "--seed=9")[1] == greedy
+    assert (
+        sample("gpt", "--start=the", "--top_p=0.000001", "--max_new_tokens=20", "--seed=9")[1]
+        == greedy
+    )
 
 
 def test_no_prompt_starts_a_document(sample):
@@ -82,7 +97,11 @@ def test_prompt_from_a_file(sample, tmp_path):
     ]:
         path.write_bytes(data)
         words = ["--seed=3", "--max_new_tokens=5"]
-        assert sample("gpt", f"--start=FILE:{path}", *words)[1] == sample("gpt", f"--start={prompt}", *words)[1] != "", data
+        assert (
+            sample("gpt", f"--start=FILE:{path}", *words)[1]
+            == sample("gpt", f"--start={prompt}", *words)[1]
+            != ""
+        ), data
 
 
 def test_prompt_files_that_are_no_text(sample, tmp_path):
@@ -98,7 +117,11 @@ def test_prompt_files_that_are_no_text(sample, tmp_path):
         status, out, err = sample("gpt", f"--start=FILE:{path}")
         assert status == 2 and out == "" and says in err, (data, err)
     os.mkfifo(tmp_path / "pipe")
-    for name, says in ((tmp_path / "pipe", "a named pipe"), ("/dev/zero", "a device"), (tmp_path, "Is a directory")):
+    for name, says in (
+        (tmp_path / "pipe", "a named pipe"),
+        ("/dev/zero", "a device"),
+        (tmp_path, "Is a directory"),
+    ):
         status, out, err = sample("gpt", f"--start=FILE:{name}")
         assert status == 2 and out == "" and says in err, err
 
@@ -117,19 +140,32 @@ def test_any_prompt_that_is_not_empty(sample):
 
 
 def test_stop_at_eot(sample):
-    """A text is the one without the flag up to its first end-of-text token: alone, in a batch, cached or not, explained or not."""
+    """A text is the one without the flag up to its first end-of-text token: alone, in a batch,
+    cached or not, explained or not."""
     words = ["--max_new_tokens=120", "--seed=5", "--temperature=1.5"]
     prompts = ["the old king", f"a red{EOT}", "music"]
-    for extra in (["--start", prompts[0]], ["--start", *prompts], ["--start", *prompts, "--cache=false"], []):
-        whole, stopped = sample("gpt", *extra, *words)[1], sample("gpt", *extra, *words, "--stop_at_eot")[1]
+    for extra in (
+        ["--start", prompts[0]],
+        ["--start", *prompts],
+        ["--start", *prompts, "--cache=false"],
+        [],
+    ):
+        whole, stopped = (
+            sample("gpt", *extra, *words)[1],
+            sample("gpt", *extra, *words, "--stop_at_eot")[1],
+        )
         assert whole.count(EOT) > len(extra) - 1, "the test needs texts that end"
         shown = []
-        for written, prompt in zip(whole.split("\n---------------\n"), extra[1:4] or [""], strict=False):
+        for written, prompt in zip(
+            whole.split("\n---------------\n"), extra[1:4] or [""], strict=False
+        ):
             first = written.find(EOT, len(prompt))
             shown.append(written if first < 0 else written[:first])
         assert stopped == "".join(f"{part}\n---------------\n" for part in shown)
     one = sample("gpt", "--start=music", *words, "--explain", "--stop_at_eot")[1]
-    assert one.count("nearest:") < 120 and repr(EOT) in one.splitlines()[-3], "the last token explained is the end"
+    assert one.count("nearest:") < 120 and repr(EOT) in one.splitlines()[-3], (
+        "the last token explained is the end"
+    )
 
 
 def test_characters_from_text_to_sample(train, tmp_path, monkeypatch, capsys):
@@ -138,20 +174,34 @@ def test_characters_from_text_to_sample(train, tmp_path, monkeypatch, capsys):
     import sample as module
 
     (tmp_path / "input.txt").write_text("\n".join(text(60)))
-    prepare_openwebtext.main(["--source=input.txt", "--tokenizer=char", "--out_dir=data/ours", "--num_proc=1", "--val_fraction=0.1"])
+    prepare_openwebtext.main(
+        [
+            "--source=input.txt",
+            "--tokenizer=char",
+            "--out_dir=data/ours",
+            "--num_proc=1",
+            "--val_fraction=0.1",
+        ]
+    )
     assert "train" in capsys.readouterr().out
     (tmp_path / "data" / "theirs").mkdir()
     write_nanogpt(tmp_path / "data" / "theirs", (tmp_path / "input.txt").read_text())
     for name, flags in (("ours", {}), ("theirs", {"tokenizer": "char"})):
-        status, out, err = train(dataset=name, out_dir=f"run_{name}", vocab_size=64, block_size=32, **flags)
+        status, out, err = train(
+            dataset=name, out_dir=f"run_{name}", vocab_size=64, block_size=32, **flags
+        )
         assert status == 0 and "char" in out, err
         shutil.rmtree(tmp_path / "data" / name)  # the run alone is enough
         for words, begins in ((["--start=the old"], "the old"), ([], "")):
-            monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir=run_{name}", *words, "--max_new_tokens=9"])
+            monkeypatch.setattr(
+                sys, "argv", ["sample.py", f"--out_dir=run_{name}", *words, "--max_new_tokens=9"]
+            )
             cli(module.main)
             out = capsys.readouterr().out
             assert out.startswith(begins) and len(out) > 20
-        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir=run_{name}", "--start=caf\u00e9"])
+        monkeypatch.setattr(
+            sys, "argv", ["sample.py", f"--out_dir=run_{name}", "--start=caf\u00e9"]
+        )
         with pytest.raises(SystemExit):
             cli(module.main)
         assert "does not know" in capsys.readouterr().err
@@ -161,7 +211,9 @@ def test_explain(sample):
     status, out, _ = sample("gpt", "--start=the old", "--max_new_tokens=5", "--explain")
     assert status == 0
     assert out.count("nearest:") == out.count("coordinates:") == 5 and out.count("% of d") == 0
-    assert out.count(" of d\n") == 5 and "of d^2" not in out  # cosine's shares are of the distance itself
+    assert (
+        out.count(" of d\n") == 5 and "of d^2" not in out
+    )  # cosine's shares are of the distance itself
 
 
 def test_bert_fills_masks(sample):
@@ -175,12 +227,20 @@ BAD = {
     "no run": ("nowhere", [], ["nowhere holds no checkpoint", "does not exist"]),
     "empty prompt": ("gpt", ["--start="], ["the prompt is empty"]),
     "missing file": ("gpt", ["--start=FILE:nope.txt"], ["nope.txt", "No such file"]),
-    "several": ("gpt", ["--start", "FILE:nope.txt", "FILE:nope2.txt"], ["2 problems", "nope.txt", "nope2.txt"]),
+    "several": (
+        "gpt",
+        ["--start", "FILE:nope.txt", "FILE:nope2.txt"],
+        ["2 problems", "nope.txt", "nope2.txt"],
+    ),
     "bert writes freely": ("bert", ["--start=the old king"], ["fills masks", "[MASK]"]),
     "bert without a prompt": ("bert", [], ["fills masks"]),
     "bert, too long": ("bert", ["--start=" + "the [MASK] old king " * 30], ["block_size is 16"]),
     "cuda": ("gpt", ["--device=cuda"], ["no CUDA device"]),
-    "temperature": ("gpt", ["--temperature=-1", "--top_p=2"], ["2 problems", "temperature=-1.0", "top_p=2.0"]),
+    "temperature": (
+        "gpt",
+        ["--temperature=-1", "--top_p=2"],
+        ["2 problems", "temperature=-1.0", "top_p=2.0"],
+    ),
     "unknown key": ("gpt", ["--temprature=1"], ["unknown key; did you mean temperature?"]),
     "top_k": ("gpt", ["--top_k=0"], ["top_k=0 must be at least 1"]),
 }

@@ -23,7 +23,12 @@ from training.config import TrainConfig, UserError, cli, read_yaml, show_bytes, 
 from training.data import load_data
 from training.files import seal, unseal
 
-PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+PACK = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
 CAFE = os.fsdecode(b"caf\xe9")  # a name that is not UTF-8
 
 
@@ -57,7 +62,8 @@ def expected(kind: str, texts: list[str]) -> list[str]:
     return ["".join(texts)] if kind == ".txt" else texts
 
 
-# ---- kinds and compression -------------------------------------------------------------------------------
+# ---- kinds and compression
+# -------------------------------------------------------------------------------
 
 
 def test_every_kind_is_read_in_every_compression(tmp_path):
@@ -76,7 +82,9 @@ def test_joined_archives_are_read_whole(tmp_path):
     texts = make_documents(8)
     for packed, pack in PACK.items():
         path = tmp_path / f"a.jsonl{packed}"
-        path.write_bytes(pack(file_bytes(".jsonl", texts[:4])) + pack(file_bytes(".jsonl", texts[4:])))
+        path.write_bytes(
+            pack(file_bytes(".jsonl", texts[:4])) + pack(file_bytes(".jsonl", texts[4:]))
+        )
         assert list(records(path, None)) == texts, packed
 
 
@@ -86,10 +94,17 @@ def test_a_broken_archive_is_named_and_skipped(tmp_path):
         for packed in COMPRESSED:
             path = write(tmp_path, f"a{kind}{packed}", texts)
             whole = path.read_bytes()
-            for damage in (whole[: len(whole) // 2], whole[:40] + b"\xff" * 40 + whole[80:], b"no archive at all"):
+            for damage in (
+                whole[: len(whole) // 2],
+                whole[:40] + b"\xff" * 40 + whole[80:],
+                b"no archive at all",
+            ):
                 path.write_bytes(damage)
                 *kept, last = records(path, None)
-                assert isinstance(last, Broken) and last.file and str(path) in last.problem, (path.name, last)
+                assert isinstance(last, Broken) and last.file and str(path) in last.problem, (
+                    path.name,
+                    last,
+                )
                 assert kept == texts[: len(kept)] or (kind == ".json" and not kept)
 
 
@@ -97,17 +112,25 @@ def test_zst_without_its_package(tmp_path, monkeypatch):
     path = write(tmp_path, "a.txt.zst", make_documents(3))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     for mode in ("stop", "skip"):  # not the file's fault, so it is not skipped
-        assert "pip install zstandard" in fails(tmp_path, f"--source={path}", f"--on_bad_file={mode}")
+        assert "pip install zstandard" in fails(
+            tmp_path, f"--source={path}", f"--on_bad_file={mode}"
+        )
 
 
-# ---- folders and links -----------------------------------------------------------------------------------
+# ---- folders and links
+# -----------------------------------------------------------------------------------
 
 
 def test_links_are_followed_once(tmp_path):
     corpus, other = tmp_path / "corpus", tmp_path / "other"
     (corpus / "sub").mkdir(parents=True)
     (other / "deep").mkdir(parents=True)
-    for path in (corpus / "z.txt", corpus / "sub" / "b.txt", other / "c.txt", other / "deep" / "d.txt"):
+    for path in (
+        corpus / "z.txt",
+        corpus / "sub" / "b.txt",
+        other / "c.txt",
+        other / "deep" / "d.txt",
+    ):
         path.write_text(path.name)
     (corpus / "a_link.txt").symlink_to("z.txt")
     (corpus / "elsewhere").symlink_to(other)
@@ -116,7 +139,12 @@ def test_links_are_followed_once(tmp_path):
     (corpus / "sub" / "up").symlink_to("..")
     (other / "back").symlink_to(corpus)
     files = find([str(corpus)]).files
-    assert [str(f.relative_to(corpus)) for f in files] == ["again/c.txt", "again/deep/d.txt", "sub/b.txt", "z.txt"]
+    assert [str(f.relative_to(corpus)) for f in files] == [
+        "again/c.txt",
+        "again/deep/d.txt",
+        "sub/b.txt",
+        "z.txt",
+    ]
     assert find([str(corpus), str(other), str(corpus / "z.txt")]).files == files
     for out in (corpus / "out", other / "out", corpus / "elsewhere" / "out"):
         with pytest.raises(UserError, match="lies in a folder that is read"):
@@ -132,7 +160,10 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     os.mkfifo(source / "pipe.txt")
     (source / "gone.txt").symlink_to("nowhere")
     run(f"--source={source}", f"--out_dir={tmp_path / 'out'}")
-    line = "left out 8 files and folders: 2 .pdf, 1 .tar.gz, 1 broken link, 1 hidden, 1 hidden folder, 1 named pipe, 1 without an ending"
+    line = (
+        "left out 8 files and folders: 2 .pdf, 1 .tar.gz, 1 broken link, 1 hidden, 1 hidden"
+        " folder, 1 named pipe, 1 without an ending"
+    )
     assert line in capsys.readouterr().out
     assert left_out_line({f".{i}": 1 for i in range(20)}).endswith("12 of other kinds")
     assert left_out_line({"hidden": 1}) == "left out 1 file: 1 hidden"
@@ -161,10 +192,13 @@ def test_what_is_no_file_is_named_and_nothing_blocks(tmp_path):
         listener.bind(str(tmp_path / "socket.txt"))
         for name, says in cases.items():
             for mode in ("stop", "skip"):
-                assert says in fails(tmp_path, f"--source={tmp_path / name}", f"--on_bad_file={mode}"), name
+                assert says in fails(
+                    tmp_path, f"--source={tmp_path / name}", f"--on_bad_file={mode}"
+                ), name
 
 
-# ---- names that are not UTF-8 ----------------------------------------------------------------------------
+# ---- names that are not UTF-8
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
@@ -180,17 +214,28 @@ def test_any_file_name_is_read(tmp_path, capsys):
     write_jsonl(folder / "other.jsonl", texts)
     for tokenizer in ("bpe:300", "char"):
         for source in (folder, folder / f"{CAFE}.jsonl", folder / f"{CAFE}.parquet"):
-            flags = [f"--source={source}", f"--tokenizer={tokenizer}", "--overwrite=true", f"--out_dir={tmp_path / f'out{CAFE}'}"]
+            flags = [
+                f"--source={source}",
+                f"--tokenizer={tokenizer}",
+                "--overwrite=true",
+                f"--out_dir={tmp_path / f'out{CAFE}'}",
+            ]
             meta = run(*flags)
             assert meta["source"] == source.name
         run(*flags[:2], *flags[3:])
         assert "already prepared" in capsys.readouterr().out
         assert load_data(tmp_path / f"out{CAFE}").load_tokenizer().decode([0])
-    assert sorted(documents(tmp_path / f"out{CAFE}", "train") + documents(tmp_path / f"out{CAFE}", "val")) == sorted(texts)
+    assert sorted(
+        documents(tmp_path / f"out{CAFE}", "train") + documents(tmp_path / f"out{CAFE}", "val")
+    ) == sorted(texts)
     hashes = set()
     for name in (f"{CAFE}.jsonl", os.fsdecode(b"caf\xe8.jsonl")):
         path = write_jsonl(tmp_path / name, texts)
-        hashes.add(run(f"--source={path}", "--overwrite=true", f"--out_dir={tmp_path / 'named'}")["settings"]["input"])
+        hashes.add(
+            run(f"--source={path}", "--overwrite=true", f"--out_dir={tmp_path / 'named'}")[
+                "settings"
+            ]["input"]
+        )
     assert len(hashes) == 2, "another name is another input"
     assert f"{CAFE}.txt is empty" in fails(tmp_path, f"--source={_empty(tmp_path)}")
 
@@ -202,7 +247,9 @@ def _empty(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
-def test_any_folder_name_can_be_trained_on_and_sampled_from(train, tiny_data, tmp_path, monkeypatch, capsys):
+def test_any_folder_name_can_be_trained_on_and_sampled_from(
+    train, tiny_data, tmp_path, monkeypatch, capsys
+):
     import sample
 
     (tmp_path / CAFE).symlink_to(tiny_data)
@@ -210,7 +257,11 @@ def test_any_folder_name_can_be_trained_on_and_sampled_from(train, tiny_data, tm
         status, _, error = train(dataset=str(tmp_path / CAFE), out_dir=out_dir, max_iters=1)
         assert status == 0, error
     Path(f"{CAFE}.txt").write_text("the old king")
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir=run{CAFE}", f"--start=FILE:{CAFE}.txt", "--max_new_tokens=1"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["sample.py", f"--out_dir=run{CAFE}", f"--start=FILE:{CAFE}.txt", "--max_new_tokens=1"],
+    )
     cli(sample.main)
     assert capsys.readouterr().out.startswith("the old king")
 
@@ -227,14 +278,29 @@ def test_any_file_name_is_printed_and_stored(tmp_path, monkeypatch):
     assert unseal(seal({"source": CAFE}).encode()) == {"source": CAFE}
 
 
-# ---- what cannot be read ---------------------------------------------------------------------------------
+# ---- what cannot be read
+# ---------------------------------------------------------------------------------
 
 GOOD = make_documents(20)
 LINES = [json.dumps({"text": text}).encode() + b"\n" for text in GOOD]
 ROWS = [f'{i},"{text.strip()}"\n'.encode() for i, text in enumerate(GOOD)]
 BAD = {  # file: (its bytes, documents kept, files and records skipped)
     "latin1.txt": (b"caf\xe9", 0, 1, 0),
-    "line.jsonl": (b"".join([*LINES[:10], b'{"text": \n', b"\xff\n", b'{"txt": "a"}\n', b'{"text": 3}\n', *LINES[10:]]), 20, 0, 4),
+    "line.jsonl": (
+        b"".join(
+            [
+                *LINES[:10],
+                b'{"text": \n',
+                b"\xff\n",
+                b'{"txt": "a"}\n',
+                b'{"text": 3}\n',
+                *LINES[10:],
+            ]
+        ),
+        20,
+        0,
+        4,
+    ),
     "item.json": (json.dumps([*GOOD, 7, {"a": "b"}]).encode(), 20, 0, 2),
     "list.json": (b'["a", ', 0, 1, 0),
     "row.csv": (b"".join([b"id,text\n", *ROWS[:5], b"1\n", b'2,"a"b\n', *ROWS[5:]]), 20, 0, 2),
@@ -260,7 +326,10 @@ def test_on_bad_file(tmp_path, capsys, name):
     message = fails(tmp_path, f"--source={bad.parent}")
     assert str(bad) in message and "--on_bad_file=skip" in message
     meta = run(f"--source={bad.parent}", "--on_bad_file=skip", f"--out_dir={tmp_path / 'out'}")
-    assert meta["skipped"] == {"files": files, "records": others} and meta["settings"]["on_bad_file"] == "skip"
+    assert (
+        meta["skipped"] == {"files": files, "records": others}
+        and meta["settings"]["on_bad_file"] == "skip"
+    )
     if kept is not None:
         assert meta["documents_read"] == 30 + kept
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped"))
@@ -273,12 +342,19 @@ def test_on_bad_file(tmp_path, capsys, name):
 def test_good_files_need_no_flag(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", GOOD)
     for mode in ("stop", "skip"):
-        meta = run(f"--source={tmp_path / 'a.jsonl'}", f"--on_bad_file={mode}", f"--out_dir={tmp_path / mode}")
+        meta = run(
+            f"--source={tmp_path / 'a.jsonl'}",
+            f"--on_bad_file={mode}",
+            f"--out_dir={tmp_path / mode}",
+        )
         assert ("skipped" in meta) == ("on_bad_file" in meta["settings"]) == (mode == "skip")
-    assert (tmp_path / "stop" / "train.bin").read_bytes() == (tmp_path / "skip" / "train.bin").read_bytes()
+    assert (tmp_path / "stop" / "train.bin").read_bytes() == (
+        tmp_path / "skip" / "train.bin"
+    ).read_bytes()
 
 
-# ---- the summary -----------------------------------------------------------------------------------------
+# ---- the summary
+# -----------------------------------------------------------------------------------------
 
 
 def test_the_summary_says_how_it_was_split_and_when_val_is_short(tmp_path, capsys):
@@ -289,16 +365,30 @@ def test_the_summary_says_how_it_was_split_and_when_val_is_short(tmp_path, capsy
     write_jsonl(tmp_path / "many.jsonl", make_documents(600))
     short = "val has only"
     cases = [
-        ("one.txt", "split: the only document is cut in two; the last 0.05 of it is val (--val_fraction)", True),
+        (
+            "one.txt",
+            "split: the only document is cut in two; the last 0.05 of it is val (--val_fraction)",
+            True,
+        ),
         ("two", "one was moved to val, which would have been empty", True),
-        ("many.jsonl", "split: by a hash of each document's text, about 0.05 of the documents to val (--val_fraction)\n", False),
+        (
+            "many.jsonl",
+            "split: by a hash of each document's text, about 0.05 of the documents to val"
+            " (--val_fraction)\n",
+            False,
+        ),
     ]
     for source, says, warns in cases:
-        meta = run(f"--source={tmp_path / source}", f"--out_dir={tmp_path / 'out'}", "--overwrite=true")
+        meta = run(
+            f"--source={tmp_path / source}", f"--out_dir={tmp_path / 'out'}", "--overwrite=true"
+        )
         out = capsys.readouterr().out
         assert says in out and (short in out) == warns, (source, out)
         if warns:
-            assert f"val has only {meta['splits']['val']['tokens']:,} tokens" in out and "raise --val_fraction (now 0.05)" in out
+            assert (
+                f"val has only {meta['splits']['val']['tokens']:,} tokens" in out
+                and "raise --val_fraction (now 0.05)" in out
+            )
 
 
 def test_characters_that_only_val_has_are_counted(tmp_path, capsys):

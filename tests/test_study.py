@@ -1,4 +1,5 @@
-"""The study's plan: which settings it wants as results come in. No training here but for one tiny run."""
+"""The study's plan: which settings it wants as results come in. No training here but for one tiny
+run."""
 
 import csv
 import itertools
@@ -14,7 +15,13 @@ from studies import heads, heads_report, page
 from training import checkpoint
 from training.config import UserError, read_yaml
 
-BASE = {"dataset": "wikitext2", "arch": "gpt", "n_embd": 128, "learning_rate": 3e-3, "max_iters": 200}
+BASE = {
+    "dataset": "wikitext2",
+    "arch": "gpt",
+    "n_embd": 128,
+    "learning_rate": 3e-3,
+    "max_iters": 200,
+}
 
 
 def run(tmp_path, loss, base=BASE, **settings) -> heads.Rows:
@@ -33,57 +40,111 @@ def run(tmp_path, loss, base=BASE, **settings) -> heads.Rows:
 def bowl(row) -> float:
     """Best at learning rate 0.003 and exponent 40; any head and link alike."""
     n = float(row["exponent"] or 40)
-    return 6 + math.log(float(row["learning_rate"]) / 3e-3) ** 2 + math.log(n / 40) ** 2 + abs(math.log(float(row["init_std"]) / 0.02)) / 10
+    return (
+        6
+        + math.log(float(row["learning_rate"]) / 3e-3) ** 2
+        + math.log(n / 40) ** 2
+        + abs(math.log(float(row["init_std"]) / 0.02)) / 10
+    )
 
 
 def test_every_family_gets_the_same_number_of_settings(tmp_path):
     table = run(tmp_path, bowl, stages="1")
-    counts = {key: len(list(rows)) for key, rows in itertools.groupby(sorted((r["head"], r["link"], r["p"]) for r in table.rows))}
+    counts = {
+        key: len(list(rows))
+        for key, rows in itertools.groupby(
+            sorted((r["head"], r["link"], r["p"]) for r in table.rows)
+        )
+    }
     for head, link in itertools.product(heads.FAMILIES, heads.LINKS):
         assert counts[head, link, ""] == 12 + 2 + 2 + 2, (head, link)
     for (head, flags, _), link in itertools.product(heads.VARIANTS.values(), heads.LINKS):
-        assert counts[head, link, f"{flags['head_p']:.6g}" if "head_p" in flags else ""] == 4, (head, link)
+        assert counts[head, link, f"{flags['head_p']:.6g}" if "head_p" in flags else ""] == 4, (
+            head,
+            link,
+        )
     assert counts[*heads.PENALTY, ""] == 12 + 2 + 2 + 2
-    for head in heads.CONTROLS:  # the bowl's scale is on the grid and its learning rate between two of it
+    for (
+        head
+    ) in heads.CONTROLS:  # the bowl's scale is on the grid and its learning rate between two of it
         assert counts[head, "control", ""] == 12 + 2 + 2 + 2, head
 
 
 def test_the_grid_is_extended_beyond_its_edge(tmp_path):
     """A head whose best exponent lies far below the grid: it is followed, but not for ever."""
-    table = run(tmp_path, lambda r: bowl({**r, "exponent": str(float(r["exponent"] or 40) * 400)}), stages="1", only="cosine")
+    table = run(
+        tmp_path,
+        lambda r: bowl({**r, "exponent": str(float(r["exponent"] or 40) * 400)}),
+        stages="1",
+        only="cosine",
+    )
     exponents = sorted({float(r["exponent"]) for r in table.rows})
-    assert min(exponents) == 8 / 4**4 and max(exponents) == 512 and 0.0625 in exponents  # 0.125 is the best of the grid: half a step
+    assert (
+        min(exponents) == 8 / 4**4 and max(exponents) == 512 and 0.0625 in exponents
+    )  # 0.125 is the best of the grid: half a step
     assert len(table.rows) == 2 * (12 + heads.EDGES + 2 + 2 + 2)
 
 
 def test_stage_two_trains_winners_with_every_seed(tmp_path):
     table = run(tmp_path, bowl, stages="12")
     long = [r for r in table.rows if r["stage"] == "2"]
-    for head, link in [heads.PENALTY, *itertools.product(heads.FAMILIES, heads.LINKS), *((h, "control") for h in heads.CONTROLS)]:
+    for head, link in [
+        heads.PENALTY,
+        *itertools.product(heads.FAMILIES, heads.LINKS),
+        *((h, "control") for h in heads.CONTROLS),
+    ]:
         mine = [r for r in long if (r["head"], r["link"], r["p"]) == (head, link, "")]
-        assert sorted(r["seed"] for r in mine) == ["1338", "1339", "1340"] and len({r["exponent"] for r in mine}) == 1
-        best = min((r for r in table.rows if r["stage"] == "1" and (r["head"], r["link"], r["p"]) == (head, link, "")), key=heads.loss)
-        assert mine[0]["exponent"] == best["exponent"] and mine[0]["learning_rate"] == best["learning_rate"]
+        assert (
+            sorted(r["seed"] for r in mine) == ["1338", "1339", "1340"]
+            and len({r["exponent"] for r in mine}) == 1
+        )
+        best = min(
+            (
+                r
+                for r in table.rows
+                if r["stage"] == "1" and (r["head"], r["link"], r["p"]) == (head, link, "")
+            ),
+            key=heads.loss,
+        )
+        assert (
+            mine[0]["exponent"] == best["exponent"]
+            and mine[0]["learning_rate"] == best["learning_rate"]
+        )
     assert sum(r["head"] == "hamming_gumbel" for r in long) == 2
 
 
 def test_stages_three_and_four_take_the_best_heads(tmp_path):
     order = {head: i / 10 for i, head in enumerate(heads.FAMILIES[::-1])}  # the last family is best
-    table = run(tmp_path, lambda r: bowl(r) + order.get(r["head"], 0) + (0.01 if r["link"] == "softmax" else 0))
+    table = run(
+        tmp_path,
+        lambda r: bowl(r) + order.get(r["head"], 0) + (0.01 if r["link"] == "softmax" else 0),
+    )
     third = [r for r in table.rows if r["stage"] == "3"]
     best = set(heads.FAMILIES[: -heads.CHAMPIONS - 1 : -1])
     for place in ("bert", "qwen", "imdb_bpe"):
         mine = {(r["head"], r["link"]) for r in third if place in (r["arch"], r["dataset"])}
         assert mine == {("cross_entropy", "control"), *itertools.product(best, heads.LINKS)}
     fourth = [r for r in table.rows if r["stage"] == "4"]
-    links = {ablation: {(r["head"], r["link"]) for r in fourth if r["ablation"] == ablation} for ablation in heads.ABLATIONS}
+    links = {
+        ablation: {(r["head"], r["link"]) for r in fourth if r["ablation"] == ablation}
+        for ablation in heads.ABLATIONS
+    }
     winners = {*itertools.product([heads.FAMILIES[-1]], heads.LINKS), ("cross_entropy", "control")}
-    assert links["untied"] == winners and links["learnt exponent"] == winners - {("cross_entropy", "control")}
-    assert {r["seed"] for r in fourth if r["ablation"] == heads.LONGER} == set(map(str, heads.SEEDS))
+    assert links["untied"] == winners and links["learnt exponent"] == winners - {
+        ("cross_entropy", "control")
+    }
+    assert {r["seed"] for r in fourth if r["ablation"] == heads.LONGER} == set(
+        map(str, heads.SEEDS)
+    )
     assert links[heads.LONGER] == set(itertools.product(best, heads.LINKS))
-    assert sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 2  # it has no exponent
+    assert (
+        sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 2
+    )  # it has no exponent
     stds = {r["ablation"]: float(r["init_std"]) for r in fourth if r["head"] == "cross_entropy"}
-    assert stds["init x 4"] == pytest.approx(16 * stds["init x 0.25"]) and stds["untied"] == stds["label smoothing"]
+    assert (
+        stds["init x 4"] == pytest.approx(16 * stds["init x 0.25"])
+        and stds["untied"] == stds["label smoothing"]
+    )
 
 
 def test_stage_five_comes_last_and_measures_alone(tmp_path):
@@ -92,14 +153,25 @@ def test_stage_five_comes_last_and_measures_alone(tmp_path):
     assert set(stages) == set("12345") and "5" not in stages[: -stages.count("5")]
     last = [r for r in table.rows if r["stage"] == "5"]
     assert {r["iters"] for r in last} == {str(heads.COST_ITERS)}
-    assert {(r["head"], r["link"], r["p"]) for r in last} == {(r["head"], r["link"], r["p"]) for r in table.rows if r["stage"] == "2"}
-    assert [heads.side_by_side(heads.StudyConfig(workers=3), r) for r in (table.rows[0], last[0])] == [3, 1]
+    assert {(r["head"], r["link"], r["p"]) for r in last} == {
+        (r["head"], r["link"], r["p"]) for r in table.rows if r["stage"] == "2"
+    }
+    assert [
+        heads.side_by_side(heads.StudyConfig(workers=3), r) for r in (table.rows[0], last[0])
+    ] == [3, 1]
 
 
 def test_a_run_that_diverged_is_no_winner(tmp_path):
-    table = run(tmp_path, lambda r: math.nan if float(r["learning_rate"]) > 5e-3 else bowl(r), stages="1", only="euclidean")
+    table = run(
+        tmp_path,
+        lambda r: math.nan if float(r["learning_rate"]) > 5e-3 else bowl(r),
+        stages="1",
+        only="euclidean",
+    )
     assert any(r["val_loss"] == "nan" for r in table.rows)
-    (sweep,) = [s for s in heads.sweeps(table, BASE) if (s.head, s.link) == ("euclidean", "harmonic")]
+    (sweep,) = [
+        s for s in heads.sweeps(table, BASE) if (s.head, s.link) == ("euclidean", "harmonic")
+    ]
     assert float(sweep.winner()["learning_rate"]) == 0.003
 
 
@@ -107,7 +179,9 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     done = run(tmp_path, bowl, stages="1", only="manhattan").rows
     again = heads.Rows(tmp_path / "heads.csv")
     assert again.rows == done and not [
-        s for s in heads.wanted(again, heads.StudyConfig(stages="1", only="manhattan"), BASE) if not again.find(s)
+        s
+        for s in heads.wanted(again, heads.StudyConfig(stages="1", only="manhattan"), BASE)
+        if not again.find(s)
     ]
 
 
@@ -123,29 +197,60 @@ def test_the_committed_table_belongs_to_this_plan():
 def test_a_run_of_the_study(tiny_data, tmp_path):
     """One setting, trained and written; started again, it is not repeated."""
     config = tmp_path / "study.yaml"
-    sizes = dict(arch="gpt", n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=3, warmup_iters=1, eval_iters=2)
-    sizes |= dict(eval_interval=3, learning_rate=0.003, compile=False, emissions=False, dataset=str(tiny_data))
-    config.write_text("".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in sizes.items()))
+    sizes = dict(
+        arch="gpt",
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        block_size=16,
+        batch_size=4,
+        max_iters=3,
+        warmup_iters=1,
+        eval_iters=2,
+    )
+    sizes |= dict(
+        eval_interval=3, learning_rate=0.003, compile=False, emissions=False, dataset=str(tiny_data)
+    )
+    config.write_text(
+        "".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in sizes.items())
+    )
     c = heads.StudyConfig(config=str(config), runs=str(tmp_path / "runs"))
     s = heads.setting(read_yaml(c.config), "cosine", "softmax", 1e-3, 4.0)
     process = heads.begin(c, s)
     assert process.wait(120) == 0, heads.log(c, s).read_text()
     row = heads.result(c, s, 0, 1.0, "abc")
-    assert 4 < float(row["val_loss"]) < 7 and float(row["scale"]) > 1 and 1 < float(row["effective_rank"]) <= 16 and row["iters"] == "3"
+    assert (
+        4 < float(row["val_loss"]) < 7
+        and float(row["scale"]) > 1
+        and 1 < float(row["effective_rank"]) <= 16
+        and row["iters"] == "3"
+    )
     model, *_ = checkpoint.load_run(heads.folder(c, s))
-    assert row["test_loss"] == "" and math.isnan(heads.test_loss(model, tiny_data))  # looked at in stage 2; these data have none
+    assert row["test_loss"] == "" and math.isnan(
+        heads.test_loss(model, tiny_data)
+    )  # looked at in stage 2; these data have none
     table = heads.Rows(tmp_path / "table.csv")
     table.add(row)
-    assert heads.Rows(tmp_path / "table.csv").find(s) and list(csv.DictReader((tmp_path / "table.csv").open()))[0]["head"] == "cosine"
+    assert (
+        heads.Rows(tmp_path / "table.csv").find(s)
+        and list(csv.DictReader((tmp_path / "table.csv").open()))[0]["head"] == "cosine"
+    )
     cost = heads.again(row, c, stage=5, iters=10)
     assert heads.begin(c, cost).wait(120) == 0, heads.log(c, cost).read_text()
     cost = heads.result(c, cost, 0, 1.0, "abc")
     watts = float(cost["joules_per_token"]) * float(cost["tokens_per_s"])
-    assert 1 < watts < 2000 and float(cost["tokens_per_s"]) > 50 and cost["test_loss"] == "" and "joules_per_token" not in row
+    assert (
+        1 < watts < 2000
+        and float(cost["tokens_per_s"]) > 50
+        and cost["test_loss"] == ""
+        and "joules_per_token" not in row
+    )
     (Path(heads.folder(c, s)) / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="has no metrics.jsonl"):
         heads.result(c, s, 0, 1.0, "abc")
-    assert heads.result(c, s, 3, 1.0, "abc").get("val_loss") is None  # it stopped at a loss that is not finite
+    assert (
+        heads.result(c, s, 3, 1.0, "abc").get("val_loss") is None
+    )  # it stopped at a loss that is not finite
     with pytest.raises(UserError, match="ended with status 2"):
         heads.result(c, s, 2, 1.0, "abc")
 
@@ -166,51 +271,100 @@ def test_bad_flags(flag, words):
 
 def test_the_report_of_known_rows():
     empty = dict.fromkeys(heads.COLUMNS, "")
-    row = lambda stage, head, link, value, seed=1: {**empty, "stage": stage, "head": head, "link": link} | {
-        "val_loss": str(value), "test_loss": "", "val_losses": f"9 7 {value}", "iters": "20", "seed": str(seed), "bits_per_byte": "2",
-        "exponent": "8", "scale": "8", "learning_rate": "0.001",
-    }  # fmt: skip
-    rows = [row("1", "cosine", "harmonic", 6.0), row("1", "cosine", "harmonic", "nan"), row("1", "cosine", "softmax", 6.25)]
+    row = lambda stage, head, link, value, seed=1: (
+        {**empty, "stage": stage, "head": head, "link": link}
+        | {
+            "val_loss": str(value),
+            "test_loss": "",
+            "val_losses": f"9 7 {value}",
+            "iters": "20",
+            "seed": str(seed),
+            "bits_per_byte": "2",
+            "exponent": "8",
+            "scale": "8",
+            "learning_rate": "0.001",
+        }
+    )
+    rows = [
+        row("1", "cosine", "harmonic", 6.0),
+        row("1", "cosine", "harmonic", "nan"),
+        row("1", "cosine", "softmax", 6.25),
+    ]
     first, second = heads_report.best_settings(rows)
-    assert (first["link"], first["harmax"], first["settings"]) == ("harmonic", -0.25, 2) and second["harmax"] is None
+    assert (first["link"], first["harmax"], first["settings"]) == ("harmonic", -0.25, 2) and second[
+        "harmax"
+    ] is None
     with pytest.raises(UserError, match="several runs of cosine, softmax, with one seed"):
         heads_report.long_runs([row("2", "cosine", "softmax", v) for v in (5.0, 5.1)])
     rows += [row("2", "cross_entropy", "control", 5 + s / 10, s) for s in range(3)]
     rows += [row("2", "cosine", "harmonic", 4.5 + s / 10, s) for s in range(3)]
     best, _ = heads_report.long_runs(rows)
-    assert best["name"] == "cosine" and best["above_ce"] == pytest.approx((-0.5, 0), abs=1e-9)  # paired: seeds cancel
+    assert best["name"] == "cosine" and best["above_ce"] == pytest.approx(
+        (-0.5, 0), abs=1e-9
+    )  # paired: seeds cancel
     assert best["loss"] == pytest.approx(4.6)
-    assert best["reached"] == pytest.approx(np.mean([10 + 10 * (7 - 5 - s / 10) / (7 - 4.5 - s / 10) for s in range(3)]))
-    assert math.isinf(heads_report.reached(rows[-1], 4.0)) and heads_report.reached(rows[-1], 8) == 5
+    assert best["reached"] == pytest.approx(
+        np.mean([10 + 10 * (7 - 5 - s / 10) / (7 - 4.5 - s / 10) for s in range(3)])
+    )
+    assert (
+        math.isinf(heads_report.reached(rows[-1], 4.0)) and heads_report.reached(rows[-1], 8) == 5
+    )
     assert best["half"] == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3), rel=1e-3)
     costs = [
         row("5", *head, 9) | {"tokens_per_s": "100", "joules_per_token": j}
         for head, j in ((("cosine", "harmonic"), "3"), (("cross_entropy", "control"), "2"))
     ]
-    assert heads_report.long_runs([*rows, *costs])[0]["energy"] == pytest.approx(best["reached"] / 20 * 3 / 2)
-    assert "| 100 | 3000.00 |" in heads_report.stage_two_training([*rows, *costs]) and best["energy"] is None
+    assert heads_report.long_runs([*rows, *costs])[0]["energy"] == pytest.approx(
+        best["reached"] / 20 * 3 / 2
+    )
+    assert (
+        "| 100 | 3000.00 |" in heads_report.stage_two_training([*rows, *costs])
+        and best["energy"] is None
+    )
     tested = [{**r, "val_loss": "1", "test_loss": r["val_loss"]} for r in rows]
     assert heads_report.long_runs(tested)[0]["loss"] == pytest.approx(4.6)
     place = {"arch": "bert", "dataset": "wikitext2"}
     rows += [
         row("3", h, link, v) | place
-        for h, link, v in (("cosine", "harmonic", 7), ("cosine", "softmax", 7.5), ("cross_entropy", "control", 8))
+        for h, link, v in (
+            ("cosine", "harmonic", 7),
+            ("cosine", "softmax", 7.5),
+            ("cross_entropy", "control", 8),
+        )
     ]
-    assert "| bert | wikitext2 | cosine | harmonic | 7.0000 |  | -1.000 | -0.500 |" in heads_report.stage_three(rows)
+    assert (
+        "| bert | wikitext2 | cosine | harmonic | 7.0000 |  | -1.000 | -0.500 |"
+        in heads_report.stage_three(rows)
+    )
     rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
-    assert "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 |  |" in heads_report.stage_four(rows)
-    assert "| cosine | harmonic | 8 |" in heads_report.stage_one(rows) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
+    assert (
+        "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 |  |"
+        in heads_report.stage_four(rows)
+    )
+    assert "| cosine | harmonic | 8 |" in heads_report.stage_one(
+        rows
+    ) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
     rows += [row("2", *heads.PENALTY, 4.6 + s / 10, s) for s in range(3)]
-    shown = "| cosine | harmonic | 8 |  | 0.001 | 3 | 4.6000 ± 0.248 | 99.5 | 2.0000 | -0.500 ± 0.000 | -0.100 ± 0.000 |  | 18 (3 of 3) |"
+    shown = (
+        "| cosine | harmonic | 8 |  | 0.001 | 3 | 4.6000 ± 0.248 | 99.5 | 2.0000 | -0.500 ± 0.000"
+        " | -0.100 ± 0.000 |  | 18 (3 of 3) |"
+    )
     assert shown in heads_report.stage_two(rows)
 
 
 def test_comparisons_of_the_committed_rows():
     """Holm's correction of a worked example, and a paired difference as the page quotes it."""
-    assert heads_report.holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx({"b": 0.03, "a": 0.06, "c": 0.06})
+    assert heads_report.holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx(
+        {"b": 0.03, "a": 0.06, "c": 0.06}
+    )
     rows = heads.Rows(ROOT / "results" / "heads.csv").rows
-    assert "| loss | -0.0328 ± 0.0124 |" in heads_report.compared(rows, "cosine/harmonic/4,euclidean/harmonic")
-    assert "| cosine | harmonic | its softmax twin | +0.0760 ± 0.0095 | 0.0008 | 0.008 |" in heads_report.p_values(rows)
+    assert "| loss | -0.0328 ± 0.0124 |" in heads_report.compared(
+        rows, "cosine/harmonic/4,euclidean/harmonic"
+    )
+    assert (
+        "| cosine | harmonic | its softmax twin | +0.0760 ± 0.0095 | 0.0008 | 0.008 |"
+        in heads_report.p_values(rows)
+    )
     with pytest.raises(UserError, match="compare=cosine/harmonic: name two heads"):
         heads_report.compared(rows, "cosine/harmonic")
 
@@ -218,7 +372,9 @@ def test_comparisons_of_the_committed_rows():
 def test_the_pages_tables_are_those_of_the_rows():
     """python -m studies.page writes them."""
     text = (ROOT / "results/README.md").read_text()
-    assert page.filled(text, ROOT / "results") == text and len(page.PLACE.findall(text)) == text.count("<!-- table: ") == len(page.TABLES)
+    assert page.filled(text, ROOT / "results") == text and len(
+        page.PLACE.findall(text)
+    ) == text.count("<!-- table: ") == len(page.TABLES)
 
 
 def test_a_table_of_another_version_is_refused(tmp_path):

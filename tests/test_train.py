@@ -1,4 +1,5 @@
-"""Training: every head, architecture and link; what a run's folder holds; resuming; processes; every bad input."""
+"""Training: every head, architecture and link; what a run's folder holds; resuming; processes;
+every bad input."""
 
 import errno
 import json
@@ -29,7 +30,9 @@ from training.files import seal, sha256, unseal
 from training.telemetry import Metrics, norms, read_metrics
 from training.verify import history
 
-COMBINATIONS = [(d, link) for d in DISTANCES for link in ("harmonic", "softmax")] + [(c, "harmonic") for c in CONTROLS]
+COMBINATIONS = [(d, link) for d in DISTANCES for link in ("harmonic", "softmax")] + [
+    (c, "harmonic") for c in CONTROLS
+]
 
 
 @pytest.mark.parametrize("arch", ["gpt", "bert", "qwen"])
@@ -40,28 +43,40 @@ def test_every_head_trains(train, tmp_path, arch, head, link):
     assert "iter 0: val loss" in out  # the loss before the first step is reported
     lines = read_metrics(tmp_path / "run")
     steps = [r for r in lines if "train_loss" in r]
-    assert [r["iter"] for r in steps] == [0, 1] and [r["iter"] for r in lines if "val_loss" in r] == [0, 2]
-    assert all(r["grad_norm"] > 0 and r["grad_norm_head"] > 0 and r["prototype_radius"] > 0 for r in steps)
-    # where every coordinate of h lies outside all prototypes', the signs of a softmax of -s |h-w| are equal and its trunk gets no gradient
+    assert [r["iter"] for r in steps] == [0, 1] and [
+        r["iter"] for r in lines if "val_loss" in r
+    ] == [0, 2]
+    assert all(
+        r["grad_norm"] > 0 and r["grad_norm_head"] > 0 and r["prototype_radius"] > 0 for r in steps
+    )
+    # where every coordinate of h lies outside all prototypes', the signs of a softmax of -s |h-w|
+    # are equal and its trunk gets no gradient
     assert all(r["grad_norm_trunk"] > 0 for r in steps) or link == "softmax"
     if head in DISTANCES:
         assert all(0 < r["target_distance_min"] <= r["target_distance_mean"] for r in steps)
     start = lines[0]
-    assert ("kl_to_softmax" in start) == (head in DISTANCES and DISTANCES[head].kernel == "l2" and link == "harmonic")
+    assert ("kl_to_softmax" in start) == (
+        head in DISTANCES and DISTANCES[head].kernel == "l2" and link == "harmonic"
+    )
     assert ("bits_per_byte" in start) == (arch != "bert")
     assert lines[-1]["val_loss"] != start["val_loss"]
 
 
 def test_a_tiny_model_learns(train, tmp_path):
-    """300 steps of text with a bigram structure: far below the loss of a uniform guess, log(300) = 5.7."""
+    """300 steps of text with a bigram structure: far below the loss of a uniform guess, log(300) =
+    5.7."""
     for head in ("cosine", "cross_entropy"):
-        status, _, err = train(head=head, max_iters=300, learning_rate=1e-2, eval_interval=300, out_dir=head)
+        status, _, err = train(
+            head=head, max_iters=300, learning_rate=1e-2, eval_interval=300, out_dir=head
+        )
         assert status == 0, err
         assert read_metrics(tmp_path / head)[-1]["val_loss"] < 3.0
 
 
 def test_the_run_folder_is_as_documented(train, tmp_path):
-    status, out, _ = train(head="mahalanobis", max_iters=4, eval_interval=2, emissions=True, log_interval=2)
+    status, out, _ = train(
+        head="mahalanobis", max_iters=4, eval_interval=2, emissions=True, log_interval=2
+    )
     assert status == 0 and "Wh" in out and "ETA" in out and "tokens/s" in out
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
@@ -80,10 +95,17 @@ def test_the_run_folder_is_as_documented(train, tmp_path):
         and stored["tokenizer"] == "bpe:300"
     )
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__ and "train.py" in environment["command"]
+    assert (
+        environment["versions"]["torch"] == torch.__version__
+        and "train.py" in environment["command"]
+    )
     assert len((run / "emissions.csv").read_text().splitlines()) == 2
     folders = sorted(p.name for p in (run / "ckpt").iterdir())
-    assert "iter_000004" in folders and len(folders) <= 3 and not any(f.startswith(".") for f in folders)
+    assert (
+        "iter_000004" in folders
+        and len(folders) <= 3
+        and not any(f.startswith(".") for f in folders)
+    )
     manifest = json.loads((run / "ckpt/iter_000004/manifest.json").read_text())
     assert (
         manifest["iter"] == 4
@@ -92,44 +114,96 @@ def test_the_run_folder_is_as_documented(train, tmp_path):
     )
     weights = load_file(run / "ckpt/iter_000004/model.safetensors")
     assert "tokens.weight" not in weights  # tied: stored once, as head.weight
-    assert not torch.allclose(weights["head.distance_parameters.factor"], torch.eye(16), atol=1e-5)  # Mahalanobis' parameters train
+    assert not torch.allclose(
+        weights["head.distance_parameters.factor"], torch.eye(16), atol=1e-5
+    )  # Mahalanobis' parameters train
 
 
 def test_newest_and_best_checkpoints_are_kept(train, tmp_path):
     """A learning rate that destroys the model: the best checkpoint is an early one, and stays."""
-    status, _, err = train(head="cross_entropy", max_iters=6, eval_interval=1, learning_rate=3.0, warmup_iters=4, grad_clip=0)
+    status, _, err = train(
+        head="cross_entropy",
+        max_iters=6,
+        eval_interval=1,
+        learning_rate=3.0,
+        warmup_iters=4,
+        grad_clip=0,
+    )
     assert status == 0, err
-    losses = {r["iter"]: r["val_loss"] for r in read_metrics(tmp_path / "run") if "val_loss" in r and r["iter"] > 0}
+    losses = {
+        r["iter"]: r["val_loss"]
+        for r in read_metrics(tmp_path / "run")
+        if "val_loss" in r and r["iter"] > 0
+    }
     best = min(losses, key=losses.get)
     assert best < 6
-    assert {f.name for f in checkpoint.manifests(tmp_path / "run")} == {f"iter_{best:06d}", "iter_000005", "iter_000006"}
+    assert {f.name for f in checkpoint.manifests(tmp_path / "run")} == {
+        f"iter_{best:06d}",
+        "iter_000005",
+        "iter_000006",
+    }
     assert checkpoint.best(tmp_path / "run").name == f"iter_{best:06d}"
 
 
-@pytest.mark.parametrize("settings", [{}, {"arch": "bert", "dropout": 0.1}, {"head": "hamming_gumbel"}, {"dropout": 0.2, "head": "cosine"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"arch": "bert", "dropout": 0.1},
+        {"head": "hamming_gumbel"},
+        {"dropout": 0.2, "head": "cosine"},
+    ],
+)
 def test_resuming_gives_the_same_run(train, tmp_path, settings):
-    """Stopped at 3 of 6 and resumed: the same losses and weights, bit for bit, and no line of metrics twice or missing."""
+    """Stopped at 3 of 6 and resumed: the same losses and weights, bit for bit, and no line of
+    metrics twice or missing."""
     common = dict(eval_interval=3, lr_decay_iters=6, **settings)
     assert train(max_iters=6, out_dir="whole", **common)[0] == 0
     assert train(max_iters=3, out_dir="halves", **common)[0] == 0
-    status, _, err = train(max_iters=6, out_dir="halves", init_from="resume", **{k: None for k in ("dataset", *TINY) if k != "max_iters"})
+    status, _, err = train(
+        max_iters=6,
+        out_dir="halves",
+        init_from="resume",
+        **{k: None for k in ("dataset", *TINY) if k != "max_iters"},
+    )
     assert status == 0, err
     one, two = (
-        [{k: v for k, v in r.items() if k not in ("tokens_per_s", "elapsed_s")} for r in read_metrics(tmp_path / d)]
+        [
+            {k: v for k, v in r.items() if k not in ("tokens_per_s", "elapsed_s")}
+            for r in read_metrics(tmp_path / d)
+        ]
         for d in ("whole", "halves")
     )
     assert one == two
-    a, b = (load_file(tmp_path / d / "ckpt/iter_000006/model.safetensors") for d in ("whole", "halves"))
+    a, b = (
+        load_file(tmp_path / d / "ckpt/iter_000006/model.safetensors") for d in ("whole", "halves")
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
-    """A real process, killed without warning in mid-run, then --init_from=auto: the metrics are those of a run never interrupted."""
-    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "max_iters": 400, "eval_interval": 20, "head": "cosine"}.items()]
+    """A real process, killed without warning in mid-run, then --init_from=auto: the metrics are
+    those of a run never interrupted."""
+    flags = [
+        f"--{k}={v}"
+        for k, v in {
+            **TINY,
+            "dataset": tiny_data,
+            "max_iters": 400,
+            "eval_interval": 20,
+            "head": "cosine",
+        }.items()
+    ]
     whole = script("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", *flags, f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
+    command = [
+        sys.executable,
+        "train.py",
+        *flags,
+        f"--out_dir={tmp_path / 'killed'}",
+        "--init_from=auto",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     while not list((tmp_path / "killed").glob("ckpt/iter_00004*")):
         assert process.poll() is None
@@ -138,16 +212,24 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
     process.wait()
     done = script(*command[1:])
     assert done.returncode == 0, done.stderr
-    one, two = ([(r["iter"], r.get("train_loss"), r.get("val_loss")) for r in read_metrics(tmp_path / d)] for d in ("whole", "killed"))
+    one, two = (
+        [(r["iter"], r.get("train_loss"), r.get("val_loss")) for r in read_metrics(tmp_path / d)]
+        for d in ("whole", "killed")
+    )
     assert one == two
     assert [f.name for f in (tmp_path / "killed/ckpt").iterdir() if f.name.startswith(".")] == []
     again = script(*command[1:])
     assert again.returncode == 0 and "already trained to iteration 400" in again.stdout
 
 
-@pytest.mark.parametrize(("arch", "processes", "batch", "accumulation"), [("gpt", 2, 4, 1), ("bert", 3, 1, 4)])
-def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes, batch, accumulation):
-    """torchrun with gloo against one process; 3 processes share 4 windows of training and 4 of validation: some have none in a round."""
+@pytest.mark.parametrize(
+    ("arch", "processes", "batch", "accumulation"), [("gpt", 2, 4, 1), ("bert", 3, 1, 4)]
+)
+def test_processes_do_not_change_the_losses(
+    tiny_data, tmp_path, arch, processes, batch, accumulation
+):
+    """torchrun with gloo against one process; 3 processes share 4 windows of training and 4 of
+    validation: some have none in a round."""
     settings = {
         **TINY,
         "dataset": tiny_data,
@@ -160,7 +242,9 @@ def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes
     }
     flags = [f"--{k}={v}" for k, v in settings.items()]
     assert script("train.py", *flags, f"--out_dir={tmp_path / 'one'}").returncode == 0
-    many = script(*launcher(processes), "train.py", *flags, f"--out_dir={tmp_path / 'many'}", "--backend=gloo")
+    many = script(
+        *launcher(processes), "train.py", *flags, f"--out_dir={tmp_path / 'many'}", "--backend=gloo"
+    )
     assert many.returncode == 0, many.stderr
     assert f"{processes} processes" in many.stdout and many.stdout.count("iter 0: val loss") == 1
     one, two = (read_metrics(tmp_path / d) for d in ("one", "many"))
@@ -174,16 +258,34 @@ def test_processes_do_not_change_the_losses(tiny_data, tmp_path, arch, processes
 def test_accumulation_does_not_change_the_losses(train, tmp_path):
     for batch, steps in ((8, 1), (2, 4)):
         eval_iters = 16 // batch  # the same 16 validation windows
-        train(batch_size=batch, gradient_accumulation_steps=steps, eval_iters=eval_iters, max_iters=5, out_dir=f"b{batch}", head="cosine")
+        train(
+            batch_size=batch,
+            gradient_accumulation_steps=steps,
+            eval_iters=eval_iters,
+            max_iters=5,
+            out_dir=f"b{batch}",
+            head="cosine",
+        )
     one, two = (read_metrics(tmp_path / d) for d in ("b8", "b2"))
     for a, b in zip(one, two, strict=True):
-        assert a.get("train_loss", a.get("val_loss")) == pytest.approx(b.get("train_loss", b.get("val_loss")), abs=1e-5)
+        assert a.get("train_loss", a.get("val_loss")) == pytest.approx(
+            b.get("train_loss", b.get("val_loss")), abs=1e-5
+        )
 
 
 def test_evaluation_does_not_disturb_training(train, tmp_path):
     for interval in (1, 100):
-        train(max_iters=5, eval_interval=interval, out_dir=f"e{interval}", dropout=0.1, head="hamming_gumbel")
-    one, two = ([r["train_loss"] for r in read_metrics(tmp_path / d) if "train_loss" in r] for d in ("e1", "e100"))
+        train(
+            max_iters=5,
+            eval_interval=interval,
+            out_dir=f"e{interval}",
+            dropout=0.1,
+            head="hamming_gumbel",
+        )
+    one, two = (
+        [r["train_loss"] for r in read_metrics(tmp_path / d) if "train_loss" in r]
+        for d in ("e1", "e100")
+    )
     assert one == two
 
 
@@ -192,7 +294,10 @@ def test_autocast_trains(train, tmp_path, dtype):
     for d in ("float32", dtype):
         status, _, err = train(dtype=d, max_iters=10, head="euclidean", exponent="dim", out_dir=d)
         assert status == 0, err
-    full, half = ([r.get("train_loss", r.get("val_loss")) for r in read_metrics(tmp_path / d)] for d in ("float32", dtype))
+    full, half = (
+        [r.get("train_loss", r.get("val_loss")) for r in read_metrics(tmp_path / d)]
+        for d in ("float32", dtype)
+    )
     assert full != half and full == pytest.approx(half, abs=0.02)
 
 
@@ -200,14 +305,19 @@ def test_compiled_training_equals_eager(train, tmp_path):
     for flag in (True, False):
         status, _, err = train(compile=flag, max_iters=5, head="cosine", out_dir=f"c{flag}")
         assert status == 0, err
-    one, two = ([r.get("train_loss", r.get("val_loss")) for r in read_metrics(tmp_path / d)] for d in ("cTrue", "cFalse"))
+    one, two = (
+        [r.get("train_loss", r.get("val_loss")) for r in read_metrics(tmp_path / d)]
+        for d in ("cTrue", "cFalse")
+    )
     assert one == pytest.approx(two, abs=1e-4)
 
 
 def test_learnt_exponent_is_reported(train, tmp_path):
     train(head="cosine", learn_exponent=True, max_iters=5, learning_rate=0.05)
     values = [r["strength"] for r in read_metrics(tmp_path / "run") if "strength" in r]
-    assert values[0] == pytest.approx(4.0) and abs(values[-1] - 4.0) > 0.01  # sqrt(16), and it moves
+    assert (
+        values[0] == pytest.approx(4.0) and abs(values[-1] - 4.0) > 0.01
+    )  # sqrt(16), and it moves
 
 
 def test_eval_only_writes_nothing(train, tmp_path):
@@ -216,26 +326,48 @@ def test_eval_only_writes_nothing(train, tmp_path):
     status, out, err = train(init_from="resume", eval_only=True, **{k: None for k in TINY})
     assert status == 0, err
     stored = read_metrics(tmp_path / "run")[-1]["val_loss"]
-    assert f"val_loss {stored:.4f}" in out and (tmp_path / "run/metrics.jsonl").read_text() == before
+    assert (
+        f"val_loss {stored:.4f}" in out and (tmp_path / "run/metrics.jsonl").read_text() == before
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path, head):
     """No factorisation or sort of a head meets the infinite weights first."""
-    status, out, err = train(head=head, learning_rate=1e30, grad_clip=0, max_iters=20, warmup_iters=0)
-    assert status == 3 and "stopped: " in err and "iteration" in err and "last good checkpoint" in err
-    assert "nan" in (tmp_path / "run/metrics.jsonl").read_text() or "inf" in (tmp_path / "run/metrics.jsonl").read_text()
+    status, out, err = train(
+        head=head, learning_rate=1e30, grad_clip=0, max_iters=20, warmup_iters=0
+    )
+    assert (
+        status == 3 and "stopped: " in err and "iteration" in err and "last good checkpoint" in err
+    )
+    assert (
+        "nan" in (tmp_path / "run/metrics.jsonl").read_text()
+        or "inf" in (tmp_path / "run/metrics.jsonl").read_text()
+    )
 
 
 def test_tensorboard_and_wandb_ask_for_their_packages(train, tmp_path, monkeypatch):
     monkeypatch.setattr("training.telemetry._installed", lambda package: False)
     status, _, err = train(tensorboard=True, wandb=True)
-    assert status == 2 and "pip install tensorboard" in err and "pip install wandb" in err and not (tmp_path / "run").exists()
+    assert (
+        status == 2
+        and "pip install tensorboard" in err
+        and "pip install wandb" in err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
     """Both get every number of metrics.jsonl, the run's own files, and nothing is sent."""
-    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "out_dir": tmp_path / "run", "max_iters": 3}.items()]
+    flags = [
+        f"--{k}={v}"
+        for k, v in {
+            **TINY,
+            "dataset": tiny_data,
+            "out_dir": tmp_path / "run",
+            "max_iters": 3,
+        }.items()
+    ]
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     done = script("train.py", *flags, "--tensorboard=true", "--wandb=true", env=environment)
     assert done.returncode == 0, done.stderr
@@ -246,7 +378,9 @@ def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
 
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    assert {e.step: e.value for e in events.Scalars("train_loss")} == pytest.approx(losses, rel=1e-6) and len(losses) == 3
+    assert {e.step: e.value for e in events.Scalars("train_loss")} == pytest.approx(
+        losses, rel=1e-6
+    ) and len(losses) == 3
     (kept,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     assert b"train_loss" in kept.read_bytes() and b"n_embd" in kept.read_bytes()
 
@@ -261,16 +395,28 @@ BAD = {
     "wrong type": (dict(n_layer="three"), ["n_layer=three: expected a whole number"]),
     "wrong type, float": (dict(learning_rate="fast"), ["learning_rate=fast: expected a number"]),
     "wrong type, bool": (dict(compile="maybe"), ["compile=maybe: expected true or false"]),
-    "several": (dict(n_layr=3, arch="gtp", learning_rate="x"), ["3 problems", "n_layr", "gtp", "learning_rate=x"]),
+    "several": (
+        dict(n_layr=3, arch="gtp", learning_rate="x"),
+        ["3 problems", "n_layr", "gtp", "learning_rate=x"],
+    ),
     "n_embd and n_head": (dict(n_embd=15), ["n_embd=15 is not divisible by n_head=2"]),
-    "n_head and n_kv_head": (dict(arch="qwen", n_head=8, n_kv_head=3), ["n_head=8 is not divisible by n_kv_head=3"]),
-    "block_size": (dict(block_size=10_000_000), ["block_size=10000000 is longer than the data", "train.bin", "val.bin"]),
+    "n_head and n_kv_head": (
+        dict(arch="qwen", n_head=8, n_kv_head=3),
+        ["n_head=8 is not divisible by n_kv_head=3"],
+    ),
+    "block_size": (
+        dict(block_size=10_000_000),
+        ["block_size=10000000 is longer than the data", "train.bin", "val.bin"],
+    ),
     "no data": (dict(dataset="nowhere"), ["no data folder", "nowhere", "prepare_openwebtext.py"]),
     "vocab_size": (dict(vocab_size=64), ["vocab_size=64 is smaller than the data's 300"]),
     "tokenizer": (dict(tokenizer="gpt2"), ["tokenizer=gpt2", "prepared with bpe:300"]),
     "resume nothing": (dict(init_from="resume", out_dir="empty"), ["empty holds no checkpoint"]),
     "exponent": (dict(head="cosine", exponent=-1), ["exponent must be a positive number"]),
-    "exponent, text": (dict(head="cosine", exponent="dims"), ["exponent=dims: expected a number, dim/4, sqrt_dim, dim, 2dim or 4dim"]),
+    "exponent, text": (
+        dict(head="cosine", exponent="dims"),
+        ["exponent=dims: expected a number, dim/4, sqrt_dim, dim, 2dim or 4dim"],
+    ),
     "useless option": (dict(head="manhattan", head_p=2), ["manhattan has no setting 'p'"]),
     "no cuda": (dict(device="cuda"), ["device=cuda: this machine has no CUDA device"]),
     "unknown device": (dict(device="gpu"), ["unknown device"]),
@@ -280,10 +426,16 @@ BAD = {
     "min_lr": (dict(min_lr=-1), ["min_lr=-1.0 must not be negative"]),
     "seed": (dict(seed=99999999999), ["seed=99999999999 is not in"]),
     "country": (dict(emissions_country="XX"), ["three letters"]),
-    "link of a control": (dict(head="cross_entropy", link="softmax"), ["link=softmax does nothing with head=cross_entropy"]),
+    "link of a control": (
+        dict(head="cross_entropy", link="softmax"),
+        ["link=softmax does nothing with head=cross_entropy"],
+    ),
     "rope of gpt": (dict(rope_theta=1e4), ["rope_theta=10000.0 is for arch=qwen"]),
     "meta device": (dict(device="meta"), ["unknown device"]),
-    "out_dir under a file": (dict(out_dir="/dev/null/x"), ["out_dir=/dev/null/x cannot be written"]),
+    "out_dir under a file": (
+        dict(out_dir="/dev/null/x"),
+        ["out_dir=/dev/null/x cannot be written"],
+    ),
 }
 
 
@@ -333,43 +485,69 @@ def test_an_existing_run_is_not_overwritten(train, tmp_path):
 def test_resuming_another_model_is_refused(train, tmp_path):
     train(head="cosine")
     status, _, err = train(init_from="resume", n_layer=2, head="manhattan")
-    assert status == 2 and "n_layer=2: the run has n_layer=1" in err and "head=manhattan: the run has head=cosine" in err
+    assert (
+        status == 2
+        and "n_layer=2: the run has n_layer=1" in err
+        and "head=manhattan: the run has head=cosine" in err
+    )
 
 
 def test_what_a_resumed_run_changes_is_said_and_recorded(train, tmp_path):
-    """... and another order of the data needs a flag; more micro-batches of fewer windows are the same order."""
+    """... and another order of the data needs a flag; more micro-batches of fewer windows are the
+    same order."""
     train(head="cosine", batch_size=4, seed=1)
     for changed in ({"seed": 5}, {"batch_size": 8}):
         status, _, err = train(init_from="resume", max_iters=4, **{"seed": 1, **changed})
         assert status == 2 and "--new_data_order=true accepts that" in err
-    again = dict(init_from="resume", max_iters=4, seed=1, batch_size=2, gradient_accumulation_steps=2, learning_rate=5e-4)
+    again = dict(
+        init_from="resume",
+        max_iters=4,
+        seed=1,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=5e-4,
+    )
     status, _, err = train(**again)
     assert status == 0, err
-    assert "note: resumed with batch_size=2 (was 4), gradient_accumulation_steps=2 (was 1), max_iters=4 (was 2)" in err
+    assert (
+        "note: resumed with batch_size=2 (was 4), gradient_accumulation_steps=2 (was 1),"
+        " max_iters=4 (was 2)" in err
+    )
     status, _, err = train(**{**again, "max_iters": 6, "seed": 5}, new_data_order=True)
     assert status == 0 and "note: resumed with max_iters=6 (was 4), seed=5 (was 1)" in err
     stored = json.loads((tmp_path / "run/environment.json").read_text())
     assert stored["iter"] == 4 and stored["changed"] == {"max_iters": [4, 6], "seed": [1, 5]}
-    assert [start["iter"] for start in stored["earlier"]] == [0, 2] and "learning_rate" in stored["earlier"][1]["changed"]
+    assert [start["iter"] for start in stored["earlier"]] == [0, 2] and "learning_rate" in stored[
+        "earlier"
+    ][1]["changed"]
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["new_data_order"] is False
 
 
 def test_a_config_of_another_version_is_read(train, tmp_path):
-    """A key that is no more is named and ignored, one that was not yet known has its default; a wrong value is an error."""
+    """A key that is no more is named and ignored, one that was not yet known has its default; a
+    wrong value is an error."""
     train(head="cosine")
     path = tmp_path / "run/config.yaml"
     stored = yaml.safe_load(path.read_text())
     del stored["beta2"], stored["new_data_order"]
     path.write_text(yaml.safe_dump({**stored, "warp_speed": 9}))
     status, _, err = train(init_from="resume", max_iters=4)
-    assert status == 0 and "run/config.yaml has settings of another version, which are ignored: warp_speed" in err
+    assert (
+        status == 0
+        and "run/config.yaml has settings of another version, which are ignored: warp_speed" in err
+    )
     path.write_text(yaml.safe_dump({**stored, "head": "hyperbolic"}))
     status, _, err = train(init_from="resume", max_iters=6)
     assert status == 2 and "config.yaml: head=hyperbolic: unknown head" in err
 
 
 @pytest.mark.parametrize(
-    "settings", [{"link": "softmax"}, {"link": "softmax", "learn_scale": True}, {"head": "mahalanobis", "learn_exponent": True}]
+    "settings",
+    [
+        {"link": "softmax"},
+        {"link": "softmax", "learn_scale": True},
+        {"head": "mahalanobis", "learn_exponent": True},
+    ],
 )
 def test_a_run_starts_from_another_with_any_strength(train, tmp_path, settings):
     """Given, learnt or left to its default; with and without naming the head again."""
@@ -388,8 +566,18 @@ SLOW = [
     ({}, dict(head="euclidean", head_impl="dense"), {}, "head_impl=dense is slower"),
     ({}, dict(head="manhattan", head_impl="chunked"), {}, "head_impl=chunked is slower"),
     ({}, dict(head="canberra", head_skip=0.0), {}, "head_skip=0 computes"),
-    ({}, dict(head="cosine", head_precision="split"), {}, "head_precision=split is only emulated without CUDA"),
-    (dict(device="cuda"), dict(head="cosine", head_precision="float32"), {}, "head_precision=float32 keeps the head off the tensor cores"),
+    (
+        {},
+        dict(head="cosine", head_precision="split"),
+        {},
+        "head_precision=split is only emulated without CUDA",
+    ),
+    (
+        dict(device="cuda"),
+        dict(head="cosine", head_precision="float32"),
+        {},
+        "head_precision=float32 keeps the head off the tensor cores",
+    ),
 ]
 
 
@@ -397,9 +585,15 @@ SLOW = [
     "settings, words",
     [
         (dict(head="cosine"), "multiplies in float32"),
-        (dict(head="cosine", head_precision="split"), "(split): as exact as float32"),
-        (dict(head="euclidean", head_precision="autocast"), "bfloat16: at n = 768 the loss of a token is off by up to 0.1 nats"),
-        (dict(head="cosine", link="softmax", head_precision="autocast"), "bfloat16: distances are off by up to 4e-04 of themselves"),
+        (dict(head="cosine", head_precision="split"), "(split): nearly as exact as float32"),
+        (
+            dict(head="euclidean", head_precision="autocast"),
+            "bfloat16: at n = 768 the loss of a token is off by up to 0.1 nats",
+        ),
+        (
+            dict(head="cosine", link="softmax", head_precision="autocast"),
+            "bfloat16: distances are off by up to 4e-04 of themselves",
+        ),
         (dict(head="cross_entropy", head_precision="autocast"), "multiplies in bfloat16"),
         (dict(head="manhattan"), None),
     ],
@@ -415,22 +609,32 @@ def test_a_run_says_how_its_head_multiplies(settings, words):
 @pytest.mark.parametrize(("call", "model", "config", "words"), SLOW)
 def test_slow_settings_are_named(monkeypatch, call, model, config, words):
     """On a CPU without bfloat16; the defaults are silent, and so is a long compiled run."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True})
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True}
+    )
     monkeypatch.setattr(advice, "_cores", lambda: torch.get_num_threads())
     usual = dict(device="cpu", dtype="float32", flops=1e10)
     assert advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual) == []
     assert advice.slow_settings(ModelConfig(), TrainConfig(), **{**usual, "flops": 1e16}) == []
     no_matter = ModelConfig(head="cross_entropy", head_impl="dense", head_skip=0.0)
     assert advice.slow_settings(no_matter, TrainConfig(compile=False), **usual) == []
-    (found,) = advice.slow_settings(ModelConfig(**model), TrainConfig(**{"compile": False, **config}), **{**usual, **call})
+    (found,) = advice.slow_settings(
+        ModelConfig(**model), TrainConfig(**{"compile": False, **config}), **{**usual, **call}
+    )
     assert words in found
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(advice, "_cores", lambda: 8)
-    assert "1 thread of 8 cores" in advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual)[0]
+    assert (
+        "1 thread of 8 cores"
+        in advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual)[0]
+    )
 
 
 SENSELESS = [
-    (dict(max_iters=60, warmup_iters=50), "warmup_iters=50 is half or more of max_iters=60: use about 6"),
+    (
+        dict(max_iters=60, warmup_iters=50),
+        "warmup_iters=50 is half or more of max_iters=60: use about 6",
+    ),
     (dict(max_iters=40, warmup_iters=50), "warmup_iters=50 is all of max_iters=40"),
     (dict(lr_decay_iters=5000), "lr_decay_iters=5000 is far beyond max_iters=1000"),
     (dict(eval_interval=2000), "eval_interval=2000 is beyond max_iters=1000"),
@@ -446,9 +650,16 @@ def test_senseless_settings_are_named(tiny_data, config, words):
     usual = {"max_iters": 1000, "lr_decay_iters": None, "eval_iters": 1, "batch_size": 4}
     assert advice.senseless_settings(model, TrainConfig(**usual), data) == []
     given = {**usual, **config}
-    found = [note for note in advice.senseless_settings(model, TrainConfig(**given), data) if not note.startswith("eval_interval=200 ")]
+    found = [
+        note
+        for note in advice.senseless_settings(model, TrainConfig(**given), data)
+        if not note.startswith("eval_interval=200 ")
+    ]
     assert len(found) == 1 and words in found[0]
-    assert "so its loss is mostly noise" in advice.senseless_settings(ModelConfig(block_size=512), TrainConfig(**usual), data)[0]
+    assert (
+        "so its loss is mostly noise"
+        in advice.senseless_settings(ModelConfig(block_size=512), TrainConfig(**usual), data)[0]
+    )
 
 
 def test_a_damaged_checkpoint_is_refused(train, tmp_path):
@@ -457,7 +668,11 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     status, _, err = train(init_from="resume", max_iters=4)
-    assert status == 2 and "model.safetensors does not match its sha256" in err and "no checkpoint can be used" in err
+    assert (
+        status == 2
+        and "model.safetensors does not match its sha256" in err
+        and "no checkpoint can be used" in err
+    )
     (folder / "manifest.json").write_text("{")
     for init_from in ("resume", "auto"):  # auto does not take a damaged run for none
         status, _, err = train(init_from=init_from, max_iters=4)
@@ -480,16 +695,32 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(train, tmp_path):
         manifest["sha256"][file] = sha256(folder / file)  # by someone who knows the format
         (folder / "manifest.json").write_text(seal(manifest))
         status, _, err = train(init_from="resume", max_iters=4)
-        assert status == 2 and f"{file} is not a safetensors file" in err and not (tmp_path / "executed").exists()
+        assert (
+            status == 2
+            and f"{file} is not a safetensors file" in err
+            and not (tmp_path / "executed").exists()
+        )
         (folder / file).write_bytes(sound)
 
 
 def test_no_compiler(tiny_data, tmp_path):
-    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "compile": True, "out_dir": tmp_path / "run"}.items()]
+    flags = [
+        f"--{k}={v}"
+        for k, v in {
+            **TINY,
+            "dataset": tiny_data,
+            "compile": True,
+            "out_dir": tmp_path / "run",
+        }.items()
+    ]
     empty = tmp_path / "bin"
     empty.mkdir()
     done = script("train.py", *flags, env={"PATH": str(empty)})
-    assert done.returncode == 2 and "needs a C++ compiler" in done.stderr and "--compile=false" in done.stderr
+    assert (
+        done.returncode == 2
+        and "needs a C++ compiler" in done.stderr
+        and "--compile=false" in done.stderr
+    )
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
@@ -510,15 +741,27 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(train, 
     damage = {
         checkpoint.STATE: lambda path: path.unlink(),
         checkpoint.WEIGHTS: lambda path: path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8),
-        checkpoint.MANIFEST: lambda path: path.write_text(path.read_text().replace('"iter": 6', '"iter": 7')),
+        checkpoint.MANIFEST: lambda path: path.write_text(
+            path.read_text().replace('"iter": 6', '"iter": 7')
+        ),
     }
     for file, spoil in damage.items():
         spoil(folder / file)
-        status, _, err = train(init_from="resume", max_iters=6, **{k: v for k, v in common.items() if k != "head"})
-        assert status == 0 and f"checkpoint run/ckpt/iter_000006 is damaged, {file}" in err and "using iter_000004" in err
+        status, _, err = train(
+            init_from="resume", max_iters=6, **{k: v for k, v in common.items() if k != "head"}
+        )
+        assert (
+            status == 0
+            and f"checkpoint run/ckpt/iter_000006 is damaged, {file}" in err
+            and "using iter_000004" in err
+        )
         assert history(tmp_path / "run") == history(tmp_path / "whole")
-        assert folder.with_name("damaged_iter_000006").is_dir()  # so that nothing takes it for a good one
-        assert sha256(folder / checkpoint.WEIGHTS) == sha256(tmp_path / "whole/ckpt/iter_000006" / checkpoint.WEIGHTS)
+        assert folder.with_name(
+            "damaged_iter_000006"
+        ).is_dir()  # so that nothing takes it for a good one
+        assert sha256(folder / checkpoint.WEIGHTS) == sha256(
+            tmp_path / "whole/ckpt/iter_000006" / checkpoint.WEIGHTS
+        )
 
 
 def test_resuming_on_other_data_is_refused(train, tiny_data, tmp_path):
@@ -537,10 +780,23 @@ def test_resuming_on_other_data_is_refused(train, tiny_data, tmp_path):
 
 
 def start(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
-    """A real training process in a process group of its own, once it has a checkpoint (or, not `saved`, metrics) -> Popen."""
-    settings = {**TINY, "dataset": tiny_data, "max_iters": 100_000, "eval_interval": 20, "out_dir": tmp_path / "run", **flags}
+    """A real training process in a process group of its own, once it has a checkpoint (or, not
+    `saved`, metrics) -> Popen."""
+    settings = {
+        **TINY,
+        "dataset": tiny_data,
+        "max_iters": 100_000,
+        "eval_interval": 20,
+        "out_dir": tmp_path / "run",
+        **flags,
+    }
     process = subprocess.Popen(
-        [sys.executable, *launcher(processes, *torchrun), "train.py", *(f"--{k}={v}" for k, v in settings.items())],
+        [
+            sys.executable,
+            *launcher(processes, *torchrun),
+            "train.py",
+            *(f"--{k}={v}" for k, v in settings.items()),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -548,7 +804,11 @@ def start(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
         text=True,
         start_new_session=True,
     )
-    while not (checkpoint.manifests(tmp_path / "run") if saved else (tmp_path / "run/metrics.jsonl").exists()):
+    while not (
+        checkpoint.manifests(tmp_path / "run")
+        if saved
+        else (tmp_path / "run/metrics.jsonl").exists()
+    ):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     return process
@@ -568,22 +828,39 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path, tiny_data, number, processes
     assert f"{number.name}: stopped at iteration" in err and "--init_from=resume" in err
     folder, manifest = list(checkpoint.manifests(tmp_path / "run").items())[-1]
     steps = [r["iter"] for r in read_metrics(tmp_path / "run") if "train_loss" in r]
-    assert steps == list(range(manifest["iter"])) and f"stopped at iteration {manifest['iter']}" in err  # nothing is lost
-    assert checkpoint.damage(folder) is None and (manifest["val_loss"] is None) == (manifest["iter"] % 20 != 0)
+    assert (
+        steps == list(range(manifest["iter"])) and f"stopped at iteration {manifest['iter']}" in err
+    )  # nothing is lost
+    assert checkpoint.damage(folder) is None and (manifest["val_loss"] is None) == (
+        manifest["iter"] % 20 != 0
+    )
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
-    process = start(tmp_path, tiny_data, saved=False, n_layer=4, n_embd=256, batch_size=64, gradient_accumulation_steps=200)
+    process = start(
+        tmp_path,
+        tiny_data,
+        saved=False,
+        n_layer=4,
+        n_embd=256,
+        batch_size=64,
+        gradient_accumulation_steps=200,
+    )
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     time.sleep(1.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)  # an iteration takes longer
-    assert process.returncode == 130 and "Ctrl-C again stops at once" in err and "no checkpoint was written yet" in err
+    assert (
+        process.returncode == 130
+        and "Ctrl-C again stops at once" in err
+        and "no checkpoint was written yet" in err
+    )
 
 
 def test_what_counts_as_a_restart(tmp_path, monkeypatch):
-    """Only a run that the same torchrun has begun: not one that it was refused, nor one that it was to replace."""
+    """Only a run that the same torchrun has begun: not one that it was refused, nor one that it was
+    to replace."""
     from train import begun_by_this_torchrun
 
     path = tmp_path / "environment.json"
@@ -617,7 +894,9 @@ def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, ti
     process = start(tmp_path, tiny_data, 2, ["--max-restarts=2"], **flags)
     workers(process)[1].kill()
     began = time.monotonic()
-    while (tmp_path / "run/environment.json").stat().st_mtime < time.time() - (time.monotonic() - began):
+    while (tmp_path / "run/environment.json").stat().st_mtime < time.time() - (
+        time.monotonic() - began
+    ):
         assert process.poll() is None and time.monotonic() - began < 60
         time.sleep(0.1)
     assert process.wait(timeout=200) == 0
@@ -626,8 +905,19 @@ def test_torchrun_starts_a_failed_process_again_and_the_run_goes_on(tmp_path, ti
     assert history(tmp_path / "run") == history(tmp_path / "whole" / "run")
 
 
-SHARED = {**TINY, "eval_interval": 10, "head": "mahalanobis", "learn_exponent": True, "lr_decay_iters": 20, "n_layer": 2}
-SHARED |= {"eval_iters": 1, "batch_size": 2, "gradient_accumulation_steps": 3}  # 2 windows of validation, 6 of training
+SHARED = {
+    **TINY,
+    "eval_interval": 10,
+    "head": "mahalanobis",
+    "learn_exponent": True,
+    "lr_decay_iters": 20,
+    "n_layer": 2,
+}
+SHARED |= {
+    "eval_iters": 1,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 3,
+}  # 2 windows of validation, 6 of training
 
 
 def run_shared(data, out, processes=1, **more):
@@ -638,7 +928,8 @@ def run_shared(data, out, processes=1, **more):
 
 @pytest.fixture(scope="module")
 def one_process(tiny_data, tmp_path_factory):
-    """-> the folders of a run of one process, and of another that stopped at 5 of its 20 iterations."""
+    """-> the folders of a run of one process, and of another that stopped at 5 of its 20
+    iterations."""
     folder = tmp_path_factory.mktemp("one")
     run_shared(tiny_data, folder / "whole", max_iters=20)
     run_shared(tiny_data, folder / "begun", max_iters=5, eval_interval=5)
@@ -649,12 +940,16 @@ def one_process(tiny_data, tmp_path_factory):
     "flags",
     [
         {"parallel": "fsdp"},
-        pytest.param({"parallel": "fsdp", "activation_checkpointing": True, "compile": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"parallel": "fsdp", "activation_checkpointing": True, "compile": True},
+            marks=pytest.mark.slow,
+        ),
         {"parallel": "ddp", "activation_checkpointing": True},
     ],
 )
 def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, one_process, flags):
-    """... and what it stores serves any number of processes: one goes on from the checkpoint of two."""
+    """... and what it stores serves any number of processes: one goes on from the checkpoint of
+    two."""
     whole, begun = one_process
     shutil.copytree(begun, tmp_path / "run")
     run_shared(tiny_data, tmp_path / "run", 2, max_iters=10, init_from="resume", **flags)
@@ -669,7 +964,15 @@ def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, one_
 @pytest.mark.parametrize(("arch", "head"), [("gpt", "manhattan"), ("bert", "cross_entropy")])
 def test_a_sharded_head_equals_one_process(tiny_data, tmp_path, arch, head):
     """One whose table compiled kernels read, and one with a bias: FSDP2 frees what it shards."""
-    settings = dict(arch=arch, head=head, learn_exponent=False, max_iters=10, eval_iters=3, batch_size=1, gradient_accumulation_steps=4)
+    settings = dict(
+        arch=arch,
+        head=head,
+        learn_exponent=False,
+        max_iters=10,
+        eval_iters=3,
+        batch_size=1,
+        gradient_accumulation_steps=4,
+    )
     run_shared(tiny_data, tmp_path / "one", **settings)
     run_shared(tiny_data, tmp_path / "two", 2, parallel="fsdp", **settings)
     for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
@@ -678,10 +981,23 @@ def test_a_sharded_head_equals_one_process(tiny_data, tmp_path, arch, head):
 
 
 def test_verify_resume(tiny_data, tmp_path):
-    flags = [f"--{k}={v}" for k, v in {**TINY, "dataset": tiny_data, "head": "hamming_gumbel", "dropout": 0.1, "batch_size": 16}.items()]
+    flags = [
+        f"--{k}={v}"
+        for k, v in {
+            **TINY,
+            "dataset": tiny_data,
+            "head": "hamming_gumbel",
+            "dropout": 0.1,
+            "batch_size": 16,
+        }.items()
+    ]
     done = script("train.py", *flags, "--verify_resume", f"--out_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bitwise equal") == 3 and "killed after iteration" in done.stdout and not (tmp_path / "run").exists()
+    assert (
+        done.stdout.count("bitwise equal") == 3
+        and "killed after iteration" in done.stdout
+        and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.slow
@@ -725,7 +1041,7 @@ for i in range(first, int(flags["max_iters"])):
         tensors = {"a": torch.tensor(float(i))}
         checkpoint.save(out, i + 1, {checkpoint.WEIGHTS: tensors, checkpoint.STATE: tensors}, {"val_loss": 1.0})
     time.sleep(0.1)
-"""
+"""  # noqa: E501
 
 
 def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_path, monkeypatch):
@@ -744,26 +1060,45 @@ def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_pa
 
     monkeypatch.setattr(Model, "forward", spoilt)
     status, _, err = train(head="cosine", max_iters=6, eval_interval=2)
-    assert status == 3 and "stopped: loss" in err and "on rank 0 at iteration 3" in err and "last good checkpoint: iter_000002" in err
+    assert (
+        status == 3
+        and "stopped: loss" in err
+        and "on rank 0 at iteration 3" in err
+        and "last good checkpoint: iter_000002" in err
+    )
     assert "gradients that are not finite: blocks.0.mlp.up.weight\n" in err
     calls.clear()
-    status, _, err = train(head="cosine", max_iters=6, eval_interval=2, on_nan="skip", out_dir="skip")
+    status, _, err = train(
+        head="cosine", max_iters=6, eval_interval=2, on_nan="skip", out_dir="skip"
+    )
     assert status == 0, err
     records = [r for r in read_metrics(tmp_path / "skip") if "train_loss" in r]
-    assert [r["skipped"] for r in records] == [0, 0, 0, 1, 1, 1] and not math.isfinite(records[3]["train_loss"])
+    assert [r["skipped"] for r in records] == [0, 0, 0, 1, 1, 1] and not math.isfinite(
+        records[3]["train_loss"]
+    )
     assert all(math.isfinite(r["train_loss"]) for i, r in enumerate(records) if i != 3)
-    assert history(tmp_path / "skip") == history(tmp_path / "skip")  # NaN is no difference between two runs
+    assert history(tmp_path / "skip") == history(
+        tmp_path / "skip"
+    )  # NaN is no difference between two runs
     (*_, manifest) = checkpoint.manifests(tmp_path / "skip").values()
     assert manifest["skipped"] == 1
 
 
 def test_skipping_ends_when_nothing_else_happens(train, monkeypatch):
-    status, _, err = train(head="euclidean", learning_rate=1e30, grad_clip=0, max_iters=300, warmup_iters=0, on_nan="skip")
+    status, _, err = train(
+        head="euclidean",
+        learning_rate=1e30,
+        grad_clip=0,
+        max_iters=300,
+        warmup_iters=0,
+        on_nan="skip",
+    )
     assert status == 3 and "100 iterations in a row skipped" in err
 
 
 def test_a_full_disk_stops_neither_training_nor_spoils_a_checkpoint(train, tmp_path, monkeypatch):
-    """The checkpoint of iteration 4 cannot be written, the last one can; were it the last, the exit status would say so."""
+    """The checkpoint of iteration 4 cannot be written, the last one can; were it the last, the exit
+    status would say so."""
     real = checkpoint.save_file
 
     def full(tensors, path):
@@ -773,7 +1108,12 @@ def test_a_full_disk_stops_neither_training_nor_spoils_a_checkpoint(train, tmp_p
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     status, _, err = train(head="cosine", max_iters=6, eval_interval=2)
-    assert status == 0 and "iteration 4 could not be written (No space left on device); the last good one: iter_000002" in err
+    assert (
+        status == 0
+        and "iteration 4 could not be written (No space left on device);"
+        " the last good one: iter_000002"
+        in err
+    )
     assert [f.name for f in checkpoint.folders(tmp_path / "run")] == ["iter_000002", "iter_000006"]
     status, _, err = train(head="cosine", max_iters=6, eval_interval=2, out_dir="last")
     assert status == 4 and "iteration 6 could not be written" in err
@@ -815,7 +1155,9 @@ def test_a_checkpoint_is_a_copy(tmp_path):
     optimizer.step()
     assert all(torch.equal(before[f][k], files[f][k]) for f in files for k in files[f])
     assert not torch.equal(files[checkpoint.WEIGHTS]["head.weight"], model.head.weight)
-    assert set(files[checkpoint.STATE]) == {f"{s}/{n}" for n, _ in model.named_parameters() for s in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(files[checkpoint.STATE]) == {
+        f"{s}/{n}" for n, _ in model.named_parameters() for s in ("step", "exp_avg", "exp_avg_sq")
+    }
 
 
 @pytest.mark.parametrize("arch", ["gpt", "bert", "qwen"])
@@ -834,4 +1176,8 @@ def test_more_processes_than_windows(tiny_data, tmp_path):
     settings = {**TINY, "dataset": tiny_data, "batch_size": 1, "out_dir": tmp_path / "run"}
     flags = [f"--{k}={v}" for k, v in settings.items()]
     done = script(*launcher(2), "train.py", *flags)
-    assert done.returncode != 0 and "2 processes share 1 windows" in done.stderr and not (tmp_path / "run").exists()
+    assert (
+        done.returncode != 0
+        and "2 processes share 1 windows" in done.stderr
+        and not (tmp_path / "run").exists()
+    )

@@ -19,10 +19,16 @@ def digits():
 
 
 def test_digits_are_standardised_and_apart(digits):
-    assert digits.x.shape == (1438, 1, 8, 8) and digits.test_x.shape == (359, 1, 8, 8) and digits.classes == 10
+    assert (
+        digits.x.shape == (1438, 1, 8, 8)
+        and digits.test_x.shape == (359, 1, 8, 8)
+        and digits.classes == 10
+    )
     assert abs(digits.x.mean()) < 1e-4 and digits.x.std() == pytest.approx(1, abs=1e-3)
     few = vision.load("digits", limit=100)
-    assert len(few.x) == 100 and torch.equal(few.test_y, digits.test_y)  # the test is the same whatever is trained on
+    assert len(few.x) == 100 and torch.equal(
+        few.test_y, digits.test_y
+    )  # the test is the same whatever is trained on
 
 
 def test_the_idx_format(tmp_path):
@@ -34,7 +40,8 @@ def test_the_idx_format(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of coloured images, as a user has them: a folder for each class under train/ and test/."""
+    """Two classes of coloured images, as a user has them: a folder for each class under train/ and
+    test/."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -42,14 +49,20 @@ def folder(tmp_path):
         for k, name in enumerate(("night", "day")):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(count):
-                picture = np.clip(rng.normal(60 + 120 * k, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+                picture = np.clip(rng.normal(60 + 120 * k, 20, (16, 16, 3)), 0, 255).astype(
+                    np.uint8
+                )
                 Image.fromarray(picture).save(tmp_path / part / name / f"{i}.png")
     return tmp_path
 
 
 def test_a_folder_of_images(folder, tmp_path):
     found = vision.load(str(folder), size=8)
-    assert found.x.shape == (24, 3, 8, 8) and found.test_x.shape == (10, 3, 8, 8) and found.classes == 2
+    assert (
+        found.x.shape == (24, 3, 8, 8)
+        and found.test_x.shape == (10, 3, 8, 8)
+        and found.classes == 2
+    )
     model = vision.Classifier(found, "cnn", "euclidean", "harmonic", 1.0)
     vision.train(model, found, 3e-3, 10, 0)
     _, logits = vision.outputs(model.eval(), found.test_x)
@@ -70,7 +83,8 @@ def test_images_of_several_sizes_need_one(folder):
 
 
 @pytest.mark.parametrize(
-    "backbone, channels, size", [("resnet50", 3, 32), ("pvt_v2", 3, 32), ("cnn", 1, 9), ("mlp", 3, 7), ("linear", 1, 5)]
+    "backbone, channels, size",
+    [("resnet50", 3, 32), ("pvt_v2", 3, 32), ("cnn", 1, 9), ("mlp", 3, 7), ("linear", 1, 5)],
 )
 def test_backbones(backbone, channels, size):
     """Forward, a step backward, and features of the width that they say."""
@@ -84,44 +98,83 @@ def test_backbones(backbone, channels, size):
     loss.backward()
     assert loss.isfinite() and model.head.weight.grad.abs().sum() > 0
     if backbone != "linear":
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.features.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.isfinite().all()
+            for p in model.features.parameters()
+            if p.requires_grad
+        )
 
 
 def test_training_stops_early_and_keeps_the_best(digits, monkeypatch):
     torch.manual_seed(0)
     model = vision.Classifier(digits, "mlp", "cross_entropy", "control", 1.0)
     seen = []
-    monkeypatch.setattr(vision, "outputs", lambda m, x, real=vision.outputs: seen.append(len(x)) or real(m, x))
+    monkeypatch.setattr(
+        vision, "outputs", lambda m, x, real=vision.outputs: seen.append(len(x)) or real(m, x)
+    )
     best = vision.train(model, digits, 3e-2, 40, 0)
-    assert best["epochs"] < 40 and set(seen) == {143}  # a tenth of the training images decides, never a test image
+    assert best["epochs"] < 40 and set(seen) == {
+        143
+    }  # a tenth of the training images decides, never a test image
     order = torch.randperm(1438, generator=torch.Generator().manual_seed(0))
     _, logits = vision.outputs(model, digits.x[order[:143]])
-    assert torch.nn.functional.cross_entropy(logits, digits.y[order[:143]]).item() == pytest.approx(best["val_loss"], rel=1e-5)
+    assert torch.nn.functional.cross_entropy(logits, digits.y[order[:143]]).item() == pytest.approx(
+        best["val_loss"], rel=1e-5
+    )
 
 
 def test_a_run_the_report_and_its_pictures(tmp_path):
-    c = vision.VisionConfig(datasets="digits", backbones="linear cnn", runs=str(tmp_path / "runs"), epochs=2, seeds=2, limit=300)
+    c = vision.VisionConfig(
+        datasets="digits",
+        backbones="linear cnn",
+        runs=str(tmp_path / "runs"),
+        epochs=2,
+        seeds=2,
+        limit=300,
+    )
     rows = []
-    for stage, backbone in (("sweep", "linear"), ("sweep", "cnn"), ("main", "linear"), ("main", "cnn")):
+    for stage, backbone in (
+        ("sweep", "linear"),
+        ("sweep", "cnn"),
+        ("main", "linear"),
+        ("main", "cnn"),
+    ):
         job = dict(stage=stage, dataset="digits", backbone=backbone, head="cosine", link="harmonic")
         new = vision.run(c, job, vision.choice(rows, "digits", backbone, "cosine", "harmonic"))
         rows += [{k: str(r.get(k, "")) for k in vision.COLUMNS} for r in new]
     swept = [r for r in rows if r["stage"] == "sweep" and r["backbone"] == "cnn"]
     grid = len(vision.RATES) * len(vision.MULTIPLES)
-    assert grid <= len(swept) <= grid + vision.EDGES and all(r["test_accuracy"] == "" for r in swept)
+    assert grid <= len(swept) <= grid + vision.EDGES and all(
+        r["test_accuracy"] == "" for r in swept
+    )
     best = min(swept, key=lambda r: float(r["val_loss"]))
-    assert {(r["learning_rate"], r["multiple"]) for r in rows[-2:]} == {(best["learning_rate"], best["multiple"])}
+    assert {(r["learning_rate"], r["multiple"]) for r in rows[-2:]} == {
+        (best["learning_rate"], best["multiple"])
+    }
     with (tmp_path / "v.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, vision.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     done = script_here(
-        "-m", "studies.vision_report", f"--table={tmp_path / 'v.csv'}", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'v'}"
+        "-m",
+        "studies.vision_report",
+        f"--table={tmp_path / 'v.csv'}",
+        f"--runs={tmp_path / 'runs'}",
+        f"--out={tmp_path / 'v'}",
     )
     mean = np.mean([100 * float(r["test_accuracy"]) for r in rows[-2:]])
-    assert done.returncode == 0 and f"| {mean:.2f} ± " in done.stdout and "digits, cnn, 300 training images" in done.stdout, done.stderr
-    assert all((tmp_path / f"v_{name}.png").stat().st_size > 1500 for name in ("prototypes", "gradcam"))
-    assert float(rows[-1]["kwh"]) > 0 and vision_report.places(rows) == [("digits", "linear"), ("digits", "cnn")]
+    assert (
+        done.returncode == 0
+        and f"| {mean:.2f} ± " in done.stdout
+        and "digits, cnn, 300 training images" in done.stdout
+    ), done.stderr
+    assert all(
+        (tmp_path / f"v_{name}.png").stat().st_size > 1500 for name in ("prototypes", "gradcam")
+    )
+    assert float(rows[-1]["kwh"]) > 0 and vision_report.places(rows) == [
+        ("digits", "linear"),
+        ("digits", "cnn"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,9 @@ def layout(path: Path, dtype: np.dtype) -> Layout:
     if magic == LLMC_EVAL:
         raise UserError(f"{path} holds llm.c's questions for an evaluation, not text")
     if magic == LLMC_LLAMA3:
-        raise UserError(f"{path} holds llm.c's Llama 3 tokens, unknown here: prepare the text again")
+        raise UserError(
+            f"{path} holds llm.c's Llama 3 tokens, unknown here: prepare the text again"
+        )
     if magic == LLMC_GPT2:
         return _with_header(path, version, tokens, size)
     if size % dtype.itemsize:

@@ -55,7 +55,10 @@ def records(path: Path, column: str | None) -> Iterator[str | None | Broken]:
     except Unreadable as error:
         yield Broken(str(error), file=True)
     except UnicodeDecodeError as error:
-        yield Broken(f"{path} is not UTF-8 text ({error.reason}): convert it, as in iconv -f latin1 -t utf8", file=True)
+        yield Broken(
+            f"{path} is not UTF-8 text ({error.reason}): convert it, as in iconv -f latin1 -t utf8",
+            file=True,
+        )
     except OSError as error:
         if error.errno is None:  # how gzip and bz2 report bytes that are not theirs
             yield Broken(f"{path} is corrupt: {one_line(error)}", file=True)

@@ -87,7 +87,8 @@ def find(source: list[str]) -> Found:
 
 
 def _search(folder: Path, found: Found) -> list[tuple[bool, Path, str]]:
-    """(reached by a link, path, real path) of each file to read; what is left out goes to `found`."""
+    """(reached by a link, path, real path) of each file to read; what is left out goes to
+    `found`."""
     files = []
     waiting, links = [folder], []
     while waiting or links:

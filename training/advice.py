@@ -1,4 +1,5 @@
-"""Settings that are allowed but seldom meant: far slower here than another, or senseless beside each other.
+"""Settings that are allowed but seldom meant: far slower here than another, or senseless beside
+each other.
 
 Both functions return sentences that train.py prints as notes when it starts.
 """
@@ -15,72 +16,108 @@ from training.config import TrainConfig
 from training.data import Data, split_warnings
 
 COMPILING = 30  # seconds that compiling a small model takes on a CPU: about 25 on 2 cores of a Xeon
-SAVED = 0.2  # share of an iteration's time that compiling saves at best: an assumption, not a measurement
+# Share of an iteration's time that compiling saves at best: an assumption, not a measurement
+SAVED = 0.2
 CPU_RATE = 2e10  # operations a second of a core in training: assumed, to the order of magnitude
 
 
-def slow_settings(model: ModelConfig, config: TrainConfig, device: str, dtype: str, flops: float) -> list[str]:
+def slow_settings(
+    model: ModelConfig, config: TrainConfig, device: str, dtype: str, flops: float
+) -> list[str]:
     """Settings that are legal but far slower on this machine than another one.
 
     Args:
-        device: cpu, cuda or mps. dtype: of the trunk, float32, bfloat16 or float16. flops: of the whole run, over all processes.
+        device: cpu, cuda or mps. dtype: of the trunk, float32, bfloat16 or float16. flops: of the
+            whole run, over all processes.
     """
     found = []
     if device == "cpu":
         if dtype == "float16":
             found.append("dtype=float16 is slower than float32 on a CPU: use --dtype=float32")
         if dtype == "bfloat16" and not _multiplies_bfloat16():
-            found.append("this CPU has no bfloat16 instructions, so dtype=bfloat16 can be 20 times slower: use --dtype=float32")
+            found.append(
+                "this CPU has no bfloat16 instructions, so dtype=bfloat16 can be 20 times slower:"
+                " use --dtype=float32"
+            )
         threads, cores = torch.get_num_threads(), _cores()
         alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
         if alone and threads == 1 < cores:
-            found.append(f"torch uses 1 thread of {cores} cores: set OMP_NUM_THREADS={cores}, or leave it unset")
+            found.append(
+                f"torch uses 1 thread of {cores} cores: set OMP_NUM_THREADS={cores}, or leave it"
+                " unset"
+            )
         if torch.cuda.is_available():
             found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")
         if config.compile and flops * SAVED / (CPU_RATE * threads) < COMPILING:
             found.append(
-                f"compiling takes about {COMPILING} s before the first iteration, which so short a run may not repay: --compile=false"
+                f"compiling takes about {COMPILING} s before the first iteration, which so short a"
+                " run may not repay: --compile=false"
             )
     if device == "cuda" and dtype == "float32" and torch.cuda.is_bf16_supported():
         found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
     kernel = HEADS[model.head].kernel
     if kernel in ("dot", "l2"):
-        if device == "cuda" and model.head_precision == "float32":
-            found.append("head_precision=float32 keeps the head off the tensor cores: use --head_precision=auto")
+        if (
+            device == "cuda"
+            and model.head_precision == "float32"
+            and dtype != "float32"
+            and torch.cuda.is_bf16_supported(False)
+        ):
+            found.append(
+                "head_precision=float32 keeps the head off the tensor cores: use"
+                " --head_precision=auto"
+            )
         if device != "cuda" and model.head_precision == "split":
-            found.append("head_precision=split is only emulated without CUDA, slower than float32: use --head_precision=auto")
+            found.append(
+                "head_precision=split is only emulated without CUDA, slower than float32: use"
+                " --head_precision=auto"
+            )
     if model.head_impl in ("dense", "chunked") and _is_compiled(model, device):
-        found.append(f"head_impl={model.head_impl} is slower than the compiled kernels and needs more memory: use --head_impl=auto")
-    if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):  # those two skip nothing
-        found.append("head_skip=0 computes gradients of pairs that do not matter to float32: the default 1e-6 leaves them out")
+        found.append(
+            f"head_impl={model.head_impl} is slower than the compiled kernels and needs more"
+            " memory: use --head_impl=auto"
+        )
+    if (
+        model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2")
+    ):  # those two skip nothing
+        found.append(
+            "head_skip=0 computes gradients of pairs that do not matter to float32: the default"
+            " 1e-6 leaves them out"
+        )
     return found
 
 
 def about_products(head: HarmonicHead) -> str | None:
-    """How the head multiplies matrices, in words, when called inside the run's autocast. None for a distance without matrix products."""
+    """How the head multiplies matrices, in words, when called inside the run's autocast. None for a
+    distance without matrix products."""
     if head.distance.kernel not in ("dot", "l2"):
         return None
     products = head.products()
     if products.name == "split":
-        return "head multiplies in two half-precision parts (split): as exact as float32"
+        return "head multiplies in two half-precision parts (split): nearly as exact as float32"
     what = f"head multiplies in {str(products.inner).removeprefix('torch.')}"
     if products.name != "autocast" or head.is_control:
         return what
-    # An inner product rounded to bfloat16 is off by up to 4e-4 |h| |w| (a twentieth of eps), so raw distances of vectors of one length by
-    # as much of themselves.
+    # An inner product rounded to bfloat16 is off by up to 4e-4 |h| |w| (a twentieth of eps), so raw
+    # distances of vectors of one length by as much of themselves.
     distance, options = resolve(head.name, **head.options)
     power = float(head.strength) * distance.root(**distance.kernel_options(options))
     error = power * torch.finfo(products.inner).eps / 20
     if not head.is_harmonic:
-        return f"{what}: distances are off by up to {error / power:.0e} of themselves. --head_precision=auto is as exact as float32"
+        return (
+            f"{what}: distances are off by up to {error / power:.0e} of themselves."
+            " --head_precision=auto is nearly as exact as float32"
+        )
     return (
-        f"{what}: at n = {float(head.strength):.4g} the loss of a token is off by up to {error:.1g} nats where prototypes are as long as"
-        " states. --head_precision=auto is as exact as float32"
+        f"{what}: at n = {float(head.strength):.4g} the loss of a token is off by up to {error:.1g}"
+        " nats where prototypes are as long as"
+        " states. --head_precision=auto is nearly as exact as float32"
     )
 
 
 def _is_compiled(model: ModelConfig, device: str) -> bool:
-    """Whether compiled kernels make the head faster on this device. The controls' dot product torch computes as fast."""
+    """Whether compiled kernels make the head faster on this device. The controls' dot product torch
+    computes as fast."""
     distance, options = resolve(model.head, **model.head_options())
     if distance.kernel == "dot":
         return False
@@ -89,7 +126,10 @@ def _is_compiled(model: ModelConfig, device: str) -> bool:
     numba = load("numba") if device == "cpu" else None
     if numba is None:
         return False
-    return distance.kernel == "l2" or numba.find(distance.kernel, distance.kernel_options(options)) is not None
+    return (
+        distance.kernel == "l2"
+        or numba.find(distance.kernel, distance.kernel_options(options)) is not None
+    )
 
 
 def _multiplies_bfloat16() -> bool:
@@ -98,7 +138,9 @@ def _multiplies_bfloat16() -> bool:
         has = torch.cpu.get_capabilities()
     except (AttributeError, RuntimeError):  # an older torch
         return True
-    return has.get("architecture") != "x86_64" or bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return has.get("architecture") != "x86_64" or bool(
+        has.get("avx512_bf16") or has.get("amx_bf16")
+    )
 
 
 def _cores() -> int:
@@ -113,15 +155,32 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
     windows = (data.splits["val"].tokens - 1) // model.block_size
     if 0 < c.max_iters <= 2 * c.warmup_iters and c.warmup_iters > 1:
         half = "all" if c.warmup_iters >= c.max_iters else "half or more"
-        found.append(f"warmup_iters={c.warmup_iters} is {half} of max_iters={c.max_iters}: use about {max(1, c.max_iters // 10)}")
+        found.append(
+            f"warmup_iters={c.warmup_iters} is {half} of max_iters={c.max_iters}: use about"
+            f" {max(1, c.max_iters // 10)}"
+        )
     if end > 2 * c.max_iters > 0:
-        found.append(f"lr_decay_iters={end} is far beyond max_iters={c.max_iters}: the learning rate hardly falls")
+        found.append(
+            f"lr_decay_iters={end} is far beyond max_iters={c.max_iters}: the learning rate hardly"
+            " falls"
+        )
     if c.eval_interval > c.max_iters > 0:
-        found.append(f"eval_interval={c.eval_interval} is beyond max_iters={c.max_iters}: only the start and the end are evaluated")
+        found.append(
+            f"eval_interval={c.eval_interval} is beyond max_iters={c.max_iters}: only the start and"
+            " the end are evaluated"
+        )
     if c.log_interval > c.max_iters > 0:
-        found.append(f"log_interval={c.log_interval} is beyond max_iters={c.max_iters}: no line tells of the training")
+        found.append(
+            f"log_interval={c.log_interval} is beyond max_iters={c.max_iters}: no line tells of the"
+            " training"
+        )
     if c.min_lr is not None and c.min_lr > c.learning_rate:
-        found.append(f"min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}: the rate rises")
+        found.append(
+            f"min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}: the rate rises"
+        )
     if c.eval_iters * c.batch_size > windows:
-        found.append(f"eval_iters={c.eval_iters} * batch_size={c.batch_size} are more windows than val has: all {windows:,} are used")
+        found.append(
+            f"eval_iters={c.eval_iters} * batch_size={c.batch_size} are more windows than val has:"
+            f" all {windows:,} are used"
+        )
     return found

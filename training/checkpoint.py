@@ -2,11 +2,13 @@
 
     model.safetensors         weights, tied ones once
     train_state.safetensors   the optimiser's tensors, as `exp_avg/blocks.0.mlp.up.weight`
-    manifest.json             iteration, val_loss, counters, the sha256 of the other files and of itself
+    manifest.json             iteration, val_loss, counters, the sha256 of the other files and of
+                              itself
 
-Nothing in them is pickled. A checkpoint is written aside, flushed to the disk and renamed, in the background of training; weights and
-optimiser are whole whatever number of processes shared them, so any number can go on from it. The newest two and the best are kept: where
-the newest turns out damaged, the one before it serves.
+Nothing in them is pickled. A checkpoint is written aside, flushed to the disk and renamed, in the
+background of training; weights and optimiser are whole whatever number of processes shared them, so
+any number can go on from it. The newest two and the best are kept: where the newest turns out
+damaged, the one before it serves.
 """
 
 import math
@@ -30,18 +32,29 @@ WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "mani
 
 def own_weights(model: Model) -> dict[str, torch.Tensor]:
     """A model's tensors by name, tied ones once."""
-    return {k: v for k, v in model.state_dict().items() if not (model.config.tie_weights and k == "tokens.weight")}
+    return {
+        k: v
+        for k, v in model.state_dict().items()
+        if not (model.config.tie_weights and k == "tokens.weight")
+    }
 
 
-def snapshot(model: Model, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies of weights and optimiser state on the CPU, by file and name. All processes call it, to put shards together; those that do
+def snapshot(
+    model: Model, optimizer: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies of weights and optimiser state on the CPU, by file and name. All processes call it, to
+    put shards together; those that do
     not `keep` the result get nothing."""
     names = {q: name for name, q in model.named_parameters()}
-    state = {f"{key}/{names[q]}": v for q, values in optimizer.state.items() for key, v in values.items()}
+    state = {
+        f"{key}/{names[q]}": v for q, values in optimizer.state.items() for key, v in values.items()
+    }
     found = {WEIGHTS: {}, STATE: {}}
     for file, tensors in ((WEIGHTS, own_weights(model)), (STATE, state)):
         for name, tensor in tensors.items():
-            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            whole = (
+                tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            )
             if keep:
                 found[file][name] = whole.to("cpu", copy=True).contiguous()
     return found
@@ -54,12 +67,16 @@ class Writer:
         self.out_dir, self.thread, self.error = out_dir, None, None
 
     def save(self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict):
-        """Begins to write a snapshot as the checkpoint of an iteration; `wait` for the one before first.
+        """Begins to write a snapshot as the checkpoint of an iteration; `wait` for the one before
+        first.
 
-        A disk that is full or read-only does not stop training: stderr says so, `error` holds the message until a later checkpoint is
+        A disk that is full or read-only does not stop training: stderr says so, `error` holds the
+        message until a later checkpoint is
         written, and the checkpoints that are there stay.
         """
-        self.thread = threading.Thread(target=self._write, args=(iteration, files, counters), daemon=True)
+        self.thread = threading.Thread(
+            target=self._write, args=(iteration, files, counters), daemon=True
+        )
         self.thread.start()
 
     def wait(self):
@@ -74,16 +91,24 @@ class Writer:
             save(self.out_dir, *what)
             self.error = None
         except Exception as error:  # whatever it is, training goes on and the exit status tells
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-            self.error = f"the checkpoint of iteration {what[0]} could not be written ({reason}); the last good one: {last(self.out_dir)}"
+            reason = (
+                error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+            )
+            self.error = (
+                f"the checkpoint of iteration {what[0]} could not be written ({reason}); the last"
+                f" good one: {last(self.out_dir)}"
+            )
             print(self.error, file=sys.stderr, flush=True)
 
 
-def save(out_dir: Path, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict) -> Path:
+def save(
+    out_dir: Path, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict
+) -> Path:
     """Writes a checkpoint and removes those that are neither the newest two nor the best.
 
     Args:
-        files: a `snapshot`. counters: what the manifest holds besides, as JSON, with `val_loss` (None where there was no evaluation).
+        files: a `snapshot`. counters: what the manifest holds besides, as JSON, with `val_loss`
+            (None where there was no evaluation).
     """
     folder = out_dir / "ckpt" / f"iter_{iteration:06d}"
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -102,8 +127,13 @@ def save(out_dir: Path, iteration: int, files: dict[str, dict[str, torch.Tensor]
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     kept = {*list(manifests(out_dir))[-2:], best(out_dir)}
-    for path in {*folders(out_dir), *folder.parent.glob(".iter_*")} - kept:  # and what killed runs left aside; nothing foreign
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is tried again at the next checkpoint
+    for path in {
+        *folders(out_dir),
+        *folder.parent.glob(".iter_*"),
+    } - kept:  # and what killed runs left aside; nothing foreign
+        shutil.rmtree(
+            path, ignore_errors=True
+        )  # what cannot be removed now is tried again at the next checkpoint
     return folder
 
 
@@ -138,7 +168,8 @@ def last(out_dir: Path) -> str:
 
 
 def damage(folder: Path, files=(WEIGHTS, STATE)) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is: its manifest and the given files are compared with their sha256."""
+    """What is wrong with a checkpoint, None if nothing is: its manifest and the given files are
+    compared with their sha256."""
     try:
         manifest = _manifest(folder)
     except OSError as error:
@@ -155,7 +186,8 @@ def damage(folder: Path, files=(WEIGHTS, STATE)) -> str | None:
 
 
 def newest(out_dir: Path, files=(WEIGHTS, STATE)) -> Path:
-    """The newest checkpoint that is not damaged; stderr names those that are. UserError when there is none."""
+    """The newest checkpoint that is not damaged; stderr names those that are. UserError when there
+    is none."""
     found = folders(out_dir)
     bad = []
     for folder in reversed(found):
@@ -165,13 +197,19 @@ def newest(out_dir: Path, files=(WEIGHTS, STATE)) -> Path:
             return folder
         bad.append(f"checkpoint {folder} is damaged, {problem}")
     if bad:
-        raise UserError(f"no checkpoint can be used: {'; '.join(bad)}; begin again with --overwrite=true, or name another --out_dir")
+        raise UserError(
+            f"no checkpoint can be used: {'; '.join(bad)}; begin again with --overwrite=true, or"
+            " name another --out_dir"
+        )
     there = "" if Path(out_dir).is_dir() else " (the folder does not exist)"
-    raise UserError(f"{out_dir} holds no checkpoint{there}: train it first, or name another --out_dir")
+    raise UserError(
+        f"{out_dir} holds no checkpoint{there}: train it first, or name another --out_dir"
+    )
 
 
 def set_aside(out_dir: Path, chosen: Path):
-    """Renames the checkpoints after the chosen one, which are damaged, so that nothing takes them for good ones."""
+    """Renames the checkpoints after the chosen one, which are damaged, so that nothing takes them
+    for good ones."""
     for folder in folders(out_dir):
         if int(folder.name[5:]) > int(chosen.name[5:]):
             shutil.rmtree(folder.with_name(f"damaged_{folder.name}"), ignore_errors=True)
@@ -185,7 +223,8 @@ def best(out_dir: Path) -> Path | None:
 
 
 def read(folder: Path) -> tuple[dict, dict]:
-    """A checkpoint's (weights, manifest), not compared with their sha256 again: `newest` and `damage` do that."""
+    """A checkpoint's (weights, manifest), not compared with their sha256 again: `newest` and
+    `damage` do that."""
     return load_tensors(folder / WEIGHTS), _manifest(folder)
 
 
@@ -196,7 +235,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         return load(path.read_bytes())  # the library maps no file whose name is not UTF-8
     except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); it is refused, and nothing in it was executed") from None
+        raise UserError(
+            f"{path} is not a safetensors file ({error}); it is refused, and nothing in it was"
+            " executed"
+        ) from None
 
 
 def _is_utf8(path: Path) -> bool:
@@ -208,9 +250,12 @@ def _is_utf8(path: Path) -> bool:
 
 
 def load_weights(model: Model, weights: dict, assign: bool = False):
-    """Puts weights into a model. UserError listing what does not fit. assign: they become the model's own, which may be without any."""
+    """Puts weights into a model. UserError listing what does not fit. assign: they become the
+    model's own, which may be without any."""
     own = own_weights(model)
-    wrong = [f"{k} is missing" for k in own if k not in weights] + [f"{k} is not part of the model" for k in weights if k not in own]
+    wrong = [f"{k} is missing" for k in own if k not in weights] + [
+        f"{k} is not part of the model" for k in weights if k not in own
+    ]
     wrong += [
         f"{k} is {tuple(weights[k].shape)}, the model's is {tuple(v.shape)}"
         for k, v in own.items()
@@ -218,7 +263,9 @@ def load_weights(model: Model, weights: dict, assign: bool = False):
     ]
     if wrong:
         raise UserError(
-            "the checkpoint does not fit the model: " + "; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            "the checkpoint does not fit the model: "
+            + "; ".join(wrong[:5])
+            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
     model.load_state_dict(weights, strict=False, assign=assign)
     if assign and model.config.tie_weights:
@@ -226,13 +273,15 @@ def load_weights(model: Model, weights: dict, assign: bool = False):
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path):
-    """Puts a checkpoint's optimiser state into an optimiser; rates and decays stay as they are configured now."""
+    """Puts a checkpoint's optimiser state into an optimiser; rates and decays stay as they are
+    configured now."""
     states = {name: {} for name, _ in model.named_parameters()}
     for key, tensor in load_tensors(folder / STATE).items():
         kind, _, name = key.partition("/")
         if name not in states:
             raise UserError(
-                f"{folder / STATE} holds {key!r}, which is not part of the model: another version wrote it; start from the weights "
+                f"{folder / STATE} holds {key!r}, which is not part of the model: another version"
+                " wrote it; start from the weights "
                 f"alone with --init_from={folder.parent.parent} and another --out_dir"
             )
         states[name][kind] = tensor.clone()  # the file is mapped: training must not hold on to it
@@ -241,25 +290,40 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path)
     for i, q in enumerate(q for group in optimizer.param_groups for q in group["params"]):
         state[i] = states[names[q]]
         if isinstance(q, DTensor):
-            state[i] = {k: distribute_tensor(v.to(q.device), q.device_mesh, q.placements) if v.dim() else v for k, v in state[i].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            state[i] = {
+                k: distribute_tensor(v.to(q.device), q.device_mesh, q.placements) if v.dim() else v
+                for k, v in state[i].items()
+            }
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def read_config(out_dir: Path) -> tuple[ModelConfig, TrainConfig]:
-    """A run's stored configuration, whatever version wrote it: a key that is no more is named and ignored, one that was not yet known has
+    """A run's stored configuration, whatever version wrote it: a key that is no more is named and
+    ignored, one that was not yet known has
     its default. UserError for a value that is not valid."""
     path = out_dir / "config.yaml"
     try:
-        model_config, config = parse([], ModelConfig, TrainConfig, base=known(read_yaml(path), path, ModelConfig, TrainConfig))
+        model_config, config = parse(
+            [],
+            ModelConfig,
+            TrainConfig,
+            base=known(read_yaml(path), path, ModelConfig, TrainConfig),
+        )
     except UserError as error:
         raise UserError(f"{out_dir}: {error}") from None
     if not model_config.vocab_size:
-        raise UserError(f"{path} has no vocab_size, which training writes there: copy the file from the run again")
+        raise UserError(
+            f"{path} has no vocab_size, which training writes there: copy the file from the run"
+            " again"
+        )
     return model_config, config
 
 
 def load_run(out_dir, device: str = "cpu", which: str = "newest") -> tuple[Model, dict, dict]:
-    """A run's "newest" or "best" checkpoint for evaluation or sampling -> (model in eval mode, its stored config, the manifest)."""
+    """A run's "newest" or "best" checkpoint for evaluation or sampling -> (model in eval mode, its
+    stored config, the manifest)."""
     out_dir = Path(out_dir)
     folder = best(out_dir) if which == "best" else None
     if folder and (problem := damage(folder, (WEIGHTS,))):

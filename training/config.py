@@ -1,8 +1,9 @@
 """Configuration: flat typed dataclasses filled from a YAML file and from `--key=value` flags.
 
-A script declares what it takes as dataclasses whose fields carry a docstring each, and calls `parse`. Types and help come from
-jsonargparse. Whatever is wrong, in the file and on the command line, is gathered into one message; `cli` prints it and exits with
-status 2, so that a user sees every mistake at once and never a traceback.
+A script declares what it takes as dataclasses whose fields carry a docstring each, and calls
+`parse`. Types and help come from jsonargparse. Whatever is wrong, in the file and on the command
+line, is gathered into one message; `cli` prints it and exits with status 2, so that a user sees
+every mistake at once and never a traceback.
 """
 
 import argparse
@@ -36,7 +37,8 @@ class TrainConfig:
     tokenizer: str | None = None
     """names the tokenizer of .bin files without meta.json (nanoGPT's own)"""
     batch_size: int = 12
-    """windows of a micro-batch; batch_size * gradient_accumulation_steps windows make an iteration, whatever the number of processes"""
+    """windows of a micro-batch; batch_size * gradient_accumulation_steps windows make an iteration,
+    whatever the number of processes"""
     gradient_accumulation_steps: int = 1
     """micro-batches of an iteration, over all processes together"""
     max_iters: int = 1000
@@ -68,38 +70,46 @@ class TrainConfig:
     eval_only: bool = False
     """evaluate once and stop"""
     init_from: str = "scratch"
-    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or a model to start from, which is scratch
+    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or
+    a model to start from, which is scratch
     with that --source"""
     source: str | None = None
-    """a model to start from: a name on the Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME), a folder in its format, nanoGPT's
+    """a model to start from: a name on the Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME),
+    a folder in its format, nanoGPT's
     ckpt.pt, a run's folder. Another --head than its own is matched to the model's softmax"""
     out_dir: str = "out/run"
     """the run's folder"""
     overwrite: bool = False
     """delete the run that out_dir holds"""
     new_data_order: bool = False
-    """resume although batch_size, gradient_accumulation_steps, seed or the dataset differ: from then on the windows come in another order,
+    """resume although batch_size, gradient_accumulation_steps, seed or the dataset differ: from
+    then on the windows come in another order,
     so some are read twice in this epoch and others not at all"""
     seed: int = 1337
     """determines weights, data order, noise and dropout"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of the trunk (autocast); auto = bfloat16 where a GPU has it, else float32. Distances are float32 always"""
+    """precision of the trunk (autocast); auto = bfloat16 where a GPU has it, else float32.
+    Distances are float32 always"""
     compile: bool = True
     """torch.compile the trunk (on a CPU this needs a C++ compiler)"""
     backend: typing.Literal["auto", "nccl", "gloo"] = "auto"
     """between processes: auto = nccl on GPUs, gloo on CPUs"""
     parallel: typing.Literal["ddp", "fsdp"] = "ddp"
-    """how processes share the model: ddp (each holds all of it) or fsdp (each holds a part of weights, gradients and optimiser)"""
+    """how processes share the model: ddp (each holds all of it) or fsdp (each holds a part of
+    weights, gradients and optimiser)"""
     timeout: float = 600.0
     """seconds that a process waits for another one before it gives up"""
     activation_checkpointing: bool = False
-    """compute each block's activations again in the backward pass: less memory, about a third more time"""
+    """compute each block's activations again in the backward pass: less memory, about a third more
+    time"""
     on_nan: typing.Literal["stop", "skip"] = "stop"
-    """a loss or gradient that is not finite: stop the run, or skip the step (this looks at every step's norm, which a GPU waits for)"""
+    """a loss or gradient that is not finite: stop the run, or skip the step (this looks at every
+    step's norm, which a GPU waits for)"""
     verify_resume: bool = False
-    """instead of training: train some 20 iterations whole, and again killed and resumed, and say whether they are equal bit for bit"""
+    """instead of training: train some 20 iterations whole, and again killed and resumed, and say
+    whether they are equal bit for bit"""
     tensorboard: bool = False
     """also log to TensorBoard, in out_dir/tensorboard"""
     wandb: bool = False
@@ -113,7 +123,13 @@ class TrainConfig:
         found = [
             f"{key}={getattr(self, key)} must be at least {least}"
             for key, least in dict(
-                batch_size=1, gradient_accumulation_steps=1, max_iters=0, warmup_iters=0, eval_interval=1, eval_iters=1, log_interval=1
+                batch_size=1,
+                gradient_accumulation_steps=1,
+                max_iters=0,
+                warmup_iters=0,
+                eval_interval=1,
+                eval_iters=1,
+                log_interval=1,
             ).items()
             if getattr(self, key) < least
         ]
@@ -129,12 +145,21 @@ class TrainConfig:
         if not self.out_dir:
             found.append("out_dir is empty: name a folder")
         if not re.fullmatch("[A-Z]{3}", self.emissions_country):
-            found.append(f"emissions_country={self.emissions_country}: expected a code of three letters, such as USA, DEU or IND")
+            found.append(
+                f"emissions_country={self.emissions_country}: expected a code of three letters,"
+                " such as USA, DEU or IND"
+            )
         if not self.learning_rate > 0:
             found.append(f"learning_rate={self.learning_rate} must be positive")
-        found += [f"{key}={getattr(self, key)} is not in [0, 1)" for key in ("beta1", "beta2") if not 0 <= getattr(self, key) < 1]
+        found += [
+            f"{key}={getattr(self, key)} is not in [0, 1)"
+            for key in ("beta1", "beta2")
+            if not 0 <= getattr(self, key) < 1
+        ]
         if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
-            found.append(f"lr_decay_iters={self.lr_decay_iters} ends before warmup_iters={self.warmup_iters}")
+            found.append(
+                f"lr_decay_iters={self.lr_decay_iters} ends before warmup_iters={self.warmup_iters}"
+            )
         return found
 
 
@@ -147,7 +172,8 @@ class UserError(ValueError):
 
 
 def nearest(name: str, names) -> str:
-    """`'; did you mean X?'` for the valid name most like `name`, or the list of names when nothing is like it."""
+    """`'; did you mean X?'` for the valid name most like `name`, or the list of names when nothing
+    is like it."""
     names = [str(n) for n in names]
     near = difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
@@ -162,10 +188,13 @@ def check(problems: list[str]):
 
 
 def show_bytes(error: UnicodeEncodeError) -> tuple[str, int]:
-    """An error handler that prints a file name that is not UTF-8: `caf\\xe9.txt`. Python holds such a byte as U+DCE9."""
+    """An error handler that prints a file name that is not UTF-8: `caf\\xe9.txt`. Python holds such
+    a byte as U+DCE9."""
     rest = error.object[error.start : error.end]
     if not all("\udc80" <= character <= "\udcff" for character in rest):
-        return codecs.backslashreplace_errors(error)  # characters that the terminal's encoding lacks
+        return codecs.backslashreplace_errors(
+            error
+        )  # characters that the terminal's encoding lacks
     return rest.encode("ascii", "surrogateescape").decode("ascii", "backslashreplace"), error.end
 
 
@@ -181,21 +210,32 @@ def cli(main: typing.Callable):
         main()
     except UserError as error:
         script = Path(sys.argv[0])
-        module = script.parent.name in ("analysis", "benchmarks", "faults", "studies", "training")  # rooms whose scripts run as modules
+        module = script.parent.name in (
+            "analysis",
+            "benchmarks",
+            "faults",
+            "studies",
+            "training",
+        )  # rooms whose scripts run as modules
         name = f"python -m {script.parent.name}.{script.stem}" if module else script.name
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader (head, less) went away; leave without the interpreter's complaint at exit
+    except (
+        BrokenPipeError
+    ):  # the reader (head, less) went away; leave without the interpreter's complaint at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def read_yaml(path) -> dict:
-    """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat mapping."""
+    """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat
+    mapping."""
     path = Path(path)
     if not path.is_file():
-        there = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.yaml")})
+        there = sorted(
+            {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.yaml")}
+        )
         raise UserError(f"no config file {path}{nearest(path, there) if there else ''}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -207,17 +247,22 @@ def read_yaml(path) -> dict:
 
 
 def known(stored: dict, where, *schemas) -> dict:
-    """A stored configuration without the keys that no schema has, such as those of another version; a note on stderr names them."""
+    """A stored configuration without the keys that no schema has, such as those of another version;
+    a note on stderr names them."""
     names = {f.name for schema in schemas for f in dataclasses.fields(schema)}
     strange = [key for key in stored if key not in names]
     if strange:
-        _note_once(f"{where} has settings of another version, which are ignored: {', '.join(map(str, strange))}")
+        _note_once(
+            f"{where} has settings of another version, which are ignored:"
+            f" {', '.join(map(str, strange))}"
+        )
     return {key: value for key, value in stored.items() if key in names}
 
 
 @functools.cache
 def _note_once(text: str):
-    """Prints a note on stderr, the first time that it is to be printed: several parts of a program read the same file."""
+    """Prints a note on stderr, the first time that it is to be printed: several parts of a program
+    read the same file."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one note a machine, not one a process
         print(f"note: {text}", file=sys.stderr)
 
@@ -228,10 +273,13 @@ def write_yaml(path, *configs):
     write_whole(Path(path), yaml.safe_dump(merged, sort_keys=False))
 
 
-def split_flags(argv: list[str], switches: set[str], known=()) -> tuple[list[str], list[tuple[str, str]]]:
+def split_flags(
+    argv: list[str], switches: set[str], known=()
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Splits a command line into positional words and (key, value) pairs.
 
-    `--key=value` and `--key value` both work; a key in `switches` (the bool fields) may stand alone and means true.
+    `--key=value` and `--key value` both work; a key in `switches` (the bool fields) may stand alone
+    and means true.
     """
     words, flags, rest = [], [], list(argv)
     while rest:
@@ -250,20 +298,31 @@ def split_flags(argv: list[str], switches: set[str], known=()) -> tuple[list[str
     return words, flags
 
 
-def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool = False, base: dict | None = None) -> list:
+def parse(
+    argv: list[str],
+    *schemas,
+    words: str | None = None,
+    config_file: bool = False,
+    base: dict | None = None,
+) -> list:
     """Fills one instance of each dataclass in `schemas` from a command line.
 
     Args:
         argv: the words after the script's name.
-        schemas: dataclasses with disjoint field names. One with a method `problems() -> list[str]` is asked for impossible values.
-        words: name of the list field that takes positional words (such as run folders); None when there are none.
+        schemas: dataclasses with disjoint field names. One with a method `problems() -> list[str]`
+            is asked for impossible values.
+        words: name of the list field that takes positional words (such as run folders); None when
+            there are none.
         config_file: the first positional word is a YAML file that the flags override.
         base: values that stand below the file and the flags, such as a stored run's configuration.
-    Raises: UserError listing every unknown key (with the nearest valid one), wrong type and impossible value.
+    Raises: UserError listing every unknown key (with the nearest valid one), wrong type and
+        impossible value.
     """
     fields = {f.name: f for s in schemas for f in dataclasses.fields(s)}
     types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
-    doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")  # the script's own: what it does, and examples
+    doc = inspect.cleandoc(
+        sys.modules["__main__"].__doc__ or ""
+    )  # the script's own: what it does, and examples
     parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
     for schema in schemas:
         parser.add_class_arguments(schema, fail_untyped=True)
@@ -293,21 +352,28 @@ def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool
         try:
             values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
         except (jsonargparse.ArgumentError, ValueError, TypeError):
-            choices = typing.get_args(types[key]) if typing.get_origin(types[key]) is typing.Literal else None
+            choices = (
+                typing.get_args(types[key])
+                if typing.get_origin(types[key]) is typing.Literal
+                else None
+            )
             if choices:
                 problems.append(f"{where}{key}={text}: unknown {key}{nearest(text, choices)}")
             else:
                 problems.append(f"{where}{key}={text}: expected {describe(types[key])}")
     if positional and words is None:
         problems.append(
-            f"unexpected word {positional[0]!r}: flags are --key=value" + (" and only one config file may be given" if config_file else "")
+            f"unexpected word {positional[0]!r}: flags are --key=value"
+            + (" and only one config file may be given" if config_file else "")
         )
     elif words is not None and positional:
         values.setdefault(words, []).extend(positional)
 
     built = []
     for schema in schemas:
-        made = schema(**{k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(schema)}})
+        made = schema(
+            **{k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(schema)}}
+        )
         problems += made.problems() if hasattr(made, "problems") else []
         built.append(made)
     check(problems)
@@ -316,7 +382,13 @@ def parse(argv: list[str], *schemas, words: str | None = None, config_file: bool
 
 def describe(hint) -> str:
     """A type as a user would say it: `a whole number`, `a number, sqrt_dim, dim or null`."""
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "null",
+    }
     if hint in plain:
         return plain[hint]
     if typing.get_origin(hint) is typing.Literal:

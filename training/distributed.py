@@ -1,4 +1,5 @@
-"""Processes: one per device, started by torchrun; without torchrun, one. What they share, and how they stop together."""
+"""Processes: one per device, started by torchrun; without torchrun, one. What they share, and how
+they stop together."""
 
 import os
 import signal
@@ -62,12 +63,17 @@ class Processes:
         return value[0]
 
     def wrap(self, model, parallel: str):
-        """The model whose gradients are those of all processes: DistributedDataParallel, or FSDP2's fully_shard of blocks and root."""
+        """The model whose gradients are those of all processes: DistributedDataParallel, or FSDP2's
+        fully_shard of blocks and root."""
         if self.world == 1:
             return model
         kind = self.device.split(":")[0]
         if parallel == "ddp":
-            _KEPT.append(DistributedDataParallel(model, device_ids=[self.local_rank] if kind == "cuda" else None))
+            _KEPT.append(
+                DistributedDataParallel(
+                    model, device_ids=[self.local_rank] if kind == "cuda" else None
+                )
+            )
             return _KEPT[-1]
         mesh = dist.device_mesh.init_device_mesh(kind, (self.world,))
         for block in model.blocks:
@@ -76,7 +82,8 @@ class Processes:
 
 
 def synchronise(wrapped, on: bool):
-    """Whether the next backward pass of a wrapped model adds its gradients up over the processes."""
+    """Whether the next backward pass of a wrapped model adds its gradients up over the
+    processes."""
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.require_backward_grad_sync = on
     elif isinstance(wrapped, FSDPModule):
@@ -89,14 +96,26 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def launcher(processes: int, *torchrun: str) -> list[str]:
-    """What stands between `python` and a script for that many processes on this machine; `torchrun`: more flags of its."""
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun] if processes > 1 else []
+    """What stands between `python` and a script for that many processes on this machine;
+    `torchrun`: more flags of its."""
+    return (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+        if processes > 1
+        else []
+    )
 
 
 def check_device(device: str) -> str:
-    """The device that `auto` stands for: cuda, mps or cpu. UserError for a device that is not there."""
+    """The device that `auto` stands for: cuda, mps or cpu. UserError for a device that is not
+    there."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -104,21 +123,33 @@ def check_device(device: str) -> str:
     if kind not in ("cpu", "cuda", "mps"):
         raise UserError(f"device={device}: unknown device; use auto, cpu, cuda or mps")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={device}: this machine has no CUDA device (or torch is a CPU build); use --device=cpu")
+        raise UserError(
+            f"device={device}: this machine has no CUDA device (or torch is a CPU build); use"
+            " --device=cpu"
+        )
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise UserError(
+            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, counted"
+            " from 0"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device={device}: this machine has no MPS device; use --device=cpu")
     return device
 
 
 def start(device: str, backend: str, timeout: float) -> Processes:
-    """Joins the process group that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), if there is one. Processes
+    """Joins the process group that torchrun describes in the environment (RANK, LOCAL_RANK,
+    WORLD_SIZE), if there is one. Processes
     that wait for another one longer than `timeout` seconds give up."""
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     if device.startswith("cuda") and world > 1:
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            raise UserError(f"more processes than CUDA devices on this machine ({torch.cuda.device_count()}): lower --nproc_per_node")
+            raise UserError(
+                f"more processes than CUDA devices on this machine ({torch.cuda.device_count()}):"
+                " lower --nproc_per_node"
+            )
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     if world > 1:
@@ -128,15 +159,19 @@ def start(device: str, backend: str, timeout: float) -> Processes:
         backend = ("nccl" if kind == "cuda" else "gloo") if backend == "auto" else backend
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         store = _own_store(store, rank, world, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
     return Processes(rank, local_rank, world, device)
 
 
 def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
     """A part of torchrun's store that no earlier start of these processes has used.
 
-    PyTorch 2.13's torchrun keeps its store when it restarts processes, and the new ones would connect to the addresses of the dead. Its
-    count of restarts tells starts apart on one machine only: each machine has its own. So rank 0 opens a new part, and the others go by
+    PyTorch 2.13's torchrun keeps its store when it restarts processes, and the new ones would
+    connect to the addresses of the dead. Its
+    count of restarts tells starts apart on one machine only: each machine has its own. So rank 0
+        opens a new part, and the others go by
     the number of the part in which rank 0 answers them with the word they left there.
     """
     if rank == 0:
@@ -155,8 +190,10 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
 
 
 def run(main):
-    """`cli(main)`. Under torchrun the process then ends at once, without taking its process groups apart: PyTorch 2.13 can hang for ever
-    there, for `~ProcessGroupGloo` joins a thread that waits for the interpreter's lock while its caller holds that lock."""
+    """`cli(main)`. Under torchrun the process then ends at once, without taking its process groups
+    apart: PyTorch 2.13 can hang for ever
+    there, for `~ProcessGroupGloo` joins a thread that waits for the interpreter's lock while its
+    caller holds that lock."""
     if "RANK" not in os.environ:
         return cli(main)
 
@@ -164,7 +201,9 @@ def run(main):
         try:
             main()
         except UserError as error:
-            if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":  # cli speaks for local rank 0
+            if (
+                dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0"
+            ):  # cli speaks for local rank 0
                 print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
             raise
 
@@ -182,16 +221,22 @@ def run(main):
 
 
 class StopSignals:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 (SLURM and spot machines send them) into a stop after the current step, on all processes alike.
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 (SLURM and spot machines send them) into a stop after the
+    current step, on all processes alike.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. (Under torchrun only the first reaches the processes.)
+    A second Ctrl-C raises KeyboardInterrupt at once. (Under torchrun only the first reaches the
+    processes.)
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, processes: Processes, timeout: float):
         self.asked = 0  # the signal that came to this process
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if processes.world > 1 else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            if processes.world > 1
+            else None
+        )
         self.pending = None
         self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
 
@@ -201,10 +246,15 @@ class StopSignals:
         if not self.asked:
             self.asked = number
             if number == signal.SIGINT:
-                print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+                print(
+                    "\nstopping after this step; Ctrl-C again stops at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def agreed(self) -> int:
-        """The signal because of which all processes stop now, or 0. Called once a step; where there are several processes, the answer is
+        """The signal because of which all processes stop now, or 0. Called once a step; where there
+        are several processes, the answer is
         that of the step before, so that nobody waits for it."""
         if self.group is None:
             return self.asked

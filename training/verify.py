@@ -1,4 +1,5 @@
-"""`--verify_resume`: does a run that is killed and resumed equal one that never was, bit for bit?"""
+"""`--verify_resume`: does a run that is killed and resumed equal one that never was, bit for
+bit?"""
 
 import os
 import signal
@@ -17,46 +18,74 @@ from training.distributed import launcher
 from training.files import sha256
 from training.telemetry import read_metrics
 
-INTERVAL, BEYOND = 10, 3  # iterations between checkpoints; after one of them, until the process is killed
+INTERVAL, BEYOND = (
+    10,
+    3,
+)  # iterations between checkpoints; after one of them, until the process is killed
 MEASURED = ("tokens_per_s", "elapsed_s", "mfu")  # of the clock, not of the training
 
 
 def history(run: Path) -> list[dict]:
     """A run's metrics without what the clock says. NaN, which equals nothing, is a text."""
-    return [{k: "nan" if v != v else v for k, v in r.items() if k not in MEASURED} for r in read_metrics(run)]
+    return [
+        {k: "nan" if v != v else v for k, v in r.items() if k not in MEASURED}
+        for r in read_metrics(run)
+    ]
 
 
 def verify_resume(argv: list[str], decay: int, source: str | None = None):
-    """Trains with the given settings and kills the process (SIGKILL) after a checkpoint; resumes it for INTERVAL iterations; trains as many
-    in one process; compares every line of metrics and the bytes of weights and optimiser. Exits with status 1 when anything differs.
+    """Trains with the given settings and kills the process (SIGKILL) after a checkpoint; resumes it
+    for INTERVAL iterations; trains as many
+    in one process; compares every line of metrics and the bytes of weights and optimiser. Exits
+    with status 1 when anything differs.
 
     Under torchrun on one machine the same number of processes is used.
 
     Args:
         source: the model to start from, if any.
-        decay: the iteration at which the learning rate's decay ends, which does not depend on how long these runs are.
+        decay: the iteration at which the learning rate's decay ends, which does not depend on how
+            long these runs are.
     """
     processes, here = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != here:
-        raise UserError("verify_resume compares on one machine: start it with torchrun --standalone")
+        raise UserError(
+            "verify_resume compares on one machine: start it with torchrun --standalone"
+        )
     if int(os.environ.get("RANK", 0)) > 0:
         return  # the first process starts its own
     environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
     }
     fixed = dict(
-        eval_interval=INTERVAL, log_interval=1, eval_iters=2, emissions=False, tensorboard=False, wandb=False, lr_decay_iters=decay
+        eval_interval=INTERVAL,
+        log_interval=1,
+        eval_iters=2,
+        emissions=False,
+        tensorboard=False,
+        wandb=False,
+        lr_decay_iters=decay,
     )
-    flags = [f"--{k}={v}" for k, v in {**fixed, "verify_resume": False, "init_from": "auto"}.items()]
+    flags = [
+        f"--{k}={v}" for k, v in {**fixed, "verify_resume": False, "init_from": "auto"}.items()
+    ]
     flags += [f"--source={source}"] if source else []
     command = [sys.executable, *launcher(processes), sys.argv[0], *argv, *flags]
 
-    with tempfile.TemporaryDirectory() as folder, tqdm(unit="iteration", leave=False, disable=None) as bar:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(unit="iteration", leave=False, disable=None) as bar,
+    ):
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
 
         def run(out: Path, iterations: int | None = None):
-            """Trains in `out` up to an iteration, or kills training BEYOND iterations after a checkpoint."""
-            log, words = Path(folder) / "log", [*command, f"--out_dir={out}", f"--max_iters={iterations or 10**9}"]
+            """Trains in `out` up to an iteration, or kills training BEYOND iterations after a
+            checkpoint."""
+            log, words = (
+                Path(folder) / "log",
+                [*command, f"--out_dir={out}", f"--max_iters={iterations or 10**9}"],
+            )
             with log.open("w") as file:
                 process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
             before = bar.n
@@ -64,14 +93,18 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None):
                 while process.poll() is None:
                     done = written(out)
                     bar.update(max(0, before + done - bar.n))
-                    saved = max((m["iter"] for m in checkpoint.manifests(out).values()), default=None)
+                    saved = max(
+                        (m["iter"] for m in checkpoint.manifests(out).values()), default=None
+                    )
                     if iterations is None and saved and done >= saved + BEYOND:
                         break
                     time.sleep(0.02)
             finally:
                 kill_all(process)
             if process.returncode != (0 if iterations else -signal.SIGKILL):
-                raise UserError(f"training ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
+                raise UserError(
+                    f"training ended with status {process.returncode}:\n{log.read_text()[-2000:]}"
+                )
 
         run(killed)
         saved, lines = checkpoint.read(checkpoint.newest(killed))[1]["iter"], written(killed)
@@ -80,26 +113,45 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None):
         run(whole, steps)
         equal, a, b = compare(whole, killed), history(whole), history(killed)
     for name, same in equal.items():
-        print(f"{name}{f' of {steps} iterations' if name == 'metrics' else ''}: {'bitwise equal' if same else 'DIFFERENT'}")
+        print(
+            f"{name}{f' of {steps} iterations' if name == 'metrics' else ''}:"
+            f" {'bitwise equal' if same else 'DIFFERENT'}"
+        )
     if not equal["metrics"]:
-        where = next((x["iter"], k, x.get(k), y.get(k)) for x, y in zip(a, b, strict=False) for k in x if x.get(k) != y.get(k))
+        where = next(
+            (x["iter"], k, x.get(k), y.get(k))
+            for x, y in zip(a, b, strict=False)
+            for k in x
+            if x.get(k) != y.get(k)
+        )
         print("first difference: iteration {}, {} {} and {}".format(*where))
-    print(f"killed after iteration {lines - 1}, resumed from iteration {saved}, on {processes} process{'es' if processes > 1 else ''}")
+    print(
+        f"killed after iteration {lines - 1}, resumed from iteration {saved}, on {processes}"
+        f" process{'es' if processes > 1 else ''}"
+    )
     if not all(equal.values()):
         sys.exit(1)
 
 
 def compare(a: Path, b: Path) -> dict[str, bool]:
-    """Which parts of two runs are equal: the metrics, and the bytes of weights and optimiser in the newest checkpoints."""
+    """Which parts of two runs are equal: the metrics, and the bytes of weights and optimiser in the
+    newest checkpoints."""
     ends = checkpoint.newest(a), checkpoint.newest(b)
-    same = {name: sha256(ends[0] / name) == sha256(ends[1] / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)}
+    same = {
+        name: sha256(ends[0] / name) == sha256(ends[1] / name)
+        for name in (checkpoint.WEIGHTS, checkpoint.STATE)
+    }
     return {"metrics": history(a) == history(b), **same}
 
 
 def kill_all(process: subprocess.Popen):
-    """SIGKILL to a process and everything it started: torchrun's processes have sessions of their own."""
+    """SIGKILL to a process and everything it started: torchrun's processes have sessions of their
+    own."""
     try:
-        family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
+        family = [
+            process.pid,
+            *(p.pid for p in psutil.Process(process.pid).children(recursive=True)),
+        ]
     except psutil.NoSuchProcess:
         family = []  # it has ended, and torchrun's processes with it
     for pid in family:

@@ -1,18 +1,23 @@
-"""What computes a loss, and the choice between those that can: `harmonic_loss` makes a `Problem`, `choose` finds a backend for it.
+"""What computes a loss, and the choice between those that can: `harmonic_loss` makes a `Problem`,
+`choose` finds a backend for it.
 
     chunked   plain PyTorch, any device and type: never holds more than a few chunks of rows
     numba     compiled kernels for a CPU in float32
     triton    compiled kernels for CUDA in float32
 
-A backend is imported when it is first looked at, so that importing `harmonic` starts neither Numba nor Triton.
+A backend is imported when it is first looked at, so that importing `harmonic` starts neither Numba
+nor Triton.
 """
 
 import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from harmonic.distances import Distance, resolve
 from harmonic.precision import Products
@@ -24,9 +29,10 @@ IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 class Spec:
     """What a loss is, beside its tensors.
 
-    name, options: of the distance, as in `resolve`. link: "harmonic", "softmax" or "control". parameters: the names of the map's trained
-    settings. rows: how many rows of the table are prototypes; the rest is padding. training, ignore_index, reduction, impl, skip,
-    check_finite: see `harmonic_loss`. products: how matrices are multiplied.
+    name, options: of the distance, as in `resolve`. link: "harmonic", "softmax" or "control".
+    parameters: the names of the map's trained settings. rows: how many rows of the table are
+    prototypes; the rest is padding. training, ignore_index, reduction, impl, skip, check_finite:
+    see `harmonic_loss`. products: how matrices are multiplied.
     """
 
     name: str
@@ -44,13 +50,37 @@ class Spec:
     def encode(self) -> str:
         """One line that `decode` reads: an operator of PyTorch takes text, but no objects."""
         options = " ".join(f"{key}={value!r}" for key, value in self.options.items())
-        plain = [self.name, options, self.link, " ".join(self.parameters), self.rows, self.ignore_index, self.reduction, self.impl]
-        return "|".join(str(part) for part in [*plain, repr(self.skip), self.products.encode(), int(self.check_finite)])
+        plain = [
+            self.name,
+            options,
+            self.link,
+            " ".join(self.parameters),
+            self.rows,
+            self.ignore_index,
+            self.reduction,
+            self.impl,
+        ]
+        return "|".join(
+            str(part)
+            for part in [*plain, repr(self.skip), self.products.encode(), int(self.check_finite)]
+        )
 
     @staticmethod
     def decode(text: str) -> "Spec":
         """The spec that `encode` wrote."""
-        name, options, link, parameters, rows, ignore_index, reduction, impl, skip, products, check_finite = text.split("|")
+        (
+            name,
+            options,
+            link,
+            parameters,
+            rows,
+            ignore_index,
+            reduction,
+            impl,
+            skip,
+            products,
+            check_finite,
+        ) = text.split("|")
         pairs = (pair.split("=") for pair in options.split())
         return Spec(
             name,
@@ -71,21 +101,24 @@ class Spec:
 class Problem:
     """Losses to compute: the same for every backend.
 
-    states: (N, C), prototypes: (V + padding, C), both float32 or both float64, on one device. targets: (N,) int64, for a backend in [0, V).
-    strength: (), n or s; unused by a control. bias: (V,) or None, a control's. parameters: the trained settings of the distance's map, in
-    the order of `spec.parameters`. seed: (), of the map's noise, or None. weights: (N,), of each loss in the sum that is differentiated.
+    states: (N, C), prototypes: (V + padding, C), both float32 or both float64, on one device.
+    targets: (N,) int64, for a backend in [0, V).
+    strength: (), n or s; unused by a control. bias: (V,) or None, a control's. parameters: the
+    trained settings of the distance's map, in the order of `spec.parameters`. seed: (), of the
+    map's noise, or None. weights: (N,), of each loss in the sum that is differentiated; set before
+    a backend sees the problem.
     finite: False where states or prototypes are known not to be finite.
     """
 
-    states: torch.Tensor
-    prototypes: torch.Tensor
-    targets: torch.Tensor
-    strength: torch.Tensor
-    bias: torch.Tensor | None
-    parameters: list[torch.Tensor]
-    seed: torch.Tensor | None
+    states: Tensor
+    prototypes: Tensor
+    targets: Tensor
+    strength: Tensor
+    bias: Tensor | None
+    parameters: list[Tensor]
+    seed: Tensor | None
     spec: Spec
-    weights: torch.Tensor | None = None
+    weights: Tensor = None  # type: ignore[assignment]  # `autograd._weighed` sets it
     finite: bool = True
 
     @functools.cached_property
@@ -94,19 +127,20 @@ class Problem:
         return resolve(self.spec.name, **self.spec.options)[0]
 
     @functools.cached_property
-    def kernel_options(self) -> dict:
+    def kernel_options(self) -> dict[str, Any]:
         """What the distance's kernel takes."""
         distance, options = resolve(self.spec.name, **self.spec.options)
         return distance.kernel_options(options)
 
-    def map_settings(self, parameters: list[torch.Tensor]) -> dict:
+    def map_settings(self, parameters: list[Tensor]) -> dict[str, Any]:
         """What the distance's map takes, with these tensors as the trained ones."""
         distance, options = resolve(self.spec.name, **self.spec.options)
         if distance.map is None:
             return {}
         settings = {k: v for k, v in options.items() if k not in self.kernel_options}
         settings |= dict(zip(self.spec.parameters, parameters, strict=True))
-        if self.spec.products.name == "split" and not distance.map.cheap:  # The map is a matrix product, too.
+        # A map that is not cheap is a matrix product, too.
+        if self.spec.products.name == "split" and not distance.map.cheap:
             settings["products"] = self.spec.products
         return settings
 
@@ -118,26 +152,28 @@ class Problem:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of sum(weights * losses), with respect to the tensors of a problem; None where it has none."""
+    """Of sum(weights * losses), with respect to the tensors of a problem; `bias` is None where it
+    has none."""
 
-    states: torch.Tensor
-    prototypes: torch.Tensor
-    strength: torch.Tensor | None
-    bias: torch.Tensor | None
-    parameters: list[torch.Tensor]
+    states: Tensor
+    prototypes: Tensor
+    strength: Tensor
+    bias: Tensor | None
+    parameters: list[Tensor]
 
 
 @dataclass(frozen=True)
 class Result:
     """losses: (N,), unweighted. gradients: None where they were not asked for."""
 
-    losses: torch.Tensor
+    losses: Tensor
     gradients: Gradients | None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """supports: (problem) -> None, or why it cannot compute it. loss: (problem, needs_grad) -> Result."""
+    """supports: (problem) -> None, or why it cannot compute it. loss: (problem, needs_grad) ->
+    Result."""
 
     name: str
     supports: Callable[[Problem], str | None]
@@ -145,7 +181,7 @@ class Backend:
 
 
 @functools.cache
-def load(name: str):
+def load(name: str) -> ModuleType | None:
     """The module of a compiled backend, or None where its package is not installed."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
@@ -154,7 +190,8 @@ def load(name: str):
 
 
 def choose(problem: Problem) -> Backend:
-    """The backend that `spec.impl` names, or with "auto" the fastest one that can. ValueError for one that cannot."""
+    """The backend that `spec.impl` names, or with "auto" the fastest one that can. ValueError for
+    one that cannot."""
     from harmonic.backends.chunked import BACKEND as chunked
 
     impl = problem.spec.impl
@@ -163,15 +200,20 @@ def choose(problem: Problem) -> Backend:
     suited = "triton" if problem.states.device.type == "cuda" else "numba"
     for name in [suited] if impl == "auto" else [impl]:
         module = load(name)
-        reason = f"the package {name} is not installed" if module is None else module.BACKEND.supports(problem)
-        if reason is None:
-            return module.BACKEND
+        if module is None:
+            reason = f"the package {name} is not installed"
+        else:
+            backend: Backend = module.BACKEND
+            found = backend.supports(problem)
+            if found is None:
+                return backend
+            reason = found
         if impl != "auto" and problem.finite:
             raise ValueError(f"impl={name!r}: {reason}. impl='chunked' computes any loss")
     return chunked
 
 
-def _numba_for(x: torch.Tensor):
+def _numba_for(x: Tensor) -> ModuleType | None:
     """The module of Numba kernels where this process may run them on tensors like x, else None."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return None
@@ -179,18 +221,25 @@ def _numba_for(x: torch.Tensor):
     return module if module and module.usable() else None
 
 
-@torch.compiler.disable  # It looks at values.
-def raw_values(x: torch.Tensor, y: torch.Tensor, kernel: str, options: dict) -> torch.Tensor | None:
-    """Raw values of all pairs by a compiled kernel, differentiable: (N, C), (V, C) -> (N, V), not floored. None where there is none."""
+# It looks at values.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+def raw_values(x: Tensor, y: Tensor, kernel: str, options: dict[str, Any]) -> Tensor | None:
+    """Raw values of all pairs by a compiled kernel, differentiable: (N, C), (V, C) -> (N, V), not
+    floored. None where there is none."""
     module = None if kernel in ("l2", "dot") else _numba_for(x)
-    found = module and module.find(kernel, options)
-    if not found or not (x.detach().sum() + y.detach().sum()).isfinite():  # Compiled maxima lose a NaN.
+    if module is None:
         return None
-    return module.Pairs.apply(x, y, kernel, found)
+    found = module.find(kernel, options)
+    # Compiled maxima lose a NaN.
+    if not found or not (x.detach().sum() + y.detach().sum()).isfinite():
+        return None
+    raw: Tensor = module.Pairs.apply(x, y, kernel, found)
+    return raw
 
 
-def unit_vectors(x: torch.Tensor) -> torch.Tensor | None:
-    """x over its Euclidean norms by a compiled kernel, differentiable: (..., C) -> (..., C). None where there is none or x is small."""
+def unit_vectors(x: Tensor) -> Tensor | None:
+    """x over its Euclidean norms by a compiled kernel, differentiable: (..., C) -> (..., C). None
+    where there is none or x is small."""
     if x.device.type == "cuda" and x.dtype == torch.float32:
         module = load("triton")
         return module.Unit.apply(x) if module and x.shape[-1] <= module.Unit.WIDEST else None

@@ -2,19 +2,22 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from harmonic.backends import Backend, Problem, Result
 from harmonic.backends.mapped import Sides
 from harmonic.links import logits
 from harmonic.pairwise import Operands, log_pairs
 
-# About CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the next, but at least CHUNK_ROWS rows, for
-# each chunk also adds once to the (V, C) gradient.
+# About CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the
+# next, but at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
 CHUNK = 2**21
 CHUNK_ROWS = 256
 
 
-def token_losses(problem: Problem, both: Operands, strength, bias, targets) -> torch.Tensor:
+def token_losses(
+    problem: Problem, both: Operands, strength: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
     """The loss of each row of mapped operands, differentiable: (N,)."""
     found = logits(log_pairs(both, problem.spec.products), strength, problem.spec.link, bias)
     return F.cross_entropy(found, targets, reduction="none")
@@ -28,35 +31,37 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
     sides = Sides(problem)
     x, targets, weights = sides.states.whole(), problem.targets, problem.weights
     losses = x.new_empty(len(x))
-    shared = [
-        t if t is None else t.detach().requires_grad_(needs_grad)
-        for t in (sides.prototypes.whole(), sides.v, problem.strength, problem.bias)
-    ]
-    dx, du = (None if t is None else torch.zeros_like(t) for t in (x, sides.u))
-    dshared = [None if t is None else torch.zeros_like(t) for t in shared]
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_(needs_grad)
+
+    y, strength = leaf(sides.prototypes.whole()), leaf(problem.strength)
+    v = None if sides.v is None else leaf(sides.v)
+    bias = None if problem.bias is None else leaf(problem.bias)
+    dx, dy, dstrength = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(strength)
+    du, dv, dbias = (None if t is None else torch.zeros_like(t) for t in (sides.u, v, bias))
     rows = max(CHUNK_ROWS, CHUNK // problem.spec.rows)
     for i in range(0, len(x), rows):
         s = slice(i, i + rows)
-        own = [None if t is None else t[s].detach().requires_grad_(needs_grad) for t in (x, sides.u)]
+        own, u = leaf(x[s]), None if sides.u is None else leaf(sides.u[s])
         with torch.set_grad_enabled(needs_grad):
-            both = Operands(problem.distance, own[0], shared[0], own[1], shared[1], problem.kernel_options)
-            part = token_losses(problem, both, shared[2], shared[3], targets[s])
+            both = Operands(problem.distance, own, y, u, v, problem.kernel_options)
+            part = token_losses(problem, both, strength, bias, targets[s])
         losses[s] = part.detach()
         if not needs_grad:
             continue
-        leaves = [t for t in (*own, *shared) if t is not None]
+        leaves = [t for t in (own, u, y, v, strength, bias) if t is not None]
         gradients = iter(torch.autograd.grad(part, leaves, weights[s], allow_unused=True))
         for place in (dx, du):
             if place is not None:
                 place[s] = next(gradients)
-        for place in dshared:
+        for place in (dy, dv, dstrength, dbias):
             if place is not None:
                 gradient = next(gradients)
                 if gradient is not None:  # a control uses no strength
                     place += gradient
     if not needs_grad:
         return Result(losses, None)
-    dy, dv, dstrength, dbias = dshared
     return sides.result(losses, dx, dy, du, dv, dstrength, dbias)
 
 

@@ -1,87 +1,99 @@
-"""States and prototypes behind their distance's map, and the way of gradients back through it: what all backends begin and end with."""
+"""States and prototypes behind their distance's map, and the way of gradients back through it: what
+all backends begin and end with."""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from harmonic.backends import Gradients, Problem, Result
 from harmonic.pairwise import mapped
 
-# Numbers of a table that are mapped at a time: on a CPU 4 MiB, large enough for threads to share, small enough for a cache; on a GPU
-# 256 MiB, for each slice costs about ten launches.
+# Numbers of a table that are mapped at a time: on a CPU 4 MiB, large enough for threads to share,
+# small enough for a cache; on a GPU 256 MiB, for each slice costs about ten launches.
 MAP = {"cpu": 2**20, "cuda": 2**26}
 
 
 class Mapped:
     """Vectors (M, C) behind their distance's map, a block of rows at a time.
 
-    A cheap map is computed whenever a block is asked for, so that a mapped copy of the prototypes never exists; others once.
+    A cheap map is computed whenever a block is asked for, so that a mapped copy of the prototypes
+    never exists; others once.
     """
 
-    def __init__(self, problem: Problem, x: torch.Tensor, seed: int | None, padding: int = 0):
+    def __init__(self, problem: Problem, x: Tensor, seed: int | None, padding: int = 0):
         self.problem, self.seed, self.padding = problem, seed, padding
         self.x = x.detach().contiguous()
         self.parameters = [t.detach() for t in problem.parameters]
-        self.rows = -(-MAP["cuda" if x.device.type == "cuda" else "cpu"] // x.shape[1])  # of a slice
-        self.shift: torch.Tensor | None = None
-        self.buffer: torch.Tensor | None = None
+        numbers = MAP["cuda" if x.device.type == "cuda" else "cpu"]
+        self.rows = -(-numbers // x.shape[1])  # of a slice
+        self.shift: Tensor | None = None
+        self.buffer: Tensor | None = None
+        self.kept: Tensor | None = None
         chosen = problem.distance.map
         if chosen is None:
             self.kept = self.x
-        elif chosen.cheap:
-            self.kept = None  # Map each block when it is needed, so that a mapped copy of the table never exists.
-        else:
+        elif not chosen.cheap:
             self.kept = self._map(self.x, 0, self.parameters)
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def _map(self, x, first, parameters):
+    def _map(self, x: Tensor, first: int, parameters: list[Tensor]) -> Tensor:
         seed = None if self.seed is None else self.seed + first
         return mapped(self.problem.distance, x, seed, self.problem.map_settings(parameters))
 
-    def _slices(self):
+    def _slices(self) -> list[slice]:
         """Of about MAP numbers; the last may have three rows more, for a kernel's tile has four."""
         starts = [*range(0, max(1, len(self.x) - 3), self.rows), len(self.x)]
         return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yields (the index of the first row, the mapped rows less `shift`)."""
         if self.kept is not None and self.shift is None:
             yield 0, self.kept
             return
         for s in self._slices():
-            block = self._map(self.x[s], s.start, self.parameters) if self.kept is None else self.kept[s]
+            if self.kept is None:
+                block = self._map(self.x[s], s.start, self.parameters)
+            else:
+                block = self.kept[s]
             yield s.start, block if self.shift is None else block - self.shift
-            block = None  # The next one is made in its memory.
+            del block  # The next one is made in its memory.
 
-    def whole(self) -> torch.Tensor:
+    def whole(self) -> Tensor:
         """All of it: (M, C)."""
-        return self.kept if self.kept is not None else torch.cat([block for _, block in self.blocks()])
+        if self.kept is not None:
+            return self.kept
+        return torch.cat([block for _, block in self.blocks()])
 
-    def new_gradient(self) -> torch.Tensor:
+    def new_gradient(self) -> Tensor:
         """An empty (M, C) for the gradient, with room for the padding behind it."""
         self.buffer = self.x.new_empty(len(self.x) + self.padding, self.x.shape[1])
         self.buffer[len(self.x) :] = 0
         return self.buffer[: len(self.x)]
 
-    def padded(self, gradient: torch.Tensor) -> torch.Tensor:
+    def padded(self, gradient: Tensor) -> Tensor:
         """The gradient with zeros for the padding."""
         if self.buffer is not None:
             return self.buffer
         return F.pad(gradient, (0, 0, 0, self.padding)) if self.padding else gradient
 
-    def terms(self) -> torch.Tensor | None:
+    def terms(self) -> Tensor | None:
         """The terms of the distance's denominator: (M,), or None."""
         denominator = self.problem.distance.denominator
         if denominator is None:
             return None
-        return torch.cat([denominator.terms(part) for _, block in self.blocks() for part in block.split(self.rows)])
+        parts = (part for _, block in self.blocks() for part in torch.split(block, self.rows))
+        return torch.cat([denominator.terms(part) for part in parts])
 
-    def pull(self, gradient: torch.Tensor, of_terms: torch.Tensor | None) -> list[torch.Tensor]:
-        """Turns the gradient with respect to the mapped vectors (M, C), and their terms (M,), into that with respect to x, in place.
+    def pull(self, gradient: Tensor, of_terms: Tensor | None) -> list[Tensor]:
+        """Turns the gradient with respect to the mapped vectors (M, C), and their terms (M,), into
+        that with respect to x, in place.
 
         Returns: the gradients with respect to the trained parameters."""
-        distance = self.problem.distance
+        distance, denominator = self.problem.distance, self.problem.distance.denominator
         found = [torch.zeros_like(t) for t in self.parameters]
         if distance.map is None and of_terms is None:
             return found
@@ -90,8 +102,8 @@ class Mapped:
                 leaves = [t.detach().requires_grad_() for t in (self.x[s], *self.parameters)]
                 y = self._map(leaves[0], s.start, leaves[1:])
                 outputs, upstream = [y], [gradient[s]]
-                if of_terms is not None:
-                    outputs, upstream = [y, distance.denominator.terms(y)], [gradient[s], of_terms[s]]
+                if denominator is not None and of_terms is not None:
+                    outputs, upstream = [y, denominator.terms(y)], [gradient[s], of_terms[s]]
             gradient[s], *more = torch.autograd.grad(outputs, leaves, upstream)
             for total, part in zip(found, more, strict=True):
                 total += part
@@ -99,17 +111,30 @@ class Mapped:
 
 
 class Sides:
-    """Both sides of a problem behind the map. u, v: the terms of the denominator, (N,) and (V,), or None."""
+    """Both sides of a problem behind the map. u, v: the terms of the denominator, (N,) and (V,), or
+    None."""
 
     def __init__(self, problem: Problem):
         table = problem.prototypes[: problem.spec.rows]
         seed = None if problem.seed is None else int(problem.seed)
         self.states = Mapped(problem, problem.states, seed)
-        self.prototypes = Mapped(problem, table, None if seed is None else seed + 1, problem.padding)
+        following = None if seed is None else seed + 1
+        self.prototypes = Mapped(problem, table, following, problem.padding)
         self.u, self.v = self.states.terms(), self.prototypes.terms()
 
-    def result(self, losses, dx, dy, du, dv, dstrength, dbias) -> Result:
-        """Losses (N,) and the gradients with respect to mapped states, mapped prototypes, u, v, strength and bias -> a backend's result."""
+    def result(
+        self,
+        losses: Tensor,
+        dx: Tensor,
+        dy: Tensor,
+        du: Tensor | None,
+        dv: Tensor | None,
+        dstrength: Tensor,
+        dbias: Tensor | None,
+    ) -> Result:
+        """Losses (N,) and the gradients with respect to mapped states, mapped prototypes, u, v,
+        strength and bias -> a backend's result."""
         through_h, through_w = self.states.pull(dx, du), self.prototypes.pull(dy, dv)
         parameters = [a + b for a, b in zip(through_h, through_w, strict=True)]
-        return Result(losses, Gradients(dx, self.prototypes.padded(dy), dstrength, dbias, parameters))
+        gradients = Gradients(dx, self.prototypes.padded(dy), dstrength, dbias, parameters)
+        return Result(losses, gradients)

@@ -1,20 +1,24 @@
 """The head on a CPU, compiled by Numba: raw values, loss and slopes, gradients.
 
-Three templates do it, and every kernel is them with its own *term* (what a coordinate adds to the raw value) and *slope* (the derivatives
-of the term with respect to x and y) put in:
+Three templates do it, and every kernel is them with its own *term* (what a coordinate adds to the
+raw value) and *slope* (the derivatives of the term with respect to x and y) put in:
 
-    forward    a tile of 4 states x 4 prototypes keeps 16 accumulators in registers while it walks the coordinates
-    epilogue   a row of raw values becomes its loss, then dL/draw, in a core's cache (the same for all kernels)
-    backward   the same tile adds slope * dL/draw to 4 rows of dx and 4 rows of dy, in one pass over memory
+    forward    a tile of 4 states x 4 prototypes keeps 16 accumulators in registers while it walks
+               the coordinates
+    epilogue   a row of raw values becomes its loss, then dL/draw, in a core's cache (the same for
+               all kernels)
+    backward   the same tile adds slope * dL/draw to 4 rows of dx and 4 rows of dy, in one pass over
+               memory
 
-l2 and dot take matrix products for the first and the last. The maximum (linf) has a backward template of its own: only one coordinate of
-a pair has a gradient. In the backward pass a thread owns a range of prototypes, hence its rows of dy; of dx each has its own share,
-added up at the end. Nothing of size (N, V, C) exists, and of size (N, V) only a chunk of rows. Sums are reassociated, as any SIMD sum
-is, so the compiler may not assume that values are finite: a NaN comes out as one. Compiled code is cached on disk, beside this file or
-in Numba's own cache folder.
+l2 and dot take matrix products for the first and the last. The maximum (linf) has a backward
+template of its own: only one coordinate of a pair has a gradient. In the backward pass a thread
+owns a range of prototypes, hence its rows of dy; of dx each has its own share, added up at the end.
+Nothing of size (N, V, C) exists, and of size (N, V) only a chunk of rows. Sums are reassociated, as
+any SIMD sum is, so the compiler may not assume that values are finite: a NaN comes out as one.
+Compiled code is cached on disk, beside this file or in Numba's own cache folder.
 
-Floor, per (pair, coordinate), in vector operations: |x - y| takes 3 (subtract, absolute, add), its gradient 5 (subtract, sign, compare
-with 0, two additions); sqrt and division take as long as 10.
+Floor, per (pair, coordinate), in vector operations: |x - y| takes 3 (subtract, absolute, add), its
+gradient 5 (subtract, sign, compare with 0, two additions); sqrt and division take as long as 10.
 """
 
 import math
@@ -37,8 +41,10 @@ from harmonic.kernels import KERNELS, NEAR, sizes
 from harmonic.links import CONTROL as CONTROL_NAME
 from harmonic.precision import FLOAT32, Multiply
 
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # fastmath, less the flags that allow to assume away NaN and infinity
-OPTIONS = {"fastmath": FAST, "error_model": "numpy"}  # 1/0 is infinity, not an exception that keeps a loop from being vectorised
+# Fastmath, less the flags that allow to assume away NaN and infinity
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+# 1/0 is infinity, not an exception that keeps a loop from being vectorised
+OPTIONS = {"fastmath": FAST, "error_model": "numpy"}
 f32 = np.float32
 
 
@@ -47,7 +53,8 @@ def _inlined(function):
 
 
 def _parallel(function):
-    """Compiled when it is first called, and kept on the disk where there is a folder that can be written."""
+    """Compiled when it is first called, and kept on the disk where there is a folder that can be
+    written."""
     try:
         return njit(parallel=True, cache=True, **OPTIONS)(function)
     except RuntimeError:  # Numba finds no such folder: neither this one nor the user's own
@@ -58,7 +65,8 @@ _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 
 
 def _operation(build):
-    """A float32 function for Numba, of one or two numbers, that is the LLVM code `build(builder, x[, y])` makes."""
+    """A float32 function for Numba, of one or two numbers, that is the LLVM code `build(builder,
+    x[, y])` makes."""
 
     def code(context, b, signature, arguments):
         return build(b, *arguments)
@@ -71,7 +79,9 @@ def _operation(build):
 @_operation
 def _greater(b, x, y):
     """The greater of two numbers that are not NaN; Python's max is not vectorised."""
-    function = b.module.declare_intrinsic("llvm.maxnum", [_FLOAT], ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT]))
+    function = b.module.declare_intrinsic(
+        "llvm.maxnum", [_FLOAT], ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT])
+    )
     return b.call(function, (x, y), fastmath=("nnan", "nsz"))
 
 
@@ -105,7 +115,8 @@ def _turned(b, s, d):
 
 @_operation
 def _over(b, x, y):
-    """x / y for finite numbers, to 3 units in the last place: an estimate of 1 / y and a step of Newton's method where vectors have it."""
+    """x / y for finite numbers, to 3 units in the last place: an estimate of 1 / y and a step of
+    Newton's method where vectors have it."""
     return b.fdiv(x, y, flags=("ninf", "arcp", "nsz", "contract", "reassoc"))
 
 
@@ -122,36 +133,51 @@ def _sign(x):
 
 
 def _fit(function, low, high, degree):
-    """Coefficients, constant first, of the polynomial through the function's values at the Chebyshev nodes of [low, high]."""
+    """Coefficients, constant first, of the polynomial through the function's values at the
+    Chebyshev nodes of [low, high]."""
     return tuple(
-        f32(c) for c in np.polynomial.Chebyshev.interpolate(function, degree, [low, high]).convert(kind=np.polynomial.Polynomial).coef
+        f32(c)
+        for c in np.polynomial.Chebyshev.interpolate(function, degree, [low, high])
+        .convert(kind=np.polynomial.Polynomial)
+        .coef
     )
 
 
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = _fit(np.exp2, -0.5, 0.5, 6)  # to 3e-9; degree 5: 1e-7
 # log(1 + f) = f + f^2 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], which keeps small f exact
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = _fit(
-    lambda f: np.where(abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2),
+    lambda f: np.where(
+        abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2
+    ),
     math.sqrt(0.5) - 1,
     math.sqrt(2) - 1,
     8,
 )
-_LOG2_E, _LN2_HIGH, _LN2_LOW = f32(math.log2(math.e)), f32(0.693145751953125), f32(math.log(2) - 0.693145751953125)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = (
+    f32(math.log2(math.e)),
+    f32(0.693145751953125),
+    f32(math.log(2) - 0.693145751953125),
+)
 
 
 @_inlined
 def _exp(x):
-    """exp(x) for x <= 88, to 2 units in the last place and 1e-38; exp of less than -87 is 1e-38. A NaN is lost."""
+    """exp(x) for x <= 88, to 2 units in the last place and 1e-38; exp of less than -87 is 1e-38. A
+    NaN is lost."""
     t = _greater(x * _LOG2_E, f32(-126))
     k = np.rint(t)
     f = t - k
-    return _times_power_of_two(_E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6))))), k)
+    return _times_power_of_two(
+        _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6))))), k
+    )
 
 
 @_inlined
 def _log_with(k, f):
     """k log 2 + log(1 + f)."""
-    p = _L0 + f * (_L1 + f * (_L2 + f * (_L3 + f * (_L4 + f * (_L5 + f * (_L6 + f * (_L7 + f * _L8)))))))
+    p = _L0 + f * (
+        _L1 + f * (_L2 + f * (_L3 + f * (_L4 + f * (_L5 + f * (_L6 + f * (_L7 + f * _L8))))))
+    )
     return k * _LN2_HIGH + (f + (f * f * p + k * _LN2_LOW))
 
 
@@ -167,7 +193,8 @@ def _log1p(x):
 
 @_inlined
 def _log(x):
-    """log(x) of a normal positive x, to 1e-7 absolutely and a few units in the last place far from 1."""
+    """log(x) of a normal positive x, to 1e-7 absolutely and a few units in the last place far from
+    1."""
     k, m = _exponent(x), _mantissa(x)
     high = m > f32(1.4142135)
     k, m = (k + f32(1) if high else k), (m * f32(0.5) if high else m)
@@ -178,7 +205,8 @@ def _log(x):
 
 
 def _forward(x, y, raw, first, p):
-    """raw[:, first:] of states x (R, C) and prototypes y (B, C); at least 4 of each. A last tile that is not whole starts earlier."""
+    """raw[:, first:] of states x (R, C) and prototypes y (B, C); at least 4 of each. A last tile
+    that is not whole starts earlier."""
     R, C, B = x.shape[0], x.shape[1], y.shape[0]
     for tile in prange((B + 3) // 4):
         j = min(4 * tile, B - 4)
@@ -187,7 +215,12 @@ def _forward(x, y, raw, first, p):
         for tall in range(0, R, 4):
             i = min(tall, R - 4)
             x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-            r0, r1, r2, r3 = _four(raw[i], j), _four(raw[i + 1], j), _four(raw[i + 2], j), _four(raw[i + 3], j)
+            r0, r1, r2, r3 = (
+                _four(raw[i], j),
+                _four(raw[i + 1], j),
+                _four(raw[i + 2], j),
+                _four(raw[i + 3], j),
+            )
             a0 = a1 = a2 = a3 = (f32(0), f32(0), f32(0), f32(0))
             for c in range(C):
                 z = (y0[c], y1[c], y2[c], y3[c])
@@ -222,7 +255,12 @@ def _backward(x, y, raw, s, first, dx, dy, p):
                     continue
                 x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
                 e0, e1, e2, e3 = dx[t, i], dx[t, i + 1], dx[t, i + 2], dx[t, i + 3]
-                r0, r1, r2, r3 = _four(raw[i], j), _four(raw[i + 1], j), _four(raw[i + 2], j), _four(raw[i + 3], j)
+                r0, r1, r2, r3 = (
+                    _four(raw[i], j),
+                    _four(raw[i + 1], j),
+                    _four(raw[i + 2], j),
+                    _four(raw[i + 3], j),
+                )
                 for c in range(C):
                     z = (y0[c], y1[c], y2[c], y3[c])
                     f0, a = pull(x0[c], z, s0, p, r0)
@@ -240,7 +278,8 @@ def _backward(x, y, raw, s, first, dx, dy, p):
 
 
 def _backward_maximum(x, y, raw, s, first, dx, dy, p):
-    """The gradient of a maximum goes to one coordinate that attains it: the tile looks for it again, then each pair adds there."""
+    """The gradient of a maximum goes to one coordinate that attains it: the tile looks for it
+    again, then each pair adds there."""
     threads, R, C, B = dx.shape[0], x.shape[0], x.shape[1], y.shape[0]
     for t in prange(threads):
         stop = (t + 1) * (B // 4) // threads * 4 if t < threads - 1 else B
@@ -265,7 +304,8 @@ def _backward_maximum(x, y, raw, s, first, dx, dy, p):
 
 @_parallel
 def _recompute_near(raw, first, x, y, xx, yy, near):
-    """Inner products become squared distances, in place: |x|^2 + |y|^2 - 2 x.y, and sum (x - y)^2 where that cancels."""
+    """Inner products become squared distances, in place: |x|^2 + |y|^2 - 2 x.y, and sum (x - y)^2
+    where that cancels."""
     for i in prange(x.shape[0]):
         row, own, count = raw[i, first : first + y.shape[0]], xx[i], 0
         for j in range(row.size):
@@ -288,7 +328,8 @@ HARMONIC, SOFTMAX, CONTROL = 0, 1, 2
 
 @njit(**OPTIONS)
 def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
-    """A row of raw values -> e with logit = -n root log e (harmonic; up to a constant) or -s e (softmax, control); -> (min e, any NaN)."""
+    """A row of raw values -> e with logit = -n root log e (harmonic; up to a constant) or -s e
+    (softmax, control); -> (min e, any NaN)."""
     if link == CONTROL:
         for j in range(e.size):
             e[j] = -(raw[j] + bias[j])
@@ -317,7 +358,8 @@ def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
 
 @njit(**OPTIONS)
 def _probabilities(e, p, nearest, strength, link, root):
-    """-> (sum exp(logit - max logit), sum of that times (max logit - logit) / strength); the terms of the first in p."""
+    """-> (sum exp(logit - max logit), sum of that times (max logit - logit) / strength); the terms
+    of the first in p."""
     total, moment = f32(0), f32(0)
     if link == HARMONIC:
         inverse = f32(1) / nearest
@@ -346,7 +388,13 @@ def _slopes(raw, e, p, slope, y, weight, total, own, low, strength, link, root, 
         return
     k = -strength * root
     r = max(raw[y], own + low[y])
-    at_target = (share * p[y] - weight) * k / r * (e[y] if link == SOFTMAX else f32(1)) * (f32(0) if raw[y] < own + low[y] else f32(1))
+    at_target = (
+        (share * p[y] - weight)
+        * k
+        / r
+        * (e[y] if link == SOFTMAX else f32(1))
+        * (f32(0) if raw[y] < own + low[y] else f32(1))
+    )
     least = skip * abs(at_target)
     if link == HARMONIC:
         for j in range(e.size):
@@ -376,7 +424,11 @@ def _sum_terms(e, p, y, weight, total, u, v, sums, strength, link, floor):
     for j in range(e.size):
         both = u + v[j]
         g = share * p[j] - (weight if j == y else f32(0))
-        g = strength * g * (e[j] if link == SOFTMAX else f32(1)) / both if abs(both) > floor else f32(0)
+        g = (
+            strength * g * (e[j] if link == SOFTMAX else f32(1)) / both
+            if abs(both) > floor
+            else f32(0)
+        )
         whole += g
         sums[j] += g
     return whole
@@ -384,12 +436,32 @@ def _sum_terms(e, p, y, weight, total, u, v, sums, strength, link, floor):
 
 @_parallel
 def _epilogue(
-    raw, slope, own, low, u, v, bias, targets, weight, losses, row_sums, sums, strengths, scratch, link, terms, numbers, needs_grad
+    raw,
+    slope,
+    own,
+    low,
+    u,
+    v,
+    bias,
+    targets,
+    weight,
+    losses,
+    row_sums,
+    sums,
+    strengths,
+    scratch,
+    link,
+    terms,
+    numbers,
+    needs_grad,
 ):
-    """Chunk of raw values (R, >= V) -> losses (R,) and, into `slope`, the derivatives of sum(weight losses) with respect to them.
+    """Chunk of raw values (R, >= V) -> losses (R,) and, into `slope`, the derivatives of sum(weight
+    losses) with respect to them.
 
-    numbers: strength, root, factor, floor of the denominator, skip. Sums of slopes (or of the derivatives of u + v): row_sums (R,), and
-    sums (threads, V) to which each thread adds; strengths (R,): the derivative with respect to n or s.
+    numbers: strength, root, factor, floor of the denominator, skip. Sums of slopes (or of the
+        derivatives of u + v): row_sums (R,), and
+    sums (threads, V) to which each thread adds; strengths (R,): the derivative with respect to n or
+    s.
     """
     strength, root, factor, floor, skip = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     threads, R, V = sums.shape[0], targets.size, low.size
@@ -397,7 +469,9 @@ def _epilogue(
         e, p = scratch[t, 0], scratch[t, 1]
         for i in range(t * R // threads, (t + 1) * R // threads):
             row, y = raw[i, :V], targets[i]
-            nearest, strange = _energies(row, e, own[i], low, u[i], v, bias, link, terms, floor, root, factor)
+            nearest, strange = _energies(
+                row, e, own[i], low, u[i], v, bias, link, terms, floor, root, factor
+            )
             total, moment = _probabilities(e, p, nearest, strength, link, root)
             far = root * _log1p((e[y] - nearest) / nearest) if link == HARMONIC else e[y] - nearest
             losses[i] = np.nan if strange else math.log(total) + strength * far
@@ -405,16 +479,20 @@ def _epilogue(
                 into = slope[i, :V]
                 strengths[i] = weight[i] * (far - moment / total)
                 if terms:
-                    row_sums[i] = _sum_terms(e, p, y, weight[i], total, u[i], v, sums[t], strength, link, floor)
-                _slopes(row, e, p, into, y, weight[i], total, own[i], low, strength, link, root, skip)
+                    row_sums[i] = _sum_terms(
+                        e, p, y, weight[i], total, u[i], v, sums[t], strength, link, floor
+                    )
+                _slopes(
+                    row, e, p, into, y, weight[i], total, own[i], low, strength, link, root, skip
+                )
                 if strange:
                     into[:] = np.nan
                 if not terms:
                     row_sums[i] = _sum_slopes(into, sums[t])
 
 
-# terms and slopes: term(x, y, p, r) -> float; slope(x, y, s, p, r) -> s dterm/dx, s dterm/dy. p is the kernel's number (power, a, floor),
-# r the raw value.
+# terms and slopes: term(x, y, p, r) -> float; slope(x, y, s, p, r) -> s dterm/dx, s dterm/dy. p is
+# the kernel's number (power, a, floor), r the raw value.
 
 
 def _l1_term(x, y, p, r):
@@ -432,7 +510,8 @@ def _half_term(x, y, p, r):
 
 def _half_slope(x, y, s, p, r):
     d = x - y
-    g = _signed(s * f32(0.5) / math.sqrt(_greater(abs(d), f32(1e-30))), d)  # unbounded at 0, where the sign is 0
+    # Unbounded at 0, where the sign is 0
+    g = _signed(s * f32(0.5) / math.sqrt(_greater(abs(d), f32(1e-30))), d)
     return g, -g
 
 
@@ -485,7 +564,8 @@ def _canberra_term(x, y, p, r):
 
 
 def _canberra_slope(x, y, s, p, r):
-    """d/dx |x-y| / (|x|+|y|) is 2 |y| / (|x|+|y|)^2 sign(x-y) where x and y have one sign, else 0; half of it where one is 0."""
+    """d/dx |x-y| / (|x|+|y|) is 2 |y| / (|x|+|y|)^2 sign(x-y) where x and y have one sign, else 0;
+    half of it where one is 0."""
     inverse = _over(f32(1), _greater(abs(x) + abs(y), p))
     g = _signed(s * inverse * (f32(1) + _sign(x) * _sign(y)), x - y)
     return g * (abs(y) * inverse), -g * (abs(x) * inverse)
@@ -526,7 +606,8 @@ def _four(row, j):
 
 @_inlined
 def _four_slopes(row, j, done, whole):
-    """Four slopes, 0 for the first `done` columns, and for a row that the tile before has served."""
+    """Four slopes, 0 for the first `done` columns, and for a row that the tile before has
+    served."""
     zero = f32(0)
     return (
         row[j] if whole and done < 1 else zero,
@@ -580,15 +661,23 @@ def _pull(x, z, s, p, r):
 
 
 def _with(template, name, **functions):
-    """The template with these functions in place of the names it leaves open; named, so that each has its place in Numba's cache."""
-    made = types.FunctionType(template.__code__, {**globals(), **functions}, f"{template.__name__}_{name}")
+    """The template with these functions in place of the names it leaves open; named, so that each
+    has its place in Numba's cache."""
+    made = types.FunctionType(
+        template.__code__, {**globals(), **functions}, f"{template.__name__}_{name}"
+    )
     made.__qualname__, made.__module__ = made.__name__, __name__
     return made
 
 
 def _compile(name, term, slope, join=_sum, end=_same, backward=_backward):
     """-> (forward, backward) of a kernel."""
-    functions = {"term": _inlined(term), "slope": _inlined(slope), "join": _inlined(join), "end": _inlined(end)}
+    functions = {
+        "term": _inlined(term),
+        "slope": _inlined(slope),
+        "join": _inlined(join),
+        "end": _inlined(end),
+    }
     for k, template in (("add", _add), ("put", _put), ("pull", _pull)):
         functions[k] = _inlined(_with(template, name, **functions))
     return tuple(_parallel(_with(f, name, **functions)) for f in (_forward, backward))
@@ -609,7 +698,8 @@ COMPILED = {
 
 
 class Threads:
-    """Whether Numba's threads have been started, and whether they were lost because this process is a fork of the one that has them."""
+    """Whether Numba's threads have been started, and whether they were lost because this process is
+    a fork of the one that has them."""
 
     started = lost = False
 
@@ -617,7 +707,8 @@ class Threads:
 def _after_fork():
     if Threads.started:
         Threads.started, Threads.lost = False, True
-        torch.set_num_threads(1)  # its threads are lost too, and it would wait for them; DataLoader's workers do the same
+        # Its threads are lost too, and it would wait for them; DataLoader's workers do the same
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):  # everywhere but on Windows, which does not fork
@@ -625,10 +716,12 @@ if hasattr(os, "register_at_fork"):  # everywhere but on Windows, which does not
 
 
 def usable() -> bool:
-    """Whether this process may run compiled kernels: OpenMP ends a fork of a process in which it has run."""
+    """Whether this process may run compiled kernels: OpenMP ends a fork of a process in which it
+    has run."""
     if Threads.lost:
         warnings.warn(
-            "this process was forked after Numba's kernels had run: it computes without them, on one thread."
+            "this process was forked after Numba's kernels had run: it computes without them, on"
+            " one thread."
             " Start processes with the method 'spawn' for the full speed",
             stacklevel=1,
         )
@@ -636,12 +729,14 @@ def usable() -> bool:
 
 
 def find(kernel: str, options: dict):
-    """-> (forward, backward, number) of a kernel with these options, or None where none is compiled or may be run."""
+    """-> (forward, backward, number) of a kernel with these options, or None where none is compiled
+    or may be run."""
     if options.get("weighted") or not usable():
         return None
     if kernel == "canberra":
         floor = options.get("floor", 0.0)
-        return *COMPILED["canberra", "floor" if floor else None], max(floor, 1e-37)  # 0 / 1e-37 = 0, as in scipy
+        # 0 / 1e-37 = 0, as in scipy
+        return *COMPILED["canberra", "floor" if floor else None], max(floor, 1e-37)
     if kernel == "lp":
         p = float(options.get("p", 1.0))
         return *(COMPILED.get(("lp", p)) or COMPILED["lp", None]), p
@@ -657,7 +752,8 @@ def pairs(x: np.ndarray, y: np.ndarray, raw: np.ndarray, first: int, kernel: str
 
 
 class Pairs(torch.autograd.Function):
-    """Raw values of all pairs: float32 CPU tensors (N, C), (V, C), and what `find` gave -> (N, V)."""
+    """Raw values of all pairs: float32 CPU tensors (N, C), (V, C), and what `find` gave -> (N,
+    V)."""
 
     @staticmethod
     def forward(ctx, h, w, kernel, found):
@@ -673,15 +769,26 @@ class Pairs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
         h, w, raw = ctx.saved_tensors
-        slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()  # padded pairs have no gradient
+        # Padded pairs have no gradient
+        slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()
         shares, dw = h.new_zeros(follow_torch(h.numel() * len(w)), *h.shape), torch.zeros_like(w)
-        ctx.found[1](_array(h), _array(w), _array(raw), _array(slope), 0, _array(shares), _array(dw), f32(ctx.found[2]))
+        ctx.found[1](
+            _array(h),
+            _array(w),
+            _array(raw),
+            _array(slope),
+            0,
+            _array(shares),
+            _array(dw),
+            f32(ctx.found[2]),
+        )
         return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
 
 
 @_inlined
 def _inverse_norm(row):
-    """-> (1 over the Euclidean norm of row * scale, scale): scale is 1 unless squares would over- or underflow. A row of zeros: 1."""
+    """-> (1 over the Euclidean norm of row * scale, scale): scale is 1 unless squares would over-
+    or underflow. A row of zeros: 1."""
     total = f32(0)
     for c in range(row.size):
         total += row[c] * row[c]
@@ -719,7 +826,8 @@ def _pull_unit(out, inverse, slope, dx):
 
 
 class Unit(torch.autograd.Function):
-    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (..., C)."""
+    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (...,
+    C)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -745,15 +853,20 @@ def at_least_four(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, 4 - len(x))) if len(x) < 4 else x.contiguous()
 
 
-# Additions below which one thread is faster: Numba's OpenMP and torch's are two, whose waiting threads hold up each other.
+# Additions below which one thread is faster: Numba's OpenMP and torch's are two, whose waiting
+# threads hold up each other.
 ALONE = 2**20
 
 
 def follow_torch(work: int) -> int:
-    """Numba takes torch's number of threads, or one for little work; torch keeps it, though starting Numba's threads sets OpenMP's number,
+    """Numba takes torch's number of threads, or one for little work; torch keeps it, though
+    starting Numba's threads sets OpenMP's number,
     which is torch's."""
     if Threads.lost:
-        raise RuntimeError("what was computed before this process was forked cannot be differentiated in it: compute it again here")
+        raise RuntimeError(
+            "what was computed before this process was forked cannot be differentiated in it:"
+            " compute it again here"
+        )
     Threads.started = True
     threads = torch.get_num_threads()
     ours = 1 if work < ALONE else min(threads, numba.config.NUMBA_NUM_THREADS)
@@ -764,11 +877,13 @@ def follow_torch(work: int) -> int:
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
-    """The same memory as an array. `x.numpy()` would mark it as not resizable, and FSDP2 has to free tables of prototypes."""
+    """The same memory as an array. `x.numpy()` would mark it as not resizable, and FSDP2 has to
+    free tables of prototypes."""
     return np.from_dlpack(x.detach())
 
 
-# A chunk of rows has at most CHUNK raw values: 80 MiB, or two of half of it where raw values are needed beside their slopes.
+# A chunk of rows has at most CHUNK raw values: 80 MiB, or two of half of it where raw values are
+# needed beside their slopes.
 CHUNK = 20 * 2**20
 
 
@@ -786,7 +901,10 @@ def supports(problem: Problem) -> str | None:
         return f"there is no compiled kernel for {problem.spec.name}"
     if not usable():
         return "this process is a fork of one that ran Numba's kernels"
-    if distance.kernel not in ("l2", "dot") and find(distance.kernel, problem.kernel_options) is None:
+    if (
+        distance.kernel not in ("l2", "dot")
+        and find(distance.kernel, problem.kernel_options) is None
+    ):
         return f"there is no compiled kernel for {problem.spec.name} with these options"
     return None
 
@@ -794,8 +912,10 @@ def supports(problem: Problem) -> str | None:
 class _Work:
     """The two sides of a problem, and what all its chunks share.
 
-    raw, slope: room for the raw values of a chunk and for their slopes, one memory where the raw values are not needed again.
-    xx, yy: the sizes of states (N,) and prototypes (V,) that floors are relative to; own_low, low: their shares in the floor.
+    raw, slope: room for the raw values of a chunk and for their slopes, one memory where the raw
+        values are not needed again.
+    xx, yy: the sizes of states (N,) and prototypes (V,) that floors are relative to; own_low, low:
+        their shares in the floor.
     """
 
     def __init__(self, problem: Problem, needs_grad: bool):
@@ -824,16 +944,24 @@ class _Work:
             self.shares = torch.empty(self.threads, max(self.rows, 4), C)
 
     def _measure(self):
-        self.xx, self.yy, middle = self._sizes(self.x), torch.empty(len(self.y)), torch.zeros(self.x.shape[1])
+        self.xx, self.yy, middle = (
+            self._sizes(self.x),
+            torch.empty(len(self.y)),
+            torch.zeros(self.x.shape[1]),
+        )
         for first, block in self.y.blocks():
             self.yy[first : first + len(block)] = self._sizes(block)
             if self.kernel == "l2":
                 middle += block.sum(0) / len(self.y)
             block = None  # The next one is made in its memory.
-        # Vectors with a large common part would lose their differences in the products; l2 does not change when it is taken off.
+        # Vectors with a large common part would lose their differences in the products; l2 does not
+        # change when it is taken off.
         if self.kernel == "l2" and middle.square().sum() > self.yy.mean() / 2:
             self.y.shift, self.x = middle, self.x - middle
-            self.xx, self.yy = self._sizes(self.x), torch.cat([self._sizes(block) for _, block in self.y.blocks()])
+            self.xx, self.yy = (
+                self._sizes(self.x),
+                torch.cat([self._sizes(block) for _, block in self.y.blocks()]),
+            )
         self.own_low, self.low = self._low(self.xx), self._low(self.yy)
 
     def _sizes(self, x):
@@ -887,10 +1015,19 @@ def _measure_pairs(work: _Work, part: slice):
         elif work.matmul:
             work.raw[:n, here] = Multiply.apply(own, block, work.products)
         else:
-            pairs(_array(padded), _array(at_least_four(block)), _array(work.raw), first, work.kernel, work.found)
+            pairs(
+                _array(padded),
+                _array(at_least_four(block)),
+                _array(work.raw),
+                first,
+                work.kernel,
+                work.found,
+            )
         if work.kernel == "l2":
             sizes_of_both = _array(work.xx[part]), _array(work.yy[here])
-            _recompute_near(_array(work.raw), first, _array(own), _array(block), *sizes_of_both, f32(NEAR))
+            _recompute_near(
+                _array(work.raw), first, _array(own), _array(block), *sizes_of_both, f32(NEAR)
+            )
         block = None
 
 

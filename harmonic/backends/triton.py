@@ -1,26 +1,34 @@
-"""The loss and all its gradients on a CUDA device: Triton kernels for every distance, a chunk of rows at a time.
+"""The loss and all its gradients on a CUDA device: Triton kernels for every distance, a chunk of
+rows at a time.
 
-A chunk holds the raw values of its pairs once, R rows x V prototypes, and turns them in place into slopes:
+A chunk holds the raw values of its pairs once, R rows x V prototypes, and turns them in place into
+slopes:
 
     torch.mm    the matmul family: inner products
-    _tile       a block of pairs: raw values, logits, and the block's share of each row's log-sum-exp
-    _slopes     raw -> dL/draw, with the sums over rows and over prototypes that the small gradients are made of
+    _tile       a block of pairs: raw values, logits, and the block's share of each row's
+                log-sum-exp
+    _slopes     raw -> dL/draw, with the sums over rows and over prototypes that the small gradients
+                are made of
     torch.mm    the matmul family: dL/draw -> dx and dy
-    _gradient   elementwise kernels: dL/draw -> dx; with the operands exchanged, for every term is symmetric -> dy
+    _gradient   elementwise kernels: dL/draw -> dx; with the operands exchanged, for every term is
+                symmetric -> dy
 
-A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, which adds a dt/dx to a total; both are put into these
-templates when they are compiled, so a new kernel is two functions and a row of `_find`. p is the kernel's only number: a power, a
-sharpness, a floor or a sign.
+A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, which adds a dt/dx to
+a total; both are put into these templates when they are compiled, so a new kernel is two functions
+and a row of `_find`. p is the kernel's only number: a power, a sharpness, a floor or a sign.
 
-Precision. Everything is float32 but the operands of matrix products, which precision.py rounds or takes apart; they too add up in float32.
-For l2 a large offset that all vectors share is taken off first, for it would cost the products their last digits. Logits are taken
-relative to the row's nearest prototype: with exponents of hundreds, log d itself would have lost the digits that the logarithm of a ratio
-keeps. For the same reason sums over coordinates, rows and prototypes are added up in slices. A block of l2 that holds a pair whose
-difference cancels is computed from the differences, and so are its gradients (see kernels.py).
-A NaN passes through. No atomics: the result is the same in every run.
+Precision. Everything is float32 but the operands of matrix products, which precision.py rounds or
+takes apart; they too add up in float32. For l2 a large offset that all vectors share is taken off
+first, for it would cost the products their last digits. Logits are taken relative to the row's
+nearest prototype: with exponents of hundreds, log d itself would have lost the digits that the
+logarithm of a ratio keeps. For the same reason sums over coordinates, rows and prototypes are added
+up in slices. A block of l2 that holds a pair whose difference cancels is computed from the
+differences, and so are its gradients (see kernels.py). A NaN passes through. No atomics: the result
+is the same in every run.
 
-Checked against float64 on an H200, and in Triton's interpreter; `benchmarks.gpu_compile` lists every variant's registers and spills.
-Blocks, warps and unrolling were chosen there by timing (LOG.md); lse, square and powers without a name have been unrolled less since.
+Checked against float64 on an H200, and in Triton's interpreter; `benchmarks.gpu_compile` lists
+every variant's registers and spills. Blocks, warps and unrolling were chosen there by timing
+(LOG.md); lse, square and powers without a name have been unrolled less since.
 """
 
 import math
@@ -38,12 +46,13 @@ from harmonic.backends.mapped import Sides
 from harmonic.kernels import KERNELS, NEAR
 from harmonic.precision import FLOAT32
 
-# Pairs of a chunk, 512 MiB of raw values (twice that for linf, lse, and l2 and dot with slopes in two parts). At most 2^16 rows, so
-# that few prototypes do not mean a huge chunk.
+# Pairs of a chunk, 512 MiB of raw values (twice that for linf, lse, and l2 and dot with slopes in
+# two parts). At most 2^16 rows, so that few prototypes do not mean a huge chunk.
 CHUNK = 2**27
 CHUNK_ROWS = 2**16
-# A program's block is BLOCK rows x BLOCK prototypes (in `_gradient`: x BLOCK coordinates), 8 to 32 of them a thread. Sums are added up in
-# slices of as many, some steps of which are written out, so that loads run ahead.
+# A program's block is BLOCK rows x BLOCK prototypes (in `_gradient`: x BLOCK coordinates), 8 to 32
+# of them a thread. Sums are added up in slices of as many, some steps of which are written out, so
+# that loads run ahead.
 BLOCK = 64
 MOST_BLOCKS = 65_535  # of a launch, along prototypes
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -54,23 +63,28 @@ def _log1p_remainder(f):
     return np.where(abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2)
 
 
-# The polynomial through its values at Chebyshev's nodes of [-1/4, 1/2], constant first; and log 2 / 2^23.
+# The polynomial through its values at Chebyshev's nodes of [-1/4, 1/2], constant first; and log 2 /
+# 2^23.
 L0, L1, L2, L3, L4, L5, L6, L7, L8 = (
     tl.constexpr(float(c))
-    for c in np.polynomial.Chebyshev.interpolate(_log1p_remainder, 8, [-0.25, 0.5]).convert(kind=np.polynomial.Polynomial).coef
+    for c in np.polynomial.Chebyshev.interpolate(_log1p_remainder, 8, [-0.25, 0.5])
+    .convert(kind=np.polynomial.Polynomial)
+    .coef
 )
 LOG_2 = tl.constexpr(math.log(2) / 2**23)
 
 
 # terms and slopes
 #
-# A term reduces to t(x, y, p); a slope adds a dt/dx to a total. Where they can they use additions and multiply-adds alone: a GPU does twice
-# as many of them in a cycle as comparisons, selections and maxima, and eight times as many as roots, exponentials and reciprocals.
+# A term reduces to t(x, y, p); a slope adds a dt/dx to a total. Where they can they use additions
+# and multiply-adds alone: a GPU does twice as many of them in a cycle as comparisons, selections
+# and maxima, and eight times as many as roots, exponentials and reciprocals.
 
 
 @triton.jit
 def _step(d):
-    """0, 1/2 or 1 where d is negative, 0 or positive: one multiply-add, for saturation is free. Of a NaN: 0; a carries the NaN."""
+    """0, 1/2 or 1 where d is negative, 0 or positive: one multiply-add, for saturation is free. Of
+    a NaN: 0; a carries the NaN."""
     return tl.clamp(tl.fma(d, 2.0**127, 0.5), 0.0, 1.0)
 
 
@@ -160,21 +174,24 @@ def _power_slope(total, x, y, a, kept, c, p):
 
 @triton.jit
 def _maximum_slope(total, x, y, a, kept, c, p):
-    """The gradient of a maximum goes to the coordinate that attains it (the first, if several do): `kept`. a has the sign of the difference
+    """The gradient of a maximum goes to the coordinate that attains it (the first, if several do):
+    `kept`. a has the sign of the difference
     there; p: 1, or -1 where x and y are exchanged."""
     return tl.fma(p * a, tl.clamp(1.0 - tl.abs(kept - c), 0.0, 1.0), total)
 
 
 @triton.jit
 def _smooth_slope(total, x, y, a, kept, c, p):
-    """A share of the softmax over coordinates, from the pair's value `kept` = log sum exp(p |x - y|) / p."""
+    """A share of the softmax over coordinates, from the pair's value `kept` = log sum exp(p |x -
+    y|) / p."""
     d = x - y
     return tl.fma(a * _sign(d), tl.exp(p * (tl.abs(d) - kept)), total)
 
 
 @triton.jit
 def _inverse(x):
-    """1 / x by the one instruction that hardware has for it; the division operator, right for every exponent, takes ten."""
+    """1 / x by the one instruction that hardware has for it; the division operator, right for every
+    exponent, takes ten."""
     r = tl.rsqrt(x)
     return r * r
 
@@ -189,15 +206,18 @@ def _canberra_slope(total, x, y, a, kept, c, p):
     d = x - y
     size = tl.abs(x) + tl.abs(y)
     inverse = _inverse(tl.maximum(size, p))
-    ratio = tl.where(size >= p, tl.abs(d) * inverse, 0.0)  # below the floor p the denominator is constant
+    # Below the floor p the denominator is constant
+    ratio = tl.where(size >= p, tl.abs(d) * inverse, 0.0)
     return tl.fma(a * inverse, tl.fma(-ratio, _sign(x), _sign(d)), total)
 
 
 class Recipe(NamedTuple):
     """How these templates make a kernel of kernels.py.
 
-    mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". term, slope, p: see above. exchanged: the factor of p
-    where x and y are exchanged. remainder: whether the slope leaves -a to the host. unroll: steps written out, as many as registers do for.
+    mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". term, slope, p:
+        see above. exchanged: the factor of p
+    where x and y are exchanged. remainder: whether the slope leaves -a to the host. unroll: steps
+    written out, as many as registers do for.
     """
 
     mode: str
@@ -212,8 +232,10 @@ class Recipe(NamedTuple):
 class Epilogue(NamedTuple):
     """What turns raw values into logits, beside the operands.
 
-    d = (factor raw)^root / max(|u + v|, floor), without the denominator where there are no terms u, v; logit = -n log d (link
-    "harmonic"), -s d ("softmax"), raw + bias ("control": the dot product of cross-entropy). options: of the kernel.
+    d = (factor raw)^root / max(|u + v|, floor), without the denominator where there are no terms u,
+    v; logit = -n log d (link
+    "harmonic"), -s d ("softmax"), raw + bias ("control": the dot product of cross-entropy).
+    options: of the kernel.
     """
 
     kernel: str
@@ -239,7 +261,10 @@ def _find(epilogue) -> Recipe | None:
     elif kernel == "lse":
         found = Recipe("lse", _l1_term, _smooth_slope, float(options.pop("a", 10.0)), unroll=1)
     elif kernel == "canberra":
-        found = Recipe("sum", _canberra_term, _canberra_slope, max(options.pop("floor", 0.0), 1e-30))  # 0 / 1e-30 = 0, as in scipy
+        # 0 / 1e-30 = 0, as in scipy
+        found = Recipe(
+            "sum", _canberra_term, _canberra_slope, max(options.pop("floor", 0.0), 1e-30)
+        )
     else:
         found = {
             "dot": Recipe("dot"),
@@ -255,11 +280,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Kernels then run in P
 def _epilogue(problem: Problem) -> Epilogue:
     distance, options = problem.distance, problem.kernel_options
     floor = distance.denominator.floor if distance.denominator else torch.finfo(torch.float32).tiny
-    return Epilogue(distance.kernel, options, problem.spec.link, distance.factor, distance.root(**options), floor)
+    return Epilogue(
+        distance.kernel,
+        options,
+        problem.spec.link,
+        distance.factor,
+        distance.root(**options),
+        floor,
+    )
 
 
 def supports(problem: Problem) -> str | None:
-    """None, or why there is no kernel for it. An option that no kernel here reads, such as canberra's q, says no."""
+    """None, or why there is no kernel for it. An option that no kernel here reads, such as
+    canberra's q, says no."""
     x = problem.states
     if x.dtype != torch.float32 or (x.device.type != "cuda" and not INTERPRETED):
         return f"needs CUDA and float32 (h is {x.dtype} on {x.device})"
@@ -268,7 +301,10 @@ def supports(problem: Problem) -> str | None:
     if _find(_epilogue(problem)) is None:
         return f"there is no compiled kernel for {problem.spec.name} with these options"
     if problem.spec.rows > MOST_BLOCKS * BLOCK:
-        return f"{problem.spec.rows:,} prototypes are more than the {MOST_BLOCKS * BLOCK:,} of one launch"
+        return (
+            f"{problem.spec.rows:,} prototypes are more than the {MOST_BLOCKS * BLOCK:,} of one"
+            " launch"
+        )
     return None
 
 
@@ -277,24 +313,31 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
     sides = Sides(problem)
     x, y = sides.states.whole(), sides.prototypes.whole()
     given = (problem.strength, problem.bias, problem.targets, problem.weights)
-    losses, gradients = run(x, y, sides.u, sides.v, *given, _epilogue(problem), needs_grad, problem.spec.products)
+    losses, gradients = run(
+        x, y, sides.u, sides.v, *given, _epilogue(problem), needs_grad, problem.spec.products
+    )
     return sides.result(losses, *gradients) if needs_grad else Result(losses, None)
 
 
 # blocks of raw values
 #
-# x and y are (blocks, C, BLOCK): R rows or V prototypes, and zeros up to whole blocks. So neighbouring threads read neighbouring numbers, a
-# step over a coordinate is a constant, and whatever N and V these loads need no mask and are aligned. What is kept of pairs is in whole
+# x and y are (blocks, C, BLOCK): R rows or V prototypes, and zeros up to whole blocks. So
+# neighbouring threads read neighbouring numbers, a step over a coordinate is a constant, and
+# whatever N and V these loads need no mask and are aligned. What is kept of pairs is in whole
 # blocks too.
 
 
 @triton.jit
 def _zeros(x, rows, columns):
-    """Zeros for a block of sums, spread over the threads as a block that is loaded would be: 8 rows x 4 neighbouring columns for each.
+    """Zeros for a block of sums, spread over the threads as a block that is loaded would be: 8 rows
+    x 4 neighbouring columns for each.
 
-    The compiler's own choice is 32 x 1, of which a step over a coordinate reads 33 numbers instead of 12. Nothing is loaded from x.
+    The compiler's own choice is 32 x 1, of which a step over a coordinate reads 33 numbers instead
+    of 12. Nothing is loaded from x.
     """
-    return tl.load(x + 4 * rows[:, None] + columns[None, :], (rows < 0)[:, None] & (columns < 0)[None, :], 0.0)
+    return tl.load(
+        x + 4 * rows[:, None] + columns[None, :], (rows < 0)[:, None] & (columns < 0)[None, :], 0.0
+    )
 
 
 @triton.jit
@@ -313,7 +356,8 @@ def _sum(x, y, rows, columns, C, p, TERM: tl.constexpr, BLOCK: tl.constexpr, UNR
 
 @triton.jit
 def _maximum(x, y, rows, columns, C, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """-> (the largest difference, with its sign; the first coordinate that has it). A NaN is passed over."""
+    """-> (the largest difference, with its sign; the first coordinate that has it). A NaN is passed
+    over."""
     inner = tl.arange(0, BLOCK)
     best = _zeros(x, rows, columns)
     at = tl.zeros_like(best)
@@ -329,7 +373,8 @@ def _maximum(x, y, rows, columns, C, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def _smooth(x, y, rows, columns, C, p, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """log sum exp(p |x - y|) / p: the maximum first, then the sum, which is cheaper than an exponential more for a running maximum."""
+    """log sum exp(p |x - y|) / p: the maximum first, then the sum, which is cheaper than an
+    exponential more for a running maximum."""
     inner = tl.arange(0, BLOCK)
     top, at = _maximum(x, y, rows, columns, C, BLOCK, UNROLL)
     top = tl.abs(top)
@@ -352,7 +397,10 @@ def _smooth(x, y, rows, columns, C, p, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 @triton.jit
 def _sizes(rows, columns, size_x, size_y, R, V):
     """The raw values of each row and each prototype to 0, added."""
-    return tl.load(size_x + rows, rows < R, 0.0)[:, None] + tl.load(size_y + columns, columns < V, 0.0)[None, :]
+    return (
+        tl.load(size_x + rows, rows < R, 0.0)[:, None]
+        + tl.load(size_y + columns, columns < V, 0.0)[None, :]
+    )
 
 
 @triton.jit
@@ -373,7 +421,8 @@ def _rank_one(rows, columns, u, v, R, V):
 def _level(raw, terms, factor, floor, LINK: tl.constexpr, ROOT: tl.constexpr):
     """A number per pair, small where the logit is large; `_fall` makes differences of logits of it.
 
-    control: minus the logit. softmax: d. harmonic: d^(1/root) / factor, for constants cancel in a ratio and roots only lose digits.
+    control: minus the logit. softmax: d. harmonic: d^(1/root) / factor, for constants cancel in a
+        ratio and roots only lose digits.
     """
     if LINK == "control":
         level = -raw if terms is None else -(raw + terms)
@@ -401,11 +450,14 @@ def _denominator(terms, floor):
 
 @triton.jit
 def _log1p(t):
-    """log(1 + t) for t > -0.2, to about 1e-7 of itself: 20 instructions without a branch, where an exact division and a logarithm take 35.
+    """log(1 + t) for t > -0.2, to about 1e-7 of itself: 20 instructions without a branch, where an
+    exact division and a logarithm take 35.
 
-    1 + t = 2^k (1 + f) with f in [-1/4, 1/2), and log(1 + f) = f + f^2 P(f), which keeps a small f exact.
+    1 + t = 2^k (1 + f) with f in [-1/4, 1/2), and log(1 + f) = f + f^2 P(f), which keeps a small f
+    exact.
     """
-    k = ((1.0 + t).to(tl.int32, bitcast=True) - 0x3F400000) & ~0x7FFFFF  # times 2^23; 0x3F400000 is 3/4
+    # Times 2^23; 0x3F400000 is 3/4
+    k = ((1.0 + t).to(tl.int32, bitcast=True) - 0x3F400000) & ~0x7FFFFF
     scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2^-k
     f = tl.fma(t, scale, scale - 1.0)
     p = tl.fma(f, tl.fma(f, tl.fma(f, tl.fma(f, L8, L7), L6), L5), L4)
@@ -415,9 +467,11 @@ def _log1p(t):
 
 @triton.jit
 def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
-    """The logit at `level` minus the logit at the row's `best`, for a strength of 1. n multiplies an error here by hundreds."""
+    """The logit at `level` minus the logit at the row's `best`, for a strength of 1. n multiplies
+    an error here by hundreds."""
     if LINK == "harmonic":
-        # Farther than 1e38 times the nearest is as far: the probability is 0. `_log1p` ends there; a NaN stays one.
+        # Farther than 1e38 times the nearest is as far: the probability is 0. `_log1p` ends there;
+        # a NaN stays one.
         ratio = tl.minimum((level - best) * (1.0 / best), 1e38, propagate_nan=tl.PropagateNan.ALL)
         fall = -ROOT * _log1p(ratio)
     else:
@@ -430,22 +484,31 @@ def _inner(place, rows, columns, unit_x, unit_y, R, V):
     """A block of inner products, times what the operands were divided by (None: nothing)."""
     product = tl.load(place)
     if unit_x is not None:
-        product *= tl.load(unit_x + rows, rows < R, 0.0)[:, None] * tl.load(unit_y + columns, columns < V, 0.0)[None, :]
+        product *= (
+            tl.load(unit_x + rows, rows < R, 0.0)[:, None]
+            * tl.load(unit_y + columns, columns < V, 0.0)[None, :]
+        )
     return product
 
 
 @triton.jit
 def _tile(
-    x, y, size_x, size_y, unit_x, unit_y, u, v, targets, strength, raw, kept, near, best, total, target_level, R, V, C, p, epsilon, factor,
-    floor, cancelled, MODE: tl.constexpr, TERM: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, size_x, size_y, unit_x, unit_y, u, v, targets, strength, raw, kept, near, best, total,
+    target_level, R, V, C, p, epsilon, factor,
+    floor, cancelled, MODE: tl.constexpr, TERM: tl.constexpr, LINK: tl.constexpr,
+    ROOT: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A block of pairs. Per row it leaves the smallest level and the sum of exp(logit - the logit there), and the target's level.
+    """A block of pairs. Per row it leaves the smallest level and the sum of exp(logit - the logit
+    there), and the target's level.
 
-    raw: for dot and l2 it comes with the inner products, which stay; for linf it is the difference with its sign. raw (but for those two)
+    raw: for dot and l2 it comes with the inner products, which stay; for linf it is the difference
+        with its sign. raw (but for those two)
     and kept, what some slopes need of a pair, are None where no gradient is wanted.
-    l2 marks in `near` the blocks that hold a pair whose difference cancels. A second launch, in mode "near", does these again from the
-    differences and leaves the raw values. One kernel for both would need twice the registers, and have half as many threads at work.
+    l2 marks in `near` the blocks that hold a pair whose difference cancels. A second launch, in
+    mode "near", does these again from the
+    differences and leaves the raw values. One kernel for both would need twice the registers, and
+    have half as many threads at work.
     """
     if MODE == "near":
         if tl.load(near + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) == 0:
@@ -484,24 +547,38 @@ def _tile(
     terms = None if v is None else _rank_one(rows, columns, u, v, R, V)
     level = tl.where(inside, _level(value, terms, factor, floor, LINK, ROOT), float("inf"))
     lowest = tl.min(level, 1)
-    share = tl.sum(tl.where(inside, tl.exp(tl.load(strength) * _fall(level, lowest[:, None], LINK, ROOT)), 0.0), 1)
+    share = tl.sum(
+        tl.where(
+            inside, tl.exp(tl.load(strength) * _fall(level, lowest[:, None], LINK, ROOT)), 0.0
+        ),
+        1,
+    )
     tl.store(best + block * R + rows, lowest, rows < R)
     tl.store(total + block * R + rows, share, rows < R)
     target = tl.load(targets + rows, rows < R, -1)
     own = tl.sum(tl.where(columns[None, :] == target[:, None], level, 0.0), 1)
-    tl.store(target_level + rows, own, (rows < R) & (target >= block * BLOCK) & (target < min(block * BLOCK + BLOCK, V)))
+    tl.store(
+        target_level + rows,
+        own,
+        (rows < R) & (target >= block * BLOCK) & (target < min(block * BLOCK + BLOCK, V)),
+    )
 
 
 @triton.jit
 def _slopes(
-    raw, high, low, near, size_x, size_y, unit_x, unit_y, u, v, targets, weight, strength, best, inverse_total, over_columns, over_rows,
-    R, V, epsilon, factor, floor, MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    raw, high, low, near, size_x, size_y, unit_x, unit_y, u, v, targets, weight, strength, best,
+    inverse_total, over_columns, over_rows,
+    R, V, epsilon, factor, floor, MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """raw -> A = dL/draw, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength), over its rows of the first two:
+    """raw -> A = dL/draw, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength),
+    over its rows of the first two:
     those that somebody needs.
 
-    For a control u + v is the bias. high, low: None, and A is written over raw; or A for a matrix product, in one part or two. near: None
-    but for l2, whose other blocks hold inner products. A of a marked block is written over raw, for `_gradient`; its parts and its share in
+    For a control u + v is the bias. high, low: None, and A is written over raw; or A for a matrix
+    product, in one part or two. near: None
+    but for l2, whose other blocks hold inner products. A of a marked block is written over raw, for
+    `_gradient`; its parts and its share in
     the sums of A are 0.
     """
     i, j = tl.program_id(0), tl.program_id(1)
@@ -519,7 +596,9 @@ def _slopes(
     if near is not None:
         is_near = tl.load(near + i * tl.num_programs(1) + j) > 0
         if not is_near:
-            found = _sizes(rows, columns, size_x, size_y, R, V) - 2.0 * _inner(raw + place, rows, columns, unit_x, unit_y, R, V)
+            found = _sizes(rows, columns, size_x, size_y, R, V) - 2.0 * _inner(
+                raw + place, rows, columns, unit_x, unit_y, R, V
+            )
     value = found if size_x is None else _above(found, rows, columns, size_x, size_y, R, V, epsilon)
     terms = None if v is None else _rank_one(rows, columns, u, v, R, V)
     level = _level(value, terms, factor, floor, LINK, ROOT)
@@ -527,12 +606,14 @@ def _slopes(
     n = tl.load(strength)
     share = tl.exp(n * fall) * tl.load(inverse_total + rows, rows < R, 1.0)[:, None]
     hit = columns[None, :] == tl.load(targets + rows, rows < R, -1)[:, None]
-    g = tl.load(weight + rows, rows < R, 0.0)[:, None] * (share - tl.where(hit, 1.0, 0.0))  # dL/dlogit
+    # DL/dlogit
+    g = tl.load(weight + rows, rows < R, 0.0)[:, None] * (share - tl.where(hit, 1.0, 0.0))
     if LINK == "control":
         a, e = g, g
     else:
         by_log = -n * g if LINK == "harmonic" else -n * g * level  # dL/dlog d
-        a = tl.where(found < value, 0.0, ROOT * by_log * _inverse(value))  # no gradient below the floor
+        # No gradient below the floor
+        a = tl.where(found < value, 0.0, ROOT * by_log * _inverse(value))
         e = tl.zeros_like(a)
         if u is not None:
             e = tl.where(tl.abs(terms) <= floor, 0.0, -by_log / terms)
@@ -564,12 +645,14 @@ def _slopes(
 
 @triton.jit
 def _gradient(
-    x, y, slopes, kept, near, out, M, K, C, near_own, near_other, p, OWN: tl.constexpr, OTHER: tl.constexpr, SLOPE: tl.constexpr,
+    x, y, slopes, kept, near, out, M, K, C, near_own, near_other, p, OWN: tl.constexpr,
+    OTHER: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out += sum over y's K rows of slope(x, y): for BLOCK of x's M rows and BLOCK coordinates.
 
-    y: (blocks of coordinates, K, BLOCK). OWN, OTHER: the strides of `slopes` and `kept` from one row of x, of y, to the next.
+    y: (blocks of coordinates, K, BLOCK). OWN, OTHER: the strides of `slopes` and `kept` from one
+        row of x, of y, to the next.
     near: take only the blocks marked there; near_own, near_other: its strides.
     """
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -603,7 +686,15 @@ def _gradient(
                 if kept is not None:
                     k = tl.load(k_at)
                     k_at += OTHER
-                part = SLOPE(part, xs, tl.load(y_at)[None, :], a[:, None], k[:, None], c.to(tl.float32)[None, :], p)
+                part = SLOPE(
+                    part,
+                    xs,
+                    tl.load(y_at)[None, :],
+                    a[:, None],
+                    k[:, None],
+                    c.to(tl.float32)[None, :],
+                    p,
+                )
                 a_at += OTHER
                 y_at += BLOCK
             total += part
@@ -615,7 +706,8 @@ def _gradient(
 
 @triton.jit
 def _unit(x, out, inverse, C, WIDTH: tl.constexpr):
-    """A row over its Euclidean norm, at any scale without over- or underflow; a row of zeros stays one. inverse: 1 / norm, of zeros 1."""
+    """A row over its Euclidean norm, at any scale without over- or underflow; a row of zeros stays
+    one. inverse: 1 / norm, of zeros 1."""
     row = tl.program_id(0)
     c = tl.arange(0, WIDTH)
     place = row.to(tl.int64) * C + c
@@ -645,7 +737,8 @@ def _pull_unit(out, inverse, slope, dx, C, WIDTH: tl.constexpr):
 def launch(kernel, grid: tuple, warps: int, registers: int | None = None, **arguments):
     """Every kernel is started here, so that a tool can list them.
 
-    registers: the most that a thread may have. Without a limit ptxas aims for round occupancies and spills a few registers for one.
+    registers: the most that a thread may have. Without a limit ptxas aims for round occupancies and
+        spills a few registers for one.
     """
     with torch.cuda.device_of(next(t for t in arguments.values() if isinstance(t, torch.Tensor))):
         kernel[grid](num_warps=warps, maxnreg=registers, **arguments)
@@ -656,28 +749,54 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
     """The loss of each row, and the gradients of sum(weight * loss).
 
     Args:
-        x: (N, C), y: (V, C), mapped operands. u: (N,), v: (V,), their rank-one terms, or None. All float32 and contiguous.
+        x: (N, C), y: (V, C), mapped operands. u: (N,), v: (V,), their rank-one terms, or None. All
+            float32 and contiguous.
         strength: a 0-dim tensor, positive; a control ignores it. bias: (V,) or None, a control's.
         targets: (N,) int64 in [0, V). weight: (N,), 0 for ignored rows.
         epilogue: what makes logits of raw values; there must be a recipe for it.
         products: how l2 and dot multiply matrices.
-    Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that are None or with needs_grad=False.
+    Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that
+        are None or with needs_grad=False.
     """
     recipe = _find(epilogue)
     mode, control = recipe.mode, epilogue.link == "control"
     N, C, V = *x.shape, len(y)
     losses = x.new_empty(N)
-    gradients = [t if t is None else torch.zeros_like(t) for t in (x, y, u, v, strength, bias)] if needs_grad else [None] * 6
+    gradients = (
+        [t if t is None else torch.zeros_like(t) for t in (x, y, u, v, strength, bias)]
+        if needs_grad
+        else [None] * 6
+    )
     dx, dy, du, dv, dstrength, dbias = gradients
     dterms = dbias if control else dv
     strength = torch.ones_like(strength) if control else strength
     if mode == "l2":
         x, y = _without_offset(x, y)
-    level = dict(u=u, v=bias if control else v, strength=strength, factor=epilogue.factor, floor=epilogue.floor, LINK=epilogue.link)
-    level |= dict(MODE=mode, ROOT=epilogue.root, V=V, BLOCK=BLOCK, size_x=None, size_y=None, epsilon=0.0, unit_x=None, unit_y=None)
+    level = dict(
+        u=u,
+        v=bias if control else v,
+        strength=strength,
+        factor=epilogue.factor,
+        floor=epilogue.floor,
+        LINK=epilogue.link,
+    )
+    level |= dict(
+        MODE=mode,
+        ROOT=epilogue.root,
+        V=V,
+        BLOCK=BLOCK,
+        size_x=None,
+        size_y=None,
+        epsilon=0.0,
+        unit_x=None,
+        unit_y=None,
+    )
     k, zero = KERNELS[epilogue.kernel], x.new_zeros(())
     if mode != "dot":
-        level |= dict(size_y=k.value(y, zero, **epilogue.options), epsilon=torch.finfo(x.dtype).eps ** k.power(**epilogue.options))
+        level |= dict(
+            size_y=k.value(y, zero, **epilogue.options),
+            epsilon=torch.finfo(x.dtype).eps ** k.power(**epilogue.options),
+        )
     blocks = triton.cdiv(V, BLOCK)
     chunks = max(1, triton.cdiv(N, max(BLOCK, min(CHUNK // V, CHUNK_ROWS))))
     chunk = BLOCK * max(1, triton.cdiv(N, BLOCK * chunks))  # all about as large
@@ -698,19 +817,38 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         if mode != "dot":
             level["size_x"] = k.value(xs, zero, **epilogue.options)
         near = x.new_empty(grid, dtype=torch.int32) if mode == "l2" else None
-        best, total, own = x.new_empty(blocks, R), x.new_empty(blocks, R), x.new_full((R,), torch.nan)  # if a target is no prototype
+        # If a target is no prototype
+        best, total, own = (
+            x.new_empty(blocks, R),
+            x.new_empty(blocks, R),
+            x.new_full((R,), torch.nan),
+        )
         if matmul:
-            raw = slopes = operands = sums = None  # what holds the last chunk's: freed before there is another
+            # What holds the last chunk's: freed before there is another
+            raw = slopes = operands = sums = None
             left = products.operand(_whole(xs), left=True, needs_grad=needs_grad)
             level["unit_x"] = left.unit
             raw = products.inner_products(left, right)
         operands = dict(
-            x=None if mode == "dot" else _across(xs), y=y_t, C=C, p=recipe.p, TERM=recipe.term, UNROLL=recipe.unroll, cancelled=NEAR
+            x=None if mode == "dot" else _across(xs),
+            y=y_t,
+            C=C,
+            p=recipe.p,
+            TERM=recipe.term,
+            UNROLL=recipe.unroll,
+            cancelled=NEAR,
         )
         operands |= dict(raw=raw, kept=kept, near=near, best=best, total=total, target_level=own)
         launch(_tile, grid, *((16, None) if matmul else (4, 168)), **operands, **level)
         if mode == "l2":
-            launch(_tile, grid, 4, 168, **operands, **level | {"MODE": "near", "unit_x": None, "unit_y": None})
+            launch(
+                _tile,
+                grid,
+                4,
+                168,
+                **operands,
+                **level | {"MODE": "near", "unit_x": None, "unit_y": None},
+            )
         lowest = best.amin(0)
         total = (total * (strength * _difference(best, lowest, epilogue)).exp()).sum(0)
         losses[s] = total.log() - strength * _difference(own, lowest, epilogue)
@@ -720,7 +858,18 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         across, down = x.new_empty(3, blocks, R), x.new_empty(2, grid[0], V)
         sums = dict(over_columns=across, over_rows=down, high=None if slopes is None else slopes[0])
         sums |= dict(low=slopes[1] if matmul and len(slopes) > 1 else None)
-        launch(_slopes, grid, 16, raw=raw, near=near, weight=weight[s], best=lowest, inverse_total=1 / total, **sums, **level)
+        launch(
+            _slopes,
+            grid,
+            16,
+            raw=raw,
+            near=near,
+            weight=weight[s],
+            best=lowest,
+            inverse_total=1 / total,
+            **sums,
+            **level,
+        )
         across, down = across.sum(1), down.sum(1)
         if du is not None:
             du[s] = across[1]
@@ -734,7 +883,8 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             dx[s].sub_(across[0][:, None])
             dy.sub_(down[0][:, None])
         if matmul:
-            factor = 1 if mode == "dot" else -2  # l2: d/dx of sum A (x - y)^2 = 2 (rowsum(A) x - A y)
+            # L2: d/dx of sum A (x - y)^2 = 2 (rowsum(A) x - A y)
+            factor = 1 if mode == "dot" else -2
             dx[s].add_(products.pull_left(slopes, right.parts)[:R], alpha=factor)
             dy.add_(products.pull_right(slopes, left.parts)[:V], alpha=factor)
         if mode == "l2":
@@ -744,7 +894,8 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
 
 
 def _without_offset(x, y):
-    """x and y less the mean of y where that is most of their length, which l2 does not depend on. Nothing waits for the device."""
+    """x and y less the mean of y where that is most of their length, which l2 does not depend on.
+    Nothing waits for the device."""
     middle = y.mean(0)
     large = middle.square().sum() > y.square().sum(1).mean() / 2
     middle = torch.where(large, middle, 0.0)
@@ -752,14 +903,16 @@ def _without_offset(x, y):
 
 
 def _empty_slopes(raw, parts, in_place):
-    """Room for the slopes of raw values (R, V), to be multiplied with `parts` (P, V, C): (P, R, V). in_place: over `raw` if they fit."""
+    """Room for the slopes of raw values (R, V), to be multiplied with `parts` (P, V, C): (P, R, V).
+    in_place: over `raw` if they fit."""
     if in_place and parts.dtype == raw.dtype:
         return raw[None]
     return raw.new_empty(len(parts), *raw.shape, dtype=parts.dtype)
 
 
 class Unit(torch.autograd.Function):
-    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (..., C)."""
+    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (...,
+    C)."""
 
     WIDEST = 2**14  # numbers of a row that a program can hold
 
@@ -770,7 +923,16 @@ class Unit(torch.autograd.Function):
         ctx.save_for_backward(out, inverse)
         width = triton.next_power_of_2(rows.shape[1])
         if len(rows):
-            launch(_unit, (len(rows),), 4, x=rows, out=out, inverse=inverse, C=rows.shape[1], WIDTH=width)
+            launch(
+                _unit,
+                (len(rows),),
+                4,
+                x=rows,
+                out=out,
+                inverse=inverse,
+                C=rows.shape[1],
+                WIDTH=width,
+            )
         return out.view(x.shape)
 
     @staticmethod
@@ -780,7 +942,17 @@ class Unit(torch.autograd.Function):
         rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
         width = triton.next_power_of_2(out.shape[1])
         if len(rows):
-            launch(_pull_unit, (len(rows),), 4, out=out, inverse=inverse, slope=rows, dx=dx, C=out.shape[1], WIDTH=width)
+            launch(
+                _pull_unit,
+                (len(rows),),
+                4,
+                out=out,
+                inverse=inverse,
+                slope=rows,
+                dx=dx,
+                C=out.shape[1],
+                WIDTH=width,
+            )
         return dx.view(slope.shape)
 
 
@@ -796,12 +968,21 @@ def _across(x):
 
 def _by_coordinates(x):
     """(M, C) -> (blocks of coordinates, M, BLOCK), zeros beyond C."""
-    return (F.pad(x, (0, -x.shape[1] % BLOCK)) if x.shape[1] % BLOCK else x).view(len(x), -1, BLOCK).transpose(0, 1).contiguous()
+    return (
+        (F.pad(x, (0, -x.shape[1] % BLOCK)) if x.shape[1] % BLOCK else x)
+        .view(len(x), -1, BLOCK)
+        .transpose(0, 1)
+        .contiguous()
+    )
 
 
 def _difference(level, best, epilogue):
     """`_fall` for torch."""
-    return -epilogue.root * ((level - best) / best).log1p() if epilogue.link == "harmonic" else best - level
+    return (
+        -epilogue.root * ((level - best) / best).log1p()
+        if epilogue.link == "harmonic"
+        else best - level
+    )
 
 
 def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
@@ -811,12 +992,46 @@ def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
     """
     (R, C), V, W = x.shape, len(y), slopes.shape[1]
     rows, columns, coordinates = (triton.cdiv(n, BLOCK) for n in (R, V, C))
-    shared = dict(slopes=slopes, kept=kept, near=near, C=C, SLOPE=recipe.slope, BLOCK=BLOCK, UNROLL=recipe.unroll)
+    shared = dict(
+        slopes=slopes,
+        kept=kept,
+        near=near,
+        C=C,
+        SLOPE=recipe.slope,
+        BLOCK=BLOCK,
+        UNROLL=recipe.unroll,
+    )
     strides = dict(OWN=W, OTHER=1, near_own=columns, near_other=1)
-    launch(_gradient, (rows, coordinates), 8, 128, x=x, y=y_c, out=dx, M=R, K=V, p=recipe.p, **strides, **shared)
+    launch(
+        _gradient,
+        (rows, coordinates),
+        8,
+        128,
+        x=x,
+        y=y_c,
+        out=dx,
+        M=R,
+        K=V,
+        p=recipe.p,
+        **strides,
+        **shared,
+    )
     strides = dict(OWN=1, OTHER=W, near_own=1, near_other=columns)
     p, x_c = recipe.exchanged * recipe.p, _by_coordinates(x)
-    launch(_gradient, (columns, coordinates), 8, 128, x=y, y=x_c, out=dy, M=V, K=R, p=p, **strides, **shared)
+    launch(
+        _gradient,
+        (columns, coordinates),
+        8,
+        128,
+        x=y,
+        y=x_c,
+        out=dy,
+        M=V,
+        K=R,
+        p=p,
+        **strides,
+        **shared,
+    )
 
 
 BACKEND = Backend("triton", supports, loss)

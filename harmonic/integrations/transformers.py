@@ -1,10 +1,13 @@
-"""A harmonic head in a model of transformers: `swap_head` puts it in, `save_pretrained` writes it, `load_swapped` reads it.
+"""A harmonic head in a model of transformers: `swap_head` puts it in, `save_pretrained` writes it,
+`load_swapped` reads it.
 
-A swapped model gets a class of its own, such as HarmonicGPT2LMHeadModel, a subclass of its old one. Its forward takes the labels out of
-the call and runs the old forward. Where that asks the head for logits, the head computes the loss of the labels, chunk by chunk. How the
-two meet is in `_Request`: nothing of a call is kept in a module, so a copied, wrapped or sharded head works as well.
+A swapped model gets a class of its own, such as HarmonicGPT2LMHeadModel, a subclass of its old one.
+Its forward takes the labels out of the call and runs the old forward. Where that asks the head for
+logits, the head computes the loss of the labels, chunk by chunk. How the two meet is in `_Request`:
+nothing of a call is kept in a module, so a copied, wrapped or sharded head works as well.
 
-The prototypes are the head's `table`. There is no `weight`: libraries multiply hidden states by a `weight` without a word.
+The prototypes are the head's `table`. There is no `weight`: libraries multiply hidden states by a
+`weight` without a word.
 """
 
 import copy
@@ -30,9 +33,11 @@ from harmonic.match import match
 PREFIX = "harmonic_"  # in front of transformers' model type, in the config.json of a swapped model
 # What some models do with logits afterwards, or add to their loss
 MORE_WITH_LOGITS = (
-    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "output_router_logits",
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
+    "output_multiplier", "output_router_logits",
 )  # fmt: skip
-HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")  # their tables were called `weight`
+# Their tables were called `weight`
+HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")
 AUTO = "transformers.models.auto.configuration_auto"
 ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
 
@@ -41,7 +46,8 @@ ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
 class _Request:
     """What a model's forward asks its head for, and what the head found.
 
-    labels: (B, T). shift: they are those of the next position. count: of targets in all micro-batches, or None. each: the
+    labels: (B, T). shift: they are those of the next position. count: of targets in all
+        micro-batches, or None. each: the
     log-probability of every label is wanted, as by TRL. found: the loss, or what TRL reads.
     """
 
@@ -56,7 +62,8 @@ _request: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
 class ModelHead(HarmonicHead):
-    """The head inside a transformers model: while there is a request it computes the loss where the model asks for logits."""
+    """The head inside a transformers model: while there is a request it computes the loss where the
+    model asks for logits."""
 
     padded = False
     exact = False  # its table is float32 and has to stay it, for it is no input embedding
@@ -68,8 +75,10 @@ class ModelHead(HarmonicHead):
     def __getattr__(self, name):
         if name == "weight":
             raise AttributeError(
-                f"a {self.name} head has no `weight` that hidden states may be multiplied by: `head(h)` gives its logits,"
-                " `head.loss(h, labels)` its loss, and `head.table` its prototypes. Turn off the fused or chunked loss that asks for it"
+                f"a {self.name} head has no `weight` that hidden states may be multiplied by:"
+                " `head(h)` gives its logits,"
+                " `head.loss(h, labels)` its loss, and `head.table` its prototypes. Turn off the"
+                " fused or chunked loss that asks for it"
             )
         return super().__getattr__(name)
 
@@ -91,7 +100,8 @@ class ModelHead(HarmonicHead):
             return super().forward(h)
         if self.exact and self.table.dtype in (torch.float16, torch.bfloat16):
             warnings.warn(
-                f"the prototypes of this {self.name} head arrive as {self.table.dtype}, in which a matched head is not exact."
+                f"the prototypes of this {self.name} head arrive as {self.table.dtype}, in which a"
+                " matched head is not exact."
                 " With FSDP2, shard the head first, by itself and without a param_dtype",
                 stacklevel=1,
             )
@@ -102,8 +112,12 @@ class ModelHead(HarmonicHead):
         elif request.count is None:
             request.found = self.loss(states, labels)
         else:  # Trainer's: targets of all micro-batches together
-            request.found = self.loss(states, labels, reduction="sum") / torch.as_tensor(request.count, device=h.device).clamp(min=1)
-        return h.new_empty(*h.shape[:-1], 0) if self.training or request.each else super().forward(h)
+            request.found = self.loss(states, labels, reduction="sum") / torch.as_tensor(
+                request.count, device=h.device
+            ).clamp(min=1)
+        return (
+            h.new_empty(*h.shape[:-1], 0) if self.training or request.each else super().forward(h)
+        )
 
     def _score(self, h, labels, count):
         """What TRL's trainers read for each label: see `trl.trainer.utils.FusedCausalLMOutput`."""
@@ -111,44 +125,70 @@ class ModelHead(HarmonicHead):
         log_p = -self.loss(h, labels, reduction="none")
         entropy, top = torch.zeros_like(log_p), torch.zeros_like(kept)
         with torch.no_grad():
-            for states, targets, where in zip(*(t.split(ENTROPY_ROWS) for t in (h[kept], labels[kept], kept.nonzero())), strict=True):
+            for states, targets, where in zip(
+                *(t.split(ENTROPY_ROWS) for t in (h[kept], labels[kept], kept.nonzero())),
+                strict=True,
+            ):
                 log_q = super().forward(states).log_softmax(-1)
-                entropy[tuple(where.T)] = -torch.special.xlogy(log_q.exp(), log_q.exp()).sum(-1).to(entropy)
+                entropy[tuple(where.T)] = (
+                    -torch.special.xlogy(log_q.exp(), log_q.exp()).sum(-1).to(entropy)
+                )
                 top[tuple(where.T)] = log_q.argmax(-1) == targets
-        loss = -log_p.sum() / torch.as_tensor(kept.sum() if count is None else count, device=h.device).clamp(min=1)
+        loss = -log_p.sum() / torch.as_tensor(
+            kept.sum() if count is None else count, device=h.device
+        ).clamp(min=1)
         from transformers.utils import ModelOutput
 
-        return ModelOutput(loss=loss, log_probs=log_p, entropy=entropy, is_top1=top, label_mask=kept, aux_loss=None)
+        return ModelOutput(
+            loss=loss, log_probs=log_p, entropy=entropy, is_top1=top, label_mask=kept, aux_loss=None
+        )
 
     @torch.no_grad()
     def resized(self, table: torch.Tensor, tokens: int) -> "ModelHead":
-        """The same head with another table (V', C), of which, if it is padded, the first `tokens` rows are tokens."""
+        """The same head with another table (V', C), of which, if it is padded, the first `tokens`
+        rows are tokens."""
         new = copy.copy(self)
         new._parameters, new._modules = dict(self._parameters), dict(self._modules)
-        new.table = table if isinstance(table, nn.Parameter) else nn.Parameter(table, self.table.requires_grad)
+        new.table = (
+            table
+            if isinstance(table, nn.Parameter)
+            else nn.Parameter(table, self.table.requires_grad)
+        )
         if self.bias is not None:
-            new.bias = nn.Parameter(F.pad(self.bias, (0, len(table) - len(self.bias))), self.bias.requires_grad)
+            new.bias = nn.Parameter(
+                F.pad(self.bias, (0, len(table) - len(self.bias))), self.bias.requires_grad
+            )
         new.real_vocab_size = min(tokens, len(table))
         return new
 
 
-def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **arguments) -> HarmonicHead:
-    """Replaces the unembedding of a transformers causal or masked language model, and its loss, by a harmonic head.
+def swap_head(
+    model, name: str, *, match_to: torch.Tensor | None = None, **arguments
+) -> HarmonicHead:
+    """Replaces the unembedding of a transformers causal or masked language model, and its loss, by
+    a harmonic head.
 
-    `model(input_ids)` gives the head's logits, so that `generate` and pipelines work unchanged. `model(input_ids, labels=labels)` computes
-    the loss chunk by chunk; while training it gives no logits, which never exist. `save_pretrained` writes it, `load_swapped` reads it,
+    `model(input_ids)` gives the head's logits, so that `generate` and pipelines work unchanged.
+    `model(input_ids, labels=labels)` computes
+    the loss chunk by chunk; while training it gives no logits, which never exist. `save_pretrained`
+    writes it, `load_swapped` reads it,
     and so does `AutoModelForCausalLM.from_pretrained` where `harmonic` was imported.
 
     Args:
-        model: such as GPT2LMHeadModel, Qwen2ForCausalLM, BertForMaskedLM (transformers 5); changed in place.
+        model: such as GPT2LMHeadModel, Qwen2ForCausalLM, BertForMaskedLM (transformers 5); changed
+            in place.
         name: a key of `DISTANCES` or `CONTROLS`.
-        match_to: token ids (B, T) of real text: the head is matched to the model's own on their states (`match`) and gets prototypes of its
-            own, in float32 whatever the model is. None: the prototypes are the model's unembedding as it is, tied where it was, which is
-            for training from the start.
-        arguments: of `HarmonicHead` (exponent, link, impl, ...), and the distance's options (p, a, t, q).
-    Returns: the head, which is the model's output embedding now; `model.config.harmonic` remembers how it was made.
-    Raises: ValueError for a model without an unembedding, for encoder-decoders, for models that change their logits afterwards or add a
-        loss of their own, and whatever HarmonicHead could not honour.
+        match_to: token ids (B, T) of real text: the head is matched to the model's own on their
+            states (`match`) and gets prototypes of its own, in float32 whatever the model is. None:
+            the prototypes are the model's unembedding as it is, tied where it was, which is for
+            training from the start.
+        arguments: of `HarmonicHead` (exponent, link, impl, ...), and the distance's options (p, a,
+            t, q).
+    Returns: the head, which is the model's output embedding now; `model.config.harmonic` remembers
+        how it was made.
+    Raises: ValueError for a model without an unembedding, for encoder-decoders, for models that
+        change their logits afterwards or add a loss of their own, and whatever HarmonicHead could
+        not honour.
     """
     old = model.get_output_embeddings()
     _check_model(model, old, match_to)
@@ -179,7 +219,8 @@ def swap_head(model, name: str, *, match_to: torch.Tensor | None = None, **argum
 
 
 def _own_config(model):
-    """A configuration that no other model shares. Its class is the one of the folder; in memory other libraries go by the plain type."""
+    """A configuration that no other model shares. Its class is the one of the folder; in memory
+    other libraries go by the plain type."""
     shared = model.config
     config = copy.copy(shared)
     if not shared.__class__.model_type.startswith(PREFIX):
@@ -202,11 +243,14 @@ def _check_model(model, old, match_to):
     if more := [key for key, value in values.items() if value is True or value not in (None, 0, 1)]:
         raise ValueError(f"{name} does more with logits than its unembedding: {', '.join(more)}")
     if isinstance(old, ModelHead) and match_to is not None:
-        raise ValueError(f"the head of this model is {old.name} already: a head is matched to a dot product's")
+        raise ValueError(
+            f"the head of this model is {old.name} already: a head is matched to a dot product's"
+        )
 
 
 def _retie(model, head: ModelHead, where: str):
-    """Tells transformers the names of the head's tensors: which of them are tied, and which stay float32 when a folder is loaded."""
+    """Tells transformers the names of the head's tensors: which of them are tied, and which stay
+    float32 when a folder is loaded."""
     tied = {}
     for name, source in (model._tied_weights_keys or {}).items():
         if name == f"{where}.weight":
@@ -216,13 +260,18 @@ def _retie(model, head: ModelHead, where: str):
     model._tied_weights_keys = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     tied_now = f"{where}.table" in model.all_tied_weights_keys
-    head.exact = not head.is_control and not tied_now and (head.table.is_meta or head.table.dtype == torch.float32)
+    head.exact = (
+        not head.is_control
+        and not tied_now
+        and (head.table.is_meta or head.table.dtype == torch.float32)
+    )
     if not head.is_control:  # a matched head lives on small differences of large prototypes
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), where}
 
 
 class Swapped:
-    """In front of a class of transformers: its unembedding becomes the head that `config.harmonic` describes."""
+    """In front of a class of transformers: its unembedding becomes the head that `config.harmonic`
+    describes."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -232,7 +281,9 @@ class Swapped:
         super().__init_subclass__(**options)
         plain = _plain(cls)
         if plain is not object:  # many libraries look at what a model's forward takes
-            cls.forward = functools.wraps(plain.forward)(lambda self, *arguments, **given: Swapped.forward(self, *arguments, **given))
+            cls.forward = functools.wraps(plain.forward)(
+                lambda self, *arguments, **given: Swapped.forward(self, *arguments, **given)
+            )
 
     def forward(self, *arguments, **given):
         """The plain model's, but for the labels, of which the head computes the loss."""
@@ -245,31 +296,45 @@ class Swapped:
         if labels is None and shifted is None:
             return plain(**given)
         shift = shifted is None and self.can_generate()
-        request = _Request(labels if shifted is None else shifted, shift, given.get("num_items_in_batch"), each)
+        request = _Request(
+            labels if shifted is None else shifted, shift, given.get("num_items_in_batch"), each
+        )
         token = _request.set(request)
         try:
             output = plain(**given)
         finally:
             _request.reset(token)
         if request.found is None:
-            raise RuntimeError(f"{type(self).__name__} did not call its harmonic head, so there is no loss")
+            raise RuntimeError(
+                f"{type(self).__name__} did not call its harmonic head, so there is no loss"
+            )
         return request.found if each else _with_loss(output, request.found, self.training)
 
     def __setattr__(self, name, value):
-        """TRL's trainers put a forward on a model that multiplies by the head's weight: the one above does in its stead."""
-        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
+        """TRL's trainers put a forward on a model that multiplies by the head's weight: the one
+        above does in its stead."""
+        if name == "forward" and "fused_lm_head" in getattr(
+            getattr(value, "__code__", None), "co_varnames", ()
+        ):
             _check_temperature(value)
         else:
             super().__setattr__(name, value)
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
-        """For resize_token_embeddings: input embedding and prototypes get the same number of rows; old rows keep their values."""
+        """For resize_token_embeddings: input embedding and prototypes get the same number of rows;
+        old rows keep their values."""
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
-        new = self._get_resized_embeddings(embedding, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        new = self._get_resized_embeddings(
+            embedding, new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
         new.requires_grad_(embedding.weight.requires_grad)
         tied = head.table is embedding.weight
         table = new.weight if tied else _resized_table(head.table, len(new.weight))
-        tokens = head.real_vocab_size if new_num_tokens is None and head.padded else new_num_tokens or len(new.weight)
+        tokens = (
+            head.real_vocab_size
+            if new_num_tokens is None and head.padded
+            else new_num_tokens or len(new.weight)
+        )
         self.set_input_embeddings(new)
         self.set_output_embeddings(head.resized(table, tokens))
         if head.padded:
@@ -277,7 +342,8 @@ class Swapped:
         return new
 
     def save_pretrained(self, save_directory, **options):
-        """transformers'. The folder's config.json names a type of its own, so that no plain class loads it without a word."""
+        """transformers'. The folder's config.json names a type of its own, so that no plain class
+        loads it without a word."""
         head = self.get_output_embeddings()
         if not head.is_control:
             self.config.harmonic[head.strength_name] = float(head.strength)
@@ -289,61 +355,85 @@ class Swapped:
 
     @classmethod
     def from_pretrained(cls, folder, *arguments, **options):
-        """transformers'. Folders written before the prototypes had a name of their own are read, too."""
-        options.setdefault("key_mapping", {f"{name}.weight": f"{name}.table" for name in HEADS_BEFORE})
+        """transformers'. Folders written before the prototypes had a name of their own are read,
+        too."""
+        options.setdefault(
+            "key_mapping", {f"{name}.weight": f"{name}.table" for name in HEADS_BEFORE}
+        )
         return super().from_pretrained(folder, *arguments, **options)
 
 
 def _resized_table(table, rows: int):
-    """Prototypes for `rows` tokens: (V, C) -> (rows, C). New ones lie in the direction of the mean of all, as far from the origin as they
+    """Prototypes for `rows` tokens: (V, C) -> (rows, C). New ones lie in the direction of the mean
+    of all, as far from the origin as they
     are on average: the mean itself would be nearer to every state than any of them."""
     if rows <= len(table):
         return table.detach()[:rows].clone()
     mean = table.detach().mean(0)
-    new = mean * (table.detach().norm(dim=-1).mean() / mean.norm().clamp_min(torch.finfo(table.dtype).tiny))
+    new = mean * (
+        table.detach().norm(dim=-1).mean() / mean.norm().clamp_min(torch.finfo(table.dtype).tiny)
+    )
     return torch.cat((table.detach(), new.expand(rows - len(table), -1)))
 
 
 def _check_temperature(forward):
-    """TRL closes over the temperature of its log-probabilities, which a harmonic head does not have. ValueError for one that is not 1."""
+    """TRL closes over the temperature of its log-probabilities, which a harmonic head does not
+    have. ValueError for one that is not 1."""
     temperature = inspect.getclosurevars(forward).nonlocals["temperature"]
     if temperature != 1.0:
-        raise ValueError(f"a harmonic head scores labels at temperature 1, not {temperature}: set the trainer's temperature to 1.0")
+        raise ValueError(
+            f"a harmonic head scores labels at temperature 1, not {temperature}: set the trainer's"
+            " temperature to 1.0"
+        )
 
 
 def _with_loss(output, loss, training: bool):
-    """A model's output with the head's loss in front; while training without the logits, which were none."""
+    """A model's output with the head's loss in front; while training without the logits, which were
+    none."""
     if isinstance(output, tuple):
         return (loss, *(output[1:] if training else output))
     rest = {k: v for k, v in output.items() if k != "loss" and not (k == "logits" and training)}
     return type(output)(loss=loss, **rest)
 
 
-# ---- classes -------------------------------------------------------------------------------------------------------------------------
+# ---- classes
+# ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def harmonic_class(plain: type) -> type:
     """The class of a swapped model: `Swapped` in front of a class of transformers."""
-    members = {"__module__": __name__, "__reduce_ex__": _reduce, "config_class": _harmonic_config(plain.config_class)}
+    members = {
+        "__module__": __name__,
+        "__reduce_ex__": _reduce,
+        "config_class": _harmonic_config(plain.config_class),
+    }
     return type(f"Harmonic{plain.__name__}", (Swapped, plain), members)
 
 
 class _Config:
-    """In front of a configuration: it has the plain type in memory, which PEFT and others go by, and its own in a folder."""
+    """In front of a configuration: it has the plain type in memory, which PEFT and others go by,
+    and its own in a folder."""
 
     def to_dict(self):
         return {**super().to_dict(), "model_type": self.model_type}
 
     def to_json_string(self, *arguments, **options):
         stored = json.loads(super().to_json_string(*arguments, **options))
-        return json.dumps({**stored, "model_type": type(self).model_type}, indent=2, sort_keys=True) + "\n"
+        return (
+            json.dumps({**stored, "model_type": type(self).model_type}, indent=2, sort_keys=True)
+            + "\n"
+        )
 
 
 @functools.cache
 def _harmonic_config(plain: type) -> type:
     """The configuration class of a swapped model."""
-    members = {"__module__": __name__, "__reduce_ex__": _reduce_config, "model_type": PREFIX + plain.model_type}
+    members = {
+        "__module__": __name__,
+        "__reduce_ex__": _reduce_config,
+        "model_type": PREFIX + plain.model_type,
+    }
     return type(f"Harmonic{plain.__name__}", (_Config, plain), members)
 
 
@@ -373,20 +463,28 @@ def __getattr__(name: str):
 
         plain = getattr(transformers, name.removeprefix("Harmonic"), None)
         if isinstance(plain, type):
-            return (_harmonic_config if issubclass(plain, transformers.PreTrainedConfig) else harmonic_class)(plain)
+            return (
+                _harmonic_config
+                if issubclass(plain, transformers.PreTrainedConfig)
+                else harmonic_class
+            )(plain)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------------------------
+# ---- folders
+# ------------------------------------------------------------------------------------------------
 
-MODELLING = '''"""Loads this folder: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), where `harmonic` is installed."""
+MODELLING = '''"""Loads this folder where the package `harmonic` is installed.
+
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+"""
 
 from transformers import {plain}
 
 try:
     from harmonic.integrations.transformers import harmonic_class
 except ImportError:
-    why = "this model has a harmonic head: install it with `pip install ./harmonic` in the repository of harmonic heads"
+    why = "this model has a harmonic head: install it with `pip install .` in its repository"
     raise ImportError(why) from None
 
 {name} = harmonic_class({plain})
@@ -395,7 +493,8 @@ except ImportError:
 
 
 def _write_modelling_file(model, folder: Path):
-    """Puts a file into a folder that `from_pretrained(folder, trust_remote_code=True)` runs, and its name into the model's config."""
+    """Puts a file into a folder that `from_pretrained(folder, trust_remote_code=True)` runs, and
+    its name into the model's config."""
     import transformers
 
     kind = harmonic_class(_plain(type(model)))  # without FSDP's part of the name
@@ -403,9 +502,14 @@ def _write_modelling_file(model, folder: Path):
     if getattr(transformers, plain, None) is not _plain(type(model)):  # a class that a user wrote
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "modeling_harmonic.py").write_text(MODELLING.format(plain=plain, name=name, config=config))
+    (folder / "modeling_harmonic.py").write_text(
+        MODELLING.format(plain=plain, name=name, config=config)
+    )
     auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForMaskedLM"
-    model.config.auto_map = {"AutoConfig": f"modeling_harmonic.{config}", auto: f"modeling_harmonic.{name}"}
+    model.config.auto_map = {
+        "AutoConfig": f"modeling_harmonic.{config}",
+        auto: f"modeling_harmonic.{name}",
+    }
 
 
 def load_swapped(folder, **arguments):
@@ -417,7 +521,8 @@ def load_swapped(folder, **arguments):
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     path = Path(folder)
-    if not path.is_dir() and (len(path.parts) != 2 or path.parent.is_dir()):  # else it may be OWNER/NAME on the hub
+    # Else it may be OWNER/NAME on the hub
+    if not path.is_dir() and (len(path.parts) != 2 or path.parent.is_dir()):
         raise ValueError(f"no folder {folder}")
     stored, _ = PreTrainedConfig.get_config_dict(folder, **arguments)
     if not stored.get("harmonic"):
@@ -425,7 +530,9 @@ def load_swapped(folder, **arguments):
     plain = CONFIG_MAPPING[stored["model_type"].removeprefix(PREFIX)]
     kind = _harmonic_config(plain)
     config = kind.from_dict({**stored, "model_type": kind.model_type})
-    return harmonic_class(_stored_class(stored, plain)).from_pretrained(folder, config=config, **arguments)
+    return harmonic_class(_stored_class(stored, plain)).from_pretrained(
+        folder, config=config, **arguments
+    )
 
 
 def _stored_class(stored: dict, config: type) -> type:
@@ -435,19 +542,25 @@ def _stored_class(stored: dict, config: type) -> type:
     name = stored["architectures"][0].removeprefix("Harmonic")
     if hasattr(transformers, name):
         return getattr(transformers, name)
-    auto = next(key for key in stored["auto_map"] if key != "AutoConfig")  # an export has names of its own
+    # An export has names of its own
+    auto = next(key for key in stored["auto_map"] if key != "AutoConfig")
     return getattr(transformers, auto)._model_mapping[config]
 
 
 class _Types(dict):
-    """transformers' model types that others have added: there is a `harmonic_X` for every X that it has itself."""
+    """transformers' model types that others have added: there is a `harmonic_X` for every X that it
+    has itself."""
 
     def __init__(self, mapping):
         super().__init__(mapping._extra_content)
         self.mapping = mapping
 
     def __contains__(self, key):
-        return super().__contains__(key) or str(key).startswith(PREFIX) and str(key).removeprefix(PREFIX) in self.mapping._mapping
+        return (
+            super().__contains__(key)
+            or str(key).startswith(PREFIX)
+            and str(key).removeprefix(PREFIX) in self.mapping._mapping
+        )
 
     def __missing__(self, key):
         from transformers.models.auto import modeling_auto
@@ -455,10 +568,16 @@ class _Types(dict):
         plain = self.mapping[key.removeprefix(PREFIX)]
         self[key] = _harmonic_config(plain)
         for name, auto in vars(modeling_auto).items():
-            model = getattr(auto, "_model_mapping", {}).get(plain, None) if name.startswith("AutoModel") else None
+            model = (
+                getattr(auto, "_model_mapping", {}).get(plain, None)
+                if name.startswith("AutoModel")
+                else None
+            )
             if isinstance(model, type):
                 headed = name in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
-                auto._model_mapping.register(self[key], harmonic_class(model) if headed else model, exist_ok=True)
+                auto._model_mapping.register(
+                    self[key], harmonic_class(model) if headed else model, exist_ok=True
+                )
         return self[key]
 
 
@@ -467,7 +586,8 @@ def _add_types(module):
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Adds the types when transformers' table is imported: importing `harmonic` need not import transformers, which takes a second."""
+    """Adds the types when transformers' table is imported: importing `harmonic` need not import
+    transformers, which takes a second."""
 
     looking = False
 
@@ -485,7 +605,8 @@ class _Watcher(importlib.abc.MetaPathFinder):
         return spec
 
 
-if __name__ == "harmonic.integrations.transformers":  # and not a copy in the folder of an exported model
+# And not a copy in the folder of an exported model
+if __name__ == "harmonic.integrations.transformers":
     if AUTO in sys.modules:
         _add_types(sys.modules[AUTO])
     else:
@@ -500,10 +621,14 @@ class _Enough(Exception):
 def _states(model, unembedding, ids):
     """What a model's unembedding sees of token ids: (N, C). It is not computed itself."""
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError("match_to: expected token ids of real text, a tensor of integers (texts, length)")
+        raise ValueError(
+            "match_to: expected token ids of real text, a tensor of integers (texts, length)"
+        )
     rows = len(model.get_input_embeddings().weight)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
-        raise ValueError(f"match_to has ids from {ids.min()} to {ids.max()}; the model has {rows} tokens")
+        raise ValueError(
+            f"match_to has ids from {ids.min()} to {ids.max()}; the model has {rows} tokens"
+        )
     seen = []
 
     def take(_, inputs):

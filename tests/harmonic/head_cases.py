@@ -1,4 +1,5 @@
-"""Settings and vectors that the tests of the head share. They come from the table: a new distance is tested, too."""
+"""Settings and vectors that the tests of the head share. They come from the table: a new distance
+is tested, too."""
 
 import math
 
@@ -24,7 +25,11 @@ SETTINGS += [
 ]
 HOMOGENEOUS = [s for s in SETTINGS if DISTANCES[s[0]].degree is not None]
 # What Numba compiles: a new kernel of kernels.py may do without.
-FAST = [n for n, d in HEADS.items() if n != "cosine_linear" and d.kernel in ("l2", "dot", *(kernel for kernel, _ in numba.COMPILED))]
+FAST = [
+    n
+    for n, d in HEADS.items()
+    if n != "cosine_linear" and d.kernel in ("l2", "dot", *(kernel for kernel, _ in numba.COMPILED))
+]
 
 
 def is_straight_through(name):
@@ -32,24 +37,37 @@ def is_straight_through(name):
 
 
 def name_of(setting):
-    return setting[0] + "".join(f"-{k}{v}" for k, v in setting[1].items()) if isinstance(setting, tuple) else None
+    return (
+        setting[0] + "".join(f"-{k}{v}" for k, v in setting[1].items())
+        if isinstance(setting, tuple)
+        else None
+    )
 
 
 def vectors(dtype=torch.float64, seed=0, n=N, v=V, c=C):
     g = torch.Generator().manual_seed(seed)
-    # an offset keeps bray_curtis away from the floor of its denominator, where it is not homogeneous
-    return (torch.randn(n, c, generator=g).to(dtype) + 0.3), (torch.randn(v, c, generator=g).to(dtype) * 0.7 + 0.2)
+    # an offset keeps bray_curtis away from the floor of its denominator, where it is not
+    # homogeneous
+    return (torch.randn(n, c, generator=g).to(dtype) + 0.3), (
+        torch.randn(v, c, generator=g).to(dtype) * 0.7 + 0.2
+    )
 
 
 def parameters(name, c=C, seed=3):
     """Mahalanobis parameters away from the identity."""
     g = torch.Generator().manual_seed(seed)
-    return {k: (p + 0.3 * torch.randn(p.shape, generator=g)).double() for k, p in DISTANCES[name].parameters(c).items()}
+    return {
+        k: (p + 0.3 * torch.randn(p.shape, generator=g)).double()
+        for k, p in DISTANCES[name].parameters(c).items()
+    }
 
 
 def gradients(h, w, y, name, dtype=torch.float32, **kw):
     """-> loss and gradients in float64, computed in `dtype`."""
-    a, b = h.detach().to(dtype, copy=True).requires_grad_(), w.detach().to(dtype, copy=True).requires_grad_()
+    a, b = (
+        h.detach().to(dtype, copy=True).requires_grad_(),
+        w.detach().to(dtype, copy=True).requires_grad_(),
+    )
     loss = harmonic_loss(a, b, y, name, **kw)
     loss.backward()
     return loss.detach().double(), a.grad.double(), b.grad.double()

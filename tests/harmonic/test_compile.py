@@ -17,7 +17,9 @@ def test_a_head_is_exported(name):
     torch.manual_seed(0)
     head = HarmonicHead(C, 128, name, real_vocab_size=V).eval()
     any_number = torch.export.Dim.DYNAMIC
-    program = torch.export.export(head, (torch.randn(2, 3, C),), dynamic_shapes=({0: any_number, 1: any_number},))
+    program = torch.export.export(
+        head, (torch.randn(2, 3, C),), dynamic_shapes=({0: any_number, 1: any_number},)
+    )
     h = torch.randn(5, 7, C)
     h[0, 0], h[0, 1], h[0, 2] = head.weight[3], 1.001 * head.weight[5], 0
     torch.testing.assert_close(program.module()(h), head(h), rtol=1e-4, atol=1e-4)
@@ -31,7 +33,9 @@ def test_onnxruntime_computes_an_exported_head(name):
     torch.manual_seed(0)
     head = HarmonicHead(C, V, name).eval()
     shapes = ({0: torch.export.Dim.DYNAMIC},)
-    model = torch.onnx.export(head, (torch.randn(4, C),), dynamo=True, dynamic_shapes=shapes, verbose=False).model_proto
+    model = torch.onnx.export(
+        head, (torch.randn(4, C),), dynamo=True, dynamic_shapes=shapes, verbose=False
+    ).model_proto
     session = onnxruntime.InferenceSession(model.SerializeToString())
     h = torch.randn(9, C)
     (found,) = session.run(None, {session.get_inputs()[0].name: h.numpy()})
@@ -44,7 +48,11 @@ def test_the_loss_is_one_operator(name, reduction):
     """No graph break: in one graph it gives the loss and gradients that it gives outside."""
     torch.compiler.reset()  # or the compilations of the other heads count
     torch.manual_seed(0)
-    head, h, y = HarmonicHead(C, 128, name, real_vocab_size=V).eval(), torch.randn(N, C), torch.arange(N)
+    head, h, y = (
+        HarmonicHead(C, 128, name, real_vocab_size=V).eval(),
+        torch.randn(N, C),
+        torch.arange(N),
+    )
     y[3] = IGNORE_INDEX
 
     def loss(x):
@@ -75,13 +83,17 @@ def test_a_models_loss_is_exported():
     torch.testing.assert_close(program.module()(x, y), model(x, y))
 
 
-@pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan", "cross_entropy", "canberra", "mahalanobis"])
+@pytest.mark.parametrize(
+    "name", ["euclidean", "cosine", "manhattan", "cross_entropy", "canberra", "mahalanobis"]
+)
 def test_compiled_equals_eager(name):
     torch.manual_seed(0)
     head = HarmonicHead(C, V, name)
     h, y = torch.randn(N, C), torch.arange(N)
     eager = head.loss(h, y), head(h)
-    compiled = torch.compile(lambda x: (head.loss(x * 1.0, y), head(x * 1.0)), backend="aot_eager")(h)
+    compiled = torch.compile(lambda x: (head.loss(x * 1.0, y), head(x * 1.0)), backend="aot_eager")(
+        h
+    )
     torch.testing.assert_close(compiled, eager)
     eager[0].backward()
     expected = head.weight.grad.clone()

@@ -1,4 +1,5 @@
-"""Distances against their formulas and scipy, and the symmetries they have. A new entry of the table is tested, too."""
+"""Distances against their formulas and scipy, and the symmetries they have. A new entry of the
+table is tested, too."""
 
 import math
 
@@ -29,14 +30,23 @@ def test_distance_equals_the_formula(setting):
     options = {**options, **parameters(name)}
     truth = reference.distance(name)(h[:, None], w, **options)
     torch.testing.assert_close(distance(h, w, name, **options), truth, rtol=1e-11, atol=0)
-    torch.testing.assert_close(paired_distance(h[:, None], w, name, **options), truth, rtol=1e-11, atol=0)
-    torch.testing.assert_close(distance(h.float(), w.float(), name, **options).double(), truth, rtol=5e-6, atol=0)
+    torch.testing.assert_close(
+        paired_distance(h[:, None], w, name, **options), truth, rtol=1e-11, atol=0
+    )
+    torch.testing.assert_close(
+        distance(h.float(), w.float(), name, **options).double(), truth, rtol=5e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_the_logit_of_a_control_equals_the_formula(name):
     h, w = vectors()
-    torch.testing.assert_close(paired_distance(h[:, None], w, name), reference.distance(name)(h[:, None], w), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        paired_distance(h[:, None], w, name),
+        reference.distance(name)(h[:, None], w),
+        rtol=1e-11,
+        atol=1e-12,
+    )
 
 
 SCIPY = {
@@ -48,14 +58,18 @@ SCIPY = {
     "cosine": scipy_distance.cosine,
     "hamming_hard": lambda x, y: scipy_distance.hamming(x > 0, y > 0) * len(x),
     "canberra": scipy_distance.canberra,
-    "bray_curtis_normalized": lambda x, y: scipy_distance.braycurtis(abs(x) / abs(x).sum(), abs(y) / abs(y).sum()),
+    "bray_curtis_normalized": lambda x, y: scipy_distance.braycurtis(
+        abs(x) / abs(x).sum(), abs(y) / abs(y).sum()
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SCIPY)
 def test_the_formula_is_scipys(name):
     h, w = vectors()
-    truth = torch.tensor([[SCIPY[name](x, y) for y in w.numpy()] for x in h.numpy()], dtype=torch.float64)
+    truth = torch.tensor(
+        [[SCIPY[name](x, y) for y in w.numpy()] for x in h.numpy()], dtype=torch.float64
+    )
     torch.testing.assert_close(reference.distance(name)(h[:, None], w), truth, rtol=1e-11, atol=0)
 
 
@@ -63,8 +77,13 @@ def test_mahalanobis_is_scipys():
     h, w = vectors()
     (factor,) = parameters("mahalanobis").values()
     metric = factor @ factor.T + 1e-6 * torch.eye(C, dtype=torch.float64)
-    truth = torch.tensor([[scipy_distance.mahalanobis(x, y, metric.numpy()) for y in w.numpy()] for x in h.numpy()], dtype=torch.float64)
-    torch.testing.assert_close(reference.mahalanobis(h[:, None], w, factor), truth, rtol=1e-11, atol=0)
+    truth = torch.tensor(
+        [[scipy_distance.mahalanobis(x, y, metric.numpy()) for y in w.numpy()] for x in h.numpy()],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(
+        reference.mahalanobis(h[:, None], w, factor), truth, rtol=1e-11, atol=0
+    )
 
 
 @pytest.mark.parametrize("setting", HOMOGENEOUS, ids=name_of)
@@ -74,9 +93,15 @@ def test_homogeneity(setting):
     h, w = vectors()
     options = {**options, **parameters(name)}
     for c in (1e-3, 7.0, 1e4):
-        torch.testing.assert_close(distance(c * h, c * w, name, **options), c ** DISTANCES[name].degree * distance(h, w, name, **options))
+        torch.testing.assert_close(
+            distance(c * h, c * w, name, **options),
+            c ** DISTANCES[name].degree * distance(h, w, name, **options),
+        )
         small = (1e-3 * h).float(), (1e-3 * w).float()
-        p, q = (harmonic_logits(x, y, name, exponent=28.0, **options).softmax(-1) for x, y in ((h.float(), w.float()), small))
+        p, q = (
+            harmonic_logits(x, y, name, exponent=28.0, **options).softmax(-1)
+            for x, y in ((h.float(), w.float()), small)
+        )
         assert (p - q).abs().max() < 2e-5
 
 
@@ -91,7 +116,9 @@ def test_distances_without_a_degree_are_not_homogeneous():
 def test_permutation_equivariance(name):
     h, w = vectors()
     order = torch.randperm(V, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(harmonic_logits(h, w[order], name), harmonic_logits(h, w, name)[:, order])
+    torch.testing.assert_close(
+        harmonic_logits(h, w[order], name), harmonic_logits(h, w, name)[:, order]
+    )
 
 
 def test_weighted_canberra_at_power_one_is_bray_curtis_abs():
@@ -107,14 +134,18 @@ def test_minkowski_takes_the_fast_kernels():
     for p, name in ((1, "manhattan"), (2, "euclidean"), (math.inf, "chebyshev")):
         assert resolve("minkowski", p=p)[0] is DISTANCES[name]
     h, w = vectors()
-    torch.testing.assert_close(kernels.pairs(h, w, "lp", {"p": 2.0}).sqrt(), distance(h, w, "euclidean"))
+    torch.testing.assert_close(
+        kernels.pairs(h, w, "lp", {"p": 2.0}).sqrt(), distance(h, w, "euclidean")
+    )
 
 
 def test_normalised_distances_work_at_any_scale():
     h, w = vectors(torch.float32)
     for name in ("cosine", "bray_curtis_normalized"):
         for scale in (1e-30, 1e25):
-            torch.testing.assert_close(distance(scale * h, w, name), distance(h, w, name), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                distance(scale * h, w, name), distance(h, w, name), rtol=1e-4, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -123,18 +154,34 @@ def test_contributions_add_up(name):
     shares = contributions(h, w[:N], name)
     assert shares.shape == (N, C) and (shares >= 0).all()
     torch.testing.assert_close(shares.sum(-1), torch.ones(N, dtype=torch.float64))
-    if name in ("manhattan", "bray_curtis_abs", "canberra"):  # sums: taking a coordinate away takes its share away
+    if name in (
+        "manhattan",
+        "bray_curtis_abs",
+        "canberra",
+    ):  # sums: taking a coordinate away takes its share away
         d = paired_distance(h, w[:N], name)
-        one = {"canberra": 1.0, "manhattan": 1.0, "bray_curtis_abs": (h.abs() + w[:N].abs()).sum(-1)}[name]
+        one = {
+            "canberra": 1.0,
+            "manhattan": 1.0,
+            "bray_curtis_abs": (h.abs() + w[:N].abs()).sum(-1),
+        }[name]
         scale = (h.abs() + w[:N].abs()) if name == "canberra" else 1.0
-        torch.testing.assert_close(shares * d[:, None], (h - w[:N]).abs() / scale / (one if name != "bray_curtis_abs" else one[:, None]))
+        torch.testing.assert_close(
+            shares * d[:, None],
+            (h - w[:N]).abs() / scale / (one if name != "bray_curtis_abs" else one[:, None]),
+        )
     if name == "chebyshev":
-        assert (shares.count_nonzero(-1) == 1).all() and torch.equal(shares.argmax(-1), (h - w[:N]).abs().argmax(-1))
+        assert (shares.count_nonzero(-1) == 1).all() and torch.equal(
+            shares.argmax(-1), (h - w[:N]).abs().argmax(-1)
+        )
 
 
 def test_table_of_formulas_has_every_head():
     table = formula_table()
-    assert all(f"| `{name}` |" in table for name in HEADS) and len(table.splitlines()) == len(HEADS) + 2
+    assert (
+        all(f"| `{name}` |" in table for name in HEADS)
+        and len(table.splitlines()) == len(HEADS) + 2
+    )
 
 
 @pytest.mark.parametrize("offset", [1e-1, 1e-3, 1e-5, 1e-6])
@@ -145,7 +192,8 @@ def test_small_distances_survive_cancellation(name, offset):
     w[3] = h[5] + offset * torch.randn(768, generator=torch.Generator().manual_seed(0))
     truth = distance(h.double(), w.double(), name)[5, 3]
     relative = abs(distance(h, w, name)[5, 3].item() / truth.item() - 1)
-    # mapping to the unit sphere rounds the coordinates themselves: 6e-8 of a coordinate against `offset` of one
+    # mapping to the unit sphere rounds the coordinates themselves: 6e-8 of a coordinate against
+    # `offset` of one
     assert relative < (1e-5 if name == "euclidean" else max(1e-5, 3e-7 / offset))
 
 
@@ -157,5 +205,9 @@ def test_l2_stays_exact_when_every_pair_is_near():
     h.requires_grad_()
     harmonic_loss(h, w, torch.zeros(150, dtype=torch.long), "euclidean", exponent=20.0).backward()
     x = h.detach().double().requires_grad_()
-    harmonic_loss(x, w.double(), torch.zeros(150, dtype=torch.long), "euclidean", exponent=20.0).backward()
-    torch.testing.assert_close(h.grad.double(), x.grad, rtol=1e-3, atol=1e-6 * x.grad.abs().max().item())
+    harmonic_loss(
+        x, w.double(), torch.zeros(150, dtype=torch.long), "euclidean", exponent=20.0
+    ).backward()
+    torch.testing.assert_close(
+        h.grad.double(), x.grad, rtol=1e-3, atol=1e-6 * x.grad.abs().max().item()
+    )

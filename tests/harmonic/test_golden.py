@@ -1,12 +1,15 @@
-"""Losses and gradients are what they were when tests/harmonic/golden.npz was written, to 2e-6 of float64.
+"""Losses and gradients are what they were when tests/harmonic/golden.npz was written, to 2e-6 of
+float64.
 
-    python tests/harmonic/test_golden.py --bits       # bit for bit, on the machine that wrote the file
-    python tests/harmonic/test_golden.py --write      # after a change that is meant to move them; say in the commit why
+    python tests/harmonic/test_golden.py --bits  # bit for bit, on the machine that wrote the file
+    # after a change that is meant to move them; say in the commit why
+    python tests/harmonic/test_golden.py --write
 
-Each case is a head, a link and a seed, which also picks the sizes, the reduction, padding and ignored labels. The file holds a float64
-loss and its gradients for each case, and for each implementation that runs on a CPU the hash of its float32 results. Triton's kernels
-run in Triton's interpreter, in a process of their own. Compare bits in a second run: compiled code is then read from Numba's cache, and
-the code of a fresh compilation may sum in another order.
+Each case is a head, a link and a seed, which also picks the sizes, the reduction, padding and
+ignored labels. The file holds a float64 loss and its gradients for each case, and for each
+implementation that runs on a CPU the hash of its float32 results. Triton's kernels run in Triton's
+interpreter, in a process of their own. Compare bits in a second run: compiled code is then read
+from Numba's cache, and the code of a fresh compilation may sum in another order.
 """
 
 import hashlib
@@ -21,7 +24,10 @@ import numpy as np
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent),
+    str(Path(__file__).resolve().parent.parent.parent),
+]
 
 from conftest import script  # noqa: E402
 
@@ -33,7 +39,10 @@ SIZES = ((7, 19, 13), (9, 23, 5), (6, 18, 17))  # states, prototypes, coordinate
 REDUCTIONS = ("mean", "sum", "none")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS = ("triton",) if INTERPRETED else ("dense", "chunked", "numba")
-OPTIONS = {"minkowski": ({}, {"p": 0.5}, {"p": 2.7}, {"p": 3.0}), "canberra_weighted": ({}, {"q": 2.0})}
+OPTIONS = {
+    "minkowski": ({}, {"p": 0.5}, {"p": 2.7}, {"p": 3.0}),
+    "canberra_weighted": ({}, {"q": 2.0}),
+}
 
 
 def cases():
@@ -46,7 +55,8 @@ def cases():
 
 
 def losses(name, link, options, seed, impl, dtype, precision="float32"):
-    """-> the loss and its gradients with respect to states, prototypes, strength, bias and trained parameters, as arrays."""
+    """-> the loss and its gradients with respect to states, prototypes, strength, bias and trained
+    parameters, as arrays."""
     n, v, c = SIZES[seed]
     g = torch.Generator().manual_seed(seed)
     h, w = torch.randn(n, c, generator=g), 0.5 * torch.randn(v, c, generator=g)
@@ -54,7 +64,14 @@ def losses(name, link, options, seed, impl, dtype, precision="float32"):
     targets = torch.randint(v - 2, (n,), generator=g)
     targets[seed + 1] = -100
     leaves = {"h": h, "w": w}
-    settings = {"reduction": REDUCTIONS[seed], "rows": v - seed, "training": True, "impl": impl, "precision": precision, **options}
+    settings = {
+        "reduction": REDUCTIONS[seed],
+        "rows": v - seed,
+        "training": True,
+        "impl": impl,
+        "precision": precision,
+        **options,
+    }
     if link != "control":
         leaves["scale" if link == "softmax" else "exponent"] = torch.tensor(2.0 + 3.0 * seed)
         settings["link"] = link
@@ -65,7 +82,9 @@ def losses(name, link, options, seed, impl, dtype, precision="float32"):
     leaves = {k: t.to(dtype).requires_grad_() for k, t in leaves.items()}
     torch.manual_seed(seed)  # of noise
     h, w = leaves["h"], leaves["w"]
-    loss = harmonic_loss(h, w, targets, name, **settings, **{k: t for k, t in leaves.items() if k not in ("h", "w")})
+    loss = harmonic_loss(
+        h, w, targets, name, **settings, **{k: t for k, t in leaves.items() if k not in ("h", "w")}
+    )
     upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=dtype).view(loss.shape)
     gradients = torch.autograd.grad(loss, list(leaves.values()), upstream, allow_unused=True)
     found = {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -80,7 +99,9 @@ def digest(arrays):
 
 def supported(name, link, options, impl):
     """Whether there is a compiled kernel; the two others have all."""
-    return impl in ("dense", "chunked") or (name != "cosine_linear" and not (name == "canberra_weighted" and options))
+    return impl in ("dense", "chunked") or (
+        name != "cosine_linear" and not (name == "canberra_weighted" and options)
+    )
 
 
 def hashes(seeds=(0, 1, 2)):
@@ -101,8 +122,18 @@ def hashes(seeds=(0, 1, 2)):
 
 def machine():
     """What may change the last bit."""
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, numpy {np.__version__}"
+    model = next(
+        (
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return (
+        f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, numpy"
+        f" {np.__version__}"
+    )
 
 
 def write():
@@ -115,7 +146,10 @@ def write():
         known[f"{key} {impl} {precision}"] = digest(arrays)
     if not INTERPRETED:
         for key, *case in cases():
-            same = case[0] in ("hamming_gumbel", "hamming_hard")  # float64 would draw other noise, and has another floor at distance 0
+            same = case[0] in (
+                "hamming_gumbel",
+                "hamming_hard",
+            )  # float64 would draw other noise, and has another floor at distance 0
             dtype = torch.float32 if same else torch.float64
             for name, array in losses(*case, "chunked", dtype).items():
                 stored[f"{key} {name}"] = array
@@ -138,8 +172,12 @@ def compare(golden, exact=False):
             moved.append(name)
         for name, array in arrays.items():
             true = golden[f"{key} {name}"]
-            allowed = 1e-4 if "p0.5" in key else 2e-4 if precision == "split" else 2e-6  # p < 1: slopes are unbounded at 0
-            assert np.abs(array - true).max() <= allowed * max(1.0, np.abs(true).max()), f"{name} of {key}, {impl}, {precision}"
+            allowed = (
+                1e-4 if "p0.5" in key else 2e-4 if precision == "split" else 2e-6
+            )  # p < 1: slopes are unbounded at 0
+            assert np.abs(array - true).max() <= allowed * max(1.0, np.abs(true).max()), (
+                f"{name} of {key}, {impl}, {precision}"
+            )
     assert not moved, f"{len(moved)} of {len(known)} differ in a bit: {', '.join(moved[:5])}"
 
 

@@ -3,7 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from head_cases import HOMOGENEOUS, LINKS, SETTINGS, C, N, V, is_straight_through, name_of, parameters, vectors
+from head_cases import (
+    HOMOGENEOUS,
+    LINKS,
+    SETTINGS,
+    C,
+    N,
+    V,
+    is_straight_through,
+    name_of,
+    parameters,
+    vectors,
+)
 
 from harmonic import (
     CONTROLS,
@@ -17,7 +28,9 @@ from harmonic import (
 )
 
 
-@pytest.mark.parametrize("name", [n for n in HEADS if not is_straight_through(n)])  # a surrogate gradient has its own test below
+@pytest.mark.parametrize(
+    "name", [n for n in HEADS if not is_straight_through(n)]
+)  # a surrogate gradient has its own test below
 @pytest.mark.parametrize("link", LINKS)
 def test_gradients_equal_finite_differences(name, link):
     h, w = vectors(n=3, v=7, c=5)
@@ -29,12 +42,23 @@ def test_gradients_equal_finite_differences(name, link):
         for reduction in ("mean", "none"):
 
             def loss(h, w, strength, *values, impl=impl, reduction=reduction):
-                kw = {} if name in CONTROLS else {"link": link, "exponent" if link == "harmonic" else "scale": strength}
+                kw = (
+                    {}
+                    if name in CONTROLS
+                    else {"link": link, "exponent" if link == "harmonic" else "scale": strength}
+                )
                 settings = dict(zip(trained, values, strict=True))
-                total = harmonic_loss(h, w, targets, name, impl=impl, reduction=reduction, **kw, **settings)
+                total = harmonic_loss(
+                    h, w, targets, name, impl=impl, reduction=reduction, **kw, **settings
+                )
                 return total if name not in CONTROLS else total + 0 * strength
 
-            inputs = [h.requires_grad_(), w.requires_grad_(), strength, *(p.requires_grad_() for p in trained.values())]
+            inputs = [
+                h.requires_grad_(),
+                w.requires_grad_(),
+                strength,
+                *(p.requires_grad_() for p in trained.values()),
+            ]
             assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
 
 
@@ -47,12 +71,17 @@ def test_straight_through_gradient_is_that_of_the_sigmoid():
     torch.testing.assert_close(h.grad[0], sign * soft * (1 - soft))
 
 
-@pytest.mark.parametrize("setting", [s for s in HOMOGENEOUS if not is_straight_through(s[0])], ids=name_of)
+@pytest.mark.parametrize(
+    "setting", [s for s in HOMOGENEOUS if not is_straight_through(s[0])], ids=name_of
+)
 def test_euler_identity(setting):
-    """<dL/dh, h> + sum_j <dL/dw_j, w_j> = 0 for homogeneous d; for cosine each term vanishes alone (theory, item 2)."""
+    """<dL/dh, h> + sum_j <dL/dw_j, w_j> = 0 for homogeneous d; for cosine each term vanishes alone
+    (theory, item 2)."""
     name, options = setting
     h, w = (x.requires_grad_() for x in vectors())
-    harmonic_loss(h, w, torch.arange(N), name, exponent=5.0, **options, **parameters(name)).backward()
+    harmonic_loss(
+        h, w, torch.arange(N), name, exponent=5.0, **options, **parameters(name)
+    ).backward()
     radial_h, radial_w = (h.grad * h).sum(), (w.grad * w).sum()
     assert abs(radial_h + radial_w) < 1e-12
     if name in ("cosine", "bray_curtis_normalized"):  # each operand is normalised alone
@@ -61,13 +90,17 @@ def test_euler_identity(setting):
         assert radial_h.abs() > 1e-6  # the identity is not trivially 0 + 0
 
 
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if DISTANCES[s[0]].translation_invariant], ids=name_of)
+@pytest.mark.parametrize(
+    "setting", [s for s in SETTINGS if DISTANCES[s[0]].translation_invariant], ids=name_of
+)
 def test_translation_identity(setting):
     """d(h + t, w + t) = d(h, w), so dL/dh + sum_j dL/dw_j = 0 (theory, item 2)."""
     name, options = setting
     h, w = (x.requires_grad_() for x in vectors())
     options = {**options, **parameters(name)}
-    torch.testing.assert_close(distance(h + 2.5, w + 2.5, name, **options), distance(h, w, name, **options))
+    torch.testing.assert_close(
+        distance(h + 2.5, w + 2.5, name, **options), distance(h, w, name, **options)
+    )
     harmonic_loss(h, w, torch.arange(N), name, exponent=5.0, **options).backward()
     assert (h.grad.sum(0) + w.grad.sum(0)).abs().max() < 1e-12 < w.grad.sum(0).abs().max()
 
@@ -80,7 +113,9 @@ def test_gradient_with_respect_to_the_distance():
     p = harmonic_logits(h, w, "manhattan", exponent=28.0).softmax(-1)
     expected = 28.0 / d.detach() * (F.one_hot(torch.arange(N), V) - p)
     torch.testing.assert_close(torch.autograd.grad(loss, d)[0], expected)
-    assert harmonic_loss(h, w, torch.arange(N), "manhattan", exponent=28.0, reduction="sum").item() == pytest.approx(loss.item(), rel=1e-12)
+    assert harmonic_loss(
+        h, w, torch.arange(N), "manhattan", exponent=28.0, reduction="sum"
+    ).item() == pytest.approx(loss.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["manhattan", "canberra", "bray_curtis", "cosine", "mahalanobis"])
@@ -100,10 +135,16 @@ def test_activation_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
     torch.manual_seed(0)
-    head, h, y = HarmonicHead(C, V, "hamming_gumbel").train(), torch.randn(N, C, requires_grad=True), torch.arange(N)
+    head, h, y = (
+        HarmonicHead(C, V, "hamming_gumbel").train(),
+        torch.randn(N, C, requires_grad=True),
+        torch.arange(N),
+    )
     found = []
     for use in (False, True):
-        torch.manual_seed(1)  # the same noise, which the second forward pass of a checkpoint must draw again
+        torch.manual_seed(
+            1
+        )  # the same noise, which the second forward pass of a checkpoint must draw again
         loss = checkpoint(head.loss, h, y, use_reentrant=False) if use else head.loss(h, y)
         found.append((loss, *torch.autograd.grad(loss, (h, head.weight))))
     torch.testing.assert_close(found[1], found[0])

@@ -16,9 +16,13 @@ from harmonic import (
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_padded_head_equals_one_without_padding(name):
-    """In its loss, its gradients, and whatever is done with its logits: a row of padding has none."""
+    """In its loss, its gradients, and whatever is done with its logits: a row of padding has
+    none."""
     torch.manual_seed(0)
-    plain, padded = HarmonicHead(C, V, name).eval(), HarmonicHead(C, 128, name, real_vocab_size=V).eval()
+    plain, padded = (
+        HarmonicHead(C, V, name).eval(),
+        HarmonicHead(C, 128, name, real_vocab_size=V).eval(),
+    )
     with torch.no_grad():
         padded.weight[:V], padded.weight[V:] = plain.weight, 1e3
     h, y = torch.randn(2, N, C), torch.randint(0, V, (2, N))
@@ -41,7 +45,8 @@ def test_a_padded_head_equals_one_without_padding(name):
         assert torch.equal(found[key], value), key
     for key in ("loss", "smoothed", "entropy"):
         ours, theirs = (
-            torch.autograd.grad(u[key].sum(), head.weight, retain_graph=True)[0] for u, head in ((found, padded), (expected, plain))
+            torch.autograd.grad(u[key].sum(), head.weight, retain_graph=True)[0]
+            for u, head in ((found, padded), (expected, plain))
         )
         assert torch.equal(ours[:V], theirs) and ours[V:].abs().max() == 0 < ours.abs().max(), key
 
@@ -74,7 +79,9 @@ def test_mahalanobis_parameters_train(name):
     head = HarmonicHead(C, V, name)
     start = {k: p.clone() for k, p in head.named_parameters()}
     h = torch.randn(N, C)
-    torch.testing.assert_close(head(h), harmonic_logits(h, head.weight, "euclidean"), rtol=1e-4, atol=1e-3)  # P = I at first
+    torch.testing.assert_close(
+        head(h), harmonic_logits(h, head.weight, "euclidean"), rtol=1e-4, atol=1e-3
+    )  # P = I at first
     optimizer = torch.optim.SGD(head.parameters(), 0.01)
     head.loss(h, torch.arange(N)).backward()
     optimizer.step()
@@ -95,12 +102,20 @@ def test_learnt_exponent_and_scale_move():
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("link", LINKS)
 def test_a_head_is_made_again_from_its_configuration(name, link):
-    options = {} if name in CONTROLS else {"link": link, "learn_scale" if link == "softmax" else "learn_exponent": True}
+    options = (
+        {}
+        if name in CONTROLS
+        else {"link": link, "learn_scale" if link == "softmax" else "learn_exponent": True}
+    )
     head = HarmonicHead(C, 128, name, real_vocab_size=V, impl="chunked", **options).eval()
     again = HarmonicHead.from_config(head.config()).eval()
     again.load_state_dict(head.state_dict())
     h = torch.randn(N, C)
-    assert torch.equal(again(h), head(h)) and again.config() == head.config() and repr(again) == repr(head)
+    assert (
+        torch.equal(again(h), head(h))
+        and again.config() == head.config()
+        and repr(again) == repr(head)
+    )
     more = head.rebuild(200)
     assert more(h).shape == (N, 200) and more.describe() == head.describe()
 
@@ -111,6 +126,14 @@ def test_a_head_says_what_it_is():
         HarmonicHead(64, V, "cosine", link="softmax", scale=3),
         HarmonicHead(64, V, "cross_entropy"),
     ]
-    assert [head.describe() for head in heads] == ["minkowski, harmonic link, n = 256", "cosine, softmax link, s = 3", "cross_entropy"]
-    assert [head.is_harmonic for head in heads] == [True, False, False] and [head.is_control for head in heads] == [False, False, True]
-    assert [head.strength_name for head in heads] == ["exponent", "scale", None] and heads[0].distance is DISTANCES["euclidean"]
+    assert [head.describe() for head in heads] == [
+        "minkowski, harmonic link, n = 256",
+        "cosine, softmax link, s = 3",
+        "cross_entropy",
+    ]
+    assert [head.is_harmonic for head in heads] == [True, False, False] and [
+        head.is_control for head in heads
+    ] == [False, False, True]
+    assert [head.strength_name for head in heads] == ["exponent", "scale", None] and heads[
+        0
+    ].distance is DISTANCES["euclidean"]

@@ -1,4 +1,5 @@
-"""What the loss is, for every head: the cross-entropy of its logits, finite, refused where it could not be computed."""
+"""What the loss is, for every head: the cross-entropy of its logits, finite, refused where it could
+not be computed."""
 
 import math
 
@@ -37,8 +38,12 @@ def test_chunked_equals_dense(name, link, reduction, monkeypatch):
     for impl in ("dense", "chunked"):
         x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
         torch.manual_seed(5)  # the noise of hamming_gumbel
-        loss = harmonic_loss(x, y, targets, name, link=link, impl=impl, reduction=reduction, training=True)
-        (loss * torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)).sum().backward()
+        loss = harmonic_loss(
+            x, y, targets, name, link=link, impl=impl, reduction=reduction, training=True
+        )
+        (
+            loss * torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        ).sum().backward()
         found[impl] = loss.detach(), x.grad, y.grad
     torch.testing.assert_close(found["chunked"], found["dense"], rtol=1e-10, atol=1e-13)
     if reduction == "none":
@@ -50,9 +55,14 @@ def test_the_loss_is_the_papers(name):
     h, w = vectors()
     y, trained = torch.arange(N), parameters(name)
     d = reference.distance(name)(h[:, None], w, **trained)
-    for link, truth in (("harmonic", reference.harmonic_loss(d, y, 3.0)), ("softmax", reference.softmax_loss(d, y, 3.0))):
+    for link, truth in (
+        ("harmonic", reference.harmonic_loss(d, y, 3.0)),
+        ("softmax", reference.softmax_loss(d, y, 3.0)),
+    ):
         strength = {"harmonic": "exponent", "softmax": "scale"}[link]
-        found = harmonic_loss(h, w, y, name, link=link, reduction="none", **{strength: 3.0}, **trained)
+        found = harmonic_loss(
+            h, w, y, name, link=link, reduction="none", **{strength: 3.0}, **trained
+        )
         torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-10)
 
 
@@ -62,13 +72,22 @@ def test_loss_is_cross_entropy_of_logits():
     for name in HEADS:
         for link in LINKS:
             kw = {} if name in CONTROLS else {"link": link}
-            torch.testing.assert_close(F.cross_entropy(harmonic_logits(h, w, name, **kw), y), harmonic_loss(h, w, y, name, **kw))
+            torch.testing.assert_close(
+                F.cross_entropy(harmonic_logits(h, w, name, **kw), y),
+                harmonic_loss(h, w, y, name, **kw),
+            )
     torch.testing.assert_close(harmonic_loss(h, w, y, "cross_entropy"), F.cross_entropy(h @ w.T, y))
     cos = F.cosine_similarity(h[:, None], w, dim=-1)
-    torch.testing.assert_close(harmonic_logits(h, w, "cosine_linear").softmax(-1), (1 + cos) / (1 + cos).sum(-1, keepdim=True))
+    torch.testing.assert_close(
+        harmonic_logits(h, w, "cosine_linear").softmax(-1),
+        (1 + cos) / (1 + cos).sum(-1, keepdim=True),
+    )
     # the softmax twin of cosine is the normalised softmax
     torch.testing.assert_close(
-        harmonic_logits(h, w, "cosine", link="softmax", scale=7.0).log_softmax(-1), (7.0 * cos).log_softmax(-1), rtol=1e-10, atol=1e-10
+        harmonic_logits(h, w, "cosine", link="softmax", scale=7.0).log_softmax(-1),
+        (7.0 * cos).log_softmax(-1),
+        rtol=1e-10,
+        atol=1e-10,
     )
 
 
@@ -93,7 +112,12 @@ def test_finite_where_the_distance_is_zero(name, link, dtype, where):
         loss = harmonic_loss(x, y, torch.zeros(N, dtype=torch.long), name, link=link, impl=impl)
         loss.backward()
         assert loss.isfinite() and x.grad.norm().isfinite() and y.grad.norm().isfinite()
-    if where == "target" and link == "harmonic" and name in DISTANCES and name not in ("chebyshev_smooth", "bray_curtis_normalized"):
+    if (
+        where == "target"
+        and link == "harmonic"
+        and name in DISTANCES
+        and name not in ("chebyshev_smooth", "bray_curtis_normalized")
+    ):
         p = harmonic_logits(h[:1], w, name).softmax(-1)[0]
         assert p[0] > 0.99 or name == "hamming_hard"  # an exact match is certain, not uniform
 
@@ -103,8 +127,13 @@ def test_a_nan_is_never_hidden():
     h[2, 3] = math.nan
     for name in HEADS:
         assert harmonic_logits(h, w, name)[2].isnan().all()
-        assert harmonic_loss(h, w, torch.zeros(N, dtype=torch.long), name, check_finite=False).isnan()
-        with pytest.raises(ValueError, match=r"h \(13, 37\) has 1 values that are not finite, the first at \(2, 3\)"):
+        assert harmonic_loss(
+            h, w, torch.zeros(N, dtype=torch.long), name, check_finite=False
+        ).isnan()
+        with pytest.raises(
+            ValueError,
+            match=r"h \(13, 37\) has 1 values that are not finite, the first at \(2, 3\)",
+        ):
             harmonic_loss(h, w, torch.zeros(N, dtype=torch.long), name)
         with pytest.raises(ValueError, match=r"w \(13, 37\) has 1 values that are not finite"):
             harmonic_loss(w[:N], h, torch.zeros(N, dtype=torch.long), name)
@@ -112,7 +141,8 @@ def test_a_nan_is_never_hidden():
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_margin_bound(name):
-    """With rho = d_y / min_{j != y} d_j: p_y >= 1 / (1 + (V-1) rho^n) (theory, item 4), with equality when all others are equally far."""
+    """With rho = d_y / min_{j != y} d_j: p_y >= 1 / (1 + (V-1) rho^n) (theory, item 4), with
+    equality when all others are equally far."""
     h, w = vectors()
     d = distance(h, w, name)
     nearest = d.topk(2, largest=False).values
@@ -127,17 +157,26 @@ def test_margin_bound(name):
 
 
 def test_default_scale_makes_twins_start_together():
-    """The two links give nearly the same distribution for layer-normalised states and small prototypes."""
+    """The two links give nearly the same distribution for layer-normalised states and small
+    prototypes."""
     g = torch.Generator().manual_seed(7)
-    h, w = F.layer_norm(torch.randn(50, 64, generator=g), (64,)), 0.02 * torch.randn(V, 64, generator=g)
+    h, w = (
+        F.layer_norm(torch.randn(50, 64, generator=g), (64,)),
+        0.02 * torch.randn(V, 64, generator=g),
+    )
     for name in ("euclidean", "manhattan", "chebyshev", "hamming_soft"):
-        p, q = (harmonic_logits(h, w, name, link=link, exponent="dim").log_softmax(-1) for link in LINKS)
+        p, q = (
+            harmonic_logits(h, w, name, link=link, exponent="dim").log_softmax(-1) for link in LINKS
+        )
         assert (p - q).abs().mean() < 0.2 * (p - p.mean(-1, keepdim=True)).abs().mean(), name
-    assert default_scale("euclidean", 64, "dim") == pytest.approx(8, rel=0.05)  # n = C over |h| = sqrt(C)
+    assert default_scale("euclidean", 64, "dim") == pytest.approx(
+        8, rel=0.05
+    )  # n = C over |h| = sqrt(C)
 
 
 def test_kl_to_the_softmax_linearisation():
-    """After a LayerNorm and with small prototypes, -C log d is softmax(h.w - |w|^2 / 2); without the norm penalty it is not."""
+    """After a LayerNorm and with small prototypes, -C log d is softmax(h.w - |w|^2 / 2); without
+    the norm penalty it is not."""
     torch.manual_seed(0)
     h = F.layer_norm(torch.randn(64, 192), (192,))
     found = []
@@ -148,7 +187,9 @@ def test_kl_to_the_softmax_linearisation():
         p = head.double()(h.double()).log_softmax(-1)
         r0 = torch.cdist(h.double(), w).square().mean(-1, keepdim=True)  # nearly |h|^2 = 192 = n
         q = (192 / r0 * (h.double() @ w.T - w.square().sum(-1) / 2)).log_softmax(-1)
-        assert found[-1] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-2, abs=1e-6)
+        assert found[-1] == pytest.approx(
+            (p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-2, abs=1e-6
+        )
         dot = (h.double() @ w.T).log_softmax(-1)
         assert found[-1] < 0.2 * (p.exp() * (p - dot)).sum(-1).mean()
     assert 0 <= found[0] < 1e-5 < found[1] < 1e-2
@@ -167,7 +208,9 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
             out = function(*args, **(kwargs or {}))
             for t in out if isinstance(out, tuple | list) else [out]:
                 if isinstance(t, torch.Tensor):
-                    Largest.size = max(Largest.size, t.untyped_storage().nbytes() // t.element_size())
+                    Largest.size = max(
+                        Largest.size, t.untyped_storage().nbytes() // t.element_size()
+                    )
             return out
 
     monkeypatch.setattr(chunked, "CHUNK", 8 * V)
@@ -180,9 +223,14 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
             h.requires_grad_(), w.requires_grad_()
             Largest.size = 0
             with Largest():
-                harmonic_loss(h, w, torch.zeros(n, dtype=torch.long), name, impl="chunked").backward()
+                harmonic_loss(
+                    h, w, torch.zeros(n, dtype=torch.long), name, impl="chunked"
+                ).backward()
             sizes.append(Largest.size)
-        assert sizes[1] <= max(400 * C, sizes[0]), (name, sizes)  # h and its gradient are the only things that grow
+        assert sizes[1] <= max(400 * C, sizes[0]), (
+            name,
+            sizes,
+        )  # h and its gradient are the only things that grow
         assert sizes[1] < 400 * V
 
 
@@ -190,27 +238,63 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
     "call, words",
     [
         (lambda h, w, y: harmonic_loss(h, w, y, "manhatan"), "did you mean 'manhattan'"),
-        (lambda h, w, y: harmonic_loss(h, w[:, :-1], y, "manhattan"), r"\(13, 37\) and \(103, 36\)"),
+        (
+            lambda h, w, y: harmonic_loss(h, w[:, :-1], y, "manhattan"),
+            r"\(13, 37\) and \(103, 36\)",
+        ),
         (lambda h, w, y: harmonic_loss(h, w, y + V, "manhattan"), "target 103 is outside"),
-        (lambda h, w, y: harmonic_loss(h, w, y[1:], "manhattan"), r"targets \(12,\) do not match h \(13, 37\)"),
-        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", exponent=0.0), "exponent must be a positive number"),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y[1:], "manhattan"),
+            r"targets \(12,\) do not match h \(13, 37\)",
+        ),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "manhattan", exponent=0.0),
+            "exponent must be a positive number",
+        ),
         (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", exponent="dims"), "'dims'"),
-        (lambda h, w, y: harmonic_loss(h, w, y, "cosine", link="softmax", scale=-1.0), "scale must be a positive number"),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "cosine", link="softmax", scale=-1.0),
+            "scale must be a positive number",
+        ),
         (lambda h, w, y: harmonic_loss(h, w, y, "cosine", link="soft"), "unknown link 'soft'"),
         (lambda h, w, y: harmonic_loss(h, w, y, "minkowski", p=0.0), "p must be positive"),
-        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", p=2.0), "manhattan has no setting 'p'"),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "manhattan", p=2.0),
+            "manhattan has no setting 'p'",
+        ),
         (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", impl="fast"), "unknown impl 'fast'"),
-        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", reduction="max"), "unknown reduction 'max'"),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "manhattan", reduction="max"),
+            "unknown reduction 'max'",
+        ),
         (lambda h, w, y: harmonic_loss(h.long(), w, y, "manhattan"), "torch.int64"),
-        (lambda h, w, y: harmonic_loss(h, w.long(), y, "manhattan"), r"torch.int64 of shape \(103, 37\)"),
-        (lambda h, w, y: harmonic_loss(h, w, y.float(), "manhattan"), r"targets \(13,\) must be integers, got torch.float32"),
-        (lambda h, w, y: harmonic_loss(h, w[0], y, "manhattan"), r"w \(37,\) is not a table of prototypes"),
+        (
+            lambda h, w, y: harmonic_loss(h, w.long(), y, "manhattan"),
+            r"torch.int64 of shape \(103, 37\)",
+        ),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y.float(), "manhattan"),
+            r"targets \(13,\) must be integers, got torch.float32",
+        ),
+        (
+            lambda h, w, y: harmonic_loss(h, w[0], y, "manhattan"),
+            r"w \(37,\) is not a table of prototypes",
+        ),
         (lambda h, w, y: harmonic_loss(h, w[:0], y, "manhattan"), r"w \(0, 37\)"),
         (lambda h, w, y: harmonic_loss(h.to("meta"), w, y, "manhattan"), "is on meta"),
-        (lambda h, w, y: harmonic_loss(h, w, y.to("meta"), "manhattan"), r"targets \(13,\) on meta"),
-        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", skip=-1.0), r"skip must be in \[0, 1\), got -1.0"),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y.to("meta"), "manhattan"),
+            r"targets \(13,\) on meta",
+        ),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "manhattan", skip=-1.0),
+            r"skip must be in \[0, 1\), got -1.0",
+        ),
         (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", impl="triton"), "needs CUDA"),
-        (lambda h, w, y: harmonic_loss(h.double(), w, y, "manhattan", impl="numba"), "needs a CPU and float32"),
+        (
+            lambda h, w, y: harmonic_loss(h.double(), w, y, "manhattan", impl="numba"),
+            "needs a CPU and float32",
+        ),
         (lambda h, w, y: distance(h, w, "cross_entropy"), "a control, not a distance"),
         (lambda h, w, y: HarmonicHead(C, V, "cross_entropy", learn_exponent=True), "no exponent"),
         (lambda h, w, y: HarmonicHead(C, V, "cosine", learn_scale=True), "set learn_exponent"),
@@ -228,7 +312,10 @@ def test_bad_input_is_named(call, words):
 def test_the_loss_of_no_targets_is_zero(name):
     """No states, or none whose target counts: loss 0 and gradients that are zeros."""
     head = HarmonicHead(C, V, name)
-    for h, y in ((torch.randn(0, C), torch.zeros(0, dtype=torch.long)), (torch.randn(N, C), torch.full((N,), IGNORE_INDEX))):
+    for h, y in (
+        (torch.randn(0, C), torch.zeros(0, dtype=torch.long)),
+        (torch.randn(N, C), torch.full((N,), IGNORE_INDEX)),
+    ):
         for impl in ("auto", "dense", "chunked"):
             head.impl = impl
             for reduction in ("mean", "sum", "none"):
@@ -237,7 +324,9 @@ def test_the_loss_of_no_targets_is_zero(name):
                 loss = head.loss(h, y, reduction=reduction)
                 assert loss.shape == (y.shape if reduction == "none" else ()) and not loss.any()
                 loss.sum().backward()
-                assert not h.grad.any() and all(p.grad is not None and not p.grad.any() for p in head.parameters())
+                assert not h.grad.any() and all(
+                    p.grad is not None and not p.grad.any() for p in head.parameters()
+                )
     assert head(torch.randn(0, C)).shape == (0, V)
 
 
@@ -251,8 +340,20 @@ def test_a_target_that_is_no_token_is_never_a_plausible_number(impl, reduction, 
     targets[2] = IGNORE_INDEX
     for bad in (-1, -101, V, 2**40):
         targets[5] = bad
-        loss = harmonic_loss(h, w.requires_grad_(), targets, "manhattan", exponent=9.0, impl=impl, reduction=reduction)
-        assert loss[5].isnan() and loss[4].isfinite() and loss[2] == 0 if reduction == "none" else loss.isnan()
+        loss = harmonic_loss(
+            h,
+            w.requires_grad_(),
+            targets,
+            "manhattan",
+            exponent=9.0,
+            impl=impl,
+            reduction=reduction,
+        )
+        assert (
+            loss[5].isnan() and loss[4].isfinite() and loss[2] == 0
+            if reduction == "none"
+            else loss.isnan()
+        )
         assert torch.autograd.grad(loss.sum(), w)[0].isnan().any()
 
 
@@ -260,4 +361,6 @@ def test_hamming_gumbel_is_noisy_only_while_training():
     h, w = vectors()
     logits = lambda name, **kw: harmonic_logits(h, w, name, exponent=5.0, **kw)
     assert torch.equal(logits("hamming_gumbel"), logits("hamming_soft"))
-    assert not torch.equal(logits("hamming_gumbel", training=True), logits("hamming_gumbel", training=True))
+    assert not torch.equal(
+        logits("hamming_gumbel", training=True), logits("hamming_gumbel", training=True)
+    )

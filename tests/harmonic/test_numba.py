@@ -1,4 +1,5 @@
-"""The compiled kernels for a CPU: as exact as plain float32, whatever the sizes, threads and processes."""
+"""The compiled kernels for a CPU: as exact as plain float32, whatever the sizes, threads and
+processes."""
 
 import os
 import shutil
@@ -26,7 +27,8 @@ from harmonic.pairwise import operands
 
 @pytest.fixture(autouse=True, scope="module")
 def small_work_is_shared():
-    """The sizes here are below those at which threads share the work: let two of them share it all the same."""
+    """The sizes here are below those at which threads share the work: let two of them share it all
+    the same."""
     before, numba.ALONE, threads = numba.ALONE, 0, torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -52,17 +54,23 @@ def test_compiled_unit_vectors():
 
 def test_little_work_takes_one_thread_and_the_same_values(monkeypatch):
     h, w = vectors(torch.float32)
-    shared = [gradients(h, w, torch.arange(N), name) for name in ("manhattan", "cosine", "chebyshev")]
+    shared = [
+        gradients(h, w, torch.arange(N), name) for name in ("manhattan", "cosine", "chebyshev")
+    ]
     monkeypatch.setattr(numba, "ALONE", 10**9)
     assert numba.follow_torch(1) == 1
-    alone = [gradients(h, w, torch.arange(N), name) for name in ("manhattan", "cosine", "chebyshev")]
+    alone = [
+        gradients(h, w, torch.arange(N), name) for name in ("manhattan", "cosine", "chebyshev")
+    ]
     torch.testing.assert_close(alone, shared, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_computes():
     """One whose parent has run Numba's kernels, as a DataLoader's worker may."""
-    done = subprocess.run([sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 7, done.stderr
     assert done.stderr.count("this process was forked after Numba's kernels had run") == 1
 
@@ -81,30 +89,51 @@ for head, expected in zip(heads, before):
     loss.backward()
     assert abs(loss.item() - expected) < 1e-4 and head(h).isfinite().all(), head
 os._exit(7)
-"""
+"""  # noqa: E501
 
 
 def test_importing_needs_no_folder_that_can_be_written(tmp_path):
     """Numba's cache has none: neither beside the package nor in the user's home."""
-    shutil.copytree(ROOT / "harmonic", tmp_path / "harmonic", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "harmonic" / "backends" / "__pycache__").touch()  # a file: no folder can be made there, even by root
+    shutil.copytree(
+        ROOT / "harmonic", tmp_path / "harmonic", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (
+        tmp_path / "harmonic" / "backends" / "__pycache__"
+    ).touch()  # a file: no folder can be made there, even by root
     code = "from harmonic.backends import load; print(load('numba') is not None)"
-    environment = {**os.environ, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    environment = {
+        **os.environ,
+        "HOME": "/dev/null",
+        "XDG_CACHE_HOME": "/dev/null",
+        "PYTHONPATH": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stdout.strip() == "True", done.stderr
 
 
-@pytest.mark.parametrize(("n", "v", "c"), [(13, 103, 37), (1, 5, 3), (2, 4, 8), (61, 1003, 37), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("n", "v", "c"), [(13, 103, 37), (1, 5, 3), (2, 4, 8), (61, 1003, 37), (1, 1, 1)]
+)
 @pytest.mark.parametrize("setting", [*SETTINGS, ("minkowski", {"p": 2.5})], ids=name_of)
 def test_compiled_kernels_equal_the_truth(setting, n, v, c):
-    """Numba against float64: errors of loss and gradients no larger than dense float32's, with remainders in every dimension."""
+    """Numba against float64: errors of loss and gradients no larger than dense float32's, with
+    remainders in every dimension."""
     name, options = setting
     h, w = vectors(torch.float32, n=n, v=v, c=c)
     y = torch.arange(n) % v
     options = {**options, **{k: p.float() for k, p in parameters(name, c).items()}}
 
     def run(dtype, impl):
-        settings = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+        settings = {
+            k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in options.items()
+        }
         a, b = h.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
         loss = harmonic_loss(a, b, y, name, exponent=7.0, impl=impl, reduction="sum", **settings)
         loss.backward()
@@ -117,11 +146,14 @@ def test_compiled_kernels_equal_the_truth(setting, n, v, c):
     truth = run(torch.float64, "dense")
     plain, fast = run(torch.float32, "dense"), run(torch.float32, "numba")
     for exact, naive, found in zip(truth, plain, fast, strict=True):
-        assert (found - exact).abs().max() <= (naive - exact).abs().max() + 1e-5 * max(1.0, exact.abs().max().item())
+        assert (found - exact).abs().max() <= (naive - exact).abs().max() + 1e-5 * max(
+            1.0, exact.abs().max().item()
+        )
 
 
 def cancellation(h, w, name) -> float:
-    """What compiled gradients of kernel l2 may lose: differences of two products cancel for a state that nearly is a prototype."""
+    """What compiled gradients of kernel l2 may lose: differences of two products cancel for a state
+    that nearly is a prototype."""
     both = operands(h.double(), w.double(), name)
     if both.distance.kernel != "l2":
         return 0.0
@@ -132,7 +164,9 @@ def cancellation(h, w, name) -> float:
 
 def no_worse(found, naive, truth, tolerance=1e-5):
     for f, n, t in zip(found, naive, truth, strict=True):
-        assert (f - t).abs().max() <= (n - t).abs().max() + tolerance * max(1.0, t.abs().max().item())
+        assert (f - t).abs().max() <= (n - t).abs().max() + tolerance * max(
+            1.0, t.abs().max().item()
+        )
 
 
 @given(
@@ -146,24 +180,35 @@ def no_worse(found, naive, truth, tolerance=1e-5):
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_any_loss_is_as_exact_as_dense_float32(name, link, size, exponent, spread, ignored, dtype, seed):
-    assume(name != "chebyshev" or dtype == torch.float32)  # coarse numbers tie for the maximum, which has several gradients then
+def test_any_loss_is_as_exact_as_dense_float32(
+    name, link, size, exponent, spread, ignored, dtype, seed
+):
+    assume(
+        name != "chebyshev" or dtype == torch.float32
+    )  # coarse numbers tie for the maximum, which has several gradients then
     n, v, c = size
     h, w = vectors(torch.float32, seed, n, v, c)
     h, w = h.to(dtype), (spread * w).to(dtype)
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(v, (n,), generator=g)
     y[torch.rand(n, generator=g) < ignored] = IGNORE_INDEX
-    kw = {} if name in CONTROLS else {"link": link, "exponent" if link == "harmonic" else "scale": exponent}
+    kw = (
+        {}
+        if name in CONTROLS
+        else {"link": link, "exponent" if link == "harmonic" else "scale": exponent}
+    )
     truth = gradients(h, w, y, name, torch.float64, impl="dense", **kw)
     naive = gradients(h, w, y, name, impl="dense", **kw)
-    rounding = 2e-7 * harmonic_logits(h.double(), w.double(), name, **kw).abs().max().item()  # of the logits themselves
+    rounding = (
+        2e-7 * harmonic_logits(h.double(), w.double(), name, **kw).abs().max().item()
+    )  # of the logits themselves
     rounding += cancellation(h, w, name)
     no_worse(gradients(h, w, y, name, impl="numba", skip=0.0, **kw), naive, truth, 1e-5 + rounding)
     loss = harmonic_loss(h, w, y, name, impl="numba", **kw)  # half precision comes in as it is
     assert (
         loss.dtype == torch.float32
-        and abs(loss.item() - truth[0].item()) <= 1e-5 + 2e-4 * abs(truth[0].item()) + (naive[0] - truth[0]).abs()
+        and abs(loss.item() - truth[0].item())
+        <= 1e-5 + 2e-4 * abs(truth[0].item()) + (naive[0] - truth[0]).abs()
     )
 
 
@@ -174,13 +219,18 @@ def test_chunks_and_blocks_change_nothing(name, monkeypatch):
     y = torch.arange(N)
     whole = gradients(h, w, y, name, impl="numba")
     monkeypatch.setattr(numba, "CHUNK", 10 * V)
-    monkeypatch.setitem(mapped.MAP, "cpu", 17 * C)  # 103 = 6 * 17 + 1: the last block is one row, less than a tile
+    monkeypatch.setitem(
+        mapped.MAP, "cpu", 17 * C
+    )  # 103 = 6 * 17 + 1: the last block is one row, less than a tile
     for found, expected in zip(gradients(h, w, y, name, impl="numba"), whole, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
 
 
 def test_what_is_skipped_is_bounded():
-    """The slopes left out of a row add up to less than `skip` of the target's, so no coordinate of dL/dh moves by more."""
+    """The slopes left out of a row add up to less than `skip` of the target's, so no coordinate of
+    dL/dh moves by more."""
     h, w = vectors(torch.float32, n=50, v=1003)
     y = torch.arange(50)
     exact = gradients(h, w, y, "manhattan", exponent=300.0, skip=0.0, reduction="sum")
@@ -195,15 +245,27 @@ def test_what_is_skipped_is_bounded():
         bound = torch.where(out, slope, 0).sum(-1)
         assert (bound <= skip * at_target).all() and found[0] == exact[0]
         assert ((found[1] - exact[1]).abs().amax(-1) <= bound + 1e-5 * at_target).all()
-    assert out.float().mean() > 0.5 and not torch.equal(found[1], exact[1])  # the largest bound does leave pairs out
+    assert out.float().mean() > 0.5 and not torch.equal(
+        found[1], exact[1]
+    )  # the largest bound does leave pairs out
 
 
 def test_numba_leaves_torchs_threads_alone():
     """Starting Numba's threads sets OpenMP's number, which is torch's: it must be put back."""
-    code = "import torch, harmonic as m; h, w = torch.randn(9, 8), torch.randn(20, 8); before = torch.get_num_threads()"
-    code += "; m.harmonic_loss(h, w, torch.arange(9), 'manhattan'); assert before == torch.get_num_threads() == 1"
+    code = (
+        "import torch, harmonic as m; h, w = torch.randn(9, 8), torch.randn(20, 8); before ="
+        " torch.get_num_threads()"
+    )
+    code += (
+        "; m.harmonic_loss(h, w, torch.arange(9), 'manhattan'); assert before =="
+        " torch.get_num_threads() == 1"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 

@@ -22,11 +22,14 @@ from harmonic.precision import choose_products
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
 @pytest.mark.parametrize("name", HEADS)
 def test_float32_is_as_exact_as_float32_can_be(name, impl):
-    """Against float64 at odd sizes; log-probabilities of order 10 carry an error of a few units in the last place times the exponent."""
+    """Against float64 at odd sizes; log-probabilities of order 10 carry an error of a few units in
+    the last place times the exponent."""
     h, w = vectors(torch.float32, n=61, v=1003, c=37)
     targets = torch.arange(61) % 1003
     kw = {} if name in CONTROLS else {"exponent": "sqrt_dim"}
-    truth = harmonic_loss(h.double(), w.double(), targets, name, impl="dense", reduction="none", **kw)
+    truth = harmonic_loss(
+        h.double(), w.double(), targets, name, impl="dense", reduction="none", **kw
+    )
     loss = harmonic_loss(h, w, targets, name, impl=impl, reduction="none", **kw)
     assert loss.dtype == torch.float32
     assert (loss - truth).abs().max() < 3e-5
@@ -34,7 +37,8 @@ def test_float32_is_as_exact_as_float32_can_be(name, impl):
 
 @pytest.mark.parametrize("lowered", ["autocast", "matmul precision"])
 def test_nothing_lowers_the_precision_of_the_head(lowered):
-    """Inside autocast, or with TF32 and bf16 matmuls allowed, every public function gives what it gives outside."""
+    """Inside autocast, or with TF32 and bf16 matmuls allowed, every public function gives what it
+    gives outside."""
     h, w = vectors(torch.float32)
     y = torch.arange(N)
     head = HarmonicHead(C, V, "euclidean")
@@ -45,7 +49,13 @@ def test_nothing_lowers_the_precision_of_the_head(lowered):
             x = h.clone().requires_grad_()
             loss = harmonic_loss(x, w, y, name, reduction="none")
             loss.sum().backward()
-            found += [loss.detach(), x.grad, harmonic_logits(h, w, name), contributions(h, w[:N], name), paired_distance(h, w[:N], name)]
+            found += [
+                loss.detach(),
+                x.grad,
+                harmonic_logits(h, w, name),
+                contributions(h, w[:N], name),
+                paired_distance(h, w[:N], name),
+            ]
             found += [distance(h, w, name)] if name in DISTANCES else []
         return found
 
@@ -67,7 +77,9 @@ def test_products_follow_autocast_only_when_asked():
     y, plain = torch.arange(N), {}
     for name in ("cross_entropy", "euclidean", "cosine", "manhattan"):
         kw = {} if name == "cross_entropy" else {"exponent": "dim"}
-        plain[name] = gradients(h, w, y, name, precision="autocast", **kw)  # outside of autocast it means nothing
+        plain[name] = gradients(
+            h, w, y, name, precision="autocast", **kw
+        )  # outside of autocast it means nothing
         torch.testing.assert_close(plain[name], gradients(h, w, y, name, **kw), rtol=0, atol=0)
         with torch.autocast("cpu", torch.bfloat16):
             lower = gradients(h, w, y, name, precision="autocast", **kw)
@@ -77,28 +89,65 @@ def test_products_follow_autocast_only_when_asked():
 
 
 @pytest.mark.parametrize("impl", ["chunked", "numba"])
-@pytest.mark.parametrize("name", ["euclidean", "cosine", "mahalanobis", "cross_entropy", "cosine_linear"])
+@pytest.mark.parametrize(
+    "name", ["euclidean", "cosine", "mahalanobis", "cross_entropy", "cosine_linear"]
+)
 def test_split_products_are_as_exact_as_float32(name, impl):
-    """Losses within 3 times float32's own error and gradients to 16 bits, at a large exponent and with rows of very different lengths."""
+    """Losses within 3 times float32's own error and gradients to 16 bits, at a large exponent and
+    with rows of very different lengths."""
     if (name, impl) == ("cosine_linear", "numba"):
         return  # has no compiled loss
     h, w = vectors(torch.float32, n=31, v=203, c=96)
     w = w * torch.logspace(-6, 0, 203)[:, None]
-    y, kw = torch.arange(31), {} if name in CONTROLS else {"exponent": 300.0, **parameters(name, 96)}
+    y, kw = (
+        torch.arange(31),
+        {} if name in CONTROLS else {"exponent": 300.0, **parameters(name, 96)},
+    )
     exact = harmonic_loss(h.double(), w.double(), y, name, reduction="none", impl="dense", **kw)
-    losses = {p: harmonic_loss(h, w, y, name, reduction="none", impl=impl, precision=p, **kw) for p in ("auto", "float32", "split")}
+    losses = {
+        p: harmonic_loss(h, w, y, name, reduction="none", impl=impl, precision=p, **kw)
+        for p in ("auto", "float32", "split")
+    }
     error = {p: (found - exact).abs().max() for p, found in losses.items()}
-    assert error["split"] <= 3 * error["float32"] + 1e-6 and torch.equal(losses["auto"], losses["float32"])
-    found, truth = gradients(h, w, y, name, impl=impl, precision="split", **kw), gradients(h, w, y, name, torch.float64, impl="dense", **kw)
+    assert error["split"] <= 3 * error["float32"] + 1e-6 and torch.equal(
+        losses["auto"], losses["float32"]
+    )
+    found, truth = (
+        gradients(h, w, y, name, impl=impl, precision="split", **kw),
+        gradients(h, w, y, name, torch.float64, impl="dense", **kw),
+    )
     for f, t in zip(found[1:], truth[1:], strict=True):
         assert 1e-7 < (f - t).abs().max() / t.abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("capability, autocast, expected", [
-    (9, True, {"cross_entropy": "autocast", "cosine_linear": "autocast", "euclidean": "split", "cosine": "split", "manhattan": "float32"}),
-    (9, False, {"cross_entropy": "float32", "cosine_linear": "float32", "euclidean": "split", "cosine": "split", "manhattan": "float32"}),
-    (7, True, {"cross_entropy": "autocast", "euclidean": "float32", "manhattan": "float32"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, autocast, expected",
+    [
+        (
+            9,
+            True,
+            {
+                "cross_entropy": "autocast",
+                "cosine_linear": "autocast",
+                "euclidean": "split",
+                "cosine": "split",
+                "manhattan": "float32",
+            },
+        ),
+        (
+            9,
+            False,
+            {
+                "cross_entropy": "float32",
+                "cosine_linear": "float32",
+                "euclidean": "split",
+                "cosine": "split",
+                "manhattan": "float32",
+            },
+        ),
+        (7, True, {"cross_entropy": "autocast", "euclidean": "float32", "manhattan": "float32"}),
+    ],
+)
 def test_precision_auto(capability, autocast, expected, monkeypatch):
     """What `auto` stands for on CUDA, by the card's compute capability."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
