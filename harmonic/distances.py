@@ -90,14 +90,19 @@ class Distance:
         taken = {k: v for k, v in options.items() if k in self.options and k in known}
         return taken | self.constants
 
-    def map_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The user's options and trained parameters that the map takes, prepared."""
-        if self.map is None:
-            return {}
+    def map_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of a user's options that the map takes."""
         known = KERNELS[self.kernel].options
-        options = {k: v for k, v in settings.items() if k in self.options and k not in known}
+        return {k: v for k, v in options.items() if k in self.options and k not in known}
+
+    def prepared(self, settings: dict[str, Any]) -> dict[str, Tensor]:
+        """The trained parameters among the settings, as the map takes them."""
         trained = {k: v for k, v in settings.items() if k not in self.options}
-        return options | self.map.prepare(**trained)
+        return self.map.prepare(**trained) if self.map else {}
+
+    def map_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All that the map takes, of options and trained parameters."""
+        return self.map_options(settings) | self.prepared(settings)
 
 
 def _half(**options: Any) -> float:
@@ -283,6 +288,16 @@ _SAME_AS = {
 }
 
 
+def _positive(name: str, key: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: {key} must be a positive number, got {value!r}") from None
+    if not number > 0:
+        raise ValueError(f"{name}: {key} must be positive, got {number}")
+    return number
+
+
 def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
     """Looks a head up: -> (its row, its settings with defaults filled in). A setting is an option
     or a trained parameter.
@@ -301,11 +316,9 @@ def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
             has = f"; it has {', '.join(valid)}" if valid else ""
             raise ValueError(f"{name} has no setting {key!r}{has}")
     for key, value in row.options.items():
-        settings.setdefault(key, value)
-        if not settings[key] > 0:
-            raise ValueError(f"{name}: {key} must be positive, got {settings[key]}")
+        settings[key] = _positive(name, key, settings.get(key, value))
     for key in row.options:
-        same = _SAME_AS.get((name, key, float(settings[key])))
+        same = _SAME_AS.get((name, key, settings[key]))
         if same:
             return HEADS[same], {}
     return row, settings

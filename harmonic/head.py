@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harmonic.distances import Distance, resolve
 from harmonic.links import resolve_strength
-from harmonic.loss import IGNORE_INDEX, SKIP, harmonic_logits, harmonic_loss
+from harmonic.loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
 from harmonic.pairwise import exactly, log_pairs, operands, paired_distance
 from harmonic.precision import PRECISIONS, Products, choose_products
 
@@ -76,6 +76,13 @@ class HarmonicHead(nn.Module):
                 else "an exponent: set learn_exponent"
             )
             raise ValueError(f"the {link} link has {has}")
+        if scale is not None and link == "harmonic" and not distance.is_control:
+            raise ValueError(
+                f"scale={scale} is for link=softmax: the harmonic link has an exponent"
+            )
+        if n_embd < 1 or vocab_size < 1:
+            raise ValueError(f"a table of {vocab_size} prototypes of {n_embd} coordinates is empty")
+        check_how(impl, skip)
         if bias and name != "cross_entropy":
             raise ValueError(f"{name} takes no bias")
         if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
@@ -145,7 +152,9 @@ class HarmonicHead(nn.Module):
 
     @torch.no_grad()
     def set_strength(self, value: float) -> None:
-        """Sets n or s."""
+        """Sets n or s. ValueError for what is not positive."""
+        if not 0 < value < math.inf:
+            raise ValueError(f"the strength must be a positive number, got {value}")
         self.fixed_strength = value
         if self.log_strength is not None:
             self.log_strength.fill_(math.log(value))
@@ -218,7 +227,8 @@ class HarmonicHead(nn.Module):
         }
 
     def forward(self, h: Tensor) -> Tensor:
-        """(..., C) -> logits (..., real_vocab_size)."""
+        """(..., C) -> logits (..., real_vocab_size). torch.compile breaks its graph here; at
+        `loss` it does not."""
         return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
 
     def loss(

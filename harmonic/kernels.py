@@ -1,4 +1,4 @@
-"""The five kernels in plain PyTorch: raw values for all (token, prototype) pairs, exact and
+"""The kernels in plain PyTorch: raw values for all (token, prototype) pairs, exact and
 differentiable, on any device.
 
     l2        sum (x - y)^2                     one matmul, and the difference where that cancels

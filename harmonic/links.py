@@ -5,6 +5,7 @@ softmax    logit_v = -s d(h, w_v)       the same geometry without HarMax: its co
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def resolve_exponent(name: str, dim: int, exponent: float | str | Tensor | None 
     n = exponent
     if isinstance(exponent, str) and exponent in EXPONENTS:
         n = EXPONENTS[exponent](dim)
-    if not isinstance(n, int | float) or not 0 < n < math.inf:
+    if not isinstance(n, numbers.Real) or not 0 < n < math.inf:
         raise ValueError(
             f"exponent must be a positive number or one of {', '.join(EXPONENTS)}, got {exponent!r}"
         )
@@ -83,10 +84,12 @@ def resolve_strength(
         raise ValueError(f"unknown link {link!r}; choose from {', '.join(LINKS)}")
     chosen = scale if link == "softmax" else exponent
     if isinstance(chosen, Tensor):
+        if chosen.dim():
+            raise ValueError(f"exponent and scale are numbers, got a tensor {tuple(chosen.shape)}")
         return link, chosen
     if link == "harmonic":
         return link, resolve_exponent(name, dim, exponent)
     s = default_scale(name, dim, exponent, **settings) if scale is None else scale
-    if not 0 < s < math.inf:
+    if not isinstance(s, numbers.Real) or not 0 < s < math.inf:
         raise ValueError(f"scale must be a positive number, got {scale!r}")
     return link, float(s)

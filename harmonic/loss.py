@@ -27,7 +27,7 @@ from torch import Tensor
 
 from harmonic.backends import IMPLS, Problem, Spec
 from harmonic.backends.autograd import evaluate
-from harmonic.distances import resolve
+from harmonic.distances import HEADS, resolve
 from harmonic.links import logits, resolve_strength
 from harmonic.pairwise import check_vectors, draw_seed, exactly, fast_log_pairs, operands, together
 from harmonic.precision import choose_products
@@ -59,11 +59,12 @@ def harmonic_logits(  # noqa: PLR0913
             of `EXPONENTS`, None = the default.
         link: "harmonic" (-n log d) or "softmax" (-s d).
         scale: s; None = matched to the exponent by `default_scale`.
-        bias: (V,), for "cross_entropy" only.
+        bias: (V,), for "cross_entropy" only; of a loss with padded rows: (rows,).
         training: draws the noise of hamming_gumbel.
         settings: the distance's options and trained parameters, see `distance`.
     Raises: ValueError for unknown names, non-positive numbers, mismatched sizes.
     """
+    check_bias(bias, name, len(w), h.device)
     with exactly(h.device):
         both = operands(h.reshape(-1, h.shape[-1]), w, name, training, **settings)
         link, strength = resolve_strength(name, w.shape[-1], link, exponent, scale, **settings)
@@ -103,35 +104,50 @@ def harmonic_loss(  # noqa: PLR0913
         differ, integer vectors; on a CPU also for targets out of range and vectors that are not
         finite (elsewhere the check would wait for the device: a NaN comes out).
     """
-    distance, kept = resolve(name, **settings)
+    distance, filled = resolve(name, **settings)
     link, strength = resolve_strength(name, w.shape[-1], link, exponent, scale, **settings)
     rows = len(w) if rows is None else rows
-    _check(h, w, targets, impl, reduction, skip, rows)
+    check_how(impl, skip)
+    check_bias(bias, name, rows, h.device)
+    _check(h, w, targets, reduction, rows)
     precision = "float32" if impl == "dense" else precision  # The others are compared with it.
     products = choose_products(precision, distance.kernel, h.device)
-    options = {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
-    trained = {k: v for k, v in distance.map_settings(kept).items() if isinstance(v, Tensor)}
-    how = (ignore_index, reduction, impl, skip, products, check_finite)
+    options = {k: float(v) for k, v in settings.items() if k in HEADS[name].options}
+    trained = distance.prepared(filled)
+    how = (ignore_index, reduction, impl, float(skip), products, check_finite)
     spec = Spec(name, options, link, list(trained), rows, *how)
     states, prototypes = together(h.reshape(-1, h.shape[-1]), w)
     if not isinstance(strength, Tensor):  # Filled there: a GPU need not wait for a copy.
         strength = torch.full((), strength, device=states.device)
+    bias = None if bias is None else bias.to(states)
     tensors = (states, prototypes, targets.reshape(-1).long(), strength.to(states), bias)
     problem = Problem(*tensors, list(trained.values()), draw_seed(distance, training), spec)
     losses = evaluate(problem)
     return losses.view(targets.shape) if reduction == "none" else losses
 
 
-def _check(
-    h: Tensor, w: Tensor, targets: Tensor, impl: str, reduction: str, skip: float, rows: int
-) -> None:
-    """ValueError for arguments of `harmonic_loss` that it could not honour."""
+def check_how(impl: str, skip: float) -> None:
+    """ValueError for no way to compute a loss."""
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}")
     if not 0 <= skip < 1:
         raise ValueError(f"skip must be in [0, 1), got {skip}")
+
+
+def check_bias(bias: Tensor | None, name: str, rows: int, device: torch.device) -> None:
+    """ValueError for a bias that does not fit."""
+    if bias is None:
+        return
+    if name != "cross_entropy":
+        raise ValueError(f"{name} takes no bias")
+    if bias.shape != (rows,) or bias.device != device:
+        raise ValueError(f"bias {tuple(bias.shape)} on {bias.device} is not ({rows},) on {device}")
+
+
+def _check(h: Tensor, w: Tensor, targets: Tensor, reduction: str, rows: int) -> None:
+    """ValueError for arguments of `harmonic_loss` that it could not honour."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}")
     check_vectors(h, w)
     if targets.shape != h.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not match h {tuple(h.shape)}")

@@ -26,6 +26,7 @@ class Map:
     prepare: (**parameters) -> the settings that the function takes in their place, computed once.
     noisy: it draws noise while training.
     cheap: a few operations a coordinate, so that it may be computed again to save memory.
+    multiplies: its function takes `products`, too: how to multiply matrices, see `precision.py`.
     straight_through: its gradient is a surrogate's, not its derivative.
     """
 
@@ -34,6 +35,7 @@ class Map:
     prepare: Callable[..., dict[str, Any]] = lambda **parameters: parameters
     noisy: bool = False
     cheap: bool = True
+    multiplies: bool = False
     straight_through: bool = False
 
 
@@ -131,8 +133,13 @@ FULL = Map(
     parameters=lambda dim: {"factor": torch.eye(dim) * math.sqrt(1 - EPSILON_FULL)},
     prepare=_positive,
     cheap=False,
+    multiplies=True,
 )
 TRIANGULAR = Map(
-    _linear, parameters=lambda dim: {"factor": torch.eye(dim)}, prepare=_triangle, cheap=False
+    _linear,
+    parameters=lambda dim: {"factor": torch.eye(dim)},
+    prepare=_triangle,
+    cheap=False,
+    multiplies=True,
 )
 DIAGONAL = Map(_diagonal, parameters=lambda dim: {"theta": torch.zeros(dim)})

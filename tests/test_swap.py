@@ -568,14 +568,26 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArgumen
 from harmonic import swap_head
 
 torch.manual_seed(0)
-sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128)
+sizes = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=128,
+)
 model = Qwen2ForCausalLM(Qwen2Config(vocab_size=500, **sizes))
 swap_head(model, "cosine", exponent=8.0)
 
 starts = torch.randint(500, (256, 1))  # texts that count in threes
 rows = [{"input_ids": x, "labels": x} for x in (starts + 3 * torch.arange(32)) % 500]
 arguments = TrainingArguments(
-    "out/trainer", max_steps=60, per_device_train_batch_size=16, learning_rate=3e-3, report_to=[], save_strategy="no", use_cpu=True
+    "out/trainer",
+    max_steps=60,
+    per_device_train_batch_size=16,
+    learning_rate=3e-3,
+    report_to=[],
+    save_strategy="no",
+    use_cpu=True,
 )
 trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:32])
 trainer.train()

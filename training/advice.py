@@ -57,12 +57,8 @@ def slow_settings(
         found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
     kernel = HEADS[model.head].kernel
     if kernel in ("dot", "l2"):
-        if (
-            device == "cuda"
-            and model.head_precision == "float32"
-            and dtype != "float32"
-            and torch.cuda.is_bf16_supported(False)
-        ):
+        faster = kernel == "l2" or dtype != "float32"  # A dot product follows the trunk's type.
+        if device == "cuda" and model.head_precision == "float32" and faster:
             found.append(
                 "head_precision=float32 keeps the head off the tensor cores: use"
                 " --head_precision=auto"

@@ -31,8 +31,8 @@ class Spec:
 
     name, options: of the distance, as in `resolve`. link: "harmonic", "softmax" or "control".
     parameters: the names of the map's trained settings. rows: how many rows of the table are
-    prototypes; the rest is padding. training, ignore_index, reduction, impl, skip, check_finite:
-    see `harmonic_loss`. products: how matrices are multiplied.
+    prototypes; the rest is padding. products: how matrices are multiplied. ignore_index, reduction,
+    impl, skip, check_finite: see `harmonic_loss`.
     """
 
     name: str
@@ -135,12 +135,9 @@ class Problem:
     def map_settings(self, parameters: list[Tensor]) -> dict[str, Any]:
         """What the distance's map takes, with these tensors as the trained ones."""
         distance, options = resolve(self.spec.name, **self.spec.options)
-        if distance.map is None:
-            return {}
-        settings = {k: v for k, v in options.items() if k not in self.kernel_options}
+        settings = distance.map_options(options)
         settings |= dict(zip(self.spec.parameters, parameters, strict=True))
-        # A map that is not cheap is a matrix product, too.
-        if self.spec.products.name == "split" and not distance.map.cheap:
+        if self.spec.products.name == "split" and distance.map and distance.map.multiplies:
             settings["products"] = self.spec.products
         return settings
 
@@ -198,18 +195,17 @@ def choose(problem: Problem) -> Backend:
     if impl == "chunked":
         return chunked
     suited = "triton" if problem.states.device.type == "cuda" else "numba"
-    for name in [suited] if impl == "auto" else [impl]:
-        module = load(name)
-        if module is None:
-            reason = f"the package {name} is not installed"
-        else:
-            backend: Backend = module.BACKEND
-            found = backend.supports(problem)
-            if found is None:
-                return backend
-            reason = found
-        if impl != "auto" and problem.finite:
-            raise ValueError(f"impl={name!r}: {reason}. impl='chunked' computes any loss")
+    name = suited if impl == "auto" else impl
+    module = load(name)
+    reason = f"the package {name} is not installed"
+    if module is not None:
+        backend: Backend = module.BACKEND
+        found = backend.supports(problem)
+        if found is None:
+            return backend
+        reason = found
+    if impl != "auto" and problem.finite:
+        raise ValueError(f"impl={impl!r}: {reason}. impl='chunked' computes any loss")
     return chunked
 
 

@@ -202,6 +202,9 @@ def _log(x):
 
 
 # the templates
+#
+# Their names `add`, `put` and `pull` are open: `_compile` below puts `_add`, `_put` and `_pull` in
+# for them, and in those a kernel's own `term`, `slope`, `join` and `end`.
 
 
 def _forward(x, y, raw, first, p):

@@ -295,6 +295,31 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
             lambda h, w, y: harmonic_loss(h.double(), w, y, "manhattan", impl="numba"),
             "needs a CPU and float32",
         ),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "minkowski", p="two"),
+            "p must be a positive number",
+        ),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "cosine", exponent=torch.ones(2)),
+            r"a tensor \(2,\)",
+        ),
+        (lambda h, w, y: harmonic_loss(h, w, y, "manhattan", bias=torch.zeros(V)), "takes no bias"),
+        (
+            lambda h, w, y: harmonic_loss(h, w, y, "cross_entropy", bias=torch.zeros(9)),
+            r"bias \(9,\)",
+        ),
+        (
+            lambda h, w, y: harmonic_logits(h, w, "cross_entropy", bias=torch.zeros(9)),
+            r"bias \(9,\)",
+        ),
+        (lambda h, w, y: HarmonicHead(C, V, "cosine", scale=3.0), "link=softmax"),
+        (lambda h, w, y: HarmonicHead(C, V, "cosine", impl="cuda"), "unknown impl 'cuda'"),
+        (lambda h, w, y: HarmonicHead(C, V, "cosine", skip=3.0), r"skip must be in \[0, 1\)"),
+        (lambda h, w, y: HarmonicHead(C, 0, "cosine"), "0 prototypes"),
+        (
+            lambda h, w, y: HarmonicHead(C, V, "cosine").set_strength(-3),
+            "must be a positive number",
+        ),
         (lambda h, w, y: distance(h, w, "cross_entropy"), "a control, not a distance"),
         (lambda h, w, y: HarmonicHead(C, V, "cross_entropy", learn_exponent=True), "no exponent"),
         (lambda h, w, y: HarmonicHead(C, V, "cosine", learn_scale=True), "set learn_exponent"),
@@ -363,4 +388,21 @@ def test_hamming_gumbel_is_noisy_only_while_training():
     assert torch.equal(logits("hamming_gumbel"), logits("hamming_soft"))
     assert not torch.equal(
         logits("hamming_gumbel", training=True), logits("hamming_gumbel", training=True)
+    )
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    """NumPy's scalars and 0-dim tensors, as options and as settings of the loss."""
+    import numpy as np
+
+    h, w = vectors(torch.float32)
+    y = torch.arange(N)
+    expected = harmonic_loss(h, w, y, "minkowski", p=3.0, exponent=8.0, skip=1e-6)
+    for number in (np.float64, np.float32, torch.tensor):
+        settings = {"p": number(3.0), "exponent": number(8.0), "skip": np.float64(1e-6)}
+        assert torch.equal(harmonic_loss(h, w, y, "minkowski", **settings), expected)
+    bias = torch.randn(V)
+    lower = harmonic_loss(h, w, y, "cross_entropy", bias=bias.bfloat16())
+    torch.testing.assert_close(
+        lower, harmonic_loss(h, w, y, "cross_entropy", bias=bias.bfloat16().float())
     )

@@ -57,6 +57,9 @@ EPILOGUES = [
     Epilogue(k, o, link, root=root) for k, o, root in KERNELS for link in ("harmonic", "softmax")
 ]
 EPILOGUES += [Epilogue("dot", link="control", factor=1.0)]
+# A kernel that is new: with its defaults.
+NEW = {k for k in kernels.KERNELS if gpu._find(Epilogue(k))} - {e.kernel for e in EPILOGUES}
+EPILOGUES += [Epilogue(k, link=link) for k in sorted(NEW) for link in ("harmonic", "softmax")]
 ONE_LINK = [e for e in EPILOGUES if e.link != "softmax"]
 
 
