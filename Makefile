@@ -69,10 +69,10 @@ gpu: $(VENV)/installed
 
 # Rows that results/faults.csv has are not tried again; delete it to begin anew.
 faults: $(VENV)/installed data/wiki/meta.json
-	$(RUN) -m faults.storm
+	$(RUN) -m tests.faults.storm
 
 multinode: $(VENV)/installed data/wiki/meta.json
-	$(RUN) -m faults.multinode
+	$(RUN) -m tests.faults.multinode
 
 # Runs that results/heads.csv has are not repeated.
 study: $(VENV)/installed data/wikitext2/meta.json data/imdb_bpe/meta.json

@@ -10,7 +10,7 @@ fixed noise.
 
 With --documents each document is scored alone, behind an end-of-text token, as
 lm-evaluation-harness does; its words and bytes are counted as there, so that word_perplexity,
-byte_perplexity and bits_per_byte are its own (`analysis.harness` makes the task).
+byte_perplexity and bits_per_byte are its own (`interop.lm_eval` makes the task).
 
 With --detail some tokens are looked at one by one: calibration, and the loss by position, frequency
 and distance to the nearest prototype (`analysis.calibration`). With --corpus another prepared

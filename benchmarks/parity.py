@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from interop import pretrained
 from model import Model, ModelConfig
-from training import pretrained
 from training.config import cli, parse
 from training.packages import package_files
 

@@ -41,10 +41,10 @@ from benchmarks.head import write
 from harmonic import HEADS as TABLE
 from harmonic import HarmonicHead, harmonic_loss, match
 from harmonic.precision import FLOAT32, SPLIT, Products
+from interop.pretrained import states as training_states
 from model import Model
 from training.config import cli, parse
 from training.data import Data
-from training.pretrained import states as training_states
 
 HEADS = ("cross_entropy", "euclidean", "cosine", "mahalanobis")
 STATES = 64

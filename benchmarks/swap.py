@@ -21,7 +21,7 @@ from analysis.perplexity import likelihood
 from analysis.runs import find_runs
 from benchmarks.head import exponent
 from harmonic import HEADS
-from training import pretrained
+from interop import pretrained
 from training.config import UserError, cli, parse
 
 SETTINGS = [(name, {}) for name in HEADS if name != "cross_entropy"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, script
 
-from training import checkpoint, export
+from interop import export
+from training import checkpoint
 from training.config import cli
 from training.tokenizer import load_tokenizer, rust_tokenizer
 
@@ -249,8 +250,8 @@ def test_the_harness_measures_what_perplexity_measures(tiny_data, tmp_path):
     }
     for command in (
         ["train.py", *(f"--{k}={v}" for k, v in flags.items())],
-        ["-m", "training.export", tmp_path / "run", f"--to={tmp_path / 'model'}"],
-        ["-m", "analysis.harness", tiny_data, "--split=val", f"--to={tmp_path / 'tasks'}"],
+        ["-m", "interop.export", tmp_path / "run", f"--to={tmp_path / 'model'}"],
+        ["-m", "interop.lm_eval", tiny_data, "--split=val", f"--to={tmp_path / 'tasks'}"],
         [
             "-m",
             "analysis.perplexity",

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, script
 
 from benchmarks import scaling, train_speed
-from faults import storm
+from tests.faults import storm
 from training.config import UserError, parse
 
 
@@ -38,7 +38,7 @@ def test_a_small_storm(tiny_data, tmp_path):
     for _ in range(2):
         done = script(
             "-m",
-            "faults.storm",
+            "tests.faults.storm",
             "--only=damage",
             "--trials=2",
             f"--dataset={tiny_data}",

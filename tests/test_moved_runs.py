@@ -14,7 +14,7 @@ READERS = {
     "resume": ("train.py", "--init_from=resume", "--max_iters=4", "--out_dir=RUN"),
     "start": ("train.py", "--init_from=RUN", "--eval_only", "--out_dir=new", "--dataset=DATA"),
     "sample": ("sample.py", "--out_dir=RUN", "--max_new_tokens=2", "--start=the"),
-    "export": ("-m", "training.export", "RUN", "--to=exported"),
+    "export": ("-m", "interop.export", "RUN", "--to=exported"),
     "perplexity": ("-m", "analysis.perplexity", "RUN"),
     "gradients": ("-m", "analysis.gradients", "RUN"),
 }

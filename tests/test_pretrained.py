@@ -11,8 +11,9 @@ from conftest import TINY, script
 from safetensors.torch import load_file, save_file
 
 from benchmarks import parity
+from interop import pretrained
 from model import ModelConfig
-from training import checkpoint, pretrained
+from training import checkpoint
 from training.config import UserError
 from training.distributed import launcher
 

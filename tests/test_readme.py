@@ -208,7 +208,7 @@ def test_snippets_work():
 
 
 def test_help_lists_every_key():
-    for words in (["-m", "training.export"], ["-m", "analysis.harness"]):
+    for words in (["-m", "interop.export"], ["-m", "interop.lm_eval"]):
         assert script_here(*words, "--help").stdout.count("(type:") > 2
     for words in (
         ["train.py"],

@@ -19,9 +19,9 @@ import yaml
 from conftest import ROOT, TINY, script
 from safetensors.torch import load_file
 
-from faults.storm import workers
 from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
 from model import Model, ModelConfig, adamw
+from tests.faults.storm import workers
 from training import advice, checkpoint
 from training.config import TrainConfig
 from training.data import load_data
@@ -861,7 +861,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
 def test_what_counts_as_a_restart(tmp_path, monkeypatch):
     """Only a run that the same torchrun has begun: not one that it was refused, nor one that it was
     to replace."""
-    from train import begun_by_this_torchrun
+    from training.start import begun_by_this_torchrun
 
     path = tmp_path / "environment.json"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")

@@ -209,15 +209,10 @@ def cli(main: typing.Callable):
     try:
         main()
     except UserError as error:
-        script = Path(sys.argv[0])
-        module = script.parent.name in (
-            "analysis",
-            "benchmarks",
-            "faults",
-            "studies",
-            "training",
-        )  # rooms whose scripts run as modules
-        name = f"python -m {script.parent.name}.{script.stem}" if module else script.name
+        script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+        name = script.name
+        if script.is_relative_to(root) and script.parent != root:  # in a room: run as a module
+            name = f"python -m {'.'.join(script.relative_to(root).with_suffix('').parts)}"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1001,6 +1001,7 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
         for first, block in work.y.blocks():
             into = work.dy[first : first + len(block)]
             into.mul_(-2).addcmul_(block, sums[first : first + len(block), None], value=2)
+    work.raw = work.slope = work.shares = None  # What follows needs memory of its own.
     terms = work.sides.u is not None
     du, dv = (work.row_sums, sums) if terms else (None, None)
     dbias = None if problem.bias is None else sums

@@ -1,7 +1,7 @@
 """Two machines, as network namespaces with their own addresses and a cable between them: trains,
 cuts the cable, puts it back.
 
-    sudo python -m faults.multinode          # about two minutes; writes results/multinode.txt
+    sudo python -m tests.faults.multinode          # about two minutes; writes results/multinode.txt
 
 Each side runs `torchrun --nnodes=2` as on two real machines, with the rendezvous over c10d; what
 they share is the folder of the run. In mid-run the link between them goes down for longer than
@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.storm import command, finish, newest_iteration, wait_until
+from tests.faults.storm import command, finish, newest_iteration, wait_until
 from training.config import UserError, cli, parse
 from training.verify import history, written
 

@@ -1,6 +1,6 @@
 """A run as a folder in Hugging Face's format: configuration, safetensors, tokenizer, model card.
 
-    python -m training.export out/run --to=DIR
+    python -m interop.export out/run --to=DIR
 
 cross_entropy becomes transformers' own GPT2LMHeadModel, BertForMaskedLM, Qwen2ForCausalLM or
 Qwen3ForCausalLM. A harmonic head is kept by a small modelling file in the folder:
@@ -19,11 +19,11 @@ from typing import Literal
 
 import torch
 
+from interop.pretrained import ACTIVATIONS, HEADS, TABLES, TRUNK, layout
 from model import Model, ModelConfig, has_bias
 from training import checkpoint
 from training.config import UserError, cli, parse
 from training.data import tokenizer_folder
-from training.pretrained import ACTIVATIONS, HEADS, TABLES, TRUNK, layout
 from training.telemetry import energy, read_metrics
 from training.tokenizer import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 
@@ -76,7 +76,7 @@ def config_of(c: ModelConfig, tokenizer: Tokenizer):
     """A model's configuration as transformers'."""
     import transformers
 
-    from training import modeling_harmonic
+    from interop import modeling_harmonic
 
     kind = kind_of(c)
     settings = dict(
@@ -140,7 +140,7 @@ def model_of(model: Model, tokenizer: Tokenizer):
     """The same model as transformers', without padded rows."""
     import transformers
 
-    from training import modeling_harmonic
+    from interop import modeling_harmonic
 
     rows = max(
         model.config.real_vocab_size, tokenizer.mask_id + 1 if model.config.arch == "bert" else 0

@@ -2,11 +2,11 @@ r"""Tasks for lm-evaluation-harness (PyPI lm_eval) from a prepared split.
 
 The likelihood of its documents, and a choice between endings.
 
-    python -m analysis.harness wikitext2 --split=test --to=out/tasks
+    python -m interop.lm_eval wikitext2 --split=test --to=out/tasks
     lm_eval run --model hf --model_args pretrained=DIR,trust_remote_code=True \
         --tasks wikitext2_test,wikitext2_test_choice --include_path out/tasks
 
-DIR is a folder of `python -m training.export`. The first task gives the word_perplexity,
+DIR is a folder of `python -m interop.export`. The first task gives the word_perplexity,
 byte_perplexity and bits_per_byte that
 `python -m analysis.perplexity --documents` gives. The second: 24 words of a paragraph, and four
 endings of 12

@@ -1,8 +1,8 @@
 """Breaks real runs in every way that runs break, and looks at what is left.
 
     # all of it, about 40 minutes on 2 cores; adds to results/faults.csv what is missing
-    python -m faults.storm
-    python -m faults.storm --only=kills --trials=10
+    python -m tests.faults.storm
+    python -m tests.faults.storm --only=kills --trials=10
 
 kills     SIGKILL at random moments, half of them while a checkpoint is being written; one process,
           and two under torchrun

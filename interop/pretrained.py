@@ -2,7 +2,7 @@
 the swap of their heads.
 
 One table says which tensor of transformers' GPT-2, BERT, Qwen2 and Qwen3 is which of model.py;
-`training.export` reads it the other way. Weights come from safetensors. A pickle is read for
+`interop.export` reads it the other way. Weights come from safetensors. A pickle is read for
 nanoGPT's checkpoints alone, by PyTorch's loader that executes nothing.
 """
 

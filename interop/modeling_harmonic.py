@@ -1,7 +1,7 @@
 """transformers' GPT-2, BERT, Qwen2 and Qwen3 with a harmonic head: the logit of token v is -n log
 d(h, w_v).
 
-`python -m training.export` puts this file into the folder of a model, and beside it the parts of
+`python -m interop.export` puts this file into the folder of a model, and beside it the parts of
 the package `harmonic` that it needs. Where that package is installed it is used instead: it has
 compiled kernels.
 """

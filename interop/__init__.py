@@ -1,0 +1,1 @@
+"""Models in and out: other projects' checkpoints, Hugging Face folders, lm-evaluation-harness."""

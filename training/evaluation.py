@@ -1,0 +1,81 @@
+"""The validation loss of a run: the same windows at every evaluation, whatever the processes."""
+
+import contextlib
+import math
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from harmonic import IGNORE_INDEX, softmax_linearization_kl
+from model import Model, ModelConfig
+from training.config import TrainConfig
+from training.data import Data, validation_batches, validation_windows
+from training.distributed import Processes
+
+STATES = 256  # show how far the head is from a softmax
+
+
+class Evaluation:
+    """The unsmoothed negative log likelihood of the fixed validation windows, summed over all
+    processes and divided once. Draws nothing from training's random state."""
+
+    def __init__(
+        self,
+        data: Data,
+        m: ModelConfig,
+        c: TrainConfig,
+        processes: Processes,
+        autocast: contextlib.AbstractContextManager,
+    ):
+        self.data, self.m, self.processes, self.autocast = data, m, processes, autocast
+        self.split, self.batch_size = data.splits["val"], c.batch_size
+        self.windows = validation_windows(
+            self.split.tokens, m.block_size, c.eval_iters * c.batch_size
+        )
+        # The same number in all processes, for those of FSDP work together.
+        self.rounds = math.ceil(math.ceil(len(self.windows) / processes.world) / self.batch_size)
+
+    def __call__(self, model: Model) -> dict[str, float]:
+        """val_loss (nats a token), perplexity, and bits_per_byte, kl_to_softmax and strength where
+        there are such."""
+        model.eval()
+        with torch.no_grad(), self.autocast:
+            total = self._sums(model)
+            kl = self._distance_from_a_softmax(model)
+            learnt = None if model.head.log_strength is None else model.head.strength.item()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # what no backward pass does here
+        model.train()
+        device = self.processes.device
+        total = self.processes.reduce(total.to(device if device.startswith("cuda") else "cpu"))
+        loss = (total[0] / total[1]).item()
+        found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+        if self.m.arch != "bert":  # masked prediction gives no likelihood of a text
+            # the split's own tokens per byte: the windows are an even sample of it
+            found["bits_per_byte"] = loss / math.log(2) * self.split.tokens / self.split.bytes
+        if kl is not None:
+            found["kl_to_softmax"] = kl
+        if learnt is not None:
+            found["strength"] = learnt
+        return found
+
+    def _batches(self, windows: list[int], size: int):
+        return validation_batches(self.data, self.m.arch, self.m.block_size, windows, size)
+
+    def _sums(self, model: Model) -> torch.Tensor:
+        """Of this process's windows: (loss, targets)."""
+        share = self.processes.share(len(self.windows))
+        batches = self._batches(self.windows[share.start : share.stop], self.batch_size)
+        length, total = self.m.block_size, torch.zeros(2, dtype=torch.float64)
+        nothing = torch.zeros(1, length, dtype=torch.long), torch.full((1, length), IGNORE_INDEX)
+        for _ in range(self.rounds):
+            x, y = (t.to(self.processes.device) for t in next(batches, nothing))
+            loss, targets = model(x, y, reduction="sum")[1].item(), (y != IGNORE_INDEX).sum().item()
+            total += torch.tensor([loss, targets], dtype=torch.float64)
+        return total
+
+    def _distance_from_a_softmax(self, model: Model) -> float | None:
+        few = self.windows[: max(1, STATES // self.m.block_size)]
+        x, _ = next(self._batches(few, len(few)))
+        states = model.hidden(x.to(self.processes.device)).reshape(-1, self.m.n_embd)[:STATES]
+        return softmax_linearization_kl(states, model.head)

@@ -1,0 +1,167 @@
+"""What a run says while it trains: a line in the terminal, rows in metrics.jsonl."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from training.advice import about_products, senseless_settings, slow_settings
+from training.config import TrainConfig
+from training.distributed import Processes
+from training.step import Gradients, Step
+from training.telemetry import Metrics, duration, listed, peak_flops
+
+
+class NotFinite(Exception):
+    """A loss or gradient that is not finite: every process raises it at the same iteration."""
+
+
+@dataclass
+class Work:
+    """What an iteration is: tokens and targets over all processes, floating-point operations of a
+    token."""
+
+    tokens: int
+    targets: int
+    flops_per_token: float
+
+
+class Log:
+    """Collects steps and writes them together, for reading a number waits for the device."""
+
+    def __init__(
+        self,
+        c: TrainConfig,
+        processes: Processes,
+        gradients: Gradients,
+        work: Work,
+        metrics: Metrics | None,
+        say: Callable,
+        first: int,
+    ):
+        self.c, self.processes, self.gradients, self.work = c, processes, gradients, work
+        self.metrics, self.say, self.first = metrics, say, first
+        self.peak = peak_flops(processes.device)
+        self.scaled = False  # float16: a gradient that overflows is no fault
+        self.pending: list[Step] = []
+        self.began = self.clock = time.perf_counter()
+
+    def restart_clock(self):
+        """Time that was not spent on training does not count as such."""
+        self.clock = time.perf_counter()
+
+    def flush(self, iteration: int):
+        """Moves the pending steps off the device, adds them up over the processes and writes them.
+
+        Raises: NotFinite, with --on_nan=stop.
+        """
+        if not self.pending:
+            return
+        rows = torch.stack([step.numbers() for step in self.pending])
+        rows = rows.double().cpu() if rows.device.type == "mps" else rows.double()
+        own = rows[:, 0].tolist()  # waits for the device
+        now = time.perf_counter()
+        p = self.processes
+        sums, least = p.reduce(rows[:, :2].contiguous()), p.reduce(rows[:, 2].contiguous(), "min")
+        table = torch.cat((sums, least[:, None], rows[:, 3:]), 1).tolist()
+        speed = len(self.pending) * self.work.tokens / (now - self.clock)
+        mfu = speed * self.work.flops_per_token / (self.peak * p.world) if self.peak else None
+        for j, (step, numbers) in enumerate(zip(self.pending, table, strict=True)):
+            record = self._record(iteration - len(table) + j, step, numbers)
+            record |= {"tokens_per_s": speed, "elapsed_s": now - self.began}
+            if mfu is not None:
+                record["mfu"] = mfu
+            if self.metrics:
+                self.metrics.write(record)
+            if self.c.on_nan == "stop":
+                self._check(record, step, numbers[0], own[j])
+        self._print(iteration, record, speed, mfu, now)
+        self.pending, self.clock = [], time.perf_counter()
+
+    def _record(self, iteration: int, step: Step, numbers: list[float]) -> dict[str, float]:
+        """The row of metrics.jsonl of a step; numbers: see `step.NAMES`."""
+        loss, distance, nearest, norm, norm_head, norm_trunk, radius = numbers
+        record = {
+            "iter": iteration,
+            "train_loss": loss / self.work.targets,
+            "lr": torch.tensor(step.lr).item(),
+            "grad_norm": norm,
+            "grad_norm_head": norm_head,
+            "grad_norm_trunk": norm_trunk,
+            "prototype_radius": radius,
+        }
+        if not self.gradients.model.head.is_control:
+            record["target_distance_min"] = nearest
+            record["target_distance_mean"] = distance / self.work.targets
+        if self.c.on_nan == "skip":
+            record["skipped"] = step.skipped
+        return record
+
+    def _check(self, record: dict, step: Step, loss: float, own: float):
+        """NotFinite for a loss or a gradient that is not; own: this process's part of the loss."""
+        norm = record["grad_norm"]
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaled):
+            return
+        parts = self.processes.gather(own)
+        ranks = [r for r, x in enumerate(parts) if not math.isfinite(x)]
+        what = f"gradient norm {norm}"
+        if not math.isfinite(loss):
+            what = f"loss {loss / self.work.targets}"
+        if ranks:
+            what += f" on rank {listed(ranks)}"
+        raise not_finite(record["iter"], what, self.gradients.not_finite(step.squares))
+
+    def _print(self, iteration: int, record: dict, speed: float, mfu: float | None, now: float):
+        c, skipped = self.c, self.pending[-1].skipped
+        left = (now - self.began) / (iteration - self.first) * (c.max_iters - iteration)
+        line = (
+            f"iter {iteration:>{len(str(c.max_iters))}}/{c.max_iters}"
+            f"  loss {record['train_loss']:.4f}  lr {record['lr']:.2e}"
+            f"  grad norm {record['grad_norm']:.3f}  {speed:,.0f} tokens/s"
+        )
+        if mfu is not None:
+            line += f"  mfu {mfu:.1%}"
+        line += f"  ETA {duration(left)}"
+        if skipped:
+            line += f"  {skipped} skipped"
+        self.say(line, flush=True)
+
+
+def not_finite(iteration: int, what: str, gradients: list[str]) -> NotFinite:
+    """What is said of it."""
+    where = f"; gradients that are not finite: {listed(gradients)}" if gradients else ""
+    return NotFinite(f"stopped: {what} at iteration {iteration}{where}")
+
+
+def introduce(run, dtype: str, changed: dict):
+    """Says what is trained, and what a user may want to know of it."""
+    m, c, p, model, data = run.m, run.c, run.processes, run.model, run.data
+    slots = c.batch_size * c.gradient_accumulation_steps
+    processes = f"{p.world} process{'es' if p.world > 1 else ''} on {p.device}"
+    if p.world > 1:
+        processes += f" ({c.parallel})"
+    run.say(
+        f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, {model.parameter_count() / 1e6:.2f} M"
+        f" parameters, head {model.head.extra_repr()}\n"
+        f"data {data.folder}: {data.splits['train'].tokens:,} training tokens, {data.tokenizer}; "
+        f"an iteration is {run.work.tokens:,} tokens ({slots} windows of {m.block_size})\n"
+        f"{processes}, {dtype}{', compiled' if c.compile else ''}"
+    )
+    with run.autocast:
+        products = about_products(model.head)
+    if products is not None:
+        run.say(products)
+    notes = []
+    if changed:
+        settings = (f"{k}={now} (was {before})" for k, (before, now) in changed.items())
+        notes.append(f"resumed with {', '.join(settings)}")
+    if not c.eval_only:
+        left = c.max_iters - run.progress.iteration
+        flops = run.work.flops_per_token * left * run.work.tokens
+        notes += slow_settings(m, c, p.device.split(":")[0], dtype, flops)
+        notes += senseless_settings(m, c, data)
+    for note in notes:
+        run.say(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,243 @@
+"""How a run starts: what is asked for, whether that can be honoured, and what it goes on from.
+
+Nothing here writes anything.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from model import Model, ModelConfig
+from training import checkpoint, distributed
+from training.config import (
+    TrainConfig,
+    UserError,
+    check,
+    known,
+    parse,
+    read_yaml,
+    split_flags,
+)
+from training.data import Data, data_folder, load_data, split_problems
+from training.distributed import Processes
+from training.step import Progress
+from training.telemetry import check_loggers
+
+REORDERED = (
+    "another order of the data would read some windows twice in this epoch and others not at all;"
+    " --new_data_order=true accepts that"
+)
+STARTING = (
+    "init_from",
+    "source",
+    "out_dir",
+    "overwrite",
+    "eval_only",
+    "verify_resume",
+    "new_data_order",
+)  # of a start, not of a run
+
+
+def configure(
+    argv: list[str], find: Callable[[str], Any]
+) -> tuple[ModelConfig, TrainConfig, dict | None, Any]:
+    """Reads file, flags and what there is to start from.
+
+    find: finds the weights that --init_from names, see `interop.pretrained.find`.
+    Returns: the model's configuration, the training's, the stored one of a run that is resumed or
+        None, and what `find` found or None.
+    """
+    switches = {
+        f.name for c in (ModelConfig, TrainConfig) for f in fields(c) if f.type in (bool, "bool")
+    }
+    words, flags = split_flags(argv, switches)
+    given = {**(read_yaml(words[0]) if words else {}), **dict(flags)}
+    out_dir, init_from = Path(given.get("out_dir") or TrainConfig.out_dir), given.get("init_from")
+    start = given.get("source")
+    if init_from not in (None, "scratch", "resume", "auto"):
+        init_from, start = "scratch", init_from
+    if init_from in (None, "scratch") and begun_by_this_torchrun(
+        out_dir
+    ):  # which has started its processes again: --max-restarts
+        init_from = "auto"
+    resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
+    base = source = None
+    if start and not resume:
+        source = find(start)
+        base = source.settings
+    if resume:
+        if not checkpoint.folders(out_dir):
+            checkpoint.newest(out_dir)  # says so
+        base = known(
+            read_yaml(out_dir / "config.yaml"), out_dir / "config.yaml", ModelConfig, TrainConfig
+        )
+        base["out_dir"] = str(out_dir)  # the folder may have been copied or renamed since
+    model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
+    config.init_from, config.source = init_from or "scratch", start or config.source
+    if resume:
+        check(resume_problems(out_dir, base, model, config))
+    if source:
+        check(source.problems(model))
+    return model, config, base if resume else None, source
+
+
+def resume_problems(
+    out_dir: Path, base: dict, model: ModelConfig, config: TrainConfig
+) -> list[str]:
+    """Why a run with the stored configuration `base` cannot be resumed with this one."""
+    free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the model
+    found = [
+        f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}"
+        for k, v in vars(model).items()
+        if k not in free and k in base and v != base[k]
+    ]
+    folder = data_folder(config.dataset)
+    if config.dataset == base.get("dataset") and not folder.is_dir():
+        found.append(
+            f"no data folder {folder}, on which {out_dir} was trained: name its place on this"
+            " machine with --dataset=FOLDER"
+        )
+    if config.new_data_order or config.eval_only:
+        return found
+    slots = config.batch_size * config.gradient_accumulation_steps
+    before = base.get("batch_size", slots) * base.get("gradient_accumulation_steps", 1)
+    if slots != before:
+        product = (
+            f"batch_size={config.batch_size} *"
+            f" gradient_accumulation_steps={config.gradient_accumulation_steps}"
+        )
+        found.append(
+            f"cannot resume {out_dir} with {product} = {slots} windows an iteration: the run has"
+            f" {before}, and {REORDERED}"
+        )
+    if config.seed != base.get("seed", config.seed):
+        found.append(
+            f"cannot resume {out_dir} with seed={config.seed}: the run has seed={base['seed']}, and"
+            f" {REORDERED}"
+        )
+    return found
+
+
+def differences(base: dict, *configs) -> dict:
+    """What a resumed run sets otherwise than it did: key -> [before, now]."""
+    now = {k: v for config in configs for k, v in vars(config).items()}
+    return {
+        k: [base[k], v] for k, v in now.items() if k in base and k not in STARTING and v != base[k]
+    }
+
+
+def begun_by_this_torchrun(out_dir: Path) -> bool:
+    """Whether out_dir holds a run that an earlier start of the same torchrun began. Its identity is
+    in environment.json; where it has none
+    of its own (--rdzv_id was not given), its count of restarts has to do."""
+    identity, restarts = (
+        os.environ.get("TORCHELASTIC_RUN_ID"),
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )
+    try:
+        stored = json.loads((out_dir / "environment.json").read_bytes())["torchrun"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return identity is not None and stored == identity and (identity != "none" or restarts > 0)
+
+
+def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any):
+    """Loads the data and fills in the vocabulary -> Data. UserError listing what does not fit."""
+    data = load_data(data_folder(config.dataset), config.tokenizer)
+    config.tokenizer = data.tokenizer  # stored with the run, so that sampling knows it
+    rows = data.rows(model.arch)
+    problems = check_loggers(config.tensorboard, config.wandb)
+    problems += split_problems(data, model.block_size)
+    if source and (problem := source.reads(data)):
+        problems.append(problem)
+    if model.real_vocab_size == 0 or (
+        source and model.real_vocab_size == source.settings["real_vocab_size"]
+    ):
+        model.real_vocab_size = data.vocab_size
+    if model.vocab_size == 0:
+        model.vocab_size = 64 * math.ceil(rows / 64)  # a multiple of 64 multiplies faster on GPUs
+    if model.vocab_size < rows:
+        problems.append(
+            f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
+            f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''})"
+        )
+    if model.doc_mask and model.eot_id is None:
+        model.eot_id = data.eot_id
+    if not data.vocab_size <= model.real_vocab_size <= max(model.vocab_size, rows):
+        problems.append(
+            f"real_vocab_size={model.real_vocab_size} is not between the data's {data.vocab_size}"
+            f" and vocab_size={model.vocab_size}"
+        )
+    check(problems)
+    return data
+
+
+def check_compiler(device: str):
+    if device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                "compile=true needs a C++ compiler on a CPU and none was found: install g++ (or set"
+                " CXX), or use --compile=false"
+            ) from None
+
+
+def check_out_dir(c: TrainConfig):
+    """UserError for a folder that holds another run, or is none."""
+    out_dir = Path(c.out_dir)
+    holds_run = (out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()
+    if c.init_from == "scratch" and not c.overwrite and holds_run:
+        go_on = ""
+        if checkpoint.folders(out_dir):
+            go_on = f"go on with --init_from=resume --out_dir={out_dir}, "
+        raise UserError(
+            f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name"
+            " another --out_dir"
+        )
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir={out_dir} is a file")
+
+
+def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
+    """Joins the process group; each process takes its share of an iteration's windows."""
+    p = distributed.start(device, c.backend, c.timeout)
+    slots = c.batch_size * c.gradient_accumulation_steps
+    if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
+        why = "raise one of them" if p.world > slots else "parallel=fsdp needs equal shares"
+        raise UserError(
+            f"{p.world} processes share {slots} windows an iteration (batch_size *"
+            f" gradient_accumulation_steps): {why}"
+        )
+    if len(set(p.gather(resume))) > 1:
+        raise UserError(
+            f"the processes do not see the same {c.out_dir}: it has to lie where all machines see"
+            " it"
+        )
+    return p
+
+
+def go_on(c, data: Data, p: Processes, model: Model, scaler) -> tuple[Progress, Path]:
+    """Loads the newest good checkpoint -> (where it was, its folder)."""
+    out_dir = Path(c.out_dir)
+    folder = p.from_main(lambda: checkpoint.newest(out_dir))  # one choice for all processes
+    weights, manifest = checkpoint.read(folder)
+    checkpoint.load_weights(model, weights)
+    if manifest["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(manifest["scaler"])
+    split = data.splits["train"]
+    if manifest["data"] != split.identity() and not (c.new_data_order or c.eval_only):
+        what = "is not the file it was trained on"
+        if not split.sha256:
+            what += " (and there is no meta.json)"
+        raise UserError(f"cannot resume {out_dir}: {split.path} {what}, and {REORDERED}")
+    iteration = manifest["iter"]
+    evaluated = -1 if manifest["val_loss"] is None else iteration
+    return Progress(iteration, manifest["best_val_loss"], evaluated, manifest["skipped"]), folder

@@ -1,0 +1,102 @@
+"""One iteration as a record with names, and the norms of its gradients."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from model import Model
+from training.distributed import Processes, local
+from training.telemetry import norms
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint counts."""
+
+    iteration: int = 0
+    best_loss: float = math.inf
+    evaluated: int = -1
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Step:
+    """What one iteration found. Tensors stay on the device until the log reads them.
+
+    Of this process: loss, the sum over targets; distance, the sum of d(h, w_target); nearest, the
+    smallest. Of all: norm, norm_head, norm_trunk of the gradient; squares (P,), of each parameter;
+    radius, the mean norm of prototypes. skipped: iterations of the run without a step, so far.
+    """
+
+    loss: torch.Tensor
+    distance: torch.Tensor
+    nearest: torch.Tensor
+    norm: torch.Tensor | None = None
+    norm_head: torch.Tensor | None = None
+    norm_trunk: torch.Tensor | None = None
+    radius: torch.Tensor | None = None
+    squares: torch.Tensor | None = None
+    lr: float = 0.0
+    skipped: int = 0
+
+    @staticmethod
+    def begin(device: str) -> "Step":
+        """Sums of nothing."""
+        zero = torch.zeros((), device=device)
+        return Step(zero, zero, torch.full((), math.inf, device=device))
+
+    def add(self, loss: torch.Tensor, distances: torch.Tensor | None):
+        """A micro-batch: its summed loss, and d(h, w_target) of its targets where there is one."""
+        self.loss = self.loss + loss.detach()
+        if distances is not None and len(distances):
+            self.distance = self.distance + distances.sum()
+            self.nearest = torch.minimum(self.nearest, distances.min())
+
+    def numbers(self) -> torch.Tensor:
+        """(loss, distance, nearest, norm, norm_head, norm_trunk, radius): the order of NAMES."""
+        return torch.stack([getattr(self, name).float() for name in NAMES])
+
+
+NAMES = ("loss", "distance", "nearest", "norm", "norm_head", "norm_trunk", "radius")
+
+
+class Gradients:
+    """The gradients of a model, which may be sharded, and their norms over all processes."""
+
+    def __init__(self, model: Model, processes: Processes, sharded: bool):
+        self.model, self.processes, self.sharded = model, processes, sharded
+        self.names, self.parameters = zip(*model.named_parameters(), strict=True)
+        of_head = [name.startswith("head.") for name in self.names]
+        self.of_head = torch.tensor(of_head, device=processes.device)
+
+    @torch.no_grad()
+    def measure(self, step: Step):
+        """Fills in the norms of a step."""
+        p, head = self.processes, self.model.head
+        table = local(head.weight)
+        # rows that other processes hold
+        before = p.rank * -(-len(head.weight) // p.world) if self.sharded else 0
+        here = min(max(head.real_vocab_size - before, 0), len(table))
+        radius = table[:here].norm(dim=-1).sum()
+        squares = torch.cat((norms(self._local()).square(), radius[None]))
+        if self.sharded:
+            p.reduce(squares)
+        step.squares, step.radius = squares[:-1], squares[-1] / head.real_vocab_size
+        step.norm = step.squares.sum().sqrt()
+        step.norm_head = torch.where(self.of_head, step.squares, 0.0).sum().sqrt()
+        step.norm_trunk = torch.where(self.of_head, 0.0, step.squares).sum().sqrt()
+
+    @torch.no_grad()
+    def clip(self, norm: torch.Tensor, most: float):
+        """Scales all gradients so that their norm is at most `most`."""
+        torch._foreach_mul_(self._local(), (most / (norm + 1e-6)).clamp(max=1.0))
+
+    def not_finite(self, squares: torch.Tensor) -> list[str]:
+        """The names of parameters whose gradient is not finite."""
+        values = squares.tolist()
+        return [name for name, x in zip(self.names, values, strict=True) if not math.isfinite(x)]
+
+    def _local(self) -> list[torch.Tensor]:
+        return [local(q.grad) for q in self.parameters]
