@@ -185,6 +185,7 @@ def test_results_are_what_they_were(golden):
     compare(golden)
 
 
+@pytest.mark.slow
 def test_results_of_triton_are_what_they_were():
     pytest.importorskip("triton")
     done = script(__file__, env={"TRITON_INTERPRET": "1"})
