@@ -3,8 +3,7 @@
 
     gpt    GPT-2 (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, causal.
     bert   BERT (Devlin et al. 2018): post-LayerNorm, learned positions, token types, erf GELU,
-           bidirectional; a transform before the
-           head, which is computed at masked positions only.
+           bidirectional; a transform before the head, which is computed at masked positions only.
     qwen   Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped key/value heads, SwiGLU,
            bias on Q, K, V only; with qk_norm the
            Qwen3 style (RMSNorm on Q and K per head, no bias).
@@ -251,8 +250,7 @@ def causal_attention(q, k, v, rows: int = 64):
     """Scaled dot-product attention written out for blocks of queries, (B, H, T, D) each. Compiled,
     it spares a CPU a third of the time of
     PyTorch's own kernel in bfloat16. Scores are rounded to bfloat16, as products are; probabilities
-    are kept for the backward pass, so it
-    is for short contexts."""
+    are kept for the backward pass, so it is for short contexts."""
     parts = []
     for i in range(0, q.shape[2], rows):
         end = min(i + rows, q.shape[2])
@@ -492,8 +490,8 @@ class Model(nn.Module):
         self, weight_decay: float, prototype_decay: float | None = None
     ) -> list[dict]:
         """AdamW's groups: matrices decay; biases, norms, the exponent and Mahalanobis' parameters
-        do not (decay would shrink the
-        distance itself); the prototypes decay by `prototype_decay`, None = like matrices."""
+        do not (decay would shrink the distance itself); the prototypes decay by `prototype_decay`,
+        None = like matrices."""
         prototypes = [self.head.weight]
         others = [(n, p) for n, p in self.named_parameters() if p is not self.head.weight]
         decay = [p for n, p in others if p.dim() >= 2 and not n.startswith("head.")]
@@ -509,9 +507,8 @@ class Model(nn.Module):
 
     def flops_per_token(self, predicted: float = 1.0) -> float:
         """Floating-point operations per token of forward + backward: 6 per weight that multiplies,
-        12 n_layer H D T for attention
-        (PaLM, arXiv 2204.02311, appendix B). The head counts as a matmul whatever its distance, so
-        that MFU compares like with like.
+        12 n_layer H D T for attention (PaLM, arXiv 2204.02311, appendix B). The head counts as a
+        matmul whatever its distance, so that MFU compares like with like.
 
         Args:
             predicted: share of the tokens that the head sees; bert's are the masked ones.
@@ -626,9 +623,8 @@ class Model(nn.Module):
         """Yields the next token of every prompt, a list of ints a step.
 
         Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its
-        neighbours. When a row's context
-        reaches block_size, its older half is dropped and positions start again, with the cache and
-        without it.
+        neighbours. When a row's context reaches block_size, its older half is dropped and positions
+        start again, with the cache and without it.
 
         Args:
             prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and

@@ -330,8 +330,7 @@ def report(config: PrepareConfig, tokenizer: Tokenizer, splits: dict[str, dict],
         )
 
 
-# ---- reading
-# ------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def read_documents(config: PrepareConfig, tally: Tally) -> Iterator[tuple[str | None, str | None]]:
@@ -474,8 +473,7 @@ def first_problem(path: Path, config: PrepareConfig) -> list[str]:
     return [first.problem] if isinstance(first, Broken) else []
 
 
-# ---- which documents, and in which split
-# ------------------------------------------------------------------------------------------------
+# ---- which documents, and in which split -------------------------------------------------------
 
 
 def split_documents(config: PrepareConfig, tally: Tally):
@@ -483,10 +481,9 @@ def split_documents(config: PrepareConfig, tally: Tally):
     dropped, and how it is split.
 
     Official splits are kept whole. Otherwise a document is in validation when its hash, as a
-    fraction of the largest one, is below
-    `config.fraction`; with no hash below it the smallest one is, with none above it the largest one
-    is in training. Documents wait until
-    both splits have one, on average 1 / fraction of them.
+    fraction of the largest one, is below `config.fraction`; with no hash below it the smallest one
+    is, with none above it the largest one is in training. Documents wait until both splits have
+    one, on average 1 / fraction of them.
     """
     if config.fraction is None:
         tally.how_split = f"as {config.builtin} has it officially"
@@ -553,8 +550,7 @@ def cut(text: str, fraction: float) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
-# ---- encoding in several processes
-# ------------------------------------------------------------------------------------------------
+# ---- encoding in several processes -------------------------------------------------------------
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
@@ -652,8 +648,7 @@ def encode_in_worker(texts: list[str]) -> list[bytes]:
     return encode(worker_tokenizer, texts)
 
 
-# ---- writing
-# ------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------
 
 
 def write_tokens(documents, dtype: np.dtype, folder: Path) -> dict[str, dict]:

@@ -20,9 +20,8 @@ BINS, TOKENS, ROWS = 15, 32768, 256
 @torch.inference_mode()
 def examine(model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np.ndarray]:
     """About `tokens` tokens of a split, in windows side by side -> arrays of one number a token:
-    nll (nats), position, target, confidence
-    (largest probability), correct, nearest (distance to the nearest prototype; NaN for a
-    control)."""
+    nll (nats), position, target, confidence (largest probability), correct, nearest (distance to
+    the nearest prototype; NaN for a control)."""
     head, found = model.head, []
     for h, y, kept in predictions(model, data, split, tokens):
         where = torch.arange(kept.shape[1]).expand(len(kept), -1)[kept]

@@ -69,10 +69,9 @@ def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def spectrum(x: torch.Tensor) -> dict:
     """Principal components of the rows of x (M, C): shares of variance of the top 2 and top 5,
-    components for 90 %, effective rank
-    exp(entropy of the normalised singular values) (Roy and Vetterli 2007), participation ratio (sum
-    v)^2 / sum v^2 of the variances v.
-    NaN where x is not finite."""
+    components for 90 %, effective rank exp(entropy of the normalised singular values) (Roy and
+    Vetterli 2007), participation ratio (sum v)^2 / sum v^2 of the variances v. NaN where x is not
+    finite."""
     if not x.isfinite().all():
         return dict.fromkeys(
             ("top2", "top5", "components_90", "effective_rank", "participation_ratio"), math.nan
@@ -127,9 +126,8 @@ def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
 
 def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float, float, dict]:
     """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the
-    root of their variance: the mean over all
-    pairs of pairs of a relation (`token_pairs`), and over relations. NaN where no relation has two
-    pairs.
+    root of their variance: the mean over all pairs of pairs of a relation (`token_pairs`), and over
+    relations. NaN where no relation has two pairs.
 
     Returns: (the loss, the same with each relation's second words shuffled, the loss of each
         relation).
@@ -158,8 +156,7 @@ def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float
 
 def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
     """Linear centred kernel alignment of two sets of states of the same tokens, (N, C), (N, C')
-    (Kornblith et al. 2019): 1 where one is a
-    rotation and scaling of the other."""
+    (Kornblith et al. 2019): 1 where one is a rotation and scaling of the other."""
     a, b = (x.cpu().double() - x.cpu().double().mean(0) for x in (a, b))
     return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())).item()
 
@@ -234,8 +231,7 @@ def measure(run, model, data, states) -> list[dict]:
 
 def similarity(runs, states) -> list[dict]:
     """Linear CKA of each two runs, layer by layer, and with the states of one in another order; of
-    what the heads see alone where the
-    runs have not as many layers."""
+    what the heads see alone where the runs have not as many layers."""
     rows = []
     for (a, x), (b, y) in itertools.combinations(zip(runs, states, strict=True), 2):
         order = torch.randperm(len(x[0]), generator=torch.Generator().manual_seed(0))

@@ -16,8 +16,8 @@ and why, and the exit status is 1. A row says `absent` where a package or data i
 kernels   each head in each precision on the Triton kernels, both links: relative errors of losses
           and gradients against float64
 head      the loss at GPT-2's size inside bfloat16 autocast, beside F.linear + F.cross_entropy and
-          other libraries: time, memory, and
-          errors of losses in nats and of gradients relative to the largest (benchmarks/head.py)
+          other libraries: time, memory, and errors of losses in nats and of gradients relative to
+          the largest (benchmarks/head.py)
 train     an iteration of GPT-2 124M beside a loop in nanoGPT's manner (benchmarks/train_gpu.py)
 train.py  the command itself on made-up tokens: its speed, float16, resuming
 nccl      DistributedDataParallel and FSDP2 over NCCL in one process, and torchrun

@@ -10,8 +10,7 @@ No GPU is needed: the kernels for GPUs run in Triton's interpreter, and products
     fresh      8,192 x 768, standard deviation 0.02, beside layer-normalised random states: a model
                as it starts
     trained    those of the runs that are given, beside their states on validation text: the first
-               run's for cross_entropy, the last
-               run's for the distances
+               run's for cross_entropy, the last run's for the distances
     matched    those that `harmonic.match` makes from the first run's dot product: what --init_from
                gives a distance
 

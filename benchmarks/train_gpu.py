@@ -7,8 +7,8 @@ results/gpu.csv.
 Ours      model.py with one head, and what train.py does in an iteration: forward, backward, the
           norms that it logs, clipping, AdamW.
 Nanogpt   a GPT as one writes it without a second thought: no biases, tied embeddings, fused
-          attention, F.cross_entropy of whole logits,
-          all of it compiled, clip_grad_norm_, fused AdamW, TF32 where it is float32.
+          attention, F.cross_entropy of whole logits, all of it compiled, clip_grad_norm_, fused
+          AdamW, TF32 where it is float32.
 
 Both take the same random tokens, which lie on the GPU already, in bfloat16 autocast. Needs PyTorch
 alone.

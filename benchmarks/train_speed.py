@@ -313,8 +313,7 @@ def sample(c: SpeedConfig, home: Path) -> list[list]:
 
 def checkpoint(c: SpeedConfig, home: Path) -> list[list]:
     """147 MB a checkpoint, every 8 iterations: the copy that training waits for, and the iterations
-    that share the processor with the
-    writing."""
+    that share the processor with the writing."""
     model = Model(ModelConfig(**SIZE, vocab_size=VOCABULARY))
     optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1, None, "cpu")
     for p in model.parameters():

@@ -3,8 +3,7 @@
 A distance is a *map* of both operands (`maps.py`), one of the *kernels* (`kernels.py`) on all
 pairs, and an *epilogue* that turns raw values into d, over a denominator for some:
 
-    d(h, w) = (factor kernel(x, y))^root / max(|terms(x) + terms(y)|, floor)
-    x = map(h), y = map(w)
+    d(h, w) = (factor kernel(x, y))^root / max(|terms(x) + terms(y)|, floor) x = map(h), y = map(w)
 
 `reference.py` has each formula as it is printed. Sources: A = arXiv 2603.10225 (non-Euclidean
 distance layers), B = arXiv 2502.01628 (the harmonic loss). To add a distance, add an entry here and

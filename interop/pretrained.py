@@ -111,8 +111,7 @@ IGNORED = re.compile(
 )
 
 
-# ---- names and layouts
-# ------------------------------------------------------------------------------------------------
+# ---- names and layouts -------------------------------------------------------------------------
 
 
 @dataclass
@@ -144,8 +143,7 @@ class Tensor:
 
 def layout(config: ModelConfig, conv1d: bool = True) -> dict[str, Tensor]:
     """Every tensor of a model: its name in model.py -> where it is in transformers, without TRUNK's
-    prefix. conv1d: GPT-2's matrices are
-    transposed (nanoGPT's are not)."""
+    prefix. conv1d: GPT-2's matrices are transposed (nanoGPT's are not)."""
     arch, width = config.arch, config.attention_width()
     stacked = {
         "attention.qkv": [config.n_head * width] + 2 * [(config.n_kv_head or config.n_head) * width]
@@ -223,8 +221,7 @@ def convert(
     return {name: t.join(plain) for name, t in table.items() if all(n in plain for n in t.names)}
 
 
-# ---- finding and reading
-# ------------------------------------------------------------------------------------------------
+# ---- finding and reading -----------------------------------------------------------------------
 
 
 @dataclass
@@ -558,8 +555,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return {k: v for file in files for k, v in checkpoint.load_tensors(folder / file).items()}
 
 
-# ---- swapping the head
-# ------------------------------------------------------------------------------------------------
+# ---- swapping the head -------------------------------------------------------------------------
 
 
 @torch.no_grad()

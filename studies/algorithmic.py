@@ -10,9 +10,8 @@ Train and test share no example, nor one that says the same (x + y and y + x). A
 are one run: the trunk computes them in one batch (torch.func), then each seed's head takes its own
 loss, with the kernel that the language model takes. The stages are
     sweep      learning rate x exponent (heads without one: the scale of the embedding at the
-               start), a grid for every head, and further
-               settings (EDGES at most) as long as the best lies on its edge; judged by test
-               examples, of other seeds than the rest
+               start), a grid for every head, and further settings (EDGES at most) as long as the
+               best lies on its edge; judged by test examples, of other seeds than the rest
     main       every task and head with the setting that wins on addition, 20 seeds; a seed that
                fails is counted, not dropped
     fraction   accuracy against the share of examples trained on
@@ -43,15 +42,14 @@ from studies.table import Table, complete, number, search
 from training.config import UserError, cli, parse
 from training.files import write_whole
 
-# ---- tasks
-# ------------------------------------------------------------------------------------------------
+# ---- tasks -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
     """tokens: size of the vocabulary. examples: all (input tokens, target token). same: inputs of
-    one key say the same thing, so that they
-    stay on one side of the split. most: examples drawn for a seed, where there are more."""
+    one key say the same thing, so that they stay on one side of the split. most: examples drawn for
+    a seed, where there are more."""
 
     tokens: int
     examples: Callable
@@ -149,8 +147,7 @@ def splits(task: Task, fraction: float, seeds: list[int]) -> tuple[torch.Tensor,
     )
 
 
-# ---- models
-# ------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------
 
 
 class Solver(nn.Module):
@@ -287,8 +284,7 @@ def reached(steps: list[int], accuracy: torch.Tensor, level: float) -> list[floa
     ]
 
 
-# ---- the study
-# ------------------------------------------------------------------------------------------------
+# ---- the study ---------------------------------------------------------------------------------
 
 # hamming_hard has a surrogate's gradient; all the others are as in the language model. The twins of
 # some tell HarMax from the geometry; euclidean_squared, whose harmonic link is euclidean's, has its
@@ -406,8 +402,8 @@ def jobs(c: AlgorithmicConfig) -> list[Job]:
 @torch.no_grad()
 def match_scale(head: HarmonicHead, h: torch.Tensor, exponent: float):
     """Gives a softmax twin the scale whose slope is the exponent's at the median distance between
-    the states h (N, C) and the prototypes
-    that its model starts with: the default is made for layer-normalised states."""
+    the states h (N, C) and the prototypes that its model starts with: the default is made for
+    layer-normalised states."""
     head.set_strength(
         exponent / distance(h, head.prototypes(), head.name, **head.geometry()).median().item()
     )

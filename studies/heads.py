@@ -334,8 +334,7 @@ def sweeps(table: Rows, base: dict) -> list[Sweep]:
 
 def wanted(table: Rows, c: StudyConfig, base: dict) -> list[dict]:
     """Every setting that is known to be wanted by now, done or not, in order: stages 1 and 2 of the
-    families, then of further variants,
-    stages 3 and 4, the variants' softmax twins, and stage 5."""
+    families, then of further variants, stages 3 and 4, the variants' softmax twins, and stage 5."""
 
     def turn(s: dict) -> tuple:
         variant = (s["head"], s["p"]) not in FIRST

@@ -39,8 +39,7 @@ from training.files import write_whole
 from training.packages import cache_folder, package_file
 from training.telemetry import Emissions, energy
 
-# ---- data
-# ------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------
 
 HUB = {  # name: (dataset, column of images, column of labels)
     "mnist": ("ylecun/mnist", "image", "label"),
@@ -214,8 +213,7 @@ def arrays(rows, image: str, label: str, size: int, name: str) -> tuple[np.ndarr
     return np.stack(found), np.asarray(rows[label])
 
 
-# ---- models
-# ------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------
 
 
 class Pooled(nn.Module):
@@ -286,8 +284,7 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
-# ---- training
-# ------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------
 
 BATCH, PATIENCE, HELD_OUT = 128, 3, 0.1
 RATES, MULTIPLES = (1e-3, 3e-3), (0.25, 1.0, 4.0)
@@ -335,8 +332,7 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
     return best | {"epochs": epoch}
 
 
-# ---- the study
-# ------------------------------------------------------------------------------------------------
+# ---- the study ---------------------------------------------------------------------------------
 
 COLUMNS = [
     "stage", "dataset", "backbone", "head", "link", "multiple", "scale", "learning_rate", "seed",

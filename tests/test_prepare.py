@@ -91,8 +91,7 @@ def fails(tmp_path: Path, *flags) -> str:
     return str(error.value)
 
 
-# ---- what is written
-# ------------------------------------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------
 
 
 def test_same_bytes_for_any_number_of_processes(tmp_path, monkeypatch):
@@ -393,8 +392,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     )
 
 
-# ---- whole or not at all
-# ------------------------------------------------------------------------------------------------
+# ---- whole or not at all -----------------------------------------------------------------------
 
 
 def test_already_prepared(tmp_path, capsys):
@@ -524,8 +522,7 @@ def test_two_preparations_of_one_folder(tmp_path):
         assert folder.exists()
 
 
-# ---- bad input
-# ------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------
 
 
 def test_all_mistakes_in_one_message(tmp_path):

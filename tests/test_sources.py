@@ -62,8 +62,7 @@ def expected(kind: str, texts: list[str]) -> list[str]:
     return ["".join(texts)] if kind == ".txt" else texts
 
 
-# ---- kinds and compression
-# -------------------------------------------------------------------------------
+# ---- kinds and compression ---------------------------------------------------------------------
 
 
 def test_every_kind_is_read_in_every_compression(tmp_path):
@@ -117,8 +116,7 @@ def test_zst_without_its_package(tmp_path, monkeypatch):
         )
 
 
-# ---- folders and links
-# -----------------------------------------------------------------------------------
+# ---- folders and links -------------------------------------------------------------------------
 
 
 def test_links_are_followed_once(tmp_path):
@@ -197,8 +195,7 @@ def test_what_is_no_file_is_named_and_nothing_blocks(tmp_path):
                 ), name
 
 
-# ---- names that are not UTF-8
-# ----------------------------------------------------------------------------
+# ---- names that are not UTF-8 ------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
@@ -278,8 +275,7 @@ def test_any_file_name_is_printed_and_stored(tmp_path, monkeypatch):
     assert unseal(seal({"source": CAFE}).encode()) == {"source": CAFE}
 
 
-# ---- what cannot be read
-# ---------------------------------------------------------------------------------
+# ---- what cannot be read -----------------------------------------------------------------------
 
 GOOD = make_documents(20)
 LINES = [json.dumps({"text": text}).encode() + b"\n" for text in GOOD]
@@ -353,8 +349,7 @@ def test_good_files_need_no_flag(tmp_path):
     ).read_bytes()
 
 
-# ---- the summary
-# -----------------------------------------------------------------------------------------
+# ---- the summary -------------------------------------------------------------------------------
 
 
 def test_the_summary_says_how_it_was_split_and_when_val_is_short(tmp_path, capsys):

@@ -249,8 +249,7 @@ def test_bpe_file_missing_or_corrupt(tmp_path):
         load_tokenizer("bpe:300")
 
 
-# ---- characters
-# ------------------------------------------------------------------------------------------
+# ---- characters --------------------------------------------------------------------------------
 
 
 def test_characters_do_not_depend_on_the_order(tmp_path):

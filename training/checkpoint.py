@@ -43,8 +43,7 @@ def snapshot(
     model: Model, optimizer: torch.optim.Optimizer, keep: bool = True
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Copies of weights and optimiser state on the CPU, by file and name. All processes call it, to
-    put shards together; those that do
-    not `keep` the result get nothing."""
+    put shards together; those that do not `keep` the result get nothing."""
     names = {q: name for name, q in model.named_parameters()}
     state = {
         f"{key}/{names[q]}": v for q, values in optimizer.state.items() for key, v in values.items()
@@ -71,8 +70,7 @@ class Writer:
         first.
 
         A disk that is full or read-only does not stop training: stderr says so, `error` holds the
-        message until a later checkpoint is
-        written, and the checkpoints that are there stay.
+        message until a later checkpoint is written, and the checkpoints that are there stay.
         """
         self.thread = threading.Thread(
             target=self._write, args=(iteration, files, counters), daemon=True
@@ -301,8 +299,7 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path)
 
 def read_config(out_dir: Path) -> tuple[ModelConfig, TrainConfig]:
     """A run's stored configuration, whatever version wrote it: a key that is no more is named and
-    ignored, one that was not yet known has
-    its default. UserError for a value that is not valid."""
+    ignored, one that was not yet known has its default. UserError for a value that is not valid."""
     path = out_dir / "config.yaml"
     try:
         model_config, config = parse(

@@ -174,8 +174,7 @@ def load_data(folder, tokenizer: str | None = None) -> Data:
 
 def verify(data: Data):
     """Compares the token files with the sha256 in meta.json: at their first use and whenever they
-    have changed since. UserError naming
-    the file that differs."""
+    have changed since. UserError naming the file that differs."""
     stamp = data.folder / VERIFIED
     try:
         known = json.loads(stamp.read_bytes())
@@ -264,8 +263,7 @@ def _hash(*key) -> int:
 
 def permute(i: int, n: int, key: int) -> int:
     """A keyed bijection of range(n), without a table: a four-round Feistel network on the next even
-    number of bits, walked until it
-    lands inside (Black and Rogaway 2002, cycle walking)."""
+    number of bits, walked until it lands inside (Black and Rogaway 2002, cycle walking)."""
     half = max(
         4, ((n - 1).bit_length() + 1) // 2
     )  # halves of fewer bits mix badly: far from uniform in a chi-squared test

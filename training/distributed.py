@@ -139,8 +139,8 @@ def check_device(device: str) -> str:
 
 def start(device: str, backend: str, timeout: float) -> Processes:
     """Joins the process group that torchrun describes in the environment (RANK, LOCAL_RANK,
-    WORLD_SIZE), if there is one. Processes
-    that wait for another one longer than `timeout` seconds give up."""
+    WORLD_SIZE), if there is one. Processes that wait for another one longer than `timeout` seconds
+    give up."""
     rank, local_rank, world = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -169,8 +169,8 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
     """A part of torchrun's store that no earlier start of these processes has used.
 
     PyTorch 2.13's torchrun keeps its store when it restarts processes, and the new ones would
-    connect to the addresses of the dead. Its
-    count of restarts tells starts apart on one machine only: each machine has its own. So rank 0
+    connect to the addresses of the dead. Its count of restarts tells starts apart on one machine
+    only: each machine has its own. So rank 0
         opens a new part, and the others go by
     the number of the part in which rank 0 answers them with the word they left there.
     """
@@ -191,9 +191,8 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
 
 def run(main):
     """`cli(main)`. Under torchrun the process then ends at once, without taking its process groups
-    apart: PyTorch 2.13 can hang for ever
-    there, for `~ProcessGroupGloo` joins a thread that waits for the interpreter's lock while its
-    caller holds that lock."""
+    apart: PyTorch 2.13 can hang for ever there, for `~ProcessGroupGloo` joins a thread that waits
+    for the interpreter's lock while its caller holds that lock."""
     if "RANK" not in os.environ:
         return cli(main)
 
@@ -254,8 +253,8 @@ class StopSignals:
 
     def agreed(self) -> int:
         """The signal because of which all processes stop now, or 0. Called once a step; where there
-        are several processes, the answer is
-        that of the step before, so that nobody waits for it."""
+        are several processes, the answer is that of the step before, so that nobody waits for
+        it."""
         if self.group is None:
             return self.asked
         answer = 0

@@ -25,8 +25,7 @@ def fsync(path: Path):
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]):
     """The file has its old content or the new one, whatever happens in between; a function writes
-    it to the path that it is given. OSError
-    when it cannot be written."""
+    it to the path that it is given. OSError when it cannot be written."""
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         if callable(content):

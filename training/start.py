@@ -132,8 +132,8 @@ def differences(base: dict, *configs) -> dict:
 
 def begun_by_this_torchrun(out_dir: Path) -> bool:
     """Whether out_dir holds a run that an earlier start of the same torchrun began. Its identity is
-    in environment.json; where it has none
-    of its own (--rdzv_id was not given), its count of restarts has to do."""
+    in environment.json; where it has none of its own (--rdzv_id was not given), its count of
+    restarts has to do."""
     identity, restarts = (
         os.environ.get("TORCHELASTIC_RUN_ID"),
         int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),

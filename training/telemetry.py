@@ -57,8 +57,8 @@ def peak_flops(device: str) -> float | None:
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of each tensor, float32 (n,). On a CPU PyTorch adds a whole tensor up in
-    so few parts that 50,304 x 768 numbers
-    come out 0.3 % short; row by row the error is that of rounding."""
+    so few parts that 50,304 x 768 numbers come out 0.3 % short; row by row the error is that of
+    rounding."""
     if tensors[0].device.type == "cpu":
         return torch.stack([t.norm(dim=-1).norm() for t in tensors])
     return torch.stack(torch._foreach_norm(tensors))
@@ -196,9 +196,8 @@ def read_metrics(run) -> list[dict]:
     """The lines of a run's metrics.jsonl that have `iter`, with all keys whose values are numbers.
 
     A version of this project may write keys that another one does not know, so no key but `iter`
-    need be there. An incomplete last line is
-    skipped with a note on stderr. Raises: UserError when there are no lines, or when another line
-    is broken.
+    need be there. An incomplete last line is skipped with a note on stderr. Raises: UserError when
+    there are no lines, or when another line is broken.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
@@ -224,9 +223,8 @@ def read_metrics(run) -> list[dict]:
 
 def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
     """For each line of metrics.jsonl: seconds since the run's first step, evaluations included, and
-    seconds in steps alone. `elapsed_s`
-    begins anew when a run is resumed; a step's seconds are its share of its log interval. Ask
-    `timed` first whether the lines have both.
+    seconds in steps alone. `elapsed_s` begins anew when a run is resumed; a step's seconds are its
+    share of its log interval. Ask `timed` first whether the lines have both.
 
     Args: tokens: of an iteration.
     """
@@ -269,9 +267,8 @@ class Emissions:
     counters are estimated by it, and RAM too.
 
     The row of this process is brought up to date at every `flush`, so that a killed run loses
-    little. CodeCarbon rewrites its whole
-    file then, and moves a file with other columns out of sight. So the file of an earlier start is
-    renamed first: no row of it changes.
+    little. CodeCarbon rewrites its whole file then, and moves a file with other columns out of
+    sight. So the file of an earlier start is renamed first: no row of it changes.
     """
 
     def __init__(self, out_dir: Path, country: str, node: int = 0):
@@ -433,10 +430,9 @@ def energy(run: Path) -> dict[str, float] | None:
     of CodeCarbon wrote them.
 
     The duration is that of the node that ran longest, and NaN where a row has none. None where
-    nothing was measured. UserError for a
-    damaged file. A node's starts lie in `emissions.csv`, `emissions_start1.csv` and
-    `emissions.csv.bak`, CodeCarbon's own copy of a file
-    that had other columns.
+    nothing was measured. UserError for a damaged file. A node's starts lie in `emissions.csv`,
+    `emissions_start1.csv` and `emissions.csv.bak`, CodeCarbon's own copy of a file that had other
+    columns.
     """
     nodes: dict[str, list[dict[str, float]]] = {}
     for path in sorted(run.glob("emissions*.csv*")):

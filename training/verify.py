@@ -35,9 +35,8 @@ def history(run: Path) -> list[dict]:
 
 def verify_resume(argv: list[str], decay: int, source: str | None = None):
     """Trains with the given settings and kills the process (SIGKILL) after a checkpoint; resumes it
-    for INTERVAL iterations; trains as many
-    in one process; compares every line of metrics and the bytes of weights and optimiser. Exits
-    with status 1 when anything differs.
+    for INTERVAL iterations; trains as many in one process; compares every line of metrics and the
+    bytes of weights and optimiser. Exits with status 1 when anything differs.
 
     Under torchrun on one machine the same number of processes is used.
 

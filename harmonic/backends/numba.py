@@ -863,8 +863,7 @@ ALONE = 2**20
 
 def follow_torch(work: int) -> int:
     """Numba takes torch's number of threads, or one for little work; torch keeps it, though
-    starting Numba's threads sets OpenMP's number,
-    which is torch's."""
+    starting Numba's threads sets OpenMP's number, which is torch's."""
     if Threads.lost:
         raise RuntimeError(
             "what was computed before this process was forked cannot be differentiated in it:"

@@ -175,8 +175,7 @@ def _power_slope(total, x, y, a, kept, c, p):
 @triton.jit
 def _maximum_slope(total, x, y, a, kept, c, p):
     """The gradient of a maximum goes to the coordinate that attains it (the first, if several do):
-    `kept`. a has the sign of the difference
-    there; p: 1, or -1 where x and y are exchanged."""
+    `kept`. a has the sign of the difference there; p: 1, or -1 where x and y are exchanged."""
     return tl.fma(p * a, tl.clamp(1.0 - tl.abs(kept - c), 0.0, 1.0), total)
 
 
@@ -506,9 +505,8 @@ def _tile(
         with its sign. raw (but for those two)
     and kept, what some slopes need of a pair, are None where no gradient is wanted.
     l2 marks in `near` the blocks that hold a pair whose difference cancels. A second launch, in
-    mode "near", does these again from the
-    differences and leaves the raw values. One kernel for both would need twice the registers, and
-    have half as many threads at work.
+    mode "near", does these again from the differences and leaves the raw values. One kernel for
+    both would need twice the registers, and have half as many threads at work.
     """
     if MODE == "near":
         if tl.load(near + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) == 0:
@@ -576,10 +574,9 @@ def _slopes(
     those that somebody needs.
 
     For a control u + v is the bias. high, low: None, and A is written over raw; or A for a matrix
-    product, in one part or two. near: None
-    but for l2, whose other blocks hold inner products. A of a marked block is written over raw, for
-    `_gradient`; its parts and its share in
-    the sums of A are 0.
+    product, in one part or two. near: None but for l2, whose other blocks hold inner products. A of
+    a marked block is written over raw, for `_gradient`; its parts and its share in the sums of A
+    are 0.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     rows = i * BLOCK + tl.arange(0, BLOCK)

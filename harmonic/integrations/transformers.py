@@ -169,10 +169,9 @@ def swap_head(
     a harmonic head.
 
     `model(input_ids)` gives the head's logits, so that `generate` and pipelines work unchanged.
-    `model(input_ids, labels=labels)` computes
-    the loss chunk by chunk; while training it gives no logits, which never exist. `save_pretrained`
-    writes it, `load_swapped` reads it,
-    and so does `AutoModelForCausalLM.from_pretrained` where `harmonic` was imported.
+    `model(input_ids, labels=labels)` computes the loss chunk by chunk; while training it gives no
+    logits, which never exist. `save_pretrained` writes it, `load_swapped` reads it, and so does
+    `AutoModelForCausalLM.from_pretrained` where `harmonic` was imported.
 
     Args:
         model: such as GPT2LMHeadModel, Qwen2ForCausalLM, BertForMaskedLM (transformers 5); changed
@@ -365,8 +364,8 @@ class Swapped:
 
 def _resized_table(table, rows: int):
     """Prototypes for `rows` tokens: (V, C) -> (rows, C). New ones lie in the direction of the mean
-    of all, as far from the origin as they
-    are on average: the mean itself would be nearer to every state than any of them."""
+    of all, as far from the origin as they are on average: the mean itself would be nearer to every
+    state than any of them."""
     if rows <= len(table):
         return table.detach()[:rows].clone()
     mean = table.detach().mean(0)
@@ -396,8 +395,7 @@ def _with_loss(output, loss, training: bool):
     return type(output)(loss=loss, **rest)
 
 
-# ---- classes
-# ------------------------------------------------------------------------------------------------
+# ---- classes -----------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -471,8 +469,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# ---- folders
-# ------------------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------
 
 MODELLING = '''"""Loads this folder where the package `harmonic` is installed.
 
