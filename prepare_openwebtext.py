@@ -46,13 +46,14 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from base.command_line import cli, parse
+from base.errors import UserError, nearest
+from base.files import seal
+from text.packages import PACKAGES, package_file, package_files
 from text.readers import Broken, one_line, records
 from text.sources import find, kind_of, left_out_line, path_problem, plain_name
-from training.config import UserError, cli, nearest, parse
-from training.data import FEW_TOKENS, VERIFIED
-from training.files import seal
-from training.packages import PACKAGES, package_file, package_files
-from training.tokenizer import (
+from text.token_files import FEW_TOKENS, VERIFIED
+from text.tokenizers import (
     BPE_FILE,
     CHAR_FILE,
     Tokenizer,

@@ -17,13 +17,14 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from base.command_line import cli, parse
+from base.errors import UserError, check
 from harmonic import contributions, paired_distance
 from text.sources import special_file
+from text.token_files import tokenizer_folder
+from text.tokenizers import Tokenizer, load_tokenizer
 from training import checkpoint
-from training.config import UserError, check, cli, parse
-from training.data import tokenizer_folder
 from training.distributed import check_device
-from training.tokenizer import Tokenizer, load_tokenizer
 
 MASKS = ("[MASK]", "<|mask|>")  # how a prompt writes the mask, whatever the tokenizer
 

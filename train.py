@@ -26,9 +26,10 @@ import torch
 
 from interop import pretrained
 from model import Model, ModelConfig, adamw
+from text.token_files import Data, verify
 from training import checkpoint, distributed
 from training.config import TrainConfig
-from training.data import Data, predicted_count, training_batches, verify
+from training.data import predicted_count, training_batches
 from training.distributed import Processes
 from training.evaluation import Evaluation
 from training.folder import open_folder

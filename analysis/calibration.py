@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from analysis.runs import predictions
-from training.data import Data
+from text.token_files import Data
 
 BINS, TOKENS, ROWS = 15, 32768, 256
 

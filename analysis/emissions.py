@@ -31,8 +31,9 @@ from analysis.runs import (
     publish,
     shown,
 )
+from base.command_line import cli, parse
+from base.errors import UserError
 from model import Model, ModelConfig
-from training.config import UserError, cli, parse
 from training.data import predicted_count
 from training.telemetry import clock, energy, read_metrics, timed
 

@@ -35,11 +35,11 @@ from analysis.runs import (
     windows,
     write_csv,
 )
+from base.command_line import cli, parse
+from base.files import write_whole
 from harmonic import distance
-from training.config import cli, parse
 from training.data import validation_batches
 from training.distributed import check_device
-from training.files import write_whole
 
 STATES = 4096  # hidden states looked at
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.runs import AnalysisConfig, about, default_out, find_runs, publish, shown
-from training.config import UserError, cli, parse
+from base.command_line import cli, parse
+from base.errors import UserError
 from training.telemetry import read_metrics
 
 SPIKE, WINDOW, SKIP = 3.0, 50, 0.1

@@ -33,17 +33,12 @@ from tqdm import tqdm
 from analysis import calibration
 from analysis.geometry import frequency
 from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown
+from base.command_line import cli, parse
+from base.errors import UserError, check
 from harmonic import IGNORE_INDEX
 from model import Model, ModelConfig
-from training.config import UserError, check, cli, parse
-from training.data import (
-    Data,
-    batch,
-    data_folder,
-    load_data,
-    validation_batches,
-    validation_windows,
-)
+from text.token_files import Data, data_folder, load_data
+from training.data import batch, validation_batches, validation_windows
 from training.distributed import check_device
 
 

@@ -23,13 +23,14 @@ from tqdm import tqdm
 from analysis.compare import compare, window_losses
 from analysis.geometry import frequency, principal, spectrum
 from analysis.runs import Run, caution, find_runs, texts_differ, writable
+from base.command_line import cli, parse
+from base.errors import UserError
+from base.files import write_whole
 from model import Model
-from training.config import UserError, cli, parse
-from training.data import Data
+from text.token_files import Data
+from text.tokenizers import Tokenizer
 from training.distributed import check_device
-from training.files import write_whole
 from training.telemetry import clock, energy, listed, read_metrics, timed
-from training.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Most points of a curve that the page holds; each knows the least, mean and greatest value of the

@@ -6,19 +6,14 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from base.errors import UserError, check, nearest
+from base.files import write_whole
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
+from text.token_files import Data, data_folder, load_data
 from training import checkpoint
-from training.config import TrainConfig, UserError, check, nearest
-from training.data import (
-    Data,
-    data_folder,
-    load_data,
-    predicted_count,
-    validation_batches,
-    validation_windows,
-)
-from training.files import write_whole
+from training.config import TrainConfig
+from training.data import predicted_count, validation_batches, validation_windows
 
 
 @dataclass

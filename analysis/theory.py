@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 
 from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
+from base.command_line import cli, parse
 from harmonic import HEADS, HarmonicHead, distance
-from training.config import cli, parse
 from training.data import predicted_count
 from training.distributed import check_device
 from training.telemetry import read_metrics

@@ -36,10 +36,11 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from base.command_line import cli, parse
+from base.errors import check
 from benchmarks.head import write
 from harmonic.backends import triton as gpu
 from harmonic.precision import FLOAT32, SPLIT, Products
-from training.config import check, cli, parse
 
 N, V, C = 8192, 50257, 768
 # kernel, options, root

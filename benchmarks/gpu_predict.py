@@ -19,9 +19,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.command_line import cli, parse
 from benchmarks.gpu_compile import CLOCK, MULTIPROCESSORS, RATES, SIZE, markdown
 from benchmarks.head import write
-from training.config import cli, parse
 
 # The card
 PEAK = 989e12  # NVIDIA's data sheet of the H100 SXM: dense bfloat16 products

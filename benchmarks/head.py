@@ -76,7 +76,7 @@ class BenchmarkConfig:
         self.out = self.out or f"results/head_{self.device}.csv"
 
     def problems(self) -> list[str]:
-        from training.config import nearest
+        from base.errors import nearest
 
         found = [] if self.rounds > 0 else [f"rounds={self.rounds} must be at least 1"]
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -467,7 +467,8 @@ def table(rows):
 def main():
     from tqdm import tqdm
 
-    from training.config import check, parse
+    from base.command_line import parse
+    from base.errors import check
 
     (c,) = parse(sys.argv[1:], BenchmarkConfig, words="heads")
     check(
@@ -505,6 +506,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from training.config import cli
+    from base.command_line import cli
 
     cli(main)

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from base.command_line import cli, parse
 from interop import pretrained
 from model import Model, ModelConfig
-from training.config import cli, parse
-from training.packages import package_files
+from text.packages import package_files
 
 VOCABULARY, LONGEST, PROMPT = 293, 256, 23
 NEW = 200  # tokens of greedy text

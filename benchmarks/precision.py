@@ -36,14 +36,14 @@ from tqdm import tqdm
 import harmonic.loss
 import harmonic.precision
 from analysis.runs import find_runs
+from base.command_line import cli, parse
 from benchmarks.head import write
 from harmonic import HEADS as TABLE
 from harmonic import HarmonicHead, harmonic_loss, match
 from harmonic.precision import FLOAT32, SPLIT, Products
 from interop.pretrained import states as training_states
 from model import Model
-from training.config import cli, parse
-from training.data import Data
+from text.token_files import Data
 
 HEADS = ("cross_entropy", "euclidean", "cosine", "mahalanobis")
 STATES = 64

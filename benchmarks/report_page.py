@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis.runs import find_runs
-from training.config import UserError, cli, parse
+from base.command_line import cli, parse
+from base.errors import UserError
 from training.telemetry import read_metrics
 
 ROUNDS = 5

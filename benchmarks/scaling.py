@@ -30,8 +30,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from base.command_line import cli, parse
 from model import Model, ModelConfig
-from training.config import TrainConfig, cli, parse
+from training.config import TrainConfig
 from training.distributed import launcher
 from training.telemetry import read_metrics
 

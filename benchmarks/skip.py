@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from analysis.runs import find_runs
+from base.command_line import cli, parse
+from base.errors import check
 from benchmarks.head import seconds, write
 from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
 from harmonic.kernels import pairs
 from harmonic.pairwise import exactly, log_distance, operands
-from training.config import check, cli, parse
 from training.data import validation_batches, validation_windows
 
 

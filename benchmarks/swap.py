@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from analysis.perplexity import likelihood
 from analysis.runs import find_runs
+from base.command_line import cli, parse
+from base.errors import UserError
 from benchmarks.head import exponent
 from harmonic import HEADS
 from interop import pretrained
-from training.config import UserError, cli, parse
 
 SETTINGS = [(name, {}) for name in HEADS if name != "cross_entropy"]
 SETTINGS += [("minkowski", {"head_p": 2.0})]

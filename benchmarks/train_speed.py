@@ -34,10 +34,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from base.command_line import cli, parse
 from model import Model, ModelConfig, adamw
+from text.token_files import load_data
 from training.checkpoint import snapshot
-from training.config import cli, parse
-from training.data import load_data, training_batches
+from training.data import training_batches
 from training.telemetry import norms, read_metrics
 
 SIZE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)

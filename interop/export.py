@@ -19,13 +19,14 @@ from typing import Literal
 
 import torch
 
+from base.command_line import cli, parse
+from base.errors import UserError
 from interop.pretrained import ACTIVATIONS, HEADS, TABLES, TRUNK, layout
 from model import Model, ModelConfig, has_bias
+from text.token_files import tokenizer_folder
+from text.tokenizers import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 from training import checkpoint
-from training.config import UserError, cli, parse
-from training.data import tokenizer_folder
 from training.telemetry import energy, read_metrics
-from training.tokenizer import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 
 PACKAGE = Path(__file__).resolve().parent.parent / "harmonic"
 # Of the package, what a head needs without its compiled kernels.

@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from base.command_line import read_yaml
+from base.errors import UserError, nearest
 from harmonic import IGNORE_INDEX, HarmonicHead, match
 from harmonic.match import ROWS
 from model import Model, ModelConfig
+from text.token_files import Data
+from text.tokenizers import BPE_FILE, read_characters, rust_tokenizer, rust_vocabulary
 from training import checkpoint
-from training.config import UserError, nearest, read_yaml
-from training.data import Data, predicted_count, training_batches
-from training.tokenizer import BPE_FILE, read_characters, rust_tokenizer, rust_vocabulary
+from training.data import predicted_count, training_batches
 
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 HUB = (

@@ -36,11 +36,12 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.geometry import spectrum
+from base.command_line import cli, parse
+from base.errors import UserError
+from base.files import write_whole
 from harmonic import CONTROLS, DISTANCES, HarmonicHead, distance
 from model import Model, ModelConfig
 from studies.table import Table, complete, number, search
-from training.config import UserError, cli, parse
-from training.files import write_whole
 
 # ---- tasks -------------------------------------------------------------------------------------
 

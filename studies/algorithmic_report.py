@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from analysis.geometry import principal
+from base.command_line import cli, parse
+from base.errors import UserError
+from base.files import write_whole
 from studies.algorithmic import FEW, HEADS, MODELS, MULTIPLE_STEP, RATE_STEP, Job, Rows, scored
 from studies.heads_report import markdown
 from studies.table import on_edge
-from training.config import UserError, cli, parse
-from training.files import write_whole
 
 SHOWN = [("cross_entropy", "control")] + [
     (h, "harmonic")

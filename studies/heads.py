@@ -41,12 +41,14 @@ from tqdm import tqdm
 
 from analysis.geometry import spectrum
 from analysis.gradients import stability
+from base.command_line import cli, parse, read_yaml
+from base.errors import UserError, check
 from harmonic import IGNORE_INDEX
 from model import Model
 from studies.table import Table, beyond, commit, number
+from text.token_files import data_folder, load_data
 from training import checkpoint
-from training.config import UserError, check, cli, parse, read_yaml
-from training.data import data_folder, load_data, validation_batches, validation_windows
+from training.data import validation_batches, validation_windows
 from training.distributed import launcher
 from training.telemetry import energy, read_metrics
 

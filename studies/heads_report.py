@@ -23,6 +23,9 @@ import numpy as np
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
+from base.command_line import cli, parse
+from base.errors import UserError
+from base.files import write_whole
 from studies.heads import (
     EXPONENT_STEP,
     LINKS,
@@ -35,8 +38,6 @@ from studies.heads import (
     loss,
 )
 from studies.table import number, on_edge
-from training.config import UserError, cli, parse
-from training.files import write_whole
 
 BASELINE = ("cross_entropy", "control")
 MEANS = {  # of stage 2's columns, over seeds: how they are shown

@@ -9,9 +9,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.command_line import cli, parse
+from base.errors import UserError
+from base.files import write_whole
 from studies import algorithmic, algorithmic_report, heads, heads_report, vision, vision_report
-from training.config import UserError, cli, parse
-from training.files import write_whole
 
 TABLES = {  # the name in the page's marks: (a study's rows, its file, the table of them)
     "stage 1": (heads.Rows, "heads", heads_report.stage_one),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.config import UserError
+from base.errors import UserError
 
 
 class Table:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from analysis.runs import table, write_csv
 from analysis.theory import toy
+from base.command_line import cli, parse
+from base.files import write_whole
 from harmonic import CONTROLS, DISTANCES
 from studies.picture import save
-from training.config import cli, parse
-from training.files import write_whole
 
 FIVE = torch.tensor([[1.0, 0.2], [0.2, 1.1], [-0.9, 0.6], [-0.5, -0.9], [0.8, -0.8]])
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#59616b"]

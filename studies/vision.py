@@ -31,12 +31,13 @@ import torch
 import torch.nn as nn
 
 from analysis.geometry import spectrum
+from base.command_line import cli, parse
+from base.errors import UserError
+from base.files import write_whole
 from harmonic import HarmonicHead
 from studies.algorithmic import HEADS, match_scale
 from studies.table import Table, complete, number, search
-from training.config import UserError, cli, parse
-from training.files import write_whole
-from training.packages import cache_folder, package_file
+from text.packages import cache_folder, package_file
 from training.telemetry import Emissions, energy
 
 # ---- data --------------------------------------------------------------------------------------

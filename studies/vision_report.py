@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from base.command_line import cli, parse
+from base.errors import UserError
+from base.files import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.heads_report import interval, markdown, with_half
@@ -32,8 +35,6 @@ from studies.vision import (
     run_folder,
     swept,
 )
-from training.config import UserError, cli, parse
-from training.files import write_whole
 
 GRAD_CAM = [
     ("cross_entropy", "control"),

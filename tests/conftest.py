@@ -102,7 +102,7 @@ def train(tiny_data, tmp_path, monkeypatch, capsys):
     """train(head="cosine", ...) -> (exit status, stdout, stderr), run in this process with tiny
     settings; words may be a config file."""
     import train as script_module
-    from training.config import cli
+    from base.command_line import cli
 
     monkeypatch.chdir(tmp_path)
 

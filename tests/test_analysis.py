@@ -19,12 +19,14 @@ from matplotlib.figure import Figure
 
 from analysis import perplexity, report
 from analysis.runs import caution, find_runs, table
+from base.command_line import cli, write_yaml
+from base.errors import UserError
 from model import Model, ModelConfig
+from text.token_files import load_data
+from text.tokenizers import load_tokenizer, train_bpe
 from training import checkpoint
-from training.config import TrainConfig, UserError, cli, write_yaml
-from training.data import load_data
+from training.config import TrainConfig
 from training.telemetry import read_metrics
-from training.tokenizer import load_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
 TEXT = [

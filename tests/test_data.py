@@ -9,13 +9,12 @@ import torch
 from scipy.stats import chisquare, kstest
 from test_tokenizer import nanogpt_meta
 
+from base.errors import UserError
+from base.files import seal, unseal
 from harmonic import IGNORE_INDEX
-from training.config import UserError
+from text.token_files import Data, Split, load_data
 from training.data import (
-    Data,
-    Split,
     index,
-    load_data,
     mask_tokens,
     masked_count,
     permute,
@@ -25,7 +24,6 @@ from training.data import (
     validation_batches,
     validation_windows,
 )
-from training.files import seal, unseal
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 1000, 4097])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, script
 
+from base.command_line import cli
 from interop import export
+from text.tokenizers import load_tokenizer, rust_tokenizer
 from training import checkpoint
-from training.config import cli
-from training.tokenizer import load_tokenizer, rust_tokenizer
 
 RUNS = {
     "gpt": dict(arch="gpt", head="cross_entropy"),

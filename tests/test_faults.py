@@ -8,9 +8,10 @@ import random
 import pytest
 from conftest import ROOT, script
 
+from base.command_line import parse
+from base.errors import UserError
 from benchmarks import scaling, train_speed
 from tests.faults import storm
-from training.config import UserError, parse
 
 
 def rows(name: str) -> list[dict]:

@@ -31,11 +31,11 @@ from analysis import (
 )
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import find_runs
+from base.errors import UserError
 from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
 from studies.table import Table
 from training import checkpoint
-from training.config import UserError
 from training.data import predicted_count
 from training.telemetry import Emissions, Metrics, clock, energy, read_metrics
 

@@ -21,11 +21,11 @@ import pyarrow.parquet
 import pytest
 
 import prepare_openwebtext as prepare
+from base.errors import UserError
 from text import readers
+from text.packages import package_file
 from text.readers import records
-from training.config import UserError
-from training.packages import package_file
-from training.tokenizer import load_tokenizer
+from text.tokenizers import load_tokenizer
 
 ROOT = Path(prepare.__file__).parent
 SCRIPT = [sys.executable, str(ROOT / "prepare_openwebtext.py")]

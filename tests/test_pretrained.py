@@ -10,11 +10,11 @@ import torch
 from conftest import TINY, script
 from safetensors.torch import load_file, save_file
 
+from base.errors import UserError
 from benchmarks import parity
 from interop import pretrained
 from model import ModelConfig
 from training import checkpoint
-from training.config import UserError
 from training.distributed import launcher
 
 GPT = "GPT2LMHeadModel"

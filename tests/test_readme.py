@@ -148,8 +148,9 @@ def run(place, words):
 
 def check(arguments):
     """Parses the flags, and sizes the model without allocating it."""
+    from base.command_line import parse
     from model import Model, ModelConfig
-    from training.config import TrainConfig, parse
+    from training.config import TrainConfig
 
     if arguments[0] == "prepare_openwebtext.py":
         from prepare_openwebtext import PrepareConfig
@@ -169,8 +170,9 @@ def check(arguments):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configs_parse_and_explain_their_numbers(path):
+    from base.command_line import parse
     from model import ModelConfig
-    from training.config import TrainConfig, parse
+    from training.config import TrainConfig
 
     parse([str(path)], ModelConfig, TrainConfig, config_file=True)
     for key in ("batch_size", "max_iters", "learning_rate"):

@@ -8,8 +8,8 @@ import pytest
 from conftest import TINY, text
 from test_data import write_nanogpt
 
-from training.config import cli
-from training.tokenizer import EOT
+from base.command_line import cli
+from text.tokenizers import EOT
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +255,9 @@ def test_bad_input(sample, case):
 
 
 def test_an_unknown_character_in_a_word_piece_prompt(monkeypatch):
+    from base.errors import UserError
     from sample import encode
-    from training.config import UserError
-    from training.tokenizer import Tokenizer
+    from text.tokenizers import Tokenizer
 
     words = Tokenizer("bert", 10, 2, 3, lambda texts: [[0, 5] for _ in texts], None, unk_id=0)
     with pytest.raises(UserError, match="does not know"):

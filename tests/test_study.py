@@ -11,9 +11,10 @@ import pytest
 import scipy.stats
 from conftest import ROOT, script_here
 
+from base.command_line import read_yaml
+from base.errors import UserError
 from studies import heads, heads_report, page
 from training import checkpoint
-from training.config import UserError, read_yaml
 
 BASE = {
     "dataset": "wikitext2",

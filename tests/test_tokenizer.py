@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import packages, tokenizer
-from training.config import UserError
-from training.packages import package_file
-from training.tokenizer import (
+from base.errors import UserError
+from text import packages, tokenizers
+from text.packages import package_file
+from text.tokenizers import (
     EOT,
     MASK,
     copy_tokenizer,
@@ -364,18 +364,18 @@ def test_another_meta_pkl_is_refused_and_nothing_runs(tmp_path, monkeypatch, cas
 
 def test_corrupt_gpt2_file_is_named_and_kept_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    name = hashlib.sha1((tokenizer.GPT2_ADDRESS + "vocab.bpe").encode()).hexdigest()
+    name = hashlib.sha1((tokenizers.GPT2_ADDRESS + "vocab.bpe").encode()).hexdigest()
     (tmp_path / name).write_text("not a vocabulary")
     with pytest.raises(UserError, match=f"{name} is corrupt"):
-        tokenizer.load_gpt2.__wrapped__()
+        tokenizers.load_gpt2.__wrapped__()
 
 
 @pytest.mark.parametrize("damage", [b"not base64 at all\n", b"", base64.b64encode(b"a") + b" 0\n"])
 def test_corrupt_qwen_file(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(tokenizer, "package_file", lambda *_: tmp_path / "qwen.tiktoken")
+    monkeypatch.setattr(tokenizers, "package_file", lambda *_: tmp_path / "qwen.tiktoken")
     (tmp_path / "qwen.tiktoken").write_bytes(damage)
     with pytest.raises(UserError, match="corrupt"):
-        tokenizer.load_qwen.__wrapped__()
+        tokenizers.load_qwen.__wrapped__()
 
 
 def test_cached_package_needs_no_pip(tmp_path, monkeypatch):

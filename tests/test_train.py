@@ -19,14 +19,14 @@ import yaml
 from conftest import ROOT, TINY, script
 from safetensors.torch import load_file
 
+from base.files import seal, sha256, unseal
 from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
 from model import Model, ModelConfig, adamw
 from tests.faults.storm import workers
+from text.token_files import load_data
 from training import advice, checkpoint
 from training.config import TrainConfig
-from training.data import load_data
 from training.distributed import launcher
-from training.files import seal, sha256, unseal
 from training.telemetry import Metrics, norms, read_metrics
 from training.verify import history
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import script_here
 
+from base.errors import UserError
 from studies import vision, vision_report
-from training.config import UserError
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""Text that people have: files of a source, readers of each kind, token files of other projects."""
+"""Text: its sources, tokenizers and token files."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.config import UserError
+from base.errors import UserError
 
 NANOGPT_META = "meta.pkl"  # beside the token files of nanoGPT's shakespeare_char
 LLMC_HEADER = 256  # int32 numbers before the ids: magic number, version, count of tokens, zeros

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.errors import UserError, nearest
 from text.sources import compression_of, kind_of
-from training.config import UserError, nearest
 
 # Names of a text column, tried in this order when none is given.
 COLUMNS = ["text", "content", "document", "article", "body", "extract", "review"]

@@ -1,1 +1,1 @@
-"""What the scripts share: configuration, data, checkpoints, processes, telemetry."""
+"""Training: settings, batches, checkpoints, processes, evaluation, telemetry."""

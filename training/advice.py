@@ -12,8 +12,9 @@ from harmonic import HEADS, HarmonicHead
 from harmonic.backends import load
 from harmonic.distances import resolve
 from model import ModelConfig
+from text.token_files import Data
 from training.config import TrainConfig
-from training.data import Data, split_warnings
+from training.data import split_warnings
 
 COMPILING = 30  # seconds that compiling a small model takes on a CPU: about 25 on 2 cores of a Xeon
 # Share of an iteration's time that compiling saves at best: an assumption, not a measurement

@@ -23,9 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from base.command_line import known, parse, read_yaml
+from base.errors import UserError
+from base.files import fsync, seal, sha256, unseal
 from model import Model, ModelConfig
-from training.config import TrainConfig, UserError, known, parse, read_yaml
-from training.files import fsync, seal, sha256, unseal
+from training.config import TrainConfig
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
 

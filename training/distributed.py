@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.config import UserError, cli
+from base.command_line import cli
+from base.errors import UserError
 
 _KEPT = []  # a DistributedDataParallel lives as long as its process: see `run`
 

@@ -8,8 +8,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from harmonic import IGNORE_INDEX, softmax_linearization_kl
 from model import Model, ModelConfig
+from text.token_files import Data
 from training.config import TrainConfig
-from training.data import Data, validation_batches, validation_windows
+from training.data import validation_batches, validation_windows
 from training.distributed import Processes
 
 STATES = 256  # show how far the head is from a softmax

@@ -4,12 +4,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from base.command_line import write_yaml
+from base.errors import UserError
 from model import ModelConfig
+from text.token_files import Data
+from text.tokenizers import copy_tokenizer
 from training import checkpoint
-from training.config import TrainConfig, UserError, write_yaml
-from training.data import Data
+from training.config import TrainConfig
 from training.telemetry import Metrics, write_environment
-from training.tokenizer import copy_tokenizer
 
 
 def open_folder(

@@ -11,18 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from base.command_line import known, parse, read_yaml, split_flags
+from base.errors import UserError, check
 from model import Model, ModelConfig
+from text.token_files import Data, data_folder, load_data
 from training import checkpoint, distributed
-from training.config import (
-    TrainConfig,
-    UserError,
-    check,
-    known,
-    parse,
-    read_yaml,
-    split_flags,
-)
-from training.data import Data, data_folder, load_data, split_problems
+from training.config import TrainConfig
+from training.data import split_problems
 from training.distributed import Processes
 from training.step import Progress
 from training.telemetry import check_loggers

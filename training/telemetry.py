@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from training.config import UserError
-from training.files import write_whole
+from base.errors import UserError
+from base.files import write_whole
 
 # Peak dense bf16 FLOP/s by the name torch.cuda.get_device_name gives (vendors' data sheets, without
 # sparsity)

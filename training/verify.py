@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
+from base.errors import UserError
+from base.files import sha256
 from training import checkpoint
-from training.config import UserError
 from training.distributed import launcher
-from training.files import sha256
 from training.telemetry import read_metrics
 
 INTERVAL, BEYOND = (

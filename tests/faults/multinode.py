@@ -17,8 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.command_line import cli, parse
+from base.errors import UserError
 from tests.faults.storm import command, finish, newest_iteration, wait_until
-from training.config import UserError, cli, parse
 from training.verify import history, written
 
 NODES = {"node0": "10.77.0.1", "node1": "10.77.0.2"}

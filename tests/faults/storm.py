@@ -34,8 +34,9 @@ from typing import Literal
 import psutil
 from tqdm import tqdm
 
+from base.command_line import cli, parse
+from base.errors import UserError, check
 from training import checkpoint
-from training.config import UserError, check, cli, parse
 from training.distributed import launcher
 from training.verify import compare, history, kill_all, written
 

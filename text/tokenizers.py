@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.errors import UserError, nearest
+from base.files import seal, unseal, write_whole
 from text.foreign import NANOGPT_META, nanogpt_characters
-from training.config import UserError, nearest
-from training.files import seal, unseal, write_whole
-from training.packages import cache_folder, package_file
+from text.packages import cache_folder, package_file
 
 NAMES = ["gpt2", "qwen", "bert", "char"]
 EOT, MASK, UNKNOWN = "<|endoftext|>", "<|mask|>", "\ufffd"

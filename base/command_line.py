@@ -1,0 +1,237 @@
+"""Command lines: flat typed dataclasses filled from a YAML file and from `--key=value` flags.
+
+A script declares what it takes as dataclasses whose fields carry a docstring each, and calls
+`parse`. Types and help come from jsonargparse. Whatever is wrong, in the file and on the command
+line, is gathered into one message; `cli` prints it and exits with status 2, so that a user sees
+every mistake at once and never a traceback.
+"""
+
+import argparse
+import codecs
+import dataclasses
+import functools
+import inspect
+import io
+import json
+import os
+import sys
+import typing
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+from base.errors import UserError, check, nearest
+from base.files import write_whole
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that leaves the examples in a script's docstring as they are written."""
+
+
+def show_bytes(error: UnicodeEncodeError) -> tuple[str, int]:
+    """An error handler that prints a file name that is not UTF-8: `caf\\xe9.txt`. Python holds such
+    a byte as U+DCE9."""
+    rest = error.object[error.start : error.end]
+    if not all("\udc80" <= character <= "\udcff" for character in rest):
+        return codecs.backslashreplace_errors(
+            error
+        )  # characters that the terminal's encoding lacks
+    return rest.encode("ascii", "surrogateescape").decode("ascii", "backslashreplace"), error.end
+
+
+codecs.register_error("show_bytes", show_bytes)
+
+
+def cli(main: typing.Callable):
+    """Runs `main()`; a UserError becomes its message on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="show_bytes")
+    try:
+        main()
+    except UserError as error:
+        script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+        name = script.name
+        if script.is_relative_to(root) and script.parent != root:  # in a room: run as a module
+            name = f"python -m {'.'.join(script.relative_to(root).with_suffix('').parts)}"
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
+            print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (
+        BrokenPipeError
+    ):  # the reader (head, less) went away; leave without the interpreter's complaint at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def read_yaml(path) -> dict:
+    """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat
+    mapping."""
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(
+            {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.yaml")}
+        )
+        raise UserError(f"no config file {path}{nearest(path, there) if there else ''}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+        raise UserError(f"{path}: expected flat `key: value` lines")
+    return values
+
+
+def known(stored: dict, where, *schemas) -> dict:
+    """A stored configuration without the keys that no schema has, such as those of another version;
+    a note on stderr names them."""
+    names = {f.name for schema in schemas for f in dataclasses.fields(schema)}
+    strange = [key for key in stored if key not in names]
+    if strange:
+        _note_once(
+            f"{where} has settings of another version, which are ignored:"
+            f" {', '.join(map(str, strange))}"
+        )
+    return {key: value for key, value in stored.items() if key in names}
+
+
+@functools.cache
+def _note_once(text: str):
+    """Prints a note on stderr, the first time that it is to be printed: several parts of a program
+    read the same file."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one note a machine, not one a process
+        print(f"note: {text}", file=sys.stderr)
+
+
+def write_yaml(path, *configs):
+    """Writes every field of the given dataclasses as one flat YAML file."""
+    merged = {k: v for c in configs for k, v in dataclasses.asdict(c).items()}
+    write_whole(Path(path), yaml.safe_dump(merged, sort_keys=False))
+
+
+def split_flags(
+    argv: list[str], switches: set[str], known=()
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits a command line into positional words and (key, value) pairs.
+
+    `--key=value` and `--key value` both work; a key in `switches` (the bool fields) may stand alone
+    and means true.
+    """
+    words, flags, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals and key in switches:
+            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        elif not equals and (not known or key in known) and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not equals:
+            value = None
+        flags.append((key, value))
+    return words, flags
+
+
+def parse(
+    argv: list[str],
+    *schemas,
+    words: str | None = None,
+    config_file: bool = False,
+    base: dict | None = None,
+) -> list:
+    """Fills one instance of each dataclass in `schemas` from a command line.
+
+    Args:
+        argv: the words after the script's name.
+        schemas: dataclasses with disjoint field names. One with a method `problems() -> list[str]`
+            is asked for impossible values.
+        words: name of the list field that takes positional words (such as run folders); None when
+            there are none.
+        config_file: the first positional word is a YAML file that the flags override.
+        base: values that stand below the file and the flags, such as a stored run's configuration.
+    Raises: UserError listing every unknown key (with the nearest valid one), wrong type and
+        impossible value.
+    """
+    fields = {f.name: f for s in schemas for f in dataclasses.fields(s)}
+    types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
+    doc = inspect.cleandoc(
+        sys.modules["__main__"].__doc__ or ""
+    )  # the script's own: what it does, and examples
+    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
+    for schema in schemas:
+        parser.add_class_arguments(schema, fail_untyped=True)
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        sys.exit(0)
+
+    positional, flags = split_flags(argv, {n for n in fields if types[n] is bool}, fields)
+    problems, values = [], {}
+    given = [("config.yaml", k, v) for k, v in (base or {}).items()]
+    if config_file and positional:
+        path = positional.pop(0)
+        given += [(path, k, v) for k, v in read_yaml(path).items()]
+    given += [("", k, v) for k, v in flags]
+    for origin, key, value in given:
+        where = f"{origin}: " if origin else "--"
+        if key not in fields:
+            problems.append(f"{where}{key}: unknown key{nearest(key, fields)}")
+            continue
+        if value is None and not origin:
+            problems.append(f"--{key} needs a value: --{key}=...")
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        if words == key and origin == "":
+            values.setdefault(key, []).append(value)
+            continue
+        try:
+            values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
+        except (jsonargparse.ArgumentError, ValueError, TypeError):
+            choices = (
+                typing.get_args(types[key])
+                if typing.get_origin(types[key]) is typing.Literal
+                else None
+            )
+            if choices:
+                problems.append(f"{where}{key}={text}: unknown {key}{nearest(text, choices)}")
+            else:
+                problems.append(f"{where}{key}={text}: expected {describe(types[key])}")
+    if positional and words is None:
+        problems.append(
+            f"unexpected word {positional[0]!r}: flags are --key=value"
+            + (" and only one config file may be given" if config_file else "")
+        )
+    elif words is not None and positional:
+        values.setdefault(words, []).extend(positional)
+
+    built = []
+    for schema in schemas:
+        made = schema(
+            **{k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(schema)}}
+        )
+        problems += made.problems() if hasattr(made, "problems") else []
+        built.append(made)
+    check(problems)
+    return built
+
+
+def describe(hint) -> str:
+    """A type as a user would say it: `a whole number`, `a number, sqrt_dim, dim or null`."""
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "null",
+    }
+    if hint in plain:
+        return plain[hint]
+    if typing.get_origin(hint) is typing.Literal:
+        names = [str(a) for a in typing.get_args(hint)]
+    else:
+        names = [describe(a) for a in typing.get_args(hint)] or [str(hint)]
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

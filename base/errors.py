@@ -1,0 +1,24 @@
+"""Errors that the user can fix, and the nearest valid name for a wrong one."""
+
+import difflib
+
+
+class UserError(ValueError):
+    """An error that the user can fix. `cli` prints its message, without a traceback, and exits with
+    status 2."""
+
+
+def check(problems: list[str]):
+    """Raises one UserError that lists all `problems`, if there are any."""
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def nearest(name: str, names) -> str:
+    """`'; did you mean X?'` for the valid name most like `name`, or the list of names when nothing
+    is like it."""
+    names = [str(n) for n in names]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
