@@ -14,10 +14,10 @@ Shapes: B batch, T time, C = n_embd, H heads, D = head_dim (C / H), V = vocab_si
 
 import functools
 import importlib.util
-import inspect
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -27,16 +27,84 @@ from torch.utils.checkpoint import checkpoint
 
 from harmonic import EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
 
-MASK_BLOCK = (
-    128  # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
-)
+# Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
+MASK_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What GPT-2, BERT and Qwen2 do differently. Everything else in this file is the same for all.
+
+    causal: a token sees itself and what is before it. Otherwise it sees the whole window, and the
+        model is trained to fill masks.
+    norm: (width, with a bias) -> a normalisation layer.
+    norm_after: norms stand after each residual sum, and one after the embedding. Otherwise they
+        stand before attention and MLP, and one before the head.
+    rotary: positions are rotations of queries and keys. Otherwise they are a learned embedding.
+    gated: the MLP is SwiGLU. Otherwise it has one activation, `gelu`: its `approximate` in PyTorch.
+    out_bias: the output projection of attention has a bias too.
+    token_types: an embedding of two kinds of tokens is added.
+    transform: a linear layer, a GELU and a norm stand before the head.
+    head_bias: the dot product of the cross-entropy head has a bias.
+    scaled_residual: weights back into the residual stream begin smaller, by sqrt(2 n_layer).
+    """
+
+    causal: bool
+    norm: Callable[[int, bool], nn.Module]
+    norm_after: bool = False
+    rotary: bool = False
+    gated: bool = False
+    gelu: str = "none"
+    out_bias: bool = True
+    token_types: bool = False
+    transform: bool = False
+    head_bias: bool = False
+    scaled_residual: bool = False
+
+
+ARCHITECTURES = {
+    "gpt": Architecture(
+        causal=True,
+        norm=lambda width, bias: nn.LayerNorm(width, eps=1e-5, bias=bias),
+        gelu="tanh",
+        scaled_residual=True,
+    ),
+    "bert": Architecture(
+        causal=False,
+        norm=lambda width, bias: nn.LayerNorm(width, eps=1e-12, bias=bias),
+        norm_after=True,
+        token_types=True,
+        transform=True,
+        head_bias=True,
+    ),
+    "qwen": Architecture(
+        causal=True,
+        norm=lambda width, bias: nn.RMSNorm(width, eps=1e-6),
+        rotary=True,
+        gated=True,
+        out_bias=False,
+    ),
+}
+
+
+# Two kinds of settings have a mark in their field's metadata, for other files to ask for.
+
+
+def free(default: Any) -> Any:
+    """A setting that is no part of the weights: a checkpoint can be resumed with another value."""
+    return field(default=default, metadata={"free": True})
+
+
+def head_option(name: str) -> Any:
+    """A setting that is the option `name` of some distances; None leaves it at its default."""
+    return field(default=None, metadata={"head_option": name})
 
 
 @dataclass
 class ModelConfig:
     """The model"""
 
-    arch: Literal["gpt", "bert", "qwen"] = "gpt"
+    arch: Literal[*ARCHITECTURES] = "gpt"
     """blocks: GPT-2, BERT or Qwen2 style"""
     n_layer: int = 12
     """number of blocks"""
@@ -61,7 +129,7 @@ class ModelConfig:
     multiple of 64"""
     real_vocab_size: int = 0
     """ids below this are tokens, rows above are padding without probability; 0 = from the data"""
-    dropout: float = 0.0
+    dropout: float = free(0.0)
     """dropout of embeddings, attention and residual branches"""
     label_smoothing: float = 0.0
     """share of the target spread over all tokens while training (an ablation: it materialises the
@@ -94,26 +162,35 @@ class ModelConfig:
     """train log n"""
     learn_scale: bool = False
     """train log s"""
-    head_p: float | None = None
+    head_p: float | None = head_option("p")
     """minkowski: p (1.5)"""
-    head_a: float | None = None
+    head_a: float | None = head_option("a")
     """chebyshev_smooth: sharpness a (10)"""
-    head_t: float | None = None
+    head_t: float | None = head_option("t")
     """hamming_*: temperature t (1)"""
-    head_q: float | None = None
+    head_q: float | None = head_option("q")
     """canberra_weighted: power q (1)"""
     head_init_std: float = 0.02
     """standard deviation of the prototypes at the start; tied, of the embedding (GPT-2's 0.02)"""
-    head_impl: Literal["auto", "dense", "chunked", "numba", "triton"] = "auto"
+    head_impl: Literal["auto", "dense", "chunked", "numba", "triton"] = free("auto")
     """how the loss is computed: dense materialises all logits, chunked does not, numba (CPU) and
     triton are compiled; auto = the fastest"""
-    head_skip: float = 1e-6
+    head_skip: float = free(1e-6)
     """elementwise distances leave out gradients that add up to less than this share of the
     target's; 0 = none"""
-    head_precision: Literal["auto", "float32", "split", "autocast"] = "auto"
+    head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
     """matrix products of the head: float32, split (two half-precision parts, nearly exact),
     autocast (the trunk's dtype); auto = on a GPU
     split for distances and autocast for cross_entropy and cosine_linear, else float32"""
+
+    @classmethod
+    def free_settings(cls) -> set[str]:
+        """The settings that are no part of the weights."""
+        return {f.name for f in fields(cls) if "free" in f.metadata}
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.arch]
 
     def attention_width(self) -> int:
         """D, the width of an attention head."""
@@ -121,22 +198,34 @@ class ModelConfig:
 
     def gelu(self) -> str:
         """GELU's `approximate` in PyTorch."""
-        tanh = self.arch == "gpt" if self.activation is None else self.activation == "gelu_tanh"
-        return "tanh" if tanh else "none"
+        if self.activation is None:
+            return self.architecture.gelu
+        return "tanh" if self.activation == "gelu_tanh" else "none"
 
     def mlp_width(self) -> int:
         """Width inside the MLP."""
-        return self.intermediate_size or (
-            64 * math.ceil(8 * self.n_embd / 3 / 64) if self.arch == "qwen" else 4 * self.n_embd
-        )
+        if self.intermediate_size:
+            return self.intermediate_size
+        if self.architecture.gated:
+            return 64 * math.ceil(8 * self.n_embd / 3 / 64)
+        return 4 * self.n_embd
 
-    def head_options(self) -> dict:
+    def has_bias(self) -> bool:
+        """Whether linear layers and norms have biases; qwen's queries, keys and values alone."""
+        return not self.qk_norm if self.bias is None else self.bias
+
+    def norm(self, width: int) -> nn.Module:
+        return self.architecture.norm(width, self.has_bias())
+
+    def head_options(self) -> dict[str, float]:
         """The options of the head's distance that are set."""
-        return {
-            k: getattr(self, f"head_{k}") for k in "patq" if getattr(self, f"head_{k}") is not None
+        marked = {
+            f.metadata["head_option"]: f.name for f in fields(self) if "head_option" in f.metadata
         }
+        options = {option: getattr(self, name) for option, name in marked.items()}
+        return {option: value for option, value in options.items() if value is not None}
 
-    def head_arguments(self) -> dict:
+    def head_arguments(self) -> dict[str, Any]:
         """Keyword arguments of HarmonicHead after (n_embd, vocab_size, name)."""
         return dict(
             exponent=self.exponent,
@@ -144,9 +233,8 @@ class ModelConfig:
             scale=self.scale,
             learn_exponent=self.learn_exponent,
             learn_scale=self.learn_scale,
-            bias=self.arch == "bert"
-            and self.head
-            == "cross_entropy",  # BERT's decoder has one; distances have no place for it
+            # Distances have no place for a bias.
+            bias=self.architecture.head_bias and self.head == "cross_entropy",
             init_std=self.head_init_std,
             impl=self.head_impl,
             skip=self.head_skip,
@@ -155,6 +243,12 @@ class ModelConfig:
         )
 
     def problems(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        if found := self._size_problems():
+            return found
+        return self._trunk_problems() + self._head_problems()
+
+    def _size_problems(self) -> list[str]:
         found = []
         for key in ("n_layer", "n_head", "n_embd", "block_size"):
             if getattr(self, key) < 1:
@@ -162,11 +256,13 @@ class ModelConfig:
         for key in ("n_kv_head", "head_dim", "intermediate_size", "vocab_size", "real_vocab_size"):
             if getattr(self, key) < 0:
                 found.append(f"{key}={getattr(self, key)} must not be negative")
-        if found:
-            return found
+        return found
+
+    def _trunk_problems(self) -> list[str]:
+        found, arch = [], self.architecture
         if self.n_embd % self.n_head and not self.head_dim:
             found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        elif self.arch == "qwen" and self.attention_width() % 2:
+        elif arch.rotary and self.attention_width() % 2:
             found.append(f"rotary positions need an even head width, got {self.attention_width()}")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
@@ -175,26 +271,30 @@ class ModelConfig:
                 found.append(f"{key}={getattr(self, key)} is not in [0, 1)")
         if self.eot_id is not None and not self.doc_mask:
             found.append(f"eot_id={self.eot_id} does nothing without doc_mask=true")
+        if self.activation is not None and arch.gated:
+            found.append(f"activation={self.activation} is for gpt and bert: qwen has SwiGLU")
+        if self.qk_norm and not arch.rotary:
+            found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
+        if self.rope_theta != 1e6 and not arch.rotary:
+            found.append(f"rope_theta={self.rope_theta} is for arch=qwen, not {self.arch}")
+        return found
+
+    def _head_problems(self) -> list[str]:
+        found, control = [], HEADS[self.head].is_control
         if not self.head_init_std > 0:
             found.append(f"head_init_std={self.head_init_std} must be positive")
-        if self.activation is not None and self.arch == "qwen":
-            found.append(f"activation={self.activation} is for gpt and bert: qwen has SwiGLU")
-        if self.qk_norm and self.arch != "qwen":
-            found.append(f"qk_norm=true is for arch=qwen, not {self.arch}")
-        if self.exponent is not None and (
-            HEADS[self.head].is_control or (self.link == "softmax" and self.scale is not None)
-        ):
+        scaled = self.link == "softmax" and self.scale is not None
+        if self.exponent is not None and (control or scaled):
+            also = ", scale set" if self.scale is not None else ""
             found.append(
                 f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}"
-                + (", scale set" if self.scale is not None else "")
+                f"{also}"
             )
-        if self.link != "harmonic" and HEADS[self.head].is_control:
+        if self.link != "harmonic" and control:
             found.append(
                 f"link={self.link} does nothing with head={self.head}: a control has no distance"
             )
-        if self.rope_theta != 1e6 and self.arch != "qwen":
-            found.append(f"rope_theta={self.rope_theta} is for arch=qwen, not {self.arch}")
-        if self.scale is not None and (self.link == "harmonic" or HEADS[self.head].is_control):
+        if self.scale is not None and (self.link == "harmonic" or control):
             found.append(
                 f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale"
                 " belongs to a distance with link=softmax"
@@ -204,16 +304,6 @@ class ModelConfig:
         except ValueError as error:
             found.append(f"head={self.head}: {error}")
         return found
-
-
-def norm(config: ModelConfig, width: int) -> nn.Module:
-    if config.arch == "qwen":
-        return nn.RMSNorm(width, eps=1e-6)
-    return nn.LayerNorm(width, eps=1e-12 if config.arch == "bert" else 1e-5, bias=has_bias(config))
-
-
-def has_bias(config: ModelConfig) -> bool:
-    return not config.qk_norm if config.bias is None else config.bias
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -226,18 +316,15 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 class KVCache:
     """Keys and values of the tokens seen so far, one buffer for all layers."""
 
-    def __init__(self, config: ModelConfig, batch: int, device, dtype):
-        shape = (
-            config.n_layer,
-            batch,
-            config.n_kv_head or config.n_head,
-            config.block_size,
-            config.attention_width(),
-        )
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
+        heads = config.n_kv_head or config.n_head
+        shape = config.n_layer, batch, heads, config.block_size, config.attention_width()
         self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores k, v (B, H, T, D) behind what is there -> all keys and values so far. The model
         advances `length` after a pass."""
         end = self.length + k.shape[2]
@@ -263,16 +350,14 @@ def causal_attention(q, k, v, rows: int = 64):
 def uses_flex_attention(config: ModelConfig, idx: torch.Tensor, training: bool) -> bool:
     """Whether attention within the documents of `idx` (B, T) is FlexAttention under a block mask.
     Otherwise the mask is dense."""
-    has_kernel = (
-        idx.is_cuda and importlib.util.find_spec("triton") is not None
-    )  # On a CPU FlexAttention has no backward pass.
-    drops = training and config.dropout > 0  # FlexAttention has no dropout.
-    fits = (
-        16 <= config.attention_width() <= 256
-    )  # Narrower heads have no kernel. Wider ones may not fit into shared memory.
-    return (
-        has_kernel and not drops and fits and idx.shape[1] >= MASK_BLOCK
-    )  # Within one block there is little to skip.
+    # On a CPU FlexAttention has no backward pass.
+    has_kernel = idx.is_cuda and importlib.util.find_spec("triton") is not None
+    # It has no dropout.
+    drops = training and config.dropout > 0
+    # Narrower heads have no kernel. Wider ones may not fit into shared memory.
+    fits = 16 <= config.attention_width() <= 256
+    # Within one block there is little to skip.
+    return has_kernel and not drops and fits and idx.shape[1] >= MASK_BLOCK
 
 
 def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
@@ -285,17 +370,16 @@ def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
         causal: a token attends to itself and what is before it only.
     """
     T = number.shape[1]
-    padded = F.pad(
-        number, (0, -T % MASK_BLOCK), value=T + 1
-    )  # The padding is a document of its own.
-    first, last = (
-        padded[:, None, ::MASK_BLOCK],
-        padded[:, None, MASK_BLOCK - 1 :: MASK_BLOCK],
-    )  # (B, 1, blocks)
+    # The padding is a document of its own.
+    padded = F.pad(number, (0, -T % MASK_BLOCK), value=T + 1)
+    # (B, 1, blocks)
+    first = padded[:, None, ::MASK_BLOCK]
+    last = padded[:, None, MASK_BLOCK - 1 :: MASK_BLOCK]
     single = first == last
-    some = (first[..., :, None] <= last[..., None, :]) & (
-        last[..., :, None] >= first[..., None, :]
-    )  # (B, 1, query blocks, key blocks)
+    # (B, 1, query blocks, key blocks)
+    begins_before_end = first[..., :, None] <= last[..., None, :]
+    ends_after_begin = last[..., :, None] >= first[..., None, :]
+    some = begins_before_end & ends_after_begin
     every = some & single[..., :, None] & single[..., None, :]
     if causal:
         some, every = some.tril(), every.tril(-1)
@@ -317,9 +401,8 @@ def listed_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Chosen key blocks (B, 1, query blocks, key blocks) -> how many each query block has, and all
     indices, the chosen first."""
     chosen = chosen.int()
-    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(
-        dim=-1, descending=True, stable=True
-    ).int()
+    indices = chosen.argsort(dim=-1, descending=True, stable=True).int()
+    return chosen.sum(-1, dtype=torch.int32), indices
 
 
 @functools.cache
@@ -346,22 +429,17 @@ def block_attention(
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head = (
-            layer,
-            config.n_head,
-            config.n_kv_head or config.n_head,
-        )
-        self.width = config.attention_width()
-        self.causal, self.dropout = config.arch != "bert", config.dropout
-        self.qkv = nn.Linear(
-            config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.width, bias=has_bias(config)
-        )
-        self.out = nn.Linear(
-            self.n_head * self.width, config.n_embd, bias=config.arch != "qwen" and has_bias(config)
-        )
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(self.width, eps=1e-6) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
+        self.layer, self.n_head = layer, config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.width, self.dropout = config.attention_width(), config.dropout
+        self.causal, bias = config.architecture.causal, config.has_bias()
+        rows = (self.n_head + 2 * self.n_kv_head) * self.width
+        self.qkv = nn.Linear(config.n_embd, rows, bias=bias)
+        out_bias = bias and config.architecture.out_bias
+        self.out = nn.Linear(self.n_head * self.width, config.n_embd, bias=out_bias)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=1e-6) for _ in range(2))
 
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
@@ -372,51 +450,47 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        y = self.attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q, k, v, mask):
+        """q (B, H, T, D) to k, v (B, key/value heads, T or more, D) -> (B, H, T, D)."""
+        if isinstance(mask, BlockMask):
+            return block_attention(q, k, v, mask)
+        T = q.shape[2]
         causal = self.causal and mask is None
-        if (
-            T == 1
-        ):  # not in one expression: where the compiler holds T open, that would be no plain bool
+        # Not in one expression: where the compiler holds T open, that would be no plain bool.
+        if T == 1:
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
-        if isinstance(mask, BlockMask):
-            y = block_attention(q, k, v, mask)
-        elif (
-            causal
-            and x.device.type == "cpu"
-            and q.dtype == torch.bfloat16
-            and T <= 512
-            and not (dropout or gqa)
-            and torch.compiler.is_compiling()
-        ):
-            y = causal_attention(q, k, v)
-        else:
-            if gqa and mask is not None:  # grouped heads with a mask have no fast kernel on GPUs
-                k, v, gqa = (
-                    *(t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v)),
-                    False,
-                )
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa
-            )
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if causal and on_cpu and T <= 512 and not (dropout or gqa):
+            if torch.compiler.is_compiling():
+                return causal_attention(q, k, v)
+        # Grouped heads with a mask have no fast kernel on GPUs.
+        if gqa and mask is not None:
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v))
+            gqa = False
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa
+        )
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, width, bias = config.n_embd, config.mlp_width(), has_bias(config)
-        self.arch, self.gelu = config.arch, config.gelu()
-        if self.arch == "qwen":
-            self.up, self.down = (
-                nn.Linear(C, 2 * width, bias=False),
-                nn.Linear(width, C, bias=False),
-            )  # up holds the gate and the value
+        C, width, self.gated = config.n_embd, config.mlp_width(), config.architecture.gated
+        self.gelu = config.gelu()
+        if self.gated:
+            self.up = nn.Linear(C, 2 * width, bias=False)  # the gate, then the value
+            self.down = nn.Linear(width, C, bias=False)
         else:
-            self.up, self.down = nn.Linear(C, width, bias=bias), nn.Linear(width, C, bias=bias)
+            self.up = nn.Linear(C, width, bias=config.has_bias())
+            self.down = nn.Linear(width, C, bias=config.has_bias())
 
     def forward(self, x):
         x = self.up(x)
-        if self.arch == "qwen":
+        if self.gated:
             gate, value = x.chunk(2, -1)
             return self.down(F.silu(gate) * value)
         return self.down(F.gelu(x, approximate=self.gelu))
@@ -425,13 +499,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.post_norm = config.arch == "bert"
-        self.norm1, self.norm2 = norm(config, config.n_embd), norm(config, config.n_embd)
+        self.norm_after = config.architecture.norm_after
+        self.norm1, self.norm2 = config.norm(config.n_embd), config.norm(config.n_embd)
         self.attention, self.mlp = Attention(config, layer), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope=None, mask=None, cache=None):
-        if self.post_norm:
+        if self.norm_after:
             x = self.norm1(x + self.dropout(self.attention(x, rope, mask, cache)))
             return self.norm2(x + self.dropout(self.mlp(x)))
         x = x + self.dropout(self.attention(self.norm1(x), rope, mask, cache))
@@ -441,16 +515,15 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A trunk and a head.
 
-    Initialisation: every weight matrix and embedding N(0, 0.02^2) as in GPT-2 and BERT, the
-        prototypes N(0, head_init_std^2), biases 0,
-    norms 1; for gpt the projections back into the residual stream are divided by sqrt(2 n_layer)
-    (GPT-2, section 2.3).
+    Weights begin as in GPT-2 and BERT: every matrix and embedding N(0, 0.02^2), the prototypes
+    N(0, head_init_std^2), biases 0, norms 1. With `scaled_residual`, weights back into the residual
+    stream are divided by sqrt(2 n_layer) (GPT-2, section 2.3).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        C = config.n_embd
+        C, arch = config.n_embd, config.architecture
         self.head = HarmonicHead(
             C,
             config.vocab_size,
@@ -459,51 +532,42 @@ class Model(nn.Module):
             **config.head_arguments(),
         )
         self.tokens = nn.Embedding(config.vocab_size, C)
-        self.positions = None if config.arch == "qwen" else nn.Embedding(config.block_size, C)
-        self.token_types = nn.Embedding(2, C) if config.arch == "bert" else None
-        self.embedding_norm = norm(config, C) if config.arch == "bert" else None
+        self.positions = None if arch.rotary else nn.Embedding(config.block_size, C)
+        self.token_types = nn.Embedding(2, C) if arch.token_types else None
+        self.embedding_norm = config.norm(C) if arch.norm_after else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.final_norm = None if config.arch == "bert" else norm(config, C)
-        self.transform = (
-            nn.Sequential(nn.Linear(C, C), nn.GELU(config.gelu()), norm(config, C))
-            if config.arch == "bert"
-            else None
-        )
+        self.final_norm = None if arch.norm_after else config.norm(C)
+        self.transform = None
+        if arch.transform:
+            self.transform = nn.Sequential(nn.Linear(C, C), nn.GELU(config.gelu()), config.norm(C))
+        self._initialise()
+        if config.tie_weights:
+            self.tokens.weight = self.head.weight
+
+    def _initialise(self):
+        """All weights but the head's, which has its own way."""
+        config = self.config
         for name, p in self.named_parameters():
             if name.startswith("head."):
                 continue
             if p.dim() >= 2:
-                residual = config.arch == "gpt" and name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                std = 0.02
+                if config.architecture.scaled_residual and name.endswith(
+                    ("out.weight", "down.weight")
+                ):
+                    std = 0.02 / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if config.tie_weights:
-            self.tokens.weight = self.head.weight
-        self.target_distance = None  # (N,) distances of the last loss's targets, for the log
-        self.recompute = False  # activation checkpointing: train.py's --activation_checkpointing
+
+    def compile_blocks(self, **options):
+        """torch.compile of each block. They are alike: one compilation serves all."""
+        for block in self.blocks:
+            block.compile(fullgraph=True, **options)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-    def parameter_groups(
-        self, weight_decay: float, prototype_decay: float | None = None
-    ) -> list[dict]:
-        """AdamW's groups: matrices decay; biases, norms, the exponent and Mahalanobis' parameters
-        do not (decay would shrink the distance itself); the prototypes decay by `prototype_decay`,
-        None = like matrices."""
-        prototypes = [self.head.weight]
-        others = [(n, p) for n, p in self.named_parameters() if p is not self.head.weight]
-        decay = [p for n, p in others if p.dim() >= 2 and not n.startswith("head.")]
-        rest = [p for n, p in others if p.dim() < 2 or n.startswith("head.")]
-        return [
-            {"params": decay, "weight_decay": weight_decay},
-            {
-                "params": prototypes,
-                "weight_decay": weight_decay if prototype_decay is None else prototype_decay,
-            },
-            {"params": rest, "weight_decay": 0.0},
-        ]
 
     def flops_per_token(self, predicted: float = 1.0) -> float:
         """Floating-point operations per token of forward + backward: 6 per weight that multiplies,
@@ -511,32 +575,22 @@ class Model(nn.Module):
         matmul whatever its distance, so that MFU compares like with like.
 
         Args:
-            predicted: share of the tokens that the head sees; bert's are the masked ones.
+            predicted: share of the tokens that the head sees: 1, or that of the masked ones.
         """
-        c, head = (
-            self.config,
-            sum(
-                q.numel()
-                for m in (self.head, self.transform)
-                if m is not None
-                for q in m.parameters()
-            ),
-        )
-        tables = [
-            e.weight
-            for e in (self.positions, self.token_types, None if c.tie_weights else self.tokens)
-            if e is not None
-        ]
-        trunk = self.parameter_count() - head - sum(q.numel() for q in tables)
-        return (
-            6 * (trunk + predicted * head)
-            + 12 * c.n_layer * c.n_head * c.attention_width() * c.block_size
-        )
+        c = self.config
+        ends = [m for m in (self.head, self.transform) if m is not None]
+        head = sum(q.numel() for m in ends for q in m.parameters())
+        tables = [e for e in (self.positions, self.token_types) if e is not None]
+        if not c.tie_weights:
+            tables.append(self.tokens)
+        trunk = self.parameter_count() - head - sum(e.weight.numel() for e in tables)
+        attention = 12 * c.n_layer * c.n_head * c.attention_width() * c.block_size
+        return 6 * (trunk + predicted * head) + attention
 
     def documents(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | BlockMask]:
         """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend:
         FlexAttention's mask or (B, 1, T, T)."""
-        T, causal = idx.shape[1], self.config.arch != "bert"
+        T, causal = idx.shape[1], self.config.architecture.causal
         begins = idx == self.config.eot_id
         number, here = begins.cumsum(1), torch.arange(T, device=idx.device)
         positions = here - (here * begins).cummax(1).values
@@ -547,10 +601,24 @@ class Model(nn.Module):
             mask = mask & (here[:, None] >= here)
         return positions, mask[:, None]
 
-    def trunk(self, idx, positions=None, mask=None, cache=None, token_types=None):
-        """Token ids (B, T) -> final hidden states (B, T, C)."""
-        c, T = self.config, idx.shape[1]
-        if c.doc_mask and positions is None and cache is None:
+    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (T,) or (B, T) -> the cosines and sines of their rotations, (1 or B, 1, T,
+        D / 2) each."""
+        D = self.config.attention_width()
+        half = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
+        frequency = self.config.rope_theta ** (-half / D)
+        angle = positions.view(-1, 1, positions.shape[-1], 1).float() * frequency
+        return angle.cos(), angle.sin()
+
+    def trunk(
+        self, idx, positions=None, mask=None, cache=None, token_types=None, recompute: bool = False
+    ):
+        """Token ids (B, T) -> final hidden states (B, T, C).
+
+        recompute: keep no activations within a block, but compute them again in the backward pass.
+        """
+        T = idx.shape[1]
+        if self.config.doc_mask and positions is None and cache is None:
             positions, mask = self.documents(idx)
         if positions is None:
             start = 0 if cache is None else cache.length
@@ -559,22 +627,14 @@ class Model(nn.Module):
         if self.positions is not None:
             x = x + self.positions(positions)
         else:
-            D = c.attention_width()
-            frequency = c.rope_theta ** (
-                -torch.arange(0, D, 2, device=idx.device, dtype=torch.float32) / D
-            )
-            angle = (
-                positions.view(-1, 1, T, 1)
-                if positions.dim() > 1
-                else positions[None, None, :, None]
-            ).float() * frequency
-            rope = angle.cos(), angle.sin()
+            rope = self.rope(positions)
         if self.token_types is not None:
             x = x + self.token_types(torch.zeros_like(idx) if token_types is None else token_types)
+        if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         x = self.dropout(x)
         for block in self.blocks:
-            if self.recompute and self.training:
+            if recompute:
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
@@ -587,39 +647,54 @@ class Model(nn.Module):
         x = self.trunk(idx, **arguments)
         return x if self.transform is None else self.transform(x)
 
-    def forward(self, idx, targets=None, reduction="mean"):
+    def forward(
+        self, idx, targets=None, reduction="mean", with_distance=False, recompute: bool = False
+    ):
         """Ids (B, T) -> (logits of all tokens (B, T, real_vocab_size), None).
 
         With targets (B, T), which are IGNORE_INDEX where nothing is predicted: -> (None, loss in
         nats), and the logits never exist.
+
+        Args:
+            reduction: "mean", "sum" or "none" of the losses.
+            with_distance: return a third value, d(h, w_target) of the targets (N,), without a
+                gradient; None for a head without a distance.
+            recompute: see `trunk`.
         """
         if targets is None:
             return self.head(self.hidden(idx)), None
-        x = self.trunk(idx)
-        if self.config.arch == "bert":  # masked positions only: 15 % of the head's work
+        x = self.trunk(idx, recompute=recompute)
+        # The transform and the head see the masked positions alone, 15 % of the tokens.
+        if not self.config.architecture.causal:
             kept = targets != IGNORE_INDEX
-            x, targets = self.transform(x[kept]), targets[kept]
-        if self.training:
-            self.target_distance = self.head.target_distance(x, targets)
-            if smoothing := self.config.label_smoothing:
-                logits = self.head(x).flatten(0, -2)
-                return None, F.cross_entropy(
-                    logits, targets.flatten(), reduction=reduction, label_smoothing=smoothing
-                )
-        return None, self.head.loss(x, targets, reduction=reduction)
+            x, targets = x[kept], targets[kept]
+        if self.transform is not None:
+            x = self.transform(x)
+        loss = self.loss(x, targets, reduction)
+        if with_distance:
+            return None, loss, self.head.target_distance(x, targets)
+        return None, loss
+
+    def loss(self, x, targets, reduction: str):
+        """Of hidden states x (..., C); smoothed where that is asked for and the model trains."""
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        if not smoothing:
+            return self.head.loss(x, targets, reduction=reduction)
+        logits = self.head(x).flatten(0, -2)
+        return F.cross_entropy(
+            logits, targets.flatten(), reduction=reduction, label_smoothing=smoothing
+        )
 
     @torch.inference_mode()
     def generate(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
         seed: int = 0,
         cache: bool = True,
-        explain=None,
-    ):
+        explain: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        **sampling,
+    ) -> Iterator[list[int]]:
         """Yields the next token of every prompt, a list of ints a step.
 
         Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its
@@ -629,108 +704,106 @@ class Model(nn.Module):
         Args:
             prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and
                 masked.
-            temperature: 0 takes the likeliest token. top_k, top_p: keep the k likeliest / the
-                smallest set of probability p.
             cache: keep keys and values (one token a step) or recompute the context each step: same
                 text, slower.
             explain: called with (hidden states (B, C), tokens (B,)) a step.
+            sampling: temperature, top_k, top_p: see Sampler.
+        Raises: ValueError for a model that fills masks.
         """
-        if self.config.arch == "bert":
-            raise ValueError("bert fills masks; it does not generate")
-        device, size = self.tokens.weight.device, self.config.block_size
-        longest = max(map(len, prompts))
-        pad = torch.tensor([longest - len(p) for p in prompts])
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        if not self.config.architecture.causal:
+            raise ValueError(f"{self.config.arch} fills masks; it does not generate")
+        device, sampler = self.tokens.weight.device, Sampler(**sampling)
         generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
-        store, starts = None, None
-        half = max(1, size // 2)
+        texts, store, starts = Texts(self.config, prompts, device), None, None
         for _ in range(max_new_tokens):
-            L = ids.shape[1]
-            beyond = (L - pad - size).clamp_min(0)  # how many tokens no longer fit
-            now = pad + (beyond + half - 1) // half * half
-            if self.config.doc_mask:  # a context begins with the document
-                last = (torch.arange(L) * (ids == self.config.eot_id).cpu()).amax(1)
-                now = torch.maximum(now, last)
-            if cache and store is not None and torch.equal(now, starts):
-                context = ids[:, -1:]
-            else:
-                starts, first = now, int(now.min())
-                context = ids[:, first:]
-                store = (
-                    KVCache(self.config, len(prompts), device, self._compute_dtype())
-                    if cache
-                    else None
-                )
-            padded = bool((starts != first).any())
-            T = context.shape[1]
-            if padded:
-                here = torch.arange(L - T, L, device=device)
-                keys = torch.arange(first, L, device=device)
-                begin = starts.to(device)[:, None]
-                positions = (here - begin).clamp_min(0)
-                seen = (keys <= here[:, None]) & (
-                    (keys >= begin)[:, None] | (keys == here[:, None])
-                )  # a pad sees itself: no empty softmax
-                h = self.trunk(context, positions=positions, mask=seen[:, None], cache=store)[:, -1]
-            # Nothing begins behind the first token, so positions simply count up, and no mask of
-            # documents is needed.
-            else:
-                h = self.trunk(
-                    context,
-                    positions=torch.arange(L - first - T, L - first, device=device),
-                    cache=store,
-                )[:, -1]
-            tokens = pick(self.head(h), temperature, top_k, top_p, generators)
+            now = texts.starts()
+            context = texts.ids[:, -1:]
+            if store is None or not torch.equal(now, starts):
+                starts, context = now, texts.ids[:, int(now.min()) :]
+                if cache:
+                    store = KVCache(self.config, len(prompts), device, self._compute_dtype())
+            positions, mask = texts.positions(starts, context.shape[1])
+            h = self.trunk(context, positions=positions, mask=mask, cache=store)[:, -1]
+            tokens = sampler.pick(self.head(h), generators)
             if explain is not None:
                 explain(h, tokens)
-            ids = torch.cat((ids, tokens[:, None]), 1)
+            texts.ids = torch.cat((texts.ids, tokens[:, None]), 1)
             yield tokens.tolist()
 
-    def _compute_dtype(self):
+    def _compute_dtype(self) -> torch.dtype:
         device = self.tokens.weight.device.type
-        return (
-            torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else self.tokens.weight.dtype
-        )
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.tokens.weight.dtype
 
 
-def pick(logits, temperature, top_k, top_p, generators):
-    """Draws a token per row of logits (B, V) -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    if top_p is not None:
-        ordered, order = logits.sort(-1, descending=True)
-        p = ordered.softmax(-1)
-        outside = (
-            p.cumsum(-1) - p >= top_p
-        )  # the mass before a token already reaches top_p; the likeliest always stays
-        logits = logits.masked_fill(
-            torch.zeros_like(outside).scatter(-1, order, outside), -math.inf
-        )
-    p = logits.softmax(-1)
-    return torch.cat(
-        [torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)]
-    )
+class Texts:
+    """A batch of texts that grow, and the part of each that fits into the model's context.
+
+    ids (B, L): shorter prompts are padded on the left; `pad` (B,) says how far.
+    """
+
+    def __init__(self, config: ModelConfig, prompts: list[list[int]], device: torch.device):
+        self.config, longest = config, max(map(len, prompts))
+        self.pad = torch.tensor([longest - len(p) for p in prompts])
+        self.ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts]).to(device)
+
+    def starts(self) -> torch.Tensor:
+        """Where the context of each row begins in `ids`, (B,) on the CPU."""
+        L, size = self.ids.shape[1], self.config.block_size
+        half = max(1, size // 2)
+        too_many = (L - self.pad - size).clamp_min(0)
+        starts = self.pad + (too_many + half - 1) // half * half
+        if self.config.doc_mask:  # a context begins with the document
+            last = (torch.arange(L) * (self.ids == self.config.eot_id).cpu()).amax(1)
+            starts = torch.maximum(starts, last)
+        return starts
+
+    def positions(
+        self, starts: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the last `count` tokens, in contexts that begin at `starts` -> (their positions, which
+        keys they see: (B, 1, count, keys), or None for all before them)."""
+        L, first, device = self.ids.shape[1], int(starts.min()), self.ids.device
+        if not (starts != first).any():
+            return torch.arange(L - first - count, L - first, device=device), None
+        here = torch.arange(L - count, L, device=device)
+        keys = torch.arange(first, L, device=device)
+        begin = starts.to(device)[:, None]
+        # A pad sees itself, for a softmax over nothing is not a number.
+        in_text = (keys >= begin)[:, None] | (keys == here[:, None])
+        seen = (keys <= here[:, None]) & in_text
+        return (here - begin).clamp_min(0), seen[:, None]
 
 
-def adamw(
-    model: Model,
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    prototype_decay: float | None,
-    device: str,
-):
-    """AdamW over the model's parameter groups, fused where the device has it."""
-    fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device in ("cuda", "cpu")
-    return torch.optim.AdamW(
-        model.parameter_groups(weight_decay, prototype_decay),
-        lr=learning_rate,
-        betas=betas,
-        fused=fused,
-    )
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is drawn from the logits.
+
+    temperature: logits are divided by it; 0 takes the likeliest token.
+    top_k: keep the k likeliest tokens.
+    top_p: keep the smallest set of the likeliest tokens that has probability p.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """A token for each row of logits: (B, V) -> (B,)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k is not None:
+            smallest = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest, -math.inf)
+        if self.top_p is not None:
+            ordered, order = logits.sort(-1, descending=True)
+            p = ordered.softmax(-1)
+            # The likeliest token always stays.
+            outside = p.cumsum(-1) - p >= self.top_p
+            outside = torch.zeros_like(outside).scatter(-1, order, outside)
+            logits = logits.masked_fill(outside, -math.inf)
+        p = logits.softmax(-1)
+        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators)]
+        return torch.cat(drawn)

@@ -277,7 +277,7 @@ def main():
     tokenizer = load_tokenizer(
         stored["tokenizer"], tokenizer_folder(Path(c.out_dir), stored["dataset"])
     )
-    masked = model.config.arch == "bert"
+    masked = not model.config.architecture.causal
     if masked and not c.start:
         raise UserError(
             "a bert does not write on, it fills masks: give --start='The film was [MASK].'"

@@ -13,27 +13,24 @@ Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient that is 
     SIGTERM, with a checkpoint.
 """
 
-import contextlib
 import math
-import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from interop import pretrained
-from model import Model, ModelConfig, adamw
-from text.token_files import Data, verify
+from model import Model
+from text.token_files import verify
 from training import checkpoint, distributed
-from training.config import TrainConfig
-from training.data import predicted_count, training_batches
 from training.distributed import Processes
 from training.evaluation import Evaluation
-from training.folder import open_folder
-from training.log import Log, NotFinite, Work, introduce, not_finite
+from training.folder import RunFolder
+from training.log import Log, NotFinite, conclude, introduce, not_finite
+from training.objective import batches_of
+from training.optimizers import adamw
+from training.run import Run
 from training.schedule import learning_rate
 from training.start import (
     check_compiler,
@@ -42,101 +39,69 @@ from training.start import (
     differences,
     fit_to_data,
     go_on,
+    precision,
     start_processes,
 )
-from training.step import Gradients, Progress, Step
-from training.telemetry import Emissions, Metrics, duration, environment
+from training.step import Gradients, Progress, Step, Work
 from training.verify import verify_resume
 
 MOST_SKIPPED = 100  # iterations in a row, with --on_nan=skip
 
 
-@dataclass
-class Run:
-    """All that the loop needs."""
-
-    m: ModelConfig
-    c: TrainConfig
-    data: Data
-    processes: Processes
-    model: Model
-    wrapped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    autocast: contextlib.AbstractContextManager
-    gradients: Gradients
-    evaluate: Evaluation
-    progress: Progress
-    work: Work
-    metrics: Metrics | None = None
-    writer: checkpoint.Writer | None = None
-    emissions: Emissions | None = None
-
-    def say(self, *words, **how):
-        """Prints, in the main process."""
-        if self.processes.main:
-            print(*words, **how)
-
-
 def main():
-    # Everything is checked before anything is written.
+    # Configuration. Everything is checked before anything is written.
     m, c, stored, source = configure(sys.argv[1:], pretrained.find)
     device = distributed.check_device(c.device)
     data = fit_to_data(m, c, source)
-    if c.compile:
-        check_compiler(device)
+    check_compiler(c, device)
     if c.verify_resume:
         longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
         return verify_resume(sys.argv[1:], longest, c.source)
     check_out_dir(c)
 
+    # Processes and data.
     p = start_processes(c, device, stored is not None)
     if p.local_rank == 0:
         verify(data)
     dtype, autocast, scaler = precision(c, p)
     evaluate = Evaluation(data, m, c, p, autocast)
+
+    # The model: new, the source's, or the newest checkpoint's.
     torch.manual_seed(c.seed)
     model, of_source = make_model(m, c, data, p, source, evaluate)
     progress, resumed = Progress(), None
     if stored is not None:
         progress, resumed = go_on(c, data, p, model, scaler)
         if progress.iteration >= c.max_iters and not c.eval_only:
+            done = f"{c.out_dir} is already trained to iteration {progress.iteration}"
             if p.main:
-                print(
-                    f"{c.out_dir} is already trained to iteration {progress.iteration};"
-                    " raise --max_iters to go on"
-                )
+                print(f"{done}; raise --max_iters to go on")
             return
-    run = prepare(m, c, data, p, model, scaler, autocast, evaluate, progress, resumed)
-    changed = differences(stored, m, c) if stored is not None else {}
-    if p.main and not c.eval_only:
-        began = {"environment": environment(p.device, p.world), "changed": changed}
-        run.metrics, run.writer = open_folder(m, c, data, began, resumed, progress.iteration)
-    p.barrier()
-    if c.emissions and p.local_rank == 0 and not c.eval_only:  # one tracker a node
-        node = int(os.environ.get("GROUP_RANK", 0))
-        run.emissions = Emissions(Path(c.out_dir), c.emissions_country, node)
-    introduce(run, dtype, changed)
+    model.to(p.device)
+    if c.compile:
+        model.compile_blocks()
+    wrapped = p.wrap(model, c.parallel)
+
+    # The optimiser.
+    betas, kind = (c.beta1, c.beta2), p.device.split(":")[0]
+    optimizer = adamw(model, c.learning_rate, betas, c.weight_decay, c.prototype_decay, kind)
+    if resumed:
+        checkpoint.load_optimizer(model, optimizer, resumed)
+    gradients = Gradients(model, p, sharded=p.world > 1 and c.parallel == "fsdp")
+
+    batches = batches_of(data, m)
+    work = Work.of(c, model, batches)
+    trained = (model, wrapped, optimizer, scaler, autocast, gradients)
+    run = Run(m, c, data, batches, p, *trained, evaluate, progress, work, of_source)
+    changed = differences(stored or {}, m, c)
     if c.eval_only:
+        introduce(run, dtype, changed)
         run.say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))
         return
-    train(run, of_source)
-
-
-# Before the loop
-
-
-def precision(c: TrainConfig, p: Processes):
-    """-> (the name of the trunk's type, its autocast, the scaler of float16). Distances and weights
-    are float32."""
-    kind, dtype = p.device.split(":")[0], c.dtype
-    if dtype == "auto":
-        has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if has_bfloat16 else "float32"
-    autocast = contextlib.nullcontext()
-    if dtype != "float32":
-        autocast = torch.autocast(kind, getattr(torch, dtype))
-    return dtype, autocast, torch.amp.GradScaler(kind, enabled=dtype == "float16")
+    folder = RunFolder(run, resumed, changed)
+    p.barrier()
+    introduce(run, dtype, changed)
+    train(run, folder)
 
 
 def make_model(m, c, data, p: Processes, source, evaluate: Evaluation) -> tuple[Model, dict]:
@@ -163,35 +128,10 @@ def make_model(m, c, data, p: Processes, source, evaluate: Evaluation) -> tuple[
     return model, found
 
 
-def prepare(m, c, data, p, model, scaler, autocast, evaluate, progress, resumed) -> Run:
-    """Puts the model on its device, compiles and wraps it, and makes its optimiser."""
-    kind = p.device.split(":")[0]
-    per_window = predicted_count(m.arch, m.block_size)
-    slots = c.batch_size * c.gradient_accumulation_steps
-    flops = model.flops_per_token(per_window / m.block_size)
-    work = Work(slots * m.block_size, slots * per_window, flops)
-    model.to(p.device).recompute = c.activation_checkpointing
-    if c.compile:
-        for block in model.blocks:  # all alike: one compilation
-            block.compile(fullgraph=True)
-    wrapped = p.wrap(model, c.parallel)
-    betas = (c.beta1, c.beta2)
-    optimizer = adamw(model, c.learning_rate, betas, c.weight_decay, c.prototype_decay, kind)
-    if resumed:
-        checkpoint.load_optimizer(model, optimizer, resumed)
-    gradients = Gradients(model, p, sharded=p.world > 1 and c.parallel == "fsdp")
-    trained = (model, wrapped, optimizer, scaler, autocast, gradients)
-    return Run(m, c, data, p, *trained, evaluate, progress, work)
-
-
-# The loop
-
-
-def train(run: Run, of_source: dict):
-    """Trains to max_iters, or until a signal or a number that is not finite; then exits."""
+def train(run: Run, folder: RunFolder):
+    """The loop: to max_iters, or until a signal or a number that is not finite. Then exits."""
     c, p, at = run.c, run.processes, run.progress
-    log = Log(c, p, run.gradients, run.work, run.metrics, run.say, at.iteration)
-    log.scaled = run.scaler.is_enabled()
+    log = Log(run, folder)
     first, stopped, at_once, strange = at.iteration, 0, False, None
     run.model.train()
     signals = distributed.StopSignals(p, c.timeout)
@@ -200,12 +140,12 @@ def train(run: Run, of_source: dict):
             due = at.iteration % c.eval_interval == 0 or at.iteration == c.max_iters
             if due and at.iteration != at.evaluated:
                 log.flush(at.iteration)
-                report(run, of_source if at.iteration == 0 else {})
+                evaluate_and_save(run, folder)
                 log.restart_clock()
             stopped = signals.agreed()
             if stopped and at.iteration != at.evaluated and at.iteration > first:
                 log.flush(at.iteration)
-                save(run, None)
+                folder.save(run, None)
             if stopped or at.iteration >= c.max_iters:
                 break
             step = iterate(run)
@@ -217,20 +157,20 @@ def train(run: Run, of_source: dict):
             at.iteration += 1
             if at.iteration % c.log_interval == 0:
                 log.flush(at.iteration)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the second Ctrl-C
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:
         strange = error
     finally:
         signals.restore()
-        used = close(run, wait=not at_once)
+        used = folder.close(wait=not at_once)
     if not at_once:
         p.barrier()  # torchrun ends all when one has ended
-    finish(run, time.perf_counter() - log.began, used, stopped, strange)
+    conclude(run, folder, time.perf_counter() - log.began, used, stopped, strange)
 
 
 def iterate(run: Run) -> Step:
-    """One iteration: gradients of all windows of this process, clipped, and a step."""
+    """One iteration: forward and backward for all windows of this process, clip, step."""
     c, p, at = run.c, run.processes, run.progress
     # Noise is a pure function of (seed, iteration, rank): no random state needs saving, and
     # evaluation cannot disturb it.
@@ -240,16 +180,17 @@ def iterate(run: Run) -> Step:
     for group in run.optimizer.param_groups:
         group["lr"] = step.lr
     slots = c.batch_size * c.gradient_accumulation_steps
-    place = (c.seed, at.iteration, p.share(slots), slots, c.batch_size)
-    micro = list(training_batches(run.data, run.m.arch, run.m.block_size, *place))
+    micro = list(run.batches.training(c.seed, at.iteration, p.share(slots), slots, c.batch_size))
     for j, (x, y) in enumerate(micro):
         distributed.synchronise(run.wrapped, j == len(micro) - 1)
         x, y = (to_device(t, p.device) for t in (x, y))
         with run.autocast:
-            _, loss = run.wrapped(x, y, reduction="sum")
+            _, loss, distance = run.wrapped(
+                x, y, "sum", with_distance=True, recompute=c.activation_checkpointing
+            )
         # Gradients are averaged over processes, hence the factor.
         run.scaler.scale(loss * (p.world / run.work.targets)).backward()
-        step.add(loss, run.model.target_distance)
+        step.add(loss, distance)
     run.scaler.unscale_(run.optimizer)
     run.gradients.measure(step)
     skip = c.on_nan == "skip" and not run.scaler.is_enabled()
@@ -273,79 +214,21 @@ def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
     return x.to(device)
 
 
-def report(run: Run, more: dict):
-    """Evaluates, says so, and saves a checkpoint."""
+def evaluate_and_save(run: Run, folder: RunFolder):
+    """Evaluates, says so, and saves a checkpoint; at iteration 0 there is nothing to save."""
     at = run.progress
-    found = {**run.evaluate(run.model), **more}
+    found = run.evaluate(run.model)
+    if at.iteration == 0:
+        found |= run.of_source
     words = []
     for key, value in found.items():
         exact = key == "val_loss"
         words.append(f"val loss {value:.4f}" if exact else f"{key.replace('_', ' ')} {value:.4g}")
     run.say(f"iter {at.iteration}: " + "  ".join(words), flush=True)
-    if run.metrics:
-        run.metrics.write({"iter": at.iteration, **found})
+    folder.write({"iter": at.iteration, **found})
     at.best_loss, at.evaluated = min(at.best_loss, found["val_loss"]), at.iteration
     if at.iteration > 0:
-        save(run, found["val_loss"])
-
-
-def save(run: Run, loss: float | None):
-    """Takes a copy of everything and lets it be written while training goes on."""
-    at = run.progress
-    if run.writer:
-        run.writer.wait()  # before there is another copy
-    files = checkpoint.snapshot(run.model, run.optimizer, keep=run.processes.main)
-    if not run.processes.main:
-        return
-    run.metrics.sync()
-    counters = {
-        "val_loss": loss,
-        "best_val_loss": at.best_loss,
-        "tokens": at.iteration * run.work.tokens,
-        "skipped": at.skipped,
-        "scaler": run.scaler.state_dict(),
-        "data": run.data.splits["train"].identity(),
-    }
-    run.writer.save(at.iteration, files, counters)
-    if run.emissions:
-        run.emissions.flush()
-
-
-# After the loop
-
-
-def close(run: Run, wait: bool) -> tuple[float, float] | None:
-    """Ends what is being written -> energy in kWh and emissions in kg, where they were measured."""
-    if run.writer and wait:
-        run.writer.wait()  # whatever ended the loop, what is being written is good
-    if run.metrics:
-        run.metrics.close()
-    return run.emissions.stop() if run.emissions else None
-
-
-def finish(run: Run, seconds: float, used, stopped: int, strange: NotFinite | None):
-    """Says how the run ended, and exits with its status."""
-    out_dir = Path(run.c.out_dir)
-    energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""
-    if strange:
-        run.say(strange, file=sys.stderr, flush=True)
-        run.say(f"last good checkpoint: {checkpoint.last(out_dir)}", file=sys.stderr)
-        sys.exit(3)
-    if stopped:
-        how = "no checkpoint was written yet"
-        if checkpoint.manifests(out_dir):
-            how = (
-                f"go on from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
-                f" --out_dir={out_dir}"
-            )
-        name = signal.Signals(stopped).name
-        at = run.progress.iteration
-        run.say(f"\n{name}: stopped at iteration {at}{energy}; {how}", file=sys.stderr)
-        sys.exit(128 + stopped)
-    best = run.progress.best_loss
-    run.say(f"done: {out_dir}, best val loss {best:.4f}, {duration(seconds)}{energy}")
-    if run.writer and run.writer.error:
-        sys.exit(4)
+        folder.save(run, found["val_loss"])
 
 
 if __name__ == "__main__":

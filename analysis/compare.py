@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from analysis.runs import predictions
-from training.data import predicted_count
+from training.objective import objective_of
 
 WINDOWS, DRAWS = 256, 10_000
 
@@ -35,7 +35,7 @@ def window_losses(model, data, split: str = "val") -> np.ndarray:
     nats a token."""
     c, found = model.config, []
     for h, y, kept in predictions(
-        model, data, split, WINDOWS * predicted_count(c.arch, c.block_size)
+        model, data, split, WINDOWS * objective_of(c.arch).predicted(c.block_size)
     ):
         losses = torch.zeros(kept.shape, dtype=torch.float64)
         losses[kept] = model.head.loss(h, y, reduction="none").cpu().double()

@@ -34,7 +34,7 @@ from analysis.runs import (
 from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model, ModelConfig
-from training.data import predicted_count
+from training.objective import objective_of
 from training.telemetry import clock, energy, read_metrics, timed
 
 UNITS = {"val_loss": "nats a token", "bits_per_byte": "bits a byte"}
@@ -73,7 +73,7 @@ def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
 def counted_flops(c: ModelConfig) -> float:
     """FLOPs of a token, forward and backward, by torch's counter: the trunk, and one product of the
     head's states and prototypes."""
-    predicted = predicted_count(c.arch, c.block_size)
+    predicted = objective_of(c.arch).predicted(c.block_size)
     with (
         torch.device("meta"),
         FlopCounterMode(display=False) as counter,
@@ -109,7 +109,8 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
     kwh = used and used["energy_consumed"]
     rate = share(kwh, whole)  # kWh a second
     with torch.device("meta"):
-        calculated = Model(c).flops_per_token(predicted_count(c.arch, c.block_size) / c.block_size)
+        predicted = run.objective.predicted(c.block_size) / c.block_size
+        calculated = Model(c).flops_per_token(predicted)
     reached = time_to(target, evaluations(run, metrics, key)) if key else None
     between = elapsed - steps if steps is not None else None
     outside = whole - elapsed if used and elapsed is not None else None

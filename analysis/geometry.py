@@ -38,8 +38,8 @@ from analysis.runs import (
 from base.command_line import cli, parse
 from base.files import write_whole
 from harmonic import distance
-from training.data import validation_batches
 from training.distributed import check_device
+from training.objective import NEXT_TOKEN, Batches
 
 STATES = 4096  # hidden states looked at
 
@@ -171,9 +171,8 @@ def layers(model, data, split: str) -> list[torch.Tensor]:
         block.register_forward_hook(lambda _, __, out: seen[-1].append(out))
         for block in model.blocks
     ]
-    for x, _ in validation_batches(
-        data, "gpt", c.block_size, starts, 16, split
-    ):  # text as it is, without BERT's masks
+    # Text as it is, without masks.
+    for x, _ in Batches(data, NEXT_TOKEN, c.block_size).validation(starts, 16, split):
         seen.append([])
         seen[-1].append(model.hidden(x.to(model.tokens.weight.device)))
     for hook in hooks:

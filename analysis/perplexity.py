@@ -38,8 +38,9 @@ from base.errors import UserError, check
 from harmonic import IGNORE_INDEX
 from model import Model, ModelConfig
 from text.token_files import Data, data_folder, load_data
-from training.data import batch, validation_batches, validation_windows
+from training.data import validation_windows
 from training.distributed import check_device
+from training.objective import NEXT_TOKEN, Batches, batches_of, objective_of
 
 
 @dataclass
@@ -87,17 +88,18 @@ def problems(
     """Why a split cannot be scored, in words; empty if it can."""
     if split not in data.splits:
         return [f"{data.folder} has no split {split}"]
-    found, needed = [], config.block_size + 1 if config.arch == "bert" else 2
+    masked = objective_of(config.arch).masked
+    found, needed = [], config.block_size + 1 if masked else 2
     if data.splits[split].tokens < needed:
         found.append(
             f"{data.splits[split].path} has {data.splits[split].tokens} tokens: {needed} are needed"
         )
-    if config.arch != "bert" and stride > config.block_size:
+    if not masked and stride > config.block_size:
         found.append(
             f"stride={stride} is longer than block_size={config.block_size}: tokens would be left"
             " out"
         )
-    if config.arch == "bert" and documents:
+    if masked and documents:
         found.append(
             "documents=true: bert predicts masked tokens, which give no likelihood of a document"
         )
@@ -124,9 +126,8 @@ def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_
     tokens = data.splits[split].tokens
     windows = sliding_windows(tokens, block_size, stride)
     while part := list(itertools.islice(windows, batch_size)):
-        x, y = batch(
-            data.splits[split], data, [start for start, _ in part], min(block_size, tokens - 1)
-        )
+        batches = Batches(data, NEXT_TOKEN, min(block_size, tokens - 1))
+        x, y = batches.read(data.splits[split], [start for start, _ in part])
         for row, (_, skip) in zip(y, part, strict=True):
             row[:skip] = IGNORE_INDEX
         yield x, y
@@ -190,9 +191,9 @@ def likelihood(
     check(problems(c, data, split, stride, documents))
     stride = stride or default_stride(c, documents)
     tokens = data.splits[split].tokens
-    if c.arch == "bert":
+    if objective_of(c.arch).masked:
         starts = validation_windows(tokens, c.block_size, tokens)
-        batches = validation_batches(data, c.arch, c.block_size, starts, batch_size, split)
+        batches = batches_of(data, c).validation(starts, batch_size, split)
         count = len(starts)
     elif documents:
         batches = document_batches(
@@ -268,7 +269,7 @@ def _by_document(model: Model, data: Data, source: Data, split: str, c: Perplexi
 
 def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) -> dict:
     nats, scored = likelihood(model, data, c.split, c.stride, c.batch_size, run.name, c.documents)
-    masked, split = model.config.arch == "bert", data.splits[c.split]
+    masked, split = objective_of(model.config.arch).masked, data.splits[c.split]
     row = {
         **about(run),
         "iter": manifest["iter"],
@@ -360,7 +361,7 @@ def main():
         )
     )
     other = load_data(data_folder(c.corpus)) if c.corpus else None
-    if c.corpus and (masked := [run.name for run in runs if run.model_config.arch == "bert"]):
+    if c.corpus and (masked := [run.name for run in runs if run.objective.masked]):
         raise UserError(
             f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which give no"
             " likelihood of a text"

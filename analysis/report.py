@@ -414,7 +414,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
             words = data[i].load_tokenizer()
             samples.append(
                 fills(model, words, texts)
-                if m.arch == "bert"
+                if runs[i].objective.masked
                 else continuations(model, words, data[i].eot_id, texts, c)
             )
 
@@ -456,7 +456,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         )
     agree = {
         "losses": warning is None and same_windows,
-        "bits": len({r.model_config.arch == "bert" for r in runs}) == 1
+        "bits": len({r.objective.masked for r in runs}) == 1
         and (not data or not texts_differ(data)),
         "work": len(set(work)) == 1 == len(machines),
     }
@@ -510,8 +510,8 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
 
 
 def how_sampled(runs: list[Run], c: ReportConfig) -> str:
-    fills = any(r.model_config.arch == "bert" for r in runs)
-    writes = any(r.model_config.arch != "bert" for r in runs)
+    fills = any(r.objective.masked for r in runs)
+    writes = any(not r.objective.masked for r in runs)
     text = "The best checkpoint of each run."
     text += (
         f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens, seed"

@@ -13,7 +13,8 @@ from model import Model, ModelConfig
 from text.token_files import Data, data_folder, load_data
 from training import checkpoint
 from training.config import TrainConfig
-from training.data import predicted_count, validation_batches, validation_windows
+from training.data import validation_windows
+from training.objective import Objective, batches_of, objective_of
 
 
 @dataclass
@@ -25,6 +26,10 @@ class Run:
     name: str
     model_config: ModelConfig
     config: TrainConfig
+
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.model_config.arch)
 
     def tokens_per_iteration(self) -> int:
         return (
@@ -131,8 +136,10 @@ def predictions(model: Model, data: Data, split: str, tokens: int):
         window.
     """
     c, device = model.config, model.tokens.weight.device
-    starts = windows(data, split, c.block_size, tokens // predicted_count(c.arch, c.block_size))
-    for x, y in validation_batches(data, c.arch, c.block_size, starts, 16, split):
+    batches = batches_of(data, c)
+    most = tokens // batches.objective.predicted(c.block_size)
+    starts = windows(data, split, c.block_size, most)
+    for x, y in batches.validation(starts, 16, split):
         kept = y != IGNORE_INDEX
         yield model.hidden(x.to(device))[kept.to(device)], y[kept].to(device), kept
 
@@ -145,7 +152,7 @@ def texts_differ(data: list[Data], split: str = "val") -> bool:
 
 def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None:
     """What keeps the losses of runs from being compared, as a sentence; None when nothing does."""
-    if len({run.model_config.arch == "bert" for run in runs}) > 1:
+    if len({run.objective.masked for run in runs}) > 1:
         return (
             "bert predicts masked tokens and the others predict the next one: their losses may"
             " not be compared"

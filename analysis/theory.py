@@ -23,7 +23,6 @@ import torch
 from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
 from base.command_line import cli, parse
 from harmonic import HEADS, HarmonicHead, distance
-from training.data import predicted_count
 from training.distributed import check_device
 from training.telemetry import read_metrics
 
@@ -79,9 +78,8 @@ def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0
     c, steps = run.model_config, sum("train_loss" in m for m in read_metrics(run.path))
-    trained = (
-        steps * run.tokens_per_iteration() * predicted_count(c.arch, c.block_size) / c.block_size
-    )
+    targets_per_token = run.objective.predicted(c.block_size) / c.block_size
+    trained = steps * run.tokens_per_iteration() * targets_per_token
     norm, size = model.head.prototypes().norm().item(), h.norm(dim=-1).max().item()
     row = {**about(run), "tokens": len(h), "predicted": predicted.double().mean().item()}
     row |= {

@@ -157,66 +157,70 @@ def parse(
     Raises: UserError listing every unknown key (with the nearest valid one), wrong type and
         impossible value.
     """
-    fields = {f.name: f for s in schemas for f in dataclasses.fields(s)}
     types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
-    doc = inspect.cleandoc(
-        sys.modules["__main__"].__doc__ or ""
-    )  # the script's own: what it does, and examples
-    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
-    for schema in schemas:
-        parser.add_class_arguments(schema, fail_untyped=True)
+    parser = _parser(schemas)
     if "--help" in argv or "-h" in argv:
         parser.print_help()
         sys.exit(0)
 
-    positional, flags = split_flags(argv, {n for n in fields if types[n] is bool}, fields)
-    problems, values = [], {}
-    given = [("config.yaml", k, v) for k, v in (base or {}).items()]
+    switches = {name for name, hint in types.items() if hint is bool}
+    positional, flags = split_flags(argv, switches, types)
+    given = [("config.yaml: ", k, v) for k, v in (base or {}).items()]
     if config_file and positional:
         path = positional.pop(0)
-        given += [(path, k, v) for k, v in read_yaml(path).items()]
-    given += [("", k, v) for k, v in flags]
-    for origin, key, value in given:
-        where = f"{origin}: " if origin else "--"
-        if key not in fields:
-            problems.append(f"{where}{key}: unknown key{nearest(key, fields)}")
-            continue
-        if value is None and not origin:
-            problems.append(f"--{key} needs a value: --{key}=...")
-            continue
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        if words == key and origin == "":
-            values.setdefault(key, []).append(value)
-            continue
-        try:
-            values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
-        except (jsonargparse.ArgumentError, ValueError, TypeError):
-            choices = (
-                typing.get_args(types[key])
-                if typing.get_origin(types[key]) is typing.Literal
-                else None
-            )
-            if choices:
-                problems.append(f"{where}{key}={text}: unknown {key}{nearest(text, choices)}")
-            else:
-                problems.append(f"{where}{key}={text}: expected {describe(types[key])}")
+        given += [(f"{path}: ", k, v) for k, v in read_yaml(path).items()]
+    given += [("--", k, v) for k, v in flags]
+    values, problems = _read(parser, types, words, given)
     if positional and words is None:
-        problems.append(
-            f"unexpected word {positional[0]!r}: flags are --key=value"
-            + (" and only one config file may be given" if config_file else "")
-        )
-    elif words is not None and positional:
-        values.setdefault(words, []).extend(positional)
+        more = " and only one config file may be given" if config_file else ""
+        problems.append(f"unexpected word {positional[0]!r}: flags are --key=value{more}")
+    elif positional:
+        values[words] = [*values.get(words, []), *positional]
 
     built = []
     for schema in schemas:
-        made = schema(
-            **{k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(schema)}}
-        )
-        problems += made.problems() if hasattr(made, "problems") else []
-        built.append(made)
+        names = {f.name for f in dataclasses.fields(schema)}
+        built.append(schema(**{k: v for k, v in values.items() if k in names}))
+        problems += built[-1].problems() if hasattr(schema, "problems") else []
     check(problems)
     return built
+
+
+def _parser(schemas) -> jsonargparse.ArgumentParser:
+    """Knows the types of all fields. Its help begins with the script's own docstring."""
+    doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
+    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
+    for schema in schemas:
+        parser.add_class_arguments(schema, fail_untyped=True)
+    return parser
+
+
+def _read(
+    parser: jsonargparse.ArgumentParser, types: dict, words: str | None, given: list[tuple]
+) -> tuple[dict, list[str]]:
+    """Settings (where they stand, key, value) -> (values by key, what is wrong with the others)."""
+    values, problems = {}, []
+    for where, key, value in given:
+        if key not in types:
+            problems.append(f"{where}{key}: unknown key{nearest(key, types)}")
+        elif value is None and where == "--":
+            problems.append(f"--{key} needs a value: --{key}=...")
+        elif key == words and where == "--":
+            values.setdefault(key, []).append(value)
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            try:
+                values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
+            except (jsonargparse.ArgumentError, ValueError, TypeError):
+                problems.append(f"{where}{key}={text}: {_expected(key, text, types[key])}")
+    return values, problems
+
+
+def _expected(key: str, text: str, hint) -> str:
+    """What a wrong value should have been."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"unknown {key}{nearest(text, typing.get_args(hint))}"
+    return f"expected {describe(hint)}"
 
 
 def describe(hint) -> str:

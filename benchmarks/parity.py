@@ -131,7 +131,7 @@ def measure(name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         theirs = build(CASES[name])
         ours = load(theirs, Path(folder))
-    masked = ours.config.arch == "bert"
+    masked = not ours.config.architecture.causal
     ids, targets = torch.randint(VOCABULARY, (2, 4, 61), generator=torch.Generator().manual_seed(1))
     logits, expected = ours(ids)[0], theirs(input_ids=ids).logits
     row = {

@@ -25,7 +25,8 @@ from benchmarks.head import seconds, write
 from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
 from harmonic.kernels import pairs
 from harmonic.pairwise import exactly, log_distance, operands
-from training.data import validation_batches, validation_windows
+from training.data import validation_windows
+from training.objective import batches_of
 
 
 @dataclass
@@ -56,7 +57,7 @@ def states(run, n):
     """-> (head, hidden states (n, C), targets) of the run's first validation windows."""
     (model, _), data, c = run.load(), run.data(), run.model_config
     windows = validation_windows(data.splits["val"].tokens, c.block_size, -(-n // c.block_size))
-    x, y = next(validation_batches(data, c.arch, c.block_size, windows, len(windows), "val"))
+    x, y = next(batches_of(data, c).validation(windows, len(windows)))
     h, y = model.hidden(x)[y != IGNORE_INDEX], y[y != IGNORE_INDEX]
     return model.head, h[:n], y[:n]
 

@@ -25,7 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Model, ModelConfig, adamw
+from model import Model, ModelConfig
+from training.optimizers import adamw
 
 RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0  # nanoGPT's
 
@@ -89,8 +90,7 @@ class Ours:
             head_precision=precision,
         )
         self.model = Model(config).to(s.device)
-        for block in self.model.blocks:
-            block.compile(fullgraph=True, backend=s.compiler)
+        self.model.compile_blocks(backend=s.compiler)
         self.optimizer = adamw(self.model, RATE, BETAS, DECAY, None, s.device)
         self.autocast = torch.autocast(s.device, torch.bfloat16)
         self.x, self.y = s.tokens()
@@ -101,11 +101,11 @@ class Ours:
     def step(self) -> torch.Tensor:
         model, targets = self.model, self.y.numel()
         with self.autocast:
-            _, loss = model(self.x, self.y, reduction="sum")
+            _, loss, distance = model(self.x, self.y, "sum", with_distance=True)
         (loss / targets).backward()
         row = [loss.detach()]
-        if model.target_distance is not None:
-            row += [model.target_distance.sum(), model.target_distance.min()]
+        if distance is not None:
+            row += [distance.sum(), distance.min()]
         with torch.no_grad():
             gradients = [p.grad for p in self.parameters]
             squares = torch.stack(torch._foreach_norm(gradients)).square()

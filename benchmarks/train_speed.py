@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from base.command_line import cli, parse
-from model import Model, ModelConfig, adamw
+from model import Model, ModelConfig
 from text.token_files import load_data
 from training.checkpoint import snapshot
-from training.data import training_batches
+from training.objective import batches_of
+from training.optimizers import adamw
 from training.telemetry import norms, read_metrics
 
 SIZE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
@@ -242,8 +243,7 @@ def shares(c: SpeedConfig, _: Path) -> list[list]:
                 **SIZE, vocab_size=VOCABULARY, head="cross_entropy", head_precision="autocast"
             )
         )
-        for block in model.blocks:
-            block.compile(fullgraph=True)
+        model.compile_blocks()
         optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1, None, "cpu")
         autocast = (
             torch.autocast("cpu", torch.bfloat16)
@@ -253,9 +253,7 @@ def shares(c: SpeedConfig, _: Path) -> list[list]:
         parts = {part: [] for part in ("data", *PARTS)}
         for step in range(c.iters):
             marks = [time.perf_counter()]
-            ((x, y),) = training_batches(
-                data, "gpt", SIZE["block_size"], 0, step, range(BATCH), BATCH, BATCH
-            )
+            ((x, y),) = batches_of(data, model.config).training(0, step, range(BATCH), BATCH, BATCH)
             iteration(model, optimizer, x, y, autocast, lambda: marks.append(time.perf_counter()))  # noqa: B023
             for part, a, b in zip(parts, marks[:-1], marks[1:], strict=True):
                 parts[part].append(b - a)

@@ -22,7 +22,7 @@ import torch
 from base.command_line import cli, parse
 from base.errors import UserError
 from interop.pretrained import ACTIVATIONS, HEADS, TABLES, TRUNK, layout
-from model import Model, ModelConfig, has_bias
+from model import Model, ModelConfig
 from text.token_files import tokenizer_folder
 from text.tokenizers import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 from training import checkpoint
@@ -143,9 +143,9 @@ def model_of(model: Model, tokenizer: Tokenizer):
 
     from interop import modeling_harmonic
 
-    rows = max(
-        model.config.real_vocab_size, tokenizer.mask_id + 1 if model.config.arch == "bert" else 0
-    )
+    rows = model.config.real_vocab_size
+    if not model.config.architecture.causal:
+        rows = max(rows, tokenizer.mask_id + 1)
     c = replace(model.config, vocab_size=rows)
     if not model.head.is_control:
         c.scale, c.exponent = None, None
@@ -157,7 +157,7 @@ def model_of(model: Model, tokenizer: Tokenizer):
             f"transformers' {kind_of(c)} has neither n_kv_head={c.n_kv_head} nor"
             f" head_dim={c.head_dim}"
         )
-    if c.qk_norm and has_bias(c):
+    if c.qk_norm and c.has_bias():
         raise UserError("transformers' qwen3 has no bias on Q, K and V alone (bias=true)")
     own, tensors = checkpoint.own_weights(model), {}
     for name, where in layout(c).items():
@@ -319,7 +319,7 @@ def consumed(used: dict, country: str) -> str:
 
 
 def auto_class(c: ModelConfig) -> str:
-    return "AutoModelForMaskedLM" if c.arch == "bert" else "AutoModelForCausalLM"
+    return "AutoModelForCausalLM" if c.architecture.causal else "AutoModelForMaskedLM"
 
 
 def trust(c: ModelConfig) -> str:
@@ -342,7 +342,7 @@ def main():
         if model.config.head != "cross_entropy":
             write_parts(aside)
         write_tokenizer(
-            tokenizer, aside, model.config.block_size, model.config.arch == "bert", folder
+            tokenizer, aside, model.config.block_size, not model.config.architecture.causal, folder
         )
         (aside / "README.md").write_text(card(run, model, stored, manifest, to.name))
         os.replace(aside, to)

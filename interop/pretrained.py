@@ -25,7 +25,7 @@ from model import Model, ModelConfig
 from text.token_files import Data
 from text.tokenizers import BPE_FILE, read_characters, rust_tokenizer, rust_vocabulary
 from training import checkpoint
-from training.data import predicted_count, training_batches
+from training.objective import batches_of
 
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 HUB = (
@@ -565,15 +565,10 @@ def states(model: Model, data: Data, seed: int, batch_size: int) -> torch.Tensor
     """Hidden states of training text in front of a model's head: (N, C), at least 8 ROWS of
     them."""
     c, found = model.config, []
-    windows = max(batch_size, -(-8 * ROWS // predicted_count(c.arch, c.block_size)))
-    for x, y in training_batches(
-        data, c.arch, c.block_size, seed, 0, range(windows), windows, batch_size
-    ):
-        found.append(
-            model.hidden(x.to(model.tokens.weight.device))[
-                (y != IGNORE_INDEX).to(model.tokens.weight.device)
-            ]
-        )
+    batches, device = batches_of(data, c), model.tokens.weight.device
+    windows = max(batch_size, -(-8 * ROWS // batches.objective.predicted(c.block_size)))
+    for x, y in batches.training(seed, 0, range(windows), windows, batch_size):
+        found.append(model.hidden(x.to(device))[(y != IGNORE_INDEX).to(device)])
     return torch.cat(found)
 
 

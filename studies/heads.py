@@ -48,8 +48,9 @@ from model import Model
 from studies.table import Table, beyond, commit, number
 from text.token_files import data_folder, load_data
 from training import checkpoint
-from training.data import validation_batches, validation_windows
+from training.data import validation_windows
 from training.distributed import launcher
+from training.objective import batches_of
 from training.telemetry import energy, read_metrics
 
 FAMILIES = (
@@ -490,7 +491,7 @@ def test_loss(model: Model, folder: Path) -> float:
         return math.nan
     windows = validation_windows(data.splits["test"].tokens, m.block_size, TEST_WINDOWS)
     model, total, count = model.to(device), 0.0, 0
-    for x, y in validation_batches(data, m.arch, m.block_size, windows, 16, "test"):
+    for x, y in batches_of(data, m).validation(windows, 16, "test"):
         total, count = (
             total + model(x.to(device), y.to(device), reduction="sum")[1].item(),
             count + (y != IGNORE_INDEX).sum().item(),

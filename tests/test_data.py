@@ -15,15 +15,12 @@ from harmonic import IGNORE_INDEX
 from text.token_files import Data, Split, load_data
 from training.data import (
     index,
-    mask_tokens,
-    masked_count,
     permute,
     split_problems,
     split_warnings,
-    training_batches,
-    validation_batches,
     validation_windows,
 )
+from training.objective import MASKED_TOKENS, NEXT_TOKEN, Batches
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 1000, 4097])
@@ -103,19 +100,17 @@ def test_small_splits_have_a_window():
 
 def test_order_does_not_depend_on_processes_or_accumulation(tiny_data):
     data = load_data(tiny_data)
-    for arch in ("gpt", "bert"):
-        whole = torch.cat([x for x, _ in training_batches(data, arch, 16, 1, 3, range(6), 6, 6)])
-        parts = [
-            x
-            for share in (range(0, 2), range(2, 6))
-            for x, _ in training_batches(data, arch, 16, 1, 3, share, 6, 3)
-        ]
+    for objective in (NEXT_TOKEN, MASKED_TOKENS):
+        batches = Batches(data, objective, 16)
+        whole = torch.cat([x for x, _ in batches.training(1, 3, range(6), 6, 6)])
+        shares = (range(0, 2), range(2, 6))
+        parts = [x for share in shares for x, _ in batches.training(1, 3, share, 6, 3)]
         assert torch.equal(whole, torch.cat(parts))
 
 
 def test_targets_are_the_next_tokens(tiny_data):
     data = load_data(tiny_data)
-    ((x, y),) = training_batches(data, "gpt", 16, 1, 0, range(3), 3, 3)
+    ((x, y),) = Batches(data, NEXT_TOKEN, 16).training(1, 0, range(3), 3, 3)
     stream = np.fromfile(tiny_data / "train.bin", np.uint16)
     for row, (a, b) in enumerate(zip(x, y, strict=True)):
         start = index(1, 0, row, 3, data.splits["train"].tokens, 16)
@@ -139,10 +134,10 @@ def test_bert_noise():
     for key in range(300):
         window = rng.integers(1, 100, 128)
         window[::10] = 0
-        x, y = mask_tokens(window, data, (key,))
+        x, y = MASKED_TOKENS.pair(window, data, (key,))
         chosen = y != IGNORE_INDEX
         assert (
-            chosen.sum() == masked_count(128) == 19
+            chosen.sum() == MASKED_TOKENS.predicted(128) == 19
             and (y[chosen] == window[chosen]).all()
             and (window[chosen] != 0).all()
         )
@@ -154,24 +149,24 @@ def test_bert_noise():
         )
     share = counts / counts.sum()
     assert abs(share - [0.8, 0.099, 0.101]).max() < 0.015
-    again = mask_tokens(window, data, (299,))
+    again = MASKED_TOKENS.pair(window, data, (299,))
     assert (
         (again[0] == x).all()
         and (again[1] == y).all()
-        and (mask_tokens(window, data, (300,))[1] != y).any()
+        and (MASKED_TOKENS.pair(window, data, (300,))[1] != y).any()
     )
 
 
 def test_masking_a_window_of_nothing_but_ends():
     data = Data(None, "x", 100, 0, 101, {})
-    assert (mask_tokens(np.zeros(20, np.int64), data, (1,))[1] != IGNORE_INDEX).sum() == 3
+    assert (MASKED_TOKENS.pair(np.zeros(20, np.int64), data, (1,))[1] != IGNORE_INDEX).sum() == 3
 
 
 def test_validation_noise_depends_on_the_window_alone(tiny_data):
     data = load_data(tiny_data)
     starts = [0, 16, 32, 48]
-    one = list(validation_batches(data, "bert", 16, starts, 4))[0]
-    two = list(validation_batches(data, "bert", 16, starts[2:], 1))
+    one = list(Batches(data, MASKED_TOKENS, 16).validation(starts, 4))[0]
+    two = list(Batches(data, MASKED_TOKENS, 16).validation(starts[2:], 1))
     assert torch.equal(one[0][2:], torch.cat([x for x, _ in two])) and torch.equal(
         one[1][2:], torch.cat([y for _, y in two])
     )
@@ -187,7 +182,7 @@ def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
     assert (
         data.vocab_size == 50257
         and data.splits["train"].tokens == 60
-        and data.rows("bert") == 50258
+        and MASKED_TOKENS.rows(data) == 50258
     )
     assert data.splits["val"].bytes == 20 * len("Hello world")
 
@@ -207,7 +202,7 @@ def test_llm_c_header_is_skipped_and_checked(tmp_path):
     train, val = data.splits["train"], data.splits["val"]
     assert train.tokens == val.tokens == 1200 and (train.read(0, 1200) == val.read(0, 1200)).all()
     assert train.read(1199, 1).tolist() == [995] and train.offset == 1024
-    ((x, _),) = training_batches(data, "gpt", 16, 1, 0, range(3), 3, 3)
+    ((x, _),) = Batches(data, NEXT_TOKEN, 16).training(1, 0, range(3), 3, 3)
     assert set(x.unique().tolist()) == {995, 15496, 50256}
     with pytest.raises(UserError, match="it holds the id 50,256, but bert has 30,522"):
         load_data(tmp_path, "bert")

@@ -36,7 +36,7 @@ from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
 from studies.table import Table
 from training import checkpoint
-from training.data import predicted_count
+from training.objective import objective_of
 from training.telemetry import Emissions, Metrics, clock, energy, read_metrics
 
 g = np.random.default_rng(0)
@@ -262,7 +262,7 @@ def test_work_counted_is_the_work_calculated(arch, head):
     c = ModelConfig(
         arch=arch, n_layer=3, n_head=4, n_embd=128, block_size=128, vocab_size=4096, head=head
     )
-    calculated = Model(c).flops_per_token(predicted_count(arch, 128) / 128)
+    calculated = Model(c).flops_per_token(objective_of(arch).predicted(128) / 128)
     assert emissions.counted_flops(c) == pytest.approx(calculated, rel=0.02)
 
 

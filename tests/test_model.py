@@ -13,11 +13,11 @@ from harmonic import IGNORE_INDEX
 from model import (
     Model,
     ModelConfig,
-    adamw,
     causal_attention,
     document_block_mask,
     uses_flex_attention,
 )
+from training.optimizers import adamw
 
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, block_size=12, vocab_size=128, real_vocab_size=101)
 ARCHS = {
@@ -126,7 +126,10 @@ def test_cached_logits_equal_full_logits():
 
 
 def test_sampling_respects_top_k_top_p_and_padding():
-    from model import pick
+    from model import Sampler
+
+    def pick(logits, temperature, top_k, top_p, generators):
+        return Sampler(temperature, top_k, top_p).pick(logits, generators)
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -math.inf]]).repeat(2000, 1)
     generators = [torch.Generator().manual_seed(i) for i in range(2000)]
@@ -236,8 +239,7 @@ def test_blocks_under_flex_attention_compile_once(monkeypatch):
         graphs.append(graph)
         return graph
 
-    for block in model.blocks:
-        block.compile(fullgraph=True, backend=backend)
+    model.compile_blocks(backend=backend)
     for seed in range(3):
         model.trunk(ids(2, 130, seed=seed))
     assert len(graphs) == 1
@@ -293,9 +295,9 @@ def test_activation_checkpointing_changes_nothing(arch):
     model = build(arch, dropout=0.3)
     x, y = ids(2, 12), ids(2, 12, seed=1)
     gradients = []
-    for model.recompute in (False, True):
+    for recompute in (False, True):
         torch.manual_seed(3)
-        model(x, y)[1].backward()
+        model(x, y, recompute=recompute)[1].backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -323,8 +325,7 @@ def test_inductor_compiles_the_blocks_on_this_machine():
     eager.backward()
     expected = model.head.weight.grad.clone()
     model.zero_grad()
-    for block in model.blocks:
-        block.compile(fullgraph=True)
+    model.compile_blocks()
     _, compiled = model(x, y)
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
@@ -366,8 +367,7 @@ def test_bfloat16_on_a_cpu_compiles_the_attention_written_out():
     model, x, y = build("gpt"), ids(2, 12), ids(2, 12, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         eager = model(x, y)[1].item()
-        for block in model.blocks:
-            block.compile(fullgraph=True)
+        model.compile_blocks()
         assert model(x, y)[1].item() == pytest.approx(eager, abs=0.01)
 
 

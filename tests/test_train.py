@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 
 from base.files import seal, sha256, unseal
 from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
-from model import Model, ModelConfig, adamw
+from model import Model, ModelConfig
 from tests.faults.storm import workers
 from text.token_files import load_data
 from training import advice, checkpoint
 from training.config import TrainConfig
 from training.distributed import launcher
+from training.optimizers import adamw
 from training.telemetry import Metrics, norms, read_metrics
 from training.verify import history
 

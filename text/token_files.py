@@ -69,11 +69,6 @@ class Data:
     def load_tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer, self.folder)
 
-    def rows(self, arch: str) -> int:
-        """Rows a model's token table needs: the vocabulary, and for bert the mask token if it lies
-        beyond."""
-        return max(self.vocab_size, self.mask_id + 1 if arch == "bert" else 0)
-
 
 def data_folder(dataset: str) -> Path:
     """`wiki` -> data/wiki; anything with a separator, or a folder that exists, is a path."""

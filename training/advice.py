@@ -33,30 +33,39 @@ def slow_settings(
     """
     found = []
     if device == "cpu":
-        if dtype == "float16":
-            found.append("dtype=float16 is slower than float32 on a CPU: use --dtype=float32")
-        if dtype == "bfloat16" and not _multiplies_bfloat16():
-            found.append(
-                "this CPU has no bfloat16 instructions, so dtype=bfloat16 can be 20 times slower:"
-                " use --dtype=float32"
-            )
-        threads, cores = torch.get_num_threads(), _cores()
-        alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
-        if alone and threads == 1 < cores:
-            found.append(
-                f"torch uses 1 thread of {cores} cores: set OMP_NUM_THREADS={cores}, or leave it"
-                " unset"
-            )
-        if torch.cuda.is_available():
-            found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")
-        if config.compile and flops * SAVED / (CPU_RATE * threads) < COMPILING:
-            found.append(
-                f"compiling takes about {COMPILING} s before the first iteration, which so short a"
-                " run may not repay: --compile=false"
-            )
+        found += _slow_on_a_cpu(config, dtype, flops)
     if device == "cuda" and dtype == "float32" and torch.cuda.is_bf16_supported():
         found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
-    kernel = HEADS[model.head].kernel
+    return found + _slow_heads(model, device, dtype)
+
+
+def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float) -> list[str]:
+    found = []
+    if dtype == "float16":
+        found.append("dtype=float16 is slower than float32 on a CPU: use --dtype=float32")
+    if dtype == "bfloat16" and not _multiplies_bfloat16():
+        found.append(
+            "this CPU has no bfloat16 instructions, so dtype=bfloat16 can be 20 times slower:"
+            " use --dtype=float32"
+        )
+    threads, cores = torch.get_num_threads(), _cores()
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
+    if alone and threads == 1 < cores:
+        found.append(
+            f"torch uses 1 thread of {cores} cores: set OMP_NUM_THREADS={cores}, or leave it unset"
+        )
+    if torch.cuda.is_available():
+        found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")
+    if config.compile and flops * SAVED / (CPU_RATE * threads) < COMPILING:
+        found.append(
+            f"compiling takes about {COMPILING} s before the first iteration, which so short a"
+            " run may not repay: --compile=false"
+        )
+    return found
+
+
+def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
+    found, kernel = [], HEADS[model.head].kernel
     if kernel in ("dot", "l2"):
         faster = kernel == "l2" or dtype != "float32"  # A dot product follows the trunk's type.
         if device == "cuda" and model.head_precision == "float32" and faster:
@@ -74,9 +83,8 @@ def slow_settings(
             f"head_impl={model.head_impl} is slower than the compiled kernels and needs more"
             " memory: use --head_impl=auto"
         )
-    if (
-        model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2")
-    ):  # those two skip nothing
+    # The kernels dot and l2 skip nothing.
+    if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):
         found.append(
             "head_skip=0 computes gradients of pairs that do not matter to float32: the default"
             " 1e-6 leaves them out"

@@ -5,6 +5,11 @@ import re
 import typing
 
 
+def of_a_start(default: typing.Any) -> typing.Any:
+    """A setting that says how a run starts this time. It is no part of the run."""
+    return dataclasses.field(default=default, metadata={"of_a_start": True})
+
+
 @dataclasses.dataclass
 class TrainConfig:
     """The run"""
@@ -44,21 +49,21 @@ class TrainConfig:
     """validation batches of batch_size windows: a fixed set, spread evenly over the split"""
     log_interval: int = 10
     """iterations between console lines; metrics.jsonl has every iteration"""
-    eval_only: bool = False
+    eval_only: bool = of_a_start(False)
     """evaluate once and stop"""
-    init_from: str = "scratch"
+    init_from: str = of_a_start("scratch")
     """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or
     a model to start from, which is scratch
     with that --source"""
-    source: str | None = None
+    source: str | None = of_a_start(None)
     """a model to start from: a name on the Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME),
     a folder in its format, nanoGPT's
     ckpt.pt, a run's folder. Another --head than its own is matched to the model's softmax"""
-    out_dir: str = "out/run"
+    out_dir: str = of_a_start("out/run")
     """the run's folder"""
-    overwrite: bool = False
+    overwrite: bool = of_a_start(False)
     """delete the run that out_dir holds"""
-    new_data_order: bool = False
+    new_data_order: bool = of_a_start(False)
     """resume although batch_size, gradient_accumulation_steps, seed or the dataset differ: from
     then on the windows come in another order,
     so some are read twice in this epoch and others not at all"""
@@ -84,7 +89,7 @@ class TrainConfig:
     on_nan: typing.Literal["stop", "skip"] = "stop"
     """a loss or gradient that is not finite: stop the run, or skip the step (this looks at every
     step's norm, which a GPU waits for)"""
-    verify_resume: bool = False
+    verify_resume: bool = of_a_start(False)
     """instead of training: train some 20 iterations whole, and again killed and resumed, and say
     whether they are equal bit for bit"""
     tensorboard: bool = False

@@ -10,8 +10,9 @@ from harmonic import IGNORE_INDEX, softmax_linearization_kl
 from model import Model, ModelConfig
 from text.token_files import Data
 from training.config import TrainConfig
-from training.data import validation_batches, validation_windows
+from training.data import validation_windows
 from training.distributed import Processes
+from training.objective import batches_of
 
 STATES = 256  # show how far the head is from a softmax
 
@@ -28,7 +29,8 @@ class Evaluation:
         processes: Processes,
         autocast: contextlib.AbstractContextManager,
     ):
-        self.data, self.m, self.processes, self.autocast = data, m, processes, autocast
+        self.m, self.processes, self.autocast = m, processes, autocast
+        self.batches = batches_of(data, m)
         self.split, self.batch_size = data.splits["val"], c.batch_size
         self.windows = validation_windows(
             self.split.tokens, m.block_size, c.eval_iters * c.batch_size
@@ -51,7 +53,7 @@ class Evaluation:
         total = self.processes.reduce(total.to(device if device.startswith("cuda") else "cpu"))
         loss = (total[0] / total[1]).item()
         found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
-        if self.m.arch != "bert":  # masked prediction gives no likelihood of a text
+        if not self.batches.objective.masked:
             # the split's own tokens per byte: the windows are an even sample of it
             found["bits_per_byte"] = loss / math.log(2) * self.split.tokens / self.split.bytes
         if kl is not None:
@@ -60,13 +62,10 @@ class Evaluation:
             found["strength"] = learnt
         return found
 
-    def _batches(self, windows: list[int], size: int):
-        return validation_batches(self.data, self.m.arch, self.m.block_size, windows, size)
-
     def _sums(self, model: Model) -> torch.Tensor:
         """Of this process's windows: (loss, targets)."""
         share = self.processes.share(len(self.windows))
-        batches = self._batches(self.windows[share.start : share.stop], self.batch_size)
+        batches = self.batches.validation(self.windows[share.start : share.stop], self.batch_size)
         length, total = self.m.block_size, torch.zeros(2, dtype=torch.float64)
         nothing = torch.zeros(1, length, dtype=torch.long), torch.full((1, length), IGNORE_INDEX)
         for _ in range(self.rounds):
@@ -77,6 +76,6 @@ class Evaluation:
 
     def _distance_from_a_softmax(self, model: Model) -> float | None:
         few = self.windows[: max(1, STATES // self.m.block_size)]
-        x, _ = next(self._batches(few, len(few)))
+        x, _ = next(self.batches.validation(few, len(few)))
         states = model.hidden(x.to(self.processes.device)).reshape(-1, self.m.n_embd)[:STATES]
         return softmax_linearization_kl(states, model.head)

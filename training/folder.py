@@ -1,43 +1,95 @@
-"""The folder of a run, and everything that is written into it."""
+"""The folder of a run, and everything that is written into it: metrics, checkpoints, energy."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from base.command_line import write_yaml
 from base.errors import UserError
-from model import ModelConfig
-from text.token_files import Data
 from text.tokenizers import copy_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
-from training.telemetry import Metrics, write_environment
+from training.run import Run
+from training.telemetry import Emissions, Metrics, environment, write_environment
 
 
-def open_folder(
-    m: ModelConfig, c: TrainConfig, data: Data, began: dict, resumed: Path | None, iteration: int
-) -> tuple[Metrics, checkpoint.Writer]:
-    """Makes the folder, or goes on in it. For the main process.
+class RunFolder:
+    """Makes the folder of a run, or continues in it.
 
-    Args: began: environment and changed settings of this start, for environment.json. resumed: the
-        checkpoint that the run goes on from, or None.
-    Raises: UserError where the folder cannot be written.
+    The main process alone writes metrics and checkpoints; one process of each machine measures
+    energy. The others may call the same methods.
     """
-    out_dir = Path(c.out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, run: Run, resumed: Path | None, changed: dict):
+        """
+        Args:
+            resumed: the checkpoint that the run resumes from, or None.
+            changed: settings that are not those of the last start, for environment.json.
+        Raises: UserError where the folder cannot be written.
+        """
+        c, p = run.c, run.processes
+        self.path, self.metrics, self.writer, self.emissions = Path(c.out_dir), None, None, None
+        if p.main:
+            try:
+                self._open(run, resumed, changed)
+            except OSError as error:
+                message = f"out_dir={self.path} cannot be written: {error.strerror}"
+                raise UserError(message) from None
+        if c.emissions and p.local_rank == 0:  # one tracker a machine
+            node = int(os.environ.get("GROUP_RANK", 0))
+            self.emissions = Emissions(self.path, c.emissions_country, node)
+
+    def _open(self, run: Run, resumed: Path | None, changed: dict):
+        m, c, p, iteration = run.m, run.c, run.processes, run.progress.iteration
+        self.path.mkdir(parents=True, exist_ok=True)
         if resumed:
-            checkpoint.set_aside(out_dir, resumed)
+            checkpoint.set_aside(self.path, resumed)
         else:
-            _clear(out_dir, c)
-        copy_tokenizer(c.tokenizer, data.folder, out_dir)
+            _clear(self.path, c)
+        copy_tokenizer(c.tokenizer, run.data.folder, self.path)
         stored = dict(init_from="scratch", overwrite=False, eval_only=False, new_data_order=False)
-        write_yaml(out_dir / "config.yaml", m, replace(c, **stored))
-        write_environment(out_dir, began["environment"], iteration, began["changed"])
-        metrics = Metrics(out_dir, iteration, c.tensorboard, c.wandb, {**vars(m), **vars(c)})
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} cannot be written: {error.strerror}") from None
-    return metrics, checkpoint.Writer(out_dir)
+        write_yaml(self.path / "config.yaml", m, replace(c, **stored))
+        write_environment(self.path, environment(p.device, p.world), iteration, changed)
+        settings = {**vars(m), **vars(c)}
+        self.metrics = Metrics(self.path, iteration, c.tensorboard, c.wandb, settings)
+        self.writer = checkpoint.Writer(self.path)
+
+    def write(self, record: dict):
+        """Adds a row to metrics.jsonl."""
+        if self.metrics:
+            self.metrics.write(record)
+
+    def save(self, run: Run, loss: float | None):
+        """Takes a copy of everything and lets it be written while training continues. All processes
+        call it. loss: the validation loss, None where there was no evaluation."""
+        at = run.progress
+        if self.writer:
+            self.writer.wait()  # before there is another copy
+        files = checkpoint.snapshot(run.model, run.optimizer, keep=run.processes.main)
+        if not run.processes.main:
+            return
+        self.metrics.sync()
+        counters = {
+            "val_loss": loss,
+            "best_val_loss": at.best_loss,
+            "tokens": at.iteration * run.work.tokens,
+            "skipped": at.skipped,
+            "scaler": run.scaler.state_dict(),
+            "data": run.data.splits["train"].identity(),
+        }
+        self.writer.save(at.iteration, files, counters)
+        if self.emissions:
+            self.emissions.flush()
+
+    def close(self, wait: bool) -> tuple[float, float] | None:
+        """Ends what is being written -> energy in kWh and emissions in kg, where measured. wait:
+        for a checkpoint that is being written."""
+        if self.writer and wait:
+            self.writer.wait()
+        if self.metrics:
+            self.metrics.close()
+        return self.emissions.stop() if self.emissions else None
 
 
 def _clear(out_dir: Path, c: TrainConfig):

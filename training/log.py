@@ -1,51 +1,33 @@
 """What a run says while it trains: a line in the terminal, rows in metrics.jsonl."""
 
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from training import checkpoint
 from training.advice import about_products, senseless_settings, slow_settings
-from training.config import TrainConfig
-from training.distributed import Processes
-from training.step import Gradients, Step
-from training.telemetry import Metrics, duration, listed, peak_flops
+from training.folder import RunFolder
+from training.run import Run
+from training.step import Step
+from training.telemetry import duration, listed, peak_flops
 
 
 class NotFinite(Exception):
     """A loss or gradient that is not finite: every process raises it at the same iteration."""
 
 
-@dataclass
-class Work:
-    """What an iteration is: tokens and targets over all processes, floating-point operations of a
-    token."""
-
-    tokens: int
-    targets: int
-    flops_per_token: float
-
-
 class Log:
     """Collects steps and writes them together, for reading a number waits for the device."""
 
-    def __init__(
-        self,
-        c: TrainConfig,
-        processes: Processes,
-        gradients: Gradients,
-        work: Work,
-        metrics: Metrics | None,
-        say: Callable,
-        first: int,
-    ):
-        self.c, self.processes, self.gradients, self.work = c, processes, gradients, work
-        self.metrics, self.say, self.first = metrics, say, first
-        self.peak = peak_flops(processes.device)
-        self.scaled = False  # float16: a gradient that overflows is no fault
+    def __init__(self, run: Run, folder: RunFolder):
+        self.c, self.processes, self.gradients = run.c, run.processes, run.gradients
+        self.work, self.folder, self.say = run.work, folder, run.say
+        self.first = run.progress.iteration
+        self.scaled = run.scaler.is_enabled()  # float16: a gradient that overflows is no fault
+        self.peak = peak_flops(self.processes.device)
         self.pending: list[Step] = []
         self.began = self.clock = time.perf_counter()
 
@@ -74,8 +56,7 @@ class Log:
             record |= {"tokens_per_s": speed, "elapsed_s": now - self.began}
             if mfu is not None:
                 record["mfu"] = mfu
-            if self.metrics:
-                self.metrics.write(record)
+            self.folder.write(record)
             if self.c.on_nan == "stop":
                 self._check(record, step, numbers[0], own[j])
         self._print(iteration, record, speed, mfu, now)
@@ -136,7 +117,7 @@ def not_finite(iteration: int, what: str, gradients: list[str]) -> NotFinite:
     return NotFinite(f"stopped: {what} at iteration {iteration}{where}")
 
 
-def introduce(run, dtype: str, changed: dict):
+def introduce(run: Run, dtype: str, changed: dict):
     """Says what is trained, and what a user may want to know of it."""
     m, c, p, model, data = run.m, run.c, run.processes, run.model, run.data
     slots = c.batch_size * c.gradient_accumulation_steps
@@ -165,3 +146,39 @@ def introduce(run, dtype: str, changed: dict):
         notes += senseless_settings(m, c, data)
     for note in notes:
         run.say(f"note: {note}", file=sys.stderr)
+
+
+def conclude(
+    run: Run,
+    folder: RunFolder,
+    seconds: float,
+    used: tuple[float, float] | None,
+    stopped: int,
+    strange: NotFinite | None,
+):
+    """Says how the run ended, and exits where its status is not 0.
+
+    Args:
+        seconds: it took. used: (kWh, kg CO2e) or None. stopped: the signal that stopped it, or 0.
+        strange: what was not finite.
+    """
+    out_dir = folder.path
+    energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""
+    if strange:
+        run.say(strange, file=sys.stderr, flush=True)
+        run.say(f"last good checkpoint: {checkpoint.last(out_dir)}", file=sys.stderr)
+        sys.exit(3)
+    if stopped:
+        how = "no checkpoint was written yet"
+        if checkpoint.manifests(out_dir):
+            how = (
+                f"go on from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
+                f" --out_dir={out_dir}"
+            )
+        name, at = signal.Signals(stopped).name, run.progress.iteration
+        run.say(f"\n{name}: stopped at iteration {at}{energy}; {how}", file=sys.stderr)
+        sys.exit(128 + stopped)
+    best = run.progress.best_loss
+    run.say(f"done: {out_dir}, best val loss {best:.4f}, {duration(seconds)}{energy}")
+    if folder.writer and folder.writer.error:
+        sys.exit(4)

@@ -3,6 +3,7 @@
 Nothing here writes anything.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
@@ -19,6 +22,7 @@ from training import checkpoint, distributed
 from training.config import TrainConfig
 from training.data import split_problems
 from training.distributed import Processes
+from training.objective import objective_of
 from training.step import Progress
 from training.telemetry import check_loggers
 
@@ -26,15 +30,6 @@ REORDERED = (
     "another order of the data would read some windows twice in this epoch and others not at all;"
     " --new_data_order=true accepts that"
 )
-STARTING = (
-    "init_from",
-    "source",
-    "out_dir",
-    "overwrite",
-    "eval_only",
-    "verify_resume",
-    "new_data_order",
-)  # of a start, not of a run
 
 
 def configure(
@@ -84,11 +79,10 @@ def resume_problems(
     out_dir: Path, base: dict, model: ModelConfig, config: TrainConfig
 ) -> list[str]:
     """Why a run with the stored configuration `base` cannot be resumed with this one."""
-    free = ("head_impl", "head_skip", "head_precision", "dropout")  # no part of the model
     found = [
         f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}"
         for k, v in vars(model).items()
-        if k not in free and k in base and v != base[k]
+        if k not in ModelConfig.free_settings() and k in base and v != base[k]
     ]
     folder = data_folder(config.dataset)
     if config.dataset == base.get("dataset") and not folder.is_dir():
@@ -119,10 +113,13 @@ def resume_problems(
 
 def differences(base: dict, *configs) -> dict:
     """What a resumed run sets otherwise than it did: key -> [before, now]."""
-    now = {k: v for config in configs for k, v in vars(config).items()}
-    return {
-        k: [base[k], v] for k, v in now.items() if k in base and k not in STARTING and v != base[k]
-    }
+    found = {}
+    for config in configs:
+        for f in fields(config):
+            key, now = f.name, getattr(config, f.name)
+            if key in base and "of_a_start" not in f.metadata and now != base[key]:
+                found[key] = [base[key], now]
+    return found
 
 
 def begun_by_this_torchrun(out_dir: Path) -> bool:
@@ -144,7 +141,7 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any):
     """Loads the data and fills in the vocabulary -> Data. UserError listing what does not fit."""
     data = load_data(data_folder(config.dataset), config.tokenizer)
     config.tokenizer = data.tokenizer  # stored with the run, so that sampling knows it
-    rows = data.rows(model.arch)
+    rows = objective_of(model.arch).rows(data)
     problems = check_loggers(config.tensorboard, config.wandb)
     problems += split_problems(data, model.block_size)
     if source and (problem := source.reads(data)):
@@ -171,8 +168,9 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any):
     return data
 
 
-def check_compiler(device: str):
-    if device == "cpu":
+def check_compiler(c: TrainConfig, device: str):
+    """UserError where compile=true lacks a compiler."""
+    if c.compile and device == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
@@ -217,6 +215,21 @@ def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
             " it"
         )
     return p
+
+
+def precision(
+    c: TrainConfig, p: Processes
+) -> tuple[str, contextlib.AbstractContextManager, torch.amp.GradScaler]:
+    """-> (the name of the trunk's type, its autocast, the scaler of float16). Distances and weights
+    are float32."""
+    kind, dtype = p.device.split(":")[0], c.dtype
+    if dtype == "auto":
+        has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if has_bfloat16 else "float32"
+    autocast = contextlib.nullcontext()
+    if dtype != "float32":
+        autocast = torch.autocast(kind, getattr(torch, dtype))
+    return dtype, autocast, torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
 
 def go_on(c, data: Data, p: Processes, model: Model, scaler) -> tuple[Progress, Path]:

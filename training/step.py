@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from model import Model
+from training.config import TrainConfig
 from training.distributed import Processes, local
+from training.objective import Batches
 from training.telemetry import norms
 
 
@@ -60,6 +62,23 @@ class Step:
 
 
 NAMES = ("loss", "distance", "nearest", "norm", "norm_head", "norm_trunk", "radius")
+
+
+@dataclass
+class Work:
+    """What an iteration is: tokens and targets over all processes, floating-point operations of a
+    token."""
+
+    tokens: int
+    targets: int
+    flops_per_token: float
+
+    @staticmethod
+    def of(c: TrainConfig, model: Model, batches: Batches) -> "Work":
+        slots, length = c.batch_size * c.gradient_accumulation_steps, batches.block_size
+        predicted = batches.objective.predicted(length)
+        flops = model.flops_per_token(predicted / length)
+        return Work(slots * length, slots * predicted, flops)
 
 
 class Gradients:

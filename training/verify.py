@@ -18,10 +18,8 @@ from training import checkpoint
 from training.distributed import launcher
 from training.telemetry import read_metrics
 
-INTERVAL, BEYOND = (
-    10,
-    3,
-)  # iterations between checkpoints; after one of them, until the process is killed
+INTERVAL = 10  # iterations between checkpoints
+BEYOND = 3  # iterations after a checkpoint until the process is killed
 MEASURED = ("tokens_per_s", "elapsed_s", "mfu")  # of the clock, not of the training
 
 
@@ -52,11 +50,6 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None):
         )
     if int(os.environ.get("RANK", 0)) > 0:
         return  # the first process starts its own
-    environment = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    }
     fixed = dict(
         eval_interval=INTERVAL,
         log_interval=1,
@@ -65,71 +58,71 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None):
         tensorboard=False,
         wandb=False,
         lr_decay_iters=decay,
+        verify_resume=False,
+        init_from="auto",
     )
-    flags = [
-        f"--{k}={v}" for k, v in {**fixed, "verify_resume": False, "init_from": "auto"}.items()
-    ]
+    flags = [f"--{k}={v}" for k, v in fixed.items()]
     flags += [f"--source={source}"] if source else []
     command = [sys.executable, *launcher(processes), sys.argv[0], *argv, *flags]
-
     with (
         tempfile.TemporaryDirectory() as folder,
         tqdm(unit="iteration", leave=False, disable=None) as bar,
     ):
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-
-        def run(out: Path, iterations: int | None = None):
-            """Trains in `out` up to an iteration, or kills training BEYOND iterations after a
-            checkpoint."""
-            log, words = (
-                Path(folder) / "log",
-                [*command, f"--out_dir={out}", f"--max_iters={iterations or 10**9}"],
-            )
-            with log.open("w") as file:
-                process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
-            before = bar.n
-            try:
-                while process.poll() is None:
-                    done = written(out)
-                    bar.update(max(0, before + done - bar.n))
-                    saved = max(
-                        (m["iter"] for m in checkpoint.manifests(out).values()), default=None
-                    )
-                    if iterations is None and saved and done >= saved + BEYOND:
-                        break
-                    time.sleep(0.02)
-            finally:
-                kill_all(process)
-            if process.returncode != (0 if iterations else -signal.SIGKILL):
-                raise UserError(
-                    f"training ended with status {process.returncode}:\n{log.read_text()[-2000:]}"
-                )
-
-        run(killed)
+        train(command, killed, None, bar)
         saved, lines = checkpoint.read(checkpoint.newest(killed))[1]["iter"], written(killed)
         steps = saved + INTERVAL
-        run(killed, steps)
-        run(whole, steps)
+        train(command, killed, steps, bar)
+        train(command, whole, steps, bar)
         equal, a, b = compare(whole, killed), history(whole), history(killed)
-    for name, same in equal.items():
-        print(
-            f"{name}{f' of {steps} iterations' if name == 'metrics' else ''}:"
-            f" {'bitwise equal' if same else 'DIFFERENT'}"
-        )
-    if not equal["metrics"]:
-        where = next(
-            (x["iter"], k, x.get(k), y.get(k))
-            for x, y in zip(a, b, strict=False)
-            for k in x
-            if x.get(k) != y.get(k)
-        )
-        print("first difference: iteration {}, {} {} and {}".format(*where))
+    report(equal, a, b, steps)
     print(
         f"killed after iteration {lines - 1}, resumed from iteration {saved}, on {processes}"
         f" process{'es' if processes > 1 else ''}"
     )
     if not all(equal.values()):
         sys.exit(1)
+
+
+def train(command: list[str], out: Path, iterations: int | None, bar: tqdm):
+    """Trains in the folder `out` up to an iteration; None: kills training BEYOND iterations after a
+    checkpoint. UserError with the end of the output when training ends otherwise."""
+    log = out.with_suffix(".log")
+    words = [*command, f"--out_dir={out}", f"--max_iters={iterations or 10**9}"]
+    torchrun = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
+    with log.open("w") as file:
+        process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
+    before = bar.n
+    try:
+        while process.poll() is None:
+            done = written(out)
+            bar.update(max(0, before + done - bar.n))
+            saved = max((m["iter"] for m in checkpoint.manifests(out).values()), default=None)
+            if iterations is None and saved and done >= saved + BEYOND:
+                break
+            time.sleep(0.02)
+    finally:
+        kill_all(process)
+    if process.returncode != (0 if iterations else -signal.SIGKILL):
+        raise UserError(
+            f"training ended with status {process.returncode}:\n{log.read_text()[-2000:]}"
+        )
+
+
+def report(equal: dict[str, bool], a: list[dict], b: list[dict], steps: int):
+    """Prints which parts are equal, and where the metrics `a` and `b` of so many steps differ
+    first."""
+    for name, same in equal.items():
+        what = f"{name} of {steps} iterations" if name == "metrics" else name
+        print(f"{what}: {'bitwise equal' if same else 'DIFFERENT'}")
+    if equal["metrics"]:
+        return
+    for x, y in zip(a, b, strict=False):
+        for key in x:
+            if x[key] != y.get(key):
+                print(f"first difference: iteration {x['iter']}, {key} {x[key]} and {y.get(key)}")
+                return
 
 
 def compare(a: Path, b: Path) -> dict[str, bool]:

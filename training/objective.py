@@ -1,0 +1,144 @@
+"""What a model is trained to predict: the next token, or masked tokens. And the batches of either.
+
+An objective turns a window of tokens into inputs and targets. `objective_of` chooses it from the
+architecture: causal models predict the next token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from base.errors import UserError
+from harmonic import IGNORE_INDEX
+from model import ARCHITECTURES, ModelConfig
+from text.token_files import Data, Split
+from training.data import hashed, index
+
+MASKED_SHARE = 0.15  # of a window's tokens that masked-language training predicts (BERT, 3.1)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Objective(Protocol):
+    """What to predict.
+
+    masked: masked tokens are predicted. Their losses are not the likelihood of a text, so there are
+        no bits per byte, and the model fills masks instead of generating text.
+    lookahead: tokens that are read behind the inputs of a window.
+    """
+
+    masked: bool
+    lookahead: int
+
+    def predicted(self, block_size: int) -> int:
+        """Tokens predicted in a window."""
+
+    def rows(self, data: Data) -> int:
+        """Rows that the token table needs."""
+
+    def pair(self, window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray, np.ndarray]:
+        """A window (T + lookahead,) -> (inputs (T,), targets (T,)); `key` determines the noise."""
+
+
+class NextToken:
+    """Each token from those before it."""
+
+    masked = False
+    lookahead = 1
+
+    def predicted(self, block_size: int) -> int:
+        return block_size
+
+    def rows(self, data: Data) -> int:
+        return data.vocab_size
+
+    def pair(self, window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray, np.ndarray]:
+        return window[:-1], window[1:]
+
+
+class MaskedTokens:
+    """BERT's: 15 % of the tokens from all others. Of these, 80 % become the mask, 10 % a random
+    token and 10 % stay. The end-of-text token is not chosen while others are left."""
+
+    masked = True
+    lookahead = 0
+
+    def predicted(self, block_size: int) -> int:
+        """The same number in each window, so that every window weighs the same."""
+        return max(1, round(MASKED_SHARE * block_size))
+
+    def rows(self, data: Data) -> int:
+        """The mask token may lie beyond the vocabulary."""
+        return max(data.vocab_size, data.mask_id + 1)
+
+    def pair(self, window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(hashed("mask", *key))
+        order = rng.permutation(len(window))
+        order = order[np.argsort(window[order] == data.eot_id, kind="stable")]
+        chosen = order[: self.predicted(len(window))]
+        x, y = window.copy(), np.full_like(window, IGNORE_INDEX)
+        y[chosen] = window[chosen]
+        action = rng.random(len(chosen))
+        x[chosen[action < 0.8]] = data.mask_id
+        other = chosen[action >= 0.9]
+        x[other] = rng.integers(0, data.vocab_size, len(other))
+        return x, y
+
+
+NEXT_TOKEN, MASKED_TOKENS = NextToken(), MaskedTokens()
+
+
+def objective_of(arch: str) -> Objective:
+    """The objective with which an architecture is trained."""
+    return NEXT_TOKEN if ARCHITECTURES[arch].causal else MASKED_TOKENS
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a data folder: int64 (inputs (B, T), targets (B, T)), T = block_size. A target
+    is IGNORE_INDEX where nothing is predicted."""
+
+    data: Data
+    objective: Objective
+    block_size: int
+
+    def training(
+        self, seed: int, step: int, slots: range, total: int, size: int
+    ) -> Iterator[Batch]:
+        """The micro-batches of this process's `slots` (of `total`) at a step, of at most `size`
+        windows each."""
+        split = self.data.splits["train"]
+        for first in range(slots.start, slots.stop, size):
+            part = range(first, min(first + size, slots.stop))
+            starts = [index(seed, step, s, total, split.tokens, self.block_size) for s in part]
+            yield self.read(split, starts, [(seed, step, s) for s in part])
+
+    def validation(self, starts: list[int], size: int, split: str = "val") -> Iterator[Batch]:
+        """Batches of at most `size` of the windows at `starts`. The noise on masked windows depends
+        on the window alone."""
+        for first in range(0, len(starts), size):
+            part = starts[first : first + size]
+            yield self.read(self.data.splits[split], part, [("val", s) for s in part])
+
+    def read(self, split: Split, starts: list[int], keys: list[tuple] | None = None) -> Batch:
+        """The windows at `starts`; `keys` determine the noise of each. UserError for an id beyond
+        the vocabulary."""
+        data, pairs = self.data, []
+        for start, key in zip(starts, keys or [()] * len(starts), strict=True):
+            window = split.read(start, self.block_size + self.objective.lookahead)
+            if (highest := window.max()) >= data.vocab_size:
+                raise UserError(
+                    f"{split.path} holds the id {highest}, but its vocabulary {data.tokenizer} has"
+                    f" {data.vocab_size}: prepare it again"
+                )
+            pairs.append(self.objective.pair(window, data, key))
+        inputs, targets = zip(*pairs, strict=True)
+        return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
+
+
+def batches_of(data: Data, config: ModelConfig) -> Batches:
+    """The batches with which a model is trained and evaluated."""
+    return Batches(data, objective_of(config.arch), config.block_size)

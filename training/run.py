@@ -1,0 +1,45 @@
+"""A run as one record."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model import Model, ModelConfig
+from text.token_files import Data
+from training.config import TrainConfig
+from training.distributed import Processes
+from training.evaluation import Evaluation
+from training.objective import Batches
+from training.step import Gradients, Progress, Work
+
+
+@dataclass
+class Run:
+    """All that the loop of train.py needs.
+
+    wrapped: the model; its backward pass adds gradients up over the processes.
+    of_source: results of the model that the run starts from, where its head was swapped.
+    """
+
+    m: ModelConfig
+    c: TrainConfig
+    data: Data
+    batches: Batches
+    processes: Processes
+    model: Model
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: contextlib.AbstractContextManager
+    gradients: Gradients
+    evaluate: Evaluation
+    progress: Progress
+    work: Work
+    of_source: dict[str, float]
+
+    def say(self, *words: object, **how: Any) -> None:
+        """Prints, in the main process."""
+        if self.processes.main:
+            print(*words, **how)
