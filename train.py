@@ -25,11 +25,12 @@ from model import Model
 from text.token_files import verify
 from training import checkpoint, distributed
 from training.distributed import Processes
-from training.evaluation import Evaluation
+from training.evaluation import Evaluation, sample_text
 from training.folder import RunFolder
 from training.log import Log, NotFinite, conclude, introduce, not_finite
 from training.objective import batches_of
-from training.optimizers import adamw
+from training.optimizers import make_optimizer, set_learning_rate
+from training.profiling import Profile
 from training.run import Run
 from training.schedule import learning_rate
 from training.start import (
@@ -83,8 +84,7 @@ def main():
     wrapped = p.wrap(model, c.parallel)
 
     # The optimiser.
-    betas, kind = (c.beta1, c.beta2), p.device.split(":")[0]
-    optimizer = adamw(model, c.learning_rate, betas, c.weight_decay, c.prototype_decay, kind)
+    optimizer = make_optimizer(model, c, p.device.split(":")[0])
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
     gradients = Gradients(model, p, sharded=p.world > 1 and c.parallel == "fsdp")
@@ -132,16 +132,13 @@ def train(run: Run, folder: RunFolder):
     """The loop: to max_iters, or until a signal or a number that is not finite. Then exits."""
     c, p, at = run.c, run.processes, run.progress
     log = Log(run, folder)
+    profile = Profile(folder.path / "profile", c.profile if p.main else 0, p.device)
     first, stopped, at_once, strange = at.iteration, 0, False, None
     run.model.train()
     signals = distributed.StopSignals(p, c.timeout)
     try:
         while True:
-            due = at.iteration % c.eval_interval == 0 or at.iteration == c.max_iters
-            if due and at.iteration != at.evaluated:
-                log.flush(at.iteration)
-                evaluate_and_save(run, folder)
-                log.restart_clock()
+            report(run, folder, log)
             stopped = signals.agreed()
             if stopped and at.iteration != at.evaluated and at.iteration > first:
                 log.flush(at.iteration)
@@ -157,6 +154,7 @@ def train(run: Run, folder: RunFolder):
             at.iteration += 1
             if at.iteration % c.log_interval == 0:
                 log.flush(at.iteration)
+            profile.step()
     except KeyboardInterrupt:  # the second Ctrl-C
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:
@@ -177,8 +175,7 @@ def iterate(run: Run) -> Step:
     torch.manual_seed((c.seed * 1_000_003 + at.iteration) * 4096 + p.rank)
     step = Step.begin(p.device)
     step.lr = learning_rate(at.iteration, c)
-    for group in run.optimizer.param_groups:
-        group["lr"] = step.lr
+    set_learning_rate(run.optimizer, step.lr)
     slots = c.batch_size * c.gradient_accumulation_steps
     micro = list(run.batches.training(c.seed, at.iteration, p.share(slots), slots, c.batch_size))
     for j, (x, y) in enumerate(micro):
@@ -212,6 +209,24 @@ def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
     if device.startswith("cuda"):
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def report(run: Run, folder: RunFolder, log: Log):
+    """What is due before an iteration: an evaluation with a checkpoint, a sample of text."""
+    c, at = run.c, run.progress
+    due = at.iteration % c.eval_interval == 0 or at.iteration == c.max_iters
+    due = due and at.iteration != at.evaluated
+    sample = c.sample_interval and at.iteration % c.sample_interval == 0
+    if due or sample:
+        log.flush(at.iteration)
+    if sample:
+        text = sample_text(run.model, run.data, run.autocast, c.seed)
+        run.say(f"iter {at.iteration}: {text!r}", flush=True)
+        folder.write({"iter": at.iteration, "sample": text})
+    if due:
+        evaluate_and_save(run, folder)
+    if due or sample:
+        log.restart_clock()
 
 
 def evaluate_and_save(run: Run, folder: RunFolder):

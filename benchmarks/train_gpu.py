@@ -26,7 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import Model, ModelConfig
-from training.optimizers import adamw
+from training.config import TrainConfig
+from training.optimizers import make_optimizer
 
 RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0  # nanoGPT's
 
@@ -91,7 +92,7 @@ class Ours:
         )
         self.model = Model(config).to(s.device)
         self.model.compile_blocks(backend=s.compiler)
-        self.optimizer = adamw(self.model, RATE, BETAS, DECAY, None, s.device)
+        self.optimizer = make_optimizer(self.model, TrainConfig(), s.device)
         self.autocast = torch.autocast(s.device, torch.bfloat16)
         self.x, self.y = s.tokens()
         names, self.parameters = zip(*self.model.named_parameters(), strict=True)

@@ -38,8 +38,9 @@ from base.command_line import cli, parse
 from model import Model, ModelConfig
 from text.token_files import load_data
 from training.checkpoint import snapshot
+from training.config import TrainConfig
 from training.objective import batches_of
-from training.optimizers import adamw
+from training.optimizers import make_optimizer
 from training.telemetry import norms, read_metrics
 
 SIZE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
@@ -244,7 +245,7 @@ def shares(c: SpeedConfig, _: Path) -> list[list]:
             )
         )
         model.compile_blocks()
-        optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1, None, "cpu")
+        optimizer = make_optimizer(model, TrainConfig(), "cpu")
         autocast = (
             torch.autocast("cpu", torch.bfloat16)
             if dtype == "bfloat16"
@@ -314,7 +315,7 @@ def checkpoint(c: SpeedConfig, home: Path) -> list[list]:
     """147 MB a checkpoint, every 8 iterations: the copy that training waits for, and the iterations
     that share the processor with the writing."""
     model = Model(ModelConfig(**SIZE, vocab_size=VOCABULARY))
-    optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1, None, "cpu")
+    optimizer = make_optimizer(model, TrainConfig(), "cpu")
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()

@@ -17,7 +17,8 @@ from model import (
     document_block_mask,
     uses_flex_attention,
 )
-from training.optimizers import adamw
+from training.config import TrainConfig
+from training.optimizers import make_optimizer
 
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, block_size=12, vocab_size=128, real_vocab_size=101)
 ARCHS = {
@@ -421,7 +422,7 @@ def test_every_parameter_is_in_one_group_and_prototypes_have_their_own():
         dict(head="cross_entropy", tie_weights=False),
     ):
         model = build("gpt", **kw)
-        groups = adamw(model, 1e-3, (0.9, 0.95), 0.1, 0.0, "cpu").param_groups
+        groups = make_optimizer(model, TrainConfig(prototype_decay=0.0), "cpu").param_groups
         listed = [id(p) for g in groups for p in g["params"]]
         assert sorted(listed) == sorted(id(p) for p in model.parameters())
         decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}

@@ -27,7 +27,7 @@ from text.token_files import load_data
 from training import advice, checkpoint
 from training.config import TrainConfig
 from training.distributed import launcher
-from training.optimizers import adamw
+from training.optimizers import make_optimizer
 from training.telemetry import Metrics, norms, read_metrics
 from training.verify import history
 
@@ -1146,7 +1146,7 @@ class Torn:
 def test_a_checkpoint_is_a_copy(tmp_path):
     """What is written in the background does not follow the training that goes on."""
     model = Model(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64))
-    optimizer = adamw(model, 0.1, (0.9, 0.95), 0.1, None, "cpu")
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=0.1), "cpu")
     x = torch.randint(0, 64, (2, 16))
     for _ in range(2):
         model(x, x)[1].backward()

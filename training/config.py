@@ -25,18 +25,28 @@ class TrainConfig:
     """micro-batches of an iteration, over all processes together"""
     max_iters: int = 1000
     """iterations to train"""
+    optimizer: typing.Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the trunk, AdamW for embeddings, prototypes, norms and
+    biases"""
     learning_rate: float = 6e-4
     """peak learning rate"""
+    head_learning_rate: float | None = None
+    """peak learning rate of the prototypes (tied, of the embedding); null = learning_rate"""
+    lr_schedule: typing.Literal["cosine", "wsd", "constant"] = "cosine"
+    """after the warm-up: a cosine down to min_lr; wsd (stable, then linear to min_lr over the last
+    decay_iters iterations); or constant"""
     min_lr: float | None = None
     """learning rate at the end of the decay; null = learning_rate / 10"""
     warmup_iters: int = 100
     """iterations of linear warm-up"""
     lr_decay_iters: int | None = None
-    """iteration at which the cosine decay ends; null = max_iters"""
+    """iteration at which the decay ends; null = max_iters"""
+    decay_iters: int | None = None
+    """iterations of the decay of lr_schedule=wsd; null = a fifth of the run"""
     weight_decay: float = 0.1
-    """AdamW's decay of weight matrices"""
+    """decay of weight matrices and embeddings"""
     prototype_decay: float | None = None
-    """AdamW's decay of the prototypes, which it pulls to the origin; null = weight_decay"""
+    """decay of the prototypes, which it pulls to the origin; null = weight_decay"""
     beta1: float = 0.9
     """AdamW's beta1"""
     beta2: float = 0.95
@@ -89,6 +99,10 @@ class TrainConfig:
     on_nan: typing.Literal["stop", "skip"] = "stop"
     """a loss or gradient that is not finite: stop the run, or skip the step (this looks at every
     step's norm, which a GPU waits for)"""
+    sample_interval: int = 0
+    """iterations between samples of text, in the terminal and in metrics.jsonl; 0 = none"""
+    profile: int = 0
+    """record a trace of this many iterations in out_dir/profile, on CUDA of memory too; 0 = none"""
     verify_resume: bool = of_a_start(False)
     """instead of training: train some 20 iterations whole, and again killed and resumed, and say
     whether they are equal bit for bit"""
@@ -102,28 +116,15 @@ class TrainConfig:
     """ISO 3166 alpha-3 code of the country whose electricity is used, for kg CO2e"""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{key}={getattr(self, key)} must be at least {least}"
-            for key, least in dict(
-                batch_size=1,
-                gradient_accumulation_steps=1,
-                max_iters=0,
-                warmup_iters=0,
-                eval_interval=1,
-                eval_iters=1,
-                log_interval=1,
-            ).items()
-            if getattr(self, key) < least
-        ]
-        if not self.timeout > 0:
-            found.append(f"timeout={self.timeout} must be positive")
+        """What is wrong with the settings, a sentence each."""
+        found = self._range_problems()
         if self.parallel == "fsdp" and self.dtype == "float16":
             found.append("parallel=fsdp does not scale losses as dtype=float16 needs: use bfloat16")
-        for key in ("weight_decay", "prototype_decay", "grad_clip", "min_lr"):
-            if getattr(self, key) is not None and getattr(self, key) < 0:
-                found.append(f"{key}={getattr(self, key)} must not be negative")
-        if not 0 <= self.seed < 2**31:
-            found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            found.append(
+                "optimizer=muon needs whole matrices, and parallel=fsdp splits them: use"
+                " --parallel=ddp or --optimizer=adamw"
+            )
         if not self.out_dir:
             found.append("out_dir is empty: name a folder")
         if not re.fullmatch("[A-Z]{3}", self.emissions_country):
@@ -131,15 +132,40 @@ class TrainConfig:
                 f"emissions_country={self.emissions_country}: expected a code of three letters,"
                 " such as USA, DEU or IND"
             )
-        if not self.learning_rate > 0:
-            found.append(f"learning_rate={self.learning_rate} must be positive")
-        found += [
-            f"{key}={getattr(self, key)} is not in [0, 1)"
-            for key in ("beta1", "beta2")
-            if not 0 <= getattr(self, key) < 1
-        ]
-        if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
-            found.append(
-                f"lr_decay_iters={self.lr_decay_iters} ends before warmup_iters={self.warmup_iters}"
-            )
+        end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        if self.lr_decay_iters is not None and end < self.warmup_iters:
+            found.append(f"lr_decay_iters={end} ends before warmup_iters={self.warmup_iters}")
+        if self.decay_iters is not None:
+            if self.lr_schedule != "wsd":
+                found.append(
+                    f"decay_iters={self.decay_iters} is for lr_schedule=wsd, not {self.lr_schedule}"
+                )
+            elif self.decay_iters > max(0, end - self.warmup_iters):
+                found.append(
+                    f"decay_iters={self.decay_iters} does not fit between"
+                    f" warmup_iters={self.warmup_iters} and iteration {end}, where the decay ends"
+                )
+        return found
+
+    def _range_problems(self) -> list[str]:
+        least = dict.fromkeys(
+            ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters"), 1
+        )
+        least |= dict.fromkeys(("max_iters", "warmup_iters", "sample_interval", "profile"), 0)
+        least |= {"log_interval": 1, "decay_iters": 1}
+        found = []
+        for key, value in least.items():
+            if getattr(self, key) is not None and getattr(self, key) < value:
+                found.append(f"{key}={getattr(self, key)} must be at least {value}")
+        for key in ("learning_rate", "head_learning_rate", "timeout"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                found.append(f"{key}={getattr(self, key)} must be positive")
+        for key in ("weight_decay", "prototype_decay", "grad_clip", "min_lr"):
+            if getattr(self, key) is not None and getattr(self, key) < 0:
+                found.append(f"{key}={getattr(self, key)} must not be negative")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                found.append(f"{key}={getattr(self, key)} is not in [0, 1)")
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
         return found

@@ -15,6 +15,7 @@ from training.distributed import Processes
 from training.objective import batches_of
 
 STATES = 256  # show how far the head is from a softmax
+SAMPLED = 60  # tokens of a sample
 
 
 class Evaluation:
@@ -79,3 +80,25 @@ class Evaluation:
         x, _ = next(self.batches.validation(few, len(few)))
         states = model.hidden(x.to(self.processes.device)).reshape(-1, self.m.n_embd)[:STATES]
         return softmax_linearization_kl(states, model.head)
+
+
+@torch.compiler.set_stance("force_eager")  # Contexts of every length: compiled blocks do not pay.
+def sample_text(
+    model: Model, data: Data, autocast: contextlib.AbstractContextManager, seed: int
+) -> str:
+    """SAMPLED tokens of a document that the model begins. All processes call it.
+
+    With one seed, samples of different iterations differ by the model alone. Training's random
+    state is not touched.
+    """
+    tokenizer = data.load_tokenizer()
+    model.eval()
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    with autocast:
+        steps = model.generate([[tokenizer.start_id]], SAMPLED, seed=seed, top_k=200)
+        ids = [token for (token,) in steps]
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    model.train()
+    return tokenizer.decode(ids)

@@ -1,44 +1,118 @@
-"""The optimiser of a run, and which parameters decay."""
+"""The optimiser of a run: AdamW, or Muon for the trunk's matrices and AdamW for the rest."""
+
+from typing import Any
 
 import torch
 
 from model import Model
+from training.config import TrainConfig
 
 
-def parameter_groups(
-    model: Model, weight_decay: float, prototype_decay: float | None = None
-) -> list[dict]:
-    """AdamW's groups: matrices, prototypes and the rest.
+def make_optimizer(model: Model, c: TrainConfig, device: str) -> torch.optim.Optimizer:
+    """The optimiser of --optimizer, fused where the device (cpu, cuda, mps) has it.
 
-    Matrices decay. Biases, norms, the exponent and Mahalanobis' parameters do not, for decay would
-    shrink the distance itself. Prototypes decay by `prototype_decay`; None = like matrices.
+    Each group has a `rate`: its learning rate as a multiple of the run's.
     """
-    matrices, rest = [], []
+    matrices, prototypes, embeddings, rest = parameter_groups(model, c)
+    betas, fused = (c.beta1, c.beta2), device in ("cuda", "cpu")
+    if c.optimizer == "adamw":
+        matrices["params"] += embeddings["params"]
+        groups = [matrices, prototypes, rest]
+        return torch.optim.AdamW(groups, lr=c.learning_rate, betas=betas, fused=fused)
+    groups = [group for group in (prototypes, embeddings, rest) if group["params"]]
+    muon = Muon([matrices], row_blocks(model), lr=c.learning_rate, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=betas, fused=fused)
+    return Together(muon, adamw)
+
+
+def parameter_groups(model: Model, c: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices of the trunk, prototypes, embeddings, the rest.
+
+    Matrices and embeddings decay. Biases, norms, the exponent and Mahalanobis' parameters do not,
+    for decay would shrink the distance itself. Prototypes have a decay and a rate of their own; a
+    tied embedding is the prototypes.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices, embeddings, rest = [], [], []
     for name, p in model.named_parameters():
         if p is model.head.weight:
             continue
-        is_matrix = p.dim() >= 2 and not name.startswith("head.")
-        (matrices if is_matrix else rest).append(p)
-    of_prototypes = weight_decay if prototype_decay is None else prototype_decay
+        if id(p) in tables:
+            embeddings.append(p)
+        elif p.dim() >= 2 and not name.startswith("head."):
+            matrices.append(p)
+        else:
+            rest.append(p)
+    decay = c.weight_decay if c.prototype_decay is None else c.prototype_decay
+    rate = 1.0 if c.head_learning_rate is None else c.head_learning_rate / c.learning_rate
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": [model.head.weight], "weight_decay": of_prototypes},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": c.weight_decay, "rate": 1.0},
+        {"params": [model.head.weight], "weight_decay": decay, "rate": rate},
+        {"params": embeddings, "weight_decay": c.weight_decay, "rate": 1.0},
+        {"params": rest, "weight_decay": 0.0, "rate": 1.0},
     ]
 
 
-def adamw(
-    model: Model,
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    prototype_decay: float | None,
-    device: str,
-) -> torch.optim.AdamW:
-    """AdamW over the model's parameter groups, fused where the device has it."""
-    return torch.optim.AdamW(
-        parameter_groups(model, weight_decay, prototype_decay),
-        lr=learning_rate,
-        betas=betas,
-        fused=device in ("cuda", "cpu"),
-    )
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of all groups, each with its own `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate"]
+
+
+def row_blocks(model: Model) -> dict[torch.nn.Parameter, list[int]]:
+    """The weights that hold several matrices, one below the other: weight -> rows of each."""
+    blocks = {}
+    for block in model.blocks:
+        a = block.attention
+        blocks[a.qkv.weight] = [heads * a.width for heads in (a.n_head, a.n_kv_head, a.n_kv_head)]
+        if block.mlp.gated:
+            blocks[block.mlp.up.weight] = [block.mlp.down.in_features] * 2
+    return blocks
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon (2502.16982), to which the parts of a fused weight are matrices of their own.
+
+    `rows` (see row_blocks) says how many rows each part has. State belongs to whole weights.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], rows: dict[torch.nn.Parameter, list[int]], **how: Any
+    ):
+        super().__init__(groups, **how)
+        self.rows = rows
+
+    def _init_group(self, group, params_with_grad, grads, muon_momentum_bufs) -> bool:
+        whole = [], [], []
+        has_complex = super()._init_group(group, *whole)
+        for p, gradient, momentum in zip(*whole, strict=True):
+            rows = self.rows.get(p, [len(p)])
+            params_with_grad += p.split(rows)
+            grads += gradient.split(rows)
+            muon_momentum_bufs += momentum.split(rows)
+        return has_complex
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimisers as one: their groups and states in one list and one dict."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        first = 0
+        for part in self.parts:
+            end = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:end], self.state
+            first = end
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()

@@ -6,12 +6,28 @@ from training.config import TrainConfig
 
 
 def learning_rate(iteration: int, c: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from learning_rate to min_lr (nanoGPT's schedule)."""
+    """Linear warm-up to learning_rate, then the schedule.
+
+    cosine: half a cosine down to min_lr, as nanoGPT's.
+    wsd: stable, then linear down to min_lr over the last decay_iters iterations.
+    constant: stable to the end.
+    """
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     low = c.learning_rate / 10 if c.min_lr is None else c.min_lr
     if iteration < c.warmup_iters:
         return c.learning_rate * (iteration + 1) / (c.warmup_iters + 1)
+    if c.lr_schedule == "constant":
+        return c.learning_rate
     if iteration >= end:
         return low
+    if c.lr_schedule == "wsd":
+        left = (end - iteration) / decay_iterations(c)
+        return low + min(left, 1.0) * (c.learning_rate - low)
     turn = math.pi * (iteration - c.warmup_iters) / (end - c.warmup_iters)
     return low + 0.5 * (1 + math.cos(turn)) * (c.learning_rate - low)
+
+
+def decay_iterations(c: TrainConfig) -> int:
+    """Iterations of the decay of wsd: a fifth of the run where nothing is set."""
+    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
+    return max(1, end // 5) if c.decay_iters is None else c.decay_iters

@@ -144,6 +144,8 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any):
     rows = objective_of(model.arch).rows(data)
     problems = check_loggers(config.tensorboard, config.wandb)
     problems += split_problems(data, model.block_size)
+    if config.sample_interval and objective_of(model.arch).masked:
+        problems.append(f"sample_interval: arch={model.arch} fills masks and writes no text")
     if source and (problem := source.reads(data)):
         problems.append(problem)
     if model.real_vocab_size == 0 or (
