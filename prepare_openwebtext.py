@@ -33,23 +33,10 @@ from text.corpora import CORPORA, Corpus
 from text.documents import Tally, check_splits, split_documents
 from text.parallel import encode_documents
 from text.readers import plain_name
-from text.sources import (
-    Found,
-    contents_hash,
-    find,
-    read_files,
-    source_names,
-    source_problems,
-    stop,
-)
+from text.sources import Found, contents_hash, find, read_files, source_names, source_problems
 from text.summary import print_splits, print_warnings
 from text.token_writer import is_prepared, partial_folder, publish, write_meta, write_tokens
-from text.tokenizers import (
-    is_trained,
-    load_tokenizer,
-    name_problems,
-    train_tokenizer,
-)
+from text.tokenizers import is_trained, load_tokenizer, name_problems, train_tokenizer
 
 
 @dataclass
@@ -58,7 +45,7 @@ class PrepareConfig:
 
     source: list[str] = field(default_factory=list)
     """openwebtext, wiki (10,033 Wikipedia leads), imdb (25,000 film reviews) or wikitext2 (official
-    splits). Or files and folders of them: .txt, .jsonl, .json, .csv and .parquet, also compressed
+    splits); or files and folders of them: .txt, .jsonl, .json, .csv and .parquet, also compressed
     (.gz, .bz2, .xz, .zst). A .txt file is one document, or, above 4 MiB, pieces of 64 KiB cut at
     blank lines. Linked folders are read once; hidden files are left out"""
     tokenizer: str = "gpt2"
@@ -80,8 +67,7 @@ class PrepareConfig:
     max_documents: int = 0
     """read this many documents at most, of each official split; 0 reads all"""
     column: str | None = None
-    """name of the text in .csv, .json, .jsonl and .parquet; by default text, or another usual
-    name"""
+    """name of the text in .csv, .json, .jsonl and .parquet; by default text or a usual name"""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """what to do when something cannot be read (not UTF-8, corrupt, no such column): stop and name
     it, or skip the file or line and count it. If a file breaks off, what came before is kept"""
@@ -206,7 +192,7 @@ def read(config: PrepareConfig, found: Found, tally: Tally) -> Iterator[tuple[st
     if config.corpus:
         parts = config.corpus.read(config.streaming)
     else:
-        on_broken = tally.skip if config.on_bad_file == "skip" else stop
+        on_broken = tally.skip if config.on_bad_file == "skip" else None
         parts = {None: read_files(found, config.column, on_broken)}
     return split_documents(parts, config.fraction, config.max_documents, tally)
 

@@ -233,13 +233,14 @@ def special_file(mode: int) -> str | None:
 
 
 def read_files(
-    found: Found, column: str | None, on_broken: Callable[[Broken], None]
+    found: Found, column: str | None, on_broken: Callable[[Broken], None] | None
 ) -> Iterator[str | None]:
     """Yields the documents of files, and None for an empty one.
 
     Args:
-        on_broken: is called with what cannot be read.
+        on_broken: is called with what cannot be read. None raises a UserError instead.
     """
+    on_broken = on_broken or _stop
     for problem in found.unreadable:
         on_broken(Broken(problem, file=True))
     for path in found.files:
@@ -250,8 +251,7 @@ def read_files(
                 yield record
 
 
-def stop(broken: Broken) -> None:
-    """Raises a UserError that names what cannot be read."""
+def _stop(broken: Broken) -> None:
     raise UserError(f"{broken.problem}\n{SKIP_HINT}")
 
 
