@@ -118,11 +118,11 @@ def _split_by_hash(
         )
         yield from zip(("train", "val"), cut(waiting[0][2], fraction))
     elif waiting:
-        moved, lonely = ("val", min(waiting)) if "train" in met else ("train", max(waiting))
-        tally.how_split += f"; one was moved to {moved}, which would have been empty"
-        for document in waiting:
-            _, split, text = document
-            yield (moved if document is lonely else split), text
+        empty = "val" if "train" in met else "train"
+        moved, *_ = min(waiting) if empty == "val" else max(waiting)
+        tally.how_split += f"; one was moved to {empty}, which would have been empty"
+        for digest, split, text in waiting:
+            yield (empty if digest == moved else split), text
 
 
 def unique_documents(texts: Iterable[str | None], tally: Tally) -> Iterator[tuple[bytes, str]]:

