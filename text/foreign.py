@@ -1,7 +1,7 @@
 """Token files of other projects: nanoGPT's characters, llm.c's header, ids of another width.
 
-Nothing here executes what a file says. meta.pkl is parsed as a list of instructions, and only those
-that build dictionaries of numbers and text are followed.
+Nothing here executes what a file says. meta.pkl is read as a list of instructions. Only those that
+build dictionaries of numbers and text are followed.
 """
 
 import pickletools
@@ -15,9 +15,9 @@ from base.errors import UserError
 NANOGPT_META = "meta.pkl"  # beside the token files of nanoGPT's shakespeare_char
 LLMC_HEADER = 256  # int32 numbers before the ids: magic number, version, count of tokens, zeros
 LLMC_GPT2, LLMC_LLAMA3, LLMC_EVAL = 20240520, 20240801, 20240522  # llm.c, dev/data/data_common.py
-LEAST_IDS = 32  # fewer ids do not show how wide they are
+LEAST_IDS = 32  # fewer ids do not show which width they have
 CHARACTERS_ONLY = 256  # only a vocabulary of characters or bytes has all its ids below this
-MANY_IDS = 1000  # of ordinary text; among so many some are words
+MANY_IDS = 1000  # among so many ids of ordinary text, some are words
 
 
 # ---- nanoGPT's meta.pkl --------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def nanogpt_characters(path: Path) -> str:
     return characters
 
 
-def read_plain_pickle(data: bytes):
+def read_plain_pickle(data: bytes) -> object:
     """The dictionaries, numbers and texts in a pickle, of which nothing is executed.
 
     Raises: ValueError when it holds anything else.
@@ -56,35 +56,41 @@ def read_plain_pickle(data: bytes):
     stack, memo = [], {}
     for instruction, argument, _ in pickletools.genops(data):
         name = instruction.name
-        if name in TEXTS or name in NUMBERS:
+        if name == "STOP":
+            return stack.pop()
+        elif name in TEXTS or name in NUMBERS:
             stack.append(argument)
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "MARK":
-            stack.append(MARK)
-        elif name == "DICT":
-            stack.append(_pairs(_to_mark(stack)))
-        elif name == "SETITEMS":
-            pairs = _pairs(_to_mark(stack))
-            stack[-1].update(pairs)
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            stack[-1][key] = value
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in PUTS:
             memo[argument] = stack[-1]
         elif name in GETS:
             stack.append(memo[argument])
-        elif name == "STOP":
-            return stack.pop()
         elif name not in NOTHING:
-            raise ValueError(f"it holds {name}, which is more than numbers and text")
+            _dictionary(name, stack)
     raise ValueError("it is cut short")
 
 
+def _dictionary(name: str, stack: list) -> None:
+    """Follows an instruction that makes or fills a dictionary. ValueError for any other."""
+    if name == "EMPTY_DICT":
+        stack.append({})
+    elif name == "MARK":
+        stack.append(MARK)
+    elif name == "DICT":
+        stack.append(_pairs(_to_mark(stack)))
+    elif name == "SETITEMS":
+        pairs = _pairs(_to_mark(stack))
+        stack[-1].update(pairs)
+    elif name == "SETITEM":
+        value, key = stack.pop(), stack.pop()
+        stack[-1][key] = value
+    else:
+        raise ValueError(f"it holds {name}, which is more than numbers and text")
+
+
 def _to_mark(stack: list) -> list:
-    """Takes what lies above the last mark off the stack, and the mark."""
+    """Removes the last mark and what lies above it from the stack -> what lay above it."""
     at = max(i for i, value in enumerate(stack) if value is MARK)
     taken = stack[at + 1 :]
     del stack[at:]
@@ -146,10 +152,15 @@ def _with_header(path: Path, version: int, tokens: int, size: int) -> Layout:
 # ---- ids that do not fit -------------------------------------------------------------------------
 
 
-def ids_problem(ids: np.ndarray, dtype: np.dtype, tokenizer: str, vocab_size: int) -> str | None:
-    """Why a sample of a file's ids, read as `dtype`, is no text of a tokenizer; None when it is.
+def ids_problem(
+    ids: np.ndarray, dtype: np.dtype, tokenizer: str, vocab_size: int, trained: bool
+) -> str | None:
+    """Why a sample of a file's ids is no text of a tokenizer, in words. None when it is.
 
-    `ids` consists of pieces that begin at places in the file that are multiples of 4.
+    Args:
+        ids: pieces of the file, read as `dtype`. Each begins at a multiple of 4 ids.
+        trained: whether the tokenizer is trained on the text. A small one may have ids of
+            characters and bytes only.
     """
     if len(ids) < LEAST_IDS:
         return None
@@ -165,8 +176,7 @@ def ids_problem(ids: np.ndarray, dtype: np.dtype, tokenizer: str, vocab_size: in
         narrow = " or its ids are uint16" if dtype.itemsize == 4 else ""
         beyond = f"it holds the id {ids.max():,}, but {tokenizer} has {vocab_size:,}"
         return f"{beyond}: another tokenizer made it{narrow}"
-    words = tokenizer in ("gpt2", "qwen", "bert")
-    if words and len(ids) >= MANY_IDS and ids.max() < CHARACTERS_ONLY:
+    if not trained and len(ids) >= MANY_IDS and ids.max() < CHARACTERS_ONLY:
         low = f"all ids are below {CHARACTERS_ONLY}"
         return f"{low}: they look like characters, not tokens of {tokenizer}; use --tokenizer=char"
     return None

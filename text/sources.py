@@ -1,13 +1,21 @@
-"""Which files a --source names. Folders are searched, linked ones once; the rest is counted."""
+"""The files that --source names, what is wrong with them, and their documents.
+
+A folder is searched once, however many links lead to it. What is left out is counted.
+"""
 
 import collections
+import hashlib
 import os
 import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+from base.errors import UserError, nearest
+from base.files import sha256
+from text.readers import COMPRESSED, KINDS, Broken, compression_of, kind_of, records
+
+SKIP_HINT = "--on_bad_file=skip leaves out what cannot be read"
 NOUNS = ("folder", "pipe", "socket", "device", "link", "file")  # reasons that have a plural
 SHOWN = 8  # reasons that the line about what is left out names; the others are counted together
 
@@ -19,13 +27,16 @@ NOT_FILES = [
 ]
 
 
+# ---- which files there are -----------------------------------------------------------------------
+
+
 @dataclass
 class Found:
-    """The files of a source, in the order in which they are read.
+    """The files that a source names, in the order in which they are read.
 
     Attributes:
         files: one entry for each file, however many links lead to it.
-        left_out: why -> how many, such as ".pdf" -> 2.
+        left_out: how many files are left out for a reason, such as ".pdf" -> 2.
         folders: real paths of all folders that were searched.
         unreadable: a problem for each folder that may not be searched.
     """
@@ -36,42 +47,11 @@ class Found:
     unreadable: list[str] = field(default_factory=list)
 
 
-def kind_of(path: Path) -> str | None:
-    """`.jsonl` for a.jsonl and for A.JSONL.gz; None for a kind that is not read."""
-    inner = Path(path.stem) if compression_of(path) else path
-    kind = inner.suffix.lower()
-    return kind if kind in KINDS else None
-
-
-def compression_of(path: Path) -> str | None:
-    """`.gz`, `.bz2`, `.xz` or `.zst` if the name ends so, else None."""
-    suffix = path.suffix.lower()
-    return suffix if suffix in COMPRESSED else None
-
-
-def plain_name(path: Path) -> str:
-    """A file's name without the endings that say how to read it: `b` for b.txt.gz."""
-    return Path(path.stem).stem if compression_of(path) else path.stem
-
-
-def known_kinds() -> str:
-    """The kinds of files that are read, for messages."""
-    return f"{', '.join(KINDS)}, also compressed ({', '.join(COMPRESSED)})"
-
-
-def special_file(mode: int) -> str | None:
-    """`named pipe`, `socket` or `device`; None for a regular file or a folder."""
-    for test, name in NOT_FILES:
-        if test(mode):
-            return name
-    return None
-
-
 def find(source: list[str]) -> Found:
-    """The files that `source` names, those of a folder sorted by path.
+    """The files that `source` names. Those of a folder are sorted by path.
 
-    Hidden files, and in a folder other kinds, are left out. No file is opened, so no named pipe can
-    block.
+    In a folder, hidden files and files of other kinds are left out. No file is opened, so that a
+    named pipe cannot block.
     """
     found = Found()
     known = set()
@@ -87,8 +67,10 @@ def find(source: list[str]) -> Found:
 
 
 def _search(folder: Path, found: Found) -> list[tuple[bool, Path, str]]:
-    """(reached by a link, path, real path) of each file to read; what is left out goes to
-    `found`."""
+    """(reached by a link, path, real path) of each file to read in a folder.
+
+    What is left out is noted in `found`.
+    """
     files = []
     waiting, links = [folder], []
     while waiting or links:
@@ -156,6 +138,58 @@ def left_out_line(left_out: collections.Counter) -> str:
     return f"left out {total:,} {noun}: {', '.join(parts)}"
 
 
+# ---- what is wrong with them ---------------------------------------------------------------------
+
+
+def source_problems(
+    source: list[str], corpora: list[str], column: str | None, skip: bool
+) -> list[str]:
+    """What is wrong with files and folders, in words.
+
+    Every file is opened and its first document read, so that all problems are named at once.
+
+    Args:
+        corpora: names of corpora, which are no files.
+        column: name of the text column, or None for a usual one.
+        skip: a file that cannot be read is no problem.
+    """
+    problems, good = [], []
+    for name in source:
+        problem = path_problem(name)
+        if name in corpora and not os.path.exists(name):
+            problems.append(f"--source={name} stands alone, without files beside it")
+        elif problem:
+            hint = nearest(name, corpora) if problem.startswith("no file or folder") else ""
+            problems.append(problem + hint)
+        else:
+            good.append(name)
+    found = find(good)
+    if not skip:
+        problems += _unreadable(found, {Path(name) for name in good}, column)
+    if column and not problems and all(kind_of(path) == ".txt" for path in found.files):
+        problems.append("--column: a .txt file has no columns")
+    return problems
+
+
+def _unreadable(found: Found, named: set[Path], column: str | None) -> list[str]:
+    """A problem for each folder or file that cannot be read, or is `named` and empty."""
+    problems = list(found.unreadable)
+    for path in found.files:
+        try:
+            if path in named and path.stat().st_size == 0:
+                problems.append(f"{path} is empty")
+                continue
+            first = next(records(path, column), None)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if isinstance(first, Broken):
+            problems.append(first.problem)
+    if problems:
+        problems[-1] += f"\n{SKIP_HINT}"
+    return problems
+
+
 def path_problem(name: str) -> str | None:
     """Why a path cannot be a source, in words; None for one that can. Opens nothing."""
     if not name:
@@ -180,3 +214,59 @@ def path_problem(name: str) -> str | None:
     if kind_of(path) is None:
         return f"{name}: unknown kind of file; known are {known_kinds()}"
     return None
+
+
+def known_kinds() -> str:
+    """The kinds of files that can be read, for messages."""
+    return f"{', '.join(KINDS)}, also compressed ({', '.join(COMPRESSED)})"
+
+
+def special_file(mode: int) -> str | None:
+    """`named pipe`, `socket` or `device`. None for a regular file or a folder."""
+    for test, name in NOT_FILES:
+        if test(mode):
+            return name
+    return None
+
+
+# ---- their documents -----------------------------------------------------------------------------
+
+
+def read_files(
+    found: Found, column: str | None, on_broken: Callable[[Broken], None] | None
+) -> Iterator[str | None]:
+    """Yields the documents of files, and None for an empty one.
+
+    Args:
+        on_broken: is called with what cannot be read. None raises a UserError instead.
+    """
+    on_broken = on_broken or _stop
+    for problem in found.unreadable:
+        on_broken(Broken(problem, file=True))
+    for path in found.files:
+        for record in records(path, column):
+            if isinstance(record, Broken):
+                on_broken(record)
+            else:
+                yield record
+
+
+def _stop(broken: Broken) -> None:
+    raise UserError(f"{broken.problem}\n{SKIP_HINT}")
+
+
+def source_names(source: list[str]) -> str:
+    """The names of files and folders, links followed, without the folders that they are in."""
+    return " ".join(Path(os.path.realpath(name)).name for name in source)
+
+
+def contents_hash(found: Found) -> str:
+    """What tells these files from others: `sha256:` and a hash of their names and contents."""
+    total = hashlib.sha256()
+    for path in found.files:
+        try:
+            digest = sha256(path)
+        except OSError:
+            digest = "unreadable"  # Reading the file later says why.
+        total.update(os.fsencode(f"{path.name} {digest}\n"))
+    return f"sha256:{total.hexdigest()}"

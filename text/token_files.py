@@ -1,8 +1,11 @@
-"""Token files: a split is a raw file of token ids, `train.bin` or `val.bin`, as nanoGPT writes it,
-with `meta.json` beside it."""
+"""Reading token files: raw files of token ids, as nanoGPT writes them, with meta.json beside them.
+
+Each split is one file: train.bin, val.bin and, where a corpus has one, test.bin.
+"""
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +14,9 @@ import numpy as np
 from base.errors import UserError, nearest
 from base.files import sha256, unseal, write_whole
 from text.foreign import NANOGPT_META, ids_problem, layout
-from text.tokenizers import BPE_FILE, CHAR_FILE, Tokenizer, load_tokenizer
+from text.tokenizers import TRAINED_FILES, Tokenizer, is_trained, load_tokenizer
 
-VERIFIED = ".verified.json"  # beside meta.json: the files last compared with their sha256
+VERIFIED = ".verified.json"  # beside meta.json: the files that last matched their sha256
 
 # A validation loss over fewer windows is mostly noise. The loss of a token varies by about 3 nats,
 # so 10 windows of 256 tokens, a small block_size, leave a standard error of 3 / sqrt(2560) = 0.06
@@ -32,8 +35,14 @@ SAMPLE = 1 << 16  # ids looked at in each of three places of a file that no meta
 
 @dataclass
 class Split:
-    """One token file. `bytes`: UTF-8 bytes of the text behind it, for bits per byte. `offset`:
-    bytes before the first id."""
+    """One token file.
+
+    Attributes:
+        dtype: type of its ids.
+        bytes: UTF-8 bytes of the text behind it, for bits per byte.
+        sha256: of the file; None when no meta.json gives it.
+        offset: bytes before the first id.
+    """
 
     path: Path
     dtype: np.dtype
@@ -43,21 +52,24 @@ class Split:
     offset: int = 0
 
     def identity(self) -> str:
-        """What tells it from other files: its sha256, or its length where no meta.json gives
-        one."""
+        """What tells it from other files: its sha256, or its length when that is not known."""
         return self.sha256 or f"{self.tokens} tokens"
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from `start`, int64. Read, not memory-mapped: resident memory stays flat
-        however long training runs."""
+        """`count` ids from `start`, int64."""
+        # Read, not memory-mapped: resident memory stays flat however long training runs.
         offset = self.offset + start * self.dtype.itemsize
         return np.fromfile(self.path, self.dtype, count, offset=offset).astype(np.int64)
 
 
 @dataclass
 class Data:
-    """A prepared folder: `splits` by name, and what the model and the metrics need to know of its
-    tokenizer."""
+    """A prepared folder.
+
+    Attributes:
+        tokenizer: its name.
+        splits: by name: train, val and perhaps test.
+    """
 
     folder: Path
     tokenizer: str
@@ -67,101 +79,76 @@ class Data:
     splits: dict[str, Split]
 
     def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids."""
         return load_tokenizer(self.tokenizer, self.folder)
 
 
 def data_folder(dataset: str) -> Path:
-    """`wiki` -> data/wiki; anything with a separator, or a folder that exists, is a path."""
+    """`wiki` -> data/wiki. A name with a separator, or of a folder that exists, is a path."""
     path = Path(dataset)
     return path if path.is_dir() or len(path.parts) > 1 else Path("data") / dataset
 
 
 def tokenizer_folder(run: Path, dataset: str) -> Path:
-    """Where a run's trained tokenizer lies: in the run, or, for runs without a copy, beside the
-    data."""
-    copied = (run / BPE_FILE).is_file() or (run / CHAR_FILE).is_file()
+    """Where the file of a run's trained tokenizer lies: in the run, or else beside the data."""
+    copied = any((run / file).is_file() for file in TRAINED_FILES)
     return run if copied else data_folder(dataset)
 
 
-def load_data(folder, tokenizer: str | None = None) -> Data:
-    """Reads a prepared folder's meta.json; a nanoGPT folder without one is read when its tokenizer
-    is named.
+def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
+    """What meta.json says of a prepared folder.
+
+    A folder of nanoGPT has no meta.json. Its files are read when you name their tokenizer.
 
     Raises: UserError when the folder, meta.json or a token file is missing, wrong or truncated.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        there = (
-            [p.name for p in folder.parent.iterdir() if p.is_dir()]
-            if folder.parent.is_dir()
-            else []
-        )
-        near = nearest(folder.name, there) if there else ""
         raise UserError(
-            f"no data folder {folder}{near} (make it with prepare_openwebtext.py"
-            f" --out_dir={folder})"
+            f"no data folder {folder}{_nearest_folder(folder)} (make it with"
+            f" prepare_openwebtext.py --out_dir={folder})"
         )
-    if not (folder / "meta.json").is_file():
-        if not (folder / "train.bin").is_file():
+    if (folder / "meta.json").is_file():
+        data = _with_meta(folder)
+        if tokenizer not in (None, data.tokenizer):
             raise UserError(
-                f"{folder} holds no token files: make them with prepare_openwebtext.py"
-                f" --source={folder} --out_dir=data/NAME,"
-                " and name --dataset=NAME"
+                f"tokenizer={tokenizer}, but {folder} was prepared with {data.tokenizer}"
             )
-        if tokenizer is None:
-            name = "char" if (folder / NANOGPT_META).is_file() else "gpt2"
-            raise UserError(
-                f"{folder} has no meta.json: prepare it with prepare_openwebtext.py, "
-                f"or name the tokenizer of existing .bin files with --tokenizer={name}"
-            )
-        return _without_meta(folder, tokenizer)
-    try:
-        meta = unseal((folder / "meta.json").read_bytes())
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        splits = {
-            n: Split(folder / s["file"], dtype, s["tokens"], s["bytes"], s.get("sha256"))
-            for n, s in meta["splits"].items()
-        }
-        data = Data(
-            folder,
-            meta["tokenizer"],
-            int(meta["vocab_size"]),
-            int(meta["eot_id"]),
-            int(meta["mask_id"]),
-            splits,
-        )
-        complete = (
-            {"train", "val"} <= set(splits)
-            and dtype.kind == "u"
-            and all(s.tokens > 0 and s.bytes > 0 for s in splits.values())
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        return data
+    if not (folder / "train.bin").is_file():
         raise UserError(
-            f"{folder}/meta.json is wrong ({what}): prepare the folder again with"
-            " prepare_openwebtext.py --overwrite=true"
-        ) from None
-    if tokenizer not in (None, data.tokenizer):
-        raise UserError(f"tokenizer={tokenizer}, but {folder} was prepared with {data.tokenizer}")
-    if not complete:
-        raise UserError(
-            f"{folder}/meta.json is wrong (it needs dtype uint16 or uint32 and non-empty splits"
-            " train and val): prepare the folder again"
+            f"{folder} holds no token files: make them with prepare_openwebtext.py"
+            f" --source={folder} --out_dir=data/NAME, and name --dataset=NAME"
         )
-    for split in splits.values():
-        expected = split.tokens * split.dtype.itemsize
-        size = split.path.stat().st_size if split.path.is_file() else -1
-        if size != expected:
-            state = "is missing" if size < 0 else f"is truncated or foreign: {size:,} bytes"
-            raise UserError(
-                f"{split.path} {state}, meta.json says {expected:,}: prepare the folder again"
-            )
-    return data
+    if tokenizer is None:
+        name = "char" if (folder / NANOGPT_META).is_file() else "gpt2"
+        raise UserError(
+            f"{folder} has no meta.json: prepare it with prepare_openwebtext.py, "
+            f"or name the tokenizer of existing .bin files with --tokenizer={name}"
+        )
+    return _without_meta(folder, tokenizer)
 
 
-def verify(data: Data):
-    """Compares the token files with the sha256 in meta.json: at their first use and whenever they
-    have changed since. UserError naming the file that differs."""
+def documents_of(data: Data, split: str) -> Iterator[np.ndarray]:
+    """Yields the ids of each document of a split, int64, led by an end-of-text id.
+
+    The end-of-text id that ends a document is left out, and so are empty documents.
+    """
+    start, tokens = 0, data.splits[split].tokens
+    ids = np.concatenate(([data.eot_id], data.splits[split].read(0, tokens), [data.eot_id]))
+    for end in np.flatnonzero(ids == data.eot_id)[1:]:
+        if end > start + 1:
+            yield ids[start:end]
+        start = end
+
+
+def verify(data: Data) -> None:
+    """Compares the token files with the sha256 in meta.json.
+
+    A file is read only at its first use and when it has changed since.
+
+    Raises: UserError that names the file that differs.
+    """
     stamp = data.folder / VERIFIED
     try:
         known = json.loads(stamp.read_bytes())
@@ -169,27 +156,73 @@ def verify(data: Data):
         known = {}
     now = {}
     for split in data.splits.values():
-        about = split.path.stat()
-        now[split.path.name] = [split.sha256, about.st_size, about.st_mtime_ns]
-        if (
-            split.sha256
-            and now[split.path.name] != known.get(split.path.name)
-            and sha256(split.path) != split.sha256
-        ):
+        name, about = split.path.name, split.path.stat()
+        now[name] = [split.sha256, about.st_size, about.st_mtime_ns]
+        if now[name] == known.get(name) or not split.sha256:
+            continue
+        if sha256(split.path) != split.sha256:
             raise UserError(
-                f"{split.path} is damaged: it does not match its sha256 in meta.json; prepare the"
+                f"{split.path} is corrupt: it does not match its sha256 in meta.json; prepare the"
                 " folder again"
             )
     if now != known:
-        with contextlib.suppress(
-            OSError
-        ):  # a disk that is full or read-only: the files are compared again the next time
+        # On a disk that is full or read-only, the files are compared again the next time.
+        with contextlib.suppress(OSError):
             write_whole(stamp, json.dumps(now))
 
 
+def _nearest_folder(folder: Path) -> str:
+    """`; did you mean X?` for a folder that is not there, from those beside it."""
+    if not folder.parent.is_dir():
+        return ""
+    there = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    return nearest(folder.name, there) if there else ""
+
+
+def _with_meta(folder: Path) -> Data:
+    """The data of a folder with meta.json. UserError when it or a token file is not right."""
+    again = "prepare the folder again with prepare_openwebtext.py --overwrite=true"
+    try:
+        data = _read_meta(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{folder}/meta.json is wrong ({what}): {again}") from None
+    for split in data.splits.values():
+        expected = split.tokens * split.dtype.itemsize
+        size = split.path.stat().st_size if split.path.is_file() else -1
+        if size != expected:
+            state = "is missing" if size < 0 else f"is truncated or foreign: {size:,} bytes"
+            raise UserError(f"{split.path} {state}, meta.json says {expected:,}: {again}")
+    return data
+
+
+def _read_meta(folder: Path) -> Data:
+    """What meta.json says. ValueError, KeyError, TypeError or AttributeError when it is wrong."""
+    meta = unseal((folder / "meta.json").read_bytes())
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    splits = {}
+    for name, entry in meta["splits"].items():
+        path = folder / entry["file"]
+        splits[name] = Split(path, dtype, entry["tokens"], entry["bytes"], entry.get("sha256"))
+    data = Data(
+        folder=folder,
+        tokenizer=meta["tokenizer"],
+        vocab_size=int(meta["vocab_size"]),
+        eot_id=int(meta["eot_id"]),
+        mask_id=int(meta["mask_id"]),
+        splits=splits,
+    )
+    filled = all(split.tokens > 0 and split.bytes > 0 for split in splits.values())
+    if not ({"train", "val"} <= set(splits) and dtype.kind == "u" and filled):
+        raise ValueError("it needs dtype uint16 or uint32 and non-empty splits train and val")
+    return data
+
+
 def _without_meta(folder: Path, tokenizer: str) -> Data:
-    """The data of a folder that nanoGPT or llm.c made. UserError when its ids are not those of the
-    tokenizer."""
+    """The data of a folder that nanoGPT or llm.c made.
+
+    Raises: UserError when its ids are not those of the tokenizer.
+    """
     if tokenizer != "char" and (folder / NANOGPT_META).is_file():
         raise UserError(
             f"{folder} holds nanoGPT's {NANOGPT_META}, so its tokens are characters: use"
@@ -197,19 +230,25 @@ def _without_meta(folder: Path, tokenizer: str) -> Data:
         )
     words = load_tokenizer(tokenizer, folder)
     splits = {name: _token_file(folder / f"{name}.bin", words) for name in ("train", "val")}
-    val = splits["val"]  # bits per byte needs the bytes of val only
-    pieces = (val.read(i, 2**16) for i in range(0, val.tokens, 2**16))
-    val.bytes = max(1, sum(len(words.decode(ids[ids != words.eot_id]).encode()) for ids in pieces))
+    val = splits["val"]
+    val.bytes = 0  # Bits per byte needs the bytes of val only.
+    for start in range(0, val.tokens, 2**16):
+        ids = val.read(start, 2**16)
+        val.bytes += len(words.decode(ids[ids != words.eot_id]).encode())
+    val.bytes = max(1, val.bytes)
     return Data(folder, tokenizer, words.vocab_size, words.eot_id, words.mask_id, splits)
 
 
 def _token_file(path: Path, words: Tokenizer) -> Split:
-    """A token file that no meta.json describes. UserError when it cannot be text of the
-    tokenizer."""
-    found = layout(path, np.dtype("<u2" if words.vocab_size <= 2**16 - 1 else "<u4"))
+    """A token file that no meta.json describes.
+
+    Raises: UserError when it cannot be text of the tokenizer.
+    """
+    found = layout(path, words.dtype)
     split = Split(path, found.dtype, found.tokens, 1, offset=found.offset)
     places = {0, split.tokens // 2 // 4 * 4, max(0, split.tokens - SAMPLE) // 4 * 4}
     sample = np.concatenate([split.read(place, SAMPLE) for place in sorted(places)])
-    if problem := ids_problem(sample, split.dtype, words.name, words.vocab_size):
+    trained = is_trained(words.name)
+    if problem := ids_problem(sample, split.dtype, words.name, words.vocab_size, trained):
         raise UserError(f"{path}: {problem}")
     return split

@@ -8,7 +8,7 @@ WAIT = 3  # iterations before the first that is recorded: compilation, caches, a
 
 
 class Profile:
-    """Records N iterations into files of a folder, after WAIT others. With N = 0 it does nothing."""
+    """Records N iterations, after WAIT others, into files of a folder. N = 0: nothing."""
 
     def __init__(self, folder: Path, iterations: int, device: str):
         self.folder, self.iterations, self.done = folder, iterations, 0

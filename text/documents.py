@@ -1,0 +1,159 @@
+"""Which documents are kept, and in which split each one is.
+
+Empty documents and exact copies are dropped. The split of a document depends on a hash of its text
+alone. So adding documents, or changing their order, moves none from split to split.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from base.errors import UserError
+from text.readers import Broken
+from text.tokenizers import well_formed
+
+NAMED = 3  # problems that the line about what was skipped names
+
+
+@dataclass
+class Tally:
+    """What became of the documents of a source.
+
+    Attributes:
+        read: documents read.
+        duplicates, empty: how many of them were dropped as copies, or because they are empty.
+        files, records: files, and lines, rows or items, that cannot be read.
+        named: the problems of the first few of them.
+        how_split: how documents were given to the splits, in words.
+    """
+
+    read: int = 0
+    duplicates: int = 0
+    empty: int = 0
+    files: int = 0
+    records: int = 0
+    named: list[str] = field(default_factory=list)
+    how_split: str = ""
+
+    def skip(self, broken: Broken) -> None:
+        """Counts what cannot be read."""
+        self.files += broken.file
+        self.records += not broken.file
+        if len(self.named) < NAMED:
+            self.named.append(broken.problem)
+
+    def skipped_line(self) -> str:
+        """`skipped 1 file and 2 lines or items that cannot be read: ...`, or nothing."""
+        parts = []
+        if self.files:
+            parts.append(f"{self.files:,} file{'s' if self.files > 1 else ''}")
+        if self.records:
+            noun = "lines or items" if self.records > 1 else "line or item"
+            parts.append(f"{self.records:,} {noun}")
+        if not parts:
+            return ""
+        more = "; ..." if self.files + self.records > NAMED else ""
+        return f"skipped {' and '.join(parts)} that cannot be read: {'; '.join(self.named)}{more}"
+
+
+def check_splits(splits: Container[str], tally: Tally) -> None:
+    """Raises a UserError when no document is left for train or val."""
+    lost = [name for name in ("train", "val") if name not in splits]
+    if lost:
+        skipped = f"; {line}" if (line := tally.skipped_line()) else ""
+        raise UserError(
+            f"no documents left for {' and '.join(lost)}: {tally.read} read, {tally.empty} of them"
+            f" empty{skipped}"
+        )
+
+
+def split_documents(
+    parts: dict[str | None, Iterable[str | None]], fraction: float | None, limit: int, tally: Tally
+) -> Iterator[tuple[str, str]]:
+    """Yields (split, text) of every document that is kept.
+
+    Args:
+        parts: the documents of each official split, or all of them under None.
+        fraction: part of the documents for validation; None for official splits, which are kept as
+            they are, copies and all.
+        limit: documents to read at most, of each official split; 0 for all.
+        tally: notes what is read and dropped, and how the documents are split.
+    """
+    parts = {split: itertools.islice(texts, limit or None) for split, texts in parts.items()}
+    if fraction is not None:
+        yield from _split_by_hash(unique_documents(parts[None], tally), fraction, tally)
+        return
+    tally.how_split = "the official one of this corpus"
+    for split, texts in parts.items():
+        for text in texts:
+            tally.read += 1
+            yield split, text
+
+
+def _split_by_hash(
+    documents: Iterable[tuple[bytes, str]], fraction: float, tally: Tally
+) -> Iterator[tuple[str, str]]:
+    """Yields (split, text) of (hash, text) pairs.
+
+    A document is in validation when its hash, as a fraction of the largest one, is below
+    `fraction`. If none is, the one with the smallest hash is. If all are, the one with the largest
+    hash is in training. Until both splits have a document, on average 1 / fraction of them wait.
+    """
+    tally.how_split = (
+        f"by a hash of each document's text, about {fraction:g} of the documents to val"
+        " (--val_fraction)"
+    )
+    waiting, met = [], set()
+    for digest, text in documents:
+        split = "val" if int.from_bytes(digest, "big") < fraction * 2**128 else "train"
+        met.add(split)
+        waiting.append((digest, split, text))
+        if len(met) == 2:
+            yield from ((split, text) for _, split, text in waiting)
+            waiting.clear()
+    if len(waiting) == 1:
+        tally.how_split = (
+            f"the only document is cut in two; the last {fraction:g} of it is val (--val_fraction)"
+        )
+        yield from zip(("train", "val"), cut(waiting[0][2], fraction))
+    elif waiting:
+        empty = "val" if "train" in met else "train"
+        moved, *_ = min(waiting) if empty == "val" else max(waiting)
+        tally.how_split += f"; one was moved to {empty}, which would have been empty"
+        for digest, split, text in waiting:
+            yield (empty if digest == moved else split), text
+
+
+def unique_documents(texts: Iterable[str | None], tally: Tally) -> Iterator[tuple[bytes, str]]:
+    """Yields (hash of 16 bytes, text) of documents that are neither blank nor copies."""
+    seen = set()
+    for text in texts:
+        tally.read += 1
+        text = well_formed(text or "")
+        if not text.strip():
+            tally.empty += 1
+            continue
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+        if digest in seen:
+            tally.duplicates += 1
+            continue
+        seen.add(digest)
+        yield digest, text
+
+
+def cut(text: str, fraction: float) -> tuple[str, str]:
+    """Cuts the last `fraction` of a text off -> (the text before it, the rest).
+
+    The cut is at a line end, or else a space, if there is one shortly before that point.
+
+    Raises: UserError when a part has no text.
+    """
+    at = max(1, min(len(text) - 1, round(len(text) * (1 - fraction))))
+    for mark in ("\n", " "):
+        if (end := text.rfind(mark, at * 9 // 10, at)) >= 0:
+            at = end + 1
+            break
+    if not text[:at].strip() or not text[at:].strip():
+        raise UserError("the only document is too short to be cut into train and val")
+    return text[:at], text[at:]

@@ -1,0 +1,64 @@
+"""What a preparation prints at its end: sizes, how the text was split, and what was dropped."""
+
+import collections
+from pathlib import Path
+
+import numpy as np
+
+from text.documents import Tally
+from text.sources import left_out_line
+from text.token_files import FEW_TOKENS
+from text.tokenizers import Tokenizer
+
+
+def print_splits(
+    splits: dict[str, dict], tally: Tally, fraction: float | None, left_out: collections.Counter
+) -> None:
+    """Prints the size of each split, how they were made, and what was dropped and left out.
+
+    Args:
+        splits: as in meta.json.
+        fraction: part of the documents for validation; None for official splits.
+        left_out: as in `Found`.
+    """
+    for name, s in splits.items():
+        print(
+            f"{name:5} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>15,}"
+            f" bytes {s['bytes'] / s['tokens']:6.2f} bytes a token"
+        )
+    how_split = tally.how_split
+    share = splits["val"]["tokens"] / sum(s["tokens"] for s in splits.values())
+    if fraction is not None and not 0.5 < share / fraction < 2:
+        how_split += f", which are {share:.1%} of the tokens"
+    print(f"split: {how_split}")
+    print(
+        f"{tally.read:,} documents read, {tally.duplicates:,} copies and {tally.empty:,} empty ones"
+        " dropped"
+    )
+    if skipped := tally.skipped_line():
+        print(skipped)
+    if left_out:
+        print(left_out_line(left_out))
+
+
+def print_warnings(
+    splits: dict[str, dict], tokenizer: Tokenizer, fraction: float | None, out: Path
+) -> None:
+    """Prints how many tokens are unknown, and whether val is too short to validate on."""
+    if tokenizer.unk_id is not None:
+        for name, split in splits.items():
+            ids = np.memmap(out / split["file"], tokenizer.dtype, "r")
+            if unknown := int((ids == tokenizer.unk_id).sum()):
+                print(
+                    f"{name}: {unknown:,} unknown tokens, because the vocabulary does not have all"
+                    " of its characters"
+                )
+    tokens = splits["val"]["tokens"]
+    if tokens < FEW_TOKENS:
+        how = "add documents"
+        if fraction is not None:
+            how += f" or raise --val_fraction (now {fraction:g})"
+        print(
+            f"warning: val has only {tokens:,} tokens, too short to validate on: below"
+            f" {FEW_TOKENS:,} the loss is mostly noise. To make it longer, {how}."
+        )

@@ -1,0 +1,156 @@
+"""Writing token files: a folder of them appears whole or not at all.
+
+The files are written into a hidden folder beside the final one, which takes its place by a rename.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from base.errors import UserError
+from base.files import fsync, seal
+from text.documents import Tally
+from text.token_files import VERIFIED
+from text.tokenizers import TRAINED_FILES, Tokenizer, tokenizer_file
+
+SPLITS = ("train", "val", "test")
+
+
+def write_tokens(
+    documents: Iterable[tuple[str, str, bytes]], dtype: np.dtype, folder: Path
+) -> dict[str, dict]:
+    """Writes SPLIT.bin for every split of the documents -> meta.json's entry of each split.
+
+    Args:
+        documents: (split, text, bytes in a token file) of each.
+        dtype: type of the ids.
+    """
+    files, hashes, splits = {}, {}, {}
+    with contextlib.ExitStack() as stack:
+        for split, text, data in documents:
+            if split not in splits:
+                files[split] = stack.enter_context(open(folder / f"{split}.bin", "wb"))
+                hashes[split] = hashlib.sha256()
+                splits[split] = {"file": f"{split}.bin", "tokens": 0, "documents": 0, "bytes": 0}
+            files[split].write(data)
+            hashes[split].update(data)
+            splits[split]["tokens"] += len(data) // dtype.itemsize
+            splits[split]["documents"] += 1
+            splits[split]["bytes"] += len(text.encode("utf-8"))
+    return {
+        name: splits[name] | {"sha256": hashes[name].hexdigest()}
+        for name in SPLITS
+        if name in splits
+    }
+
+
+def write_meta(
+    folder: Path, identity: dict, settings: dict, tokenizer: Tokenizer, splits: dict, tally: Tally
+) -> None:
+    """Writes meta.json.
+
+    Args:
+        identity: format_version, source and tokenizer.
+        settings: the flags that the token files depend on.
+        splits: as from `write_tokens`.
+    """
+    meta = {
+        **identity,
+        "tokenizer_file": tokenizer_file(tokenizer.name),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": tokenizer.dtype.name,
+        "eot_id": tokenizer.eot_id,
+        "mask_id": tokenizer.mask_id,
+        "splits": splits,
+        "documents_read": tally.read,
+        "duplicates": tally.duplicates,
+        "empty": tally.empty,
+        "settings": settings,
+    }
+    if "on_bad_file" in settings:
+        meta["skipped"] = {"files": tally.files, "records": tally.records}
+    (folder / "meta.json").write_text(seal(meta), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def partial_folder(out: Path) -> Iterator[Path]:
+    """An empty hidden folder beside `out`, which is removed on any error.
+
+    Raises: UserError when another process is writing into it.
+    """
+    folder = out.with_name(f".{out.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # ends with the process, however that ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another preparation is writing {out}") from None
+    try:
+        for left_by_a_killed_one in folder.iterdir():
+            left_by_a_killed_one.unlink()
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Puts `folder` in the place of `out`, once all of it is on the disk."""
+    for path in [*folder.iterdir(), folder]:
+        fsync(path)
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(folder, out)
+    fsync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_prepared(out: Path, identity: dict, overwrite: bool) -> bool:
+    """Whether `out` holds this very preparation already.
+
+    Args:
+        identity: the entries of meta.json that tell it from others.
+        overwrite: another preparation in `out` may be replaced.
+    Raises: UserError when `out` holds something that must not be replaced.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out_dir={out} is a file: name another")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not overwrite and "meta.json" in names and _is_same(out, identity):
+        return True
+    ours = {"meta.json", VERIFIED, *TRAINED_FILES, *(f"{split}.bin" for split in SPLITS)}
+    if others := sorted(names - ours):
+        raise UserError(
+            f"--out_dir={out} holds other files ({', '.join(others[:3])}): name another"
+        )
+    if names and not overwrite:
+        raise UserError(
+            f"{out} holds another preparation: replace it with --overwrite=true, or name another"
+            " --out_dir"
+        )
+    return False
+
+
+def _is_same(out: Path, identity: dict) -> bool:
+    """Whether meta.json in `out` has these entries, and the files the size that it gives."""
+    try:
+        meta = json.loads((out / "meta.json").read_bytes())
+        size = np.dtype(meta["dtype"]).itemsize
+        for split in meta["splits"].values():
+            if (out / split["file"]).stat().st_size != split["tokens"] * size:
+                return False
+        return all(meta[key] == value for key, value in identity.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # It is not a meta.json of this format, or its files are not there.

@@ -1,0 +1,169 @@
+"""Tokenizers by name: gpt2, qwen, bert, char, and bpe:N.
+
+The first three are published vocabularies. The last two are trained on the training split, and
+their file lies beside the token files.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from base.errors import UserError, nearest
+from text.tokenizers.bpe import (
+    BPE_FILE,
+    BPE_MINIMUM,
+    copy_bpe,
+    load_bpe,
+    rust_bpe,
+    rust_vocabulary,
+    train_bpe,
+)
+from text.tokenizers.characters import (
+    CHAR_FILE,
+    copy_char,
+    load_char,
+    read_characters,
+    rust_char,
+    train_char,
+)
+from text.tokenizers.published import (
+    load_bert,
+    load_gpt2,
+    load_qwen,
+    rust_bert,
+    rust_gpt2,
+    rust_qwen,
+)
+from text.tokenizers.tokenizer import EOT, MASK, Tokenizer, well_formed
+
+__all__ = [
+    "BPE_FILE",
+    "EOT",
+    "MASK",
+    "TOKENIZERS",
+    "TRAINED_FILES",
+    "Tokenizer",
+    "copy_tokenizer",
+    "is_trained",
+    "load_tokenizer",
+    "name_problems",
+    "read_characters",
+    "rust_tokenizer",
+    "rust_vocabulary",
+    "tokenizer_file",
+    "train_bpe",
+    "train_char",
+    "train_tokenizer",
+    "well_formed",
+]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What can be done with one kind of tokenizer.
+
+    Attributes:
+        load: makes the Tokenizer. That of a trained kind takes (name, folder), that of a published
+            vocabulary takes nothing.
+        rust: makes the same as one of the package tokenizers, from the same arguments as `load`.
+        file: the trained tokenizer's file, beside the token files. None for a published vocabulary.
+        train: makes the file from (texts, folder), or with a size from (texts, vocab_size, folder).
+        copy: copies the file from the folder of token files into that of a run.
+    """
+
+    load: Callable[..., Tokenizer]
+    rust: Callable
+    file: str | None = None
+    train: Callable | None = None
+    copy: Callable[[Path, Path], None] | None = None
+
+
+TOKENIZERS = {
+    "gpt2": Kind(load_gpt2, rust_gpt2),
+    "qwen": Kind(load_qwen, rust_qwen),
+    "bert": Kind(load_bert, rust_bert),
+    "char": Kind(load_char, rust_char, CHAR_FILE, train_char, copy_char),
+    "bpe": Kind(load_bpe, rust_bpe, BPE_FILE, train_bpe, copy_bpe),
+}
+TRAINED_FILES = [kind.file for kind in TOKENIZERS.values() if kind.file]
+
+
+def name_problems(name: str) -> list[str]:
+    """What is wrong with a tokenizer's name, in words; empty for a valid one."""
+    if not name:
+        return [
+            "no tokenizer is named: write one, such as `tokenizer: gpt2`, into the run's"
+            " config.yaml"
+        ]
+    bpe = re.fullmatch(r"bpe:(\d+)", name)
+    if bpe and int(bpe[1]) < BPE_MINIMUM:
+        return [
+            f"tokenizer {name}: a byte-level BPE has at least {BPE_MINIMUM} tokens, 256 bytes and 2"
+            " special ones"
+        ]
+    if bpe or name in TOKENIZERS and name != "bpe":
+        return []
+    if name.startswith("bpe"):
+        size = "".join(filter(str.isdecimal, name)) or "4096"
+        return [f"unknown tokenizer {name!r}: write the vocabulary's size, as in bpe:{size}"]
+    names = [*TOKENIZERS, "bpe:4096"]
+    names.remove("bpe")
+    return [f"unknown tokenizer {name!r}{nearest(name, names)}"]
+
+
+def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
+    """The tokenizer called `name`.
+
+    Args:
+        folder: where the file of a trained tokenizer lies, beside the token files.
+    Raises: UserError for an unknown name, a vocabulary that cannot be downloaded, or a missing or
+        corrupt file.
+    """
+    kind = _kind(name)
+    return kind.load(name, folder) if kind.file else kind.load()
+
+
+def rust_tokenizer(name: str, folder: Path | None = None):
+    """The tokenizer called `name` as one of the package tokenizers, which transformers reads.
+
+    It gives the same ids. Raises UserError as `load_tokenizer`, and for char, which has none.
+    """
+    kind = _kind(name)
+    return kind.rust(name, folder) if kind.file else kind.rust()
+
+
+def is_trained(name: str) -> bool:
+    """Whether a tokenizer is trained on the training split and lies beside the token files."""
+    return tokenizer_file(name) is not None
+
+
+def tokenizer_file(name: str) -> str | None:
+    """The file, beside the token files, of a trained tokenizer. None for any other name."""
+    kind = TOKENIZERS.get(name.partition(":")[0])
+    return kind.file if kind else None
+
+
+def train_tokenizer(name: str, texts: Iterable[str], folder: Path) -> None:
+    """Trains `bpe:N` or `char` on texts and saves it in `folder`."""
+    size = name.partition(":")[2]
+    if size:
+        _kind(name).train(texts, int(size), folder)
+    else:
+        _kind(name).train(texts, folder)
+
+
+def copy_tokenizer(name: str, data: Path, run: Path) -> None:
+    """Copies a trained tokenizer from the folder of its token files into that of a run.
+
+    So the run can be sampled from on any machine.
+    """
+    if is_trained(name):
+        _kind(name).copy(data, run)
+
+
+def _kind(name: str) -> Kind:
+    """The entry of TOKENIZERS for a name. UserError for an unknown one."""
+    if problems := name_problems(name):
+        raise UserError(problems[0])
+    return TOKENIZERS[name.partition(":")[0]]
