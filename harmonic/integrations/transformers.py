@@ -3,8 +3,8 @@
 
 A swapped model gets a class of its own, such as HarmonicGPT2LMHeadModel, a subclass of its old one.
 Its forward takes the labels out of the call and runs the old forward. Where that asks the head for
-logits, the head computes the loss of the labels, chunk by chunk. How the two meet is in `_Request`:
-nothing of a call is kept in a module, so a copied, wrapped or sharded head works as well.
+logits, the head computes the loss of the labels, chunk by chunk. The labels reach the head in a
+`_Request`: no module keeps anything of a call, so a copied, wrapped or sharded head works as well.
 
 The prototypes are the head's `table`. There is no `weight`: libraries multiply hidden states by a
 `weight` without a word.
@@ -45,11 +45,11 @@ ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
 
 @dataclass
 class _Request:
-    """What a model's forward asks its head for, and what the head found.
+    """What one call of a model asks its head for, and what the head found.
 
     labels: (B, T). shift: they are those of the next position. count: of targets in all
-        micro-batches, or None. each: the
-    log-probability of every label is wanted, as by TRL. found: the loss, or what TRL reads.
+    micro-batches, or None. each: the log-probability of every label is wanted, as by TRL.
+    found: the loss, or what TRL reads.
     """
 
     labels: torch.Tensor
@@ -59,6 +59,10 @@ class _Request:
     found: object = None
 
 
+# The request of the call that runs now. An argument would be plainer, but between the two stands
+# transformers' forward, which calls its head with the hidden states alone: `lm_head(h)`. A context
+# variable belongs to a call, not to a module. So DataParallel's threads do not see each other's,
+# FSDP and PEFT may put another module around the head, and nothing is left when a call fails.
 _request: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
@@ -281,9 +285,12 @@ class Swapped:
         super().__init_subclass__(**options)
         plain = _plain(cls)
         if plain is not object:  # many libraries look at what a model's forward takes
-            cls.forward = functools.wraps(plain.forward)(
-                lambda self, *arguments, **given: Swapped.forward(self, *arguments, **given)
-            )
+
+            @functools.wraps(plain.forward)
+            def forward(self, *arguments, **given):
+                return Swapped.forward(self, *arguments, **given)
+
+            cls.forward = forward
 
     def forward(self, *arguments, **given):
         """The plain model's, but for the labels, of which the head computes the loss."""
@@ -612,7 +619,12 @@ class _Watcher(importlib.abc.MetaPathFinder):
             self.looking = False
         if spec:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), _add_types(module))
+
+            def execute_and_add(module):
+                execute(module)
+                _add_types(module)
+
+            spec.loader.exec_module = execute_and_add
         return spec
 
 
