@@ -5,13 +5,13 @@ Imports nothing else of this repository and works with any PyTorch model. See `H
 `harmonic_loss`; `swap_head` puts one into a model of transformers.
 """
 
-from harmonic.distances import CONTROLS, DISTANCES, HEADS, Distance
-from harmonic.head import HarmonicHead, softmax_linearization_kl
-from harmonic.integrations.transformers import load_swapped, swap_head
-from harmonic.links import EXPONENTS, default_scale
-from harmonic.loss import IGNORE_INDEX, harmonic_logits, harmonic_loss
-from harmonic.match import match
-from harmonic.pairwise import contributions, distance, paired_distance
+from .distances import CONTROLS, DISTANCES, HEADS, Distance
+from .head import HarmonicHead, softmax_linearization_kl
+from .integrations.transformers import load_swapped, swap_head
+from .links import EXPONENTS, default_scale
+from .loss import IGNORE_INDEX, harmonic_logits, harmonic_loss
+from .match import match
+from .pairwise import contributions, distance, paired_distance
 
 __version__ = "0.2.0"
 

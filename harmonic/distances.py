@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonic.kernels import KERNELS
-from harmonic.maps import (
+from .kernels import KERNELS
+from .maps import (
     DIAGONAL,
     FULL,
     NOISY_SIGMOID,

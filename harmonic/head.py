@@ -9,11 +9,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from harmonic.distances import Distance, resolve
-from harmonic.links import resolve_strength
-from harmonic.loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
-from harmonic.pairwise import exactly, log_pairs, operands, paired_distance
-from harmonic.precision import PRECISIONS, Products, choose_products
+from .distances import Distance, resolve
+from .links import resolve_strength
+from .loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
+from .pairwise import exactly, log_pairs, operands, paired_distance
+from .precision import PRECISIONS, Products, choose_products
 
 
 def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:

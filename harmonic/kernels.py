@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonic.precision import FLOAT32, Products, inner_products
+from .precision import FLOAT32, Products, inner_products
 
 # A block of (rows, prototypes, coordinates) small enough to stay in a core's cache: 2^18 floats are
 # 1 MiB.

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harmonic.distances import HEADS, resolve
-from harmonic.pairwise import paired_distance
+from .distances import HEADS, resolve
+from .pairwise import paired_distance
 
 LINKS = ("harmonic", "softmax")
 CONTROL = "control"  # in place of a link where the head is a dot product

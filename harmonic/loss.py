@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonic.backends import IMPLS, Problem, Spec
-from harmonic.backends.autograd import evaluate
-from harmonic.distances import HEADS, resolve
-from harmonic.links import logits, resolve_strength
-from harmonic.pairwise import check_vectors, draw_seed, exactly, fast_log_pairs, operands, together
-from harmonic.precision import choose_products
+from .backends import IMPLS, Problem, Spec
+from .backends.autograd import evaluate
+from .distances import HEADS, resolve
+from .links import logits, resolve_strength
+from .pairwise import check_vectors, draw_seed, exactly, fast_log_pairs, operands, together
+from .precision import choose_products
 
 IGNORE_INDEX = -100  # the target of a position without a loss, as in F.cross_entropy
 REDUCTIONS = ("mean", "sum", "none")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from harmonic.precision import FLOAT32, Products, inner_products
+from .precision import FLOAT32, Products, inner_products
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _fast_unit(x: Tensor) -> Tensor:
-    from harmonic.backends import unit_vectors  # Not at the top: backends map vectors, too.
+    from .backends import unit_vectors  # Not at the top: backends map vectors, too.
 
     compiled = unit_vectors(x)
     return _unit(x, 2) if compiled is None else compiled

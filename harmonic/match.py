@@ -24,8 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from harmonic.head import HarmonicHead
-from harmonic.pairwise import exactly, fast_log_pairs, operands
+from .head import HarmonicHead
+from .pairwise import exactly, fast_log_pairs, operands
 
 NEAR = 1e-4  # nats: perplexity within 0.01 %
 ROWS = 256  # states that are looked at: (ROWS, V) numbers are held

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harmonic.distances import Distance, resolve
-from harmonic.kernels import KERNELS, floored, pairs
-from harmonic.kernels import paired as paired_values
-from harmonic.precision import FLOAT32, Products
+from .distances import Distance, resolve
+from .kernels import KERNELS, floored, pairs
+from .kernels import paired as paired_values
+from .precision import FLOAT32, Products
 
 
 class Operands(NamedTuple):
@@ -146,7 +146,7 @@ def log_pairs(both: Operands, products: Products = FLOAT32) -> Tensor:
 
 def fast_log_pairs(both: Operands) -> Tensor:
     """The same, with a backend's kernel where there is one for tensors like these."""
-    from harmonic.backends import raw_values  # Not at the top: backends measure distances, too.
+    from .backends import raw_values  # Not at the top: backends measure distances, too.
 
     if torch.compiler.is_exporting():
         return log_pairs(both)

@@ -3,45 +3,34 @@
     python -m interop.export out/run --to=DIR
 
 cross_entropy becomes transformers' own GPT2LMHeadModel, BertForMaskedLM, Qwen2ForCausalLM or
-Qwen3ForCausalLM. A harmonic head is kept by a small modelling file in the folder:
+Qwen3ForCausalLM. A harmonic head is kept by code in the folder:
 AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). `--init_from=DIR` reads either
 back.
 """
 
 import json
 import os
-import re
 import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from base.command_line import cli, parse
 from base.errors import UserError
-from interop.pretrained import ACTIVATIONS, HEADS, TABLES, TRUNK, layout
+from harmonic.integrations.transformers import harmonic_class
+from interop.formats import Format, format_of
+from interop.pretrained import TABLES, layout
 from model import Model, ModelConfig
 from text.token_files import tokenizer_folder
 from text.tokenizers import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 from training import checkpoint
 from training.telemetry import energy, read_metrics
 
-PACKAGE = Path(__file__).resolve().parent.parent / "harmonic"
-# Of the package, what a head needs without its compiled kernels.
-PARTS = (
-    "distances.py", "head.py", "kernels.py", "links.py", "loss.py", "maps.py", "match.py",
-    "pairwise.py", "precision.py",
-    "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py",
-    "integrations/transformers.py",
-)  # fmt: skip
-CLASSES = {
-    "gpt2": ("GPT2LMHeadModel", "HarmonicGPT2"),
-    "bert": ("BertForMaskedLM", "HarmonicBert"),
-    "qwen2": ("Qwen2ForCausalLM", "HarmonicQwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "HarmonicQwen3"),
-}
+# Arguments of a head that are no part of what it computes.
+COMPUTING = ("impl", "skip", "precision", "init_std")
 
 
 @dataclass
@@ -68,121 +57,58 @@ class ExportConfig:
         return found
 
 
-def kind_of(c: ModelConfig) -> str:
-    """transformers' model type."""
-    return {"gpt": "gpt2", "bert": "bert"}.get(c.arch) or ("qwen3" if c.qk_norm else "qwen2")
-
-
-def config_of(c: ModelConfig, tokenizer: Tokenizer):
-    """A model's configuration as transformers'."""
+def build(c: ModelConfig, tokenizer: Tokenizer) -> Any:
+    """transformers' model of a configuration, with fresh weights."""
     import transformers
 
-    from interop import modeling_harmonic
+    form = format_of(c)
+    end = tokenizer.eot_id
+    settings = form.write(c) | {"bos_token_id": end, "eos_token_id": end}
+    kind = getattr(transformers, form.model)
+    if c.head != "cross_entropy":
+        kind = harmonic_class(kind)
+        settings["harmonic"] = {"name": c.head}
+        for key, value in c.head_arguments().items():
+            if key not in COMPUTING and value not in (None, False):
+                settings["harmonic"][key] = value
+        if c.real_vocab_size < c.vocab_size:
+            settings["harmonic"]["real_vocab_size"] = c.real_vocab_size
+    return kind(kind.config_class(**settings))
 
-    kind = kind_of(c)
-    settings = dict(
-        vocab_size=c.vocab_size,
-        tie_word_embeddings=c.tie_weights,
-        bos_token_id=tokenizer.eot_id,
-        eos_token_id=tokenizer.eot_id,
-    )
-    if kind == "gpt2":
-        settings |= dict(
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            n_embd=c.n_embd,
-            n_positions=c.block_size,
-            n_inner=c.mlp_width(),
+
+def check_format(c: ModelConfig, form: Format) -> None:
+    """UserError for what transformers' model does not have."""
+    grouped = c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)
+    if grouped and not form.rotary:
+        raise UserError(
+            f"transformers' {form.model_type} has neither n_kv_head={c.n_kv_head} nor"
+            f" head_dim={c.head_dim}"
         )
-        settings["activation_function"] = {v: k for k, v in ACTIVATIONS.items()}[
-            c.activation or "gelu_tanh"
-        ]
-        settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
-    else:
-        settings |= dict(
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            hidden_size=c.n_embd,
-            intermediate_size=c.mlp_width(),
+    if c.qk_norm and c.has_bias():
+        raise UserError(
+            f"transformers' {form.model_type} has no bias on Q, K and V alone (bias=true)"
         )
-        settings["max_position_embeddings"] = c.block_size
-    if kind == "bert":
-        settings["hidden_act"] = {v: k for k, v in ACTIVATIONS.items()}[c.activation or "gelu"]
-        settings |= dict(
-            hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout, pad_token_id=None
-        )
-    elif kind != "gpt2":
-        settings |= dict(
-            num_key_value_heads=c.n_kv_head or c.n_head,
-            head_dim=c.attention_width(),
-            attention_dropout=c.dropout,
-        )
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.head == "cross_entropy":
-        return transformers.CONFIG_MAPPING[kind](**settings)
-    own = ("impl", "skip", "precision", "init_std")  # no part of the function
-    arguments = {
-        k: v for k, v in c.head_arguments().items() if k not in own and v not in (None, False)
-    }
-    if c.real_vocab_size < c.vocab_size:
-        arguments["real_vocab_size"] = c.real_vocab_size
-    named = CLASSES[kind][1]
-    settings["auto_map"] = {
-        "AutoConfig": f"modeling_harmonic.{named}Config",
-        auto_class(c): f"modeling_harmonic.{named}",
-    }
-    return getattr(modeling_harmonic, f"{named}Config")(
-        **settings, harmonic={"name": c.head, **arguments}
-    )
 
 
 @torch.no_grad()
-def model_of(model: Model, tokenizer: Tokenizer):
+def model_of(model: Model, tokenizer: Tokenizer) -> Any:
     """The same model as transformers', without padded rows."""
     import transformers
 
-    from interop import modeling_harmonic
-
+    form = format_of(model.config)
     rows = model.config.real_vocab_size
-    if not model.config.architecture.causal:
+    if form.masked:  # The mask may be a token beyond the vocabulary.
         rows = max(rows, tokenizer.mask_id + 1)
     c = replace(model.config, vocab_size=rows)
     if not model.head.is_control:
         c.scale, c.exponent = None, None
         setattr(c, model.head.strength_name, float(model.head.strength))
-    if c.arch != "qwen" and (
-        c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)
-    ):
-        raise UserError(
-            f"transformers' {kind_of(c)} has neither n_kv_head={c.n_kv_head} nor"
-            f" head_dim={c.head_dim}"
-        )
-    if c.qk_norm and c.has_bias():
-        raise UserError("transformers' qwen3 has no bias on Q, K and V alone (bias=true)")
-    own, tensors = checkpoint.own_weights(model), {}
-    for name, where in layout(c).items():
-        part = own[name].detach()
-        for theirs, tensor in where.split(part[:rows] if name in TABLES else part).items():
-            tensors[("" if theirs.startswith(("lm_head", "cls.")) else TRUNK[c.arch]) + theirs] = (
-                tensor
-            )
-    if c.head != "cross_entropy":
-        tensors[f"{HEADS[c.arch]}.table"] = tensors.pop(f"{HEADS[c.arch]}.weight")
-    if (
-        "cls.predictions.bias" in tensors
-    ):  # a mask token beyond the vocabulary is read, never predicted
-        tensors["cls.predictions.bias"][c.real_vocab_size :] = torch.finfo(torch.float32).min
-    plain, harmonic = CLASSES[kind_of(c)]
-    made = (
-        getattr(transformers, plain)
-        if c.head == "cross_entropy"
-        else getattr(modeling_harmonic, harmonic)
-    )(config_of(c, tokenizer))
-    lost, over = made.load_state_dict(tensors, strict=False)
+    check_format(c, form)
+    made = build(c, tokenizer)
+    lost, over = made.load_state_dict(tensors_of(model, c), strict=False)
     tied = {*made.all_tied_weights_keys, *made.all_tied_weights_keys.values()}
-    lost = [
-        name for name in lost if name not in tied and not name.endswith("bias")
-    ]  # biases that this model does without start as zeros
+    # Biases that this model does without start as zeros.
+    lost = [name for name in lost if name not in tied and not name.endswith("bias")]
     if lost or over:
         raise UserError(
             f"transformers {transformers.__version__} has another {type(made).__name__}:"
@@ -191,28 +117,31 @@ def model_of(model: Model, tokenizer: Tokenizer):
     return made.eval()
 
 
-def write_parts(folder: Path):
-    """The modelling file, and the parts of the package `harmonic` beside it: transformers copies
-    single files, hence their flat names."""
-    for part in PARTS:
-        text = (PACKAGE / part).read_text()
-        text = re.sub(r"from harmonic\.(?:\w+\.)?(\w+) import", r"from .harmonic_\1 import", text)
-        name = part.replace("/__init__", "").rpartition("/")[2]
-        (folder / f"harmonic_{name}").write_text(text)
-    shutil.copyfile(
-        Path(__file__).with_name("modeling_harmonic.py"), folder / "modeling_harmonic.py"
-    )
+def tensors_of(model: Model, c: ModelConfig) -> dict[str, torch.Tensor]:
+    """A model's weights by their names in transformers, with as many rows as `c` has."""
+    form, own, found = format_of(c), checkpoint.own_weights(model), {}
+    for name, where in layout(c).items():
+        part = own[name].detach()
+        if name in TABLES:
+            part = part[: c.vocab_size]
+        for theirs, tensor in where.split(part).items():
+            trunk = "" if name.startswith(("head.", "transform.")) else form.trunk
+            found[trunk + theirs] = tensor
+    if c.head != "cross_entropy":
+        found[f"{form.head}.table"] = found.pop(f"{form.head}.weight")
+    if form.head_bias in found:  # A mask beyond the vocabulary is read, never predicted.
+        found[form.head_bias][c.real_vocab_size :] = torch.finfo(torch.float32).min
+    return found
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int, masked: bool, source):
-    """The run's tokenizer as transformers': it adds no special tokens, as in training."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, c: ModelConfig, source: Path) -> None:
+    """The run's tokenizer as transformers': it adds no special tokens, as in training. source: the
+    folder with the tokenizer's file, where it has one."""
     import transformers
 
-    options = (
-        {"unk_token": tokenizer.decode_token(tokenizer.unk_id).strip()}
-        if tokenizer.unk_id is not None
-        else {}
-    )
+    options = {}
+    if tokenizer.unk_id is not None:
+        options["unk_token"] = tokenizer.decode_token(tokenizer.unk_id).strip()
     end = tokenizer.decode_token(tokenizer.eot_id).strip()
     if tokenizer.mask_id < tokenizer.vocab_size:
         options["mask_token"] = tokenizer.decode_token(tokenizer.mask_id).strip()
@@ -221,10 +150,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int, masked: bo
         bos_token=end,
         eos_token=end,
         pad_token=end,
-        model_max_length=longest,
+        model_max_length=c.block_size,
         **options,
     )
-    if masked and tokenizer.mask_id == tokenizer.vocab_size:
+    if format_of(c).masked and tokenizer.mask_id == tokenizer.vocab_size:
         made.add_special_tokens({"mask_token": MASK})
     made.save_pretrained(folder)
 
@@ -267,13 +196,16 @@ PyTorch {torch}, processes: {world_size}, device: {device}, commit {git_commit}.
 """  # noqa: E501
 
 
-def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> str:
+def card(
+    run: Path, model: Model, stored: dict[str, Any], manifest: dict[str, Any], name: str
+) -> str:
     """The model card: what it is, how it was trained, what came of it."""
     evaluated = [m for m in read_metrics(run) if "val_loss" in m and m["iter"] <= manifest["iter"]]
+    last = evaluated[-1] if evaluated else {}
     results = [
-        (k, evaluated[-1][k])
-        for k in ("val_loss", "perplexity", "bits_per_byte")
-        if evaluated and k in evaluated[-1]
+        f"| {key.replace('_', ' ')} | {last[key]:.4f} |"
+        for key in ("val_loss", "perplexity", "bits_per_byte")
+        if key in last
     ]
     try:
         environment = json.loads((run / "environment.json").read_bytes())
@@ -282,56 +214,55 @@ def card(run: Path, model: Model, stored: dict, manifest: dict, name: str) -> st
             f"{run}/environment.json cannot be read ({error}): the model card tells what the run"
             " was made with"
         ) from None
-    used = energy(run)
-    masked = stored["arch"] == "bert"
-    link = (
-        ""
-        if model.head.is_control
-        else f": a token's logit is `{'-n log d' if model.head.is_harmonic else '-s d'}(h, w)`"
-    )
+    form, about, documents, base = format_of(model.config), "", "", ""
+    if not model.head.is_control:
+        logit = "-n log d" if model.head.is_harmonic else "-s d"
+        about = f": a token's logit is `{logit}(h, w)`"
+    if stored["doc_mask"]:
+        documents = " It saw each document alone (`doc_mask`): give it one at a time."
+    if stored.get("source"):
+        base = f"\nbase_model: {stored['source']}"
     return CARD.format(
         **{k: v for k, v in stored.items() if k != "tie_weights"},
         **{k: environment[k] for k in ("world_size", "git_commit")},
-        base=f"\nbase_model: {stored['source']}" if stored.get("source") else "",
-        task="fill-mask" if masked else "text-generation",
-        auto=auto_class(model.config),
+        base=base,
+        task=form.task,
+        auto=form.auto_class,
         trust=trust(model.config),
         name=name,
         parameters=model.parameter_count() / 1e6,
-        about=f"Unembedding: {model.head.extra_repr()}{link}.",
-        documents=" It saw each document alone (`doc_mask`): give it one at a time."
-        if stored["doc_mask"]
-        else "",
+        about=f"Unembedding: {model.head.extra_repr()}{about}.",
+        documents=documents,
         iterations=manifest["iter"],
-        what="masked token" if masked else "token",
-        results="\n".join(f"| {k.replace('_', ' ')} | {v:.4f} |" for k, v in results),
-        energy="not measured" if used is None else consumed(used, stored["emissions_country"]),
+        what="masked token" if form.masked else "token",
+        results="\n".join(results),
+        energy=consumed(energy(run), stored["emissions_country"]),
         torch=environment["versions"]["torch"],
         settings="\n".join(f"| `{k}` | {v} |" for k, v in stored.items() if v is not None),
     )
 
 
-def consumed(used: dict, country: str) -> str:
+def consumed(used: dict[str, float] | None, country: str) -> str:
+    """Energy and emissions in words."""
+    if used is None:
+        return "not measured"
     return (
         f"{1000 * used['energy_consumed']:.2f} Wh, {1000 * used['emissions']:.2f} g CO2e"
         f" (CodeCarbon, {country})"
     )
 
 
-def auto_class(c: ModelConfig) -> str:
-    return "AutoModelForCausalLM" if c.architecture.causal else "AutoModelForMaskedLM"
-
-
 def trust(c: ModelConfig) -> str:
+    """The argument of from_pretrained without which a folder's code does not run."""
     return "" if c.head == "cross_entropy" else ", trust_remote_code=True"
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ExportConfig, words="run")
     run, to = Path(c.run[0]), Path(c.to)
     model, stored, manifest = checkpoint.load_run(run, "cpu", c.checkpoint)
-    folder = tokenizer_folder(run, stored["dataset"])
-    tokenizer = load_tokenizer(stored["tokenizer"], folder)
+    source = tokenizer_folder(run, stored["dataset"])
+    tokenizer = load_tokenizer(stored["tokenizer"], source)
     from transformers import logging
 
     logging.disable_progress_bar()
@@ -339,20 +270,15 @@ def main():
     try:
         aside.mkdir()
         model_of(model, tokenizer).save_pretrained(aside)
-        if model.config.head != "cross_entropy":
-            write_parts(aside)
-        write_tokenizer(
-            tokenizer, aside, model.config.block_size, not model.config.architecture.causal, folder
-        )
+        write_tokenizer(tokenizer, aside, model.config, source)
         (aside / "README.md").write_text(card(run, model, stored, manifest, to.name))
         os.replace(aside, to)
     except OSError as error:
         raise UserError(f"to={to} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(
-        f"wrote {to}: {auto_class(model.config)}.from_pretrained({str(to)!r}{trust(model.config)})"
-    )
+    auto = format_of(model.config).auto_class
+    print(f"wrote {to}: {auto}.from_pretrained({str(to)!r}{trust(model.config)})")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ The likelihood of its documents, and a choice between endings.
         --tasks wikitext2_test,wikitext2_test_choice --include_path out/tasks
 
 DIR is a folder of `python -m interop.export`. The first task gives the word_perplexity,
-byte_perplexity and bits_per_byte that
-`python -m analysis.perplexity --documents` gives. The second: 24 words of a paragraph, and four
-endings of 12
-words of which one is its own.
+byte_perplexity and bits_per_byte that `python -m analysis.perplexity --documents` gives. The second
+asks how a paragraph goes on: after 24 words, which of four endings of 12 words is its own?
 """
 
 import json
@@ -18,15 +16,31 @@ import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from base.command_line import cli, parse
-from base.errors import UserError, check
+from base.errors import UserError
 from base.files import write_whole
 from text.token_files import data_folder, documents_of, load_data
 
-CONTEXT, ENDING, ENDINGS = 24, 12, 4  # words, words, choices: short enough for small models
+# Words, words, choices: short enough for small models.
+CONTEXT, ENDING, ENDINGS = 24, 12, 4
+
+LIKELIHOOD = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+}
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{context}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
 
 
 @dataclass
@@ -45,33 +59,28 @@ class HarnessConfig:
     """draws the wrong endings"""
 
     def problems(self) -> list[str]:
-        found = [] if len(self.dataset) == 1 else ["name one prepared folder, such as wikitext2"]
-        found += [] if self.to else ["name the folder to write to with --to=DIR"]
-        return found + (
-            [f"questions={self.questions} must be at least 1"] if self.questions < 1 else []
-        )
+        found = []
+        if len(self.dataset) != 1:
+            found.append("name one prepared folder, such as wikitext2")
+        if not self.to:
+            found.append("name the folder to write to with --to=DIR")
+        if self.questions < 1:
+            found.append(f"questions={self.questions} must be at least 1")
+        return found
 
 
-def questions(texts: list[str], count: int, seed: int) -> list[dict]:
+def questions(texts: list[str], count: int, seed: int) -> list[dict[str, Any]]:
     """At most `count` questions of paragraphs that are long enough, evenly spread over the
     texts."""
     rng = random.Random(seed)
-    paragraphs = [
-        words
-        for text in texts
-        for line in text.splitlines()
-        if len(words := line.split()) >= CONTEXT + ENDING
-    ]
-    chosen = (
-        [paragraphs[i * len(paragraphs) // count] for i in range(count)]
-        if len(paragraphs) > count
-        else paragraphs
-    )
+    lines = "\n".join(texts).splitlines()
+    chosen = [words for line in lines if len(words := line.split()) >= CONTEXT + ENDING]
+    if len(chosen) > count:
+        chosen = [chosen[i * len(chosen) // count] for i in range(count)]
     made = []
     for i, words in enumerate(chosen):
-        others = rng.sample(
-            [w for j, w in enumerate(chosen) if j != i], min(ENDINGS - 1, len(chosen) - 1)
-        )
+        others = chosen[:i] + chosen[i + 1 :]
+        others = rng.sample(others, min(ENDINGS - 1, len(others)))
         endings = [w[CONTEXT : CONTEXT + ENDING] for w in (words, *others)]
         order = rng.sample(range(len(endings)), len(endings))
         choices = [" ".join(endings[k]) for k in order]
@@ -81,7 +90,22 @@ def questions(texts: list[str], count: int, seed: int) -> list[dict]:
     return made
 
 
-def main():
+def write_task(folder: Path, name: str, rows: list[dict[str, Any]], how: dict[str, Any]) -> None:
+    """A task of the harness: its rows, and the file that describes it."""
+    file = folder / f"{name}.jsonl"
+    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "test_split": "test",
+        "metadata": {"version": 1},
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        **how,
+    }
+    write_whole(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
+
+
+def main() -> None:
     (c,) = parse(sys.argv[1:], HarnessConfig, words="dataset")
     data = load_data(data_folder(c.dataset[0]))
     if c.split not in data.splits:
@@ -89,50 +113,18 @@ def main():
     words = data.load_tokenizer()
     texts = [words.decode(ids[1:]) for ids in documents_of(data, c.split)]
     asked = questions(texts, c.questions, c.seed)
-    check(
-        []
-        if len(asked) >= ENDINGS
-        else [
+    if len(asked) < ENDINGS:
+        raise UserError(
             f"{data.folder} {c.split} has {len(asked)} paragraphs of {CONTEXT + ENDING} words: too"
             " few for a choice"
-        ]
-    )
+        )
     to, name = Path(c.to).resolve(), f"{data.folder.name}_{c.split}"
-    shared = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
-    likelihood = {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [
-            {"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")
-        ],
-    }
-    choice = {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
     try:
         to.mkdir(parents=True, exist_ok=True)
-        for task, rows, settings in (
-            (name, [{"text": t} for t in texts], likelihood),
-            (f"{name}_choice", asked, choice),
-        ):
-            file = to / f"{task}.jsonl"
-            write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
-            settings = {
-                "task": task,
-                **shared,
-                "dataset_kwargs": {"data_files": {"test": str(file)}},
-                **settings,
-            }
-            write_whole(to / f"{task}.yaml", yaml.safe_dump(settings, sort_keys=False))
-            print(
-                f"wrote {to / task}.yaml: {len(rows)}"
-                f" {'questions' if task != name else 'documents'}"
-            )
+        write_task(to, name, [{"text": text} for text in texts], LIKELIHOOD)
+        print(f"wrote {to / name}.yaml: {len(texts)} documents")
+        write_task(to, f"{name}_choice", asked, CHOICE)
+        print(f"wrote {to / name}_choice.yaml: {len(asked)} questions")
     except OSError as error:
         raise UserError(f"to={c.to} cannot be written: {error.strerror}") from None
 

@@ -1,9 +1,9 @@
 """Models that people already have: Hugging Face folders and hub names, nanoGPT's ckpt.pt, runs; and
 the swap of their heads.
 
-One table says which tensor of transformers' GPT-2, BERT, Qwen2 and Qwen3 is which of model.py;
-`interop.export` reads it the other way. Weights come from safetensors. A pickle is read for
-nanoGPT's checkpoints alone, by PyTorch's loader that executes nothing.
+`interop.formats` says which tensor of transformers is which of model.py. Weights come from
+safetensors. A pickle is read for nanoGPT's checkpoints alone, by PyTorch's loader that executes
+nothing.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from base.command_line import read_yaml
 from base.errors import UserError, nearest
 from harmonic import IGNORE_INDEX, HarmonicHead, match
 from harmonic.match import ROWS
+from interop.formats import FORMATS, GPT2, Format, format_of
 from model import Model, ModelConfig
 from text.token_files import Data
 from text.tokenizers import BPE_FILE, read_characters, rust_tokenizer, rust_vocabulary
@@ -28,64 +30,10 @@ from training import checkpoint
 from training.objective import batches_of
 
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+# Models of the hub whose names have no owner.
 HUB = (
-    "gpt2",
-    "gpt2-medium",
-    "gpt2-large",
-    "gpt2-xl",
-    "bert-base-uncased",
-    "bert-large-uncased",
-)  # names without an owner
-ARCH = {"gpt2": "gpt", "bert": "bert", "qwen2": "qwen", "qwen3": "qwen"}
-TRUNK = {
-    "gpt": "transformer.",
-    "bert": "bert.",
-    "qwen": "model.",
-}  # in front of a trunk's names, where there is a head too
-LAYERS = {"gpt": "h", "bert": "encoder.layer", "qwen": "layers"}
-HEADS = {"gpt": "lm_head", "bert": "cls.predictions.decoder", "qwen": "lm_head"}
-
-# module of model.py: module of transformers (without TRUNK; in a block without LAYERS and its
-# number); several are stacked in one of ours
-MODULES = {
-    "gpt": {
-        "tokens": "wte",
-        "positions": "wpe",
-        "norm1": "ln_1",
-        "attention.qkv": "attn.c_attn",
-        "attention.out": "attn.c_proj",
-        "norm2": "ln_2",
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-        "final_norm": "ln_f",
-    },
-    "bert": {
-        "tokens": "embeddings.word_embeddings",
-        "positions": "embeddings.position_embeddings",
-        "token_types": "embeddings.token_type_embeddings",
-        "embedding_norm": "embeddings.LayerNorm",
-        "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-        "attention.out": "attention.output.dense",
-        "norm1": "attention.output.LayerNorm",
-        "mlp.up": "intermediate.dense",
-        "mlp.down": "output.dense",
-        "norm2": "output.LayerNorm",
-        "transform.0": "cls.predictions.transform.dense",
-        "transform.2": "cls.predictions.transform.LayerNorm",
-    },
-    "qwen": {
-        "tokens": "embed_tokens",
-        "norm1": "input_layernorm",
-        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention.q_norm": "self_attn.q_norm",
-        "attention.k_norm": "self_attn.k_norm",
-        "attention.out": "self_attn.o_proj",
-        "norm2": "post_attention_layernorm",
-        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.down": "mlp.down_proj",
-        "final_norm": "norm",
-    },
-}
+    "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "bert-base-uncased", "bert-large-uncased"
+)  # fmt: skip
 FREE = (
     "block_size",
     "vocab_size",
@@ -98,19 +46,14 @@ FREE = (
     "head_skip",
     "head_precision",
 )
-HEAD_KEY = re.compile(
-    "(head|link|exponent|scale|learn_exponent|learn_scale)$|head_(?!dim)"
-)  # what a swap changes
+# The keys that describe a head: what a swap changes.
+HEAD_KEY = re.compile("(head|link|exponent|scale|learn_exponent|learn_scale)$|head_(?!dim)")
 TABLES = ("tokens.weight", "head.weight", "head.bias")  # a row for each token
-ACTIVATIONS = {
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-}  # the last name of each is written
-# What checkpoints hold besides: buffers of old versions, BERT's other heads
+# What checkpoints hold besides: buffers of old versions, BERT's other heads.
 IGNORED = re.compile(
     r".*(\.attn\.(masked_)?bias|position_ids|inv_freq)|pooler\..*|cls\.(seq_relationship|predictions\.decoder\.bias).*"
 )
+LISTED = 12  # problems that one message lists
 
 
 # ---- names and layouts -------------------------------------------------------------------------
@@ -144,34 +87,35 @@ class Tensor:
 
 
 def layout(config: ModelConfig, conv1d: bool = True) -> dict[str, Tensor]:
-    """Every tensor of a model: its name in model.py -> where it is in transformers, without TRUNK's
-    prefix. conv1d: GPT-2's matrices are transposed (nanoGPT's are not)."""
-    arch, width = config.arch, config.attention_width()
-    stacked = {
-        "attention.qkv": [config.n_head * width] + 2 * [(config.n_kv_head or config.n_head) * width]
-    }
+    """Every tensor of a model: its name in model.py -> where it is in transformers, without the
+    trunk's prefix. conv1d: GPT-2's matrices are transposed (nanoGPT's are not)."""
+    form, width = format_of(config), config.attention_width()
+    queries, keys = config.n_head * width, (config.n_kv_head or config.n_head) * width
     with torch.device("meta"):
         own = checkpoint.own_weights(Model(config))
     found = {}
     for name, tensor in own.items():
         module, kind = name.rsplit(".", 1)
-        block = re.fullmatch(r"blocks\.(\d+)\.(.*)", module)
-        transposed = bool(conv1d and arch == "gpt" and block and tensor.dim() == 2)
         if module.split(".")[0] == "head":
-            theirs = (
-                "cls.predictions.bias"
-                if (arch, name) == ("bert", "head.bias")
-                else HEADS[arch] + name.removeprefix("head")
-            )
+            theirs = form.head + name.removeprefix("head")
+            if name == "head.bias" and form.head_bias is not None:
+                theirs = form.head_bias
             found[name] = Tensor(tuple(tensor.shape), [theirs], [len(tensor)], False)
             continue
-        theirs = MODULES[arch][block[2] if block else module]
-        theirs = [theirs] if isinstance(theirs, str) else theirs
-        before = f"{LAYERS[arch]}.{block[1]}." if block else ""
-        rows = stacked.get(block[2], [len(tensor) // 2] * 2) if len(theirs) > 1 else [len(tensor)]
-        found[name] = Tensor(
-            tuple(tensor.shape), [f"{before}{t}.{kind}" for t in theirs], rows, transposed
-        )
+        before = ""
+        block = re.fullmatch(r"blocks\.(\d+)\.(.*)", module)
+        if block:
+            before, module = f"{form.layers}.{block[1]}.", block[2]
+        parts = form.modules[module]
+        if isinstance(parts, str):
+            parts, rows = (parts,), [len(tensor)]
+        elif module == "attention.qkv":
+            rows = [queries, keys, keys]
+        else:
+            rows = [len(tensor) // len(parts)] * len(parts)
+        names = [f"{before}{part}.{kind}" for part in parts]
+        transposed = conv1d and form.conv1d and block is not None and tensor.dim() == 2
+        found[name] = Tensor(tuple(tensor.shape), names, rows, transposed)
     return found
 
 
@@ -180,47 +124,49 @@ def convert(
 ) -> dict[str, torch.Tensor]:
     """Tensors under transformers' names -> weights of Model(config). UserError listing what is
     missing, over, or of another shape."""
-    table, trunk = layout(config, conv1d), TRUNK[config.arch]
-    plain = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("_orig_mod.").removeprefix(trunk)
-        name = name.replace(
-            f"{HEADS[config.arch]}.table", f"{HEADS[config.arch]}.weight"
-        )  # of a swapped model
-        plain[re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))] = tensor
-    expected = {n: s for t in table.values() for n, s in zip(t.names, t.shapes(), strict=True)}
+    table, form = layout(config, conv1d), format_of(config)
+    plain = {_plain_name(name, form): tensor for name, tensor in tensors.items()}
     if config.tie_weights:  # the table lies where the input embedding is; a second copy is the same
-        head, tokens = f"{HEADS[config.arch]}.weight", f"{MODULES[config.arch]['tokens']}.weight"
+        head, tokens = f"{form.head}.weight", f"{form.modules['tokens']}.weight"
         if tokens in plain:
             first = plain.pop(tokens)
             if head in plain and not torch.equal(first, plain[head]):
-                why = (
-                    f"{tokens} and {head} differ, but its configuration ties them"
+                raise UserError(
+                    f"{where}: {tokens} and {head} differ, but its configuration ties them"
                     " (tie_word_embeddings)"
                 )
-                raise UserError(f"{where}: {why}")
             plain[head] = first
-    lost = [n for n in expected if n not in plain]
-    if lost and config.arch == "bert" and all(n.startswith("cls.predictions") for n in lost):
-        lost = []  # an encoder alone: the head's transform starts anew
-    over = [n for n in plain if n not in expected and not IGNORED.fullmatch(n)]
-    wrong = [
-        f"{n} is {tuple(plain[n].shape)}, expected {s}"
-        for n, s in expected.items()
-        if n in plain and tuple(plain[n].shape) != s
-    ]
-    problems = (
-        [f"{n} is missing" for n in lost]
-        + [f"{n} is not part of {config.arch}" for n in over]
-        + wrong
-    )
-    if problems:
-        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+    if problems := _misfits(plain, table, form):
+        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(
             f"{where} does not hold the model that its configuration describes:"
-            f" {'; '.join(problems[:12])}{more}"
+            f" {'; '.join(problems[:LISTED])}{more}"
         )
     return {name: t.join(plain) for name, t in table.items() if all(n in plain for n in t.names)}
+
+
+def _plain_name(name: str, form: Format) -> str:
+    """The name of a tensor as `layout` has it."""
+    name = name.removeprefix("_orig_mod.").removeprefix(form.trunk)
+    name = name.replace(f"{form.head}.table", f"{form.head}.weight")  # of a swapped model
+    name = re.sub(r"\.beta$", ".bias", name)
+    return re.sub(r"\.gamma$", ".weight", name)
+
+
+def _misfits(tensors: dict[str, torch.Tensor], table: dict[str, Tensor], form: Format) -> list[str]:
+    """What is missing, over, or of another shape than the table says."""
+    expected = {n: s for t in table.values() for n, s in zip(t.names, t.shapes(), strict=True)}
+    lost = [n for n in expected if n not in tensors]
+    if form.transform is not None and all(n.startswith(form.transform) for n in lost):
+        lost = []  # An encoder alone: the head's transform starts anew.
+    found = [f"{n} is missing" for n in lost]
+    for name in tensors:
+        if name not in expected and not IGNORED.fullmatch(name):
+            found.append(f"{name} is not part of {form.arch}")
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            found.append(f"{name} is {tuple(tensors[name].shape)}, expected {shape}")
+    return found
 
 
 # ---- finding and reading -----------------------------------------------------------------------
@@ -235,7 +181,8 @@ class Pretrained:
     longest: int  # the block size that it allows
     tokenizer: str | None  # the name of its own, None if unknown
     vocabulary: Path | None  # its tokenizer.json, where it has one
-    weights: Callable  # ModelConfig -> its tensors by their names in model.py
+    # ModelConfig -> its tensors by their names in model.py
+    weights: Callable[[ModelConfig], dict[str, torch.Tensor]]
     characters: str = ""  # those of the tokenizer char
 
     @property
@@ -336,7 +283,7 @@ def find(name: str) -> Pretrained:
     if (path / "config.yaml").is_file():
         return _from_run(path)
     if path.is_dir():
-        return _from_folder(path, name)
+        return _from_folder(path, name, lambda: path)
     if path.suffix == ".safetensors":
         raise UserError(f"init_from={name}: name the folder, which has config.json too")
     if path.is_file():
@@ -351,11 +298,8 @@ def find(name: str) -> Pretrained:
             f" model{nearest(name, ['scratch', 'resume', 'auto', *HUB])}; "
             "other models of the hub are written OWNER/NAME"
         )
-    return _from_folder(
-        _download(name, ["config.json", "tokenizer.json"]),
-        name,
-        lambda: _download(name, SAFETENSORS),
-    )
+    folder = _download(name, ["config.json", "tokenizer.json"])
+    return _from_folder(folder, name, lambda: _download(name, SAFETENSORS))
 
 
 def _download(name: str, patterns: list[str]) -> Path:
@@ -374,21 +318,26 @@ def _download(name: str, patterns: list[str]) -> Path:
 
 def _from_run(path: Path) -> Pretrained:
     stored, folder = read_yaml(path / "config.yaml"), checkpoint.newest(path, (checkpoint.WEIGHTS,))
-    settings = {k: v for k, v in stored.items() if k in ModelConfig.__dataclass_fields__}
     if lost := {"block_size", "vocab_size", "tokenizer"} - set(stored):
         raise UserError(f"{path}/config.yaml has no {', '.join(sorted(lost))}")
-    vocabulary = path / BPE_FILE if (path / BPE_FILE).is_file() else None
-    weights = lambda _: checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
-    characters = read_characters(path).characters if stored["tokenizer"] == "char" else ""
+
+    def weights(_: ModelConfig) -> dict[str, torch.Tensor]:
+        return checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
+
     return Pretrained(
-        str(path),
-        settings,
-        settings["block_size"],
-        stored["tokenizer"],
-        vocabulary,
-        weights,
-        characters,
+        name=str(path),
+        settings={k: v for k, v in stored.items() if k in ModelConfig.__dataclass_fields__},
+        longest=stored["block_size"],
+        tokenizer=stored["tokenizer"],
+        vocabulary=_vocabulary(path),
+        weights=weights,
+        characters=read_characters(path).characters if stored["tokenizer"] == "char" else "",
     )
+
+
+def _vocabulary(folder: Path) -> Path | None:
+    """The tokenizer.json of a folder, where it has one."""
+    return folder / BPE_FILE if (folder / BPE_FILE).is_file() else None
 
 
 def _from_nanogpt(path: Path) -> Pretrained:
@@ -412,29 +361,42 @@ def _from_nanogpt(path: Path) -> Pretrained:
         raise UserError(
             f"init_from={path} is not a checkpoint of nanoGPT: it has no {error}"
         ) from None
-    settings |= {"arch": "gpt", "real_vocab_size": settings["vocab_size"], "activation": "gelu"}
-    tokenizer = "gpt2" if settings["vocab_size"] in (50257, 50304) else None
-    weights = lambda own: convert(tensors, own, str(path), conv1d=False)
-    return Pretrained(str(path), settings, settings["block_size"], tokenizer, None, weights)
-
-
-def _from_folder(folder: Path, name: str, fetch: Callable | None = None) -> Pretrained:
-    """fetch: gets the weights and returns their folder; None: they are in this one."""
-    config = read_config(folder, name)
-    settings, longest = settings_of(config, name)
     rows = settings["vocab_size"]
-    by_rows = {("gpt", 50257): "gpt2", ("gpt", 50304): "gpt2", ("bert", 30522): "bert"}
-    tokenizer = (
-        "qwen"
-        if settings["arch"] == "qwen" and rows > 151642
-        else by_rows.get((settings["arch"], rows))
+    settings |= {"arch": GPT2.arch, "real_vocab_size": rows, "activation": "gelu"}
+
+    def weights(own: ModelConfig) -> dict[str, torch.Tensor]:
+        return convert(tensors, own, str(path), conv1d=False)
+
+    return Pretrained(
+        name=str(path),
+        settings=settings,
+        longest=settings["block_size"],
+        tokenizer=GPT2.tokenizer_of(rows),
+        vocabulary=None,
+        weights=weights,
     )
-    vocabulary = folder / BPE_FILE if (folder / BPE_FILE).is_file() else None
-    weights = lambda own: convert(read_tensors(fetch() if fetch else folder, name), own, name)
-    return Pretrained(name, settings, longest, tokenizer, vocabulary, weights)
 
 
-def read_config(folder: Path, name: str):
+def _from_folder(folder: Path, name: str, fetch: Callable[[], Path]) -> Pretrained:
+    """fetch: gets the weights and returns their folder."""
+    config = read_config(folder, name)
+    form = FORMATS[config.model_type]
+    settings, longest = settings_of(config, name)
+
+    def weights(own: ModelConfig) -> dict[str, torch.Tensor]:
+        return convert(read_tensors(fetch(), name), own, name)
+
+    return Pretrained(
+        name=name,
+        settings=settings,
+        longest=longest,
+        tokenizer=form.tokenizer_of(settings["vocab_size"]),
+        vocabulary=_vocabulary(folder),
+        weights=weights,
+    )
+
+
+def read_config(folder: Path, name: str) -> Any:
     """A folder's config.json as transformers' configuration, defaults filled in. UserError for what
     model.py does not have."""
     try:
@@ -447,8 +409,9 @@ def read_config(folder: Path, name: str):
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"init_from={name}: config.json is wrong ({error})") from None
-    if kind not in ARCH:
-        raise UserError(f"init_from={name} is a model of type {kind}: known are {', '.join(ARCH)}")
+    if kind not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f"init_from={name} is a model of type {kind}: known are {known}")
     from transformers import CONFIG_MAPPING  # takes seconds to import
 
     try:
@@ -459,78 +422,20 @@ def read_config(folder: Path, name: str):
         ) from None
 
 
-def settings_of(config, name: str) -> tuple[dict, int]:
+def settings_of(config: Any, name: str) -> tuple[dict[str, Any], int]:
     """transformers' configuration -> (the keys of ModelConfig, the longest block size). UserError
     listing what model.py does not do."""
-    arch = ARCH[config.model_type]
-    rope = getattr(config, "rope_parameters", None) or {}
-    required = {
-        "gpt": dict(
-            layer_norm_epsilon=1e-5,
-            scale_attn_weights=True,
-            scale_attn_by_inverse_layer_idx=False,
-            add_cross_attention=False,
-        ),
-        "bert": dict(
-            layer_norm_eps=1e-12, type_vocab_size=2, is_decoder=False, add_cross_attention=False
-        ),
-        "qwen": dict(
-            hidden_act="silu", rms_norm_eps=1e-6, use_sliding_window=False, attention_bias=False
-        ),
-    }[arch]
-    wrong = [
-        f"{key}={getattr(config, key)} (only {value})"
-        for key, value in required.items()
-        if getattr(config, key, value) != value
-    ]
-    activation = getattr(config, "activation_function", None) or config.hidden_act
-    if arch != "qwen" and activation not in ACTIVATIONS:
-        wrong.append(f"the activation {activation} (only {', '.join(ACTIVATIONS)})")
-    if rope.get("rope_type", "default") != "default":
-        wrong.append(f"rope_type={rope['rope_type']} (only default)")
-    if wrong:
+    form = FORMATS[config.model_type]
+    if wrong := form.problems(config):
         raise UserError(f"init_from={name}: model.py does not have {', '.join(wrong)}")
-    longest = config.max_position_embeddings
-    settings = {
-        "arch": arch,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_embd": config.hidden_size,
-        "intermediate_size": (config.n_inner or 0) if arch == "gpt" else config.intermediate_size,
-        "block_size": min(longest, 1024)
-        if arch == "qwen"
-        else longest,  # rotary positions need no table: any length below will do
-        "vocab_size": config.vocab_size,
-        "real_vocab_size": config.vocab_size,
-        "tie_weights": bool(config.tie_word_embeddings),
-        "bias": config.model_type != "qwen3",
-        "activation": ACTIVATIONS.get(activation),
-    }
-    if arch == "qwen":
-        settings |= {
-            "n_kv_head": 0
-            if config.num_key_value_heads == config.num_attention_heads
-            else config.num_key_value_heads,
-            "rope_theta": float(rope.get("rope_theta", 10000.0)),
-            "qk_norm": config.model_type == "qwen3",
-        }
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        settings["head_dim"] = (
-            0 if width * config.num_attention_heads == config.hidden_size else width
-        )
+    settings = form.read(config)
     head = dict(getattr(config, "harmonic", None) or {})  # an export of a harmonic head
     if head:
-        settings |= {
-            "head": head.pop("name", None),
-            "real_vocab_size": head.pop("real_vocab_size", config.vocab_size),
-        }
-        settings |= {
-            key if key in ModelConfig.__dataclass_fields__ else f"head_{key}": value
-            for key, value in head.items()
-        }
-    return settings, longest
+        settings["head"] = head.pop("name", None)
+        settings["real_vocab_size"] = head.pop("real_vocab_size", settings["vocab_size"])
+    for key, value in head.items():
+        settings[key if key in ModelConfig.__dataclass_fields__ else f"head_{key}"] = value
+    return settings, form.longest(config)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -171,6 +171,9 @@ ids = torch.tensor([{ids}])
 out = model(input_ids=ids, labels=ids)
 out.loss.backward()
 assert out.logits is None and model.lm_head.table.grad is not None and "harmonic" not in sys.modules
+model.save_pretrained("again")
+again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True).eval()
+assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 print(out.loss.item())
 """
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonic.distances import Distance, resolve
-from harmonic.precision import Products
+from ..distances import Distance, resolve
+from ..precision import Products
 
 IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 
@@ -189,7 +189,7 @@ def load(name: str) -> ModuleType | None:
 def choose(problem: Problem) -> Backend:
     """The backend that `spec.impl` names, or with "auto" the fastest one that can. ValueError for
     one that cannot."""
-    from harmonic.backends.chunked import BACKEND as chunked
+    from .chunked import BACKEND as chunked
 
     impl = problem.spec.impl
     if impl == "chunked":

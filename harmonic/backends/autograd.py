@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonic.backends import Gradients, Problem, Spec, choose
-from harmonic.backends.chunked import token_losses
-from harmonic.pairwise import exactly, map_both
+from ..pairwise import exactly, map_both
+from . import Gradients, Problem, Spec, choose
+from .chunked import token_losses
 
 
 def evaluate(problem: Problem) -> Tensor:

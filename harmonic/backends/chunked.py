@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harmonic.backends import Backend, Problem, Result
-from harmonic.backends.mapped import Sides
-from harmonic.links import logits
-from harmonic.pairwise import Operands, log_pairs
+from ..links import logits
+from ..pairwise import Operands, log_pairs
+from . import Backend, Problem, Result
+from .mapped import Sides
 
 # About CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the
 # next, but at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.

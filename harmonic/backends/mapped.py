@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harmonic.backends import Gradients, Problem, Result
-from harmonic.pairwise import mapped
+from ..pairwise import mapped
+from . import Gradients, Problem, Result
 
 # Numbers of a table that are mapped at a time: on a CPU 4 MiB, large enough for threads to share,
 # small enough for a cache; on a GPU 256 MiB, for each slice costs about ten launches.

@@ -35,11 +35,11 @@ from numba import njit, prange
 from numba.core import types as nb
 from numba.extending import intrinsic
 
-from harmonic.backends import Backend, Problem, Result
-from harmonic.backends.mapped import Sides
-from harmonic.kernels import KERNELS, NEAR, sizes
-from harmonic.links import CONTROL as CONTROL_NAME
-from harmonic.precision import FLOAT32, Multiply
+from ..kernels import KERNELS, NEAR, sizes
+from ..links import CONTROL as CONTROL_NAME
+from ..precision import FLOAT32, Multiply
+from . import Backend, Problem, Result
+from .mapped import Sides
 
 # Fastmath, less the flags that allow to assume away NaN and infinity
 FAST = {"reassoc", "contract", "nsz", "arcp"}

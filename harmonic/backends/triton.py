@@ -41,10 +41,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from harmonic.backends import Backend, Problem, Result
-from harmonic.backends.mapped import Sides
-from harmonic.kernels import KERNELS, NEAR
-from harmonic.precision import FLOAT32
+from ..kernels import KERNELS, NEAR
+from ..precision import FLOAT32
+from . import Backend, Problem, Result
+from .mapped import Sides
 
 # Pairs of a chunk, 512 MiB of raw values (twice that for linf, lse, and l2 and dot with slopes in
 # two parts). At most 2^16 rows, so that few prototypes do not mean a huge chunk.

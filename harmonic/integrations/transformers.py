@@ -3,8 +3,8 @@
 
 A swapped model gets a class of its own, such as HarmonicGPT2LMHeadModel, a subclass of its old one.
 Its forward takes the labels out of the call and runs the old forward. Where that asks the head for
-logits, the head computes the loss of the labels, chunk by chunk. How the two meet is in `_Request`:
-nothing of a call is kept in a module, so a copied, wrapped or sharded head works as well.
+logits, the head computes the loss of the labels, chunk by chunk. The labels reach the head in a
+`_Request`: no module keeps anything of a call, so a copied, wrapped or sharded head works as well.
 
 The prototypes are the head's `table`. There is no `weight`: libraries multiply hidden states by a
 `weight` without a word.
@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import json
+import pkgutil
 import sys
 import warnings
 from contextvars import ContextVar
@@ -26,9 +27,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from harmonic.head import HarmonicHead
-from harmonic.loss import IGNORE_INDEX
-from harmonic.match import match
+from ..head import HarmonicHead
+from ..loss import IGNORE_INDEX
+from ..match import match
 
 PREFIX = "harmonic_"  # in front of transformers' model type, in the config.json of a swapped model
 # What some models do with logits afterwards, or add to their loss
@@ -44,11 +45,11 @@ ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
 
 @dataclass
 class _Request:
-    """What a model's forward asks its head for, and what the head found.
+    """What one call of a model asks its head for, and what the head found.
 
     labels: (B, T). shift: they are those of the next position. count: of targets in all
-        micro-batches, or None. each: the
-    log-probability of every label is wanted, as by TRL. found: the loss, or what TRL reads.
+    micro-batches, or None. each: the log-probability of every label is wanted, as by TRL.
+    found: the loss, or what TRL reads.
     """
 
     labels: torch.Tensor
@@ -58,6 +59,10 @@ class _Request:
     found: object = None
 
 
+# The request of the call that runs now. An argument would be plainer, but between the two stands
+# transformers' forward, which calls its head with the hidden states alone: `lm_head(h)`. A context
+# variable belongs to a call, not to a module. So DataParallel's threads do not see each other's,
+# FSDP and PEFT may put another module around the head, and nothing is left when a call fails.
 _request: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
@@ -280,9 +285,12 @@ class Swapped:
         super().__init_subclass__(**options)
         plain = _plain(cls)
         if plain is not object:  # many libraries look at what a model's forward takes
-            cls.forward = functools.wraps(plain.forward)(
-                lambda self, *arguments, **given: Swapped.forward(self, *arguments, **given)
-            )
+
+            @functools.wraps(plain.forward)
+            def forward(self, *arguments, **given):
+                return Swapped.forward(self, *arguments, **given)
+
+            cls.forward = forward
 
     def forward(self, *arguments, **given):
         """The plain model's, but for the labels, of which the head computes the loss."""
@@ -345,11 +353,11 @@ class Swapped:
         loads it without a word."""
         head = self.get_output_embeddings()
         if not head.is_control:
-            self.config.harmonic[head.strength_name] = float(head.strength)
-        if type(self).__reduce_ex__ is _reduce:  # an exported model's class has a file of its own
-            self._auto_class = None
-            if options.get("is_main_process", True):
-                _write_modelling_file(self, Path(save_directory))
+            self.config.harmonic[head.strength_name] = torch.as_tensor(head.strength).item()
+        # The classes in folders of earlier versions have files of their own: transformers copies
+        # those.
+        if type(self).__reduce_ex__ is _reduce and options.get("is_main_process", True):
+            _add_code(self, Path(save_directory))
         super().save_pretrained(save_directory, **options)
 
     @classmethod
@@ -404,6 +412,7 @@ def harmonic_class(plain: type) -> type:
     members = {
         "__module__": __name__,
         "__reduce_ex__": _reduce,
+        "register_for_auto_class": classmethod(_stay_unregistered),
         "config_class": _harmonic_config(plain.config_class),
     }
     return type(f"Harmonic{plain.__name__}", (Swapped, plain), members)
@@ -430,9 +439,15 @@ def _harmonic_config(plain: type) -> type:
     members = {
         "__module__": __name__,
         "__reduce_ex__": _reduce_config,
+        "register_for_auto_class": classmethod(_stay_unregistered),
         "model_type": PREFIX + plain.model_type,
     }
     return type(f"Harmonic{plain.__name__}", (_Config, plain), members)
+
+
+def _stay_unregistered(cls, auto_class=None):
+    """For transformers, which copies the file of a registered class into each folder that is saved:
+    `_add_code` writes these folders' code."""
 
 
 def _plain(kind: type, front: type = Swapped) -> type:
@@ -471,41 +486,47 @@ def __getattr__(name: str):
 
 # ---- folders -----------------------------------------------------------------------------------
 
-MODELLING = '''"""Loads this folder where the package `harmonic` is installed.
-
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-"""
-
-from transformers import {plain}
-
-try:
-    from harmonic.integrations.transformers import harmonic_class
-except ImportError:
-    why = "this model has a harmonic head: install it with `pip install .` in its repository"
-    raise ImportError(why) from None
-
-{name} = harmonic_class({plain})
-{config} = {name}.config_class
-'''
+# What a folder's code needs: all but the compiled kernels, which the installed package brings.
+SOURCES = (
+    "__init__.py", "distances.py", "head.py", "kernels.py", "links.py", "loss.py", "maps.py",
+    "match.py", "pairwise.py", "precision.py",
+    "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py",
+    "integrations/__init__.py", "integrations/modeling_harmonic.py", "integrations/transformers.py",
+)  # fmt: skip
 
 
-def _write_modelling_file(model, folder: Path):
-    """Puts a file into a folder that `from_pretrained(folder, trust_remote_code=True)` runs, and
-    its name into the model's config."""
+def write_code(folder: Path) -> None:
+    """Writes the files that `from_pretrained(folder, trust_remote_code=True)` runs: a copy of
+    modeling_harmonic.py, and the text of this package."""
+    package = __package__.rpartition(".")[0]
+    # Through the package's loader, for in a process that has loaded such a folder there are no
+    # files of the package.
+    texts = {f"harmonic/{name}": pkgutil.get_data(package, name).decode() for name in SOURCES}
+    folder.mkdir(parents=True, exist_ok=True)
+    modelling = texts["harmonic/integrations/modeling_harmonic.py"]
+    (folder / "modeling_harmonic.py").write_text(modelling, encoding="utf-8")
+    lines = {name: text.split("\n") for name, text in texts.items()}
+    (folder / "harmonic_files.py").write_text(
+        '"""The package `harmonic`, file by file. modeling_harmonic.py imports it."""\n'
+        f"\nFILES = {json.dumps(lines, indent=0, ensure_ascii=False)}\n",
+        encoding="utf-8",
+    )
+
+
+def _add_code(model, folder: Path) -> None:
+    """Puts the code of a model's class into its folder, and the names of its classes into its
+    config."""
     import transformers
 
-    kind = harmonic_class(_plain(type(model)))  # without FSDP's part of the name
-    plain, name, config = _plain(kind).__name__, kind.__name__, kind.config_class.__name__
-    if getattr(transformers, plain, None) is not _plain(type(model)):  # a class that a user wrote
+    plain = _plain(type(model))
+    if getattr(transformers, plain.__name__, None) is not plain:  # a class that a user wrote
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "modeling_harmonic.py").write_text(
-        MODELLING.format(plain=plain, name=name, config=config)
-    )
+    write_code(folder)
+    kind = harmonic_class(plain)  # without FSDP's part of the name
     auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForMaskedLM"
     model.config.auto_map = {
-        "AutoConfig": f"modeling_harmonic.{config}",
-        auto: f"modeling_harmonic.{name}",
+        "AutoConfig": f"modeling_harmonic.{kind.config_class.__name__}",
+        auto: f"modeling_harmonic.{kind.__name__}",
     }
 
 
@@ -598,7 +619,12 @@ class _Watcher(importlib.abc.MetaPathFinder):
             self.looking = False
         if spec:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), _add_types(module))
+
+            def execute_and_add(module):
+                execute(module)
+                _add_types(module)
+
+            spec.loader.exec_module = execute_and_add
         return spec
 
 

@@ -43,7 +43,7 @@ class MultinodeConfig:
     """what happened and when"""
 
 
-def ip(*words):
+def ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
         raise UserError(
@@ -59,30 +59,17 @@ class Network:
         for node in NODES:
             ip("netns", "add", node)
             ip("-n", node, "link", "set", "lo", "up")
-        ip(
-            "link",
-            "add",
-            "eth0",
-            "netns",
-            "node0",
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            "node1",
-        )
+        ip(*"link add eth0 netns node0 type veth peer name eth0 netns node1".split())
         for node, address in NODES.items():
             ip("-n", node, "address", "add", f"{address}/24", "dev", "eth0")
         self.link("up")
         return self
 
-    def link(self, state: str):
+    def link(self, state: str) -> None:
         for node in NODES:
             ip("-n", node, "link", "set", "eth0", state)
 
-    def remove(self):
+    def remove(self) -> None:
         for node in NODES:
             subprocess.run(["ip", "netns", "delete", node], capture_output=True, check=False)
 
@@ -90,92 +77,111 @@ class Network:
         self.remove()
 
 
-def main():
+class Report:
+    """Lines of what happened, each with the seconds since the start."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+        self.began = time.monotonic()
+
+    def tell(self, text: str) -> None:
+        self.lines.append(f"{time.monotonic() - self.began:6.1f} s  {text}")
+        print(self.lines[-1], flush=True)
+
+
+def start_nodes(training: list[str], home: Path) -> dict[str, subprocess.Popen]:
+    """torchrun on every node. training: train.py and its flags."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint={NODES['node0']}:29500", "--rdzv_id=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+    nodes = {}
+    for i, (node, address) in enumerate(NODES.items()):
+        # Namespaces share their host's name, so each node is told who it is.
+        here = [f"--rdzv_conf=is_host={int(i == 0)}", f"--local_addr={address}"]
+        words = ["ip", "netns", "exec", node, *launcher, *here, "--max-restarts=3", *training]
+        with (home / f"{node}.log").open("w") as log:
+            nodes[node] = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+    return nodes
+
+
+def cut_and_wait(
+    c: MultinodeConfig,
+    run: Path,
+    nodes: dict[str, subprocess.Popen],
+    network: Network,
+    report: Report,
+) -> bool:
+    """Takes the link down in mid-run and puts it back -> whether training then ended well."""
+    first = nodes["node0"]
+    if not wait_until(lambda: written(run) >= c.cut_at, first):
+        raise UserError(f"training ended before iteration {c.cut_at}")
+    network.link("down")
+    cut = time.monotonic()
+    report.tell(f"iteration {written(run)}: link down")
+    wait_until(
+        lambda: (
+            time.monotonic() - cut > c.cut_seconds
+            or any(node.poll() is not None for node in nodes.values())
+        )
+    )
+    stood, kept = written(run), newest_iteration(run)
+    network.link("up")
+    report.tell(
+        f"link up again; metrics stand at iteration {stood}, the newest checkpoint at {kept}"
+    )
+    if not wait_until(lambda: newest_iteration(run) > stood, first):
+        raise UserError("training did not go on after the link was back")
+    after = time.monotonic() - cut - c.cut_seconds
+    report.tell(
+        f"training has passed iteration {stood} again, {after:.0f} s after the link was back"
+    )
+    statuses = {name: node.wait(300) for name, node in nodes.items()}
+    report.tell(f"ended: exit status {' and '.join(f'{s} on {n}' for n, s in statuses.items())}")
+    return not any(statuses.values())
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Of the losses of two runs, in nats."""
+    found = 0.0
+    for one, other in zip(history(a), history(b), strict=True):
+        for key in ("train_loss", "val_loss"):
+            if key in one:
+                found = max(found, abs(one[key] - other[key]))
+    return found
+
+
+def stop(nodes: dict[str, subprocess.Popen], home: Path) -> None:
+    """Ends what still runs, and prints the telling lines of each node's log."""
+    for name, node in nodes.items():
+        node.kill()
+        for text in (home / f"{name}.log").read_text().splitlines():
+            if "Error" in text or "rendezvous" in text.lower() or text.startswith("done"):
+                print(f"  {name}: {text[:200]}")
+
+
+def main() -> None:
     (c,) = parse(sys.argv[1:], MultinodeConfig)
-    lines, began = [], time.monotonic()
-
-    def tell(text: str):
-        lines.append(f"{time.monotonic() - began:6.1f} s  {text}")
-        print(lines[-1], flush=True)
-
+    report = Report()
     with tempfile.TemporaryDirectory(prefix="multinode-") as folder, Network() as network:
         home = Path(folder)
         run, alone = home / "run", home / "alone"
         settings = dict(dropout=0, head="cosine", lr_decay_iters=c.max_iters)
-        launcher = [
-            "--nnodes=2",
-            "--nproc_per_node=1",
-            "--rdzv_backend=c10d",
-            f"--rdzv_endpoint={NODES['node0']}:29500",
-            "--rdzv_id=1",
-        ]
-        training = command(run, c.dataset, c.max_iters, timeout=c.timeout, **settings)[
-            1:
-        ]  # train.py and its flags
-        nodes = {}
-        for i, (node, address) in enumerate(NODES.items()):
-            here = [
-                f"--rdzv_conf=is_host={int(i == 0)}",
-                f"--local_addr={address}",
-            ]  # namespaces share their host's name
-            words = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                *launcher,
-                *here,
-                "--max-restarts=3",
-                *training,
-            ]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-            with (home / f"{node}.log").open("w") as log:
-                nodes[node] = subprocess.Popen(
-                    ["ip", "netns", "exec", node, *words], env=environment, stdout=log, stderr=log
-                )
+        _, *training = command(run, c.dataset, c.max_iters, timeout=c.timeout, **settings)
+        nodes = start_nodes(training, home)
         try:
-            tell(f"torchrun started on {' and '.join(f'{n} ({a})' for n, a in NODES.items())}")
-            if not wait_until(lambda: written(run) >= c.cut_at, nodes["node0"]):
-                raise UserError(f"training ended before iteration {c.cut_at}")
-            network.link("down")
-            cut = time.monotonic()
-            tell(f"iteration {written(run)}: link down")
-            wait_until(
-                lambda: (
-                    time.monotonic() - cut > c.cut_seconds
-                    or any(n.poll() is not None for n in nodes.values())
-                )
-            )
-            stood = written(run), newest_iteration(run)
-            network.link("up")
-            tell(
-                f"link up again; metrics stand at iteration {stood[0]}, the newest checkpoint at"
-                f" {stood[1]}"
-            )
-            if not wait_until(lambda: newest_iteration(run) > stood[0], nodes["node0"]):
-                raise UserError("training did not go on after the link was back")
-            tell(
-                f"training has passed iteration {stood[0]} again,"
-                f" {time.monotonic() - cut - c.cut_seconds:.0f} s after the link was back"
-            )
-            statuses = {name: node.wait(300) for name, node in nodes.items()}
-            tell(f"ended: exit status {' and '.join(f'{s} on {n}' for n, s in statuses.items())}")
+            names = " and ".join(f"{node} ({address})" for node, address in NODES.items())
+            report.tell(f"torchrun started on {names}")
+            good = cut_and_wait(c, run, nodes, network, report)
             finish(command(alone, c.dataset, c.max_iters, **settings), home / "log")
-            pairs = list(zip(history(alone), history(run), strict=True))
-            furthest = max(
-                abs(a[k] - b[k]) for a, b in pairs for k in ("train_loss", "val_loss") if k in a
-            )
-            tell(
+            furthest = largest_difference(alone, run)
+            report.tell(
                 f"largest difference of a loss to one process alone, over {c.max_iters} iterations:"
                 f" {furthest:.1e} nats"
             )
         finally:
-            for name, node in nodes.items():
-                node.kill()
-                for text in (home / f"{name}.log").read_text().splitlines():
-                    if "Error" in text or "rendezvous" in text.lower() or text.startswith("done"):
-                        print(f"  {name}: {text[:200]}")
-    Path(c.out).write_text("\n".join(lines) + "\n")
-    if any(statuses.values()) or furthest > 1e-4:
+            stop(nodes, home)
+    Path(c.out).write_text("\n".join(report.lines) + "\n")
+    if not good or furthest > 1e-4:
         sys.exit(1)
 
 

@@ -27,9 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 from tqdm import tqdm
@@ -53,17 +54,10 @@ COLUMNS = [
     "as_it_should",
 ]
 TINY = dict(
-    n_layer=2,
-    n_head=2,
-    n_embd=64,
-    block_size=64,
-    batch_size=8,
-    eval_iters=1,
-    eval_interval=INTERVAL,
-    log_interval=1,
-) | dict(
-    head="cosine", dropout=0.1, warmup_iters=10, lr_decay_iters=3000, compile=False, emissions=False
-)
+    n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=8, head="cosine", dropout=0.1,
+    eval_iters=1, eval_interval=INTERVAL, log_interval=1, warmup_iters=10, lr_decay_iters=3000,
+    compile=False, emissions=False,
+)  # fmt: skip
 
 
 @dataclass
@@ -80,16 +74,33 @@ class StormConfig:
     """the table; rows that it has are not tried again"""
 
     def problems(self) -> list[str]:
-        found = (
-            []
-            if self.trials is None or self.trials > 0
-            else [f"trials={self.trials} must be at least 1"]
-        )
-        return (
-            found
-            if (Path(self.dataset) / "meta.json").is_file()
-            else [*found, f"no prepared data in {self.dataset}: make demo prepares it"]
-        )
+        found = []
+        if self.trials is not None and self.trials < 1:
+            found.append(f"trials={self.trials} must be at least 1")
+        if not (Path(self.dataset) / "meta.json").is_file():
+            found.append(f"no prepared data in {self.dataset}: make demo prepares it")
+        return found
+
+
+@dataclass
+class Trial:
+    """A row of the table: what was tried and what happened.
+
+    done_again: iterations, None where they do not count. as_it_should: whether all was.
+    """
+
+    fault: str
+    processes: int
+    trial: int
+    tried: str
+    happened: str
+    seconds: float
+    as_it_should: bool
+    done_again: int | None = 0
+
+    def row(self) -> dict[str, str]:
+        values = asdict(self) | {"seconds": f"{self.seconds:.1f}"}
+        return {name: "" if values[name] is None else str(values[name]) for name in COLUMNS}
 
 
 class Table:
@@ -118,43 +129,28 @@ class Table:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def add(
-        self,
-        fault: str,
-        processes: int,
-        trial: int,
-        tried: str,
-        happened: str,
-        done_again,
-        seconds: float,
-        good: bool,
-    ):
-        values = fault, processes, trial, tried, happened, done_again, f"{seconds:.1f}", good
-        self.rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
+    def add(self, trial: Trial) -> None:
+        self.rows.append(trial.row())
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
 
 
 def command(
-    out: Path, dataset, max_iters: int, processes: int = 1, torchrun=(), **flags
+    out: Path,
+    dataset: str | Path,
+    max_iters: int,
+    processes: int = 1,
+    torchrun: Sequence[str] = (),
+    **flags: Any,
 ) -> list[str]:
-    settings = {
-        **TINY,
-        "dataset": dataset,
-        "max_iters": max_iters,
-        "init_from": "auto",
-        "out_dir": out,
-        **flags,
-    }
-    return [
-        sys.executable,
-        *launcher(processes, *torchrun),
-        "train.py",
-        *(f"--{k}={v}" for k, v in settings.items()),
-    ]
+    """The words that train a run, or resume it. torchrun: its flags, for several processes."""
+    run = dict(dataset=dataset, max_iters=max_iters, init_from="auto", out_dir=out)
+    given = [f"--{key}={value}" for key, value in {**TINY, **run, **flags}.items()]
+    return [sys.executable, *launcher(processes, *torchrun), "train.py", *given]
 
 
-def begin(words: list[str], log: Path, env: dict | None = None) -> subprocess.Popen:
+def begin(words: list[str], log: Path, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """Starts a command whose output goes to the end of a log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("a") as file:
         return subprocess.Popen(
@@ -162,10 +158,11 @@ def begin(words: list[str], log: Path, env: dict | None = None) -> subprocess.Po
         )
 
 
-def finish(words: list[str], log: Path, env: dict | None = None, timeout: float = 900) -> int:
+def finish(words: list[str], log: Path, env: dict[str, str] | None = None) -> int:
+    """Runs a command to its end -> its exit status."""
     process = begin(words, log, env)
     try:
-        return process.wait(timeout)
+        return process.wait(900)
     finally:
         kill_all(process)
 
@@ -182,7 +179,9 @@ def workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
     return found
 
 
-def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 300):
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 300
+) -> bool:
     """Waits for a condition -> whether it came true before the process ended."""
     end = time.monotonic() + seconds
     while not condition():
@@ -207,7 +206,7 @@ def differences(a: Path, b: Path) -> str:
     return "; ".join(f"{part} differ" for part, same in compare(a, b).items() if not same)
 
 
-def kills(c: StormConfig, table: Table, home: Path):
+def kills(c: StormConfig, table: Table, home: Path) -> None:
     """Batches of kills of one run, which is then ended and compared; a batch without its comparison
     is begun anew."""
     total = c.trials or 50
@@ -221,17 +220,13 @@ def kills(c: StormConfig, table: Table, home: Path):
 
 def kill_and_compare(
     c: StormConfig, table: Table, home: Path, processes: int, batch: int, trials: range
-):
+) -> None:
+    """Kills one run as often as there are trials, ends it, and compares it with one that was never
+    killed."""
     home.mkdir()
-    run, whole, log, rng = (
-        home / "killed",
-        home / "whole",
-        home / "log",
-        random.Random(f"{processes} {batch}"),
-    )
-    for trial in tqdm(
-        trials, f"kills, {processes} process{'es' if processes > 1 else ''}", disable=None
-    ):
+    run, whole, log = home / "killed", home / "whole", home / "log"
+    rng = random.Random(f"{processes} {batch}")
+    for trial in tqdm(trials, f"kills, processes: {processes}", disable=None):
         process = begin(command(run, c.dataset, 100_000, processes), log)
         goal = newest_iteration(run) + INTERVAL * rng.randrange(1, 8)
         wait_until(lambda: newest_iteration(run) >= goal, process)  # noqa: B023  called before the next round
@@ -253,21 +248,20 @@ def kill_and_compare(
         left = any((run / "ckpt").glob(".iter_*"))
         lines, kept = written(run), newest_iteration(run)
         when = "while a checkpoint was written" if writing else "at a random moment"
-        what = (
-            f"goes on from {kept} of {lines}{', an unfinished checkpoint was left' if left else ''}"
-        )
-        good = 0 <= lines - kept <= 2 * INTERVAL and took < 10
-        table.add(
-            "kill", processes, trial, f"SIGKILL to {who} {when}", what, lines - kept, took, good
-        )
+        what = f"goes on from {kept} of {lines}"
+        if left:
+            what += ", an unfinished checkpoint was left"
+        again = lines - kept
+        good = 0 <= again <= 2 * INTERVAL and took < 10
+        tried = f"SIGKILL to {who} {when}"
+        table.add(Trial("kill", processes, trial, tried, what, took, good, again))
     end, began = newest_iteration(run) + 20, time.monotonic()
     statuses = [finish(command(r, c.dataset, end, processes), log) for r in (run, whole)]
     wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
     tried = f"the run of kills {trials[0]} to {trials[-1]}, ended, against one never killed"
     happened = wrong or f"bitwise equal over {end} iterations"
-    table.add(
-        "after kills", processes, batch, tried, happened, "", time.monotonic() - began, not wrong
-    )
+    took = time.monotonic() - began
+    table.add(Trial("after kills", processes, batch, tried, happened, took, not wrong, None))
 
 
 def spoil(path: Path, how: str, rng: random.Random) -> str:
@@ -286,7 +280,7 @@ def spoil(path: Path, how: str, rng: random.Random) -> str:
     return f"{path.name}: bit {bit} of byte {at} flipped"
 
 
-def damage(c: StormConfig, table: Table, home: Path):
+def damage(c: StormConfig, table: Table, home: Path) -> None:
     trials = [t for t in range(c.trials or 100) if not table.has("damage", 1, t)]
     if not trials:
         return
@@ -308,14 +302,12 @@ def damage(c: StormConfig, table: Table, home: Path):
         began = time.monotonic()
         status = finish(command(run, spoilt, 4 * INTERVAL), out)
         text = out.read_text()
+        again = 0
         if status == 0:
             wrong = differences(run, whole)
-            reported = "is damaged" in text
-            happened = wrong or (
-                "reported, the checkpoint before used, bitwise equal"
-                if reported
-                else "of no consequence, bitwise equal"
-            )
+            happened = wrong or "of no consequence, bitwise equal"
+            if not wrong and "is damaged" in text:
+                happened, again = "reported, the checkpoint before used, bitwise equal", INTERVAL
             good = not wrong
         else:
             (message,) = [line for line in text.splitlines() if line.startswith("train.py: ")] or [
@@ -323,16 +315,8 @@ def damage(c: StormConfig, table: Table, home: Path):
             ]
             happened = f"refused: {message.removeprefix('train.py: ').replace(f'{home}/', '')}"
             good = status == 2 and "Traceback" not in text and name in message
-        table.add(
-            "damage",
-            1,
-            trial,
-            tried,
-            happened,
-            INTERVAL if "reported" in happened else 0,
-            time.monotonic() - began,
-            good,
-        )
+        took = time.monotonic() - began
+        table.add(Trial("damage", 1, trial, tried, happened, took, good, again))
 
 
 class Disk:
@@ -350,7 +334,7 @@ class Disk:
         if done.returncode:
             raise UserError(f"{' '.join(words)}: {done.stderr.strip()} (the disk faults need root)")
 
-    def remount(self, options: str):
+    def remount(self, options: str) -> None:
         self._mount("mount", "-o", f"remount,{options}", str(self.path))
 
     def __enter__(self):
@@ -358,6 +342,11 @@ class Disk:
 
     def __exit__(self, *_):
         subprocess.run(["umount", "-l", str(self.path)], check=False)
+
+
+def steps(run: Path) -> list[dict]:
+    """The metrics of its iterations, without those of evaluations."""
+    return [r for r in history(run) if "train_loss" in r]
 
 
 def stop_and_compare(
@@ -368,92 +357,79 @@ def stop_and_compare(
     status, end = process.wait(60), newest_iteration(run)
     finish(command(whole, c.dataset, end), log)
     same = compare(run, whole)
-    steps = (
-        [r for r in history(path) if "train_loss" in r] for path in (run, whole)
-    )  # the whole one evaluates at its end besides
-    same["metrics"] = next(steps) == next(steps)
+    # Of the metrics only iterations are compared: the whole run evaluates at its end besides.
+    same["metrics"] = steps(run) == steps(whole)
     found = [f"{part} differ" for part, equal in same.items() if not equal]
     return "; ".join(found if status == 143 else [f"exit status {status}", *found])
 
 
-def disk(c: StormConfig, table: Table, home: Path):
+def disk(c: StormConfig, table: Table, home: Path) -> None:
     if not table.has("full disk", 1, 0):
-        # room for three checkpoints (the newest two and the best are kept) and some of a fourth
-        began, log = time.monotonic(), home / "full.log"
-        with Disk(home / "small", 11) as small:
-            run, ballast = small.path / "run", small.path / "ballast"
-            process = begin(command(run, c.dataset, 100_000), log)
-            wait_until(lambda: "could not be written" in log.read_text(), process)
-            during = newest_iteration(run)
-            fill(ballast)
-            before = written(run)
-            time.sleep(2)
-            stuck = written(run)
-            small.remount("size=60m")
-            ballast.unlink()
-            wait_until(lambda: newest_iteration(run) > during + INTERVAL, process)
-            wrong = stop_and_compare(c, process, run, home / "full whole", log)
-        happened = (
-            f"reported; iter {during} stayed; metrics waited at {before} to {stuck} lines; with"
-            " room again all written, bitwise equal"
-        )
-        table.add(
-            "full disk",
-            1,
-            0,
-            "tmpfs full in mid-run, then enlarged",
-            wrong or happened,
-            0,
-            time.monotonic() - began,
-            not wrong,
-        )
+        table.add(full_disk(c, home))
     if not table.has("read-only out_dir", 1, 0):
-        began, log = time.monotonic(), home / "ro.log"
-        with Disk(home / "ro", 50) as small:
-            small.remount("ro")
-            status = finish(command(small.path / "run", c.dataset, 20), log)
-        message = log.read_text().strip().splitlines()[-1].replace(f"{home}/", "")
-        good = status == 2 and "cannot be written: Read-only file system" in message
-        table.add(
-            "read-only out_dir",
-            1,
-            0,
-            "out_dir on a read-only file system",
-            message,
-            0,
-            time.monotonic() - began,
-            good,
-        )
+        table.add(read_only_disk(c, home))
     if not table.has("read-only out_dir", 1, 1):
-        began, log, run = time.monotonic(), home / "immutable.log", home / "immutable"
+        table.add(read_only_folder(c, home))
+
+
+def full_disk(c: StormConfig, home: Path) -> Trial:
+    began, log = time.monotonic(), home / "full.log"
+    # Room for three checkpoints (the newest two and the best are kept) and some of a fourth.
+    with Disk(home / "small", 11) as small:
+        run, ballast = small.path / "run", small.path / "ballast"
         process = begin(command(run, c.dataset, 100_000), log)
-        wait_until(lambda: newest_iteration(run) > 0, process)
-        if subprocess.run(["chattr", "+i", str(run / "ckpt")], capture_output=True).returncode:
-            kill_all(process)
-            raise UserError(
-                "chattr +i does not work on this file system: no folder can be made read-only for"
-                " root"
-            )
         wait_until(lambda: "could not be written" in log.read_text(), process)
-        kept = newest_iteration(run)
-        subprocess.run(["chattr", "-i", str(run / "ckpt")], check=True)
-        wait_until(lambda: newest_iteration(run) > kept, process)
-        wrong = stop_and_compare(c, process, run, home / "immutable whole", log)
-        happened = f"reported; iter {kept} stayed; written again once it could be; bitwise equal"
-        tried = "ckpt turns read-only in mid-run, and back"
-        table.add(
-            "read-only out_dir",
-            1,
-            1,
-            tried,
-            wrong or happened,
-            0,
-            time.monotonic() - began,
-            not wrong,
+        during = newest_iteration(run)
+        fill(ballast)
+        before = written(run)
+        time.sleep(2)
+        stuck = written(run)
+        small.remount("size=60m")
+        ballast.unlink()
+        wait_until(lambda: newest_iteration(run) > during + INTERVAL, process)
+        wrong = stop_and_compare(c, process, run, home / "full whole", log)
+    tried = "tmpfs full in mid-run, then enlarged"
+    happened = wrong or (
+        f"reported; iter {during} stayed; metrics waited at {before} to {stuck} lines; with"
+        " room again all written, bitwise equal"
+    )
+    return Trial("full disk", 1, 0, tried, happened, time.monotonic() - began, not wrong)
+
+
+def read_only_disk(c: StormConfig, home: Path) -> Trial:
+    began, log = time.monotonic(), home / "ro.log"
+    with Disk(home / "ro", 50) as small:
+        small.remount("ro")
+        status = finish(command(small.path / "run", c.dataset, 20), log)
+    message = log.read_text().strip().splitlines()[-1].replace(f"{home}/", "")
+    good = status == 2 and "cannot be written: Read-only file system" in message
+    tried, took = "out_dir on a read-only file system", time.monotonic() - began
+    return Trial("read-only out_dir", 1, 0, tried, message, took, good)
+
+
+def read_only_folder(c: StormConfig, home: Path) -> Trial:
+    began, log, run = time.monotonic(), home / "immutable.log", home / "immutable"
+    folder = str(run / "ckpt")
+    process = begin(command(run, c.dataset, 100_000), log)
+    wait_until(lambda: newest_iteration(run) > 0, process)
+    if subprocess.run(["chattr", "+i", folder], capture_output=True).returncode:
+        kill_all(process)
+        raise UserError(
+            "chattr +i does not work on this file system: no folder can be made read-only for root"
         )
+    wait_until(lambda: "could not be written" in log.read_text(), process)
+    kept = newest_iteration(run)
+    subprocess.run(["chattr", "-i", folder], check=True)
+    wait_until(lambda: newest_iteration(run) > kept, process)
+    wrong = stop_and_compare(c, process, run, home / "immutable whole", log)
+    tried, took = "ckpt turns read-only in mid-run, and back", time.monotonic() - began
+    happened = (
+        wrong or f"reported; iter {kept} stayed; written again once it could be; bitwise equal"
+    )
+    return Trial("read-only out_dir", 1, 1, tried, happened, took, not wrong)
 
 
-def fill(path: Path):
+def fill(path: Path) -> None:
     """Takes what is left of a disk."""
     with path.open("wb", buffering=0) as file:
         try:
@@ -472,7 +448,7 @@ time.time = jumping
 """
 
 
-def clock(c: StormConfig, table: Table, home: Path):
+def clock(c: StormConfig, table: Table, home: Path) -> None:
     if table.has("clock", 1, 0):
         return
     began, log, run, whole = time.monotonic(), home / "log", home / "clock", home / "clock whole"
@@ -486,45 +462,34 @@ def clock(c: StormConfig, table: Table, home: Path):
     statuses.append(finish(command(whole, c.dataset, 40), log))
     wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
     tried = "time.time() jumps by a day and by 95 years; files of 1970 and 2096"
-    table.add(
-        "clock", 1, 0, tried, wrong or "bitwise equal", 0, time.monotonic() - began, not wrong
+    took = time.monotonic() - began
+    table.add(Trial("clock", 1, 0, tried, wrong or "bitwise equal", took, not wrong))
+
+
+def hang(c: StormConfig, table: Table, home: Path) -> None:
+    for rank in range(2):
+        if not table.has("hang", 2, rank):
+            table.add(suspend(c, home, rank))
+
+
+def suspend(c: StormConfig, home: Path, rank: int) -> Trial:
+    """SIGSTOP to one of two processes."""
+    log, run, whole = (home / f"hang{rank}{part}" for part in (".log", "", " whole"))
+    process = begin(command(run, c.dataset, 200, 2, ["--max-restarts=1"], timeout=10), log)
+    wait_until(lambda: newest_iteration(run) >= 2 * INTERVAL, process)
+    workers(process)[rank].suspend()
+    began, lines = time.monotonic(), written(run)
+    wait_until(
+        lambda: written(run) < lines or newest_iteration(run) > lines + INTERVAL,
+        process,
     )
-
-
-def hang(c: StormConfig, table: Table, home: Path):
-    for trial in range(2):
-        if table.has("hang", 2, trial):
-            continue
-        log, run, whole = (
-            home / f"hang{trial}.log",
-            home / f"hang{trial}",
-            home / f"hang{trial} whole",
-        )
-        process = begin(command(run, c.dataset, 200, 2, ["--max-restarts=1"], timeout=10), log)
-        wait_until(lambda run=run: newest_iteration(run) >= 2 * INTERVAL, process)
-        workers(process)[trial].suspend()
-        began, lines = time.monotonic(), written(run)
-        wait_until(
-            lambda run=run, lines=lines: (
-                written(run) < lines or newest_iteration(run) > lines + INTERVAL
-            ),
-            process,
-        )
-        took = time.monotonic() - began
-        status = process.wait(300)
-        finish(command(whole, c.dataset, 200, 2), log)
-        wrong = differences(run, whole) or (f"exit status {status}" if status else "")
-        happened = f"given up, started again and going on after {took:.0f} s; bitwise equal"
-        table.add(
-            "hang",
-            2,
-            trial,
-            f"SIGSTOP to rank {trial}, timeout=10, --max-restarts=1",
-            wrong or happened,
-            "",
-            took,
-            not wrong,
-        )
+    took = time.monotonic() - began
+    status = process.wait(300)
+    finish(command(whole, c.dataset, 200, 2), log)
+    wrong = differences(run, whole) or (f"exit status {status}" if status else "")
+    tried = f"SIGSTOP to rank {rank}, timeout=10, --max-restarts=1"
+    happened = wrong or f"given up, started again and going on after {took:.0f} s; bitwise equal"
+    return Trial("hang", 2, rank, tried, happened, took, not wrong, None)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -547,7 +512,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], StormConfig)
     table = Table(Path(c.out))
     kinds = {"kills": kills, "damage": damage, "disk": disk, "clock": clock, "hang": hang}
