@@ -34,18 +34,15 @@ SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.in
 HUB = (
     "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "bert-base-uncased", "bert-large-uncased"
 )  # fmt: skip
-FREE = (
+# Settings that a model's weights do not determine.
+FREE = ModelConfig.free_settings() | {
     "block_size",
     "vocab_size",
     "real_vocab_size",
-    "dropout",
     "label_smoothing",
     "doc_mask",
     "eot_id",
-    "head_impl",
-    "head_skip",
-    "head_precision",
-)
+}
 # The keys that describe a head: what a swap changes.
 HEAD_KEY = re.compile("(head|link|exponent|scale|learn_exponent|learn_scale)$|head_(?!dim)")
 TABLES = ("tokens.weight", "head.weight", "head.bias")  # a row for each token

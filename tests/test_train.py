@@ -152,7 +152,7 @@ def test_newest_and_best_checkpoints_are_kept(train, tmp_path):
         {},
         {"arch": "bert", "dropout": 0.1},
         {"head": "hamming_gumbel"},
-        {"dropout": 0.2, "head": "cosine"},
+        {"dropout": 0.2, "head": "cosine", "optimizer": "muon", "head_learning_rate": 2e-3},
     ],
 )
 def test_resuming_gives_the_same_run(train, tmp_path, settings):
