@@ -17,8 +17,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis import perplexity, report
+from analysis import perplexity, report, tables
 from analysis.runs import caution, find_runs, table
+from analysis.tables import Column
 from base.command_line import cli, write_yaml
 from base.errors import UserError
 from model import Model, ModelConfig
@@ -664,3 +665,41 @@ def test_a_mistake_is_a_message_and_exit_status_2(home, monkeypatch, capsys):
         "",
         f"python -m analysis.report: no run {home}/out/cosin; did you mean cosine?\n",
     )
+
+
+# tables
+
+
+def test_one_table_as_text_and_as_markdown():
+    rows = [
+        {"head": "euclidean", "loss": 1.23456, "n": None, "note": "a|b"},
+        {"head": "cosine", "loss": "-2.5", "n": 28, "rate": math.nan},
+    ]
+    columns = ["head", Column("loss", "val loss", ".3f", "nats"), Column("n"), "note", "rate"]
+    assert tables.text(rows, columns) == (
+        "head       val loss, nats   n  note  rate\n"
+        "euclidean           1.235   -  a|b      -\n"
+        "cosine             -2.500  28  -      nan"
+    )
+    assert tables.markdown(rows, columns) == (
+        "| head | val loss, nats | n | note | rate |\n"
+        "| --- | ---: | ---: | --- | ---: |\n"
+        "| euclidean | 1.235 | - | a\\|b | - |\n"
+        "| cosine | -2.500 | 28 | - | nan |"
+    )
+    assert tables.interval(0.0123, 0.003) == "+0.012 ± 0.003"
+    assert tables.interval(0.0123, math.nan) == "+0.012"
+
+
+def test_a_csv_file_is_written_appended_to_and_refused(tmp_path):
+    path, columns = tmp_path / "t.csv", ["a", Column("b", "B", ".2f")]
+    tables.write_csv(path, [{"a": 1}, {"b": 2.5, "c": "left out"}], columns)
+    assert path.read_bytes() == b"a,b\r\n1,\r\n,2.5\r\n"
+    path.write_bytes(path.read_bytes().removesuffix(b"\r\n"))
+    tables.append_csv(path, [{"a": "x,y"}], columns)
+    assert tables.read_csv(path, columns)[1:] == [{"a": "", "b": "2.5"}, {"a": "x,y", "b": ""}]
+    with pytest.raises(UserError, match=r"t.csv has other columns \(a, b\)"):
+        tables.read_csv(path, ["b", "a"])
+    path.write_text("a,b\n1,2\n3\n")
+    with pytest.raises(UserError, match="line 3 has not as many cells"):
+        tables.read_csv(path)
