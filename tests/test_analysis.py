@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import perplexity, report, tables
+from analysis import perplexity, report, summary, tables
 from analysis.runs import caution, find_runs
 from analysis.tables import Column
 from base.command_line import cli, write_yaml
@@ -492,7 +492,7 @@ def test_the_lead_says_only_what_the_windows_tell(home):
         find_runs([home / "out/ce", home / "out/cosine"]),
         [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}],
     )
-    lead = lambda rows: report.lead(runs, summaries, rows and {"best": 1, "rows": rows})
+    lead = lambda rows: summary.lead(runs, summaries, rows and {"best": 1, "rows": rows})
     assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead(
         [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
     )

@@ -26,6 +26,7 @@ from analysis import (
     gradients,
     perplexity,
     report,
+    summary,
     tables,
     theory,
 )
@@ -626,10 +627,9 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
                 assert gradients.measure(run)[0]["mean"] is None
             gradients.draw([run])
             assert tables.text(gradients.measure(run), gradients.COLUMNS)
-            shown = report.summary_table(
-                [report.summary(run, model, metrics)], {"losses": True, "bits": True, "work": True}
-            )
-            assert len(shown["rows"][0]) == len(report.COLUMNS) and report.curves(metrics)
+            agree = summary.Agreement(losses=True, bits=True, work=True, windows=True)
+            shown = summary.summary_table([summary.summarize(run, model, metrics)], agree)
+            assert len(shown["rows"][0]) == len(summary.COLUMNS) and report.curves(metrics)
             theory.measure(run, model, run.data(), "val")
 
 
