@@ -282,16 +282,11 @@ def coverage(data: Data) -> str:
 def draw(maps: list[tuple]) -> Figure:
     """The prototypes on their first two principal components: grey points, relations as arrows with
     their words. maps: for each run its name, prototypes (V, C) and tokenizer."""
-    across = min(2, len(maps))
-    down = math.ceil(len(maps) / across)
-    side = figures.WIDTH / 2
-    figure = figures.figure(side * down, side * across)
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for axes in panels[len(maps) :]:
-        axes.axis("off")
+    figure = figures.figure(5.0 * len(maps))
+    panels = figure.subplots(len(maps), squeeze=False)[:, 0]
     shown = ("country: capital", "man: woman", "one: many")
     colors = (figures.BLUE, figures.VERMILLION, figures.GREEN)
-    for axes, (name, x, tokenizer) in zip(panels, maps, strict=False):
+    for axes, (name, x, tokenizer) in zip(panels, maps, strict=True):
         rows, variance, directions = principal(x)
         plane = rows @ directions[:, :2]
         axes.scatter(*plane.T, s=2, color="0.8", linewidths=0)
@@ -300,7 +295,8 @@ def draw(maps: list[tuple]) -> Figure:
             for first, second in pairs(relation)[:5]:
                 a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
                 axes.annotate("", b, a, arrowprops=arrow)
-                axes.text(*a, first, color=color, fontsize=7)
+                axes.text(*a, first, color=color, fontsize=8)
+                axes.text(*b, second, color=color, fontsize=8)
         share = variance / variance.sum()
         axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
         axes.set_ylabel(f"PC 2 ({share[1]:.1%})")

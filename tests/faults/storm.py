@@ -18,7 +18,7 @@ Every run is compared in the end with one that nothing happened to: the same met
     iterations were done again, and whether all was as it should be.
 """
 
-import csv
+import dataclasses
 import os
 import random
 import shutil
@@ -34,6 +34,8 @@ from typing import Literal
 import psutil
 from tqdm import tqdm
 
+from analysis import tables
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError, check
 from training import checkpoint
@@ -42,16 +44,6 @@ from training.verify import compare, history, kill_all, written
 
 INTERVAL = 5  # iterations between checkpoints
 BATCH = 10  # kills of a run, before it is ended and compared
-COLUMNS = [
-    "fault",
-    "processes",
-    "trial",
-    "tried",
-    "happened",
-    "done_again",
-    "seconds",
-    "as_it_should",
-]
 TINY = dict(
     n_layer=2,
     n_head=2,
@@ -92,16 +84,31 @@ class StormConfig:
         )
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One row of the table."""
+
+    fault: str
+    processes: int
+    trial: int
+    tried: str
+    happened: str
+    done_again: int | str
+    """iterations; empty where it is not known"""
+    seconds: float
+    as_it_should: bool
+
+
+COLUMNS = [field.name for field in dataclasses.fields(Trial)]
+
+
 class Table:
     """results/faults.csv, one row a trial, written as each ends."""
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(",".join(COLUMNS) + "\n")
-        with path.open(newline="") as file:
-            self.rows = list(csv.DictReader(file))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = tables.read_csv(path, COLUMNS) if path.exists() else []
 
     def has(self, fault: str, processes: int, trial: int) -> bool:
         return any(
@@ -113,26 +120,12 @@ class Table:
         """Forgets the rows of a batch that was not ended."""
         gone = {(fault, str(processes), str(t)) for t in trials}
         self.rows = [r for r in self.rows if (r["fault"], r["processes"], r["trial"]) not in gone]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        tables.write_csv(self.path, self.rows, COLUMNS)
 
-    def add(
-        self,
-        fault: str,
-        processes: int,
-        trial: int,
-        tried: str,
-        happened: str,
-        done_again,
-        seconds: float,
-        good: bool,
-    ):
-        values = fault, processes, trial, tried, happened, done_again, f"{seconds:.1f}", good
-        self.rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+    def add(self, trial: Trial):
+        row = {**dataclasses.asdict(trial), "seconds": f"{trial.seconds:.1f}"}
+        self.rows.append({key: str(value) for key, value in row.items()})
+        tables.append_csv(self.path, self.rows[-1:], COLUMNS)
 
 
 def command(
@@ -258,7 +251,9 @@ def kill_and_compare(
         )
         good = 0 <= lines - kept <= 2 * INTERVAL and took < 10
         table.add(
-            "kill", processes, trial, f"SIGKILL to {who} {when}", what, lines - kept, took, good
+            Trial(
+                "kill", processes, trial, f"SIGKILL to {who} {when}", what, lines - kept, took, good
+            )
         )
     end, began = newest_iteration(run) + 20, time.monotonic()
     statuses = [finish(command(r, c.dataset, end, processes), log) for r in (run, whole)]
@@ -266,7 +261,16 @@ def kill_and_compare(
     tried = f"the run of kills {trials[0]} to {trials[-1]}, ended, against one never killed"
     happened = wrong or f"bitwise equal over {end} iterations"
     table.add(
-        "after kills", processes, batch, tried, happened, "", time.monotonic() - began, not wrong
+        Trial(
+            "after kills",
+            processes,
+            batch,
+            tried,
+            happened,
+            "",
+            time.monotonic() - began,
+            not wrong,
+        )
     )
 
 
@@ -324,14 +328,16 @@ def damage(c: StormConfig, table: Table, home: Path):
             happened = f"refused: {message.removeprefix('train.py: ').replace(f'{home}/', '')}"
             good = status == 2 and "Traceback" not in text and name in message
         table.add(
-            "damage",
-            1,
-            trial,
-            tried,
-            happened,
-            INTERVAL if "reported" in happened else 0,
-            time.monotonic() - began,
-            good,
+            Trial(
+                "damage",
+                1,
+                trial,
+                tried,
+                happened,
+                INTERVAL if "reported" in happened else 0,
+                time.monotonic() - began,
+                good,
+            )
         )
 
 
@@ -398,14 +404,16 @@ def disk(c: StormConfig, table: Table, home: Path):
             " room again all written, bitwise equal"
         )
         table.add(
-            "full disk",
-            1,
-            0,
-            "tmpfs full in mid-run, then enlarged",
-            wrong or happened,
-            0,
-            time.monotonic() - began,
-            not wrong,
+            Trial(
+                "full disk",
+                1,
+                0,
+                "tmpfs full in mid-run, then enlarged",
+                wrong or happened,
+                0,
+                time.monotonic() - began,
+                not wrong,
+            )
         )
     if not table.has("read-only out_dir", 1, 0):
         began, log = time.monotonic(), home / "ro.log"
@@ -415,14 +423,16 @@ def disk(c: StormConfig, table: Table, home: Path):
         message = log.read_text().strip().splitlines()[-1].replace(f"{home}/", "")
         good = status == 2 and "cannot be written: Read-only file system" in message
         table.add(
-            "read-only out_dir",
-            1,
-            0,
-            "out_dir on a read-only file system",
-            message,
-            0,
-            time.monotonic() - began,
-            good,
+            Trial(
+                "read-only out_dir",
+                1,
+                0,
+                "out_dir on a read-only file system",
+                message,
+                0,
+                time.monotonic() - began,
+                good,
+            )
         )
     if not table.has("read-only out_dir", 1, 1):
         began, log, run = time.monotonic(), home / "immutable.log", home / "immutable"
@@ -442,14 +452,16 @@ def disk(c: StormConfig, table: Table, home: Path):
         happened = f"reported; iter {kept} stayed; written again once it could be; bitwise equal"
         tried = "ckpt turns read-only in mid-run, and back"
         table.add(
-            "read-only out_dir",
-            1,
-            1,
-            tried,
-            wrong or happened,
-            0,
-            time.monotonic() - began,
-            not wrong,
+            Trial(
+                "read-only out_dir",
+                1,
+                1,
+                tried,
+                wrong or happened,
+                0,
+                time.monotonic() - began,
+                not wrong,
+            )
         )
 
 
@@ -487,7 +499,9 @@ def clock(c: StormConfig, table: Table, home: Path):
     wrong = differences(run, whole) or (f"exit status {statuses}" if any(statuses) else "")
     tried = "time.time() jumps by a day and by 95 years; files of 1970 and 2096"
     table.add(
-        "clock", 1, 0, tried, wrong or "bitwise equal", 0, time.monotonic() - began, not wrong
+        Trial(
+            "clock", 1, 0, tried, wrong or "bitwise equal", 0, time.monotonic() - began, not wrong
+        )
     )
 
 
@@ -516,14 +530,16 @@ def hang(c: StormConfig, table: Table, home: Path):
         wrong = differences(run, whole) or (f"exit status {status}" if status else "")
         happened = f"given up, started again and going on after {took:.0f} s; bitwise equal"
         table.add(
-            "hang",
-            2,
-            trial,
-            f"SIGSTOP to rank {trial}, timeout=10, --max-restarts=1",
-            wrong or happened,
-            "",
-            took,
-            not wrong,
+            Trial(
+                "hang",
+                2,
+                trial,
+                f"SIGSTOP to rank {trial}, timeout=10, --max-restarts=1",
+                wrong or happened,
+                "",
+                took,
+                not wrong,
+            )
         )
 
 
@@ -533,18 +549,25 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         kinds.setdefault((row["fault"], row["processes"]), []).append(row)
     lines = [
-        "| fault | processes | trials | as it should | iterations done again, most | seconds, most"
-        " |",
-        "|---|---|---|---|---|---|",
+        {
+            "fault": fault,
+            "processes": processes,
+            "trials": len(group),
+            "good": sum(r["as_it_should"] == "True" for r in group),
+            "again": max((int(r["done_again"]) for r in group if r["done_again"]), default=0),
+            "seconds": max(float(r["seconds"]) for r in group),
+        }
+        for (fault, processes), group in kinds.items()
     ]
-    for (fault, processes), group in kinds.items():
-        good = sum(r["as_it_should"] == "True" for r in group)
-        again = max((int(r["done_again"]) for r in group if r["done_again"]), default=0)
-        lines.append(
-            f"| {fault} | {processes} | {len(group)} | {good} | {again} |"
-            f" {max(float(r['seconds']) for r in group):.0f} |"
-        )
-    return "\n".join(lines)
+    columns = [
+        "fault",
+        "processes",
+        "trials",
+        Column("good", "as it should"),
+        Column("again", "iterations done again, most"),
+        Column("seconds", "seconds, most", ".0f"),
+    ]
+    return tables.markdown(lines, columns)
 
 
 def main():
