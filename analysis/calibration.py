@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 
 from analysis import figures
 from analysis.runs import predictions
+from model import Model
 from text.token_files import Data
 
 BINS, TOKENS, ROWS = 15, 32768, 256
 
 
 @torch.inference_mode()
-def examine(model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np.ndarray]:
+def examine(model: Model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np.ndarray]:
     """About `tokens` tokens of a split, in windows side by side -> arrays of one number a token:
     nll (nats), position, target, confidence (largest probability), correct, nearest (distance to
     the nearest prototype; NaN for a control)."""

@@ -78,11 +78,9 @@ def counted_flops(c: ModelConfig) -> float:
     """FLOPs of a token, forward and backward, by torch's counter: the trunk, and one product of the
     head's states and prototypes."""
     predicted = predicted_count(c.arch, c.block_size)
-    with (
-        torch.device("meta"),
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # it knows no CPU's fused attention
+    # The counter does not know the fused attention of a CPU.
+    attention = sdpa_kernel(SDPBackend.MATH)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, attention:
         model = Model(c)
         states = model.hidden(torch.zeros(1, c.block_size, dtype=torch.long))[:, :predicted]
         torch.nn.functional.linear(states, model.head.weight).sum().backward()
@@ -94,9 +92,9 @@ def times(
 ) -> tuple[float | None, float | None, float | None]:
     """Seconds of the whole run, of its steps with evaluations, and of its steps alone; None for
     what was not recorded."""
-    elapsed, steps = (
-        clock(metrics, run.tokens_per_iteration())[-1] if timed(metrics) else (None, None)
-    )
+    elapsed = steps = None
+    if timed(metrics):
+        elapsed, steps = clock(metrics, run.tokens_per_iteration())[-1]
     measured = used is not None and math.isfinite(used["duration"])
     return (used["duration"] if measured else elapsed), elapsed, steps
 
@@ -107,11 +105,14 @@ def share(part: float | None, whole: float | None) -> float | None:
 
 
 def measure(run: Run, metrics: list[dict], key: str | None, target: float | None) -> dict:
+    """The row of a run. key: of the loss that is to reach the target; None where losses may not be
+    compared."""
     used, c = energy(run.path), run.model_config
     tokens = run.tokens_per_iteration() * sum("train_loss" in m for m in metrics)
     whole, elapsed, steps = times(run, metrics, used)
     kwh = used and used["energy_consumed"]
-    rate = share(kwh, whole)  # kWh a second
+    # kWh a second
+    rate = share(kwh, whole)
     with torch.device("meta"):
         calculated = Model(c).flops_per_token(predicted_count(c.arch, c.block_size) / c.block_size)
     reached = time_to(target, evaluations(run, metrics, key)) if key else None

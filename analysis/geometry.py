@@ -27,6 +27,7 @@ from analysis import figures, tables
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import (
     AnalysisConfig,
+    Run,
     about,
     caution,
     default_out,
@@ -37,11 +38,14 @@ from analysis.runs import (
 from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import distance
+from model import Model
 from text.token_files import Data
+from text.tokenizers import Tokenizer
 from training.data import validation_batches
 from training.distributed import check_device
 
-STATES = 4096  # hidden states looked at
+# Hidden states that are looked at.
+STATES = 4096
 
 
 @dataclass
@@ -108,12 +112,12 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def word_ids(tokenizer, word: str) -> int:
+def word_ids(tokenizer: Tokenizer, word: str) -> int:
     """The token of a word inside a text, or the last one of its tokens."""
     return tokenizer.encode(f" {word}")[-1]
 
 
-def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
+def token_pairs(tokenizer: Tokenizer, relation: str) -> list[tuple[int, int]]:
     """The pairs of a relation as tokens, without those of which a token stands for an earlier word
     too ("est" of "largest", "smallest")."""
     kept = []
@@ -124,7 +128,9 @@ def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
     return kept
 
 
-def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float, float, dict]:
+def parallelogram(
+    x: torch.Tensor, tokenizer: Tokenizer, shuffles: int = 20
+) -> tuple[float, float, dict]:
     """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the
     root of their variance: the mean over all pairs of pairs of a relation (`token_pairs`), and over
     relations. NaN where no relation has two pairs.
@@ -162,7 +168,7 @@ def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def layers(model, data, split: str) -> list[torch.Tensor]:
+def layers(model: Model, data: Data, split: str) -> list[torch.Tensor]:
     """Hidden states of the split's text at the output of each block, and last what the head sees:
     [(N, C)], N about STATES."""
     c, seen = model.config, []
@@ -171,21 +177,19 @@ def layers(model, data, split: str) -> list[torch.Tensor]:
         block.register_forward_hook(lambda _, __, out: seen[-1].append(out))
         for block in model.blocks
     ]
-    for x, _ in validation_batches(
-        data, "gpt", c.block_size, starts, 16, split
-    ):  # text as it is, without BERT's masks
+    # "gpt": text as it is, without BERT's masks.
+    for x, _ in validation_batches(data, "gpt", c.block_size, starts, 16, split):
         seen.append([])
         seen[-1].append(model.hidden(x.to(model.tokens.weight.device)))
     for hook in hooks:
         hook.remove()
-    found = [
+    return [
         torch.cat([part[i].flatten(0, 1) for part in seen]).cpu()
         for i in range(len(model.blocks) + 1)
     ]
-    return found
 
 
-def frequency(data) -> torch.Tensor:
+def frequency(data: Data) -> torch.Tensor:
     """How often each token occurs in the first 4 M tokens of the training split: (vocab_size,)."""
     split = data.splits["train"]
     return torch.bincount(
@@ -193,7 +197,7 @@ def frequency(data) -> torch.Tensor:
     )[: data.vocab_size]
 
 
-def measure(run, model, data, states) -> list[dict]:
+def measure(run: Run, model: Model, data: Data, states: torch.Tensor) -> list[dict]:
     """Rows of a run: the prototypes, the input embedding where it is another, the hidden states,
     and their null models."""
     tokenizer, counts, rows = data.load_tokenizer(), frequency(data), []
@@ -229,7 +233,7 @@ def measure(run, model, data, states) -> list[dict]:
     return rows
 
 
-def similarity(runs, states) -> list[dict]:
+def similarity(runs: list[Run], states: list[list[torch.Tensor]]) -> list[dict]:
     """Linear CKA of each two runs, layer by layer, and with the states of one in another order; of
     what the heads see alone where the runs have not as many layers."""
     rows = []
@@ -249,7 +253,7 @@ def similarity(runs, states) -> list[dict]:
     return rows
 
 
-def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
+def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int = 6) -> str:
     """The nearest prototypes of each word's prototype, by the head's own distance (a control: by
     cosine)."""
     w, rows = model.head.prototypes().detach(), []

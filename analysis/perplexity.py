@@ -22,6 +22,7 @@ import itertools
 import math
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from analysis import calibration, figures, tables
 from analysis.geometry import frequency
-from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish
+from analysis.runs import AnalysisConfig, Run, about, caution, default_out, find_runs, publish
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError, check
@@ -42,6 +43,9 @@ from model import Model, ModelConfig
 from text.token_files import Data, data_folder, load_data
 from training.data import batch, validation_batches, validation_windows
 from training.distributed import check_device
+
+# Inputs and targets, (B, T) each.
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -80,6 +84,7 @@ class PerplexityConfig(AnalysisConfig):
 
 
 def default_stride(config: ModelConfig, documents: bool = False) -> int:
+    """Of a user who names none."""
     return config.block_size if documents else max(1, config.block_size // 2)
 
 
@@ -106,7 +111,7 @@ def problems(
     return found
 
 
-def sliding_windows(tokens: int, block_size: int, stride: int):
+def sliding_windows(tokens: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
     """Windows over a split of `tokens` tokens: yields (start, skip), where a window's first `skip`
     targets belong to earlier windows.
 
@@ -120,7 +125,9 @@ def sliding_windows(tokens: int, block_size: int, stride: int):
         reached = start + length
 
 
-def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_size: int):
+def sliding_batches(
+    data: Data, split: str, block_size: int, stride: int, batch_size: int
+) -> Iterator[Batch]:
     """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of
     earlier windows being IGNORE_INDEX."""
     tokens = data.splits[split].tokens
@@ -134,7 +141,7 @@ def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_
         yield x, y
 
 
-def documents_of(data: Data, split: str):
+def documents_of(data: Data, split: str) -> Iterator[np.ndarray]:
     """Yields each document of a split as (end-of-text, its ids), int64, without the end-of-text
     token that ends it."""
     start, tokens = 0, data.splits[split].tokens
@@ -145,17 +152,20 @@ def documents_of(data: Data, split: str):
         start = end
 
 
-def document_batches(documents, eot_id: int, block_size: int, stride: int, batch_size: int):
+def document_batches(
+    documents: Iterable[np.ndarray], eot_id: int, block_size: int, stride: int, batch_size: int
+) -> Iterator[Batch]:
     """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each,
     short ones filled up behind.
 
     Args:
         documents: as from `documents_of`.
     """
+    # A single token predicts nothing.
     windows = (
         (ids[start : start + block_size + 1], skip)
         for ids in documents
-        if len(ids) > 1  # a single token predicts nothing
+        if len(ids) > 1
         for start, skip in sliding_windows(len(ids), block_size, stride)
     )
     while part := list(itertools.islice(windows, batch_size)):
@@ -213,9 +223,8 @@ def likelihood(
         for x, y in batches:
             x, y = x.to(device), y.to(device)
             kept = y != IGNORE_INDEX
-            losses = model.head.loss(
-                model.hidden(x)[kept], y[kept], reduction="none"
-            )  # (tokens scored,): logits are never held
+            # (tokens scored,): logits are never held
+            losses = model.head.loss(model.hidden(x)[kept], y[kept], reduction="none")
             nats += losses.cpu().double().sum()
             scored += len(losses)
             bar.update(len(x))
@@ -227,7 +236,7 @@ def likelihood(
     return nats.item(), scored
 
 
-def measure(run, data: Data, other: Data | None, c: PerplexityConfig, device: str) -> dict:
+def measure(run: Run, data: Data, other: Data | None, c: PerplexityConfig, device: str) -> dict:
     """One row of the results; `other`: the corpus' data."""
     model, manifest = run.load(device, c.checkpoint)
     row = _scores(run, model, manifest, data, c)
@@ -268,7 +277,7 @@ def _by_document(model: Model, data: Data, source: Data, split: str, c: Perplexi
     return nats / math.log(2) / size
 
 
-def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) -> dict:
+def _scores(run: Run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) -> dict:
     nats, scored = likelihood(model, data, c.split, c.stride, c.batch_size, run.name, c.documents)
     masked, split = model.config.arch == "bert", data.splits[c.split]
     row = {
@@ -285,7 +294,8 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
         if masked
         else nats / scored / math.log(2) * split.tokens / split.bytes,
     }
-    if c.documents:  # as lm-evaluation-harness counts
+    if c.documents:
+        # As lm-evaluation-harness counts.
         words = data.load_tokenizer()
         texts = [words.decode(ids[1:]) for ids in documents_of(data, c.split)]
         length = sum(len(text.encode()) for text in texts)
@@ -315,7 +325,9 @@ COLUMNS = (
 )
 
 
-def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path) -> list[float]:
+def details(
+    runs: list[Run], data: list[Data], c: PerplexityConfig, device: str, out: Path
+) -> list[float]:
     """Writes the details of all runs beside `out` -> the calibration error of each."""
     rows, errors = [], []
     for run, d in zip(runs, data, strict=True):

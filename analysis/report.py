@@ -187,14 +187,11 @@ def continuations(
     steps = model.generate(
         rows, c.max_new_tokens, temperature=c.temperature, top_k=c.top_k, seed=c.seed
     )
-    written = zip(
-        *tqdm(steps, total=c.max_new_tokens, desc="sampling", leave=False, disable=None),
-        strict=True,
-    )  # a row of tokens a prompt
-    pieces = [
-        [["new", words.decode([*p, *new])[len(words.decode(p)) :]]]
-        for p, new in zip(rows, written, strict=True)
-    ]
+    steps = tqdm(steps, total=c.max_new_tokens, desc="sampling", leave=False, disable=None)
+    pieces = []
+    for prompt, new in zip(rows, zip(*steps, strict=True), strict=True):
+        text = words.decode([*prompt, *new])
+        pieces.append([["new", text[len(words.decode(prompt)) :]]])
     return [pieces[i : i + c.samples] for i in range(0, len(pieces), c.samples)]
 
 
@@ -209,7 +206,8 @@ def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[
             dtype=torch.long,
             device=model.tokens.weight.device,
         )
-        if not len(ids):  # an excerpt without text
+        if not len(ids):
+            # The excerpt has no text.
             found.append([[]])
             continue
         hidden = slice(MASK_EVERY // 2, None, MASK_EVERY)
@@ -380,21 +378,19 @@ def corpora(runs: list[Run], data: list[Data] | None) -> list[str]:
 
 
 def how_sampled(runs: list[Run], c: ReportConfig) -> str:
-    fills = any(r.model_config.arch == "bert" for r in runs)
-    writes = any(r.model_config.arch != "bert" for r in runs)
+    """What the samples are, in sentences."""
     text = "The best checkpoint of each run."
-    text += (
-        f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens, seed"
-        f" {c.seed}."
-        if writes
-        else ""
-    )
-    return text + (
-        " bert sees the text with every seventh token hidden and puts the likeliest; struck out is"
-        " what the text has."
-        if fills
-        else ""
-    )
+    if any(r.model_config.arch != "bert" for r in runs):
+        text += (
+            f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens,"
+            f" seed {c.seed}."
+        )
+    if any(r.model_config.arch == "bert" for r in runs):
+        text += (
+            " bert sees the text with every seventh token hidden and puts the likeliest; struck out"
+            " is what the text has."
+        )
+    return text
 
 
 def describe(environment: dict) -> list[str]:

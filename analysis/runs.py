@@ -2,10 +2,11 @@
 results."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from analysis import figures
@@ -124,14 +125,15 @@ def windows(data: Data, split: str, block_size: int, most: int) -> list[int]:
     return validation_windows(tokens, block_size, max(1, most))
 
 
-def predictions(model: Model, data: Data, split: str, tokens: int):
+def predictions(
+    model: Model, data: Data, split: str, tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """What a model predicts in windows side by side, spread evenly over a split, about `tokens`
     predicted tokens in all.
 
     Yields for each batch of windows: hidden states (N, C) and targets (N,) on the model's device,
-        and which tokens of the windows they
-    belong to: (B, T), bool, on the CPU. UserError for a split that is missing or shorter than a
-        window.
+    and which tokens of the windows they belong to: (B, T), bool, on the CPU.
+    Raises: UserError for a split that is missing or shorter than a window.
     """
     c, device = model.config, model.tokens.weight.device
     starts = windows(data, split, c.block_size, tokens // predicted_count(c.arch, c.block_size))
@@ -201,6 +203,6 @@ def about(run: Run) -> dict:
     return {"run": run.name, "head": c.head, "link": None if HEADS[c.head].is_control else c.link}
 
 
-def default_out(c, runs: list[Run], name: str) -> Path:
+def default_out(c: AnalysisConfig, runs: list[Run], name: str) -> Path:
     """Where an analysis writes: --out, or NAME.csv in the first run's parent folder."""
     return writable(Path(c.out) if c.out else runs[0].path.parent / f"{name}.csv")

@@ -35,11 +35,14 @@ from analysis.runs import (
 from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HEADS, HarmonicHead, distance
+from model import Model
+from text.token_files import Data
 from training.data import predicted_count
 from training.distributed import check_device
 from training.telemetry import read_metrics
 
-TOKENS, ROWS = 4096, 256  # validation tokens looked at; of them at a time
+# Validation tokens that are looked at, and how many of them at a time.
+TOKENS, ROWS = 4096, 256
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TOY = ("cross_entropy", "euclidean", "manhattan", "cosine")
 
@@ -57,7 +60,7 @@ class TheoryConfig(AnalysisConfig):
 
 
 @torch.no_grad()
-def states_of(model, data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def states_of(model: Model, data: Data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and targets of about TOKENS tokens, evenly spread over a split: (N, C),
     (N,)."""
     states, targets, _ = zip(*predictions(model, data, split, TOKENS), strict=True)
@@ -85,7 +88,7 @@ def margins(
     return torch.cat(rho), torch.cat(gamma), torch.cat(p)
 
 
-def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
+def measure(run: Run, model: Model, data: Data, split: str) -> tuple[dict, torch.Tensor]:
     """-> (the row of a run, its margins)."""
     h, targets = states_of(model, data, split)
     rho, gamma, p = margins(model.head, h, targets)
@@ -107,7 +110,8 @@ def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
         row[f"bound_{round(100 * q)}"] = (
             size * norm / (value * math.sqrt(trained)) if value and trained else None
         )
-    if model.head.is_harmonic:  # FIELD: a theorem, so a number below 1 is a fault of the code
+    if model.head.is_harmonic:
+        # The bound is a theorem, so a share below 1 is a fault of the code.
         least = 1 / (
             1 + (model.head.real_vocab_size - 1) * rho.double() ** float(model.head.strength)
         )
