@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from analysis.runs import predictions
+from model import Model
+from text.token_files import Data
 from training.objective import objective_of
 
 WINDOWS, DRAWS = 256, 10_000
@@ -30,18 +32,16 @@ class Difference:
 
 
 @torch.inference_mode()
-def window_losses(model, data, split: str = "val") -> np.ndarray:
+def window_losses(model: Model, data: Data, split: str = "val") -> np.ndarray:
     """The mean negative log likelihood of each of at most WINDOWS windows, spread over a split, in
     nats a token."""
     c, found = model.config, []
-    for h, y, kept in predictions(
-        model, data, split, WINDOWS * objective_of(c.arch).predicted(c.block_size)
-    ):
+    tokens = WINDOWS * objective_of(c.arch).predicted(c.block_size)
+    for h, y, kept in predictions(model, data, split, tokens):
         losses = torch.zeros(kept.shape, dtype=torch.float64)
         losses[kept] = model.head.loss(h, y, reduction="none").cpu().double()
-        found.append(
-            losses.sum(1) / kept.sum(1).clamp_min(1)
-        )  # a window without a target has loss 0
+        # A window without a target has loss 0.
+        found.append(losses.sum(1) / kept.sum(1).clamp_min(1))
     return torch.cat(found).numpy()
 
 

@@ -20,28 +20,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from analysis import figures, tables
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import (
     AnalysisConfig,
+    Run,
     about,
     caution,
     default_out,
     find_runs,
     publish,
-    shown,
-    table,
     windows,
-    write_csv,
 )
+from analysis.tables import Column
 from base.command_line import cli, parse
-from base.files import write_whole
 from harmonic import distance
+from model import Model
+from text.token_files import Data
+from text.tokenizers import Tokenizer
 from training.distributed import check_device
 from training.objective import NEXT_TOKEN, Batches
 
-STATES = 4096  # hidden states looked at
+# Hidden states that are looked at.
+STATES = 4096
 
 
 @dataclass
@@ -108,12 +112,12 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def word_ids(tokenizer, word: str) -> int:
+def word_ids(tokenizer: Tokenizer, word: str) -> int:
     """The token of a word inside a text, or the last one of its tokens."""
     return tokenizer.encode(f" {word}")[-1]
 
 
-def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
+def token_pairs(tokenizer: Tokenizer, relation: str) -> list[tuple[int, int]]:
     """The pairs of a relation as tokens, without those of which a token stands for an earlier word
     too ("est" of "largest", "smallest")."""
     kept = []
@@ -124,7 +128,9 @@ def token_pairs(tokenizer, relation: str) -> list[tuple[int, int]]:
     return kept
 
 
-def parallelogram(x: torch.Tensor, tokenizer, shuffles: int = 20) -> tuple[float, float, dict]:
+def parallelogram(
+    x: torch.Tensor, tokenizer: Tokenizer, shuffles: int = 20
+) -> tuple[float, float, dict]:
     """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the
     root of their variance: the mean over all pairs of pairs of a relation (`token_pairs`), and over
     relations. NaN where no relation has two pairs.
@@ -162,7 +168,7 @@ def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def layers(model, data, split: str) -> list[torch.Tensor]:
+def layers(model: Model, data: Data, split: str) -> list[torch.Tensor]:
     """Hidden states of the split's text at the output of each block, and last what the head sees:
     [(N, C)], N about STATES."""
     c, seen = model.config, []
@@ -177,14 +183,13 @@ def layers(model, data, split: str) -> list[torch.Tensor]:
         seen[-1].append(model.hidden(x.to(model.tokens.weight.device)))
     for hook in hooks:
         hook.remove()
-    found = [
+    return [
         torch.cat([part[i].flatten(0, 1) for part in seen]).cpu()
         for i in range(len(model.blocks) + 1)
     ]
-    return found
 
 
-def frequency(data) -> torch.Tensor:
+def frequency(data: Data) -> torch.Tensor:
     """How often each token occurs in the first 4 M tokens of the training split: (vocab_size,)."""
     split = data.splits["train"]
     return torch.bincount(
@@ -192,7 +197,7 @@ def frequency(data) -> torch.Tensor:
     )[: data.vocab_size]
 
 
-def measure(run, model, data, states) -> list[dict]:
+def measure(run: Run, model: Model, data: Data, states: torch.Tensor) -> list[dict]:
     """Rows of a run: the prototypes, the input embedding where it is another, the hidden states,
     and their null models."""
     tokenizer, counts, rows = data.load_tokenizer(), frequency(data), []
@@ -228,7 +233,7 @@ def measure(run, model, data, states) -> list[dict]:
     return rows
 
 
-def similarity(runs, states) -> list[dict]:
+def similarity(runs: list[Run], states: list[list[torch.Tensor]]) -> list[dict]:
     """Linear CKA of each two runs, layer by layer, and with the states of one in another order; of
     what the heads see alone where the runs have not as many layers."""
     rows = []
@@ -248,10 +253,10 @@ def similarity(runs, states) -> list[dict]:
     return rows
 
 
-def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
+def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int = 6) -> str:
     """The nearest prototypes of each word's prototype, by the head's own distance (a control: by
     cosine)."""
-    w, lines = model.head.prototypes().detach(), []
+    w, rows = model.head.prototypes().detach(), []
     for word in words:
         i = word_ids(tokenizer, word)
         if model.head.is_control:
@@ -259,54 +264,67 @@ def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
         else:
             order = distance(w[i : i + 1], w, model.head.name, **model.head.geometry())[0].argsort()
         near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:count]
-        lines.append([repr(tokenizer.decode_token(i)), "  ".join(map(repr, near))])
-    return table(["word", "nearest"], lines)
+        rows.append(
+            {"word": repr(tokenizer.decode_token(i)), "nearest": "  ".join(map(repr, near))}
+        )
+    return tables.text(rows, ["word", "nearest"])
 
 
-def draw(maps, figure):
+def coverage(data: Data) -> str:
+    """How many of the relations' words a tokenizer knows, in a sentence."""
+    tokenizer = data.load_tokenizer()
+    every = [pair for name in RELATIONS for pair in pairs(name)]
+    kept = sum(len(token_pairs(tokenizer, name)) for name in RELATIONS)
+    words = [word for pair in every for word in pair]
+    whole = sum(len(tokenizer.encode(f" {word}")) == 1 for word in words)
+    return (
+        f"{data.tokenizer}: {kept} of {len(every)} pairs of words have tokens of their own,"
+        f" {whole / len(words):.0%} of the words are one token"
+    )
+
+
+def draw(maps: list[tuple]) -> Figure:
     """The prototypes on their first two principal components: grey points, relations as arrows with
-    their words."""
-    figure.set_size_inches(6 * len(maps), 6)
-    for axes, (name, x, tokenizer) in zip(
-        figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True
-    ):
+    their words. maps: for each run its name, prototypes (V, C) and tokenizer."""
+    figure = figures.figure(5.0 * len(maps))
+    panels = figure.subplots(len(maps), squeeze=False)[:, 0]
+    shown = ("country: capital", "man: woman", "one: many")
+    colors = (figures.BLUE, figures.VERMILLION, figures.GREEN)
+    for axes, (name, x, tokenizer) in zip(panels, maps, strict=True):
         rows, variance, directions = principal(x)
         plane = rows @ directions[:, :2]
         axes.scatter(*plane.T, s=2, color="0.8", linewidths=0)
-        for color, relation in zip(
-            ("#0072b2", "#d55e00", "#009e73"),
-            ("country: capital", "man: woman", "one: many"),
-            strict=True,
-        ):
+        for relation, color in zip(shown, colors, strict=True):
+            arrow = {"arrowstyle": "->", "color": color, "lw": 1}
             for first, second in pairs(relation)[:5]:
-                a, b = (plane[word_ids(tokenizer, w)] for w in (first, second))
-                axes.annotate(
-                    "",
-                    b.tolist(),
-                    a.tolist(),
-                    arrowprops={"arrowstyle": "->", "color": color, "lw": 1},
-                )
-                axes.text(*a.tolist(), first, fontsize=7, color=color)
-                axes.text(*b.tolist(), second, fontsize=7, color=color)
+                a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
+                axes.annotate("", b, a, arrowprops=arrow)
+                axes.text(*a, first, color=color, fontsize=8)
+                axes.text(*b, second, color=color, fontsize=8)
         share = variance / variance.sum()
         axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
         axes.set_ylabel(f"PC 2 ({share[1]:.1%})")
-        axes.set_title(name, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(name)
+    return figure
 
 
-FORMATS = dict(
-    top2=".1%", top5=".1%", effective_rank=".1f", participation_ratio=".1f", mean_cosine=".3f"
+COLUMNS = (
+    "run",
+    "head",
+    "link",
+    "what",
+    Column("top2", form=".1%"),
+    Column("top5", form=".1%"),
+    Column("components_90", "for 90 %"),
+    Column("effective_rank", form=".1f"),
+    Column("participation_ratio", "participation", ".1f"),
+    Column("mean_cosine", form=".3f"),
+    Column("radius", form=".3g"),
+    Column("radius_frequency", form=".2f"),
+    Column("parallelogram", form=".3f"),
+    Column("shuffled", "(shuffled)", ".3f"),
 )
-FORMATS |= dict(
-    radius=".3g",
-    radius_frequency=".2f",
-    parallelogram=".3f",
-    shuffled=".3f",
-    cka=".3f",
-    chance=".3f",
-)
-NAMES = dict(components_90="for 90 %", shuffled="(shuffled)", participation_ratio="participation")
+CKA_COLUMNS = ("a", "b", "layer", Column("cka", form=".3f"), Column("chance", form=".3f"))
 
 
 def main():
@@ -324,22 +342,10 @@ def main():
         maps.append((run.name, model.head.prototypes(), d.load_tokenizer()))
         if c.words:
             texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), c.words.split())}")
-    print(shown(rows, FORMATS, NAMES))
+    print(tables.text(rows, COLUMNS))
     print("".join(texts), end="\n" if texts else "")
     for d in {d.tokenizer: d for d in data}.values():
-        words, names = d.load_tokenizer(), list(RELATIONS)
-        every, kept = (
-            sum(len(f(name)) for name in names)
-            for f in (pairs, lambda name, words=words: token_pairs(words, name))
-        )
-        whole = [
-            len(words.encode(f" {w}")) == 1 for name in names for pair in pairs(name) for w in pair
-        ]
-        share = sum(whole) / len(whole)
-        print(
-            f"{d.tokenizer}: {kept} of {every} pairs of words have tokens of their own, {share:.0%}"
-            " of the words are one token"
-        )
+        print(coverage(d))
     alike = {
         (d.tokenizer, d.splits[c.split].tokens, run.model_config.block_size)
         for run, d in zip(runs, data, strict=True)
@@ -348,9 +354,9 @@ def main():
         print("note: no CKA: the runs' data, tokenizers or block_size differ", file=sys.stderr)
     elif len(runs) > 1:
         cka = similarity(runs, states)
-        print(shown(cka, FORMATS))
-        write_whole(out.with_name(f"{out.stem}_cka.csv"), lambda path: write_csv(cka, path))
-    publish(rows, out, lambda figure: draw(maps, figure))
+        print(tables.text(cka, CKA_COLUMNS))
+        tables.write_csv(out.with_name(f"{out.stem}_cka.csv"), cka)
+    publish(rows, out, lambda: draw(maps))
 
 
 if __name__ == "__main__":

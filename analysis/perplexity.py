@@ -22,17 +22,20 @@ import itertools
 import math
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from analysis import calibration
+from analysis import calibration, figures, tables
 from analysis.geometry import frequency
-from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown
+from analysis.runs import AnalysisConfig, Run, about, caution, default_out, find_runs, publish
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError, check
 from harmonic import IGNORE_INDEX
@@ -41,6 +44,9 @@ from text.token_files import Data, data_folder, documents_of, load_data
 from training.data import validation_windows
 from training.distributed import check_device
 from training.objective import NEXT_TOKEN, Batches, batches_of, objective_of
+
+# Inputs and targets, (B, T) each.
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -79,6 +85,7 @@ class PerplexityConfig(AnalysisConfig):
 
 
 def default_stride(config: ModelConfig, documents: bool = False) -> int:
+    """Of a user who names none."""
     return config.block_size if documents else max(1, config.block_size // 2)
 
 
@@ -106,7 +113,7 @@ def problems(
     return found
 
 
-def sliding_windows(tokens: int, block_size: int, stride: int):
+def sliding_windows(tokens: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
     """Windows over a split of `tokens` tokens: yields (start, skip), where a window's first `skip`
     targets belong to earlier windows.
 
@@ -120,7 +127,9 @@ def sliding_windows(tokens: int, block_size: int, stride: int):
         reached = start + length
 
 
-def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_size: int):
+def sliding_batches(
+    data: Data, split: str, block_size: int, stride: int, batch_size: int
+) -> Iterator[Batch]:
     """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of
     earlier windows being IGNORE_INDEX."""
     tokens = data.splits[split].tokens
@@ -133,17 +142,20 @@ def sliding_batches(data: Data, split: str, block_size: int, stride: int, batch_
         yield x, y
 
 
-def document_batches(documents, eot_id: int, block_size: int, stride: int, batch_size: int):
+def document_batches(
+    documents: Iterable[np.ndarray], eot_id: int, block_size: int, stride: int, batch_size: int
+) -> Iterator[Batch]:
     """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each,
     short ones filled up behind.
 
     Args:
         documents: as from `documents_of`.
     """
+    # A single token predicts nothing.
     windows = (
         (ids[start : start + block_size + 1], skip)
         for ids in documents
-        if len(ids) > 1  # a single token predicts nothing
+        if len(ids) > 1
         for start, skip in sliding_windows(len(ids), block_size, stride)
     )
     while part := list(itertools.islice(windows, batch_size)):
@@ -201,9 +213,8 @@ def likelihood(
         for x, y in batches:
             x, y = x.to(device), y.to(device)
             kept = y != IGNORE_INDEX
-            losses = model.head.loss(
-                model.hidden(x)[kept], y[kept], reduction="none"
-            )  # (tokens scored,): logits are never held
+            # (tokens scored,): logits are never held
+            losses = model.head.loss(model.hidden(x)[kept], y[kept], reduction="none")
             nats += losses.cpu().double().sum()
             scored += len(losses)
             bar.update(len(x))
@@ -215,7 +226,7 @@ def likelihood(
     return nats.item(), scored
 
 
-def measure(run, data: Data, other: Data | None, c: PerplexityConfig, device: str) -> dict:
+def measure(run: Run, data: Data, other: Data | None, c: PerplexityConfig, device: str) -> dict:
     """One row of the results; `other`: the corpus' data."""
     model, manifest = run.load(device, c.checkpoint)
     row = _scores(run, model, manifest, data, c)
@@ -256,7 +267,7 @@ def _by_document(model: Model, data: Data, source: Data, split: str, c: Perplexi
     return nats / math.log(2) / size
 
 
-def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) -> dict:
+def _scores(run: Run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) -> dict:
     nats, scored = likelihood(model, data, c.split, c.stride, c.batch_size, run.name, c.documents)
     masked, split = objective_of(model.config.arch).masked, data.splits[c.split]
     row = {
@@ -273,7 +284,8 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
         if masked
         else nats / scored / math.log(2) * split.tokens / split.bytes,
     }
-    if c.documents:  # as lm-evaluation-harness counts
+    if c.documents:
+        # As lm-evaluation-harness counts.
         words = data.load_tokenizer()
         texts = [words.decode(ids[1:]) for ids in documents_of(data, c.split)]
         length = sum(len(text.encode()) for text in texts)
@@ -285,20 +297,27 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
     return row
 
 
-FORMATS = dict.fromkeys(
-    ("nats_per_token", "bits_per_byte", "own_documents", "other_documents", "byte_perplexity"),
-    ".4f",
+COLUMNS = (
+    Column("run"),
+    Column("head"),
+    Column("link"),
+    Column("iter"),
+    Column("tokens", form=","),
+    Column("nats_per_token", "nats/token", ".4f"),
+    Column("perplexity", form=",.2f"),
+    Column("bits_per_byte", "bits/byte", ".4f"),
+    # These are there with --documents, --corpus and --detail.
+    Column("byte_perplexity", form=".4f"),
+    Column("word_perplexity", form=",.2f"),
+    Column("own_documents", form=".4f"),
+    Column("other_documents", form=".4f"),
+    Column("calibration_error", "ECE", ".3f"),
 )
-FORMATS |= {
-    "tokens": ",",
-    "perplexity": ",.2f",
-    "word_perplexity": ",.2f",
-    "calibration_error": ".3f",
-}
-NAMES = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "calibration_error": "ECE"}
 
 
-def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path) -> list[float]:
+def details(
+    runs: list[Run], data: list[Data], c: PerplexityConfig, device: str, out: Path
+) -> list[float]:
     """Writes the details of all runs beside `out` -> the calibration error of each."""
     rows, errors = [], []
     for run, d in zip(runs, data, strict=True):
@@ -309,29 +328,28 @@ def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path)
             {**about(run), **row}
             for row in calibration.detail(tokens, frequency(d).numpy(), run.model_config.block_size)
         ]
-    publish(
-        rows, out.with_name(f"{out.stem}_detail.csv"), lambda figure: calibration.draw(rows, figure)
-    )
+    publish(rows, out.with_name(f"{out.stem}_detail.csv"), lambda: calibration.draw(rows))
     return errors
 
 
-def draw(rows: list[dict], figure):
+def draw(rows: list[dict]) -> Figure:
     """A bar for each run: bits per byte, or nats per token where a run has none. Shorter is
     better."""
-    key, label = (
-        ("bits_per_byte", "bits per byte")
-        if all(r["bits_per_byte"] is not None for r in rows)
-        else ("nats_per_token", "nats per token")
-    )
-    figure.set_size_inches(7, 1.1 + 0.4 * len(rows))
+    if all(row["bits_per_byte"] is not None for row in rows):
+        key, label = "bits_per_byte", "bits per byte"
+    else:
+        key, label = "nats_per_token", "nats per token"
+    figure = figures.figure(0.8 + 0.35 * len(rows))
     axes = figure.subplots()
-    bars = axes.barh(range(len(rows)), [r[key] for r in rows], color="#0072b2", height=0.6)
-    axes.set_yticks(range(len(rows)), [r["run"] for r in rows], parse_math=False)
-    axes.bar_label(bars, [format(r[key], ".4f") for r in rows], padding=4)
+    values = [row[key] for row in rows]
+    colors = [figures.head_color(row["head"]) for row in rows]
+    bars = axes.barh(range(len(rows)), values, color=colors, height=0.6)
+    axes.set_yticks(range(len(rows)), [row["run"] for row in rows], parse_math=False)
+    axes.bar_label(bars, [f"{value:.4f}" for value in values], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(f"{label} on {rows[0]['split']}, lower is better")
-    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def main():
@@ -364,8 +382,8 @@ def main():
             {**row, "calibration_error": error}
             for row, error in zip(rows, details(runs, data, c, device, out), strict=True)
         ]
-    print(shown(rows, FORMATS, NAMES, left_out=("split", "stride")))
-    publish(rows, out, lambda figure: draw(rows, figure))
+    print(tables.text(rows, [column for column in COLUMNS if column.key in rows[0]]))
+    publish(rows, out, lambda: draw(rows))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 
-from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
+from analysis import figures, tables
+from analysis.runs import (
+    AnalysisConfig,
+    Run,
+    about,
+    default_out,
+    find_runs,
+    head_styles,
+    predictions,
+    publish,
+)
+from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HEADS, HarmonicHead, distance
+from model import Model
+from text.token_files import Data
 from training.distributed import check_device
 from training.telemetry import read_metrics
 
-TOKENS, ROWS = 4096, 256  # validation tokens looked at; of them at a time
+# Validation tokens that are looked at, and how many of them at a time.
+TOKENS, ROWS = 4096, 256
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TOY = ("cross_entropy", "euclidean", "manhattan", "cosine")
 
@@ -44,7 +59,7 @@ class TheoryConfig(AnalysisConfig):
 
 
 @torch.no_grad()
-def states_of(model, data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def states_of(model: Model, data: Data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and targets of about TOKENS tokens, evenly spread over a split: (N, C),
     (N,)."""
     states, targets, _ = zip(*predictions(model, data, split, TOKENS), strict=True)
@@ -72,7 +87,7 @@ def margins(
     return torch.cat(rho), torch.cat(gamma), torch.cat(p)
 
 
-def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
+def measure(run: Run, model: Model, data: Data, split: str) -> tuple[dict, torch.Tensor]:
     """-> (the row of a run, its margins)."""
     h, targets = states_of(model, data, split)
     rho, gamma, p = margins(model.head, h, targets)
@@ -93,7 +108,8 @@ def measure(run, model, data, split: str) -> tuple[dict, torch.Tensor]:
         row[f"bound_{round(100 * q)}"] = (
             size * norm / (value * math.sqrt(trained)) if value and trained else None
         )
-    if model.head.is_harmonic:  # FIELD: a theorem, so a number below 1 is a fault of the code
+    if model.head.is_harmonic:
+        # The bound is a theorem, so a share below 1 is a fault of the code.
         least = 1 / (
             1 + (model.head.real_vocab_size - 1) * rho.double() ** float(model.head.strength)
         )
@@ -145,47 +161,54 @@ def toy(
     }
 
 
-def draw(runs, found, figure):
-    """Margins, KL to the softmax over training, the toy."""
-    figure.set_size_inches(12, 3.6)
+def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
+    """Margins (`found`: those of each run), KL to the softmax over training, the toy."""
+    figure = figures.figure(3.0)
     left, middle, right = figure.subplots(1, 3)
-    for run, rho in zip(runs, found, strict=True):
+    for run, rho, style in zip(runs, found, head_styles(runs), strict=True):
         rho = rho[rho.isfinite()].sort().values
-        (line,) = (
-            left.plot(rho, torch.linspace(0, 1, len(rho)), label=run.name)
-            if len(rho)
-            else left.plot([], [], label=f"{run.name} (no d)")
-        )
-        points = [
-            (m["iter"], m["kl_to_softmax"]) for m in read_metrics(run.path) if "kl_to_softmax" in m
-        ]
-        if points:
-            middle.plot(
-                *zip(*points, strict=True), marker=".", color=line.get_color(), label=run.name
+        label = run.name if len(rho) else f"{run.name} (no d)"
+        left.plot(rho, torch.linspace(0, 1, len(rho)), label=label, **style)
+        lines = [m for m in read_metrics(run.path) if "kl_to_softmax" in m]
+        if lines:
+            iterations, divergences = (
+                [m["iter"] for m in lines],
+                [m["kl_to_softmax"] for m in lines],
             )
-    left.axvline(1, color="0.6", linewidth=0.8, linestyle="--")
+            middle.plot(iterations, divergences, marker=".", label=run.name, **style)
+    left.axvline(1, color=figures.GREY, linewidth=0.8, linestyle=":")
     left.set_xlabel("rho = own distance / nearest other")
-    left.set_title("share of tokens below; left of 1: predicted", loc="left", fontsize=10)
-    left.legend(fontsize=8, frameon=False)
+    left.set_title("share of tokens below\n(left of 1: predicted)")
+    left.legend()
     middle.set_yscale("log")
     middle.set_xlabel("iteration")
-    middle.set_title("KL to the linearised softmax, nats", loc="left", fontsize=10)
+    middle.set_title("KL to the linearised softmax,\nnats")
     if middle.lines:
-        middle.legend(fontsize=8, frameon=False)
+        middle.legend()
     for name in TOY:
-        right.plot(toy(name)["norms"], label=name)
+        right.plot(toy(name)["norms"], label=name, color=figures.head_color(name))
     right.set_xscale("log")
     right.set_xlabel("step")
-    right.set_title("toy: |W| of five separable points", loc="left", fontsize=10)
-    right.legend(fontsize=8, frameon=False)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    right.set_title("toy: norm of the prototypes\nof five separable points")
+    right.legend()
+    return figure
 
 
-FORMATS = {f"rho_{round(100 * q)}": ".4f" for q in QUANTILES} | dict(
-    predicted=".1%", margin_bound_holds=".1%"
+COLUMNS = (
+    "run",
+    "head",
+    "link",
+    "tokens",
+    Column("predicted", form=".1%"),
+    *(Column(f"rho_{round(100 * q)}", form=".4f") for q in QUANTILES),
+    Column("R", form=".3g"),
+    Column("W", "|W|", ".3g"),
+    Column("gamma_5", form=".3g"),
+    Column("bound_5", form=".3g"),
+    Column("gamma_50", form=".3g"),
+    Column("bound_50", form=".3g"),
+    Column("margin_bound_holds", "bound holds", ".1%"),
 )
-FORMATS |= dict.fromkeys(("R", "W", "gamma_5", "bound_5", "gamma_50", "bound_50"), ".3g")
 
 
 def main():
@@ -199,8 +222,8 @@ def main():
         row, rho = measure(run, model, data, c.split)
         rows.append(row)
         found.append(rho)
-    print(shown(rows, FORMATS, {"W": "|W|", "margin_bound_holds": "bound holds"}))
-    publish(rows, out, lambda figure: draw(runs, found, figure))
+    print(tables.text(rows, COLUMNS))
+    publish(rows, out, lambda: draw(runs, found))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ of what the backward pass adds, `_slopes` and all.
 """
 
 import contextlib
-import csv
 import io
 import re
 import subprocess
@@ -36,9 +35,10 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from analysis import tables
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import check
-from benchmarks.head import write
 from harmonic.backends import triton as gpu
 from harmonic.precision import FLOAT32, SPLIT, Products
 
@@ -388,7 +388,7 @@ def least_ms(counts: dict) -> float:
 def measured_ms(path: str) -> dict[tuple[str, str], float]:
     """(kernel, head) -> ms, where MEASURED is there."""
     found = {}
-    for row in csv.DictReader(open(path, encoding="utf-8")) if Path(path).is_file() else ():
+    for row in tables.read_csv(path) if Path(path).is_file() else ():
         here = (
             tuple(int(row[k]) for k in "NVC") == SIZE
             and row["impl"] == "ours"
@@ -423,16 +423,6 @@ def instruction_rows(archs: list[int]) -> list[dict]:
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    """Any rows as a table."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join(
-        lines
-        + [f"| {' | '.join(str(row.get(column, '')) for column in columns)} |" for row in rows]
-    )
-
-
 def main():
     (c,) = parse(sys.argv[1:], CompileConfig)
     check(
@@ -442,8 +432,8 @@ def main():
     )
     if c.instructions:
         rows = instruction_rows(c.archs)
-        print(markdown(rows))
-        write(rows, c.out)
+        print(tables.markdown(rows, list(dict.fromkeys(key for row in rows for key in row))))
+        tables.write_csv(c.out, rows)
         return
     rows = []
     work = [(name, wanted, arch) for name, wanted in variants().items() for arch in c.archs]
@@ -451,21 +441,16 @@ def main():
         rows.append(
             {"kernel": kernel, "variant": variant, "arch": f"sm_{arch}", **compiled(*wanted, arch)}
         )
-    width = max(len(r["variant"]) for r in rows)
-    print(f"{'kernel':<9} {'variant':<{width}} {'arch':<6} registers  spilled  shared")
-    for r in rows:
-        spilled = r["spill_stores"] + r["spill_loads"]
-        print(
-            f"{r['kernel']:<9}"
-            f" {r['variant']:<{width}} {r['arch']:<6} {r['registers']:>9}"
-            f" {spilled:>8} {r['shared_bytes']:>7}"
-        )
+    shown = [{**r, "spilled": r["spill_stores"] + r["spill_loads"]} for r in rows]
+    shared = Column("shared_bytes", "shared")
+    columns = ["kernel", "variant", "arch", "registers", "spilled", shared]
+    print(tables.text(shown, columns))
     spills = Counter(r["arch"] for r in rows if r["spill_stores"] or r["spill_loads"])
     print(
         f"{len(rows)} compiled; with spills: {dict(spills) or 'none'}; most registers:"
         f" {max(r['registers'] for r in rows)}"
     )
-    write(rows, c.out)
+    tables.write_csv(c.out, rows)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ that over the prediction of the same thing. An H100's row comes before an H200's
 there has an optimizer step after its one micro-batch, so the prediction has the whole of one.
 """
 
-import csv
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis import tables
 from base.command_line import cli, parse
-from benchmarks.gpu_compile import CLOCK, MULTIPROCESSORS, RATES, SIZE, markdown
-from benchmarks.head import write
+from benchmarks.gpu_compile import CLOCK, MULTIPROCESSORS, RATES, SIZE
 
 # The card
 PEAK = 989e12  # NVIDIA's data sheet of the H100 SXM: dense bfloat16 products
@@ -255,7 +254,7 @@ def read_floors(path: str) -> dict[tuple[str, str], float]:
     """(kernel, variant without the link) -> ms for sm_90; the two kernels of a gradient
     together."""
     floors = {}
-    for row in csv.DictReader(open(path, encoding="utf-8")):
+    for row in tables.read_csv(path):
         if row["arch"] != "sm_90":
             continue
         words = [
@@ -295,7 +294,7 @@ def read_measured(path: str) -> dict[tuple[str, str, str], tuple[str, float]]:
     found = {}
     if not Path(path).is_file():
         return found
-    rows = list(csv.DictReader(open(path, encoding="utf-8")))
+    rows = tables.read_csv(path)
     for card in ("H200", "H100"):
         for row in rows:
             if card in row.get("card", "") and row.get("step_ms"):
@@ -354,7 +353,7 @@ def table(work: Work, floors: dict[tuple[str, str], float], known: dict) -> list
                 "measured_ms": f"{measured[1]:.1f}",
                 "quotient": f"{measured[1] / same:.2f}",
             }
-        rows.append({column: row.get(column, "") for column in COLUMNS})
+        rows.append(row)
     return rows
 
 
@@ -362,8 +361,8 @@ def main():
     (c,) = parse(sys.argv[1:], PredictConfig)
     floors, known = read_floors(c.instructions), read_measured(c.measured)
     rows = [row for work in (GPT2, QWEN, HEAD) for row in table(work, floors, known)]
-    print(markdown(rows))
-    write(rows, c.out)
+    print(tables.markdown(rows, COLUMNS))
+    tables.write_csv(c.out, rows, COLUMNS)
     print(f"wrote {c.out}")
 
 

@@ -6,7 +6,6 @@ run alone, checks beside each other.
 """
 
 import contextlib
-import csv
 import gc
 import hashlib
 import importlib.metadata
@@ -26,6 +25,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+
+from analysis import tables
+from base.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 170.0  # Seconds after which a step is ended. Each should take less than two minutes.
@@ -123,12 +125,12 @@ class Table:
         self.path, self.index = path, {}
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
-                sys.exit(f"{path} has other columns: it is of another version; move it away")
-            for row in reader:
-                self.index[tuple(row[k] for k in KEY)] = row
+        try:
+            rows = tables.read_csv(path, COLUMNS)
+        except UserError as error:
+            sys.exit(str(error))
+        for row in rows:
+            self.index[tuple(row[k] for k in KEY)] = row
 
     def find(self, key: dict) -> dict | None:
         """The newest row of a key."""
@@ -145,14 +147,7 @@ class Table:
             and before["note"] == row["note"]
         ):
             return
-        new = not self.path.is_file()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
+        tables.append_csv(self.path, [row], COLUMNS)
 
     def ratio(self, row: dict, to: str) -> str:
         """tokens_per_s over that of the newest row called `to` on the same card."""
@@ -171,18 +166,10 @@ def shown(rows: list[dict]) -> str:
     blocks = []
     for name in dict.fromkeys(r["step"] for r in rows):
         mine = [r for r in rows if r["step"] == name]
-        columns = [
-            c
-            for c in COLUMNS[3:]
-            if c not in ("torch", "triton", "note") and any(r[c] for r in mine)
-        ]
-        width = {c: max(len(c), *(len(r[c]) for r in mine)) for c in columns}
-        lines = [name, "  ".join(f"{c:<{width[c]}}" for c in columns)]
-        lines += [
-            "  ".join([*(f"{r[c]:<{width[c]}}" for c in columns), r["note"][:150]]).rstrip()
-            for r in mine
-        ]
-        blocks.append("\n".join(lines))
+        shown = [{**r, "note": r["note"][:150]} for r in mine]
+        columns = [c for c in COLUMNS[3:] if c not in ("torch", "triton")]
+        columns = [c for c in columns if any(r[c] for r in mine)]
+        blocks.append(f"{name}\n{tables.text(shown, columns)}")
     return "\n\n".join(blocks)
 
 

@@ -21,7 +21,6 @@ bar chart beside it. benchmarks/gpu.py measures with the same functions, so what
 line needs is imported in `main`.
 """
 
-import csv
 import ctypes
 import gc
 import itertools
@@ -36,6 +35,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from analysis import tables
+from analysis.tables import Column
 from harmonic import HEADS, HarmonicHead, harmonic_loss
 
 MIB = 2**20
@@ -341,29 +342,24 @@ def measure(case, name, peer, rounds, label_precision=False) -> dict:
     return row
 
 
-def chart(rows, path):
-    """Forward and backward time of the first size as bars, peers hatched."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def chart(rows: list[dict], path: Path) -> None:
+    """Forward and backward time of the first size as bars, peers grey."""
+    from analysis import figures
 
     first = [r for r in rows if place(r) == place({**rows[0], "N": r["N"]})]
     first.sort(key=lambda r: float(r["forward_backward_ratio"]))
     labels = [r["head"] if r["impl"] == "ours" else f"{r['head']}: {r['impl']}" for r in first]
-    figure, axes = plt.subplots(figsize=(8, 0.28 * len(first) + 1.2), layout="constrained")
-    colours = ["tab:blue" if r["impl"] == "ours" else "lightgrey" for r in first]
-    bars = axes.barh(labels, [float(r["forward_backward_ratio"]) for r in first], color=colours)
-    axes.bar_label(bars, [f" {r['forward_backward_ratio']}" for r in first], fontsize=8)
+    colors = [figures.BLUE if r["impl"] == "ours" else figures.GREY for r in first]
+    figure = figures.figure(1.0 + 0.2 * len(first))
+    axes = figure.subplots()
+    ratios = [float(r["forward_backward_ratio"]) for r in first]
+    bars = axes.barh(labels, ratios, color=colors)
+    axes.bar_label(bars, [f" {r['forward_backward_ratio']}" for r in first])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time, forward + backward, over F.linear + F.cross_entropy")
-    figure.suptitle(
-        f"{place(first[0])}, {where(first[0])}; grey: what a user would write", fontsize=10
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.15)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes.set_title(f"{place(first[0])}, {where(first[0])}; grey: what a user would write")
+    axes.margins(x=0.15, y=0.01)
+    figures.save(figure, path)
 
 
 def growth(c, path):
@@ -387,81 +383,80 @@ def growth(c, path):
         case = Case(*size)
         for name in c.heads or ["cross_entropy", "cosine", "manhattan"]:
             rows.append(measure(case, name, None, c.rounds))
-            write(rows, path)
+            tables.write_csv(path, rows)
     torch.set_num_threads(threads)
     return rows
 
 
-def write(rows, path):
-    """The table so far."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in rows for k in r)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def place(row) -> str:
+def place(row: dict) -> str:
     """Where a row was measured, in words."""
     size = "{:,} x {:,} x {:,}".format(*(int(row[k]) for k in "NVC"))
     return ", ".join([size, *(row[k] for k in ("dtype", "precision") if k in row)])
 
 
-def where(row) -> str:
+def where(row: dict) -> str:
     """On what."""
     return row.get("device") or f"{row['threads']} threads"
 
 
-def markdown(rows) -> str:
-    """The table that README shows: ratios to the yardstick; a row a head, then the peers."""
+def markdown(rows: list[dict]) -> str:
+    """The tables that README shows: ratios to the yardstick; a row a head, then the peers."""
     ours = [r for r in rows if r["impl"] == "ours"]
     places = list(dict.fromkeys(map(place, ours)))
-    lines = [
-        f"| head | {' | '.join(places)} | forward | peak memory | error, nats |",
-        "|---" * (len(places) + 4) + "|",
+    by_head = {}
+    for r in ours:
+        # The other columns are those of the head's first place.
+        row = by_head.setdefault(r["head"], dict(r))
+        row[place(r)] = r["forward_backward_ratio"]
+    columns = [
+        "head",
+        *places,
+        Column("forward_ratio", "forward"),
+        Column("peak_ratio", "peak memory"),
+        Column("loss_error", "error", unit="nats"),
     ]
-    for head in dict.fromkeys(r["head"] for r in ours):
-        found = {place(r): r for r in ours if r["head"] == head}
-        r = found[places[0]]
-        times = " | ".join(found[p]["forward_backward_ratio"] if p in found else "" for p in places)
-        lines.append(
-            f"| {head} | {times} | {r['forward_ratio']} | {r['peak_ratio']} | {r['loss_error']} |"
-        )
+    peers = [{**r, "name": peer_name(r, ours[0]["N"])} for r in rows if r["impl"] != "ours"]
     size = "{:,} x {:,}".format(*(int(ours[0][k]) for k in "VC"))
-    lines += [
-        "",
-        f"| what a user would write, {size} | forward + backward | forward | peak memory |",
-        "|---|---|---|---|",
+    peer_columns = [
+        Column("name", f"what a user would write, {size}"),
+        Column("forward_backward_ratio", "forward + backward"),
+        Column("forward_ratio", "forward"),
+        Column("peak_ratio", "peak memory"),
     ]
-    for r in rows:
-        if r["impl"] != "ours":
-            how = [f"N={r['N']}"] * (r["N"] != ours[0]["N"]) + (
-                [r["dtype"]] if "dtype" in r else []
-            )
-            name = f"{r['head']}: {r['impl']}" + (f" ({', '.join(how)})" if how else "")
-            lines.append(
-                f"| {name} | {r['forward_backward_ratio']} | {r['forward_ratio']} |"
-                f" {r['peak_ratio']} |"
-            )
-    return "\n".join(lines)
+    heads = tables.markdown(list(by_head.values()), columns)
+    return f"{heads}\n\n{tables.markdown(peers, peer_columns)}"
 
 
-def table(rows):
-    print(
-        f"{'head':24}{'implementation':32}{'forward':>12}{'ratio':>8}{'+ backward':>12}"
-        f"{'ratio':>8}{'peak':>10}{'ratio':>8}{'error':>8}"
-    )
-    at = None
+def peer_name(row: dict, usual: str) -> str:
+    """A peer, and how it was measured where that is not as usual. usual: the number of states."""
+    how = [f"N={row['N']}"] if row["N"] != usual else []
+    if "dtype" in row:
+        how.append(row["dtype"])
+    name = f"{row['head']}: {row['impl']}"
+    return f"{name} ({', '.join(how)})" if how else name
+
+
+def text(rows: list[dict]) -> str:
+    """The rows for a terminal, a table for each place."""
+    columns = [
+        "head",
+        Column("impl", "implementation"),
+        Column("forward", unit="ms"),
+        Column("forward_ratio", "ratio"),
+        Column("both", "+ backward", unit="ms"),
+        Column("forward_backward_ratio", "ratio"),
+        Column("peak_mib", "peak", unit="MiB"),
+        Column("peak_ratio", "ratio"),
+        Column("loss_error", "error"),
+    ]
+    groups = {}
     for r in rows:
-        if at != (at := (r["N"], place(r), r.get("threads"))):
-            print(f"{place(r)}, {where(r)}")
-        times = [
-            f"{1000 * float(r[f'{part}_seconds']):.1f} ms"
-            for part in ("forward", "forward_backward")
-        ]
-        print(
-            f"{r['head']:24}{r['impl']:32}{times[0]:>12}{r['forward_ratio']:>8}{times[1]:>12}{r['forward_backward_ratio']:>8}"
-            f"{r['peak_mib'] + ' MiB':>10}{r['peak_ratio']:>8}{r.get('loss_error', ''):>8}"
-        )
+        times = {
+            "forward": f"{1000 * float(r['forward_seconds']):.1f}",
+            "both": f"{1000 * float(r['forward_backward_seconds']):.1f}",
+        }
+        groups.setdefault(f"{place(r)}, {where(r)}", []).append({**r, **times})
+    return "\n".join(f"{at}\n{tables.text(group, columns)}" for at, group in groups.items())
 
 
 def main():
@@ -496,8 +491,8 @@ def main():
                 size, *settings = at
                 case, place_now = Case(*(int(n) for n in size.split("x")), c.device, *settings), at
             rows.append(measure(case, name, peer, c.rounds, bool(c.precisions)))
-            write(rows, c.out)
-    table(rows)
+            tables.write_csv(c.out, rows)
+    print(text(rows))
     print(f"wrote {c.out}", end="\n" if c.growth else "")
     if not c.growth:
         picture = Path(c.out).with_suffix(".png")

@@ -8,7 +8,6 @@ sentences. Writes results/parity.csv and prints README's table. Gradients are th
 cross-entropy of random targets with respect to every weight.
 """
 
-import csv
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from analysis import tables
+from analysis.tables import Column
 from base.command_line import cli, parse
 from interop import pretrained
 from model import Model, ModelConfig
@@ -210,31 +211,7 @@ def measure_minilm() -> dict:
     }
 
 
-def markdown(rows: list[dict]) -> str:
-    """README's table."""
-    lines = [
-        "| transformers | logits (largest) | gradients (largest) | logits, padded | greedy tokens"
-        " equal |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        r = {k: float(v) for k, v in row.items() if k != "model" and v not in (None, "")}
-        pairs = [
-            f"{r[a]:.1e} ({r[b]:.3g})" if a in r else ""
-            for a, b in (("logits", "largest_logit"), ("gradients", "largest_gradient"))
-        ]
-        greedy = (
-            f"{r['same_greedy_tokens']:.0f} of {r['greedy_tokens']:.0f}"
-            if "greedy_tokens" in r
-            else ""
-        )
-        lines.append(
-            f"| {' | '.join([row['model'], *pairs, format(r['padded'], '.1e'), greedy])} |"
-        )
-    return "\n".join(lines)
-
-
-COLUMNS = [
+COLUMNS = (
     "model",
     "logits",
     "largest_logit",
@@ -243,16 +220,35 @@ COLUMNS = [
     "padded",
     "same_greedy_tokens",
     "greedy_tokens",
-]
+)
+
+
+def markdown(rows: list[dict]) -> str:
+    """README's table."""
+    shown = []
+    for r in rows:
+        row = {"model": r["model"], "padded": r["padded"]}
+        for error, largest in (("logits", "largest_logit"), ("gradients", "largest_gradient")):
+            # A CSV file has an empty text where a row has no such key.
+            if r.get(error):
+                row[error] = f"{float(r[error]):.1e} ({float(r[largest]):.3g})"
+        if r.get("greedy_tokens"):
+            row["greedy"] = f"{r['same_greedy_tokens']} of {r['greedy_tokens']}"
+        shown.append(row)
+    columns = [
+        Column("model", "transformers"),
+        Column("logits", "logits (largest)"),
+        Column("gradients", "gradients (largest)"),
+        Column("padded", "logits, padded", ".1e"),
+        Column("greedy", "greedy tokens equal"),
+    ]
+    return tables.markdown(shown, columns)
 
 
 def main():
     (c,) = parse(sys.argv[1:], ParityConfig)
     rows = [*map(measure, CASES), measure_minilm()]
-    with open(c.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write_csv(c.out, rows, COLUMNS)
     print(markdown(rows))
     print(f"wrote {c.out}")
 

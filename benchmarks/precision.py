@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 import harmonic.loss
 import harmonic.precision
+from analysis import tables
 from analysis.runs import find_runs
 from base.command_line import cli, parse
-from benchmarks.head import write
 from harmonic import HEADS as TABLE
 from harmonic import HarmonicHead, harmonic_loss, match
 from harmonic.precision import FLOAT32, SPLIT, Products
@@ -202,18 +202,11 @@ def compare(case: Case, n: float | None) -> list[dict]:
 def markdown(rows: list[dict]) -> str:
     """The table that docs/performance.md shows: errors of losses in nats, a row for each head,
     prototypes and n."""
-    lines = [
-        f"| head | prototypes | n | {' | '.join(PRECISIONS)} |",
-        "|---" * (3 + len(PRECISIONS)) + "|",
-    ]
-    for at in dict.fromkeys((r["head"], r["prototypes"], r["n"]) for r in rows):
-        found = {
-            r["precision"]: r["loss_error"]
-            for r in rows
-            if (r["head"], r["prototypes"], r["n"]) == at
-        }
-        lines.append(f"| {' | '.join(at)} | {' | '.join(found[p] for p in PRECISIONS)} |")
-    return "\n".join(lines)
+    found = {}
+    for r in rows:
+        row = found.setdefault((r["head"], r["prototypes"], r["n"]), dict(r))
+        row[r["precision"]] = r["loss_error"]
+    return tables.markdown(list(found.values()), ["head", "prototypes", "n", *PRECISIONS])
 
 
 def main():
@@ -228,7 +221,7 @@ def main():
             else sorted({float(case.head.strength), 4.0 * case.states.shape[1]})
         ):
             rows += compare(case, n)
-            write(rows, c.out)
+            tables.write_csv(c.out, rows)
     print(markdown(rows))
     print(f"wrote {c.out}")
 

@@ -7,7 +7,6 @@ that headless Chromium takes to a screenshot of the page, less that of an empty 
 ROUNDS. Writes results/report_page.csv.
 """
 
-import csv
 import json
 import math
 import shutil
@@ -18,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from analysis import tables
 from analysis.runs import find_runs
 from base.command_line import cli, parse
 from base.errors import UserError
@@ -65,6 +65,28 @@ def opening(page: Path, width: int) -> float:
     return min(times)
 
 
+def write_metrics(path: Path, pattern: list[dict], steps: int) -> None:
+    """Made-up metrics of a long run, the logged steps of a short one again and again."""
+    with open(path, "w") as file:
+        for i in range(steps):
+            fallen = 4 + 5 * math.exp(-i / 9999)
+            line = {**pattern[i % len(pattern)], "iter": i, "elapsed_s": 0.1 * i}
+            line["train_loss"] = fallen + line["train_loss"] % 0.3
+            file.write(json.dumps(line) + "\n")
+            if i % (steps // 100 or 1) == 0:
+                evaluation = {"iter": i, "val_loss": fallen, "perplexity": 99.0}
+                file.write(json.dumps(evaluation) + "\n")
+
+
+def copies(run: Path, metrics: Path, count: int, home: Path) -> list[Path]:
+    """Copies of a run's folder that share other metrics."""
+    found = [home / f"run{i:02}" for i in range(count)]
+    for copy in found:
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("metrics.jsonl"))
+        (copy / "metrics.jsonl").symlink_to(metrics)
+    return found
+
+
 def main():
     (c,) = parse(sys.argv[1:], PageConfig, words="run")
     (run, *others) = find_runs(c.run)
@@ -72,49 +94,16 @@ def main():
         raise UserError("name one run")
     if not shutil.which("chromium"):
         raise UserError("no chromium: apt-get install chromium")
-    steps = [m for m in read_metrics(run.path) if "train_loss" in m]
+    logged = [m for m in read_metrics(run.path) if "train_loss" in m]
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        with open(home / "metrics.jsonl", "w") as file:
-            for i in range(c.steps):
-                line = {**steps[i % len(steps)], "iter": i, "elapsed_s": 0.1 * i}
-                file.write(
-                    json.dumps(
-                        {
-                            **line,
-                            "train_loss": 4 + 5 * math.exp(-i / 9999) + line["train_loss"] % 0.3,
-                        }
-                    )
-                    + "\n"
-                )
-                if i % (c.steps // 100 or 1) == 0:
-                    file.write(
-                        json.dumps(
-                            {"iter": i, "val_loss": 4 + 5 * math.exp(-i / 9999), "perplexity": 99.0}
-                        )
-                        + "\n"
-                    )
-        for i in range(c.runs):
-            shutil.copytree(
-                run.path, home / f"run{i:02}", ignore=shutil.ignore_patterns("metrics.jsonl")
-            )
-            (home / f"run{i:02}/metrics.jsonl").symlink_to(home / "metrics.jsonl")
-        page, empty = home / "report.html", home / "empty.html"
+        metrics, page, empty = (home / n for n in ("metrics.jsonl", "report.html", "empty.html"))
+        write_metrics(metrics, logged, c.steps)
+        runs = copies(run.path, metrics, c.runs, home)
         empty.write_text("<!doctype html><title>empty</title>")
+        report = [sys.executable, "-m", "analysis.report", *map(str, runs)]
         began = time.perf_counter()
-        runs = [str(home / f"run{i:02}") for i in range(c.runs)]
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "analysis.report",
-                *runs,
-                f"--out={page}",
-                "--samples=0",
-                "--device=cpu",
-            ],
-            check=True,
-        )
+        subprocess.run([*report, f"--out={page}", "--samples=0", "--device=cpu"], check=True)
         row = {
             "runs": c.runs,
             "steps": c.steps,
@@ -123,11 +112,8 @@ def main():
         }
         for width in (1400, 400):
             row[f"open_{width}_s"] = f"{opening(page, width) - opening(empty, width):.2f}"
-    with open(c.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerow(row)
-    print(", ".join(f"{k} {v}" for k, v in row.items()))
+    tables.write_csv(c.out, [row])
+    print(tables.text([row], list(row)))
     print(f"wrote {c.out}")
 
 

@@ -18,7 +18,7 @@ Calculated: an iteration takes 6 N + attention operations a token at the given s
            gradients scattered once
 """
 
-import csv
+import itertools
 import math
 import statistics
 import subprocess
@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from analysis import figures, tables
+from analysis.tables import Column
 from base.command_line import cli, parse
 from model import Model, ModelConfig
 from training.config import TrainConfig
@@ -75,70 +77,66 @@ class ScalingConfig:
     """the table; the figure lies beside it"""
 
 
+# Kinds of measured runs: how, scaling and processes.
+KINDS = (
+    ("one", "strong", 1),
+    ("ddp", "strong", 2),
+    ("fsdp", "strong", 2),
+    ("ddp", "weak", 2),
+    ("fsdp", "weak", 2),
+)
+
+
+def train(c: ScalingConfig, home: str, how: str, scaling: str, processes: int) -> float:
+    """Runs train.py -> the median of its tokens/s."""
+    settings = dict(
+        dataset=c.dataset,
+        n_layer=4,
+        n_head=6,
+        n_embd=192,
+        block_size=128,
+        head="cosine",
+        compile=False,
+        batch_size=8,
+        gradient_accumulation_steps=processes if scaling == "weak" else 1,
+        max_iters=c.iters,
+        eval_interval=10**6,
+        eval_iters=1,
+        log_interval=1,
+        emissions=False,
+        out_dir=f"{home}/run",
+        overwrite=True,
+    )
+    if how != "one":
+        settings["parallel"] = how
+    flags = [f"--{k}={v}" for k, v in settings.items()]
+    words = ["env", "OMP_NUM_THREADS=1", sys.executable, *launcher(processes), "train.py", *flags]
+    subprocess.run(words, check=True, capture_output=True)
+    speeds = [m["tokens_per_s"] for m in read_metrics(f"{home}/run") if "tokens_per_s" in m]
+    return statistics.median(speeds[4:])
+
+
 def measured(c: ScalingConfig) -> list[dict]:
-    speeds = {}
+    """A row for each of KINDS."""
+    speeds = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(prefix="scaling-") as home:
-        kinds = [
-            ("one", "strong", 1),
-            ("ddp", "strong", 2),
-            ("fsdp", "strong", 2),
-            ("ddp", "weak", 2),
-            ("fsdp", "weak", 2),
-        ]
         for _ in tqdm(range(c.rounds), "measuring", disable=None):
-            for how, scaling, processes in kinds:
-                settings = dict(
-                    dataset=c.dataset,
-                    n_layer=4,
-                    n_head=6,
-                    n_embd=192,
-                    block_size=128,
-                    head="cosine",
-                    compile=False,
-                )
-                settings |= dict(
-                    batch_size=8,
-                    gradient_accumulation_steps=processes if scaling == "weak" else 1,
-                    max_iters=c.iters,
-                )
-                settings |= dict(
-                    eval_interval=10**6,
-                    eval_iters=1,
-                    log_interval=1,
-                    emissions=False,
-                    out_dir=f"{home}/run",
-                    overwrite=True,
-                )
-                settings |= {} if how == "one" else dict(parallel=how)
-                words = [
-                    sys.executable,
-                    *launcher(processes),
-                    "train.py",
-                    *(f"--{k}={v}" for k, v in settings.items()),
-                ]
-                subprocess.run(
-                    ["env", "OMP_NUM_THREADS=1", *words], check=True, capture_output=True
-                )
-                run = [
-                    r["tokens_per_s"] for r in read_metrics(f"{home}/run") if "tokens_per_s" in r
-                ]
-                speeds.setdefault((how, scaling, processes), []).append(statistics.median(run[4:]))
-    alone = speeds["one", "strong", 1]
-
-    def speedup(found: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(found, alone, strict=True))
-
-    return [
-        {
-            "model": "gpt, 4 layers, 192 wide",
-            "how": how,
-            "scaling": f"measured, {scaling}",
-            "processes": processes,
-            "tokens_per_s": f"{statistics.median(found):.0f}",
-            "efficiency": f"{speedup(found) / processes:.2f}",
-        }
-        for (how, scaling, processes), found in speeds.items()
-    ]
+            for kind, found in speeds.items():
+                found.append(train(c, home, *kind))
+    alone, rows = speeds["one", "strong", 1], []
+    for (how, scaling, processes), found in speeds.items():
+        speedup = statistics.median(a / b for a, b in zip(found, alone, strict=True))
+        rows.append(
+            {
+                "model": "gpt, 4 layers, 192 wide",
+                "how": how,
+                "scaling": f"measured, {scaling}",
+                "processes": processes,
+                "tokens_per_s": f"{statistics.median(found):.0f}",
+                "efficiency": f"{speedup / processes:.2f}",
+            }
+        )
+    return rows
 
 
 def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict]:
@@ -181,55 +179,45 @@ def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict
     return rows
 
 
-def chart(rows: list[dict], path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, name in zip(axes, ("gpt2_124m", "qwen2_0.5b"), strict=True):
-        for how, colour in (("ddp", "tab:blue"), ("fsdp", "tab:orange")):
-            for network, line in (("between", "o-"), ("ethernet", "s:")):
-                own = [
-                    r
-                    for r in rows
-                    if (r["model"], r["how"]) == (name, how) and r["scaling"].endswith(network)
-                ]
-                best, worst = (
-                    [float(r[k]) for r in own] for k in ("efficiency", "efficiency_without_overlap")
-                )
-                worlds = [r["processes"] for r in own]
-                axis.fill_between(worlds, worst, best, color=colour, alpha=0.15)
-                label = f"{how}, {'8 x 400 Gb/s' if network == 'between' else '100 Gb/s'} a machine"
-                axis.plot(worlds, best, line, color=colour, label=label, markersize=4)
-        ticks = [1, 2, 4, 8, 16, 32, 64]
-        axis.set(
-            xscale="log",
-            xticks=ticks,
-            xticklabels=ticks,
-            xlabel="GPUs",
-            title=f"{name}, one iteration shared (calculated)",
-            ylim=(0, 1.05),
-        )
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("efficiency")
-    axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def chart(rows: list[dict], path: Path) -> None:
+    """Efficiency of the calculated rows over the number of GPUs, a panel for each model."""
+    figure = figures.figure(3.4)
+    panels = figure.subplots(1, 2, sharey=True)
+    colors = {"ddp": figures.BLUE, "fsdp": figures.ORANGE}
+    networks = {"between": ("8 x 400 Gb/s", "o-"), "ethernet": ("100 Gb/s", "s:")}
+    ticks = [1, 2, 4, 8, 16, 32, 64]
+    for axes, name in zip(panels, ("gpt2_124m", "qwen2_0.5b"), strict=True):
+        for (how, color), (network, (speed, line)) in itertools.product(
+            colors.items(), networks.items()
+        ):
+            own = [r for r in rows if (r["model"], r["how"]) == (name, how)]
+            own = [r for r in own if r["scaling"].endswith(network)]
+            worlds = [int(r["processes"]) for r in own]
+            best = [float(r["efficiency"]) for r in own]
+            worst = [float(r["efficiency_without_overlap"]) for r in own]
+            axes.fill_between(worlds, worst, best, color=color, alpha=0.15)
+            axes.plot(worlds, best, line, color=color, label=f"{how}, {speed} a machine")
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.05)
+        axes.set_xlabel("GPUs")
+        axes.set_title(f"{name}, one iteration shared (calculated)")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("efficiency")
+    panels[1].legend()
+    figures.save(figure, path)
 
 
 def markdown(rows: list[dict]) -> str:
     """The measured part, as docs/multi_node.md shows it."""
-    lines = ["| processes | | scaling | tokens/s | efficiency |", "|---|---|---|---|---|"]
-    for r in rows:
-        if r["scaling"].startswith("measured"):
-            lines.append(
-                f"| {r['processes']} | {r['how']} | {r['scaling'].split()[-1]} |"
-                f" {r['tokens_per_s']} | {r['efficiency']} |"
-            )
-    return "\n".join(lines)
+    shown = [
+        {**r, "scaling": r["scaling"].removeprefix("measured, ")}
+        for r in rows
+        if r["scaling"].startswith("measured")
+    ]
+    speed = Column("tokens_per_s", "tokens/s")
+    return tables.markdown(shown, ["processes", "how", "scaling", speed, "efficiency"])
 
 
 def main():
@@ -242,13 +230,9 @@ def main():
         for row in calculated(c, name, how, network)
         if network == "between" or row["processes"] > c.per_node
     ]
-    with open(c.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write_csv(c.out, rows, COLUMNS)
     chart(rows, Path(c.out).with_suffix(".png"))
-    for row in rows:
-        print("  ".join(f"{row.get(k, ''):>{max(len(k), 10)}}" for k in COLUMNS))
+    print(tables.text(rows, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from analysis import tables
 from analysis.runs import find_runs
 from base.command_line import cli, parse
 from base.errors import check
-from benchmarks.head import seconds, write
+from benchmarks.head import seconds
 from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
 from harmonic.kernels import pairs
 from harmonic.pairwise import exactly, log_distance, operands
@@ -130,10 +131,8 @@ def main():
     rows += measure("random", head, h, y, skips, c.rounds)
     for run in runs:
         rows += measure(run.name, *states(run, c.N), skips, c.rounds)
-    print("".join(f"{k:>16}" for k in rows[0]))
-    for r in rows:
-        print("".join(f"{str(v):>16}" for v in r.values()))
-    write(rows, c.out)
+    print(tables.text(rows, list(rows[0])))
+    tables.write_csv(c.out, rows)
     print(f"wrote {c.out}")
 
 

@@ -8,17 +8,17 @@ whole validation split, with the exponent that is found and with one that goes w
 Writes results/head_swap.csv and prints README's table.
 """
 
-import csv
 import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from tqdm import tqdm
 
+from analysis import tables
 from analysis.perplexity import likelihood
 from analysis.runs import find_runs
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
 from benchmarks.head import exponent
@@ -67,38 +67,35 @@ def main():
         strength = "" if model.head.is_control else float(model.head.strength)
         about = ", ".join(f"{k.removeprefix('head_')}={v}" for k, v in settings.items())
         rows.append(
-            dict(
-                zip(
-                    COLUMNS,
-                    (name, about, strength, kl, perplexity(model.eval()), own, took),
-                    strict=True,
-                )
-            )
+            {
+                "head": name,
+                "settings": about,
+                "strength": strength,
+                "kl": kl,
+                "perplexity": perplexity(model.eval()),
+                "source_perplexity": own,
+                "seconds": took,
+            }
         )
-    with open(Path(c.out), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write_csv(c.out, rows, COLUMNS)
     print(markdown(rows))
     print(f"wrote {c.out}")
 
 
 def markdown(rows: list[dict]) -> str:
     """README's table."""
-    lines = [
-        "| head | n (softmax: s) | KL, nats a token | perplexity | of the source |",
-        "|---|---|---|---|---|",
-    ]
+    named = []
     for r in rows:
-        about = f", {r['settings']}" if r["settings"] else ""
-        strength = f"{float(r['strength']):.4g}" if r["strength"] not in ("", None) else ""
-        cells = (
-            f"{float(r['kl']):.1e}",
-            f"{float(r['perplexity']):.2f}",
-            f"{float(r['source_perplexity']):.2f}",
-        )
-        lines.append(f"| {r['head']}{about} | {strength} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        name = f"{r['head']}, {r['settings']}" if r["settings"] else r["head"]
+        named.append({**r, "head": name})
+    columns = [
+        "head",
+        Column("strength", "n (softmax: s)", ".4g"),
+        Column("kl", "KL", ".1e", "nats a token"),
+        Column("perplexity", form=".2f"),
+        Column("source_perplexity", "of the source", ".2f"),
+    ]
+    return tables.markdown(named, columns)
 
 
 if __name__ == "__main__":

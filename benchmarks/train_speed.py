@@ -16,7 +16,6 @@ memory       resident memory of train.py over 10,000 iterations of a tiny model
 """
 
 import contextlib
-import csv
 import re
 import statistics
 import subprocess
@@ -34,6 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from analysis import tables
+from analysis.tables import Column
 from base.command_line import cli, parse
 from model import Model, ModelConfig
 from text.token_files import load_data
@@ -45,7 +46,14 @@ from training.telemetry import norms, read_metrics
 
 SIZE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
 BATCH, VOCABULARY = 8, 4096
-COLUMNS = ["what", "dtype", "value", "unit", "ratio", "to"]
+COLUMNS = (
+    Column("what", "measured"),
+    Column("dtype", "precision"),
+    "value",
+    "unit",
+    Column("ratio", "times"),
+    Column("to", "of"),
+)
 
 
 @dataclass
@@ -158,7 +166,20 @@ def train(c: SpeedConfig, out: Path, **flags) -> list[dict]:
     return read_metrics(out)
 
 
-def steps(c: SpeedConfig, home: Path) -> list[list]:
+def cells(what: str, value: str, ratio: str, to: str, dtype: str = "float32") -> dict[str, str]:
+    """A row. value: a number and its unit, which is `ratio` times that of `to`."""
+    number, unit = value.split()
+    return {
+        "what": what,
+        "dtype": dtype,
+        "value": number,
+        "unit": unit,
+        "ratio": ratio,
+        "to": to,
+    }
+
+
+def steps(c: SpeedConfig, home: Path) -> list[dict]:
     kinds = [
         (who, dtype) for dtype in ("float32", "bfloat16") for who in ("plain loop", "train.py")
     ]
@@ -193,16 +214,9 @@ def steps(c: SpeedConfig, home: Path) -> list[list]:
             ratio = statistics.median(
                 a / b for a, b in zip(found[who, dtype], found["plain loop", base], strict=True)
             )
-            rows.append(
-                [
-                    who,
-                    dtype,
-                    f"{statistics.median(found[who, dtype]):.0f}",
-                    "tokens/s",
-                    f"{ratio:.2f}",
-                    f"plain loop, {base}",
-                ]
-            )
+            speed = statistics.median(found[who, dtype])
+            value, times = f"{speed:.0f} tokens/s", f"{ratio:.2f}"
+            rows.append(cells(who, value, times, f"plain loop, {base}", dtype))
     return rows
 
 
@@ -234,7 +248,7 @@ def iteration(model, optimizer, x, y, autocast, mark=lambda: None, loss=None):
     mark()
 
 
-def shares(c: SpeedConfig, _: Path) -> list[list]:
+def shares(c: SpeedConfig, _: Path) -> list[dict]:
     """The parts of an iteration, one after the other, as train.py runs them."""
     rows, data = [], load_data(c.dataset)
     for dtype in ("float32", "bfloat16"):
@@ -260,20 +274,12 @@ def shares(c: SpeedConfig, _: Path) -> list[list]:
                 parts[part].append(b - a)
         took = {part: statistics.median(times[8:]) for part, times in parts.items()}
         for part, t in took.items():
-            rows.append(
-                [
-                    f"share: {part}",
-                    dtype,
-                    f"{1000 * t:.1f}",
-                    "ms",
-                    f"{t / sum(took.values()):.3f}",
-                    "an iteration",
-                ]
-            )
+            value, share = f"{1000 * t:.1f} ms", f"{t / sum(took.values()):.3f}"
+            rows.append(cells(f"share: {part}", value, share, "an iteration", dtype))
     return rows
 
 
-def sample(c: SpeedConfig, home: Path) -> list[list]:
+def sample(c: SpeedConfig, home: Path) -> list[dict]:
     train(c, home / "sample", max_iters=1, block_size=1024, batch_size=1, compile=False)
     found = {}
     for cache in ("false", "true"):
@@ -290,28 +296,14 @@ def sample(c: SpeedConfig, home: Path) -> list[list]:
             )
             speeds.append(float(re.search(r"([\d,]+) tokens/s", done.stderr)[1].replace(",", "")))
         found[cache] = statistics.median(speeds)
-    ratio = found["true"] / found["false"]
+    slow, fast, base = found["false"], found["true"], "sample.py, without cache"
     return [
-        [
-            "sample.py, without cache",
-            "float32",
-            f"{found['false']:.0f}",
-            "tokens/s",
-            "1.00",
-            "sample.py, without cache",
-        ],
-        [
-            "sample.py",
-            "float32",
-            f"{found['true']:.0f}",
-            "tokens/s",
-            f"{ratio:.1f}",
-            "sample.py, without cache",
-        ],
+        cells(base, f"{slow:.0f} tokens/s", "1.00", base),
+        cells("sample.py", f"{fast:.0f} tokens/s", f"{fast / slow:.1f}", base),
     ]
 
 
-def checkpoint(c: SpeedConfig, home: Path) -> list[list]:
+def checkpoint(c: SpeedConfig, home: Path) -> list[dict]:
     """147 MB a checkpoint, every 8 iterations: the copy that training waits for, and the iterations
     that share the processor with the writing."""
     model = Model(ModelConfig(**SIZE, vocab_size=VOCABULARY))
@@ -336,30 +328,15 @@ def checkpoint(c: SpeedConfig, home: Path) -> list[list]:
     ]
     quiet = statistics.median(after[interval // 2 :])
     copy = statistics.median(copies)
+    took = {"copying a checkpoint's 147 MB": copy}
+    took |= {f"iteration {k + 1} after a checkpoint": after[k] for k in range(3)}
     return [
-        [
-            "copying a checkpoint's 147 MB",
-            "float32",
-            f"{1000 * copy:.0f}",
-            "ms",
-            f"{copy / quiet:.2f}",
-            "a quiet iteration",
-        ],
-        *(
-            [
-                f"iteration {k + 1} after a checkpoint",
-                "float32",
-                f"{1000 * after[k]:.0f}",
-                "ms",
-                f"{after[k] / quiet:.2f}",
-                "a quiet iteration",
-            ]
-            for k in range(3)
-        ),
+        cells(what, f"{1000 * t:.0f} ms", f"{t / quiet:.2f}", "a quiet iteration")
+        for what, t in took.items()
     ]
 
 
-def memory(c: SpeedConfig, home: Path) -> list[list]:
+def memory(c: SpeedConfig, home: Path) -> list[dict]:
     run, marks = home / "memory", (1000, 10_000)
     settings = dict(
         dataset=c.dataset,
@@ -387,27 +364,14 @@ def memory(c: SpeedConfig, home: Path) -> list[list]:
                 seen[mark] = about.memory_info().rss / 2**20
         time.sleep(0.02)
     process.wait()
-    ratio = seen[marks[1]] / seen[marks[0]]
-    return [
-        [
-            "resident memory at iteration 10,000",
-            "float32",
-            f"{seen[marks[1]]:.0f}",
-            "MiB",
-            f"{ratio:.3f}",
-            "at iteration 1,000",
-        ]
-    ]
+    first, last = (seen[mark] for mark in marks)
+    what, base = "resident memory at iteration 10,000", "at iteration 1,000"
+    return [cells(what, f"{last:.0f} MiB", f"{last / first:.3f}", base)]
 
 
 def markdown(rows: list[dict]) -> str:
     """README's table."""
-    lines = ["| | precision | | times | |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r['what']} | {r['dtype']} | {r['value']} {r['unit']} | {r['ratio']} | {r['to']} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    return tables.markdown(rows, COLUMNS)
 
 
 def main():
@@ -420,15 +384,9 @@ def main():
             if c.only in (None, measure.__name__):
                 new = measure(c, Path(home))
                 rows += new
-                print(
-                    "\n".join(
-                        f"{what:40} {dtype:9} {value:>8} {unit:9} {ratio:>6} x {to}"
-                        for what, dtype, value, unit, ratio, to in new
-                    )
-                )
+                print(tables.text(new, COLUMNS))
     if c.only is None:
-        with open(c.out, "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+        tables.write_csv(c.out, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-from analysis import perplexity, report
-from analysis.runs import caution, find_runs, table
+from analysis import perplexity, report, summary, tables
+from analysis.runs import caution, find_runs
+from analysis.tables import Column
 from base.command_line import cli, write_yaml
 from base.errors import UserError
 from model import Model, ModelConfig
@@ -219,8 +219,9 @@ def test_not_a_number_is_not_hidden(home, tmp_path):
     with torch.no_grad():
         model.final_norm.weight.fill_(math.nan)
     assert math.isnan(perplexity.likelihood(model, data, "val")[0])
-    row = {"run": "a", "split": "val", "nats_per_token": math.nan, "bits_per_byte": math.nan}
-    perplexity.draw([row, row | {"nats_per_token": 2.0, "bits_per_byte": 2.0}], Figure())
+    row = {"run": "a", "head": "cosine", "split": "val"}
+    row |= {"nats_per_token": math.nan, "bits_per_byte": math.nan}
+    perplexity.draw([row, row | {"nats_per_token": 2.0, "bits_per_byte": 2.0}])
 
 
 def test_perplexity_prints_a_table_and_writes_csv_and_chart(home, tmp_path, monkeypatch, capsys):
@@ -275,15 +276,6 @@ def test_different_tokenizers_are_told(home, tmp_path, monkeypatch, capsys):
     longer = load_data(prepare(tmp_path / "longer", repeat=2))
     assert caution([ce, ce], [ce.data(), ce.data()]) is None
     assert "different data: only bits/byte" in caution([ce, other], [ce.data(), longer])
-
-
-def test_table_aligns_texts_left_and_numbers_right():
-    assert table(["run", "x"], [["a", "1.5"], ["bcde", "-"], ["f", "nan"]]).splitlines() == [
-        "run     x",
-        "a     1.5",
-        "bcde    -",
-        "f     nan",
-    ]
 
 
 # the report
@@ -500,7 +492,7 @@ def test_the_lead_says_only_what_the_windows_tell(home):
         find_runs([home / "out/ce", home / "out/cosine"]),
         [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}],
     )
-    lead = lambda rows: report.lead(runs, summaries, rows and {"best": 1, "rows": rows})
+    lead = lambda rows: summary.lead(runs, summaries, rows and {"best": 1, "rows": rows})
     assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead(
         [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
     )
@@ -664,3 +656,41 @@ def test_a_mistake_is_a_message_and_exit_status_2(home, monkeypatch, capsys):
         "",
         f"python -m analysis.report: no run {home}/out/cosin; did you mean cosine?\n",
     )
+
+
+# tables
+
+
+def test_one_table_as_text_and_as_markdown():
+    rows = [
+        {"head": "euclidean", "loss": 1.23456, "n": None, "note": "a|b"},
+        {"head": "cosine", "loss": "-2.5", "n": 28, "rate": math.nan},
+    ]
+    columns = ["head", Column("loss", "val loss", ".3f", "nats"), Column("n"), "note", "rate"]
+    assert tables.text(rows, columns) == (
+        "head       val loss, nats   n  note  rate\n"
+        "euclidean           1.235   -  a|b      -\n"
+        "cosine             -2.500  28  -      nan"
+    )
+    assert tables.markdown(rows, columns) == (
+        "| head | val loss, nats | n | note | rate |\n"
+        "| --- | ---: | ---: | --- | ---: |\n"
+        "| euclidean | 1.235 | - | a\\|b | - |\n"
+        "| cosine | -2.500 | 28 | - | nan |"
+    )
+    assert tables.interval(0.0123, 0.003) == "+0.012 ± 0.003"
+    assert tables.interval(0.0123, math.nan) == "+0.012"
+
+
+def test_a_csv_file_is_written_appended_to_and_refused(tmp_path):
+    path, columns = tmp_path / "t.csv", ["a", Column("b", "B", ".2f")]
+    tables.write_csv(path, [{"a": 1}, {"b": 2.5, "c": "left out"}], columns)
+    assert path.read_bytes() == b"a,b\r\n1,\r\n,2.5\r\n"
+    path.write_bytes(path.read_bytes().removesuffix(b"\r\n"))
+    tables.append_csv(path, [{"a": "x,y"}], columns)
+    assert tables.read_csv(path, columns)[1:] == [{"a": "", "b": "2.5"}, {"a": "x,y", "b": ""}]
+    with pytest.raises(UserError, match=r"t.csv has other columns \(a, b\)"):
+        tables.read_csv(path, ["b", "a"])
+    path.write_text("a,b\n1,2\n3\n")
+    with pytest.raises(UserError, match="line 3 has not as many cells"):
+        tables.read_csv(path)

@@ -8,9 +8,10 @@ import random
 import pytest
 from conftest import ROOT, script
 
+from analysis import tables
 from base.command_line import parse
 from base.errors import UserError
-from benchmarks import scaling, train_speed
+from benchmarks import parity, scaling, swap, train_speed
 from tests.faults import storm
 
 
@@ -68,6 +69,22 @@ def test_tables_are_the_measured_ones():
     assert train_speed.markdown(rows("train_speed.csv")) in readme
     assert scaling.markdown(rows("scaling.csv")) in page
     assert (ROOT / "results/multinode.txt").read_text() in page
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (parity, "parity"),
+        (scaling, "scaling"),
+        (storm, "faults"),
+        (swap, "head_swap"),
+        (train_speed, "train_speed"),
+    ],
+)
+def test_the_columns_are_those_of_the_committed_table(tmp_path, module, name):
+    tables.write_csv(tmp_path / "a.csv", [], module.COLUMNS)
+    header = (tmp_path / "a.csv").read_bytes()
+    assert (ROOT / f"results/{name}.csv").read_bytes().startswith(header)
 
 
 def test_the_calculation_of_scaling():

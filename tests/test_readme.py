@@ -285,6 +285,10 @@ def test_swap_numbers_are_the_measured_ones():
         )
 
 
+def header(path) -> str:
+    return path.read_text().partition("\n")[0]
+
+
 def test_the_benchmark_runs(tmp_path):
     done = script(
         "-m",
@@ -298,6 +302,7 @@ def test_the_benchmark_runs(tmp_path):
     assert done.returncode == 0 and (tmp_path / "b.csv").read_text().count("\n") == 5, (
         done.stderr
     )  # two heads, two peers of cosine
+    assert header(tmp_path / "b.csv") == header(ROOT / "results/head_cpu.csv")
     assert (tmp_path / "b.png").stat().st_size > 5000
 
 
@@ -311,3 +316,4 @@ def test_the_skip_benchmark_runs(tmp_path):
         f"--out={tmp_path / 's.csv'}",
     )
     assert done.returncode == 0 and (tmp_path / "s.csv").read_text().count("\n") == 3, done.stderr
+    assert header(tmp_path / "s.csv") == header(ROOT / "results/skip.csv")

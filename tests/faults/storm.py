@@ -18,7 +18,6 @@ Every run is compared in the end with one that nothing happened to: the same met
     iterations were done again, and whether all was as it should be.
 """
 
-import csv
 import os
 import random
 import shutil
@@ -35,6 +34,8 @@ from typing import Any, Literal
 import psutil
 from tqdm import tqdm
 
+from analysis import tables
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError, check
 from training import checkpoint
@@ -108,11 +109,8 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(",".join(COLUMNS) + "\n")
-        with path.open(newline="") as file:
-            self.rows = list(csv.DictReader(file))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = tables.read_csv(path, COLUMNS) if path.exists() else []
 
     def has(self, fault: str, processes: int, trial: int) -> bool:
         return any(
@@ -124,15 +122,11 @@ class Table:
         """Forgets the rows of a batch that was not ended."""
         gone = {(fault, str(processes), str(t)) for t in trials}
         self.rows = [r for r in self.rows if (r["fault"], r["processes"], r["trial"]) not in gone]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        tables.write_csv(self.path, self.rows, COLUMNS)
 
     def add(self, trial: Trial) -> None:
         self.rows.append(trial.row())
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+        tables.append_csv(self.path, self.rows[-1:], COLUMNS)
 
 
 def command(
@@ -498,18 +492,25 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         kinds.setdefault((row["fault"], row["processes"]), []).append(row)
     lines = [
-        "| fault | processes | trials | as it should | iterations done again, most | seconds, most"
-        " |",
-        "|---|---|---|---|---|---|",
+        {
+            "fault": fault,
+            "processes": processes,
+            "trials": len(group),
+            "good": sum(r["as_it_should"] == "True" for r in group),
+            "again": max((int(r["done_again"]) for r in group if r["done_again"]), default=0),
+            "seconds": max(float(r["seconds"]) for r in group),
+        }
+        for (fault, processes), group in kinds.items()
     ]
-    for (fault, processes), group in kinds.items():
-        good = sum(r["as_it_should"] == "True" for r in group)
-        again = max((int(r["done_again"]) for r in group if r["done_again"]), default=0)
-        lines.append(
-            f"| {fault} | {processes} | {len(group)} | {good} | {again} |"
-            f" {max(float(r['seconds']) for r in group):.0f} |"
-        )
-    return "\n".join(lines)
+    columns = [
+        "fault",
+        "processes",
+        "trials",
+        Column("good", "as it should"),
+        Column("again", "iterations done again, most"),
+        Column("seconds", "seconds, most", ".0f"),
+    ]
+    return tables.markdown(lines, columns)
 
 
 def main() -> None:
