@@ -10,7 +10,9 @@ import math
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
+from analysis import figures
 from analysis.runs import predictions
 from text.token_files import Data
 
@@ -111,44 +113,44 @@ def detail(tokens: dict[str, np.ndarray], counts: np.ndarray, block_size: int) -
     return rows
 
 
-def draw(rows: list[dict], figure):
+def draw(rows: list[dict]) -> Figure:
     """Four panels: loss by position, frequency, distance; the reliability diagram."""
-    figure.set_size_inches(15, 3.6)
-    panels = figure.subplots(1, 4)
-    titles = {
-        "position": "by position in the window",
-        "frequency": "by frequency in training",
-        "nearest": "by distance to the nearest prototype",
+    figure = figures.figure(5.4)
+    panels = figure.subplots(2, 2)
+    labels = {
+        "position": ("nats a token by position in the window", "token"),
+        "frequency": ("nats a token by frequency in training", "occurrences, up to"),
+        "nearest": (
+            "nats a token by distance to the nearest prototype",
+            "tenth of the tokens, nearest first",
+        ),
+        "confidence": ("reliability: accuracy by confidence", "confidence"),
     }
-    runs = list(dict.fromkeys(r["run"] for r in rows))
-    for axes, (by, title) in zip(panels, titles.items(), strict=False):
-        for i, run in enumerate(runs):
-            mine = [r for r in rows if r["run"] == run and r["by"] == by]
-            x = [max(r["to"] - (by == "position"), 0.5) for r in mine]
-            if by == "nearest":  # distances of different heads have nothing in common: by tenth
-                x = range(1, len(mine) + 1)
-            axes.plot(x, [r["nll"] for r in mine], marker=".", color=f"C{i}", label=run)
-        axes.set_title(f"nats a token {title}", loc="left", fontsize=9)
-        axes.set_xlabel(
-            {
-                "position": "token",
-                "frequency": "occurrences, up to",
-                "nearest": "tenth of the tokens, nearest first",
-            }[by]
-        )
-        if by != "nearest":
-            axes.set_xscale("log")
-    last = panels[-1]
-    last.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
-    for i, run in enumerate(runs):
-        mine = [r for r in rows if r["run"] == run and r["by"] == "confidence"]
-        last.plot(
-            [r["confidence"] for r in mine],
-            [r["accuracy"] for r in mine],
-            marker=".",
-            color=f"C{i}",
-        )
-    last.set_title("reliability: accuracy by confidence", loc="left", fontsize=9)
-    panels[0].legend(fontsize=8, frameon=False)
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
+    heads = {row["run"]: (row["head"], row["link"]) for row in rows}
+    styles = dict(zip(heads, figures.head_styles(list(heads.values())), strict=True))
+    for axes, (by, (title, label)) in zip(panels.flat, labels.items(), strict=True):
+        for run, style in styles.items():
+            mine = [row for row in rows if row["run"] == run and row["by"] == by]
+            axes.plot(*_curve(by, mine), marker=".", label=run, **style)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+    panels[0, 0].set_xscale("log")
+    panels[0, 1].set_xscale("log")
+    panels[1, 1].plot([0, 1], [0, 1], color=figures.GREY, linewidth=0.8, linestyle=":")
+    panels[0, 0].legend()
+    return figure
+
+
+def _curve(by: str, rows: list[dict]) -> tuple[list, list]:
+    """What is plotted of one run's bins: x and y."""
+    if by == "confidence":
+        return [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
+    losses = [row["nll"] for row in rows]
+    if by == "nearest":
+        # Distances of different heads have nothing in common, so their tenths are compared.
+        return list(range(1, len(rows) + 1)), losses
+    if by == "position":
+        # A bin goes up to the position before the next one's first; zero does not show on a
+        # logarithmic axis.
+        return [max(row["to"] - 1, 0.5) for row in rows], losses
+    return [max(row["to"], 0.5) for row in rows], losses

@@ -17,10 +17,13 @@ import math
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis import figures, tables
 from analysis.runs import (
     AnalysisConfig,
     Run,
@@ -28,9 +31,10 @@ from analysis.runs import (
     caution,
     default_out,
     find_runs,
+    head_styles,
     publish,
-    shown,
 )
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model, ModelConfig
@@ -135,48 +139,48 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
     }
 
 
-def draw(runs, metrics, rows, key, figure):
+def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str) -> Figure:
     """Validation loss over the time in steps, and energy by part."""
-    figure.set_size_inches(10, 3.6)
+    figure = figures.figure(3.0)
     left, right = figure.subplots(1, 2)
-    for run, ms in zip(runs, metrics, strict=True):
-        points = evaluations(run, ms, key)
-        left.plot([t / 60 for t, _ in points], [v for _, v in points], marker=".", label=run.name)
+    for run, lines, style in zip(runs, metrics, head_styles(runs), strict=True):
+        points = evaluations(run, lines, key)
+        minutes, losses = [t / 60 for t, _ in points], [loss for _, loss in points]
+        left.plot(minutes, losses, marker=".", label=run.name, **style)
     if rows[0]["target"] is not None:
-        left.axhline(rows[0]["target"], color="0.6", linewidth=0.8, linestyle="--")
+        left.axhline(rows[0]["target"], color=figures.GREY, linewidth=0.8, linestyle=":")
     left.set_xlabel("minutes in steps")
-    left.set_title(f"validation loss, {UNITS[key]}; dashed: the target", loc="left", fontsize=10)
-    left.legend(fontsize=8, frameon=False)
-    base = [0.0] * len(rows)
-    for part, color in (("kwh_cpu", "#0072b2"), ("kwh_gpu", "#009e73"), ("kwh_ram", "#e69f00")):
-        values = [1000 * (r[part] or 0) for r in rows]
-        right.barh(
-            [r["run"] for r in rows],
-            values,
-            left=base,
-            color=color,
-            label=part.removeprefix("kwh_").upper(),
-            height=0.6,
-        )
-        base = [a + b for a, b in zip(base, values, strict=True)]
-    right.set_title("energy, Wh", loc="left", fontsize=10)
+    left.set_title(f"validation loss, {UNITS[key]}; dotted: the target")
+    left.legend()
+    names, base = [r["run"] for r in rows], np.zeros(len(rows))
+    for part, color in zip(("cpu", "gpu", "ram"), figures.PALETTE, strict=False):
+        watt_hours = np.array([1000 * (r[f"kwh_{part}"] or 0) for r in rows])
+        right.barh(names, watt_hours, left=base, color=color, label=part.upper(), height=0.6)
+        base += watt_hours
+    right.set_title("energy, Wh")
     right.invert_yaxis()
-    right.legend(fontsize=8, frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    return figure
 
 
-FORMATS = dict.fromkeys(
-    ("kwh", "kwh_cpu", "kwh_gpu", "kwh_ram", "kg_co2e", "kwh_to_target", "joules_per_token"), ".3g"
-)
-FORMATS |= dict(
-    minutes=".1f",
-    minutes_to_target=".2f",
-    steps=".1%",
-    evaluation=".1%",
-    start_end=".1%",
-    mflop_per_token=".1f",
-    mflop_counted=".1f",
+COLUMNS = (
+    "run",
+    "head",
+    "link",
+    Column("minutes", form=".1f"),
+    Column("steps", form=".1%"),
+    Column("evaluation", form=".1%"),
+    Column("start_end", form=".1%"),
+    Column("kwh", form=".3g"),
+    Column("kwh_cpu", form=".3g"),
+    Column("kwh_gpu", form=".3g"),
+    Column("kwh_ram", form=".3g"),
+    Column("kg_co2e", form=".3g"),
+    Column("joules_per_token", form=".3g"),
+    Column("mflop_per_token", form=".1f"),
+    Column("mflop_counted", form=".1f"),
+    Column("minutes_to_target", form=".2f"),
+    Column("kwh_to_target", form=".3g"),
 )
 
 
@@ -221,11 +225,11 @@ def main():
         None if key is None else c.target if c.target is not None else target_of(runs, metrics, key)
     )
     rows = [measure(run, ms, key, target) for run, ms in zip(runs, metrics, strict=True)]
-    print(shown(rows, FORMATS, left_out=("target",)))
+    print(tables.text(rows, COLUMNS))
     print(
         f"target: {target:.4f} {UNITS[key]}" if key else "no target: the losses may not be compared"
     )
-    publish(rows, out, lambda figure: draw(runs, metrics, rows, key or "val_loss", figure))
+    publish(rows, out, lambda: draw(runs, metrics, rows, key or "val_loss"))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from analysis import figures, tables
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import (
     AnalysisConfig,
@@ -30,14 +32,12 @@ from analysis.runs import (
     default_out,
     find_runs,
     publish,
-    shown,
-    table,
     windows,
-    write_csv,
 )
+from analysis.tables import Column
 from base.command_line import cli, parse
-from base.files import write_whole
 from harmonic import distance
+from text.token_files import Data
 from training.data import validation_batches
 from training.distributed import check_device
 
@@ -252,7 +252,7 @@ def similarity(runs, states) -> list[dict]:
 def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
     """The nearest prototypes of each word's prototype, by the head's own distance (a control: by
     cosine)."""
-    w, lines = model.head.prototypes().detach(), []
+    w, rows = model.head.prototypes().detach(), []
     for word in words:
         i = word_ids(tokenizer, word)
         if model.head.is_control:
@@ -260,54 +260,71 @@ def neighbours(model, tokenizer, words: list[str], count: int = 6) -> str:
         else:
             order = distance(w[i : i + 1], w, model.head.name, **model.head.geometry())[0].argsort()
         near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:count]
-        lines.append([repr(tokenizer.decode_token(i)), "  ".join(map(repr, near))])
-    return table(["word", "nearest"], lines)
+        rows.append(
+            {"word": repr(tokenizer.decode_token(i)), "nearest": "  ".join(map(repr, near))}
+        )
+    return tables.text(rows, ["word", "nearest"])
 
 
-def draw(maps, figure):
+def coverage(data: Data) -> str:
+    """How many of the relations' words a tokenizer knows, in a sentence."""
+    tokenizer = data.load_tokenizer()
+    every = [pair for name in RELATIONS for pair in pairs(name)]
+    kept = sum(len(token_pairs(tokenizer, name)) for name in RELATIONS)
+    words = [word for pair in every for word in pair]
+    whole = sum(len(tokenizer.encode(f" {word}")) == 1 for word in words)
+    return (
+        f"{data.tokenizer}: {kept} of {len(every)} pairs of words have tokens of their own,"
+        f" {whole / len(words):.0%} of the words are one token"
+    )
+
+
+def draw(maps: list[tuple]) -> Figure:
     """The prototypes on their first two principal components: grey points, relations as arrows with
-    their words."""
-    figure.set_size_inches(6 * len(maps), 6)
-    for axes, (name, x, tokenizer) in zip(
-        figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True
-    ):
+    their words. maps: for each run its name, prototypes (V, C) and tokenizer."""
+    across = min(2, len(maps))
+    down = math.ceil(len(maps) / across)
+    side = figures.WIDTH / 2
+    figure = figures.figure(side * down, side * across)
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for axes in panels[len(maps) :]:
+        axes.axis("off")
+    shown = ("country: capital", "man: woman", "one: many")
+    colors = (figures.BLUE, figures.VERMILLION, figures.GREEN)
+    for axes, (name, x, tokenizer) in zip(panels, maps, strict=False):
         rows, variance, directions = principal(x)
         plane = rows @ directions[:, :2]
         axes.scatter(*plane.T, s=2, color="0.8", linewidths=0)
-        for color, relation in zip(
-            ("#0072b2", "#d55e00", "#009e73"),
-            ("country: capital", "man: woman", "one: many"),
-            strict=True,
-        ):
+        for relation, color in zip(shown, colors, strict=True):
+            arrow = {"arrowstyle": "->", "color": color, "lw": 1}
             for first, second in pairs(relation)[:5]:
-                a, b = (plane[word_ids(tokenizer, w)] for w in (first, second))
-                axes.annotate(
-                    "",
-                    b.tolist(),
-                    a.tolist(),
-                    arrowprops={"arrowstyle": "->", "color": color, "lw": 1},
-                )
-                axes.text(*a.tolist(), first, fontsize=7, color=color)
-                axes.text(*b.tolist(), second, fontsize=7, color=color)
+                a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
+                axes.annotate("", b, a, arrowprops=arrow)
+                axes.text(*a, first, color=color, fontsize=7)
         share = variance / variance.sum()
         axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
         axes.set_ylabel(f"PC 2 ({share[1]:.1%})")
-        axes.set_title(name, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(name)
+    return figure
 
 
-FORMATS = dict(
-    top2=".1%", top5=".1%", effective_rank=".1f", participation_ratio=".1f", mean_cosine=".3f"
+COLUMNS = (
+    "run",
+    "head",
+    "link",
+    "what",
+    Column("top2", form=".1%"),
+    Column("top5", form=".1%"),
+    Column("components_90", "for 90 %"),
+    Column("effective_rank", form=".1f"),
+    Column("participation_ratio", "participation", ".1f"),
+    Column("mean_cosine", form=".3f"),
+    Column("radius", form=".3g"),
+    Column("radius_frequency", form=".2f"),
+    Column("parallelogram", form=".3f"),
+    Column("shuffled", "(shuffled)", ".3f"),
 )
-FORMATS |= dict(
-    radius=".3g",
-    radius_frequency=".2f",
-    parallelogram=".3f",
-    shuffled=".3f",
-    cka=".3f",
-    chance=".3f",
-)
-NAMES = dict(components_90="for 90 %", shuffled="(shuffled)", participation_ratio="participation")
+CKA_COLUMNS = ("a", "b", "layer", Column("cka", form=".3f"), Column("chance", form=".3f"))
 
 
 def main():
@@ -325,22 +342,10 @@ def main():
         maps.append((run.name, model.head.prototypes(), d.load_tokenizer()))
         if c.words:
             texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), c.words.split())}")
-    print(shown(rows, FORMATS, NAMES))
+    print(tables.text(rows, COLUMNS))
     print("".join(texts), end="\n" if texts else "")
     for d in {d.tokenizer: d for d in data}.values():
-        words, names = d.load_tokenizer(), list(RELATIONS)
-        every, kept = (
-            sum(len(f(name)) for name in names)
-            for f in (pairs, lambda name, words=words: token_pairs(words, name))
-        )
-        whole = [
-            len(words.encode(f" {w}")) == 1 for name in names for pair in pairs(name) for w in pair
-        ]
-        share = sum(whole) / len(whole)
-        print(
-            f"{d.tokenizer}: {kept} of {every} pairs of words have tokens of their own, {share:.0%}"
-            " of the words are one token"
-        )
+        print(coverage(d))
     alike = {
         (d.tokenizer, d.splits[c.split].tokens, run.model_config.block_size)
         for run, d in zip(runs, data, strict=True)
@@ -349,9 +354,9 @@ def main():
         print("note: no CKA: the runs' data, tokenizers or block_size differ", file=sys.stderr)
     elif len(runs) > 1:
         cka = similarity(runs, states)
-        print(shown(cka, FORMATS))
-        write_whole(out.with_name(f"{out.stem}_cka.csv"), lambda path: write_csv(cka, path))
-    publish(rows, out, lambda figure: draw(maps, figure))
+        print(tables.text(cka, CKA_COLUMNS))
+        tables.write_csv(out.with_name(f"{out.stem}_cka.csv"), cka)
+    publish(rows, out, lambda: draw(maps))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from analysis.runs import AnalysisConfig, about, default_out, find_runs, publish, shown
+from analysis import figures, tables
+from analysis.runs import AnalysisConfig, Run, about, default_out, find_runs, head_styles, publish
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
 from training.telemetry import read_metrics
@@ -94,7 +97,7 @@ def growth(metrics: list[dict]) -> dict:
     return {"radius_start": float(radius[0]), "radius_end": float(radius[-1]), "growth": exponent}
 
 
-def measure(run) -> list[dict]:
+def measure(run: Run) -> list[dict]:
     """Three rows of a run: all parameters, the head's, the trunk's. None for what its metrics.jsonl
     does not have."""
     metrics = read_metrics(run.path)
@@ -120,46 +123,60 @@ def measure(run) -> list[dict]:
     return rows
 
 
-def smooth(values: np.ndarray, points: int = 200):
-    """-> (steps, median, lowest tenth, highest tenth) of at most `points` pieces."""
+def smooth(values: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
+    """At most `points` pieces of a curve: the steps in their middle, and each one's median, lowest
+    and highest tenth."""
     pieces = np.array_split(np.arange(len(values)), min(points, len(values)))
-    take = lambda q: np.array([np.quantile(values[p], q) for p in pieces])
-    return np.array([p.mean() for p in pieces]), take(0.5), take(0.1), take(0.9)
+    low, median, high = np.array([np.quantile(values[p], (0.1, 0.5, 0.9)) for p in pieces]).T
+    return {
+        "step": np.array([p.mean() for p in pieces]),
+        "low": low,
+        "median": median,
+        "high": high,
+    }
 
 
-def draw(runs, figure):
+def draw(runs: list[Run]) -> Figure:
     """Gradient norms of head and trunk, and the prototypes' radius, over the steps."""
-    figure.set_size_inches(11, 3.6)
-    panels = (
-        ("grad_norm_head", "gradient norm, head"),
-        ("grad_norm_trunk", "gradient norm, trunk"),
-        ("prototype_radius", "mean |w|"),
-    )
-    for axes, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
-        for run in runs:
-            values = series(read_metrics(run.path), key)
+    figure = figures.figure(2.8)
+    titles = {
+        "grad_norm_head": "gradient norm, head",
+        "grad_norm_trunk": "gradient norm, trunk",
+        "prototype_radius": "mean norm of prototypes",
+    }
+    metrics = [read_metrics(run.path) for run in runs]
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for run, lines, style in zip(runs, metrics, head_styles(runs), strict=True):
+            values = series(lines, key)
             if not len(values):
                 continue
-            x, middle, low, high = smooth(values)
-            (line,) = axes.plot(x, middle, label=run.name, linewidth=1.4)
-            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+            curve = smooth(values)
+            axes.plot(curve["step"], curve["median"], label=run.name, **style)
+            axes.fill_between(
+                curve["step"], curve["low"], curve["high"], color=style["color"], alpha=0.2, lw=0
+            )
         axes.set_yscale("log")
         axes.set_xlabel("iteration")
-        axes.set_title(label, fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title)
     if axes.lines:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend()
+    return figure
 
 
-FORMATS = dict(
-    mean=".3g",
-    cv=".3f",
-    spike_rate=".2%",
-    clip_rate=".1%",
-    loss_spikes=".2%",
-    radius_start=".3g",
-    radius_end=".3g",
-    growth=".3f",
+COLUMNS = (
+    "run",
+    "head",
+    "link",
+    "part",
+    "steps",
+    Column("mean", form=".3g"),
+    Column("cv", form=".3f"),
+    Column("spike_rate", form=".2%"),
+    Column("clip_rate", form=".1%"),
+    Column("loss_spikes", form=".2%"),
+    Column("radius_start", form=".3g"),
+    Column("radius_end", form=".3g"),
+    Column("growth", form=".3f"),
 )
 
 
@@ -168,8 +185,8 @@ def main():
     runs = find_runs(c.runs, weights=False, dataset=c.dataset)
     out = default_out(c, runs, "gradients")
     rows = [row for run in runs for row in measure(run)]
-    print(shown(rows, FORMATS))
-    publish(rows, out, lambda figure: draw(runs, figure))
+    print(tables.text(rows, COLUMNS))
+    publish(rows, out, lambda: draw(runs))
 
 
 if __name__ == "__main__":

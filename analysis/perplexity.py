@@ -28,11 +28,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from analysis import calibration
+from analysis import calibration, figures, tables
 from analysis.geometry import frequency
-from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish, shown
+from analysis.runs import AnalysisConfig, about, caution, default_out, find_runs, publish
+from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError, check
 from harmonic import IGNORE_INDEX
@@ -295,17 +297,22 @@ def _scores(run, model: Model, manifest: dict, data: Data, c: PerplexityConfig) 
     return row
 
 
-FORMATS = dict.fromkeys(
-    ("nats_per_token", "bits_per_byte", "own_documents", "other_documents", "byte_perplexity"),
-    ".4f",
+COLUMNS = (
+    Column("run"),
+    Column("head"),
+    Column("link"),
+    Column("iter"),
+    Column("tokens", form=","),
+    Column("nats_per_token", "nats/token", ".4f"),
+    Column("perplexity", form=",.2f"),
+    Column("bits_per_byte", "bits/byte", ".4f"),
+    # These are there with --documents, --corpus and --detail.
+    Column("byte_perplexity", form=".4f"),
+    Column("word_perplexity", form=",.2f"),
+    Column("own_documents", form=".4f"),
+    Column("other_documents", form=".4f"),
+    Column("calibration_error", "ECE", ".3f"),
 )
-FORMATS |= {
-    "tokens": ",",
-    "perplexity": ",.2f",
-    "word_perplexity": ",.2f",
-    "calibration_error": ".3f",
-}
-NAMES = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "calibration_error": "ECE"}
 
 
 def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path) -> list[float]:
@@ -319,29 +326,28 @@ def details(runs, data: list[Data], c: PerplexityConfig, device: str, out: Path)
             {**about(run), **row}
             for row in calibration.detail(tokens, frequency(d).numpy(), run.model_config.block_size)
         ]
-    publish(
-        rows, out.with_name(f"{out.stem}_detail.csv"), lambda figure: calibration.draw(rows, figure)
-    )
+    publish(rows, out.with_name(f"{out.stem}_detail.csv"), lambda: calibration.draw(rows))
     return errors
 
 
-def draw(rows: list[dict], figure):
+def draw(rows: list[dict]) -> Figure:
     """A bar for each run: bits per byte, or nats per token where a run has none. Shorter is
     better."""
-    key, label = (
-        ("bits_per_byte", "bits per byte")
-        if all(r["bits_per_byte"] is not None for r in rows)
-        else ("nats_per_token", "nats per token")
-    )
-    figure.set_size_inches(7, 1.1 + 0.4 * len(rows))
+    if all(row["bits_per_byte"] is not None for row in rows):
+        key, label = "bits_per_byte", "bits per byte"
+    else:
+        key, label = "nats_per_token", "nats per token"
+    figure = figures.figure(0.8 + 0.35 * len(rows))
     axes = figure.subplots()
-    bars = axes.barh(range(len(rows)), [r[key] for r in rows], color="#0072b2", height=0.6)
-    axes.set_yticks(range(len(rows)), [r["run"] for r in rows], parse_math=False)
-    axes.bar_label(bars, [format(r[key], ".4f") for r in rows], padding=4)
+    values = [row[key] for row in rows]
+    colors = [figures.head_color(row["head"]) for row in rows]
+    bars = axes.barh(range(len(rows)), values, color=colors, height=0.6)
+    axes.set_yticks(range(len(rows)), [row["run"] for row in rows], parse_math=False)
+    axes.bar_label(bars, [f"{value:.4f}" for value in values], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(f"{label} on {rows[0]['split']}, lower is better")
-    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def main():
@@ -374,8 +380,8 @@ def main():
             {**row, "calibration_error": error}
             for row, error in zip(rows, details(runs, data, c, device, out), strict=True)
         ]
-    print(shown(rows, FORMATS, NAMES, left_out=("split", "stride")))
-    publish(rows, out, lambda figure: draw(rows, figure))
+    print(tables.text(rows, [column for column in COLUMNS if column.key in rows[0]]))
+    publish(rows, out, lambda: draw(rows))
 
 
 if __name__ == "__main__":

@@ -9,84 +9,81 @@ and no other file. Losses are those that training measured on its fixed validati
 """
 
 import dataclasses
-import html
 import json
 import math
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.compare import compare, window_losses
-from analysis.geometry import frequency, principal, spectrum
-from analysis.runs import Run, caution, find_runs, texts_differ, writable
+from analysis.compare import window_losses
+from analysis.geometry import frequency, principal
+from analysis.page import write_page
+from analysis.runs import Run, find_runs, writable
+from analysis.summary import (
+    agreement,
+    energy_parts,
+    lead,
+    paired,
+    radar,
+    short,
+    summarize,
+    summary_table,
+)
 from base.command_line import cli, parse
 from base.errors import UserError
-from base.files import write_whole
 from model import Model
 from text.token_files import Data
 from text.tokenizers import Tokenizer
 from training.distributed import check_device
-from training.telemetry import clock, energy, listed, read_metrics, timed
+from training.telemetry import read_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# Most points of a curve that the page holds; each knows the least, mean and greatest value of the
-# iterations behind it
+# Most points of a curve that the page holds. Each knows the least, mean and greatest value of the
+# iterations behind it.
 POINTS = 1000
-PROMPTS = 2  # excerpts of the validation text that every run continues
-PROMPT_CHARACTERS, TRUTH_CHARACTERS = (
-    80,
-    240,
-)  # of an excerpt: what the runs see, and how the text really goes on
-EXCERPT_TOKENS = 160  # enough for both with any tokenizer of words or their parts
-MASK_EVERY = (
-    7  # bert fills every seventh token (`how_sampled` says so), about the share that it learns on
-)
+# Maps of the best runs, and the prototypes on one: those of the most frequent tokens.
+MAPS, MAP_POINTS = 6, 1500
+# Excerpts of the validation text that every run continues. Of each, the characters that the runs
+# see, and those that show how the text really goes on.
+PROMPTS, PROMPT_CHARACTERS, TRUTH_CHARACTERS = 2, 80, 240
+# Enough for both with any tokenizer of words or their parts.
+EXCERPT_TOKENS = 160
+# bert fills every seventh token (`how_sampled` says so), about the share that it learns on.
+MASK_EVERY = 7
 
-# curves: metrics key, title, unit, whether it is noisy enough to be smoothed
-CHARTS = [
-    ("val_loss", "Validation loss", "nats/token", False),
-    ("train_loss", "Training loss", "nats/token", True),
-    ("grad_norm", "Gradient norm", "whole model, before clipping", True),
-    ("grad_norm_head", "Gradient norm, head", "before clipping", True),
-    ("grad_norm_trunk", "Gradient norm, trunk", "before clipping", True),
-    ("prototype_radius", "Prototype radius", "mean Euclidean norm", False),
-    ("target_distance_mean", "Distance to the target, mean", "in the head's own distance", True),
-    ("target_distance_min", "Distance to the target, least", "in the head's own distance", True),
-    (
-        "kl_to_softmax",
-        "KL to softmax",
-        "nats, from the head to the softmax it linearises to",
-        False,
+
+@dataclass(frozen=True)
+class Chart:
+    """A curve of metrics.jsonl."""
+
+    key: str
+    title: str
+    unit: str = ""
+    noisy: bool = False
+    """enough to be smoothed"""
+
+
+CHARTS = (
+    Chart("val_loss", "Validation loss", "nats/token"),
+    Chart("train_loss", "Training loss", "nats/token", noisy=True),
+    Chart("grad_norm", "Gradient norm", "whole model, before clipping", noisy=True),
+    Chart("grad_norm_head", "Gradient norm, head", "before clipping", noisy=True),
+    Chart("grad_norm_trunk", "Gradient norm, trunk", "before clipping", noisy=True),
+    Chart("prototype_radius", "Prototype radius", "mean Euclidean norm"),
+    Chart(
+        "target_distance_mean", "Distance to the target, mean", "in the head's own distance", True
     ),
-    ("strength", "Learnt exponent or scale", "n or s", False),
-    ("lr", "Learning rate", "", False),
-]
-
-MAPS, MAP_POINTS = (
-    6,
-    1500,
-)  # maps of the best runs; prototypes on a map, those of the most frequent tokens
-
-# columns of the summary: key, title, format, which value is best, and what must agree for the best
-# to be marked
-COLUMNS = [
-    ("head", "head", "", None, None),
-    ("strength", "exponent n / scale s", "", None, None),
-    ("iterations", "iterations", ",", None, None),
-    ("best_val_loss", "best val loss", ".4f", min, "losses"),
-    ("perplexity", "perplexity", ",.1f", min, "losses"),
-    ("bits_per_byte", "bits/byte", ".4f", min, "bits"),
-    ("difference", "above the best (95 %)", "", None, None),
-    ("components", "PCs for 90 %", "", None, None),
-    ("kwh", "kWh", ".3g", min, "work"),
-    ("co2", "g CO₂e", ".3g", min, "work"),
-    ("tokens_per_s", "tokens/s", ",.0f", max, "work"),
-    ("minutes", "minutes", ".1f", min, "work"),
-]
+    Chart(
+        "target_distance_min", "Distance to the target, least", "in the head's own distance", True
+    ),
+    Chart("kl_to_softmax", "KL to softmax", "nats, from the head to the softmax it linearises to"),
+    Chart("strength", "Learnt exponent or scale", "n or s"),
+    Chart("lr", "Learning rate"),
+)
 
 
 @dataclass
@@ -122,12 +119,6 @@ class ReportConfig:
         ]
 
 
-def shown(value: float, digits: int = 5):
-    """A number as the page's JSON holds it: rounded to some significant digits, or the name of one
-    that is not finite."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else repr(value)
-
-
 def thin(points: list[tuple[int, float]]) -> dict:
     """A curve of at most POINTS points: x, mean y, and lo and hi where a point stands for several.
     One that is not finite shows."""
@@ -135,11 +126,11 @@ def thin(points: list[tuple[int, float]]) -> dict:
     buckets = [points[i : i + size] for i in range(0, len(points), size)]
     values = [[y for _, y in b] for b in buckets]
     means = [sum(v) / len(v) for v in values]
-    found = {"x": [b[len(b) // 2][0] for b in buckets], "y": [shown(m) for m in means]}
+    found = {"x": [b[len(b) // 2][0] for b in buckets], "y": [short(m) for m in means]}
     if size > 1:
         for name, extreme in (("lo", min), ("hi", max)):
             found[name] = [
-                shown(extreme(v) if math.isfinite(m) else m)
+                short(extreme(v) if math.isfinite(m) else m)
                 for v, m in zip(values, means, strict=True)
             ]
     return found
@@ -147,8 +138,12 @@ def thin(points: list[tuple[int, float]]) -> dict:
 
 def curves(metrics: list[dict]) -> dict:
     """metrics key -> curve, for the keys of CHARTS that the run has."""
-    points = {key: [(m["iter"], m[key]) for m in metrics if key in m] for key, *_ in CHARTS}
-    return {key: thin(values) for key, values in points.items() if values}
+    found = {}
+    for chart in CHARTS:
+        points = [(m["iter"], m[chart.key]) for m in metrics if chart.key in m]
+        if points:
+            found[chart.key] = thin(points)
+    return found
 
 
 def prototype_map(model: Model, data: Data) -> dict:
@@ -160,122 +155,12 @@ def prototype_map(model: Model, data: Data) -> dict:
     plane = rows[tokens] @ directions[:, :2]
     return {
         "axes": [f"PC {i + 1} ({share[i]:.1%})" for i in range(2)],
-        "x": [shown(v, 4) for v in plane[:, 0].tolist()],
-        "y": [shown(v, 4) for v in plane[:, 1].tolist()],
+        "x": [short(v, 4) for v in plane[:, 0].tolist()],
+        "y": [short(v, 4) for v in plane[:, 1].tolist()],
         "tokens": [
             words.decode_token(t).strip() or repr(words.decode_token(t)) for t in tokens.tolist()
         ],
     }
-
-
-def summary(run: Run, model: Model, metrics: list[dict]) -> dict:
-    """COLUMNS key -> value, None where there is none."""
-    evaluations = [m for m in metrics if "val_loss" in m]
-    if not evaluations:
-        raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
-    best = min(evaluations, key=lambda m: (math.isnan(m["val_loss"]), m["val_loss"]))
-    used = energy(run.path)
-    kwh, co2 = (used["energy_consumed"], 1000 * used["emissions"]) if used else (None, None)
-    speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
-    head = model.head
-    return {
-        "head": head.name + (", softmax link" if head.strength_name == "scale" else ""),
-        "strength": None
-        if head.is_control
-        else f"{'n' if head.is_harmonic else 's'} = {float(head.strength):.4g}",
-        "iterations": max(
-            [m["iter"] for m in evaluations] + [m["iter"] + 1 for m in metrics if "train_loss" in m]
-        ),
-        "best_val_loss": best["val_loss"],
-        "perplexity": best.get("perplexity"),
-        "bits_per_byte": best.get("bits_per_byte"),
-        "difference": None,
-        "components": spectrum(model.head.prototypes())["components_90"],
-        "kwh": kwh,
-        "energy": used,
-        "co2": co2,
-        "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
-        "minutes": clock(metrics, run.tokens_per_iteration())[-1][0] / 60
-        if timed(metrics)
-        else None,
-        "last_val_loss": evaluations[-1]["val_loss"],
-    }
-
-
-def summary_table(summaries: list[dict], agree: dict[str, bool]) -> dict:
-    """The summary as texts, the best of each column marked where its kind of value may be
-    compared."""
-    rows = [[] for _ in summaries]
-    for key, _, form, better, kind in COLUMNS:
-        values = [s[key] for s in summaries]
-        finite = [v for v in values if better and v is not None and math.isfinite(v)]
-        best = better(finite) if len(values) > 1 and len(finite) > 0 and agree[kind] else None
-        for row, v in zip(rows, values, strict=True):
-            row.append(
-                {
-                    "text": "–" if v is None else format(v, form),
-                    "best": best is not None and v == best,
-                }
-            )
-    return {"columns": [title for _, title, *_ in COLUMNS], "rows": rows}
-
-
-def paired(summaries: list[dict], losses: list) -> dict | None:
-    """Puts differences to the best run, on the same windows, into the summaries -> what a picture
-    of them needs."""
-    if len(losses) < 2:
-        return None
-    best, found = compare(losses)
-    for i, (s, d) in enumerate(zip(summaries, found, strict=True)):
-        if i == best:
-            s["difference"] = "the best"
-        else:
-            s["difference"] = "within noise: " if d.low <= 0 <= d.high else ""
-            s["difference"] += (
-                f"{d.mean:.3f} ({d.low:.3f} to {d.high:.3f}),"
-                f" {f'p = {d.p:.3f}' if d.p >= 0.001 else 'p < 0.001'}"
-            )
-    return {
-        "best": best,
-        "windows": len(losses[0]),
-        "rows": [[shown(v) for v in (d.mean, d.low, d.high)] for d in found],
-    }
-
-
-def energy_parts(used: dict) -> dict:
-    """Wh of the processor, GPUs, memory, and what CodeCarbon's file does not assign."""
-    parts = {k: used[f"{k}_energy"] for k in ("cpu", "gpu", "ram")}
-    return {
-        k: shown(1000 * v)
-        for k, v in {
-            **parts,
-            "rest": max(0.0, used["energy_consumed"] - sum(parts.values())),
-        }.items()
-    }
-
-
-def radar(summaries: list[dict], agree: dict[str, bool]) -> list[dict] | None:
-    """The papers' three axes, 0 to 10, 10 the best of this page: best / value. None where they may
-    not be compared."""
-    axes = (
-        ("performance", "bits_per_byte"),
-        ("interpretability", "components"),
-        ("sustainability", "kwh"),
-    )
-    if (
-        len(summaries) < 2
-        or not all(agree.values())
-        or any(not s[key] or not math.isfinite(s[key]) for s in summaries for _, key in axes)
-    ):
-        return None
-    best = {key: min(s[key] for s in summaries) for _, key in axes}
-    return [
-        {
-            "axes": [a for a, _ in axes],
-            "values": [shown(10 * best[key] / s[key], 3) for _, key in axes],
-        }
-        for s in summaries
-    ]
 
 
 def excerpts(data: Data) -> list[tuple[str, str]]:
@@ -378,135 +263,120 @@ def together(values: list[str]) -> str:
     return " | ".join(dict.fromkeys(values))
 
 
+@dataclass
+class Entry:
+    """What the page holds of one run."""
+
+    summary: dict
+    curves: dict
+    model: str
+    """its size in words"""
+    map: dict | None = None
+    """None where the run's data was not found; so are the next two"""
+    losses: np.ndarray | None = None
+    """of validation windows (windows,); None for a split that is too short as well"""
+    samples: list | None = None
+    note: str | None = None
+    """what could not be done, in a sentence"""
+
+
+def examine(
+    run: Run, data: Data | None, texts: list[tuple[str, str]], c: ReportConfig, device: str
+) -> Entry:
+    """Loads a run's best checkpoint and looks at it. texts: the excerpts to continue."""
+    metrics, (model, _), m = read_metrics(run.path), run.load(device, "best"), run.model_config
+    size = (
+        f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size},"
+        f" {model.parameter_count() / 1e6:.2f} M parameters"
+    )
+    entry = Entry(summarize(run, model, metrics), curves(metrics), size)
+    if data is None:
+        return entry
+    entry.map = prototype_map(model, data)
+    try:
+        entry.losses = window_losses(model, data)
+    except UserError as error:
+        # A split that is too short to score does not keep anyone from the curves.
+        entry.note = f"{run.name} is not compared window by window: {error}"
+        print(f"note: {entry.note}", file=sys.stderr)
+    if texts:
+        words = data.load_tokenizer()
+        if m.arch == "bert":
+            entry.samples = fills(model, words, texts)
+        else:
+            entry.samples = continuations(model, words, data.eot_id, texts, c)
+    return entry
+
+
 def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     """Everything the page shows, as one JSON document."""
     notes, data, texts = [], None, []
     try:
         data = [run.data() for run in runs]
         texts = excerpts(data[0]) if c.samples else []
-    except UserError as error:  # curves can be looked at where the data is not
+    except UserError as error:
+        # Curves can be looked at where the data is not.
         notes.append(f"No samples: {error}")
         print(f"note: {notes[0]}", file=sys.stderr)
 
-    summaries, drawn, models, samples, maps, losses = [], [], [], [], [], []
-    for i, run in enumerate(tqdm(runs, desc="runs", leave=False, disable=None)):
-        metrics, (model, _), m = (
-            read_metrics(run.path),
-            run.load(device, "best"),
-            run.model_config,
-        )  # one run's at a time
-        summaries.append(summary(run, model, metrics))
-        drawn.append(curves(metrics))
-        models.append(
-            f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size},"
-            f" {model.parameter_count() / 1e6:.2f} M parameters"
-        )
-        if data:
-            maps.append({"run": i, **prototype_map(model, data[i])})
-            try:
-                losses.append(window_losses(model, data[i]))
-            except (
-                UserError
-            ) as error:  # a split that is too short to score does not keep anyone from the curves
-                notes.append(f"{run.name} is not compared window by window: {error}")
-                print(f"note: {notes[-1]}", file=sys.stderr)
-        if texts:
-            words = data[i].load_tokenizer()
-            samples.append(
-                fills(model, words, texts)
-                if m.arch == "bert"
-                else continuations(model, words, data[i].eot_id, texts, c)
-            )
-
-    warning = (
-        caution(runs, data)
-        if data
-        else "The runs' data was not found: nobody checked that losses may be compared"
-        if len(runs) > 1
-        else None
-    )
-    work = [
-        (s["iterations"] * r.tokens_per_iteration()) for s, r in zip(summaries, runs, strict=True)
+    # One run's model and metrics are in memory at a time.
+    entries = [
+        examine(run, data and data[i], texts, c, device)
+        for i, run in enumerate(tqdm(runs, desc="runs", leave=False, disable=None))
     ]
-    same_windows = (
-        len({(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs})
-        == 1
-    )
+    notes += [entry.note for entry in entries if entry.note]
+    summaries = [entry.summary for entry in entries]
+    losses = [entry.losses for entry in entries if entry.losses is not None]
     environments = [read_environment(run) for run in runs]
-    machines = {(e.get("device"), e.get("world_size")) for e in environments}
-    last = [s["last_val_loss"] for s in summaries]
-    notes += [
-        f"Beware: the last validation loss of {r.name} is {v}."
-        for r, v in zip(runs, last, strict=True)
-        if not math.isfinite(v)
-    ]
-    if warning:
-        notes.append(warning[0].upper() + warning[1:] + ".")
-    if len(set(work)) > 1:
-        notes.append(
-            "The runs have not seen the same number of tokens: more training lowers a loss, and"
-            " energy and time are not ranked."
-        )
-    if len(machines) > 1:
-        notes.append("The runs ran on different machines: energy and time are not ranked.")
-    if not same_windows:
-        notes.append(
-            "The runs have different validation windows (block_size, eval_iters or batch_size):"
-            " small differences in loss mean nothing."
-        )
-    agree = {
-        "losses": warning is None and same_windows,
-        "bits": len({r.model_config.arch == "bert" for r in runs}) == 1
-        and (not data or not texts_differ(data)),
-        "work": len(set(work)) == 1 == len(machines),
-    }
-    same_size = (
-        len({len(x) for x in losses}) == 1 and len({r.model_config.block_size for r in runs}) == 1
-    )
-    comparable = warning is None and len(losses) == len(runs) and same_size
-    differences_to_best = paired(summaries, losses) if comparable else None
-    steps = [f"{r.tokens_per_iteration():,}" for r in runs]
-    sizes = [
-        f"{r.config.dataset}, {d.tokenizer}, {d.splits['train'].tokens:,} training tokens"
-        for r, d in zip(runs, data or [], strict=False)
-    ]
+    agree = agreement(runs, data, summaries, environments, losses)
+    to_best = paired(summaries, losses) if agree.windows else None
+    steps = [run.tokens_per_iteration() for run in runs]
     return {
         "title": " vs ".join(r.name for r in runs) if len(runs) <= 3 else f"{len(runs)} runs",
-        "lead": lead(runs, summaries, differences_to_best),
+        "lead": lead(runs, summaries, to_best),
         "facts": [
-            ["Data", together(sizes or [r.config.dataset for r in runs])],
-            ["Model", together(models)],
-            ["Tokens an iteration", together(steps)],
+            ["Data", together(corpora(runs, data))],
+            ["Model", together([entry.model for entry in entries])],
+            ["Tokens an iteration", together([f"{count:,}" for count in steps])],
             ["Device", together([str(e.get("device", "unknown")) for e in environments])],
         ],
-        "notes": notes,
+        "notes": notes + agree.notes,
         "summary": summary_table(summaries, agree),
-        "charts": [
-            {"key": k, "title": title, "unit": unit, "noisy": noisy}
-            for k, title, unit, noisy in CHARTS
-        ],
+        "charts": [dataclasses.asdict(chart) for chart in CHARTS],
         "same_step": len(set(steps)) == 1,
         "runs": [
-            {"name": r.name, "tokens_per_iteration": r.tokens_per_iteration(), "curves": found}
-            for r, found in zip(runs, drawn, strict=True)
+            {"name": run.name, "tokens_per_iteration": count, "curves": entry.curves}
+            for run, count, entry in zip(runs, steps, entries, strict=True)
         ],
-        "paired": differences_to_best,
+        "paired": to_best,
         "radar": radar(summaries, agree),
-        "maps": [
-            maps[i]
-            for i in sorted(
-                sorted(range(len(maps)), key=lambda i: summaries[i]["best_val_loss"])[:MAPS]
-            )
-        ],
+        "maps": maps(entries),
         "energy": [s["energy"] and energy_parts(s["energy"]) for s in summaries],
         "samples": [
-            {"prompt": prompt, "truth": truth, "runs": [s[i] for s in samples]}
+            {"prompt": prompt, "truth": truth, "runs": [entry.samples[i] for entry in entries]}
             for i, (prompt, truth) in enumerate(texts)
         ],
         "sampling": how_sampled(runs, c),
         "differences": differences(runs),
         "environments": [" · ".join(describe(e)) for e in environments],
     }
+
+
+def maps(entries: list[Entry]) -> list[dict]:
+    """The maps of the MAPS best runs that have one, in the runs' order."""
+    mapped = [i for i, entry in enumerate(entries) if entry.map]
+    best = sorted(mapped, key=lambda i: entries[i].summary["best_val_loss"])[:MAPS]
+    return [{"run": i, **entries[i].map} for i in sorted(best)]
+
+
+def corpora(runs: list[Run], data: list[Data] | None) -> list[str]:
+    """On what each run was trained, in words."""
+    if data is None:
+        return [run.config.dataset for run in runs]
+    return [
+        f"{run.config.dataset}, {d.tokenizer}, {d.splits['train'].tokens:,} training tokens"
+        for run, d in zip(runs, data, strict=True)
+    ]
 
 
 def how_sampled(runs: list[Run], c: ReportConfig) -> str:
@@ -525,32 +395,6 @@ def how_sampled(runs: list[Run], c: ReportConfig) -> str:
         if fills
         else ""
     )
-
-
-def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> str:
-    """The result in a sentence; none where runs may not be compared."""
-    if not any(math.isfinite(s["best_val_loss"]) for s in summaries):
-        return "No run has a finite validation loss."
-    if len(runs) == 1:
-        return (
-            f"{runs[0].name} reaches a validation loss of {summaries[0]['best_val_loss']:.3f}"
-            " nats/token."
-        )
-    if differences is None:
-        return ""
-    best, rows = differences["best"], differences["rows"]
-    others = sorted(
-        (mean, low, runs[i].name)
-        for i, (mean, low, _) in enumerate(rows)
-        if i != best and not isinstance(mean, str)
-    )
-    text = (
-        f"{runs[best].name} has the lowest validation loss, {summaries[best]['best_val_loss']:.3f}"
-        " nats/token"
-    )
-    if alike := [name for _, low, name in others if low <= 0]:
-        return f"{text}, but these windows do not tell it apart from {listed(alike, 3)}."
-    return text + (f", {others[0][0]:.3f} below {others[0][2]}." if others else ".")
 
 
 def describe(environment: dict) -> list[str]:
@@ -572,25 +416,12 @@ def describe(environment: dict) -> list[str]:
     return [text for text in rest if text]
 
 
-def page(document: dict) -> str:
-    """The template with the document in it. Nothing of the document can end the script element it
-    stands in."""
-    data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )
-    values = {"TITLE": html.escape(document["title"]), "DATA": data}
-    return re.sub(
-        "__(TITLE|DATA)__", lambda found: values[found[1]], TEMPLATE.read_text(encoding="utf-8")
-    )
-
-
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
     out, device = writable(Path(c.out)), check_device(c.device)
-    text = page(collect(runs, c, device))
-    write_whole(out, text)
-    print(f"wrote {out}, {len(text.encode()) / 1e6:.1f} MB")
+    document = collect(runs, c, device)
+    write_page(out, TEMPLATE, document["title"], document)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """What the analysis scripts share: opening finished runs, saying what may be compared, and writing
 results."""
 
-import csv
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from analysis import figures
+from analysis.tables import write_csv
 from base.errors import UserError, check, nearest
-from base.files import write_whole
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
 from text.token_files import Data, data_folder, load_data
@@ -178,51 +181,18 @@ def writable(path: Path) -> Path:
     return path
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Text columns under a header: the first one left-aligned, the others too unless every cell is
-    a number."""
-    columns = list(zip(header, *rows, strict=True))
-    numbers = [
-        all(c[:1].isdigit() or c in ("-", "nan", "inf") for c in column[1:]) for column in columns
-    ]
-    widths = [max(map(len, column)) for column in columns]
-    lines = (
-        "  ".join(
-            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)
-        ).rstrip()
-        for line in [header, *rows]
-    )
-    return "\n".join(lines)
+def head_styles(runs: list[Run]) -> list[dict[str, str]]:
+    """`color` and `linestyle` of each run in a figure."""
+    heads = [about(run) for run in runs]
+    return figures.head_styles([(h["head"], h["link"]) for h in heads])
 
 
-def write_csv(rows: list[dict], path: Path):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def shown(
-    rows: list[dict], formats: dict[str, str], names: dict[str, str] | None = None, left_out=()
-) -> str:
-    """Rows as text columns: `formats` of numbers by key, `names` of columns; None shows as -."""
-    columns = [key for key in rows[0] if key not in left_out]
-    cells = [
-        ["-" if row[k] is None else format(row[k], formats.get(k, "")) for k in columns]
-        for row in rows
-    ]
-    return table([(names or {}).get(k, k) for k in columns], cells)
-
-
-def publish(rows: list[dict], out: Path, draw):
-    """Writes the CSV and beside it the picture that `draw(figure)` makes, and says so."""
-    from matplotlib.figure import Figure
-
-    write_whole(out, lambda path: write_csv(rows, path))
-    figure = Figure(layout="constrained")
-    draw(figure)
-    write_whole(out.with_suffix(".png"), lambda path: figure.savefig(path, dpi=150))
-    print(f"wrote {out} and {out.with_suffix('.png')}")
+def publish(rows: list[dict], out: Path, draw: Callable[[], Figure]) -> None:
+    """Writes the CSV file and beside it the picture that `draw` makes, and says so."""
+    write_csv(out, rows)
+    picture = out.with_suffix(".png")
+    figures.save(draw(), picture)
+    print(f"wrote {out} and {picture}")
 
 
 def about(run: Run) -> dict:

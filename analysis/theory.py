@@ -19,8 +19,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 
-from analysis.runs import AnalysisConfig, about, default_out, find_runs, predictions, publish, shown
+from analysis import figures, tables
+from analysis.runs import (
+    AnalysisConfig,
+    Run,
+    about,
+    default_out,
+    find_runs,
+    head_styles,
+    predictions,
+    publish,
+)
+from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HEADS, HarmonicHead, distance
 from training.data import predicted_count
@@ -147,47 +159,54 @@ def toy(
     }
 
 
-def draw(runs, found, figure):
-    """Margins, KL to the softmax over training, the toy."""
-    figure.set_size_inches(12, 3.6)
+def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
+    """Margins (`found`: those of each run), KL to the softmax over training, the toy."""
+    figure = figures.figure(3.0)
     left, middle, right = figure.subplots(1, 3)
-    for run, rho in zip(runs, found, strict=True):
+    for run, rho, style in zip(runs, found, head_styles(runs), strict=True):
         rho = rho[rho.isfinite()].sort().values
-        (line,) = (
-            left.plot(rho, torch.linspace(0, 1, len(rho)), label=run.name)
-            if len(rho)
-            else left.plot([], [], label=f"{run.name} (no d)")
-        )
-        points = [
-            (m["iter"], m["kl_to_softmax"]) for m in read_metrics(run.path) if "kl_to_softmax" in m
-        ]
-        if points:
-            middle.plot(
-                *zip(*points, strict=True), marker=".", color=line.get_color(), label=run.name
+        label = run.name if len(rho) else f"{run.name} (no d)"
+        left.plot(rho, torch.linspace(0, 1, len(rho)), label=label, **style)
+        lines = [m for m in read_metrics(run.path) if "kl_to_softmax" in m]
+        if lines:
+            iterations, divergences = (
+                [m["iter"] for m in lines],
+                [m["kl_to_softmax"] for m in lines],
             )
-    left.axvline(1, color="0.6", linewidth=0.8, linestyle="--")
+            middle.plot(iterations, divergences, marker=".", label=run.name, **style)
+    left.axvline(1, color=figures.GREY, linewidth=0.8, linestyle=":")
     left.set_xlabel("rho = own distance / nearest other")
-    left.set_title("share of tokens below; left of 1: predicted", loc="left", fontsize=10)
-    left.legend(fontsize=8, frameon=False)
+    left.set_title("share of tokens below\n(left of 1: predicted)")
+    left.legend()
     middle.set_yscale("log")
     middle.set_xlabel("iteration")
-    middle.set_title("KL to the linearised softmax, nats", loc="left", fontsize=10)
+    middle.set_title("KL to the linearised softmax,\nnats")
     if middle.lines:
-        middle.legend(fontsize=8, frameon=False)
+        middle.legend()
     for name in TOY:
-        right.plot(toy(name)["norms"], label=name)
+        right.plot(toy(name)["norms"], label=name, color=figures.head_color(name))
     right.set_xscale("log")
     right.set_xlabel("step")
-    right.set_title("toy: |W| of five separable points", loc="left", fontsize=10)
-    right.legend(fontsize=8, frameon=False)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    right.set_title("toy: norm of the prototypes\nof five separable points")
+    right.legend()
+    return figure
 
 
-FORMATS = {f"rho_{round(100 * q)}": ".4f" for q in QUANTILES} | dict(
-    predicted=".1%", margin_bound_holds=".1%"
+COLUMNS = (
+    "run",
+    "head",
+    "link",
+    "tokens",
+    Column("predicted", form=".1%"),
+    *(Column(f"rho_{round(100 * q)}", form=".4f") for q in QUANTILES),
+    Column("R", form=".3g"),
+    Column("W", "|W|", ".3g"),
+    Column("gamma_5", form=".3g"),
+    Column("bound_5", form=".3g"),
+    Column("gamma_50", form=".3g"),
+    Column("bound_50", form=".3g"),
+    Column("margin_bound_holds", "bound holds", ".1%"),
 )
-FORMATS |= dict.fromkeys(("R", "W", "gamma_5", "bound_5", "gamma_50", "bound_50"), ".3g")
 
 
 def main():
@@ -201,8 +220,8 @@ def main():
         row, rho = measure(run, model, data, c.split)
         rows.append(row)
         found.append(rho)
-    print(shown(rows, FORMATS, {"W": "|W|", "margin_bound_holds": "bound holds"}))
-    publish(rows, out, lambda figure: draw(runs, found, figure))
+    print(tables.text(rows, COLUMNS))
+    publish(rows, out, lambda: draw(runs, found))
 
 
 if __name__ == "__main__":

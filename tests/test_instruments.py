@@ -16,7 +16,6 @@ import scipy.stats
 import torch
 from codecarbon.output_methods.emissions_data import EmissionsData
 from codecarbon.output_methods.file import FileOutput
-from matplotlib.figure import Figure
 from test_analysis import call, home, make_run  # noqa: F401  (a fixture)
 
 from analysis import (
@@ -27,6 +26,8 @@ from analysis import (
     gradients,
     perplexity,
     report,
+    summary,
+    tables,
     theory,
 )
 from analysis.relations import RELATIONS, pairs
@@ -617,19 +618,18 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
             )
             metrics = read_metrics(folder)
             cost = emissions.measure(run, metrics, "val_loss", 5.5)
-            emissions.draw([run], [metrics], [cost], "val_loss", Figure())
-            assert emissions.shown([cost], emissions.FORMATS)
+            emissions.draw([run], [metrics], [cost], "val_loss")
+            assert tables.text([cost], emissions.COLUMNS)
             unknown = key in ("tokens_per_s", "elapsed_s") or (key == "train_loss" and not kept)
             assert (cost["steps"] is None) == (cost["minutes_to_target"] is None) == unknown, key
             assert cost["kwh"] == 0.005
             if key == "grad_norm" and not kept:
                 assert gradients.measure(run)[0]["mean"] is None
-            gradients.draw([run], Figure())
-            assert gradients.shown(gradients.measure(run), gradients.FORMATS)
-            shown = report.summary_table(
-                [report.summary(run, model, metrics)], {"losses": True, "bits": True, "work": True}
-            )
-            assert len(shown["rows"][0]) == len(report.COLUMNS) and report.curves(metrics)
+            gradients.draw([run])
+            assert tables.text(gradients.measure(run), gradients.COLUMNS)
+            agree = summary.Agreement(losses=True, bits=True, work=True, windows=True)
+            shown = summary.summary_table([summary.summarize(run, model, metrics)], agree)
+            assert len(shown["rows"][0]) == len(summary.COLUMNS) and report.curves(metrics)
             theory.measure(run, model, run.data(), "val")
 
 
@@ -776,7 +776,7 @@ def test_no_token_has_no_calibration():
 
 
 def test_pictures_are_drawn_of_a_run_without_all_norms(home):  # noqa: F811
-    gradients.draw(find_runs([home / "out/ce"]), Figure())
+    gradients.draw(find_runs([home / "out/ce"]))
 
 
 # the page in a browser

@@ -1,0 +1,114 @@
+"""The one style of figures: readable at the width of a README, in colours that colour-blind eyes
+tell apart.
+
+A head has the same colour in every figure: its family's, in a shade of its own. Its link is the
+style of the line.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+from base.files import write_whole
+from harmonic import HEADS
+
+# A README shows a picture about 800 px wide. At 8 inches that is 100 px an inch, so text of 9
+# points is 12 px high.
+WIDTH = 8.0
+DPI = 200
+
+# Okabe and Ito's colours, but for black, and with yellow darkened so that a line of it shows on
+# white.
+BLUE = "#0072b2"
+VERMILLION = "#d55e00"
+GREEN = "#009e73"
+PURPLE = "#cc79a7"
+ORANGE = "#e69f00"
+SKY = "#56b4e9"
+OLIVE = "#a89f1c"
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, OLIVE)
+GREY = "#8c8c8c"
+
+# The first word of a head's name is its family. A family that is not here is grey.
+FAMILIES = {
+    "cross": "#000000",
+    "euclidean": BLUE,
+    "mahalanobis": SKY,
+    "cosine": GREEN,
+    "manhattan": ORANGE,
+    "minkowski": ORANGE,
+    "chebyshev": ORANGE,
+    "hamming": PURPLE,
+    "canberra": VERMILLION,
+    "bray": OLIVE,
+}
+# How far the colours of a family's heads go towards white, or towards black where negative.
+SHADES = (0.0, 0.45, -0.4, 0.7)
+# A control has no link.
+LINES = {"harmonic": "-", "softmax": "--", None: "-"}
+
+matplotlib.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+        # Numbers such as 0.6 rather than 6 x 10^-1 on logarithmic axes.
+        "axes.formatter.min_exponent": 4,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.5,
+        "lines.markersize": 5,
+    }
+)
+
+
+def figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, sizes in inches. Its text fits a README's width if it is WIDTH wide."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def head_color(name: str) -> str:
+    """The colour of a head: a shade of its family's."""
+    family = _family(name)
+    relatives = [other for other in HEADS if _family(other) == family]
+    return _shaded(family, relatives.index(name) if name in relatives else 0)
+
+
+def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
+    """`color` and `linestyle` of the lines of heads, each a name and a link (None for a control). A
+    further line of the same head and link, as of another run, has another shade."""
+    styles, seen = [], []
+    for name, link in heads:
+        repeats = seen.count((name, link))
+        seen.append((name, link))
+        color = head_color(name)
+        styles.append({"color": _shaded(color, repeats), "linestyle": LINES[link]})
+    return styles
+
+
+def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
+    """Writes a PNG whole or not at all. Its 256 colours need a fifth of the bytes."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    picture = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+    write_whole(Path(path), lambda aside: picture.save(aside, format="png", optimize=True))
+
+
+def _family(name: str) -> str:
+    """The colour of a head's family."""
+    return FAMILIES.get(name.split("_")[0], GREY)
+
+
+def _shaded(color: str, index: int) -> str:
+    """A colour, lighter or darker by SHADES[index]."""
+    share = SHADES[index % len(SHADES)]
+    end = 1.0 if share > 0 else 0.0
+    return to_hex([part + abs(share) * (end - part) for part in to_rgb(color)])
