@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from analysis import figures
 from analysis.geometry import principal
 from analysis.tables import Column, markdown
 from base.command_line import cli, parse
@@ -48,8 +48,17 @@ SHOWN += [
     for head in ("euclidean", "mahalanobis", "manhattan", "chebyshev", "cosine", "bray_curtis_abs")
 ]
 MOVING = [BASELINE, ("euclidean", "harmonic"), ("cosine", "harmonic")]
-GREYS_AND_PAIRS = ["#59616b", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#8fd6b4"]
-COLORS = dict(zip(FEW, GREYS_AND_PAIRS, strict=True))
+# A head and its softmax twin have a dark and a light colour.
+DARK_AND_LIGHT = [
+    figures.GREY,
+    figures.BLUE,
+    figures.SKY,
+    figures.VERMILLION,
+    figures.ORANGE,
+    figures.GREEN,
+    "#8fd6b4",
+]
+COLORS = dict(zip(FEW, DARK_AND_LIGHT, strict=True))
 
 
 @dataclass
@@ -181,10 +190,10 @@ def plane(axes: Axes, x: np.ndarray, names: Callable[[int], str], label: str) ->
     small = dict(fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points")
     for i in range(len(x)):
         axes.annotate(names(i), x[i], **small)
-    axes.set_title(label, fontsize=7, loc="left")
+    axes.set_title(label, fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[["top", "right", "left", "bottom"]].set_color("0.85")
+    axes.spines[:].set(visible=True, color="0.85")
 
 
 def corner(i: int) -> str:
@@ -202,7 +211,7 @@ def projected(table: torch.Tensor, onto: torch.Tensor | None = None) -> np.ndarr
 def draw_embeddings(c: ReportConfig, rows: list[Row], path: Path) -> None:
     """Rows: tasks; columns: heads. Of each head the seed whose share of the top 2 is the median."""
     tasks = {"addition": str, "lattice": corner}
-    figure = Figure(figsize=(1.6 * len(SHOWN), 1.75 * len(tasks)), layout="constrained")
+    figure = figures.figure(1.75 * len(tasks), 1.6 * len(SHOWN))
     panels = figure.subplots(len(tasks), len(SHOWN), squeeze=False)
     for line, (task, names) in zip(panels, tasks.items(), strict=True):
         for axes, (head, link) in zip(line, SHOWN, strict=True):
@@ -214,12 +223,12 @@ def draw_embeddings(c: ReportConfig, rows: list[Row], path: Path) -> None:
             seed = int(np.argsort(shares)[len(shares) // 2])
             label = f"{head}\n{task}, top 2: {100 * shares[seed]:.0f} %"
             plane(axes, projected(kept["prototypes"][seed]), names, label)
-    figure.savefig(path, dpi=170)
+    figures.save(figure, path)
 
 
 def draw_curves(c: ReportConfig, rows: list[Row], path: Path) -> None:
     """Grokking of the MLP and of the decoder; accuracy against the share trained on."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = figures.figure(4, 12)
     first, second, third = panels = figure.subplots(1, 3, sharey=True)
     for key, color in COLORS.items():
         grokking = curves(c.runs, rows, "grokking", "addition113", *key)
@@ -239,16 +248,15 @@ def draw_curves(c: ReportConfig, rows: list[Row], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("step (solid: test accuracy, dotted: training accuracy)")
     third.set_xlabel("share of the examples trained on")
-    first.set_title("MLP, modulo 113, 30 % of the examples", loc="left", fontsize=9)
-    second.set_title("decoder, modulo 31, 80 %", loc="left", fontsize=9)
-    third.set_title("MLP, modulo 31: test accuracy", loc="left", fontsize=9)
-    legend = dict(loc="outside upper center", ncols=len(COLORS), frameon=False, fontsize=8)
+    first.set_title("MLP, modulo 113, 30 % of the examples")
+    second.set_title("decoder, modulo 31, 80 %")
+    third.set_title("MLP, modulo 31: test accuracy")
+    legend = dict(loc="outside upper center", ncols=len(COLORS))
     figure.legend(*third.get_legend_handles_labels(), **legend)
     for axes in panels:
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figures.save(figure, path)
 
 
 def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
@@ -259,7 +267,7 @@ def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
         kept = curves(c.runs, rows, "main", "addition", *key)
         if kept is not None:
             shown[key] = kept
-    figure = Figure(figsize=(2.6 * len(shown), 2.9), layout="constrained")
+    figure = figures.figure(2.9, 2.6 * len(shown))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
 
     def frame(i: int) -> None:
@@ -273,7 +281,8 @@ def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
 
     count = len(next(iter(shown.values()))["steps"])
     frames = [*range(count), *[count - 1] * 8]
-    FuncAnimation(figure, frame, frames=frames).save(path, PillowWriter(fps=8), dpi=66)
+    animation = FuncAnimation(figure, frame, frames=frames)
+    write_whole(path, lambda aside: animation.save(aside, PillowWriter(fps=8), dpi=66))
 
 
 def main():
@@ -297,7 +306,7 @@ def main():
                 " keeps them)"
             )
             continue
-        write_whole(Path(c.out + ending), lambda path, picture=picture: picture(c, rows, path))
+        picture(c, rows, Path(c.out + ending))
         print(f"wrote {c.out}{ending}")
 
 

@@ -27,17 +27,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
+from analysis import figures
 from analysis.tables import Column, interval, markdown, read_csv
 from base.command_line import cli, parse
 from base.errors import UserError
-from base.files import write_whole
 from studies.heads import (
     COLUMNS,
     EXPONENT_STEP,
-    LINKS,
     LONGER,
     MULTIPLES,
     PENALTY,
@@ -50,7 +48,7 @@ from studies.runner import Row
 from studies.search import number, on_edge
 
 BASELINE = ("cross_entropy", "control")
-COLORS = dict(zip((*LINKS, "control"), ("#0072b2", "#e69f00", "#59616b"), strict=True))
+COLORS = {"harmonic": figures.BLUE, "softmax": figures.ORANGE, "control": figures.GREY}
 # A head with its options, and its link.
 Key = tuple[str, str]
 # A mean and the half width of its interval.
@@ -414,7 +412,7 @@ def draw(rows: list[Row], path: Path) -> None:
     height = {}
     for i, head in enumerate(heads):
         height |= {(head, "harmonic"): i - 0.18, (head, "softmax"): i + 0.18, (head, "control"): i}
-    figure = Figure(figsize=(12 if long else 8, 0.9 + 0.36 * len(heads)), layout="constrained")
+    figure = figures.figure(1.1 + 0.25 * len(heads))
     panels = figure.subplots(1, 2 if long else 1, sharey=True, squeeze=False)[0]
     _draw_settings(panels[0], groups(rows, "1"), height)
     if long:
@@ -423,11 +421,10 @@ def draw(rows: list[Row], path: Path) -> None:
         panels[0].plot([], [], "o", color=color, label=link)
     panels[0].set_yticks(range(len(heads)), heads)
     panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend()
     for axes in panels:
         axes.grid(axis="x", alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path)
 
 
 def _draw_settings(axes: Axes, every: dict[Key, list[Row]], height: dict[Key, float]) -> None:
@@ -440,8 +437,8 @@ def _draw_settings(axes: Axes, every: dict[Key, list[Row]], height: dict[Key, fl
         axes.plot(min(losses), y, "o", color="none", markeredgecolor=color, markersize=8)
     axes.set_xlim(low - 0.05, low + 2.05)
     axes.set_xlabel(
-        "stage 1: validation loss, nats a token\n(what is above the edge lies on it; ringed: the"
-        " best setting)"
+        "stage 1: validation loss, nats a token\n"
+        "(higher ones lie on the edge;\nringed: the best setting)"
     )
 
 
@@ -456,8 +453,8 @@ def _draw_long_runs(axes: Axes, long: list[dict], height: dict[Key, float]) -> N
     low, high = long[0]["loss"], long[-1]["loss"]
     axes.set_xlim(low - 0.1, min(low + 2.1, high + 0.1))
     axes.set_xlabel(
-        "stage 2: test loss, nats a token\n(means over seeds, 95 % intervals; dotted:"
-        " cross_entropy)"
+        "stage 2: test loss, nats a token\n"
+        "(means over seeds, 95 % intervals;\ndotted: cross_entropy)"
     )
 
 
@@ -469,7 +466,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
     width = min(4, len(heads))
     height = math.ceil(len(heads) / width)
-    figure = Figure(figsize=(3 * width, 2.3 * height), layout="constrained")
+    figure = figures.figure(1.75 * height)
     iterations = int(groups(rows, "2")[BASELINE][0]["iters"])
     x = np.linspace(0, iterations, 1 + len(above[BASELINE]))[1:]
     for i, head in enumerate(heads):
@@ -481,12 +478,11 @@ def draw_curves(rows: list[Row], path: Path) -> None:
         near = min(values[-1] for values in mine.values()) < 0.25
         axes.set_ylim(*((-0.15, 0.35) if near else (-0.05, 1.55)))
         axes.set_facecolor("#eef3f8" if near else "none")
-        axes.set_title(head, loc="left", fontsize=9)
-        axes.legend(frameon=False, fontsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supylabel("nats above cross_entropy", fontsize=9)
-    figure.supxlabel("iteration", fontsize=9)
-    figure.savefig(path, dpi=110)
+        axes.set_title(head)
+        axes.legend(fontsize=7)
+    figure.supylabel("nats above cross_entropy")
+    figure.supxlabel("iteration")
+    figures.save(figure, path)
 
 
 def curves_above(rows: list[Row]) -> dict[Key, np.ndarray]:
@@ -525,7 +521,7 @@ def main():
     if BASELINE in groups(rows, "2"):
         pictures[out.with_stem(f"{out.stem}_curves")] = draw_curves
     for place, picture in pictures.items():
-        write_whole(place, lambda path, picture=picture: picture(rows, path))
+        picture(rows, place)
     print(f"wrote {' and '.join(map(str, pictures))}")
 
 

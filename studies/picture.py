@@ -11,16 +11,14 @@ region around itself.
 
 import matplotlib.colors
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 
+from analysis import figures
 from harmonic import harmonic_logits
 
 PROTOTYPES = torch.tensor(
     [[1.0, 0.3], [0.3, 1.2], [-0.9, 0.7], [-0.5, -0.8], [0.7, -0.9], [0.35, 0.25]]
 )
-# Okabe and Ito: distinct to colour-blind eyes.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+COLOURS = figures.PALETTE[: len(PROTOTYPES)]
 EXPONENT = 4.0
 EDGE = 1.6
 SHOWN = [
@@ -31,12 +29,6 @@ SETTINGS = {
     "minkowski": {"p": 0.5},
     "mahalanobis": {"factor": torch.tensor([[1.0, 0.0], [1.2, 0.6]])},
 }
-
-
-def save(figure: Figure, path, dpi: int):
-    """A picture of many colours as a PNG of 256: a fifth of the bytes."""
-    figure.savefig(path, dpi=dpi)
-    Image.open(path).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path)
 
 
 def logits(plane: torch.Tensor, name: str) -> torch.Tensor:
@@ -57,17 +49,18 @@ def main():
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     palette = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS])
     chance = 1 / len(COLOURS)
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    figure = figures.figure(3.6)
     for axes, name in zip(figure.subplots(2, 5).flat, SHOWN, strict=True):
         p, best = logits(plane, name).softmax(-1).max(-1)
         strength = ((p - chance) / (1 - chance))[..., None]
         colours = 1 - strength * (1 - palette[best])
         axes.imshow(colours.numpy(), origin="lower", extent=(-EDGE, EDGE, -EDGE, EDGE))
-        axes.scatter(*PROTOTYPES.T.numpy(), c=COLOURS, s=34, edgecolors="black", linewidths=0.8)
-        axes.set_title(title(name), fontsize=11)
+        axes.scatter(*PROTOTYPES.T.numpy(), c=COLOURS, s=16, edgecolors="black", linewidths=0.8)
+        axes.set_title(title(name))
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.savefig("results/heads.png", dpi=80)
+        axes.spines[:].set_visible(True)
+    figures.save(figure, "results/heads.png")
     print("wrote results/heads.png")
 
 

@@ -18,18 +18,16 @@ from pathlib import Path
 import matplotlib.colors
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from analysis import figures
 from analysis.tables import Column, cells, text, write_csv
 from analysis.theory import toy
 from base.command_line import cli, parse
-from base.files import write_whole
 from harmonic import CONTROLS, DISTANCES
-from studies.picture import save
 
 FIVE = torch.tensor([[1.0, 0.2], [0.2, 1.1], [-0.9, 0.6], [-0.5, -0.9], [0.8, -0.8]])
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#59616b"]
+COLOURS = (*figures.PALETTE, figures.GREY)
 COLUMNS = [
     Column("toy"),
     Column("head"),
@@ -45,12 +43,12 @@ EDGE = 1.7
 STARTS = 5
 # Of the curves that have a colour.
 LINES = {
-    "cross_entropy": "#d55e00",
-    "cosine_linear": "#e69f00",
-    "euclidean": "#0072b2",
-    "manhattan": "#009e73",
-    "cosine": "#cc79a7",
-    "bray_curtis_abs": "#56b4e9",
+    "cross_entropy": figures.VERMILLION,
+    "cosine_linear": figures.ORANGE,
+    "euclidean": figures.BLUE,
+    "manhattan": figures.GREEN,
+    "cosine": figures.PURPLE,
+    "bray_curtis_abs": figures.SKY,
 }
 
 
@@ -118,8 +116,8 @@ def panel(axes: Axes, name: str, found: dict, targets: torch.Tensor) -> None:
     axes.set_ylim(-EDGE, EDGE)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.set_title(f"{name}, |W| {found['norms'][-1]:.2g}", fontsize=8, loc="left", pad=2)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{name}, |W| {found['norms'][-1]:.2g}", fontsize=8, pad=2)
 
 
 def curves(axes: Axes, runs: dict, title: str) -> None:
@@ -133,15 +131,14 @@ def curves(axes: Axes, runs: dict, title: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(title)
     axes.grid(alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(fontsize=7)
 
 
 def draw(five: dict, around: dict, targets: torch.Tensor, path: Path) -> None:
     rows = -(-len(five) // 5)
-    figure = Figure(figsize=(11, 2.3 * (rows + 1) + 3), layout="constrained")
+    figure = figures.figure(2.3 * (rows + 1) + 3, 11)
     upper, lower, last = figure.subfigures(3, 1, height_ratios=[2.3 * rows, 2.3, 3])
     left = dict(fontsize=10, x=0.01, ha="left")
     upper.suptitle(
@@ -155,7 +152,7 @@ def draw(five: dict, around: dict, targets: torch.Tensor, path: Path) -> None:
     first, second = last.subplots(1, 2)
     curves(first, five, "five points: |W|")
     curves(second, around, "circle: |W|")
-    save(figure, path, 110)
+    figures.save(figure, path, 110)
 
 
 def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -> dict:
@@ -180,7 +177,7 @@ def main():
     print(text(rows, COLUMNS))
     shown = [dict(zip(rows[0], line, strict=True)) for line in cells(rows, COLUMNS)]
     write_csv(c.out + ".csv", shown)
-    write_whole(Path(c.out + ".png"), lambda path: draw(five, around, targets, path))
+    draw(five, around, targets, Path(c.out + ".png"))
     print(f"wrote {c.out}.csv and {c.out}.png")
 
 

@@ -8,7 +8,6 @@ features of the test images, of the one-layer model, whose features are the pixe
 prototypes.
 """
 
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from analysis import figures
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
-from base.files import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
 from studies.intervals import mean_and_half
-from studies.picture import save
 from studies.runner import Row, Table, run_name
 from studies.search import on_edge
 from studies.vision import (
@@ -184,8 +181,7 @@ def draw_prototypes(c: ReportConfig, rows: list[Row], dataset: str, path: Path) 
     class."""
     images = pictured(rows, dataset)
     found = stored(c, rows, images, dataset, "linear")
-    size = 1 + 0.62 * images.classes, 0.3 + 0.62 * len(found)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = figures.figure(0.3 + 0.62 * len(found), 1 + 0.62 * images.classes)
     panels = figure.subplots(len(found), images.classes, squeeze=False)
     for line, (key, model) in zip(panels, found.items(), strict=True):
         prototypes = model.head.prototypes().detach()
@@ -193,10 +189,11 @@ def draw_prototypes(c: ReportConfig, rows: list[Row], dataset: str, path: Path) 
         edge = pictures.abs().quantile(0.995).item() or 1.0
         for axes, picture in zip(line, pictures, strict=True):
             axes.imshow(picture.numpy(), cmap="RdBu_r", vmin=-edge, vmax=edge)
+            axes.spines[:].set_visible(True)
             axes.set_xticks([])
             axes.set_yticks([])
         name_line(line[0], title(*key).replace(", ", "\n"), 6)
-    save(figure, path, 90)
+    figures.save(figure, path, 90)
 
 
 def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) -> None:
@@ -209,8 +206,7 @@ def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) ->
     x = images.test_x[first]
     every = stored(c, rows, images, dataset, "cnn")
     found = {key: every[key] for key in GRAD_CAM if key in every}
-    size = 1 + 0.7 * len(first), 0.3 + 0.7 * len(found)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = figures.figure(0.3 + 0.7 * len(found), 1 + 0.7 * len(first))
     panels = figure.subplots(len(found), len(first), squeeze=False)
     for line, ((head, _), model) in zip(panels, found.items(), strict=True):
         guess = model(x).argmax(-1)
@@ -224,11 +220,12 @@ def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) ->
             axes.imshow(strength, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
-            frame = axes.spines[["top", "right", "left", "bottom"]]
-            frame.set_color("0.3" if is_right else "#d55e00")
-            frame.set_linewidth(0.5 if is_right else 2.5)
+            frame = dict(color="0.3", linewidth=0.5)
+            if not is_right:
+                frame = dict(color=figures.VERMILLION, linewidth=2.5)
+            axes.spines[:].set(visible=True, **frame)
         name_line(line[0], head, 7)
-    save(figure, path, 90)
+    figures.save(figure, path, 90)
 
 
 def name_line(axes: Axes, name: str, size: int) -> None:
@@ -257,9 +254,8 @@ def main():
             if other == backbone and any(file.is_file() for file in files):
                 kept.append(dataset)
         if kept:
-            path = Path(c.out + ending)
-            write_whole(path, functools.partial(draw, c, rows, kept[0]))
-            print(f"wrote {path}")
+            draw(c, rows, kept[0], Path(c.out + ending))
+            print(f"wrote {c.out}{ending}")
 
 
 if __name__ == "__main__":
