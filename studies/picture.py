@@ -60,7 +60,8 @@ def main():
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(True)
-    figures.save(figure, "results/heads.png")
+    # Not figures.save, whose 256 colours would show as bands.
+    figure.savefig("results/heads.png", dpi=120)
     print("wrote results/heads.png")
 
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from analysis.tables import append_csv, read_csv
 from base.errors import UserError
-from training.distributed import launcher
 
 Row = dict[str, str]
 # train.py's exit status where a loss is not finite.
@@ -190,6 +189,9 @@ def train(
 
     Raises: UserError with the end of the log, for a run that failed.
     """
+    # torch takes seconds to import, and a worker need not have it.
+    from training.distributed import launcher
+
     folder = Path(c.runs) / run_name(training.key)
     folder.mkdir(parents=True, exist_ok=True)
     log = Path(f"{folder}.log")
