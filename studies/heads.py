@@ -511,11 +511,6 @@ def costs(run: Path, metrics: list[dict], beside: int) -> dict:
     return row
 
 
-def told(rows: list[dict]) -> str:
-    """What is printed of a run."""
-    return f"{rows[0].get('val_loss', 'not finite')}, {rows[0]['seconds']} s"
-
-
 def main():
     (c,) = parse(sys.argv[1:], StudyConfig)
     base = read_yaml(c.config)
@@ -531,7 +526,7 @@ def main():
     def wanted() -> list[Training]:
         return [training(s) for s in Plan(table, c, base).settings()]
 
-    complete_trainings(c, table, wanted, functools.partial(measure, c), told)
+    complete_trainings(c, table, wanted, functools.partial(measure, c))
 
 
 if __name__ == "__main__":

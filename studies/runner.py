@@ -75,7 +75,8 @@ class Training:
     key: dict
     """columns that tell it apart"""
     flags: dict
-    """of train.py; runner.py adds --out_dir and --overwrite"""
+    """of train.py, besides --out_dir and --overwrite=True. A long run should have init_from="auto":
+    after a kill it goes on from its checkpoint"""
     alone: bool = False
     """nothing runs beside it, and it gets all threads"""
 
@@ -165,18 +166,21 @@ def complete_trainings(
     table: Table,
     wanted: Callable[[], list[Training]],
     measure: Callable[[Path, dict], dict],
-    tell: Callable[[list[dict]], str],
 ) -> None:
     """Runs the runs of train.py that the table lacks.
 
     Args:
-        wanted and tell: as for `complete`.
-        measure: (a run's folder, its key) -> the other columns of its row, but for `seconds` and
-            `commit`. It is called in another process: a function of a module, or a partial of one.
+        wanted: as for `complete`.
+        measure: (a run's folder, its key) -> the other columns of its row, such as `val_loss`, but
+            for `seconds` and `commit`. It is called in another process, so it must be a function of
+            a module, or a partial of one.
     """
 
     def jobs() -> list[Job]:
         return [Job(t.key, train, (c, t, measure), t.alone) for t in wanted()]
+
+    def tell(rows: list[dict]) -> str:
+        return f"{rows[0].get('val_loss', 'not finite')}, {rows[0]['seconds']} s"
 
     complete(table, jobs, c.workers, tell)
 

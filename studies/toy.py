@@ -164,7 +164,8 @@ def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -
 
 def main():
     (c,) = parse(sys.argv[1:], ToyConfig)
-    torch.set_num_threads(1)  # two wait for each other, over tensors this small
+    # Two threads wait for each other, over tensors this small.
+    torch.set_num_threads(1)
     points, targets = circle()
     heads = [*CONTROLS, *(name for name in DISTANCES if name != "euclidean_squared")]
     five, around = {}, {}

@@ -1,7 +1,8 @@
 """Tables and pictures of the image classifiers, from results/vision.csv and the models in
 out/vision.
 
-    python -m studies.vision_report             # prints Markdown; writes results/vision*.png
+    # prints Markdown; writes results/vision*.png
+    python -m studies.vision_report
 
 Means over seeds with 95 % intervals (Student's t). PCs: components for 90 % of the variance of the
 features of the test images, of the one-layer model, whose features are the pixels, of the
