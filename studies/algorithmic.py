@@ -1,17 +1,17 @@
 """The algorithmic tasks of the harmonic-loss paper (B), with every head of the language model:
 structure, data efficiency, grokking.
 
-    # goes on where it stopped: results/algorithmic.csv has a row for each seed
+    # results/algorithmic.csv gets a row for each seed; call it again to resume
     python -m studies.algorithmic
     python -m studies.algorithmic --models=decoder
     python -m studies.algorithmic --tasks=lattice --only=cosine
 
 Train and test share no example, nor one that says the same (x + y and y + x). All seeds of a head
-are one run: the trunk computes them in one batch (torch.func), then each seed's head takes its own
-loss, with the kernel that the language model takes. The stages are
-    sweep      learning rate x exponent (heads without one: the scale of the embedding at the
-               start), a grid for every head, and further settings (EDGES at most) as long as the
-               best lies on its edge; judged by test examples, of other seeds than the rest
+are one batch: torch.func computes the trunk for all of them at once. Each seed's head then takes
+its own loss, with the kernel that the language model uses. The stages are
+    sweep      learning rate x exponent. A head without an exponent sweeps the scale of its
+               embedding at the start. A grid for every head, then further settings (at most EDGES)
+               while the best lies on the edge. Judged by test examples, of seeds of its own.
     main       every task and head with the setting that wins on addition, 20 seeds; a seed that
                fails is counted, not dropped
     fraction   accuracy against the share of examples trained on
@@ -22,6 +22,7 @@ loss, with the kernel that the language model takes. The stages are
 
 import itertools
 import math
+import operator
 import sys
 import time
 from collections.abc import Callable
@@ -41,21 +42,22 @@ from base.errors import UserError
 from base.files import write_whole
 from harmonic import CONTROLS, DISTANCES, HarmonicHead, distance
 from model import Model, ModelConfig
-from studies.table import Table, complete, number, search
+from studies.runner import Job, Row, Table, complete, run_name
+from studies.search import number, search
 
 # ---- tasks -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """tokens: size of the vocabulary. examples: all (input tokens, target token). same: inputs of
-    one key say the same thing, so that they stay on one side of the split. most: examples drawn for
-    a seed, where there are more."""
-
     tokens: int
-    examples: Callable
-    same: Callable = tuple
+    """size of the vocabulary"""
+    examples: Callable[[], list]
+    """-> all (input tokens, target token)"""
+    same: Callable[[tuple], tuple] = tuple
+    """inputs of one key say the same thing, so they stay on one side of the split"""
     most: int = 10**9
+    """examples drawn for a seed, where there are more"""
 
 
 def unordered(x: tuple) -> tuple:
@@ -63,7 +65,7 @@ def unordered(x: tuple) -> tuple:
 
 
 def addition(p: int) -> list:
-    return [((x, y), (x + y) % p) for x in range(p) for y in range(p)]
+    return [((x, y), (x + y) % p) for x, y in itertools.product(range(p), repeat=2)]
 
 
 def lattice(side: int = 5) -> list:
@@ -79,29 +81,30 @@ def lattice(side: int = 5) -> list:
 
 def equivalence(count: int = 40, modulus: int = 5) -> list:
     """(x, y) -> one of two further tokens: whether x = y modulo 5."""
-    return [
-        ((x, y), count + (x % modulus == y % modulus)) for x in range(count) for y in range(count)
-    ]
+    pairs = itertools.product(range(count), repeat=2)
+    return [((x, y), count + (x % modulus == y % modulus)) for x, y in pairs]
 
 
 def family(people: int = 127) -> list:
     """(person, relation) -> person in a complete binary tree; relations parent, grandparent,
     sibling follow the people."""
-    parent, sibling = (lambda i: (i - 1) // 2), (lambda i: i + 1 if i % 2 else i - 1)
-    found = [((i, people), parent(i)) for i in range(1, people)] + [
-        ((i, people + 2), sibling(i)) for i in range(1, people)
-    ]
-    return found + [((i, people + 1), parent(parent(i))) for i in range(3, people)]
+    parents = [((i, people), _parent(i)) for i in range(1, people)]
+    siblings = [((i, people + 2), i + 1 if i % 2 else i - 1) for i in range(1, people)]
+    grandparents = [((i, people + 1), _parent(_parent(i))) for i in range(3, people)]
+    return parents + siblings + grandparents
+
+
+def _parent(person: int) -> int:
+    return (person - 1) // 2
 
 
 def permutation(n: int = 4) -> list:
     """(a, b) -> a after b, of all permutations of n things."""
     every = list(itertools.permutations(range(n)))
-    return [
-        ((i, j), every.index(tuple(a[k] for k in b)))
-        for i, a in enumerate(every)
-        for j, b in enumerate(every)
-    ]
+    found = []
+    for (i, a), (j, b) in itertools.product(enumerate(every), repeat=2):
+        found.append(((i, j), every.index(tuple(a[k] for k in b))))
+    return found
 
 
 TASKS = {
@@ -118,44 +121,48 @@ def split(task: Task, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     """-> (training examples (N, k + 1), test examples), rows of inputs and target: no key of `same`
     is on both sides."""
     rng = np.random.default_rng(seed)
-    groups = {}
+    by_key = {}
     for x, y in task.examples():
-        groups.setdefault(task.same(x), []).append((*x, y))
-    order = rng.permutation(len(groups))
-    groups, found = list(groups.values()), ([], [])
+        by_key.setdefault(task.same(x), []).append((*x, y))
+    groups = list(by_key.values())
     kept, seen = [], 0
-    for i in order:
+    for i in rng.permutation(len(groups)):
         if seen >= task.most:
             break
         kept.append(groups[i])
         seen += len(groups[i])
-    for i, group in enumerate(kept):
-        found[i >= round(fraction * len(kept))].extend(group)
-    if not all(found):
+    cut = round(fraction * len(kept))
+    train, test = (list(itertools.chain(*part)) for part in (kept[:cut], kept[cut:]))
+    if not train or not test:
         raise UserError(
-            f"fraction {fraction} leaves {len(found[0])} training and {len(found[1])} test examples"
-            f" of {seen}"
+            f"fraction {fraction} leaves {len(train)} training and {len(test)} test examples of"
+            f" {seen}"
         )
-    return np.array(found[0]), np.array(found[1])
+    return np.array(train), np.array(test)
 
 
 def splits(task: Task, fraction: float, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for several seeds, cut to the shortest: (S, N, k + 1) and (S, M, k + 1)."""
-    pairs = [split(task, fraction, seed) for seed in seeds]
-    return tuple(
-        torch.as_tensor(np.stack([p[i][: min(len(q[i]) for q in pairs)] for p in pairs]))
-        for i in (0, 1)
-    )
+    found = []
+    for sides in zip(*(split(task, fraction, seed) for seed in seeds), strict=True):
+        shortest = min(map(len, sides))
+        found.append(torch.as_tensor(np.stack([side[:shortest] for side in sides])))
+    return tuple(found)
 
 
 # ---- models ------------------------------------------------------------------------------------
 
 
 class Solver(nn.Module):
-    """Token ids (N, k) -> hidden states (N, C); with targets (N,), hidden states -> the head's
-    loss; with logits, -> logits."""
+    """Its forward does whatever functional_call is asked for, since that calls nothing else.
 
-    def forward(self, x, targets=None, logits=False):
+    Token ids (N, k) -> hidden states (N, C). With targets (N,): hidden states -> the head's loss.
+    With logits: hidden states -> logits.
+    """
+
+    def forward(
+        self, x: torch.Tensor, targets: torch.Tensor | None = None, logits: bool = False
+    ) -> torch.Tensor:
         if logits:
             return self.head(x)
         return self.hidden(x) if targets is None else self.head.loss(x, targets)
@@ -166,7 +173,8 @@ class MLP(Solver):
     16 out."""
 
     width = 16
-    std = 0.25  # of the embedding at the start: vectors of norm 1
+    # Of the embedding at the start: vectors of norm 1.
+    std = 0.25
     decay = 0.01
 
     def __init__(self, tokens: int, inputs: int, init_std: float, **head):
@@ -174,7 +182,7 @@ class MLP(Solver):
         self.head = HarmonicHead(self.width, tokens, init_std=init_std, **head)
         self.first, self.last = nn.Linear(inputs * self.width, 100), nn.Linear(100, self.width)
 
-    def hidden(self, idx):
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
         return self.last(F.silu(self.first(self.head.weight[idx].flatten(1))))
 
 
@@ -183,7 +191,8 @@ class Decoder(Solver):
 
     width = 32
     std = 0.02
-    decay = 1.0  # as studies of grokking have it (Power et al. 2022)
+    # As studies of grokking have it (Power et al. 2022).
+    decay = 1.0
 
     def __init__(self, tokens: int, inputs: int, name: str, init_std: float, **head):
         super().__init__()
@@ -199,110 +208,154 @@ class Decoder(Solver):
         self.model = Model(ModelConfig(**sizes, head=name, head_init_std=init_std, **head))
 
     @property
-    def head(self):  # a submodule of two names would confuse functional_call
+    def head(self) -> HarmonicHead:
+        # A submodule of two names would confuse functional_call.
         return self.model.head
 
-    def hidden(self, idx):
-        with sdpa_kernel(SDPBackend.MATH):  # the one that torch.func batches
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        # The kernel that torch.func batches.
+        with sdpa_kernel(SDPBackend.MATH):
             return self.model.hidden(idx)[:, -1]
 
 
 MODELS = {"mlp": MLP, "decoder": Decoder}
 
 
+class Stack:
+    """Models that are alike but for their weights and exponents, trained together."""
+
+    def __init__(self, models: list[Solver]):
+        self.models = models
+        # Of all models: each of shape (S, ...).
+        self.parameters, _ = stack_module_state(models)
+        self.trunk = vmap(lambda p, x: functional_call(models[0], p, (x,)))
+        weight = models[0].head.weight
+        table = next(k for k, p in models[0].named_parameters() if p is weight)
+        self.prototypes = self.parameters[table]
+
+    def losses(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        """x: (S, N, k); y: (S, N). A loss for each model."""
+        return self._heads(x, lambda s: {"targets": y[s]})
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(S, N, k) -> (S, N, V)."""
+        return torch.stack(self._heads(x, lambda s: {"logits": True}))
+
+    def _heads(self, x: torch.Tensor, options: Callable[[int], dict]) -> list[torch.Tensor]:
+        h = self.trunk(self.parameters, x)
+        found = []
+        for s, model in enumerate(self.models):
+            own = {name: p[s] for name, p in self.parameters.items()}
+            found.append(functional_call(model, own, (h[s],), options(s)))
+        return found
+
+    def optimizer(self, rate: float) -> torch.optim.Optimizer:
+        """AdamW; only matrices decay."""
+        decayed, others = [], []
+        for name, p in self.parameters.items():
+            is_matrix = p.dim() > 2 and "distance_parameters" not in name
+            (decayed if is_matrix else others).append(p)
+        groups = [
+            {"params": decayed, "weight_decay": self.models[0].decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+
+    @torch.no_grad()
+    def scores(self, examples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Examples (S, N, k + 1) -> accuracy and mean loss (S,), without a head's noise."""
+        x, y = examples[..., :-1], examples[..., -1]
+        for model in self.models:
+            model.eval()
+        logits = self.logits(x)
+        for model in self.models:
+            model.train()
+        loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(-1)
+        return (logits.argmax(-1) == y).double().mean(-1), loss
+
+
+@dataclass
+class Curves:
+    """What a batch of S seeds has learnt, at E evaluations."""
+
+    prototypes: torch.Tensor
+    """(S, V, C), at the end"""
+    steps: list[int]
+    train: torch.Tensor
+    """accuracy (E, S)"""
+    test: torch.Tensor
+    loss: torch.Tensor
+    """test loss (E, S)"""
+    path: torch.Tensor | None
+    """the first seed's prototypes over time (E, V, C)"""
+
+
 def train(
-    models: list[Solver], data, rate: float, steps: int, every: int, keep: bool = False
-) -> dict:
-    """Trains all models, alike but for their weights and exponents, each on its own examples, full
-    batch, AdamW.
+    models: list[Solver],
+    data: tuple[torch.Tensor, torch.Tensor],
+    rate: float,
+    steps: int,
+    every: int,
+    keep: bool = False,
+) -> Curves:
+    """Trains all models, each on its own examples, full batch.
 
     Args:
         data: (S, N, k + 1) training and (S, M, k + 1) test examples. every: steps between
-            evaluations. keep: embeddings over time too.
-    Returns: steps (E,), train and test accuracy and test loss (E, S), prototypes (S, V, C), and
-        with keep `path` (E, V, C) of the first.
+            evaluations. keep: the first one's prototypes over time too.
     """
-    parameters, _ = stack_module_state(models)
-    own = lambda s: {k: v[s] for k, v in parameters.items()}
-    hidden = vmap(lambda p, x: functional_call(models[0], p, (x,)))
-    (train_x, train_y), (test_x, test_y) = ((d[..., :-1], d[..., -1]) for d in data)
-    decayed = [
-        p for k, p in parameters.items() if p.dim() > 2 and "distance_parameters" not in k
-    ]  # a stack of matrices
-    others = [p for p in parameters.values() if not any(p is q for q in decayed)]
-    groups = [
-        {"params": decayed, "weight_decay": models[0].decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
-    table = next(k for k, p in models[0].named_parameters() if p is models[0].head.weight)
-    found = {"steps": [], "train": [], "test": [], "loss": [], "path": []}
-
-    def scores(x, y):  # without noise
-        h = hidden(parameters, x)
-        logits = torch.stack(
-            [functional_call(m, own(s), (h[s],), {"logits": True}) for s, m in enumerate(models)]
-        )
-        return logits, (logits.argmax(-1) == y).double().mean(-1)
-
+    stack = Stack(models)
+    optimizer = stack.optimizer(rate)
+    train_x, train_y = data[0][..., :-1], data[0][..., -1]
+    evaluated, scores, path = [], [], []
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
-            for m in models:
-                m.eval()
-            with torch.no_grad():
-                logits, accuracy = scores(test_x, test_y)
-                found["loss"].append(
-                    F.cross_entropy(logits.transpose(1, 2), test_y, reduction="none").mean(-1)
-                )
-                found["test"].append(accuracy)
-                found["train"].append(scores(train_x, train_y)[1])
-                found["steps"].append(step)
-                if keep:
-                    found["path"].append(parameters[table][0].clone())
-            for m in models:
-                m.train()
-        if step == steps:
-            break
-        h = hidden(parameters, train_x)
-        loss = sum(functional_call(m, own(s), (h[s], train_y[s])) for s, m in enumerate(models))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    curves = {k: torch.stack(found[k]) for k in ("train", "test", "loss")}
-    return curves | {
-        "steps": found["steps"],
-        "prototypes": parameters[table].detach(),
-        "path": found["path"],
-    }
+            accuracy, loss = stack.scores(data[1])
+            scores.append((stack.scores(data[0])[0], accuracy, loss))
+            evaluated.append(step)
+            if keep:
+                path.append(stack.prototypes[0].detach().clone())
+        if step < steps:
+            optimizer.zero_grad()
+            sum(stack.losses(train_x, train_y)).backward()
+            optimizer.step()
+    known, accuracy, loss = (torch.stack(values) for values in zip(*scores, strict=True))
+    return Curves(
+        prototypes=stack.prototypes.detach(),
+        steps=evaluated,
+        train=known,
+        test=accuracy,
+        loss=loss,
+        path=torch.stack(path) if path else None,
+    )
 
 
 def reached(steps: list[int], accuracy: torch.Tensor, level: float) -> list[float]:
     """The first of the steps at which each seed's accuracy (E, S) is at least `level`; NaN where it
     never is."""
-    return [
-        next((s for s, a in zip(steps, column.tolist()) if a >= level), math.nan)
-        for column in accuracy.T
-    ]
+    found = []
+    for column in accuracy.T.tolist():
+        passed = (step for step, value in zip(steps, column, strict=True) if value >= level)
+        found.append(next(passed, math.nan))
+    return found
 
 
 # ---- the study ---------------------------------------------------------------------------------
 
 # hamming_hard has a surrogate's gradient; all the others are as in the language model. The twins of
-# some tell HarMax from the geometry; euclidean_squared, whose harmonic link is euclidean's, has its
+# some tell HarMax from the geometry. euclidean_squared, whose harmonic link is euclidean's, has its
 # softmax: cross-entropy with a temperature and a norm penalty.
-HEADS = [(name, "control") for name in CONTROLS] + [
-    (name, "harmonic") for name in DISTANCES if name != "euclidean_squared"
-]
+HEADS = [(name, "control") for name in CONTROLS]
+HEADS += [(name, "harmonic") for name in DISTANCES if name != "euclidean_squared"]
 HEADS += [(name, "softmax") for name in ("euclidean", "euclidean_squared", "manhattan", "cosine")]
 FEW = [
     ("cross_entropy", "control"),
     *itertools.product(("euclidean", "manhattan", "cosine"), ("harmonic", "softmax")),
 ]
-RATES, MULTIPLES = (
-    (3e-3, 1e-2, 3e-2),
-    (1 / 16, 1 / 4, 1.0),
-)  # of the width (exponent) or of the model's std (heads without one)
-RATE_STEP, MULTIPLE_STEP, EDGES = 10**0.5, 4, 6  # beyond the grid
+# The grid. Multiples are of the width (the exponent), or of the model's std where a head has none.
+RATES, MULTIPLES = (3e-3, 1e-2, 3e-2), (1 / 16, 1 / 4, 1.0)
+# Beyond the grid.
+RATE_STEP, MULTIPLE_STEP, EDGES = 10**0.5, 4, 6
 COLUMNS = [
     "stage", "task", "model", "head", "link", "multiple", "exponent", "scale", "init_std",
     "learning_rate", "fraction", "seed",
@@ -310,12 +363,12 @@ COLUMNS = [
     "test_90", "test_99", "top2",
     "seconds", "commit",
 ]  # fmt: skip
-JOB = ("stage", "task", "model", "head", "link", "fraction")
+KEY = ("stage", "task", "model", "head", "link", "fraction")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One batch of runs. steps and seeds: how many."""
+class Batch:
+    """Runs that are trained together: all seeds of a head, or its sweep."""
 
     stage: str
     task: str
@@ -325,13 +378,10 @@ class Job:
     fraction: float
     steps: int
     seeds: int
+    """how many"""
 
-    def key(self) -> tuple:
-        return tuple(str(getattr(self, k)) for k in JOB)
-
-
-class Rows(Table):
-    columns, key = COLUMNS, JOB
+    def key(self) -> Row:
+        return {name: str(getattr(self, name)) for name in KEY}
 
 
 @dataclass
@@ -358,208 +408,205 @@ class AlgorithmicConfig:
     """processes, each on one CPU thread"""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("seeds", "steps", "workers")
-            if getattr(self, k) < 1
-        ]
-        found += [
-            f"tasks: unknown {t}; choose from {', '.join(TASKS)}"
-            for t in self.tasks.split()
-            if t not in TASKS
-        ]
-        found += [
-            f"models: unknown {m}; choose from {', '.join(MODELS)}"
-            for m in self.models.split()
-            if m not in MODELS
-        ]
+        found = []
+        for name in ("seeds", "steps", "workers"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)} must be at least 1")
+        for name, known in (("tasks", TASKS), ("models", MODELS)):
+            for word in getattr(self, name).split():
+                if word not in known:
+                    found.append(f"{name}: unknown {word}; choose from {', '.join(known)}")
         if self.only not in (None, *(head for head, _ in HEADS)):
             found.append(f"only={self.only} is not a head: {', '.join(dict(HEADS))}")
         return found
 
 
-def jobs(c: AlgorithmicConfig) -> list[Job]:
-    """Everything, in order; the sweep of a model comes before what it decides."""
+def batches(c: AlgorithmicConfig) -> list[Batch]:
+    """Everything, in order."""
     few_seeds, decoders = max(1, c.seeds // 5), [h for h in FEW if h[0] != "manhattan"]
-    found = [Job("sweep", "addition", "mlp", *h, 0.8, c.steps // 2, 2) for h in HEADS]
-    found += [Job("sweep", "addition", "decoder", *h, 0.8, 2 * c.steps, 1) for h in decoders]
-    found += [
-        Job("main", task, "mlp", *h, 0.8, c.steps, c.seeds)
-        for task in c.tasks.split()
-        for h in HEADS
-    ]
-    found += [
-        Job("decoder", "addition", "decoder", *h, 0.8, 4 * c.steps, few_seeds) for h in decoders
-    ]
-    found += [
-        Job("fraction", "addition", "mlp", *h, i / 10, c.steps, few_seeds)
-        for h in FEW
-        for i in range(1, 10)
-    ]
-    found += [Job("grokking", "addition113", "mlp", *h, 0.3, 4 * c.steps, few_seeds) for h in FEW]
-    return [j for j in found if j.model in c.models.split() and c.only in (None, j.head)]
+    found = [Batch("sweep", "addition", "mlp", *h, 0.8, c.steps // 2, 2) for h in HEADS]
+    found += [Batch("sweep", "addition", "decoder", *h, 0.8, 2 * c.steps, 1) for h in decoders]
+    for task in c.tasks.split():
+        found += [Batch("main", task, "mlp", *h, 0.8, c.steps, c.seeds) for h in HEADS]
+    for h in decoders:
+        found.append(Batch("decoder", "addition", "decoder", *h, 0.8, 4 * c.steps, few_seeds))
+    for h, i in itertools.product(FEW, range(1, 10)):
+        found.append(Batch("fraction", "addition", "mlp", *h, i / 10, c.steps, few_seeds))
+    for h in FEW:
+        found.append(Batch("grokking", "addition113", "mlp", *h, 0.3, 4 * c.steps, few_seeds))
+    return [b for b in found if b.model in c.models.split() and c.only in (None, b.head)]
 
 
 @torch.no_grad()
-def match_scale(head: HarmonicHead, h: torch.Tensor, exponent: float):
+def match_scale(head: HarmonicHead, h: torch.Tensor, exponent: float) -> None:
     """Gives a softmax twin the scale whose slope is the exponent's at the median distance between
     the states h (N, C) and the prototypes that its model starts with: the default is made for
     layer-normalised states."""
-    head.set_strength(
-        exponent / distance(h, head.prototypes(), head.name, **head.geometry()).median().item()
-    )
+    distances = distance(h, head.prototypes(), head.name, **head.geometry())
+    head.set_strength(exponent / distances.median().item())
 
 
-def make(job: Job, multiple: float, seed: int) -> Solver:
+def make(batch: Batch, multiple: float, seed: int) -> Solver:
     """multiple: of the width, the exponent (a twin's scale matches it); where there is none, of the
     model's std, init_std."""
-    task, kind = TASKS[job.task], MODELS[job.model]
+    task, kind = TASKS[batch.task], MODELS[batch.model]
     torch.manual_seed(seed)
-    control = job.link == "control"
-    head = {} if control else {"exponent": kind.width * multiple, "link": job.link}
+    head = {"name": batch.head, "init_std": kind.std}
+    if batch.link == "control":
+        head["init_std"] = kind.std * multiple
+    else:
+        head |= {"exponent": kind.width * multiple, "link": batch.link}
     examples = torch.tensor([x for x, _ in task.examples()])
-    model = kind(
-        task.tokens,
-        examples.shape[1],
-        name=job.head,
-        init_std=kind.std * (multiple if control else 1),
-        **head,
-    )
-    if job.link == "softmax":
+    model = kind(task.tokens, examples.shape[1], **head)
+    if batch.link == "softmax":
         match_scale(model.head, model.hidden(examples[:1000]), head["exponent"])
     return model
 
 
 def rows_of(
-    job: Job, rate: float, multiples: list[float], seeds: list[int], evaluations=50, keep=False
-) -> tuple[list[dict], dict]:
-    """Runs a batch: one run for each pair of a multiple and a seed -> its rows and its curves."""
-    began, task, kind = time.perf_counter(), TASKS[job.task], MODELS[job.model]
-    models = [make(job, multiple, seed) for multiple, seed in zip(multiples, seeds, strict=True)]
-    data = splits(task, job.fraction, seeds)
-    curves = train(models, data, rate, job.steps, every=max(1, job.steps // evaluations), keep=keep)
-    spent = time.perf_counter() - began
-    times = {
-        f"{side}_{round(100 * a)}": reached(curves["steps"], curves[side], a)
-        for side in ("train", "test")
-        for a in (0.9, 0.99)
-    }
+    batch: Batch,
+    rate: float,
+    multiples: list[float],
+    seeds: list[int],
+    evaluations: int = 50,
+    keep: bool = False,
+) -> tuple[list[dict], Curves]:
+    """Trains a run for each pair of a multiple and a seed -> its rows and its curves."""
+    began = time.perf_counter()
+    models = [make(batch, multiple, seed) for multiple, seed in zip(multiples, seeds, strict=True)]
+    data = splits(TASKS[batch.task], batch.fraction, seeds)
+    every = max(1, batch.steps // evaluations)
+    curves = train(models, data, rate, batch.steps, every, keep)
+    seconds = (time.perf_counter() - began) / len(seeds)
     found = []
     for i, seed in enumerate(seeds):
-        row = dict(zip(JOB, job.key(), strict=True)) | {
+        row = batch.key() | {
             "learning_rate": f"{rate:.6g}",
             "seed": seed,
-            "steps": job.steps,
-        }
-        control = job.link == "control"
-        row |= {
-            "multiple": f"{multiples[i]:.6g}",
-            "exponent": "" if control else f"{kind.width * multiples[i]:.6g}",
-        }
-        row |= {"scale": f"{models[i].head.strength:.6g}" if job.link == "softmax" else ""}
-        row |= {
-            "init_std": f"{kind.std * (multiples[i] if control else 1):.6g}",
+            "steps": batch.steps,
+            **strengths(batch, multiples[i], models[i]),
             "examples": data[0].shape[1],
+            "train_accuracy": f"{curves.train[-1, i]:.4f}",
+            "test_accuracy": f"{curves.test[-1, i]:.4f}",
+            "test_loss": f"{curves.loss[-1, i]:.4f}",
+            "top2": f"{spectrum(curves.prototypes[i])['top2']:.4f}",
+            "seconds": f"{seconds:.2f}",
         }
-        row |= {
-            "train_accuracy": f"{curves['train'][-1, i]:.4f}",
-            "test_accuracy": f"{curves['test'][-1, i]:.4f}",
-        }
-        row |= {
-            "test_loss": f"{curves['loss'][-1, i]:.4f}",
-            "top2": f"{spectrum(curves['prototypes'][i])['top2']:.4f}",
-        }
-        row |= {k: "" if math.isnan(v[i]) else v[i] for k, v in times.items()} | {
-            "seconds": f"{spent / len(seeds):.2f}"
-        }
+        for side, accuracy in (("train", curves.train), ("test", curves.test)):
+            for level in (0.9, 0.99):
+                step = reached(curves.steps, accuracy[:, i : i + 1], level)[0]
+                row[f"{side}_{round(100 * level)}"] = "" if math.isnan(step) else step
         found.append(row)
     return found, curves
 
 
-def run(job: Job, chosen: tuple[float, float] | None, folder: str) -> list[dict]:
-    """A job in a process of its own: all of a sweep, or the seeds of one setting, whose curves are
-    kept in `folder`."""
+def strengths(batch: Batch, multiple: float, model: Solver) -> dict:
+    """The columns of what a multiple stands for."""
+    kind, control = MODELS[batch.model], batch.link == "control"
+    return {
+        "multiple": f"{multiple:.6g}",
+        "exponent": "" if control else f"{kind.width * multiple:.6g}",
+        "scale": f"{model.head.strength:.6g}" if batch.link == "softmax" else "",
+        "init_std": f"{kind.std * (multiple if control else 1):.6g}",
+    }
+
+
+def sweep(batch: Batch) -> list[dict]:
+    """All settings of a head. Those of one learning rate are trained together."""
+    rows = []
+
+    def costs(settings: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        found = []
+        for rate, group in itertools.groupby(settings, key=operator.itemgetter(1)):
+            pairs = list(itertools.product([m for m, _ in group], range(batch.seeds)))
+            multiples, seeds = (list(values) for values in zip(*pairs, strict=True))
+            new, _ = rows_of(batch, rate, multiples, seeds, evaluations=1)
+            rows.extend(new)
+            found += [cost(new[k : k + batch.seeds]) for k in range(0, len(new), batch.seeds)]
+        return found
+
+    grid = [(m, rate) for rate, m in itertools.product(RATES, MULTIPLES)]
+    search(grid, (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
+    return rows
+
+
+def run(batch: Batch, chosen: tuple[float, float] | None, folder: str) -> list[dict]:
+    """A job: the sweep, or the seeds of the chosen (learning rate, multiple), whose curves are kept
+    in `folder`."""
     torch.set_num_threads(1)
-    if job.stage == "sweep":
-        rows = []
-
-        def costs(settings):
-            found = []
-            for rate, group in itertools.groupby(settings, key=lambda s: s[1]):  # one batch
-                pairs = [(multiple, seed) for multiple, _ in group for seed in range(job.seeds)]
-                rows.extend(
-                    new := rows_of(job, rate, *map(list, zip(*pairs, strict=True)), evaluations=1)[
-                        0
-                    ]
-                )
-                found += [cost(new[k : k + job.seeds]) for k in range(0, len(new), job.seeds)]
-            return found
-
-        search(
-            [(m, rate) for rate in RATES for m in MULTIPLES],
-            (MULTIPLE_STEP, RATE_STEP),
-            EDGES,
-            costs,
-        )
-        return rows
+    if batch.stage == "sweep":
+        return sweep(batch)
     rate, multiple = chosen
-    seeds = [100 + i for i in range(job.seeds)]  # not those of the sweep
-    rows, curves = rows_of(job, rate, [multiple] * job.seeds, seeds, keep=job.stage == "main")
+    # Not those of the sweep.
+    seeds = [100 + i for i in range(batch.seeds)]
+    multiples = [multiple] * batch.seeds
+    rows, curves = rows_of(batch, rate, multiples, seeds, keep=batch.stage == "main")
     Path(folder).mkdir(parents=True, exist_ok=True)
     kept = {
-        k: torch.as_tensor(curves[k]) if k == "steps" else curves[k]
-        for k in ("steps", "train", "test", "prototypes")
+        "steps": torch.as_tensor(curves.steps),
+        "train": curves.train,
+        "test": curves.test,
+        "prototypes": curves.prototypes,
+        "path": curves.path,
     }
-    kept["path"] = torch.stack(curves["path"]) if curves["path"] else None
-    write_whole(Path(folder) / ("-".join(job.key()) + ".pt"), lambda path: torch.save(kept, path))
+    write_whole(curves_file(folder, batch.key()), lambda path: torch.save(kept, path))
     return rows
+
+
+def curves_file(folder: str, key: Row) -> Path:
+    return Path(folder) / f"{run_name(key)}.pt"
 
 
 def cost(rows: list[dict]) -> tuple[float, float]:
     """Of a setting's rows in a sweep: (less the mean test accuracy, the mean test loss), of which
     the lowest is best."""
-    return -float(np.mean([float(r["test_accuracy"]) for r in rows])), float(
-        np.mean([number(r["test_loss"]) for r in rows])
-    )
+    accuracy = np.mean([float(r["test_accuracy"]) for r in rows])
+    return -float(accuracy), float(np.mean([number(r["test_loss"]) for r in rows]))
 
 
-def scored(
-    rows: list[dict], model: str, head: str, link: str
-) -> dict[tuple[float, float], tuple[float, float]]:
-    """(multiple, learning rate) of a sweep's settings -> their costs."""
-    found = {}
+def swept(rows: list[Row]) -> dict[tuple, dict]:
+    """Of each sweep (model, head, link): its settings (multiple, learning rate) -> their costs."""
+    groups = {}
     for r in rows:
-        if (r["stage"], r["model"], r["head"], r["link"]) == ("sweep", model, head, link):
-            found.setdefault((float(r["multiple"]), float(r["learning_rate"])), []).append(r)
-    return {setting: cost(mine) for setting, mine in found.items()}
+        if r["stage"] == "sweep":
+            setting = float(r["multiple"]), float(r["learning_rate"])
+            sweep = groups.setdefault((r["model"], r["head"], r["link"]), {})
+            sweep.setdefault(setting, []).append(r)
+    found = {}
+    for key, settings in groups.items():
+        found[key] = {setting: cost(mine) for setting, mine in settings.items()}
+    return found
 
 
-def choice(rows: list[dict], model: str, head: str, link: str) -> tuple[float, float] | None:
+def wanted(table: Table, c: AlgorithmicConfig) -> list[Job]:
+    """The jobs that can begin: a head waits for its model's sweep."""
+    sweeps = swept(table.rows)
+    found = []
+    for batch in batches(c):
+        chosen = None
+        if batch.stage != "sweep":
+            chosen = choice(sweeps.get((batch.model, batch.head, batch.link)))
+            if chosen is None:
+                continue
+        found.append(Job(batch.key(), run, (batch, chosen, c.runs)))
+    return found
+
+
+def choice(sweep: dict | None) -> tuple[float, float] | None:
     """(learning rate, multiple) of the best setting of a sweep; None where it is not done."""
-    found = scored(rows, model, head, link)
-    return min(found, key=found.get)[::-1] if found else None
+    return min(sweep, key=sweep.get)[::-1] if sweep else None
+
+
+def told(rows: list[dict]) -> str:
+    """What is printed of a job."""
+    good = sum(float(r["test_accuracy"]) >= 0.99 for r in rows)
+    return f"{good} of {len(rows)} at 99 % of the test, {rows[0]['seconds']} s a run"
 
 
 def main():
     (c,) = parse(sys.argv[1:], AlgorithmicConfig)
-    table, todo = Rows(Path(c.out)), jobs(c)
-    waves = [[vars(j) for j in todo if (j.stage == "sweep") == first] for first in (True, False)]
-    call = lambda job: (
-        run,
-        Job(**job),
-        choice(table.rows, job["model"], job["head"], job["link"]),
-        c.runs,
-    )
-    good = lambda rows: sum(float(r["test_accuracy"]) >= 0.99 for r in rows)
-    complete(
-        table,
-        waves,
-        call,
-        lambda rows: (
-            f"{good(rows)} of {len(rows)} at 99 % of the test, {rows[0]['seconds']} s a run"
-        ),
-        c.workers,
-    )
+    table = Table(c.out, COLUMNS, KEY)
+    complete(table, lambda: wanted(table, c), c.workers, told)
 
 
 if __name__ == "__main__":

@@ -12,32 +12,53 @@ picture whose curves are missing is not drawn.
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
 
+from analysis import figures
 from analysis.geometry import principal
+from analysis.tables import Column, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
 from base.files import write_whole
-from studies.algorithmic import FEW, HEADS, MODELS, MULTIPLE_STEP, RATE_STEP, Job, Rows, scored
-from studies.heads_report import markdown
-from studies.table import on_edge
-
-SHOWN = [("cross_entropy", "control")] + [
-    (h, "harmonic")
-    for h in ("euclidean", "mahalanobis", "manhattan", "chebyshev", "cosine", "bray_curtis_abs")
-]
-MOVING = [("cross_entropy", "control"), ("euclidean", "harmonic"), ("cosine", "harmonic")]
-COLORS = dict(
-    zip(
-        FEW,
-        ["#59616b", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#8fd6b4"],
-        strict=True,
-    )
+from studies.algorithmic import (
+    COLUMNS,
+    FEW,
+    HEADS,
+    KEY,
+    MULTIPLE_STEP,
+    RATE_STEP,
+    curves_file,
+    swept,
 )
+from studies.intervals import wilson
+from studies.runner import Row, Table
+from studies.search import on_edge
+
+BASELINE = ("cross_entropy", "control")
+SHOWN = [BASELINE]
+SHOWN += [
+    (head, "harmonic")
+    for head in ("euclidean", "mahalanobis", "manhattan", "chebyshev", "cosine", "bray_curtis_abs")
+]
+MOVING = [BASELINE, ("euclidean", "harmonic"), ("cosine", "harmonic")]
+# A head and its softmax twin have a dark and a light colour.
+DARK_AND_LIGHT = [
+    figures.GREY,
+    figures.BLUE,
+    figures.SKY,
+    figures.VERMILLION,
+    figures.ORANGE,
+    figures.GREEN,
+    "#8fd6b4",
+]
+COLORS = dict(zip(FEW, DARK_AND_LIGHT, strict=True))
 
 
 @dataclass
@@ -52,16 +73,7 @@ class ReportConfig:
     """the pictures' names, before .png, _curves.png and .gif"""
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share k of n."""
-    middle, half = (
-        k / n + z * z / (2 * n),
-        z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n)),
-    )
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-
-def median_step(rows: list[dict], key: str) -> float:
+def median_step(rows: list[Row], key: str) -> float:
     """The median over all seeds of the step at which a level was reached; infinite where half of
     them never did."""
     return float(np.median([float(r[key] or "inf") for r in rows]))
@@ -75,104 +87,118 @@ def title(head: str, link: str) -> str:
     return head + (", softmax twin" if link == "softmax" else "")
 
 
-def select(rows: list[dict], stage: str, task: str, head: str, link: str) -> list[dict]:
-    return [
-        r
-        for r in rows
-        if (r["stage"], r["task"], r["head"], r["link"]) == (stage, task, head, link)
-    ]
+def select(rows: list[Row], stage: str, task: str, head: str, link: str) -> list[Row]:
+    wanted = dict(stage=stage, task=task, head=head, link=link)
+    return [r for r in rows if r.items() >= wanted.items()]
 
 
-def success(rows: list[dict]) -> str:
+def success(rows: list[Row]) -> str:
     k = sum(r["test_99"] != "" for r in rows)
     low, high = wilson(k, len(rows))
     return f"{k}/{len(rows)} ({100 * low:.0f}-{100 * high:.0f} %)"
 
 
-def main_table(rows: list[dict]) -> str:
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def main_table(rows: list[Row]) -> str:
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["stage"] == "main"))
-    cells = []
+    columns = [Column("head")]
+    for task in tasks:
+        columns.append(Column(f"{task} success", f"{task}: seeds at 99 %"))
+        columns.append(Column(f"{task} steps", "steps"))
+        columns.append(Column(f"{task} top2", "top 2 PCs", ".2f"))
+    lines = []
     for head, link in HEADS:
-        row = [title(head, link)]
+        line = {"head": title(head, link)}
         for task in tasks:
-            mine = select(rows, "main", task, head, link)
-            if mine:
-                row += [
-                    success(mine),
-                    step(median_step(mine, "test_99")),
-                    f"{np.median([float(r['top2']) for r in mine]):.2f}",
-                ]
-            else:
-                row += ["", "", ""]
-        if any(row[1:]):
-            cells.append(row)
-    return markdown(
-        ["head", *(x for t in tasks for x in (f"{t}: seeds at 99 %", "steps", "top 2 PCs"))], cells
-    )
+            if mine := select(rows, "main", task, head, link):
+                line[f"{task} success"] = success(mine)
+                line[f"{task} steps"] = step(median_step(mine, "test_99"))
+                line[f"{task} top2"] = np.median([float(r["top2"]) for r in mine])
+        if len(line) > 1:
+            lines.append(line)
+    return markdown(lines, columns)
 
 
-def gap_table(rows: list[dict]) -> str:
+def gap_table(rows: list[Row]) -> str:
     """Grokking: how long after the training set the test set is known."""
-    cells = []
-    for stage, task, model in (
+    runs = (
         ("grokking", "addition113", "MLP, p = 113, 30 %"),
         ("decoder", "addition", "decoder, p = 31, 80 %"),
-    ):
-        for head, link in FEW:
-            if mine := select(rows, stage, task, head, link):
-                known, general = median_step(mine, "train_99"), median_step(mine, "test_99")
-                gap = "" if math.isinf(general) else f"{general - known:.0f}"
-                last = [float(r["test_accuracy"]) for r in mine]
-                end = [f"{sum(a >= 0.99 for a in last)}/{len(last)}", f"{np.mean(last):.3f}"]
-                cells.append(
-                    [model, title(head, link), step(known), step(general), gap, success(mine), *end]
-                )
+    )
+    lines = []
+    for (stage, task, model), (head, link) in itertools.product(runs, FEW):
+        if mine := select(rows, stage, task, head, link):
+            known, general = median_step(mine, "train_99"), median_step(mine, "test_99")
+            last = [float(r["test_accuracy"]) for r in mine]
+            line = {
+                "model": model,
+                "head": title(head, link),
+                "train": step(known),
+                "test": step(general),
+                "gap": None if math.isinf(general) else general - known,
+                "success": success(mine),
+                "end": f"{sum(a >= 0.99 for a in last)}/{len(last)}",
+                "accuracy": np.mean(last),
+            }
+            lines.append(line)
     columns = [
-        "",
-        "head",
-        "train 99 %",
-        "test 99 %",
-        "gap",
-        "seeds at 99 % of the test",
-        "and at the end",
-        "last test accuracy",
+        Column("model"),
+        Column("head"),
+        Column("train", "train 99 %"),
+        Column("test", "test 99 %"),
+        Column("gap", form=".0f"),
+        Column("success", "seeds at 99 % of the test"),
+        Column("end", "and at the end"),
+        Column("accuracy", "last test accuracy", ".3f"),
     ]
-    return markdown(columns, cells)
+    return markdown(lines, columns)
 
 
-def fraction_table(rows: list[dict]) -> str:
+def fraction_table(rows: list[Row]) -> str:
     fractions = sorted({r["fraction"] for r in rows if r["stage"] == "fraction"})
-    cells = []
+    lines = []
     for head, link in FEW:
-        if not (mine := select(rows, "fraction", "addition", head, link)):
-            continue
-        found = [[float(r["test_accuracy"]) for r in mine if r["fraction"] == f] for f in fractions]
-        cells.append([title(head, link), *(f"{np.mean(a):.2f}" if a else "" for a in found)])
-    return markdown(["head", *(f"{100 * float(f):.0f} %" for f in fractions)], cells)
+        line = {}
+        for r in select(rows, "fraction", "addition", head, link):
+            line.setdefault(r["fraction"], []).append(float(r["test_accuracy"]))
+        if line:
+            means = {fraction: np.mean(values) for fraction, values in line.items()}
+            lines.append({"head": title(head, link)} | means)
+    shares = [Column(fraction, f"{100 * float(fraction):.0f} %", ".2f") for fraction in fractions]
+    return markdown(lines, [Column("head"), *shares])
+
+
+# ---- pictures ----------------------------------------------------------------------------------
 
 
 def curves(
-    folder: str, rows: list[dict], stage: str, task: str, head: str, link: str
+    folder: str, rows: list[Row], stage: str, task: str, head: str, link: str
 ) -> dict | None:
     """What a batch kept, or None."""
-    if not (mine := select(rows, stage, task, head, link)):
+    mine = select(rows, stage, task, head, link)
+    if not mine:
         return None
-    job = Job(stage, task, mine[0]["model"], head, link, float(mine[0]["fraction"]), 0, 0)
-    path = Path(folder) / ("-".join(job.key()) + ".pt")
+    path = curves_file(folder, {name: mine[0][name] for name in KEY})
     return torch.load(path, weights_only=True) if path.is_file() else None
 
 
-def plane(axes, x, names, label: str):
-    """Points (M, 2) in colours of their order, a few of them named."""
+def plane(axes: Axes, x: np.ndarray, names: Callable[[int], str], label: str) -> None:
+    """Points (M, 2) in colours of their order, all of them named."""
     axes.scatter(*x.T, c=range(len(x)), cmap="hsv" if len(x) == 31 else "viridis", s=14)
+    small = dict(fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points")
     for i in range(len(x)):
-        axes.annotate(
-            names(i), x[i], fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points"
-        )
-    axes.set_title(label, fontsize=7, loc="left")
+        axes.annotate(names(i), x[i], **small)
+    axes.set_title(label, fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[["top", "right", "left", "bottom"]].set_color("0.85")
+    axes.spines[:].set(visible=True, color="0.85")
+
+
+def corner(i: int) -> str:
+    """The name of a point of the lattice."""
+    return f"{i % 5},{i // 5}"
 
 
 def projected(table: torch.Tensor, onto: torch.Tensor | None = None) -> np.ndarray:
@@ -182,12 +208,10 @@ def projected(table: torch.Tensor, onto: torch.Tensor | None = None) -> np.ndarr
     return ((table.double() - onto.double().mean(0)) @ directions[:, :2]).numpy()
 
 
-def draw_embeddings(c: ReportConfig, rows: list[dict], path: Path):
+def draw_embeddings(c: ReportConfig, rows: list[Row], path: Path) -> None:
     """Rows: tasks; columns: heads. Of each head the seed whose share of the top 2 is the median."""
-    from matplotlib.figure import Figure
-
-    tasks = {"addition": str, "lattice": lambda i: f"{i % 5},{i // 5}"}
-    figure = Figure(figsize=(1.6 * len(SHOWN), 1.75 * len(tasks)), layout="constrained")
+    tasks = {"addition": str, "lattice": corner}
+    figure = figures.figure(1.75 * len(tasks), 1.6 * len(SHOWN))
     panels = figure.subplots(len(tasks), len(SHOWN), squeeze=False)
     for line, (task, names) in zip(panels, tasks.items(), strict=True):
         for axes, (head, link) in zip(line, SHOWN, strict=True):
@@ -197,107 +221,79 @@ def draw_embeddings(c: ReportConfig, rows: list[dict], path: Path):
                 continue
             shares = [float(r["top2"]) for r in select(rows, "main", task, head, link)]
             seed = int(np.argsort(shares)[len(shares) // 2])
-            plane(
-                axes,
-                projected(kept["prototypes"][seed]),
-                names,
-                f"{head}\n{task}, top 2: {100 * shares[seed]:.0f} %",
-            )
-    figure.savefig(path, dpi=170)
+            label = f"{head}\n{task}, top 2: {100 * shares[seed]:.0f} %"
+            plane(axes, projected(kept["prototypes"][seed]), names, label)
+    figures.save(figure, path)
 
 
-def draw_curves(c: ReportConfig, rows: list[dict], path: Path):
+def draw_curves(c: ReportConfig, rows: list[Row], path: Path) -> None:
     """Grokking of the MLP and of the decoder; accuracy against the share trained on."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    timed = (
-        ("grokking", "addition113", "MLP, modulo 113, 30 % of the examples"),
-        ("decoder", "addition", "decoder, modulo 31, 80 %"),
-    )
-    for axes, (stage, task, label) in zip(panels, timed, strict=False):
-        for key, color in COLORS.items():
-            kept = curves(c.runs, rows, stage, task, *key)
+    figure = figures.figure(4, 12)
+    first, second, third = panels = figure.subplots(1, 3, sharey=True)
+    for key, color in COLORS.items():
+        grokking = curves(c.runs, rows, "grokking", "addition113", *key)
+        decoder = curves(c.runs, rows, "decoder", "addition", *key)
+        for axes, kept in ((first, grokking), (second, decoder)):
             if kept is not None:
-                axes.plot(kept["steps"][1:], kept["test"][1:].mean(1), color=color)
-                axes.plot(
-                    kept["steps"][1:],
-                    kept["train"][1:].mean(1),
-                    color=color,
-                    linestyle=":",
-                    linewidth=1,
-                )
+                steps, test, known = (kept[k][1:] for k in ("steps", "test", "train"))
+                axes.plot(steps, test.mean(1), color=color)
+                axes.plot(steps, known.mean(1), color=color, linestyle=":", linewidth=1)
+        found = {}
+        for r in select(rows, "fraction", "addition", *key):
+            found.setdefault(float(r["fraction"]), []).append(float(r["test_accuracy"]))
+        fractions = sorted(found)
+        means = [np.mean(found[fraction]) for fraction in fractions]
+        third.plot(fractions, means, color=color, marker=".", label=title(*key))
+    for axes in (first, second):
         axes.set_xscale("log")
         axes.set_xlabel("step (solid: test accuracy, dotted: training accuracy)")
-        axes.set_title(label, loc="left", fontsize=9)
-    for key, color in COLORS.items():
-        mine = select(rows, "fraction", "addition", *key)
-        fractions = sorted({float(r["fraction"]) for r in mine})
-        means = [
-            np.mean([float(r["test_accuracy"]) for r in mine if float(r["fraction"]) == f])
-            for f in fractions
-        ]
-        panels[2].plot(fractions, means, color=color, marker=".", label=title(*key))
-    panels[2].set_xlabel("share of the examples trained on")
-    panels[2].set_title("MLP, modulo 31: test accuracy", loc="left", fontsize=9)
-    figure.legend(
-        *panels[2].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=len(COLORS),
-        frameon=False,
-        fontsize=8,
-    )
+    third.set_xlabel("share of the examples trained on")
+    first.set_title("MLP, modulo 113, 30 % of the examples")
+    second.set_title("decoder, modulo 31, 80 %")
+    third.set_title("MLP, modulo 31: test accuracy")
+    legend = dict(loc="outside upper center", ncols=len(COLORS))
+    figure.legend(*third.get_legend_handles_labels(), **legend)
     for axes in panels:
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figures.save(figure, path)
 
 
-def draw_animation(c: ReportConfig, rows: list[dict], path: Path):
+def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
     """The embedding of addition modulo 31 over training, on the principal components that it ends
     with."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
-    from matplotlib.figure import Figure
-
-    shown = {
-        key: kept for key in MOVING if (kept := curves(c.runs, rows, "main", "addition", *key))
-    }
-    kept = list(shown.values())
-    figure = Figure(figsize=(2.6 * len(shown), 2.9), layout="constrained")
+    shown = {}
+    for key in MOVING:
+        kept = curves(c.runs, rows, "main", "addition", *key)
+        if kept is not None:
+            shown[key] = kept
+    figure = figures.figure(2.9, 2.6 * len(shown))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
 
-    def frame(i):
-        for axes, key, k in zip(panels, shown, kept, strict=True):
+    def frame(i: int) -> None:
+        for axes, ((head, _), kept) in zip(panels, shown.items(), strict=True):
             axes.clear()
-            label = f"{key[0]}, step {int(k['steps'][i])}, test {100 * k['test'][i, 0]:.0f} %"
-            plane(axes, projected(k["path"][i], k["path"][-1]), str, label)
-            edge = 1.1 * np.abs(projected(k["path"][-1])).max()
+            label = f"{head}, step {int(kept['steps'][i])}, test {100 * kept['test'][i, 0]:.0f} %"
+            plane(axes, projected(kept["path"][i], kept["path"][-1]), str, label)
+            edge = 1.1 * np.abs(projected(kept["path"][-1])).max()
             axes.set_xlim(-edge, edge)
             axes.set_ylim(-edge, edge)
 
-    frames = [*range(len(kept[0]["steps"])), *[len(kept[0]["steps"]) - 1] * 8]
-    FuncAnimation(figure, frame, frames=frames).save(path, PillowWriter(fps=8), dpi=66)
+    count = len(next(iter(shown.values()))["steps"])
+    frames = [*range(count), *[count - 1] * 8]
+    animation = FuncAnimation(figure, frame, frames=frames)
+    write_whole(path, lambda aside: animation.save(aside, PillowWriter(fps=8), dpi=66))
 
 
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig)
-    rows = Rows(Path(c.table)).rows
+    rows = Table(c.table, COLUMNS, KEY).rows
     if not rows:
         raise UserError(f"no rows in {c.table}: python -m studies.algorithmic writes them")
-    for name, table in (
-        ("The tasks", main_table),
-        ("Grokking", gap_table),
-        ("Data efficiency", fraction_table),
-    ):
+    tables = {"The tasks": main_table, "Grokking": gap_table, "Data efficiency": fraction_table}
+    for name, table in tables.items():
         print(f"{name}\n\n{table(rows)}\n")
-    sweeps = [
-        found
-        for model, head in itertools.product(MODELS, HEADS)
-        if (found := scored(rows, model, *head))
-    ]
-    print(f"{on_edge(sweeps, (MULTIPLE_STEP, RATE_STEP))}\n")
+    print(f"{on_edge(list(swept(rows).values()), (MULTIPLE_STEP, RATE_STEP))}\n")
     needs = (
         (".png", draw_embeddings, [("main", "addition"), ("main", "lattice")], SHOWN),
         ("_curves.png", draw_curves, [("grokking", "addition113"), ("decoder", "addition")], FEW),
@@ -310,7 +306,7 @@ def main():
                 " keeps them)"
             )
             continue
-        write_whole(Path(c.out + ending), lambda path, picture=picture: picture(c, rows, path))
+        picture(c, rows, Path(c.out + ending))
         print(f"wrote {c.out}{ending}")
 
 

@@ -1,51 +1,76 @@
-"""The study's tables and picture from results/heads.csv, as far as it has got.
+"""The tables and pictures of the study of heads, from results/heads.csv, as far as it has got.
 
-    python -m studies.heads_report  # prints Markdown, writes results/study.png and study_curves.png
+    # prints Markdown; writes results/study.png and results/study_curves.png
+    python -m studies.heads_report
     # two heads alone, paired by seed
     python -m studies.heads_report --compare=cosine/harmonic/4,euclidean/harmonic
 
-Stage 1: the best setting of each head and link so far, and the difference to its softmax twin, the
-    same geometry without HarMax. Stage 2: means over seeds with 95 % intervals (Student's t), and
-    differences to cross_entropy and to the twin, paired by seed. Its energy is that of stage 5's
-    tokens: what a head spends until it is where cross_entropy ends, of what cross_entropy spends.
-    Stages 3 and 4: mostly one seed; differences to cross_entropy and the twin in the same place,
-    and to the same head without the change. Losses of stages 2 to 4 are those of the test split,
-    which has decided nothing; of the validation split where a corpus has no other.
+Stage 1: the best setting of each head and link so far, and the difference to its softmax twin: the
+    same geometry without HarMax.
+Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to
+    the twin, paired by seed. "energy to that loss" is what a head spends until it reaches
+    cross_entropy's final loss, as a share of what cross_entropy spends. Stage 5 has measured the
+    energy of a token.
+Stages 3 and 4: mostly one seed. Differences are to cross_entropy and to the twin in the same place,
+    and to the same head without the change.
+
+The losses of stages 2 to 4 are those of the test split, which has decided nothing. A corpus without
+one has the validation loss.
 """
 
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
+from matplotlib.axes import Axes
 from scipy.stats import ttest_rel
 
+from analysis import figures
+from analysis.tables import Column, interval, markdown, read_csv
 from base.command_line import cli, parse
 from base.errors import UserError
-from base.files import write_whole
 from studies.heads import (
+    COLUMNS,
     EXPONENT_STEP,
-    LINKS,
     LONGER,
     MULTIPLES,
     PENALTY,
     RATE_STEP,
     RATES,
-    Rows,
     loss,
 )
-from studies.table import number, on_edge
+from studies.intervals import holm, mean_and_half
+from studies.runner import Row
+from studies.search import number, on_edge
 
 BASELINE = ("cross_entropy", "control")
-MEANS = {  # of stage 2's columns, over seeds: how they are shown
-    "grad_norm_mean": ".2f", "grad_norm_cv": ".3f", "grad_spikes": ".1%", "grad_clipped": ".0%",
-    "prototype_radius": ".2f",
-    "pca_components_90": ".0f", "pca_top2": ".3f", "effective_rank": ".0f",
-}  # fmt: skip
-COLORS = dict(zip((*LINKS, "control"), ("#0072b2", "#e69f00", "#59616b"), strict=True))
+COLORS = {"harmonic": figures.BLUE, "softmax": figures.ORANGE, "control": figures.GREY}
+# A head with its options, and its link.
+Key = tuple[str, str]
+# A mean and the half width of its interval.
+Pair = tuple[float, float]
+
+HEAD = [Column("name", "head"), Column("link")]
+SETTING = [
+    Column("strength", "n (softmax: s)", ".4g"),
+    Column("init_std", "init std"),
+    Column("learning_rate", "learning rate", ".4g"),
+]
+# Means over seeds.
+TRAINING = [
+    Column("grad_norm_mean", "gradient norm", ".2f"),
+    Column("grad_norm_cv", "CV", ".3f"),
+    Column("grad_spikes", "spikes", ".1%"),
+    Column("grad_clipped", "clipped", ".0%"),
+    Column("prototype_radius", "radius", ".2f"),
+    Column("pca_components_90", "PCs for 90 %", ".0f"),
+    Column("pca_top2", "top 2 PCs", ".3f"),
+    Column("effective_rank", "effective rank", ".0f"),
+]
 
 
 @dataclass
@@ -61,17 +86,25 @@ class ReportConfig:
     by seed, and nothing else"""
 
 
-def name(row: dict) -> str:
+# ---- rows --------------------------------------------------------------------------------------
+
+
+def name(row: Row) -> str:
     return row["head"] + "".join(f" {k}={row[k]}" for k in "pq" if row[k])
 
 
-def final(row: dict) -> float:
+def strength(row: Row) -> str:
+    """The exponent of a harmonic head, the scale of its twin."""
+    return {"harmonic": row["exponent"], "softmax": row["scale"]}.get(row["link"], "")
+
+
+def final(row: Row) -> float:
     """A long run's loss: of the test split, if its corpus has one."""
     return number(row["test_loss"]) if row["test_loss"] not in ("", "nan") else loss(row)
 
 
-def groups(rows: list[dict], stage: str) -> dict[tuple[str, str], list[dict]]:
-    """(head with its options, link) -> its rows of a stage."""
+def groups(rows: list[Row], stage: str) -> dict[Key, list[Row]]:
+    """The rows of a stage."""
     found = {}
     for row in rows:
         if row["stage"] == stage:
@@ -79,27 +112,22 @@ def groups(rows: list[dict], stage: str) -> dict[tuple[str, str], list[dict]]:
     return found
 
 
-def best_settings(rows: list[dict]) -> list[dict]:
-    """Stage 1: the winner of each head and link, lowest loss first, with its difference to the twin
-    where both are there."""
-    winners = {key: min(group, key=loss) for key, group in groups(rows, "1").items()}
-    counts = {key: len(group) for key, group in groups(rows, "1").items()}
-    found = []
-    for (head, link), row in winners.items():
-        twin = winners.get((head, "softmax")) if link == "harmonic" else None
-        difference = loss(row) - loss(twin) if twin else None
-        found.append({**row, "name": head, "settings": counts[head, link], "harmax": difference})
-    return sorted(found, key=loss)
+def by_seed(rows: list[Row]) -> dict[Key, dict[str, Row]]:
+    """Of stage 2: seed -> row."""
+    return {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """-> (mean, half width of the 95 % interval; NaN for one value)."""
-    n = len(values)
-    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(half)
+def paired(runs: dict[str, Row], others: dict[str, Row]) -> Pair | None:
+    """Of the losses' differences; both: seed -> row. None without a seed in common."""
+    differences = [final(r) - final(others[seed]) for seed, r in runs.items() if seed in others]
+    return mean_and_half(differences) if differences else None
 
 
-def reached(row: dict, level: float) -> float:
+def shown(pair: Pair | None, form: str = "+.3f") -> str:
+    return "" if pair is None else interval(*pair, form)
+
+
+def reached(row: Row, level: float) -> float:
     """The iteration at which a run's validation loss is at `level`, between its evaluations by a
     straight line; infinite if it never is."""
     values = [float(v) for v in row["val_losses"].split()]
@@ -109,183 +137,93 @@ def reached(row: dict, level: float) -> float:
     return math.inf
 
 
-def by_seed(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict]]:
-    """(head with its options, link) -> seed -> its row of stage 2."""
-    return {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
-
-
-def paired(runs: dict[str, dict], others: dict[str, dict]) -> tuple[float, float] | None:
-    """Mean and half width of the losses' differences; both: seed -> row. None without a seed in
-    common."""
-    differences = [final(r) - final(others[seed]) for seed, r in runs.items() if seed in others]
-    return interval(differences) if differences else None
-
-
-def holm(p: dict) -> dict:
-    """p-values corrected for their number (Holm 1979): each times how many are not below it, and no
-    less than those below."""
-    found, largest = {}, 0.0
-    for i, key in enumerate(sorted(p, key=p.get)):
-        largest = max(largest, min(1.0, p[key] * (len(p) - i)))
-        found[key] = largest
-    return found
-
-
-def p_values(rows: list[dict]) -> str:
-    """Stage 2, heads with several seeds: paired t-tests of the losses, corrected among those of one
-    kind."""
-    every = {key: runs for key, runs in by_seed(rows).items() if len(runs) > 1}
-    twins = {(head, link): (head, "softmax") for head, link in every if link == "harmonic"}
-    kinds = {"its softmax twin": twins} | {
-        other[0]: dict.fromkeys(every, other) for other in (BASELINE, PENALTY)
-    }
-    cells = []
-    for kind, pairs in kinds.items():
-        shared = {
-            a: [s for s in every[a] if s in every[b]]
-            for a, b in pairs.items()
-            if a != b and b in every
-        }
-        losses = {
-            a: [[final(every[key][s]) for s in seeds] for key in (a, pairs[a])]
-            for a, seeds in shared.items()
-        }
-        p = {a: float(ttest_rel(*values).pvalue) for a, values in losses.items()}
-        corrected = holm(p)
-        cells += [
-            [
-                *a,
-                kind,
-                with_half(paired(every[a], every[pairs[a]]), "+.4f", ".4f"),
-                f"{p[a]:.4f}",
-                f"{corrected[a]:.3f}",
-            ]
-            for a in corrected
-        ]
-    return markdown(["head", "link", "less", "difference", "p", "Holm"], cells)
-
-
-def compared(rows: list[dict], text: str) -> str:
-    """Differences of two heads' losses and other measures, paired by seed."""
-    chosen = []
-    for words in (part.strip().split("/") for part in text.split(",")):
-        rest = (
-            [r for r in rows if r["stage"] == "4" and r["ablation"] == LONGER]
-            if words[2:] == ["4"]
-            else [r for r in rows if r["stage"] == "2"]
+def best_settings(rows: list[Row]) -> list[dict]:
+    """Stage 1: the winner of each head and link, lowest loss first, with its difference to the twin
+    where both are there."""
+    every = groups(rows, "1")
+    winners = {key: min(group, key=loss) for key, group in every.items()}
+    found = []
+    for (head, link), row in winners.items():
+        twin = winners.get((head, "softmax")) if link == "harmonic" else None
+        found.append(
+            {
+                **row,
+                "name": head,
+                "strength": strength(row),
+                "loss": loss(row),
+                "settings": len(every[head, link]),
+                "harmax": loss(row) - loss(twin) if twin else None,
+            }
         )
-        chosen.append({r["seed"]: r for r in rest if [name(r), r["link"]] == words[:2]})
-    if len(chosen) != 2 or not set(chosen[0]) & set(chosen[1]):
-        raise UserError(
-            f"compare={text}: name two heads that have a seed in common, such as"
-            " cosine/harmonic,cross_entropy/control"
-        )
-    a, b = chosen
-    values = lambda key: [float(a[s][key]) - float(b[s][key]) for s in a if s in b]
-    lines = [["loss", with_half(paired(a, b), "+.4f", ".4f")]] + [
-        [key, with_half(interval(values(key)), "+.4g", ".3g")] for key in MEANS
-    ]
-    return markdown(["measure", text.replace(",", " less ")], lines)
+    return sorted(found, key=loss)
 
 
-def long_runs(rows: list[dict]) -> list[dict]:
-    """Stage 2: each head and link over its seeds."""
+def long_runs(rows: list[Row]) -> list[dict]:
+    """Stage 2: each head and link over its seeds, lowest loss first."""
     every = by_seed(rows)
-    for (head, link), group in groups(rows, "2").items():
-        if len(group) > len(every[head, link]):
+    for key, group in groups(rows, "2").items():
+        if len(group) > len(every[key]):
             raise UserError(
-                f"stage 2 has several runs of {head}, {link}, with one seed: keep those of one"
+                f"stage 2 has several runs of {', '.join(key)}, with one seed: keep those of one"
                 " length and setting in the table"
             )
-    baseline = every.get(BASELINE, {})
-    length = np.mean([int(r["iters"]) for r in baseline.values()]) if baseline else math.nan
-    costs = {
-        key: (float(r["tokens_per_s"]), float(r["joules_per_token"]))
-        for key, (r, *_) in groups(rows, "5").items()
-    }
+    tokens = {key: group[0] for key, group in groups(rows, "5").items()}
     found = []
     for (head, link), runs in every.items():
-        row = {"name": head, "link": link, "seeds": len(runs)}
-        row["loss"], row["half"] = interval([final(r) for r in runs.values()])
-        row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
         twin = every.get((head, "softmax"), {}) if link == "harmonic" else {}
-        for key, others in (
-            ("above_ce", baseline),
-            ("above_penalty", every.get(PENALTY, {})),
-            ("harmax", twin),
-        ):
-            row[key] = paired(runs, others)
-        row |= {
-            key: next(iter(runs.values()))[key]
-            for key in ("exponent", "scale", "init_std", "learning_rate")
-        }
-        times = [reached(r, loss(baseline[s])) for s, r in runs.items() if s in baseline]
-        row["times"] = [t for t in times if math.isfinite(t)]
-        row["reached"] = float(np.mean(times)) if times else math.inf
-        for key in MEANS:
+        first = next(iter(runs.values()))
+        row = {"name": head, "link": link, "strength": strength(first), "seeds": len(runs)}
+        row |= {key: first[key] for key in ("init_std", "learning_rate")}
+        row["loss"], row["half"] = mean_and_half([final(r) for r in runs.values()])
+        row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
+        row["above_ce"] = paired(runs, every.get(BASELINE, {}))
+        row["above_penalty"] = paired(runs, every.get(PENALTY, {}))
+        row["harmax"] = paired(runs, twin)
+        for key in (column.key for column in TRAINING):
             values = [float(r[key]) for r in runs.values() if r[key]]
             row[key] = float(np.mean(values)) if values else None
-        cost, base = costs.get((head, link)), costs.get(BASELINE)
-        row["tokens_per_s"], row["joules"] = (None, None) if cost is None else cost
-        row["energy"] = (
-            cost[1] / base[1] * row["reached"] / length
-            if cost and base and math.isfinite(row["reached"])
-            else None
-        )
+        row |= _costs(runs, every.get(BASELINE, {}), tokens.get((head, link)), tokens.get(BASELINE))
         found.append(row)
     return sorted(found, key=lambda r: r["loss"])
 
 
-def shown(value, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _costs(
+    runs: dict[str, Row], baseline: dict[str, Row], tokens: Row | None, base: Row | None
+) -> dict:
+    """When a head's runs reach cross_entropy's losses, and what that costs.
+
+    Args: runs and baseline: seed -> row. tokens: the head's row of stage 5; base: cross_entropy's.
+    """
+    times = [reached(r, loss(baseline[seed])) for seed, r in runs.items() if seed in baseline]
+    row = {
+        "times": [time for time in times if math.isfinite(time)],
+        "reached": float(np.mean(times)) if times else math.inf,
+        "tokens_per_s": tokens and float(tokens["tokens_per_s"]),
+        "joules": tokens and float(tokens["joules_per_token"]),
+        "energy": None,
+    }
+    if tokens and base and math.isfinite(row["reached"]):
+        length = np.mean([int(r["iters"]) for r in baseline.values()])
+        share = row["joules"] / float(base["joules_per_token"])
+        row["energy"] = share * row["reached"] / length
+    return row
 
 
-def with_half(pair, form: str = "+.3f", form_half: str = ".3f") -> str:
-    """A mean and the half width of its interval, which one value alone has not."""
-    return (
-        ""
-        if pair is None
-        else format(pair[0], form)
-        + ("" if math.isnan(pair[1]) else f" ± {format(pair[1], form_half)}")
-    )
+# ---- tables ------------------------------------------------------------------------------------
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(
-        f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)
-    )
-
-
-def setting(row: dict) -> list[str]:
-    """Exponent or scale, init std and learning rate."""
-    strength = {"harmonic": row["exponent"], "softmax": row["scale"]}.get(row["link"], "")
-    return [
-        f"{float(strength):.4g}" if strength else "",
-        row["init_std"],
-        f"{float(row['learning_rate']):.4g}",
+def stage_one(rows: list[Row]) -> str:
+    columns = [
+        *HEAD,
+        *SETTING,
+        Column("loss", "val loss", ".4f"),
+        Column("harmax", "less its softmax twin", "+.4f"),
+        Column("settings"),
     ]
+    return f"{markdown(best_settings(rows), columns)}\n\n{edges(rows)}"
 
 
-SETTING = ["n (softmax: s)", "init std", "learning rate"]
-
-
-def stage_one(rows: list[dict]) -> str:
-    cells = [
-        [
-            r["name"],
-            r["link"],
-            *setting(r),
-            f"{loss(r):.4f}",
-            shown(r["harmax"], "+.4f"),
-            str(r["settings"]),
-        ]
-        for r in best_settings(rows)
-    ]
-    columns = ["head", "link", *SETTING, "val loss", "less its softmax twin", "settings"]
-    return f"{markdown(columns, cells)}\n\n{edges(rows)}"
-
-
-def edges(rows: list[dict]) -> str:
+def edges(rows: list[Row]) -> str:
     """How many of the sweeps, variants' aside, end with a winner on the edge of the learning rates
     and exponents (or scales) tried."""
     found = []
@@ -299,139 +237,158 @@ def edges(rows: list[dict]) -> str:
     return on_edge(found, (EXPONENT_STEP, RATE_STEP))
 
 
-def stage_two(rows: list[dict]) -> str:
+def stage_two(rows: list[Row]) -> str:
     """Losses."""
     columns = [
-        "head",
-        "link",
+        *HEAD,
         *SETTING,
-        "seeds",
-        "test loss",
-        "perplexity",
-        "val bits/byte",
-        "less cross_entropy",
-        "less euclidean_squared",
+        Column("seeds"),
+        Column("mean", "test loss"),
+        Column("perplexity", form=",.1f"),
+        Column("bits", "val bits/byte", ".4f"),
+        Column("less_ce", "less cross_entropy"),
+        Column("less_penalty", "less euclidean_squared"),
+        Column("less_twin", "less its softmax twin"),
+        Column("when", "at cross_entropy's loss"),
     ]
-    cells = []
+    lines = []
     for r in long_runs(rows):
-        cells.append(
-            [
-                r["name"],
-                r["link"],
-                *setting(r),
-                str(r["seeds"]),
-                with_half((r["loss"], r["half"]), ".4f"),
-            ]
-        )
-        cells[-1] += [
-            f"{math.exp(r['loss']):,.1f}",
-            f"{r['bits']:.4f}",
-            *(with_half(r[k]) for k in ("above_ce", "above_penalty", "harmax")),
-        ]
-        cells[-1].append(
-            f"{np.mean(r['times']):.0f} ({len(r['times'])} of {r['seeds']})" if r["times"] else ""
-        )
-    return markdown([*columns, "less its softmax twin", "at cross_entropy's loss"], cells)
+        line = {
+            "mean": interval(r["loss"], r["half"], ".4f"),
+            "perplexity": math.exp(r["loss"]),
+            "less_ce": shown(r["above_ce"]),
+            "less_penalty": shown(r["above_penalty"]),
+            "less_twin": shown(r["harmax"]),
+        }
+        if r["times"]:
+            line["when"] = f"{np.mean(r['times']):.0f} ({len(r['times'])} of {r['seeds']})"
+        lines.append(r | line)
+    return markdown(lines, columns)
 
 
-def stage_two_training(rows: list[dict]) -> str:
+def stage_two_training(rows: list[Row]) -> str:
     """Gradients, prototypes and costs."""
     columns = [
-        "gradient norm",
-        "CV",
-        "spikes",
-        "clipped",
-        "radius",
-        "PCs for 90 %",
-        "top 2 PCs",
-        "effective rank",
+        *HEAD,
+        *TRAINING,
+        Column("tokens_per_s", "tokens/s", ",.0f"),
+        Column("millijoules", "mJ/token", ".2f"),
+        Column("energy", "energy to that loss", ".2f"),
     ]
-    cells = []
-    for r in long_runs(rows):
-        cells.append([r["name"], r["link"], *(shown(r[key], form) for key, form in MEANS.items())])
-        cells[-1] += [
-            shown(r["tokens_per_s"], ",.0f"),
-            shown(r["joules"] and 1000 * r["joules"], ".2f"),
-            shown(r["energy"], ".2f"),
-        ]
-    return markdown(
-        ["head", "link", *columns, "tokens/s", "mJ/token", "energy to that loss"], cells
-    )
+    lines = [r | {"millijoules": r["joules"] and 1000 * r["joules"]} for r in long_runs(rows)]
+    return markdown(lines, columns)
 
 
-def stage_three(rows: list[dict]) -> str:
+def p_values(rows: list[Row]) -> str:
+    """Stage 2, heads with several seeds: paired t-tests of the losses, corrected among those of one
+    kind."""
+    every = {key: runs for key, runs in by_seed(rows).items() if len(runs) > 1}
+    twins = {(head, link): (head, "softmax") for head, link in every if link == "harmonic"}
+    kinds = {
+        "its softmax twin": twins,
+        BASELINE[0]: dict.fromkeys(every, BASELINE),
+        PENALTY[0]: dict.fromkeys(every, PENALTY),
+    }
+    lines = []
+    for kind, pairs in kinds.items():
+        p = {}
+        for key, other in pairs.items():
+            if key != other and other in every:
+                seeds = [seed for seed in every[key] if seed in every[other]]
+                losses = [[final(every[k][seed]) for seed in seeds] for k in (key, other)]
+                p[key] = float(ttest_rel(*losses).pvalue)
+        for key, corrected in holm(p).items():
+            difference = paired(every[key], every[pairs[key]])
+            line = {"name": key[0], "link": key[1], "less": kind, "p": p[key], "holm": corrected}
+            lines.append(line | {"difference": shown(difference, "+.4f")})
+    columns = [*HEAD, "less", "difference", Column("p", form=".4f"), Column("holm", "Holm", ".3f")]
+    return markdown(lines, columns)
+
+
+def compared(rows: list[Row], text: str) -> str:
+    """Differences of two heads' losses and other measures, paired by seed."""
+    second = [r for r in rows if r["stage"] == "2"]
+    longer = [r for r in rows if r["stage"] == "4" and r["ablation"] == LONGER]
+    chosen = []
+    for words in (part.strip().split("/") for part in text.split(",")):
+        among = longer if words[2:] == ["4"] else second
+        chosen.append({r["seed"]: r for r in among if [name(r), r["link"]] == words[:2]})
+    if len(chosen) != 2 or not set(chosen[0]) & set(chosen[1]):
+        raise UserError(
+            f"compare={text}: name two heads that have a seed in common, such as"
+            " cosine/harmonic,cross_entropy/control"
+        )
+    a, b = chosen
+    lines = [{"measure": "loss", "difference": shown(paired(a, b), "+.4f")}]
+    for column in TRAINING:
+        values = [float(a[s][column.key]) - float(b[s][column.key]) for s in a if s in b]
+        difference = shown(mean_and_half(values), "+.4g")
+        lines.append({"measure": column.key, "difference": difference})
+    return markdown(lines, ["measure", Column("difference", text.replace(",", " less "))])
+
+
+def stage_three(rows: list[Row]) -> str:
     """The best heads elsewhere, by place."""
-    third = [r for r in rows if r["stage"] == "3"]
-    cells = []
-    for place in dict.fromkeys((r["arch"], r["dataset"]) for r in third):
-        mine = {(name(r), r["link"]): final(r) for r in third if (r["arch"], r["dataset"]) == place}
-        for (head, link), value in sorted(mine.items(), key=lambda x: x[1]):
-            above = value - mine.get(BASELINE, math.nan)
-            twin = mine.get((head, "softmax")) if link == "harmonic" else None
-            row = next(
-                r
-                for r in third
-                if (r["arch"], r["dataset"], name(r), r["link"]) == (*place, head, link)
-            )
-            bits = (
-                "" if place[0] == "bert" else f"{float(row['bits_per_byte']):.4f}"
-            )  # masked prediction has no likelihood of a text
-            cells.append(
-                [
-                    *place,
-                    head,
-                    link,
-                    f"{value:.4f}",
-                    bits,
-                    f"{above:+.3f}",
-                    shown(twin and value - twin, "+.3f"),
-                ]
-            )
-    return markdown(
-        [
-            "arch",
-            "corpus",
-            "head",
-            "link",
-            "loss",
-            "val bits/byte",
-            "less cross_entropy",
-            "less its softmax twin",
-        ],
-        cells,
-    )
+    places = {}
+    for r in rows:
+        if r["stage"] == "3":
+            places.setdefault((r["arch"], r["dataset"]), {})[name(r), r["link"]] = r
+    lines = []
+    for runs in places.values():
+        losses = {key: final(r) for key, r in runs.items()}
+        for head, link in sorted(losses, key=losses.get):
+            r, value = runs[head, link], losses[head, link]
+            line = {"name": head, "loss": value}
+            line["less_ce"] = value - losses.get(BASELINE, math.nan)
+            if link == "harmonic" and (head, "softmax") in losses:
+                line["less_twin"] = value - losses[head, "softmax"]
+            if r["arch"] == "bert":
+                # Masked prediction has no likelihood of a text.
+                line["bits_per_byte"] = None
+            lines.append(r | line)
+    columns = [
+        Column("arch"),
+        Column("dataset", "corpus"),
+        *HEAD,
+        Column("loss", form=".4f"),
+        Column("bits_per_byte", "val bits/byte", ".4f"),
+        Column("less_ce", "less cross_entropy", "+.3f"),
+        Column("less_twin", "less its softmax twin", "+.3f"),
+    ]
+    return markdown(lines, columns)
 
 
-def stage_four(rows: list[dict]) -> str:
+def stage_four(rows: list[Row]) -> str:
     """One thing changed: the loss, less those of stage 2's unchanged runs with the same seeds: its
     own, cross_entropy's, its twin's."""
-    every, found, cells = by_seed(rows), {}, []
+    every, found = by_seed(rows), {}
     for r in rows:
         if r["stage"] == "4":
             found.setdefault((name(r), r["link"], r["ablation"]), {})[r["seed"]] = r
+    lines = []
     for (head, link, changed), runs in found.items():
-        cells.append(
-            [
-                head,
-                link,
-                changed,
-                str(len(runs)),
-                with_half(interval([final(r) for r in runs.values()]), ".4f"),
-            ]
-        )
-        others = (head, link), BASELINE, (head, "softmax") if link == "harmonic" else None
-        cells[-1] += [with_half(paired(runs, every.get(other, {}))) for other in others]
+        twin = every.get((head, "softmax"), {}) if link == "harmonic" else {}
+        line = {
+            "name": head,
+            "link": link,
+            "changed": changed,
+            "seeds": len(runs),
+            "loss": interval(*mean_and_half([final(r) for r in runs.values()]), ".4f"),
+            "less_own": shown(paired(runs, every.get((head, link), {}))),
+            "less_ce": shown(paired(runs, every.get(BASELINE, {}))),
+            "less_twin": shown(paired(runs, twin)),
+        }
+        lines.append(line)
     columns = [
-        "head",
-        "link",
+        *HEAD,
         "changed",
         "seeds",
         "loss",
-        "less unchanged",
-        "less cross_entropy",
-        "less its softmax twin, unchanged",
+        Column("less_own", "less unchanged"),
+        Column("less_ce", "less cross_entropy"),
+        Column("less_twin", "less its softmax twin, unchanged"),
     ]
-    return markdown(columns, cells)
+    return markdown(lines, columns)
 
 
 STAGES = (
@@ -444,128 +401,127 @@ STAGES = (
 )
 
 
-def draw(rows: list[dict], path: Path):
+# ---- pictures ----------------------------------------------------------------------------------
+
+
+def draw(rows: list[Row], path: Path) -> None:
     """Left, stage 1: a dot for every setting, the best ringed. Right, stage 2: means over seeds and
     their intervals."""
-    from matplotlib.figure import Figure
-
     best, long = best_settings(rows), long_runs(rows)
     heads = list(dict.fromkeys(r["name"] for r in best))
-    y = {
-        (h, link): i + (0 if link == "control" else (j - 0.5) * 0.36)
-        for i, h in enumerate(heads)
-        for j, link in enumerate(COLORS)
-    }
-    figure = Figure(figsize=(12 if long else 8, 0.9 + 0.36 * len(heads)), layout="constrained")
+    height = {}
+    for i, head in enumerate(heads):
+        height |= {(head, "harmonic"): i - 0.18, (head, "softmax"): i + 0.18, (head, "control"): i}
+    figure = figures.figure(1.1 + 0.25 * len(heads))
     panels = figure.subplots(1, 2 if long else 1, sharey=True, squeeze=False)[0]
-    low = loss(best[0])
-    for (head, link), place in y.items():
-        group = [
-            loss(r) for r in rows if r["stage"] == "1" and name(r) == head and r["link"] == link
-        ]
-        if group:
-            dots = dict(color=COLORS[link], markersize=3.5, alpha=0.5, markeredgewidth=0)
-            panels[0].plot([min(v, low + 2) for v in group], [place] * len(group), "o", **dots)
-            panels[0].plot(
-                min(group), place, "o", color="none", markeredgecolor=COLORS[link], markersize=8
-            )
-    panels[0].set_xlim(low - 0.05, low + 2.05)
-    panels[0].set_xlabel(
-        "stage 1: validation loss, nats a token\n(what is above the edge lies on it; ringed: the"
-        " best setting)"
-    )
-    for r in long:
-        half = 0 if math.isnan(r["half"]) else r["half"]
-        panels[1].errorbar(
-            r["loss"],
-            y[r["name"], r["link"]],
-            xerr=half,
-            fmt="o",
-            color=COLORS[r["link"]],
-            markersize=5,
-            capsize=2,
-            linewidth=1,
-        )
-        if r["link"] == "control" and r["name"] == "cross_entropy":
-            panels[1].axvline(r["loss"], color=COLORS["control"], linewidth=0.8, linestyle=":")
+    _draw_settings(panels[0], groups(rows, "1"), height)
     if long:
-        panels[1].set_xlim(
-            long[0]["loss"] - 0.1, min(long[0]["loss"] + 2.1, max(r["loss"] for r in long) + 0.1)
-        )
-        panels[1].set_xlabel(
-            "stage 2: test loss, nats a token\n(means over seeds, 95 % intervals; dotted:"
-            " cross_entropy)"
-        )
+        _draw_long_runs(panels[1], long, height)
     for link, color in COLORS.items():
         panels[0].plot([], [], "o", color=color, label=link)
     panels[0].set_yticks(range(len(heads)), heads)
     panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend()
     for axes in panels:
         axes.grid(axis="x", alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path)
 
 
-def draw_curves(rows: list[dict], path: Path):
+def _draw_settings(axes: Axes, every: dict[Key, list[Row]], height: dict[Key, float]) -> None:
+    low = min(loss(r) for group in every.values() for r in group)
+    for key, group in every.items():
+        losses, color, y = [loss(r) for r in group], COLORS[key[1]], height[key]
+        shown = [min(value, low + 2) for value in losses]
+        dots = dict(color=color, markersize=3.5, alpha=0.5, markeredgewidth=0)
+        axes.plot(shown, [y] * len(shown), "o", **dots)
+        axes.plot(min(losses), y, "o", color="none", markeredgecolor=color, markersize=8)
+    axes.set_xlim(low - 0.05, low + 2.05)
+    axes.set_xlabel(
+        "stage 1: validation loss, nats a token\n"
+        "(higher ones lie on the edge;\nringed: the best setting)"
+    )
+
+
+def _draw_long_runs(axes: Axes, long: list[dict], height: dict[Key, float]) -> None:
+    for r in long:
+        key = r["name"], r["link"]
+        half = 0 if math.isnan(r["half"]) else r["half"]
+        bar = dict(fmt="o", color=COLORS[r["link"]], markersize=5, capsize=2, linewidth=1)
+        axes.errorbar(r["loss"], height[key], xerr=half, **bar)
+        if key == BASELINE:
+            axes.axvline(r["loss"], color=COLORS["control"], linewidth=0.8, linestyle=":")
+    low, high = long[0]["loss"], long[-1]["loss"]
+    axes.set_xlim(low - 0.1, min(low + 2.1, high + 0.1))
+    axes.set_xlabel(
+        "stage 2: test loss, nats a token\n"
+        "(means over seeds, 95 % intervals;\ndotted: cross_entropy)"
+    )
+
+
+def draw_curves(rows: list[Row], path: Path) -> None:
     """Stage 2: a panel for each head, validation loss less cross_entropy's with the same seed at
     the same iteration, means over seeds.
     Heads that end near cross_entropy have a shaded panel, of a finer scale."""
-    from matplotlib.figure import Figure
-
-    values = lambda r: np.array(
-        [float(v) for v in r["val_losses"].split()][1:]
-    )  # from the first evaluation after the start
-    long = {
-        key: [r for r in group if r["val_losses"]] for key, group in groups(rows, "2").items()
-    }  # without runs that were stopped
-    baseline = {r["seed"]: values(r) for r in long[BASELINE]}
-    pairs = {
-        key: [values(r) - baseline[r["seed"]] for r in group if r["seed"] in baseline]
-        for key, group in long.items()
-    }
-    above = {key: np.mean(found, 0) for key, found in pairs.items() if found}
+    above = curves_above(rows)
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
     width = min(4, len(heads))
-    figure = Figure(figsize=(3 * width, 2.3 * math.ceil(len(heads) / width)), layout="constrained")
-    x = np.linspace(0, int(long[BASELINE][0]["iters"]), 1 + len(above[BASELINE]))[1:]
+    height = math.ceil(len(heads) / width)
+    figure = figures.figure(1.75 * height)
+    iterations = int(groups(rows, "2")[BASELINE][0]["iters"])
+    x = np.linspace(0, iterations, 1 + len(above[BASELINE]))[1:]
     for i, head in enumerate(heads):
-        axes = figure.add_subplot(math.ceil(len(heads) / width), width, i + 1)
+        axes = figure.add_subplot(height, width, i + 1)
         axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
-        for link, color in COLORS.items():
-            if (head, link) in above:
-                axes.plot(x, above[head, link], marker=".", color=color, label=link)
-        near = min(values[-1] for (name, _), values in above.items() if name == head) < 0.25
+        mine = {link: above[head, link] for link in COLORS if (head, link) in above}
+        for link, values in mine.items():
+            axes.plot(x, values, marker=".", color=COLORS[link], label=link)
+        near = min(values[-1] for values in mine.values()) < 0.25
         axes.set_ylim(*((-0.15, 0.35) if near else (-0.05, 1.55)))
         axes.set_facecolor("#eef3f8" if near else "none")
-        axes.set_title(head, loc="left", fontsize=9)
-        axes.legend(frameon=False, fontsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supylabel("nats above cross_entropy", fontsize=9)
-    figure.supxlabel("iteration", fontsize=9)
-    figure.savefig(path, dpi=110)
+        axes.set_title(head)
+        axes.legend(fontsize=7)
+    figure.supylabel("nats above cross_entropy")
+    figure.supxlabel("iteration")
+    figures.save(figure, path)
+
+
+def curves_above(rows: list[Row]) -> dict[Key, np.ndarray]:
+    """Stage 2's validation losses less cross_entropy's, from the first evaluation after the start,
+    means over seeds. Runs that were stopped are left out."""
+    curves = {}
+    for key, runs in by_seed(rows).items():
+        for seed, r in runs.items():
+            if r["val_losses"]:
+                values = np.array([float(v) for v in r["val_losses"].split()][1:])
+                curves.setdefault(key, {})[seed] = values
+    found = {}
+    for key, mine in curves.items():
+        seeds = [seed for seed in mine if seed in curves[BASELINE]]
+        if seeds:
+            found[key] = np.mean([mine[seed] - curves[BASELINE][seed] for seed in seeds], 0)
+    return found
 
 
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig)
     if not Path(c.table).is_file():
         raise UserError(f"no table {c.table}: python -m studies.heads writes it")
-    rows = Rows(Path(c.table)).rows
+    rows = read_csv(c.table, COLUMNS)
     if c.compare:
         print(compared(rows, c.compare))
         return
     for stage, table in STAGES:
         count = sum(r["stage"] == stage for r in rows)
-        print(
-            f"Stage {stage}: {count} runs\n\n{table(rows)}\n"
-            if count
-            else f"Stage {stage}: no runs yet\n"
-        )
-    pictures = {Path(c.out): draw, Path(c.out).with_stem(f"{Path(c.out).stem}_curves"): draw_curves}
-    if BASELINE not in groups(rows, "2"):
-        pictures.popitem()
+        if count:
+            print(f"Stage {stage}: {count} runs\n\n{table(rows)}\n")
+        else:
+            print(f"Stage {stage}: no runs yet\n")
+    out = Path(c.out)
+    pictures: dict[Path, Callable] = {out: draw}
+    if BASELINE in groups(rows, "2"):
+        pictures[out.with_stem(f"{out.stem}_curves")] = draw_curves
     for place, picture in pictures.items():
-        write_whole(place, lambda path, picture=picture: picture(rows, path))
+        picture(rows, place)
     print(f"wrote {' and '.join(map(str, pictures))}")
 
 

@@ -1,13 +1,14 @@
 """The toys of the papers: prototypes alone, trained on separable points of the plane. Where do they
 go, and do they stay?
 
-    python -m studies.toy  # half a minute; writes results/toy.png and results/toy.csv
+    # half a minute; writes results/toy.png and results/toy.csv
+    python -m studies.toy
 
 Five points, one a class, and a circle of eight classes with twelve points each. A head with a
-finite minimiser brings its prototypes to the classes and rests there; those of cross-entropy run
-outwards for ever, for a longer vector always pays. Of STARTS random starts the one with the lowest
-loss is shown, and the table counts those that separate the classes: in the plane a prototype of
-cosine cannot turn past the point of another class, whose distance would be 0.
+finite minimiser brings its prototypes to the classes and rests there. Those of cross-entropy run
+outwards for ever, for a longer vector always has a lower loss. Of STARTS random starts the one with
+the lowest loss is shown, and the table counts those that separate the classes. In the plane a
+prototype of cosine cannot turn past the point of another class, where its distance would be 0.
 """
 
 import sys
@@ -16,20 +17,39 @@ from pathlib import Path
 
 import matplotlib.colors
 import torch
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from analysis.runs import table, write_csv
+from analysis import figures
+from analysis.tables import Column, cells, text, write_csv
 from analysis.theory import toy
 from base.command_line import cli, parse
-from base.files import write_whole
 from harmonic import CONTROLS, DISTANCES
-from studies.picture import save
 
 FIVE = torch.tensor([[1.0, 0.2], [0.2, 1.1], [-0.9, 0.6], [-0.5, -0.9], [0.8, -0.8]])
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#59616b"]
+COLOURS = (*figures.PALETTE, figures.GREY)
+COLUMNS = [
+    Column("toy"),
+    Column("head"),
+    Column("fits"),
+    Column("loss", form=".3g"),
+    Column("W", form=".3g"),
+    Column("growth", form=".3g"),
+    Column("to_centres", form=".3g"),
+]
 CIRCLE = ("cross_entropy", "euclidean", "manhattan", "cosine", "bray_curtis_abs")
-EDGE = 1.7  # of the plane that is drawn
+# Of the plane that is drawn.
+EDGE = 1.7
 STARTS = 5
+# Of the curves that have a colour.
+LINES = {
+    "cross_entropy": figures.VERMILLION,
+    "cosine_linear": figures.ORANGE,
+    "euclidean": figures.BLUE,
+    "manhattan": figures.GREEN,
+    "cosine": figures.PURPLE,
+    "bray_curtis_abs": figures.SKY,
+}
 
 
 @dataclass
@@ -50,9 +70,8 @@ def circle() -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     angle = torch.arange(8) * (2 * torch.pi / 8) + 0.2
     centres = torch.stack([angle.cos(), angle.sin()], 1)
-    return (centres[:, None] + 0.08 * torch.randn(8, 12, 2, generator=g)).flatten(
-        0, 1
-    ), torch.arange(8).repeat_interleave(12)
+    points = centres[:, None] + 0.08 * torch.randn(8, 12, 2, generator=g)
+    return points.flatten(0, 1), torch.arange(8).repeat_interleave(12)
 
 
 def centres(points: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -75,7 +94,7 @@ def row(name: str, task: str, found: dict, middle: torch.Tensor) -> dict:
 
 
 @torch.no_grad()
-def panel(axes, name: str, found: dict, targets: torch.Tensor):
+def panel(axes: Axes, name: str, found: dict, targets: torch.Tensor) -> None:
     """Decision regions (strength: probability), the points, the prototypes' paths."""
     line = torch.linspace(-EDGE, EDGE, 160)
     plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
@@ -83,76 +102,57 @@ def panel(axes, name: str, found: dict, targets: torch.Tensor):
     palette = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS[: p.shape[-1]]])
     best, of = p.max(-1)
     strength = (0.1 + 0.5 * best)[..., None]
-    axes.imshow(
-        ((1 - strength) + strength * palette[of]).numpy(),
-        origin="lower",
-        extent=(-EDGE, EDGE, -EDGE, EDGE),
-        interpolation="bilinear",
-    )
-    axes.scatter(
-        *found["points"].T,
-        c=[COLOURS[t] for t in targets],
-        s=14,
-        edgecolors="white",
-        linewidths=0.6,
-        zorder=3,
-    )
+    regions = ((1 - strength) + strength * palette[of]).numpy()
+    extent = (-EDGE, EDGE, -EDGE, EDGE)
+    axes.imshow(regions, origin="lower", extent=extent, interpolation="bilinear")
+    dots = dict(s=14, edgecolors="white", linewidths=0.6, zorder=3)
+    axes.scatter(*found["points"].T, c=[COLOURS[t] for t in targets], **dots)
+    cross = dict(color="black", markersize=5, markeredgewidth=1.5, zorder=4, clip_on=True)
     for k, path in enumerate(found["path"].unbind(1)):
         axes.plot(*path.T, color="black", linewidth=1.6, zorder=2)
         axes.plot(*path.T, color=COLOURS[k], linewidth=0.9, zorder=2)
-        axes.plot(
-            *path[-1], "x", color="black", markersize=5, markeredgewidth=1.5, zorder=4, clip_on=True
-        )
+        axes.plot(*path[-1], "x", **cross)
     axes.set_xlim(-EDGE, EDGE)
     axes.set_ylim(-EDGE, EDGE)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.set_title(f"{name}, |W| {found['norms'][-1]:.2g}", fontsize=8, loc="left", pad=2)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{name}, |W| {found['norms'][-1]:.2g}", fontsize=8, pad=2)
 
 
-def curves(axes, runs: dict, title: str):
-    """|W| over the steps: controls in warm colours, distances in grey but for a few."""
-    shown = dict(
-        zip(CIRCLE, ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"), strict=True)
-    ) | {"cosine_linear": "#e69f00"}
+def curves(axes: Axes, runs: dict, title: str) -> None:
+    """|W| over the steps; a few heads in colours of their own, the others in grey."""
     for name, found in runs.items():
-        axes.plot(
-            found["norms"],
-            color=shown.get(name, "0.75"),
-            linewidth=1.6 if name in shown else 0.8,
-            label=shown.get(name) and name,
-        )
+        color = LINES.get(name)
+        style = dict(color="0.75", linewidth=0.8)
+        if color:
+            style = dict(color=color, linewidth=1.6, label=name)
+        axes.plot(found["norms"], **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(title)
     axes.grid(alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(fontsize=7)
 
 
-def draw(five: dict, around: dict, targets: torch.Tensor, path: Path):
-    from matplotlib.figure import Figure
-
+def draw(five: dict, around: dict, targets: torch.Tensor, path: Path) -> None:
     rows = -(-len(five) // 5)
-    figure = Figure(figsize=(11, 2.3 * (rows + 1) + 3), layout="constrained")
+    figure = figures.figure(2.3 * (rows + 1) + 3, 11)
     upper, lower, last = figure.subfigures(3, 1, height_ratios=[2.3 * rows, 2.3, 3])
+    left = dict(fontsize=10, x=0.01, ha="left")
     upper.suptitle(
-        "Five points: decision regions, and the way of each prototype to its cross",
-        fontsize=10,
-        x=0.01,
-        ha="left",
+        "Five points: decision regions, and the way of each prototype to its cross", **left
     )
-    lower.suptitle("Eight classes on a circle", fontsize=10, x=0.01, ha="left")
+    lower.suptitle("Eight classes on a circle", **left)
     for axes, (name, found) in zip(upper.subplots(rows, 5).flat, five.items(), strict=True):
         panel(axes, name, found, torch.arange(5))
     for axes, (name, found) in zip(lower.subplots(1, len(around)), around.items(), strict=True):
         panel(axes, name, found, targets)
-    left, right = last.subplots(1, 2)
-    curves(left, five, "five points: |W|")
-    curves(right, around, "circle: |W|")
-    save(figure, path, 110)
+    first, second = last.subplots(1, 2)
+    curves(first, five, "five points: |W|")
+    curves(second, around, "circle: |W|")
+    figures.save(figure, path, 110)
 
 
 def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -> dict:
@@ -164,25 +164,21 @@ def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -
 
 def main():
     (c,) = parse(sys.argv[1:], ToyConfig)
-    torch.set_num_threads(1)  # two wait for each other, over tensors this small
+    # Two threads wait for each other, over tensors this small.
+    torch.set_num_threads(1)
     points, targets = circle()
-    five = {
-        h: starts(h, c.steps, FIVE, torch.arange(5))
-        for h in tqdm(
-            [*CONTROLS, *(h for h in DISTANCES if h != "euclidean_squared")],
-            desc="five points",
-            disable=None,
-        )
-    }
-    around = {
-        h: starts(h, c.steps, points, targets) for h in tqdm(CIRCLE, desc="circle", disable=None)
-    }
+    heads = [*CONTROLS, *(name for name in DISTANCES if name != "euclidean_squared")]
+    five, around = {}, {}
+    for name in tqdm(heads, desc="five points", disable=None):
+        five[name] = starts(name, c.steps, FIVE, torch.arange(5))
+    for name in tqdm(CIRCLE, desc="circle", disable=None):
+        around[name] = starts(name, c.steps, points, targets)
     rows = [row(name, "five", found, FIVE) for name, found in five.items()]
     rows += [row(name, "circle", found, centres(points, targets)) for name, found in around.items()]
-    rows = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in r.items()} for r in rows]
-    print(table(list(rows[0]), [list(r.values()) for r in rows]))
-    write_csv(rows, Path(c.out + ".csv"))
-    write_whole(Path(c.out + ".png"), lambda path: draw(five, around, targets, path))
+    print(text(rows, COLUMNS))
+    shown = [dict(zip(rows[0], line, strict=True)) for line in cells(rows, COLUMNS)]
+    write_csv(c.out + ".csv", shown)
+    draw(five, around, targets, Path(c.out + ".png"))
     print(f"wrote {c.out}.csv and {c.out}.png")
 
 

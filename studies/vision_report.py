@@ -1,7 +1,8 @@
 """Tables and pictures of the image classifiers, from results/vision.csv and the models in
 out/vision.
 
-    python -m studies.vision_report             # prints Markdown; writes results/vision*.png
+    # prints Markdown; writes results/vision*.png
+    python -m studies.vision_report
 
 Means over seeds with 95 % intervals (Student's t). PCs: components for 90 % of the variance of the
 features of the test images, of the one-layer model, whose features are the pixels, of the
@@ -15,30 +16,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 
+from analysis import figures
+from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
-from base.files import write_whole
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
-from studies.heads_report import interval, markdown, with_half
-from studies.picture import save
-from studies.table import on_edge
+from studies.intervals import mean_and_half
+from studies.runner import Row, Table, run_name
+from studies.search import on_edge
 from studies.vision import (
-    JOB,
+    COLUMNS,
+    KEY,
     MULTIPLE_STEP,
     RATE_STEP,
     Classifier,
     Images,
-    Rows,
     load,
-    run_folder,
     swept,
 )
 
-GRAD_CAM = [
-    ("cross_entropy", "control"),
-    *((h, "harmonic") for h in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs")),
+GRAD_CAM = [("cross_entropy", "control")]
+GRAD_CAM += [
+    (head, "harmonic")
+    for head in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs")
 ]
 
 
@@ -54,99 +57,118 @@ class ReportConfig:
     """the pictures' names, before _prototypes.png and _gradcam.png"""
 
 
-def places(rows: list[dict]) -> list[tuple[str, str]]:
+def places(rows: list[Row]) -> list[tuple[str, str]]:
     """(dataset, backbone) pairs, in order of appearance."""
     return list(dict.fromkeys((r["dataset"], r["backbone"]) for r in rows if r["stage"] == "main"))
 
 
-def select(rows: list[dict], dataset: str, backbone: str, head: str, link: str) -> list[dict]:
+def select(rows: list[Row], dataset: str, backbone: str, head: str, link: str) -> list[Row]:
     """A head's rows, a seed each."""
     wanted = dict(stage="main", dataset=dataset, backbone=backbone, head=head, link=link)
     return [r for r in rows if r.items() >= wanted.items()]
 
 
-def by_place(rows: list[dict], cell: Callable[[list[dict]], str]) -> str:
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def mean(rows: list[Row], key: str) -> float:
+    return float(np.mean([float(r[key] or "nan") for r in rows]))
+
+
+def accuracy(rows: list[Row]) -> tuple[float, float]:
+    """Test accuracy, %, and half of its interval over the seeds."""
+    return mean_and_half([100 * float(r["test_accuracy"]) for r in rows])
+
+
+def shown_accuracy(rows: list[Row]) -> str:
+    return interval(*accuracy(rows), ".2f")
+
+
+def shown_structure(rows: list[Row]) -> str:
+    return f"{mean(rows, 'components_90'):.1f}; {mean(rows, 'top2'):.2f}"
+
+
+def by_place(rows: list[Row], cell: Callable[[list[Row]], str]) -> str:
     """A line for each head, a column for each dataset and backbone; cell: (rows of the seeds) ->
     what is shown of them."""
-    found = []
+    columns = {place: f"{Path(place[0]).name}, {place[1]}" for place in places(rows)}
+    lines = []
     for head, link in HEADS:
-        seeds = [select(rows, *place, head, link) for place in places(rows)]
-        if any(seeds):
-            found.append([title(head, link), *(cell(mine) if mine else "" for mine in seeds)])
-    return markdown(["head", *(f"{Path(d).name}, {b}" for d, b in places(rows))], found)
+        line = {}
+        for place in columns:
+            if mine := select(rows, *place, head, link):
+                line[place] = cell(mine)
+        if line:
+            lines.append({"head": title(head, link)} | line)
+    return markdown(lines, ["head", *(Column(place, name) for place, name in columns.items())])
 
 
-def overview(rows: list[dict]) -> str:
+def overview(rows: list[Row]) -> str:
     """Test accuracy, %, with its interval over the seeds."""
-    accuracy = lambda mine: interval([100 * float(r["test_accuracy"]) for r in mine])
-    return by_place(rows, lambda mine: with_half(accuracy(mine), ".2f", ".2f"))
+    return by_place(rows, shown_accuracy)
 
 
-def structure(rows: list[dict]) -> str:
+def structure(rows: list[Row]) -> str:
     """Components for 90 % of the variance of the features (one-layer: of the prototypes), and the
     share of the first two."""
-    mean = lambda mine, key: np.mean([float(r[key] or "nan") for r in mine])
-    return by_place(
-        rows, lambda mine: f"{mean(mine, 'components_90'):.1f}; {mean(mine, 'top2'):.2f}"
-    )
+    return by_place(rows, shown_structure)
 
 
-def table(rows: list[dict], dataset: str, backbone: str) -> str:
-    found = []
-    for head, link in HEADS:
-        mine = select(rows, dataset, backbone, head, link)
-        if not mine:
-            continue
-        mean = lambda key, mine=mine: np.mean([float(r[key] or "nan") for r in mine])
-        accuracy = interval([100 * float(r["test_accuracy"]) for r in mine])
-        cells = [title(head, link), mine[0]["multiple"], mine[0]["learning_rate"]]
-        cells += [with_half(accuracy, ".2f", ".2f"), f"{100 * mean('macro_f1'):.2f}"]
-        cells += [
-            f"{mean('components_90'):.1f}",
-            f"{mean('top2'):.2f}",
-            f"{1000 * mean('kwh'):.3f}",
-        ]
-        found.append((accuracy[0], [*cells, f"{mean('seconds'):.1f}"]))
+def table(rows: list[Row], dataset: str, backbone: str) -> str:
+    """The heads of one dataset and backbone, best first."""
+    found = {}
+    for head in HEADS:
+        if mine := select(rows, dataset, backbone, *head):
+            found[head] = mine
+    lines = []
+    for head in sorted(found, key=lambda head: -accuracy(found[head])[0]):
+        mine = found[head]
+        line = {
+            "head": title(*head),
+            "multiple": mine[0]["multiple"],
+            "learning_rate": mine[0]["learning_rate"],
+            "accuracy": shown_accuracy(mine),
+            "f1": 100 * mean(mine, "macro_f1"),
+            "watt_hours": 1000 * mean(mine, "kwh"),
+        }
+        lines.append({key: mean(mine, key) for key in ("components_90", "top2", "seconds")} | line)
     columns = [
-        "head",
-        "multiple",
-        "learning rate",
-        "test accuracy, %",
-        "macro F1, %",
-        "PCs for 90 %",
-        "top 2 PCs",
-        "Wh",
-        "seconds",
+        Column("head"),
+        Column("multiple"),
+        Column("learning_rate", "learning rate"),
+        Column("accuracy", "test accuracy", unit="%"),
+        Column("f1", "macro F1", ".2f", "%"),
+        Column("components_90", "PCs for 90 %", ".1f"),
+        Column("top2", "top 2 PCs", ".2f"),
+        Column("watt_hours", "Wh", ".3f"),
+        Column("seconds", form=".1f"),
     ]
-    return markdown(columns, [cells for _, cells in sorted(found, key=lambda x: -x[0])])
+    return markdown(lines, columns)
+
+
+# ---- pictures ----------------------------------------------------------------------------------
 
 
 def model_file(c: ReportConfig, dataset: str, backbone: str, head: str, link: str) -> Path:
-    return (
-        run_folder(c.runs, dict(zip(JOB, ("main", dataset, backbone, head, link), strict=True)))
-        / "model.pt"
-    )
+    key = dict(zip(KEY, ("main", dataset, backbone, head, link), strict=True))
+    return Path(c.runs) / run_name(key) / "model.pt"
 
 
 def stored(
-    c: ReportConfig,
-    rows: list[dict],
-    images: Images,
-    dataset: str,
-    backbone: str,
-    head: str,
-    link: str,
-) -> Classifier | None:
-    """The trained model of the first seed, or None."""
-    path = model_file(c, dataset, backbone, head, link)
-    mine = select(rows, dataset, backbone, head, link)
-    if not path.is_file() or not mine:
-        return None
-    model = Classifier(images, backbone, head, link, float(mine[0]["multiple"]))
-    model.load_state_dict(torch.load(path, weights_only=True))
-    if link == "softmax":
-        model.head.set_strength(float(mine[0]["scale"]))  # of the first seed
-    return model.eval()
+    c: ReportConfig, rows: list[Row], images: Images, dataset: str, backbone: str
+) -> dict[tuple[str, str], Classifier]:
+    """The trained models of the first seed, by head and link, as far as they are kept."""
+    found = {}
+    for head, link in HEADS:
+        path = model_file(c, dataset, backbone, head, link)
+        mine = select(rows, dataset, backbone, head, link)
+        if mine and path.is_file():
+            model = Classifier(images, backbone, head, link, float(mine[0]["multiple"]))
+            model.load_state_dict(torch.load(path, weights_only=True))
+            if link == "softmax":
+                model.head.set_strength(float(mine[0]["scale"]))
+            found[head, link] = model.eval()
+    return found
 
 
 def pictured(rows: list[dict], dataset: str) -> Images:
@@ -155,98 +177,85 @@ def pictured(rows: list[dict], dataset: str) -> Images:
     return load(dataset, int(row["size"]), int(row["train_images"]))
 
 
-def draw_prototypes(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
+def draw_prototypes(c: ReportConfig, rows: list[Row], dataset: str, path: Path) -> None:
     """The one-layer model's prototypes, which are images: a row for each head, a column for each
     class."""
-    from matplotlib.figure import Figure
-
     images = pictured(rows, dataset)
-    found = [(h, m) for h in HEADS if (m := stored(c, rows, images, dataset, "linear", *h))]
-    figure = Figure(
-        figsize=(1 + 0.62 * images.classes, 0.3 + 0.62 * len(found)), layout="constrained"
-    )
-    for line, ((head, link), model) in zip(
-        figure.subplots(len(found), images.classes, squeeze=False), found, strict=True
-    ):
-        pictures = (
-            model.head.prototypes().detach().view(images.classes, *images.x.shape[1:]).mean(1)
-        )
+    found = stored(c, rows, images, dataset, "linear")
+    figure = figures.figure(0.3 + 0.62 * len(found), 1 + 0.62 * images.classes)
+    panels = figure.subplots(len(found), images.classes, squeeze=False)
+    for line, (key, model) in zip(panels, found.items(), strict=True):
+        prototypes = model.head.prototypes().detach()
+        pictures = prototypes.view(images.classes, *images.x.shape[1:]).mean(1)
         edge = pictures.abs().quantile(0.995).item() or 1.0
         for axes, picture in zip(line, pictures, strict=True):
             axes.imshow(picture.numpy(), cmap="RdBu_r", vmin=-edge, vmax=edge)
+            axes.spines[:].set_visible(True)
             axes.set_xticks([])
             axes.set_yticks([])
-        line[0].set_ylabel(
-            title(head, link).replace(", ", "\n"), fontsize=6, rotation=0, ha="right", va="center"
-        )
-    save(figure, path, 90)
+        name_line(line[0], title(*key).replace(", ", "\n"), 6)
+    figures.save(figure, path, 90)
 
 
-def draw_grad_cam(c: ReportConfig, rows: list[dict], dataset: str, path: Path):
+def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) -> None:
     """Grad-CAM (captum) of the CNN's last convolution for the class that it predicts, on the first
-    test image of each class."""
+    test image of each class. A wrong prediction has a thick orange frame."""
     from captum.attr import LayerAttribution, LayerGradCam
-    from matplotlib.figure import Figure
 
     images = pictured(rows, dataset)
     first = [int((images.test_y == k).nonzero()[0]) for k in range(images.classes)]
     x = images.test_x[first]
-    found = [(h, m) for h in GRAD_CAM if (m := stored(c, rows, images, dataset, "cnn", *h))]
-    figure = Figure(figsize=(1 + 0.7 * len(first), 0.3 + 0.7 * len(found)), layout="constrained")
-    for line, ((head, _), model) in zip(
-        figure.subplots(len(found), len(first), squeeze=False), found, strict=True
-    ):
+    every = stored(c, rows, images, dataset, "cnn")
+    found = {key: every[key] for key in GRAD_CAM if key in every}
+    figure = figures.figure(0.3 + 0.7 * len(found), 1 + 0.7 * len(first))
+    panels = figure.subplots(len(found), len(first), squeeze=False)
+    for line, ((head, _), model) in zip(panels, found.items(), strict=True):
         guess = model(x).argmax(-1)
-        heat = LayerGradCam(model, model.features[2]).attribute(
-            x, target=guess, relu_attributions=True
-        )
+        cam = LayerGradCam(model, model.features[2])
+        heat = cam.attribute(x, target=guess, relu_attributions=True)
         heat = LayerAttribution.interpolate(heat, tuple(x.shape[2:]), "bilinear").detach()
-        for axes, picture, map_, right in zip(
-            line, x, heat, (guess == images.test_y[first]).tolist(), strict=True
-        ):
+        right = (guess == images.test_y[first]).tolist()
+        for axes, picture, warm, is_right in zip(line, x, heat, right, strict=True):
             axes.imshow(picture.mean(0).numpy(), cmap="gray")
-            axes.imshow(
-                (map_[0] / map_.max().clamp_min(1e-9)).numpy(),
-                cmap="inferno",
-                alpha=0.55,
-                vmin=0,
-                vmax=1,
-            )
+            strength = (warm[0] / warm.max().clamp_min(1e-9)).numpy()
+            axes.imshow(strength, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.spines[["top", "right", "left", "bottom"]].set_color("0.3" if right else "#d55e00")
-            axes.spines[["top", "right", "left", "bottom"]].set_linewidth(0.5 if right else 2.5)
-        line[0].set_ylabel(head, fontsize=7, rotation=0, ha="right", va="center")
-    save(figure, path, 90)
+            frame = dict(color="0.3", linewidth=0.5)
+            if not is_right:
+                frame = dict(color=figures.VERMILLION, linewidth=2.5)
+            axes.spines[:].set(visible=True, **frame)
+        name_line(line[0], head, 7)
+    figures.save(figure, path, 90)
+
+
+def name_line(axes: Axes, name: str, size: int) -> None:
+    axes.set_ylabel(name, fontsize=size, rotation=0, ha="right", va="center")
 
 
 def main():
     (c,) = parse(sys.argv[1:], ReportConfig)
-    rows = Rows(Path(c.table)).rows
+    rows = Table(c.table, COLUMNS, KEY).rows
     if not places(rows):
         raise UserError(f"no rows in {c.table}: python -m studies.vision writes them")
+    trained_on = {r["dataset"]: r["train_images"] for r in rows if r["stage"] == "main"}
     for dataset, backbone in places(rows):
-        images = next(
-            r["train_images"] for r in rows if (r["stage"], r["dataset"]) == ("main", dataset)
-        )
-        print(
-            f"{dataset}, {backbone}, {images} training images\n\n{table(rows, dataset, backbone)}\n"
-        )
+        count = trained_on[dataset]
+        print(f"{dataset}, {backbone}, {count} training images\n")
+        print(f"{table(rows, dataset, backbone)}\n")
     print(f"{on_edge(list(swept(rows).values()), (MULTIPLE_STEP, RATE_STEP))}\n")
     pictures = (
         ("linear", "_prototypes.png", draw_prototypes, HEADS),
         ("cnn", "_gradcam.png", draw_grad_cam, GRAD_CAM),
     )
     for backbone, ending, draw, heads in pictures:
-        there = lambda d, b=backbone, heads=heads: any(
-            model_file(c, d, b, *h).is_file() for h in heads
-        )
-        kept = [d for d, b in places(rows) if b == backbone and there(d)]
+        kept = []
+        for dataset, other in places(rows):
+            files = [model_file(c, dataset, backbone, *head) for head in heads]
+            if other == backbone and any(file.is_file() for file in files):
+                kept.append(dataset)
         if kept:
-            write_whole(
-                Path(c.out + ending),
-                lambda path, draw=draw, dataset=kept[0]: draw(c, rows, dataset, path),
-            )
+            draw(c, rows, kept[0], Path(c.out + ending))
             print(f"wrote {c.out}{ending}")
 
 

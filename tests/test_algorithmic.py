@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import script_here
+from conftest import ROOT, script_here
 
 from studies import algorithmic, algorithmic_report
-from studies.algorithmic import TASKS, Job
-from studies.table import beyond, on_edge, search
+from studies.algorithmic import TASKS, Batch
+from studies.intervals import wilson
+from studies.runner import Table
+from studies.search import beyond, on_edge, search
 
 
 def test_addition_and_equivalence():
@@ -73,7 +75,7 @@ def test_train_and_test_share_nothing(name):
     [("mlp", "manhattan"), ("mlp", "mahalanobis"), ("mlp", "cross_entropy"), ("decoder", "cosine")],
 )
 def test_a_batch_is_its_seeds_one_after_another(model, head):
-    job = Job(
+    batch = Batch(
         "main",
         "permutation",
         model,
@@ -84,20 +86,18 @@ def test_a_batch_is_its_seeds_one_after_another(model, head):
         3,
     )
     data = algorithmic.splits(TASKS["permutation"], 0.8, [5, 6, 7])
-    make = lambda: [algorithmic.make(job, 1.0, seed) for seed in (5, 6, 7)]
+    make = lambda: [algorithmic.make(batch, 1.0, seed) for seed in (5, 6, 7)]
     together = algorithmic.train(make(), data, 1e-3, 4, 4)
     for i, alone in enumerate(make()):
         one = algorithmic.train([alone], [d[i : i + 1] for d in data], 1e-3, 4, 4)
-        torch.testing.assert_close(
-            one["prototypes"][0], together["prototypes"][i], rtol=1e-4, atol=1e-5
-        )
-        torch.testing.assert_close(one["loss"][:, 0], together["loss"][:, i], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(together["prototypes"][0], together["prototypes"][1])
+        torch.testing.assert_close(one.prototypes[0], together.prototypes[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.loss[:, 0], together.loss[:, i], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together.prototypes[0], together.prototypes[1])
 
 
 def test_the_mlp_learns_the_permutations(tmp_path):
     rows = algorithmic.run(
-        Job("main", "permutation", "mlp", "euclidean", "harmonic", 0.9, 300, 2),
+        Batch("main", "permutation", "mlp", "euclidean", "harmonic", 0.9, 300, 2),
         (1e-2, 1.0),
         str(tmp_path),
     )
@@ -117,9 +117,7 @@ def test_levels_reached_and_intervals():
     assert first == 10 and math.isnan(never)
     for k, n in ((0, 20), (13, 20), (20, 20)):
         expected = scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
-        assert algorithmic_report.wilson(k, n) == pytest.approx(
-            (expected.low, expected.high), abs=1e-4
-        )
+        assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
     rows = [{"test_99": x} for x in ("100", "300", "", "")]
     assert (
         math.isinf(algorithmic_report.median_step(rows, "test_99"))
@@ -137,11 +135,11 @@ def test_the_best_setting_of_a_sweep_is_chosen():
         row | dict(learning_rate="0.003", multiple="4", test_accuracy="0.7", test_loss=x)
         for x in ("nan", "0.9")
     ]
-    assert algorithmic.choice(found, "mlp", "cosine", "harmonic") == (
-        0.01,
-        0.25,
-    )  # equal accuracy: the lower loss
-    assert algorithmic.choice(found, "mlp", "cosine", "softmax") is None
+    sweeps = algorithmic.swept(found)
+    assert sweeps.keys() == {("mlp", "cosine", "harmonic")}
+    # Equal accuracy: the lower loss.
+    assert algorithmic.choice(sweeps["mlp", "cosine", "harmonic"]) == (0.01, 0.25)
+    assert algorithmic.choice(None) is None
 
 
 def test_a_sweep_goes_beyond_the_edge():
@@ -173,18 +171,25 @@ def test_a_sweep_goes_beyond_the_edge():
 
 
 def test_every_head_has_its_jobs():
-    found = algorithmic.jobs(algorithmic.AlgorithmicConfig())
+    found = algorithmic.batches(algorithmic.AlgorithmicConfig())
     for stage, task in itertools.product(("main",), ("addition", "lattice", "permutation")):
         assert [
             (j.head, j.link) for j in found if (j.stage, j.task) == (stage, task)
         ] == algorithmic.HEADS
     assert {j.seeds for j in found if j.stage == "main"} == {20} and len(
-        {j.key() for j in found}
+        {tuple(j.key().values()) for j in found}
     ) == len(found)
-    decoders = algorithmic.jobs(algorithmic.AlgorithmicConfig(models="decoder"))
+    decoders = algorithmic.batches(algorithmic.AlgorithmicConfig(models="decoder"))
     assert {j.stage for j in decoders} == {"sweep", "decoder"} and {j.model for j in found} == {
         "mlp"
     }
+
+
+def test_the_committed_table_is_complete():
+    table = Table(ROOT / "results/algorithmic.csv", algorithmic.COLUMNS, algorithmic.KEY)
+    c = algorithmic.AlgorithmicConfig(models="mlp decoder")
+    jobs = algorithmic.wanted(table, c)
+    assert len(jobs) == len(algorithmic.batches(c)) and all(table.find(job.key) for job in jobs)
 
 
 @pytest.mark.parametrize(
@@ -202,20 +207,15 @@ def test_bad_flags(flag, words):
 
 
 def test_the_report(tmp_path):
-    import csv
-
     rows = []
     for job in (
-        Job("main", "lattice", "mlp", "cosine", "harmonic", 0.8, 2, 2),
-        Job("main", "addition", "mlp", "cosine", "harmonic", 0.8, 2, 1),
-        Job("decoder", "addition", "mlp", "cosine", "harmonic", 0.3, 2, 1),
-        Job("fraction", "addition", "mlp", "cosine", "harmonic", 0.5, 2, 1),
+        Batch("main", "lattice", "mlp", "cosine", "harmonic", 0.8, 2, 2),
+        Batch("main", "addition", "mlp", "cosine", "harmonic", 0.8, 2, 1),
+        Batch("decoder", "addition", "mlp", "cosine", "harmonic", 0.3, 2, 1),
+        Batch("fraction", "addition", "mlp", "cosine", "harmonic", 0.5, 2, 1),
     ):
         rows += algorithmic.run(job, (1e-3, 1.0), str(tmp_path / "runs"))
-    with (tmp_path / "a.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, algorithmic.COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    Table(tmp_path / "a.csv", algorithmic.COLUMNS, algorithmic.KEY).add(*rows)
     words = [
         "-m",
         "studies.algorithmic_report",

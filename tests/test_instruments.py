@@ -35,7 +35,6 @@ from analysis.runs import find_runs
 from base.errors import UserError
 from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
-from studies.table import Table
 from training import checkpoint
 from training.objective import objective_of
 from training.telemetry import Emissions, Metrics, clock, energy, read_metrics
@@ -675,41 +674,6 @@ def test_an_optimiser_of_another_version_is_refused(home):  # noqa: F811
         ):
             patch.setattr(checkpoint, "load_tensors", lambda path, key=key: {key: torch.zeros(2)})
             checkpoint.load_optimizer(model, optimizer, checkpoint.newest(run.path))
-
-
-class Pairs(Table):
-    columns, key = ["a", "b"], ("a",)
-
-
-def test_a_studys_table_is_appended_to_or_refused(tmp_path):
-    path = tmp_path / "t.csv"
-    for before, rows in (
-        (None, 0),
-        ("", 0),
-        ("a,b\r\n", 0),
-        ("a,b\r\n1,2\r\n", 1),
-        ("a,b\n1,2", 1),
-    ):
-        path.unlink(missing_ok=True)
-        if before is not None:
-            path.write_text(before, newline="")
-        table = Pairs(path)
-        table.add({"a": 3, "b": 4})
-        table.add({"a": 5})
-        assert [(r["a"], r["b"]) for r in Pairs(path).rows] == [("1", "2")] * rows + [
-            ("3", "4"),
-            ("5", ""),
-        ]
-    for before, message in (
-        ("a,b,c\n1,2,3\n", "t.csv has other columns"),
-        ("b,a\n", "t.csv has other columns"),
-        ("a,b\n1,2\n3\n", "line 3 has not as many cells"),
-        ("a,b\n1,2,3\n", "line 2 has not as many cells"),
-    ):
-        path.write_text(before)
-        with pytest.raises(UserError, match=message):
-            Pairs(path)
-        assert path.read_text() == before
 
 
 # nothing to measure

@@ -1,10 +1,10 @@
-"""The study's plan: which settings it wants as results come in. No training here but for one tiny
-run."""
+"""The runner of the studies, and the study of heads: which settings it wants as results come in. No
+training here but for one tiny run."""
 
-import csv
+import copy
+import functools
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ from conftest import ROOT, script_here
 
 from base.command_line import read_yaml
 from base.errors import UserError
-from studies import heads, heads_report, page
-from training import checkpoint
+from studies import heads, heads_report, intervals, page, runner
+from studies.runner import Job, Table
+from training import checkpoint, distributed
 
 BASE = {
     "dataset": "wikitext2",
@@ -25,12 +26,19 @@ BASE = {
 }
 
 
-def run(tmp_path, loss, base=BASE, **settings) -> heads.Rows:
+def table_of(path) -> Table:
+    return Table(path, heads.COLUMNS, heads.KEY)
+
+
+def wanted(table, base=BASE, **settings) -> list[dict]:
+    return heads.Plan(table, heads.StudyConfig(**settings), base).settings()
+
+
+def run(tmp_path, loss, **settings) -> Table:
     """Plays the study with `loss(row)` in place of training -> the table."""
-    table = heads.Rows(tmp_path / "heads.csv")
-    c = heads.StudyConfig(**settings)
+    table = table_of(tmp_path / "heads.csv")
     for _ in range(40):
-        todo = [s for s in heads.wanted(table, c, base) if not table.find(s)]
+        todo = [s for s in wanted(table, **settings) if not table.find(s)]
         if not todo:
             return table
         for s in todo:
@@ -150,16 +158,14 @@ def test_stages_three_and_four_take_the_best_heads(tmp_path):
 
 def test_stage_five_comes_last_and_measures_alone(tmp_path):
     table = run(tmp_path, bowl)
-    stages = [s["stage"] for s in heads.wanted(table, heads.StudyConfig(), BASE)]
+    stages = [s["stage"] for s in wanted(table)]
     assert set(stages) == set("12345") and "5" not in stages[: -stages.count("5")]
     last = [r for r in table.rows if r["stage"] == "5"]
     assert {r["iters"] for r in last} == {str(heads.COST_ITERS)}
     assert {(r["head"], r["link"], r["p"]) for r in last} == {
         (r["head"], r["link"], r["p"]) for r in table.rows if r["stage"] == "2"
     }
-    assert [
-        heads.side_by_side(heads.StudyConfig(workers=3), r) for r in (table.rows[0], last[0])
-    ] == [3, 1]
+    assert [heads.training(r).alone for r in (table.rows[0], last[0])] == [False, True]
 
 
 def test_a_run_that_diverged_is_no_winner(tmp_path):
@@ -178,18 +184,15 @@ def test_a_run_that_diverged_is_no_winner(tmp_path):
 
 def test_it_goes_on_where_it_stopped(tmp_path):
     done = run(tmp_path, bowl, stages="1", only="manhattan").rows
-    again = heads.Rows(tmp_path / "heads.csv")
-    assert again.rows == done and not [
-        s
-        for s in heads.wanted(again, heads.StudyConfig(stages="1", only="manhattan"), BASE)
-        if not again.find(s)
-    ]
+    again = table_of(tmp_path / "heads.csv")
+    assert again.rows == done
+    assert all(again.find(s) for s in wanted(again, stages="1", only="manhattan"))
 
 
 def test_the_committed_table_belongs_to_this_plan():
     """Its settings are ones that the plan wants: no row of another grid."""
-    table = heads.Rows(ROOT / "results" / "heads.csv")
-    known = heads.wanted(table, heads.StudyConfig(), read_yaml(ROOT / "configs" / "study.yaml"))
+    table = table_of(ROOT / "results" / "heads.csv")
+    known = wanted(table, read_yaml(ROOT / "configs" / "study.yaml"))
     keys = {tuple(s.values()) for s in known}
     assert table.rows and all(tuple(r[k] for k in heads.KEY) in keys for r in table.rows)
     assert len({tuple(r[k] for k in heads.KEY) for r in table.rows}) == len(table.rows)
@@ -216,44 +219,104 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
         "".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in sizes.items())
     )
     c = heads.StudyConfig(config=str(config), runs=str(tmp_path / "runs"))
-    s = heads.setting(read_yaml(c.config), "cosine", "softmax", 1e-3, 4.0)
-    process = heads.begin(c, s)
-    assert process.wait(120) == 0, heads.log(c, s).read_text()
-    row = heads.result(c, s, 0, 1.0, "abc")
-    assert (
-        4 < float(row["val_loss"]) < 7
-        and float(row["scale"]) > 1
-        and 1 < float(row["effective_rank"]) <= 16
-        and row["iters"] == "3"
+    measure = functools.partial(heads.measure, c)
+    table = table_of(tmp_path / "table.csv")
+    s = heads.Sweep(table, "cosine", "softmax", read_yaml(c.config)).make(1e-3, 4.0)
+    (row,) = runner.train(c, heads.training(s), measure)
+    table.add({**s, **row})
+    row = table.find(s)
+    assert 4 < float(row["val_loss"]) < 7 and float(row["scale"]) > 1 and row["iters"] == "3"
+    assert 1 < float(row["effective_rank"]) <= 16 and float(row["seconds"]) > 0
+    folder = tmp_path / "runs" / runner.run_name(s)
+    model, *_ = checkpoint.load_run(folder)
+    # Looked at in stage 2; these data have none.
+    assert row["test_loss"] == "" and math.isnan(heads.test_loss(model, tiny_data))
+    assert table_of(tmp_path / "table.csv").find(s)["head"] == "cosine"
+    (cost,) = runner.train(
+        c, heads.training({**s, "stage": "5", "seed": "1338", "iters": "10"}), measure
     )
-    model, *_ = checkpoint.load_run(heads.folder(c, s))
-    assert row["test_loss"] == "" and math.isnan(
-        heads.test_loss(model, tiny_data)
-    )  # looked at in stage 2; these data have none
-    table = heads.Rows(tmp_path / "table.csv")
-    table.add(row)
-    assert (
-        heads.Rows(tmp_path / "table.csv").find(s)
-        and list(csv.DictReader((tmp_path / "table.csv").open()))[0]["head"] == "cosine"
-    )
-    cost = heads.again(row, c, stage=5, iters=10)
-    assert heads.begin(c, cost).wait(120) == 0, heads.log(c, cost).read_text()
-    cost = heads.result(c, cost, 0, 1.0, "abc")
     watts = float(cost["joules_per_token"]) * float(cost["tokens_per_s"])
-    assert (
-        1 < watts < 2000
-        and float(cost["tokens_per_s"]) > 50
-        and cost["test_loss"] == ""
-        and "joules_per_token" not in row
-    )
-    (Path(heads.folder(c, s)) / "metrics.jsonl").unlink()
+    assert 1 < watts < 2000 and float(cost["tokens_per_s"]) > 50
+    assert "test_loss" not in cost and row["joules_per_token"] == ""
+    (folder / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="has no metrics.jsonl"):
-        heads.result(c, s, 0, 1.0, "abc")
-    assert (
-        heads.result(c, s, 3, 1.0, "abc").get("val_loss") is None
-    )  # it stopped at a loss that is not finite
-    with pytest.raises(UserError, match="ended with status 2"):
-        heads.result(c, s, 2, 1.0, "abc")
+        measure(folder, s)
+
+
+@pytest.mark.parametrize("status", [3, 2])
+def test_a_run_that_ends_early(tmp_path, monkeypatch, status):
+    """With status 3 it stopped at a loss that is not finite: its row has no losses."""
+    monkeypatch.setattr(distributed, "launcher", lambda processes: ["-c", f"exit({status})"])
+    c = heads.StudyConfig(runs=str(tmp_path))
+    training = runner.Training({"head": "cosine"}, {})
+    if status == 3:
+        (row,) = runner.train(c, training, heads.measure)
+        assert row.keys() == {"seconds"}
+    else:
+        with pytest.raises(UserError, match="cosine ended with status 2"):
+            runner.train(c, training, heads.measure)
+
+
+def pairs_table(path) -> Table:
+    return Table(path, ["a", "b", "commit"], ["a"])
+
+
+def test_the_runner_adds_what_a_table_lacks(tmp_path, capsys):
+    """A job begins when it is wanted; a row that is there is not asked for again."""
+    table = pairs_table(tmp_path / "t.csv")
+    table.add({"a": 1, "b": "old"})
+
+    def wanted() -> list[Job]:
+        found = [Job({"a": a}, copy.copy, ([{"b": f"new {a}"}],)) for a in (1, 2)]
+        return found + ([Job({"a": 3}, int, ("x",))] if table.find({"a": 2}) else [])
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        runner.complete(table, wanted, 1, lambda rows: rows[0]["b"])
+    rows = pairs_table(tmp_path / "t.csv").rows
+    assert [(r["a"], r["b"]) for r in rows] == [("1", "old"), ("2", "new 2")]
+    assert "2: new 2 (2 of 2, 00:00 left)" in capsys.readouterr().out
+
+
+def test_who_may_run_beside_whom():
+    jobs = [Job({"a": i}, int, alone=i == 2) for i in range(4)]
+    assert runner._startable(jobs, [], 3) == jobs[:2]
+    assert runner._startable(jobs, jobs[:1], 3) == jobs[1:2]
+    assert runner._startable(jobs[2:], jobs[:1], 3) == []
+    assert runner._startable(jobs[2:], [], 3) == jobs[2:3]
+    assert runner._startable(jobs[2:], jobs[2:3], 3) == []
+
+
+def test_a_studys_table_is_appended_to_or_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    for before, rows in (
+        (None, 0),
+        ("", 0),
+        ("a,b\r\n", 0),
+        ("a,b\r\n1,2\r\n", 1),
+        ("a,b\n1,2", 1),
+    ):
+        path.unlink(missing_ok=True)
+        if before is not None:
+            path.write_text(before, newline="")
+        table = Table(path, ["a", "b"], ["a"])
+        table.add({"a": 3, "b": 4})
+        table.add({"a": 5})
+        assert [(r["a"], r["b"]) for r in Table(path, ["a", "b"], ["a"]).rows] == [
+            ("1", "2")
+        ] * rows + [
+            ("3", "4"),
+            ("5", ""),
+        ]
+    for before, message in (
+        ("a,b,c\n1,2,3\n", "t.csv has other columns"),
+        ("b,a\n", "t.csv has other columns"),
+        ("a,b\n1,2\n3\n", "line 3 has not as many cells"),
+        ("a,b\n1,2,3\n", "line 2 has not as many cells"),
+    ):
+        path.write_text(before)
+        with pytest.raises(UserError, match=message):
+            Table(path, ["a", "b"], ["a"])
+        assert path.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -334,12 +397,12 @@ def test_the_report_of_known_rows():
         )
     ]
     assert (
-        "| bert | wikitext2 | cosine | harmonic | 7.0000 |  | -1.000 | -0.500 |"
+        "| bert | wikitext2 | cosine | harmonic | 7.0000 | - | -1.000 | -0.500 |"
         in heads_report.stage_three(rows)
     )
     rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
     assert (
-        "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 |  |"
+        "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 | - |"
         in heads_report.stage_four(rows)
     )
     assert "| cosine | harmonic | 8 |" in heads_report.stage_one(
@@ -347,18 +410,18 @@ def test_the_report_of_known_rows():
     ) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
     rows += [row("2", *heads.PENALTY, 4.6 + s / 10, s) for s in range(3)]
     shown = (
-        "| cosine | harmonic | 8 |  | 0.001 | 3 | 4.6000 ± 0.248 | 99.5 | 2.0000 | -0.500 ± 0.000"
-        " | -0.100 ± 0.000 |  | 18 (3 of 3) |"
+        "| cosine | harmonic | 8 | - | 0.001 | 3 | 4.6000 ± 0.2484 | 99.5 | 2.0000 |"
+        " -0.500 ± 0.000 | -0.100 ± 0.000 | - | 18 (3 of 3) |"
     )
     assert shown in heads_report.stage_two(rows)
 
 
 def test_comparisons_of_the_committed_rows():
     """Holm's correction of a worked example, and a paired difference as the page quotes it."""
-    assert heads_report.holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx(
+    assert intervals.holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx(
         {"b": 0.03, "a": 0.06, "c": 0.06}
     )
-    rows = heads.Rows(ROOT / "results" / "heads.csv").rows
+    rows = table_of(ROOT / "results" / "heads.csv").rows
     assert "| loss | -0.0328 ± 0.0124 |" in heads_report.compared(
         rows, "cosine/harmonic/4,euclidean/harmonic"
     )
@@ -381,7 +444,7 @@ def test_the_pages_tables_are_those_of_the_rows():
 def test_a_table_of_another_version_is_refused(tmp_path):
     (tmp_path / "heads.csv").write_text("stage,head\n1,cosine\n")
     with pytest.raises(UserError, match="heads.csv has other columns"):
-        heads.Rows(tmp_path / "heads.csv")
+        table_of(tmp_path / "heads.csv")
     with pytest.raises(UserError, match="asks for a table 'stage 9'"):
         page.filled("<!-- table: stage 9 -->\n<!-- end -->", tmp_path)
 
