@@ -48,7 +48,9 @@ HEAD_KEY = re.compile("(head|link|exponent|scale|learn_exponent|learn_scale)$|he
 TABLES = ("tokens.weight", "head.weight", "head.bias")  # a row for each token
 # What checkpoints hold besides: buffers of old versions, BERT's other heads.
 IGNORED = re.compile(
-    r".*(\.attn\.(masked_)?bias|position_ids|inv_freq)|pooler\..*|cls\.(seq_relationship|predictions\.decoder\.bias).*"
+    r".*(\.attn\.(masked_)?bias|position_ids|inv_freq)"
+    r"|pooler\..*"
+    r"|cls\.(seq_relationship|predictions\.decoder\.bias).*"
 )
 LISTED = 12  # problems that one message lists
 
@@ -61,23 +63,26 @@ class Tensor:
     """One tensor of model.py in transformers' terms: its names, the rows of each, and whether they
     are stored transposed (Conv1D)."""
 
-    shape: tuple
+    shape: tuple[int, ...]
     names: list[str]
     rows: list[int]
     transposed: bool
 
-    def shapes(self) -> list[tuple]:
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each of theirs."""
         shapes = [(rows, *self.shape[1:]) for rows in self.rows]
         return [s[::-1] for s in shapes] if self.transposed else shapes
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Ours -> theirs by their names."""
+        found = {}
         parts = tensor.split(self.rows) if len(self.rows) > 1 else [tensor]
-        return {
-            n: (p.T if self.transposed else p).contiguous()
-            for n, p in zip(self.names, parts, strict=True)
-        }
+        for name, part in zip(self.names, parts, strict=True):
+            found[name] = (part.T if self.transposed else part).contiguous()
+        return found
 
     def join(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Theirs, which it takes out of `tensors` -> ours."""
         parts = [tensors.pop(n).float() for n in self.names]
         parts = [p.T if self.transposed else p for p in parts]
         return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
@@ -221,21 +226,16 @@ class Pretrained:
         note on stderr."""
         where = f"{data.folder} ({data.tokenizer})"
         if self.vocabulary:
-            own, theirs = (
-                rust_vocabulary(f)
-                for f in (self.vocabulary, rust_tokenizer(data.tokenizer, data.folder))
-            )
+            own = rust_vocabulary(self.vocabulary)
+            theirs = rust_vocabulary(rust_tokenizer(data.tokenizer, data.folder))
             if other := [token for token, i in theirs.items() if own.get(token) != i]:
                 return (
                     f"{self.name} has another tokenizer than {where}: {len(other):,} tokens"
                     f" differ, such as {other[0]!r}"
                 )
-        elif (
-            self.characters
-            and data.tokenizer == "char"
-            and self.characters != read_characters(data.folder).characters
-        ):
-            return f"{self.name} has other characters than {where}"
+        elif self.characters and data.tokenizer == "char":
+            if self.characters != read_characters(data.folder).characters:
+                return f"{self.name} has other characters than {where}"
         elif self.tokenizer not in (None, data.tokenizer):
             return f"{self.name} has the tokenizer {self.tokenizer}, another than {where}"
         elif self.tokenizer is None:
@@ -255,11 +255,10 @@ class Pretrained:
             weights["positions.weight"] = weights["positions.weight"][: own.block_size]
         for name in TABLES:
             if name in weights:
-                more = own.vocab_size - len(weights[name])
-                weights[name] = F.pad(
-                    weights[name], (0, 0, 0, more) if weights[name].dim() == 2 else (0, more)
-                )
-        with torch.device("meta"):  # no time and memory for numbers that are replaced
+                more = (0, own.vocab_size - len(weights[name]))  # rows
+                columns = (0, 0) * (weights[name].dim() - 1)
+                weights[name] = F.pad(weights[name], columns + more)
+        with torch.device("meta"):  # No time and memory for numbers that are replaced.
             model = Model(own)
         if new := [name for name in checkpoint.own_weights(model) if name not in weights]:
             print(f"{self.name} has no {', '.join(new)}: they start anew", file=sys.stderr)
@@ -285,11 +284,8 @@ def find(name: str) -> Pretrained:
         raise UserError(f"init_from={name}: name the folder, which has config.json too")
     if path.is_file():
         return _from_nanogpt(path)
-    if (
-        name not in HUB
-        and not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        or name.startswith((".", "out/"))
-    ):
+    owned = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "out/"))
+    if name not in HUB and not owned:
         raise UserError(
             f"init_from={name}: no such file or folder, and no"
             f" model{nearest(name, ['scratch', 'resume', 'auto', *HUB])}; "

@@ -22,6 +22,7 @@ import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -96,10 +97,10 @@ class ModelHead(HarmonicHead):
         return self._rows if self.padded else len(self.table)
 
     @real_vocab_size.setter
-    def real_vocab_size(self, rows: int):
+    def real_vocab_size(self, rows: int) -> None:
         self._rows = rows
 
-    def forward(self, h):
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
         request = _request.get()
         if request is None:
             return super().forward(h)
@@ -110,19 +111,19 @@ class ModelHead(HarmonicHead):
                 " With FSDP2, shard the head first, by itself and without a param_dtype",
                 stacklevel=1,
             )
-        labels = request.labels.to(h.device)
-        states, labels = (h[..., :-1, :], labels[..., 1:]) if request.shift else (h, labels)
+        states, labels = h, request.labels.to(h.device)
+        if request.shift:
+            states, labels = h[..., :-1, :], labels[..., 1:]
         if request.each:
             request.found = self._score(states, labels, request.count)
         elif request.count is None:
             request.found = self.loss(states, labels)
         else:  # Trainer's: targets of all micro-batches together
-            request.found = self.loss(states, labels, reduction="sum") / torch.as_tensor(
-                request.count, device=h.device
-            ).clamp(min=1)
-        return (
-            h.new_empty(*h.shape[:-1], 0) if self.training or request.each else super().forward(h)
-        )
+            count = torch.as_tensor(request.count, device=h.device).clamp(min=1)
+            request.found = self.loss(states, labels, reduction="sum") / count
+        if self.training or request.each:
+            return h.new_empty(*h.shape[:-1], 0)
+        return super().forward(h)
 
     def _score(self, h, labels, count):
         """What TRL's trainers read for each label: see `trl.trainer.utils.FusedCausalLMOutput`."""
@@ -168,7 +169,7 @@ class ModelHead(HarmonicHead):
 
 
 def swap_head(
-    model, name: str, *, match_to: torch.Tensor | None = None, **arguments
+    model: Any, name: str, *, match_to: torch.Tensor | None = None, **arguments: Any
 ) -> HarmonicHead:
     """Replaces the unembedding of a transformers causal or masked language model, and its loss, by
     a harmonic head.
@@ -292,7 +293,7 @@ class Swapped:
 
             cls.forward = forward
 
-    def forward(self, *arguments, **given):
+    def forward(self, *arguments: Any, **given: Any) -> Any:
         """The plain model's, but for the labels, of which the head computes the loss."""
         plain = super().forward
         if arguments:
@@ -348,7 +349,7 @@ class Swapped:
             self.config.harmonic["real_vocab_size"] = min(tokens, len(table))
         return new
 
-    def save_pretrained(self, save_directory, **options):
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """transformers'. The folder's config.json names a type of its own, so that no plain class
         loads it without a word."""
         head = self.get_output_embeddings()
@@ -361,7 +362,7 @@ class Swapped:
         super().save_pretrained(save_directory, **options)
 
     @classmethod
-    def from_pretrained(cls, folder, *arguments, **options):
+    def from_pretrained(cls, folder: str | Path, *arguments: Any, **options: Any) -> Any:
         """transformers'. Folders written before the prototypes had a name of their own are read,
         too."""
         options.setdefault(
@@ -422,15 +423,13 @@ class _Config:
     """In front of a configuration: it has the plain type in memory, which PEFT and others go by,
     and its own in a folder."""
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "model_type": self.model_type}
 
-    def to_json_string(self, *arguments, **options):
+    def to_json_string(self, *arguments: Any, **options: Any) -> str:
         stored = json.loads(super().to_json_string(*arguments, **options))
-        return (
-            json.dumps({**stored, "model_type": type(self).model_type}, indent=2, sort_keys=True)
-            + "\n"
-        )
+        stored["model_type"] = type(self).model_type
+        return json.dumps(stored, indent=2, sort_keys=True) + "\n"
 
 
 @functools.cache
@@ -530,7 +529,7 @@ def _add_code(model, folder: Path) -> None:
     }
 
 
-def load_swapped(folder, **arguments):
+def load_swapped(folder: str | Path, **arguments: Any) -> Any:
     """A model that `swap_head` changed and `save_pretrained` wrote.
 
     Args: folder: as for from_pretrained, and so are the arguments.
