@@ -35,15 +35,13 @@ TRUNK_MFU = 0.40
 INSTRUCTIONS = 1.3
 
 # Bytes a pair of a state and a prototype, beside what a product itself writes and reads
-NANOGPT_COMPILED = (
-    2 + 2 + 4
-)  # bfloat16 logits: read for the maximum, read for the sum; read and overwritten by their gradient
-NANOGPT_EAGER = 6 + 12 + 8 + 6  # to float32; log_softmax in two reads; its gradient; to bfloat16
-TILE, SLOPES = (
-    4,
-    8,
-)
-AUTOCAST_SLOPES = 6  # one bfloat16 part
+# bfloat16 logits: read for the maximum, read for the sum; read and overwritten by their gradient.
+NANOGPT_COMPILED = 2 + 2 + 4
+# To float32; log_softmax in two reads; its gradient; to bfloat16.
+NANOGPT_EAGER = 6 + 12 + 8 + 6
+TILE, SLOPES = 4, 8
+# One bfloat16 part.
+AUTOCAST_SLOPES = 6
 
 # Instructions a pair of `_tile` and `_slopes` (split, harmonic link), compiled for sm_90, and the
 # share of the issue slots that they get. Earlier forms of `_slopes`, with 68 (dot) and 167 (l2),
@@ -52,17 +50,14 @@ PASSES = {"dot": (41, 33), "l2": (84, 122)}
 ISSUED = 0.44 * MULTIPROCESSORS * CLOCK * RATES["issue"]
 
 # Maps of both operands, forward and backward
-COSINE_MAP = (
-    8 + 8 + 12
-)  # bytes a number of h and w: `Unit` forward, once more in the backward pass, and backward
-MAHALANOBIS_OTHER = (
-    3.1e-3  # seconds beside its products, measured on an H200: a factorisation in float64, and sums
-)
+# Bytes a number of h and w: `Unit` forward, once more in the backward pass, and backward.
+COSINE_MAP = 8 + 8 + 12
+# Seconds beside its products, measured on an H200: a factorisation in float64, and sums.
+MAHALANOBIS_OTHER = 3.1e-3
 
 OPTIMIZER = 28 + 12
-ACCUMULATE = (
-    12  # bytes a parameter: a micro-batch after the first reads two gradients and writes one
-)
+# Bytes a parameter: a micro-batch after the first reads two gradients and writes one.
+ACCUMULATE = 12
 
 CHUNK = 2**27  # pairs, of harmonic/backends/triton.py
 GOALS = {"cross_entropy": 1.05, "euclidean": 1.3, "cosine": 1.3, "mahalanobis": 1.3}

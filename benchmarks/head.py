@@ -329,16 +329,10 @@ def measure(case, name, peer, rounds, label_precision=False) -> dict:
         row[f"{part}_ratio"] = f"{statistics.median(a / b for a, b in pairs):.2f}"
     mine, other = case.memory(head), case.memory(yardstick)
     row |= {"peak_mib": f"{mine:.0f}", "peak_ratio": f"{mine / other:.2f}"}
-    if not peer and (
-        case.device == "cuda" or case.size[1] * case.size[2] < 5e7
-    ):  # float64 takes a CPU minutes beyond
-        row |= dict(
-            zip(
-                ("loss_error", "dh_error", "dw_error"),
-                (f"{e:.0e}" for e in case.errors(name)),
-                strict=True,
-            )
-        )
+    # On a larger head float64 takes a CPU minutes.
+    if not peer and (case.device == "cuda" or case.size[1] * case.size[2] < 5e7):
+        keys = ("loss_error", "dh_error", "dw_error")
+        row |= {k: f"{e:.0e}" for k, e in zip(keys, case.errors(name), strict=True)}
     return row
 
 
@@ -362,23 +356,18 @@ def chart(rows: list[dict], path: Path) -> None:
     figures.save(figure, path)
 
 
-def growth(c, path):
+def growth(c: BenchmarkConfig, path: str) -> list[dict]:
     """Seconds and MiB of a few heads as one dimension at a time is doubled, and with one thread."""
     from tqdm import tqdm
 
     N, V, C = (int(n) for n in c.sizes.split(",")[0].split("x"))
-    cases = [(N * k // 4, V, C) for k in (1, 2, 4, 8)] + [
-        (N, V // 2, C),
-        (N, V * 2, C),
-        (N, V, C // 2),
-        (N, V, C * 2),
-    ]
+    sizes = [(N * k // 4, V, C) for k in (1, 2, 4, 8)]
+    sizes += [(N, V // 2, C), (N, V * 2, C), (N, V, C // 2), (N, V, C * 2)]
     threads, rows = torch.get_num_threads(), []
-    for size, count in tqdm(
-        [(s, threads) for s in cases] + ([((N, V, C), 1)] if threads > 1 else []),
-        disable=None,
-        leave=False,
-    ):
+    cases = [(size, threads) for size in sizes]
+    if threads > 1:
+        cases.append(((N, V, C), 1))
+    for size, count in tqdm(cases, disable=None, leave=False):
         torch.set_num_threads(count)
         case = Case(*size)
         for name in c.heads or ["cross_entropy", "cosine", "manhattan"]:
@@ -477,9 +466,8 @@ def main():
     else:
         work = []
         for at in itertools.product(c.sizes.split(","), c.dtypes, c.precisions or ["autocast"]):
-            products = [
-                name for name in HEADS if HEADS[name].kernel in ("l2", "dot")
-            ]  # which autocast and precisions change
+            # Autocast and precisions change these.
+            products = [name for name in HEADS if HEADS[name].kernel in ("l2", "dot")]
             changed = at[2] != "float32" if c.precisions else at[1] == "bfloat16"
             names = c.heads or (products if changed else list(HEADS))
             work += [(at, name, None) for name in names]
