@@ -1,0 +1,233 @@
+"""How heads end, not how they start: loss against tokens, from 0.6 to 20 million.
+
+    python prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
+    python prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki
+    python -m studies.budget  # resumes; results/budget.csv has a row for each run
+
+The list of runs is in order of priority. Wherever it is stopped, what is done is a smaller study:
+
+    sweep     2 M tokens, seed 1337: each head with three learning rates, then, at the best of them,
+              with half and twice its strength (cross_entropy: the scale of its prototypes). Equal
+              grids: five runs a head. The best validation loss wins, and its setting is used at
+              every budget. The strength in the middle is what `studies.heads` found.
+    2M, 0.6M  five other seeds
+    6M        three seeds
+    20M       three seeds of the first three heads: 6.5 epochs
+    wiki      2 M tokens of another corpus, three seeds
+    dropout   20 M tokens with dropout 0.1, one seed of the first three heads
+
+Runs of one seed see the same tokens in the same order, so heads are compared pair by pair. The loss
+that is reported is that of the test split, which decides nothing.
+"""
+
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from analysis.calibration import calibration_error, examine
+from analysis.geometry import spectrum
+from analysis.gradients import stability
+from analysis.tables import Column, markdown
+from base.command_line import cli, parse
+from studies.heads import test_loss
+from studies.intervals import mean_and_half
+from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
+from studies.search import number
+from text.token_files import data_folder, load_data
+from training import checkpoint
+from training.telemetry import read_metrics
+
+RATES = (1.5e-3, 3e-3, 6e-3)
+SWEEP_SEED, SEEDS = 1337, (1338, 1339, 1340, 1341, 1342)
+TOKENS = 1024  # an iteration
+FEW = 3  # heads that are trained longest, and seeds of long runs
+KEY = (
+    "stage", "dataset", "tokens", "name", "exponent", "init_std", "learning_rate", "dropout", "seed"
+)  # fmt: skip
+COLUMNS = [
+    *KEY, "val_loss", "best_val_loss", "test_loss", "bits_per_byte", "val_losses", "ece",
+    "grad_norm_mean", "grad_norm_cv", "grad_spikes", "prototype_radius", "components_90",
+    "effective_rank", "strength", "tokens_per_s", "seconds", "commit",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head, and its strength in the middle of the sweep.
+
+    exponent: of the harmonic link, or the one to which the softmax link's scale is matched at the
+        start. None for a head without one, which sweeps the scale of its prototypes instead.
+    """
+
+    head: str
+    link: str = "harmonic"
+    exponent: float | None = None
+
+
+HEADS = {
+    "cross_entropy": Head("cross_entropy"),
+    "cosine": Head("cosine", exponent=16),
+    "cosine softmax": Head("cosine", "softmax", 16),
+    "euclidean": Head("euclidean", exponent=1024),
+    "euclidean softmax": Head("euclidean", "softmax", 1024),
+    "mahalanobis softmax": Head("mahalanobis", "softmax", 2048),
+    "euclidean_squared softmax": Head("euclidean_squared", "softmax", 512),
+}
+
+
+@dataclass
+class BudgetConfig(TrainingConfig):
+    """The budget study"""
+
+    config: str = "configs/budget.yaml"
+    """the model; what a run changes are its flags"""
+    out: str = "results/budget.csv"
+    """the table; runs that it has are not repeated"""
+    runs: str = "out/budget"
+    """where the runs' folders go"""
+
+
+class Plan:
+    """The runs that are wanted, given what the table holds by now."""
+
+    def __init__(self, table: Table):
+        self.table = table
+
+    def settings(self) -> list[dict]:
+        """Keys of runs, most important first. Nothing else begins before the sweep is done."""
+        sweeps = [self.sweep(name) for name in HEADS]
+        found = [key for sweep in sweeps for key in sweep]
+        if any(self.table.find(key) is None for key in found):
+            return found
+        best = {name: self.winner(name) for name in HEADS}
+        few = list(HEADS)[:FEW]
+        long = SEEDS[:FEW]
+        found += [self.again(best[n], "2M", 2.0, s) for s in SEEDS for n in HEADS]
+        found += [self.again(best[n], "0.6M", 0.6, s) for s in SEEDS for n in HEADS]
+        found += [self.again(best[n], "6M", 6.0, s) for s in long for n in HEADS]
+        found += [self.again(best[n], "20M", 20.0, s) for s in long for n in few]
+        found += [self.again(best[n], "wiki", 2.0, s, dataset="wiki") for s in long for n in HEADS]
+        found += [self.again(best[n], "dropout", 20.0, SEEDS[0], dropout=0.1) for n in few]
+        return found
+
+    def sweep(self, name: str) -> list[dict]:
+        """Three rates; then, once these are done, two strengths."""
+        head = HEADS[name]
+        base = {
+            "stage": "sweep",
+            "dataset": "wikitext2",
+            "tokens": 2.0,
+            "name": name,
+            "exponent": "" if head.exponent is None else head.exponent,
+            "init_std": 0.05 if head.exponent is None else 0.02,
+            "learning_rate": RATES[1],
+            "dropout": 0.0,
+            "seed": SWEEP_SEED,
+        }
+        rates = [{**base, "learning_rate": rate} for rate in RATES]
+        if any(self.table.find(key) is None for key in rates):
+            return rates
+        best = min(rates, key=lambda key: number(self.table.find(key)["val_loss"]))
+        strength = "init_std" if head.exponent is None else "exponent"
+        return rates + [{**best, strength: best[strength] * factor} for factor in (0.5, 2)]
+
+    def winner(self, name: str) -> dict:
+        """The setting with the best validation loss of a head's sweep."""
+        return min(self.sweep(name), key=lambda key: number(self.table.find(key)["val_loss"]))
+
+    def again(self, best: dict, stage: str, tokens: float, seed: int, **changes) -> dict:
+        return {**best, "stage": stage, "tokens": tokens, "seed": seed, **changes}
+
+
+def training(key: dict) -> Training:
+    """The run of train.py of a key."""
+    head, iterations = HEADS[key["name"]], round(key["tokens"] * 1e6 / TOKENS)
+    flags = {
+        "head": head.head,
+        "head_init_std": key["init_std"],
+        "dataset": key["dataset"],
+        "learning_rate": key["learning_rate"],
+        "dropout": key["dropout"],
+        "seed": key["seed"],
+        "max_iters": iterations,
+        "warmup_iters": iterations // 10,
+        "eval_interval": math.ceil(iterations / 20),
+        "init_from": "auto",
+        "overwrite": False,
+    }
+    if head.exponent is not None:
+        flags |= {"link": head.link, "exponent": key["exponent"]}
+    return Training(key, flags)
+
+
+@torch.no_grad()
+def measure(run: Path, key: dict) -> dict:
+    """The other columns of a run that has ended. Its weights stay, but for those of the sweep."""
+    torch.set_num_threads(1)
+    metrics = read_metrics(run)
+    losses = [m for m in metrics if "val_loss" in m]
+    model, *_ = checkpoint.load_run(run)
+    prototypes, steady = model.head.prototypes(), stability(metrics, 1.0)
+    shape, folder = spectrum(prototypes), data_folder(key["dataset"])
+    speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
+    row = {
+        "val_loss": f"{losses[-1]['val_loss']:.6f}",
+        "best_val_loss": f"{min(m['val_loss'] for m in losses):.6f}",
+        "bits_per_byte": f"{losses[-1]['bits_per_byte']:.6f}",
+        # Equally far apart, from before the first iteration.
+        "val_losses": " ".join(f"{m['val_loss']:.4f}" for m in losses),
+        "ece": f"{calibration_error(examine(model, load_data(folder), 'val')):.5f}",
+        "grad_norm_mean": f"{steady['mean']:.4g}",
+        "grad_norm_cv": f"{steady['cv']:.4g}",
+        "grad_spikes": f"{steady['spike_rate']:.4g}",
+        "prototype_radius": f"{prototypes.norm(dim=-1).mean().item():.4g}",
+        "components_90": shape["components_90"],
+        "effective_rank": f"{shape['effective_rank']:.4g}",
+        "strength": "" if model.head.is_control else f"{float(model.head.strength):.6g}",
+        "tokens_per_s": f"{speeds[len(speeds) // 2]:.5g}",
+    }
+    if key["stage"] != "sweep":
+        row["test_loss"] = f"{test_loss(model, folder):.6f}"
+    for checkpoint_folder in checkpoint.folders(run)[: None if key["stage"] == "sweep" else -1]:
+        shutil.rmtree(checkpoint_folder)
+    return row
+
+
+def summary(rows: list[Row]) -> str:
+    """A line for each stage and head: the mean test loss, and the difference to cross_entropy's,
+    paired by seed."""
+    cells = []
+    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] != "sweep"):
+        here = [row for row in rows if row["stage"] == stage]
+        base = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == "cross_entropy"}
+        for name in HEADS:
+            runs = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == name}
+            if runs:
+                mean, _ = mean_and_half(list(runs.values()))
+                pairs = [runs[seed] - base[seed] for seed in runs if seed in base]
+                difference, half = mean_and_half(pairs) if pairs else (math.nan, math.nan)
+                cells.append(
+                    {"stage": stage, "head": name, "seeds": len(runs), "test loss": mean}
+                    | {"difference": difference, "half": half}
+                )
+    loss = Column("test loss", form=".4f", unit="nats")
+    difference = Column("difference", "minus cross_entropy's", "+.4f")
+    return markdown(cells, ["stage", "head", "seeds", loss, difference, Column("half", "±", ".4f")])
+
+
+def main():
+    (c,) = parse(sys.argv[1:], BudgetConfig)
+    for dataset in ("wikitext2", "wiki"):
+        load_data(data_folder(dataset))  # What is missing is told now, not after hours.
+    table = Table(c.out, COLUMNS, KEY)
+    plan = Plan(table)
+    complete_trainings(c, table, lambda: [training(key) for key in plan.settings()], measure)
+    print(summary(table.rows))
+
+
+if __name__ == "__main__":
+    cli(main)
