@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-algorithmic study-vision study-toy clean
+.PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-budget study-optimizers study-algorithmic study-vision study-toy clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
 	@echo "make multinode  two machines as network namespaces, and the cable pulled (3 minutes; needs root)"
 	@echo "make study      the study of heads (some eight hours on 2 cores; may be stopped, and goes on)"
+	@echo "make study-budget   the same heads from 0.6 to 20 million tokens (a day on 2 cores; resumes); make study-optimizers: Muon beside AdamW (an hour)"
 	@echo "make study-algorithmic, study-vision, study-toy   the papers' other experiments (over half an hour, half an hour, six minutes)"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 
@@ -78,6 +79,12 @@ multinode: $(VENV)/installed data/wiki/meta.json
 study: $(VENV)/installed data/wikitext2/meta.json data/imdb_bpe/meta.json
 	$(RUN) -m studies.heads
 	$(RUN) -m studies.heads_report
+
+study-budget: $(VENV)/installed data/wiki/meta.json data/wikitext2/meta.json
+	$(RUN) -m studies.budget
+
+study-optimizers: $(VENV)/installed data/wiki/meta.json
+	$(RUN) -m studies.optimizers
 
 study-algorithmic: $(VENV)/installed
 	$(RUN) -m studies.algorithmic

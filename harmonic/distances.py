@@ -148,6 +148,27 @@ DISTANCES = {
         exponent="2dim",
         source="published code of A and B",
     ),
+    # HarMax without the pole: with the harmonic link the logit is -n/2 log(1 + |h-w|^2), and the
+    # probabilities are those of a t distribution's density, which is finite at d = 0.
+    "student_t": Distance(
+        "sqrt(1 + sum (h-w)^2)",
+        "l2_plus",
+        root=_half,
+        degree=None,
+        translation_invariant=True,
+        exponent="4dim",
+        source="t-SNE's kernel (van der Maaten and Hinton 2008), any degrees of freedom",
+    ),
+    # With link=softmax and learn_scale it is IsoMax+. Its harmonic link is cosine's at half the n.
+    "euclidean_normalized": Distance(
+        "|h/|h| - w/|w||",
+        "l2",
+        map=UNIT,
+        root=_half,
+        degree=0,
+        exponent="sqrt_dim",
+        source="IsoMax+, 2105.14399",
+    ),
     "manhattan": Distance(
         "sum |h-w|", "lp", translation_invariant=True, exponent="dim/4", source="A, Manhattan"
     ),
@@ -273,6 +294,21 @@ CONTROLS = {
         logit=lambda raw: ((1 + raw) / 2).clamp_min(torch.finfo(raw.dtype).eps).log(),
         degree=0,
         source='A\'s code, "cosine simple"',
+    ),
+    # A power of the dot product where it is large: a tail like HarMax's without a distance.
+    "stablemax": Distance(
+        "logit = sign(h . w) log(1 + |h . w|)",
+        "dot",
+        logit=lambda raw: raw.sign() * raw.abs().log1p(),
+        degree=None,
+        source="StableMax, 2501.04697, eq. 5",
+    ),
+    # nGPT's logits, cosines with a scale for each token. The scale is the prototype's length.
+    "cosine_scaled": Distance(
+        "logit = |w| cos(h, w)",
+        "along",
+        logit=lambda raw: raw,
+        source="nGPT, 2410.01131, sec. 2.1",
     ),
 }
 HEADS = {**DISTANCES, **CONTROLS}

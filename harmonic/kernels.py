@@ -2,11 +2,13 @@
 differentiable, on any device.
 
     l2        sum (x - y)^2                     one matmul, and the difference where that cancels
+    l2_plus   1 + sum (x - y)^2                 the same
     lp        sum |x - y|^p
     linf      max |x - y|
     lse       log sum exp(a |x - y|) / a
     canberra  sum |x - y| s^(q-1) [/ sum s^q],  s = max(|x| + |y|, floor)
     dot       x . y                             no distance: the kernel of the dot-product controls
+    along     (x . y) / |x|                     no distance: y along the direction of x
 
 A kernel is one function `value(x, y, **options)` that reduces the last dimension of two
 broadcastable tensors. Everything else follows from it: `pairs` evaluates it block by block, so that
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .maps import unit
 from .precision import FLOAT32, Products, inner_products
 
 # A block of (rows, prototypes, coordinates) small enough to stay in a core's cache: 2^18 floats are
@@ -42,13 +45,14 @@ class Kernel:
     C), what each coordinate contributes; they add up to the raw value for the sums and to 1 for the
     maxima. `power`: the raw value's degree in the scale of x and y. `options`: the names of the
     numbers it takes. `matmul`: the raw values of all pairs by a matrix product, where there is such
-    a form."""
+    a form. `signed`: raw values may be negative, so it is no distance's and has no floor."""
 
     value: Callable[..., Tensor]
     terms: Callable[..., Tensor]
     power: Callable[..., float] = field(default=lambda **options: 1.0)
     matmul: Callable[[Tensor, Tensor, Products], Tensor] | None = None
     options: tuple[str, ...] = ()
+    signed: bool = False
 
 
 def _power(x: Tensor, p: float) -> Tensor:
@@ -110,6 +114,14 @@ def _l2_matmul(h: Tensor, w: Tensor, how: Products) -> Tensor:
     return above(raw, floor("l2", h)[:, None] + floor("l2", w))
 
 
+def _l2_plus_terms(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square() + 1 / x.shape[-1]
+
+
+def _along_terms(x: Tensor, y: Tensor) -> Tensor:
+    return unit(x, 2) * y
+
+
 KERNELS = {
     "l2": Kernel(
         lambda x, y: (x - y).square().sum(-1),
@@ -127,7 +139,21 @@ KERNELS = {
         options=("a",),
     ),
     "canberra": Kernel(_canberra, _canberra_terms, options=("floor", "q", "weighted")),
-    "dot": Kernel(lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=_dot_matmul),
+    "l2_plus": Kernel(
+        lambda x, y: 1 + (x - y).square().sum(-1),
+        _l2_plus_terms,
+        lambda: 2.0,
+        lambda h, w, how: 1 + _l2_matmul(h, w, how),
+    ),
+    "dot": Kernel(
+        lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=_dot_matmul, signed=True
+    ),
+    "along": Kernel(
+        lambda x, y: _along_terms(x, y).sum(-1),
+        _along_terms,
+        matmul=lambda h, w, how: _dot_matmul(unit(h, 2), w, how),
+        signed=True,
+    ),
 }
 
 
@@ -171,8 +197,8 @@ def _exported(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Ten
     """`pairs` for torch.export: no step depends on the number of states or on their values. Holds
     (N, EXPORTED) numbers at a time."""
     k = KERNELS[kernel]
-    if kernel == "dot":
-        return _dot_matmul(h, w, FLOAT32)
+    if k.signed and k.matmul:
+        return k.matmul(h, w, FLOAT32)
     hh, ww = k.value(h, h.new_zeros(()), **options)[:, None], k.value(w, w.new_zeros(()), **options)
     low = torch.finfo(h.dtype).eps ** k.power(**options) * (hh + ww)
     if kernel == "l2":
@@ -204,7 +230,7 @@ def floored(raw: Tensor, x: Tensor, y: Tensor, kernel: str, options: dict[str, A
 def paired(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Tensor:
     """Raw values of rows paired by broadcasting, floored: (..., C), (..., C) -> (...)."""
     raw = KERNELS[kernel].value(h, w, **options)
-    if kernel == "dot":
+    if KERNELS[kernel].signed:
         return raw
     return above(raw, floor(kernel, h, **options) + floor(kernel, w, **options))
 

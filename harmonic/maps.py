@@ -39,7 +39,7 @@ class Map:
     straight_through: bool = False
 
 
-def _unit(x: Tensor, order: int) -> Tensor:
+def unit(x: Tensor, order: int) -> Tensor:
     """x over its norm of that order, at any scale of x without over- or underflow; a row of zeros
     stays one."""
     size = x.detach().abs().amax(-1, keepdim=True)
@@ -50,7 +50,7 @@ def _unit(x: Tensor, order: int) -> Tensor:
 
 
 def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
-    return _unit(x, 2) if torch.compiler.is_exporting() else _fast_unit(x)
+    return unit(x, 2) if torch.compiler.is_exporting() else _fast_unit(x)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
@@ -58,11 +58,11 @@ def _fast_unit(x: Tensor) -> Tensor:
     from .backends import unit_vectors  # Not at the top: backends map vectors, too.
 
     compiled = unit_vectors(x)
-    return _unit(x, 2) if compiled is None else compiled
+    return unit(x, 2) if compiled is None else compiled
 
 
 def _normalize_l1(x: Tensor, noise: Generator | None = None) -> Tensor:
-    return _unit(x.abs(), 1)
+    return unit(x.abs(), 1)
 
 
 def _soft(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:

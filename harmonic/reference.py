@@ -26,6 +26,17 @@ def euclidean_squared(h: Tensor, w: Tensor) -> Tensor:
     return (h - w).square().sum(-1)
 
 
+def student_t(h: Tensor, w: Tensor) -> Tensor:
+    """sqrt(1 + sum (h - w)^2): -n log of it is -(n/2) log(1 + |h - w|^2)."""
+    return (1 + (h - w).square().sum(-1)).sqrt()
+
+
+def euclidean_normalized(h: Tensor, w: Tensor) -> Tensor:
+    """IsoMax+, 2105.14399: |h / |h| - w / |w||."""
+    a, b = (x / x.norm(dim=-1, keepdim=True) for x in (h, w))
+    return euclidean(a, b)
+
+
 def manhattan(h: Tensor, w: Tensor) -> Tensor:
     """A, Manhattan: sum |h - w|."""
     return (h - w).abs().sum(-1)
@@ -129,6 +140,17 @@ def cross_entropy(h: Tensor, w: Tensor) -> Tensor:
 def cosine_linear(h: Tensor, w: Tensor) -> Tensor:
     """The logit of A's code, "cosine simple": log((1 + cos(h, w)) / 2)."""
     return ((2 - cosine(h, w)) / 2).log()
+
+
+def stablemax(h: Tensor, w: Tensor) -> Tensor:
+    """StableMax, 2501.04697: log s(h.w), with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below."""
+    x = (h * w).sum(-1)
+    return torch.where(x >= 0, x.clamp_min(0) + 1, 1 / (1 - x.clamp_max(0))).log()
+
+
+def cosine_scaled(h: Tensor, w: Tensor) -> Tensor:
+    """nGPT, 2410.01131: the scale of a token times the cosine; here the scale is |w|."""
+    return w.norm(dim=-1) * (1 - cosine(h, w))
 
 
 def distance(name: str) -> Callable[..., Tensor]:

@@ -11,6 +11,7 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
               grids: five runs a head. The best validation loss wins, and its setting is used at
               every budget. The strength in the middle is what `studies.heads` found.
     2M, 0.6M  five other seeds
+    2M        the same sweep and seeds for CONTROLS: they tell tail, normalisation and distance apart
     6M        three seeds
     20M       three seeds of the first three heads: 6.5 epochs
     wiki      2 M tokens of another corpus, three seeds
@@ -23,6 +24,7 @@ that is reported is that of the test split, which decides nothing.
 import math
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,7 @@ class Head:
     head: str
     link: str = "harmonic"
     exponent: float | None = None
+    learn_scale: bool = False
 
 
 HEADS = {
@@ -77,6 +80,13 @@ HEADS = {
     "mahalanobis softmax": Head("mahalanobis", "softmax", 2048),
     "euclidean_squared softmax": Head("euclidean_squared", "softmax", 512),
 }
+CONTROLS = {
+    "student_t": Head("student_t", exponent=1024),  # euclidean's HarMax without the pole
+    "stablemax": Head("stablemax"),  # a power-law tail without a distance
+    "nGPT": Head("cosine_scaled"),  # cosines with a scale for each token
+    "IsoMax+": Head("euclidean_normalized", "softmax", 32, learn_scale=True),
+}
+ALL = {**HEADS, **CONTROLS}
 
 
 @dataclass
@@ -98,9 +108,8 @@ class Plan:
         self.table = table
 
     def settings(self) -> list[dict]:
-        """Keys of runs, most important first. Nothing else begins before the sweep is done."""
-        sweeps = [self.sweep(name) for name in HEADS]
-        found = [key for sweep in sweeps for key in sweep]
+        """Keys of runs, most important first. A stage begins when the sweep before it is done."""
+        found = self.sweeps(HEADS)
         if any(self.table.find(key) is None for key in found):
             return found
         best = {name: self.winner(name) for name in HEADS}
@@ -108,15 +117,23 @@ class Plan:
         long = SEEDS[:FEW]
         found += [self.again(best[n], "2M", 2.0, s) for s in SEEDS for n in HEADS]
         found += [self.again(best[n], "0.6M", 0.6, s) for s in SEEDS for n in HEADS]
+        found += self.sweeps(CONTROLS)
+        if any(self.table.find(key) is None for key in found):
+            return found
+        best |= {name: self.winner(name) for name in CONTROLS}
+        found += [self.again(best[n], "2M", 2.0, s) for s in SEEDS for n in CONTROLS]
         found += [self.again(best[n], "6M", 6.0, s) for s in long for n in HEADS]
         found += [self.again(best[n], "20M", 20.0, s) for s in long for n in few]
         found += [self.again(best[n], "wiki", 2.0, s, dataset="wiki") for s in long for n in HEADS]
         found += [self.again(best[n], "dropout", 20.0, SEEDS[0], dropout=0.1) for n in few]
         return found
 
+    def sweeps(self, names: Iterable[str]) -> list[dict]:
+        return [key for name in names for key in self.sweep(name)]
+
     def sweep(self, name: str) -> list[dict]:
         """Three rates; then, once these are done, two strengths."""
-        head = HEADS[name]
+        head = ALL[name]
         base = {
             "stage": "sweep",
             "dataset": "wikitext2",
@@ -145,7 +162,7 @@ class Plan:
 
 def training(key: dict) -> Training:
     """The run of train.py of a key."""
-    head, iterations = HEADS[key["name"]], round(key["tokens"] * 1e6 / TOKENS)
+    head, iterations = ALL[key["name"]], round(key["tokens"] * 1e6 / TOKENS)
     flags = {
         "head": head.head,
         "head_init_std": key["init_std"],
@@ -161,6 +178,7 @@ def training(key: dict) -> Training:
     }
     if head.exponent is not None:
         flags |= {"link": head.link, "exponent": key["exponent"]}
+        flags |= {"learn_scale": head.learn_scale}
     return Training(key, flags)
 
 
@@ -204,7 +222,7 @@ def summary(rows: list[Row]) -> str:
     for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] != "sweep"):
         here = [row for row in rows if row["stage"] == stage]
         base = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == "cross_entropy"}
-        for name in HEADS:
+        for name in ALL:
             runs = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == name}
             if runs:
                 mean, _ = mean_and_half(list(runs.values()))

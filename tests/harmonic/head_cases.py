@@ -24,12 +24,9 @@ SETTINGS += [
     ("hamming_soft", {"t": 0.3}),
 ]
 HOMOGENEOUS = [s for s in SETTINGS if DISTANCES[s[0]].degree is not None]
-# What Numba compiles: a new kernel of kernels.py may do without.
-FAST = [
-    n
-    for n, d in HEADS.items()
-    if n != "cosine_linear" and d.kernel in ("l2", "dot", *(kernel for kernel, _ in numba.COMPILED))
-]
+# What Numba compiles: a new kernel of kernels.py may do without, and so may a control.
+COMPILED = ("l2", *(kernel for kernel, _ in numba.COMPILED))
+FAST = ["cross_entropy", *(n for n, d in DISTANCES.items() if d.kernel in COMPILED)]
 
 
 def is_straight_through(name):
