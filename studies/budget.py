@@ -11,7 +11,7 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
               grids: five runs a head. The best validation loss wins, and its setting is used at
               every budget. The strength in the middle is what `studies.heads` found.
     2M, 0.6M  five other seeds
-    2M        the same sweep and seeds for CONTROLS: they tell tail, normalisation and distance apart
+    2M        the same for CONTROLS, which tell tail, normalisation and distance apart
     6M        three seeds
     20M       three seeds of the first three heads: 6.5 epochs
     wiki      2 M tokens of another corpus, three seeds
