@@ -1,0 +1,121 @@
+"""How much of the logits' gradient reaches the hidden state.
+
+    python -m analysis.bottleneck out/a out/b
+
+The loss of a token wants its V logits to move along g = p - y, but a hidden state has C < V
+coordinates: its changes move the logits in the C directions of the head's Jacobian J alone. The
+share is |P g| / |g|, P the projection onto the columns of J: 1 where the state can follow, 0 where
+nothing of g arrives (2603.10145, which finds 0.01 to 0.05 for the dot product of large models). For
+a dot product J is the table of prototypes. For a distance it depends on the state.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from analysis import figures, tables
+from analysis.runs import (
+    AnalysisConfig,
+    about,
+    default_out,
+    find_runs,
+    head_styles,
+    predictions,
+    publish,
+)
+from analysis.tables import Column
+from base.command_line import cli, parse
+from harmonic import HarmonicHead, paired_distance
+
+
+@dataclass
+class BottleneckConfig(AnalysisConfig):
+    """The gradient that reaches the hidden state"""
+
+    tokens: int = 64
+    """tokens of the split that are looked at, spread evenly"""
+    split: Literal["val", "test"] = "val"
+    """whose tokens"""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """which checkpoint of each run"""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.tokens < 1:
+            found.append(f"tokens={self.tokens} must be at least 1")
+        return found
+
+
+def jacobian(head: HarmonicHead, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of one state and their derivatives: (C,) -> (V,), (V, C), in float64."""
+    w = head.prototypes().detach().double()
+    settings = {k: v.double() if torch.is_tensor(v) else v for k, v in head.geometry().items()}
+    # A copy of the state for each prototype: the gradient of the sum has a row for each logit.
+    copies = h.double().expand(len(w), -1).clone().requires_grad_()
+    with torch.enable_grad():
+        value = paired_distance(copies, w, head.name, **settings)
+        if head.is_control:
+            logits = value
+        else:
+            logits = -float(head.strength) * (value.log() if head.is_harmonic else value)
+        (rows,) = torch.autograd.grad(logits.sum(), copies)
+    return logits.detach(), rows
+
+
+@torch.no_grad()
+def gradient_shares(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """|P g| / |g| of each token: (N, C), (N,) -> (N,)."""
+    shares = []
+    for state, target in zip(h, targets, strict=True):
+        logits, rows = jacobian(head, state)
+        if head.bias is not None:
+            logits = logits + head.bias[: len(logits)].double()
+        g = logits.softmax(-1)
+        g[target] -= 1
+        # P = J (J'J)^+ J'. The rank may be less than C: no change of cosine's radius does anything.
+        inverse = torch.linalg.pinv(rows.T @ rows, rtol=1e-12, hermitian=True)
+        arriving = rows.T @ g
+        shares.append((arriving @ inverse @ arriving).clamp_min(0).sqrt() / g.norm())
+    return torch.stack(shares)
+
+
+def draw(runs: list, shares: list[np.ndarray]) -> Figure:
+    """The share of each token, smallest first."""
+    figure = figures.figure(3.2)
+    axes = figure.subplots()
+    for run, values, style in zip(runs, shares, head_styles(runs), strict=True):
+        axes.plot(np.linspace(0, 1, len(values)), np.sort(values), label=run.name, **style)
+    axes.set_xlabel("tokens, smallest share first")
+    axes.set_ylabel("share of the gradient that reaches h")
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    (c,) = parse(sys.argv[1:], BottleneckConfig, words="runs")
+    runs = find_runs(c.runs, dataset=c.dataset)
+    out = default_out(c, runs, "bottleneck")
+    rows, shares = [], []
+    for run in runs:
+        model, _ = run.load(which=c.checkpoint)
+        found = [(h, y) for h, y, _ in predictions(model, run.data(), c.split, 16 * c.tokens)]
+        h, y = (torch.cat(parts) for parts in zip(*found, strict=True))
+        every = torch.linspace(0, len(h) - 1, min(c.tokens, len(h))).long()
+        values = gradient_shares(model.head, h[every], y[every]).numpy()
+        shares.append(values)
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
+        rows.append(
+            {**about(run), "tokens": len(values), "mean": values.mean()}
+            | {"p10": low, "median": middle, "p90": high}
+        )
+    numbers = [Column(key, form=".3f") for key in ("mean", "p10", "median", "p90")]
+    print(tables.text(rows, ["run", "head", "link", "tokens", *numbers]))
+    publish(rows, out, lambda: draw(runs, shares))
+
+
+if __name__ == "__main__":
+    cli(main)
