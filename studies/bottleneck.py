@@ -1,0 +1,116 @@
+"""The share of the logits' gradient that reaches the hidden state, along training, by head.
+
+    make demo  # prepares data/wiki
+    python -m studies.bottleneck  # resumes; results/bottleneck.csv
+
+Each head trains the demo's model in stages: to iteration 20, from there to 60, and so on. The
+schedule does not depend on the stages, so this is one run that is looked at five times. What a
+share is: analysis/bottleneck.py.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from analysis import figures
+from analysis.bottleneck import gradient_shares
+from analysis.runs import find_runs, predictions
+from analysis.tables import Column, markdown
+from base.command_line import cli, parse
+from base.errors import UserError
+from studies.runner import Job, Row, Table, TrainingConfig, complete
+
+STAGES = (20, 60, 150, 300, 500)
+TOKENS = 64
+HEADS = (
+    ("cross_entropy", "harmonic"),
+    ("cosine", "harmonic"),
+    ("cosine", "softmax"),
+    ("euclidean", "harmonic"),
+    ("euclidean", "softmax"),
+    ("student_t", "harmonic"),
+    ("stablemax", "harmonic"),
+    ("cosine_scaled", "harmonic"),
+)
+KEY = ("head", "link")
+COLUMNS = [*KEY, "iter", "val_loss", "share", "commit"]
+
+
+@dataclass
+class BottleneckStudyConfig(TrainingConfig):
+    """The study of the bottleneck"""
+
+    config: str = "configs/demo.yaml"
+    """model, data and budget of every run"""
+    out: str = "results/bottleneck.csv"
+    """the table; heads that it has are not repeated"""
+    runs: str = "out/bottleneck"
+    """where the runs' folders go"""
+
+
+def stages(c: BottleneckStudyConfig, head: str, link: str) -> list[dict]:
+    """Trains a head stage by stage -> a row for each. UserError when training fails."""
+    torch.set_num_threads(1)
+    folder, rows = Path(c.runs) / f"{head}-{link}", []
+    flags = dict(head=head, link=link, emissions=False, eval_interval=max(STAGES))
+    for stage in STAGES:
+        flags |= dict(max_iters=stage, lr_decay_iters=max(STAGES))
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        start = ["--overwrite=true"] if stage == STAGES[0] else ["--init_from=resume"]
+        command = [sys.executable, "train.py", c.config, f"--out_dir={folder}", *words, *start]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{folder} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        (run,) = find_runs([str(folder)])
+        model, manifest = run.load()
+        found = [(h, y) for h, y, _ in predictions(model, run.data(), "val", 16 * TOKENS)]
+        h, y = (torch.cat(parts) for parts in zip(*found, strict=True))
+        every = torch.linspace(0, len(h) - 1, TOKENS).long()
+        share = gradient_shares(model.head, h[every], y[every]).mean()
+        loss = f"{manifest['val_loss']:.6f}"
+        rows.append({"iter": stage, "val_loss": loss, "share": f"{share:.4f}"})
+    return rows
+
+
+def summary(rows: list[Row]) -> str:
+    """A line for each head: its share at each stage."""
+    lines = []
+    for head, link in HEADS:
+        mine = [r for r in rows if (r["head"], r["link"]) == (head, link)]
+        if mine:
+            line: dict[str, object] = {"head": head, "link": link}
+            lines.append(line | {r["iter"]: float(r["share"]) for r in mine})
+    columns = [Column(str(stage), title=f"iteration {stage}", form=".3f") for stage in STAGES]
+    return markdown(lines, ["head", "link", *columns])
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    figure = figures.figure(3.6)
+    axes = figure.subplots()
+    for (head, link), style in zip(HEADS, figures.head_styles(list(HEADS)), strict=True):
+        mine = [r for r in rows if (r["head"], r["link"]) == (head, link)]
+        steps, shares = [int(r["iter"]) for r in mine], [float(r["share"]) for r in mine]
+        axes.plot(steps, shares, label=f"{head} {link}", **style)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("share of the gradient that reaches h")
+    axes.legend(fontsize="small")
+    figures.save(figure, path)
+
+
+def main() -> None:
+    (c,) = parse(sys.argv[1:], BottleneckStudyConfig)
+    table = Table(c.out, COLUMNS, KEY)
+
+    def wanted() -> list[Job]:
+        return [Job({"head": h, "link": k}, stages, (c, h, k)) for h, k in HEADS]
+
+    complete(table, wanted, c.workers, lambda rows: f"share {rows[-1]['share']} at the end")
+    print(summary(table.rows))
+    draw(table.rows, Path(c.out).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    cli(main)
