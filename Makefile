@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-budget study-optimizers study-algorithmic study-vision study-toy clean
+.PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-budget study-optimizers study-algorithmic study-vision study-toy docs clean
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make study      the study of heads (some eight hours on 2 cores; may be stopped, and goes on)"
 	@echo "make study-budget   the same heads from 0.6 to 20 million tokens (a day on 2 cores; resumes); make study-optimizers: Muon beside AdamW (an hour)"
 	@echo "make study-algorithmic, study-vision, study-toy   the papers' other experiments (over half an hour, half an hour, six minutes)"
+	@echo "make docs       the documentation as a site with a search and a reference: site/index.html"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 
 $(VENV)/installed: requirements.txt
@@ -26,6 +27,10 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 # Preparation and training go on from what is there: a second `make demo` only samples again and prints where the report is.
@@ -96,6 +101,10 @@ study-vision: $(VENV)/installed
 
 study-toy: $(VENV)/installed
 	$(RUN) -m studies.toy
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "the site: site/index.html"
 
 data/wikitext2/meta.json: | $(VENV)/installed
 	$(RUN) prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2

@@ -1,1 +1,1 @@
-"""One script a claim; each prints the table that README shows."""
+"""One script a claim; each prints the table that docs/ shows."""

@@ -389,7 +389,7 @@ def where(row: dict) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The tables that README shows: ratios to the yardstick; a row a head, then the peers."""
+    """The tables of docs/performance.md: ratios to the yardstick; a row a head, then the peers."""
     ours = [r for r in rows if r["impl"] == "ours"]
     places = list(dict.fromkeys(map(place, ours)))
     by_head = {}

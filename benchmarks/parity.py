@@ -4,8 +4,8 @@ generated text.
     python -m benchmarks.parity
 
 Random weights at odd sizes, float32 on a CPU; and the real BERT encoder all-MiniLM-L6-v2 on
-sentences. Writes results/parity.csv and prints README's table. Gradients are those of the mean
-cross-entropy of random targets with respect to every weight.
+sentences. Writes results/parity.csv and prints the table of docs/interop.md. Gradients are those of
+the mean cross-entropy of random targets with respect to every weight.
 """
 
 import sys
@@ -224,7 +224,7 @@ COLUMNS = (
 
 
 def markdown(rows: list[dict]) -> str:
-    """README's table."""
+    """The table that docs/ shows."""
     shown = []
     for r in rows:
         row = {"model": r["model"], "padded": r["padded"]}

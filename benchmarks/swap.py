@@ -5,7 +5,7 @@ head and with every other one.
 
 Each head is matched to the model's softmax on training text (`harmonic.match`) and scored on the
 whole validation split, with the exponent that is found and with one that goes with the width.
-Writes results/head_swap.csv and prints README's table.
+Writes results/head_swap.csv and prints the table of docs/interop.md.
 """
 
 import math
@@ -83,7 +83,7 @@ def main():
 
 
 def markdown(rows: list[dict]) -> str:
-    """README's table."""
+    """The table that docs/ shows."""
     named = []
     for r in rows:
         name = f"{r['head']}, {r['settings']}" if r["settings"] else r["head"]

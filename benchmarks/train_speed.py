@@ -370,7 +370,7 @@ def memory(c: SpeedConfig, home: Path) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """README's table."""
+    """The table that docs/ shows."""
     return tables.markdown(rows, COLUMNS)
 
 

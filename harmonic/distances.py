@@ -62,7 +62,7 @@ class Distance:
 
     formula: str
     kernel: str
-    source: str = "A, sec. 3"
+    source: str = ""
     exponent: float | str = "dim"
     map: Map | None = None
     factor: float = 1.0
@@ -360,7 +360,7 @@ def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
 
 
 def formula_table() -> str:
-    """The Markdown table of all heads that README shows."""
+    """The Markdown table of all heads that docs/heads.md shows."""
     rows = [
         "| head | distance | kernel | degree | default n | settings | source |",
         "|---|---|---|---|---|---|---|",

@@ -32,16 +32,23 @@ class HarmonicHead(nn.Module):
     embedding that is cast.
 
     Args:
-        n_embd: C. vocab_size: V, the rows of the table.
+        n_embd: C.
+        vocab_size: V, the rows of the table.
         name: a key of `DISTANCES` or `CONTROLS`.
-        exponent, link, scale: see `harmonic_logits`. learn_exponent / learn_scale train log n / log
-            s from that start.
+        exponent: n; see `harmonic_logits`.
+        link: "harmonic" or "softmax".
+        scale: s of the softmax link; see `harmonic_logits`.
+        learn_exponent: train log n, from that start.
+        learn_scale: train log s, from that start.
         real_vocab_size: rows from here on are padding: they get no logit, no probability and no
             gradient.
         bias: a trained (V,) bias; "cross_entropy" only.
         init_std: prototypes start from N(0, init_std^2); GPT-2's 0.02 by default.
-        impl, skip, precision: see `harmonic_loss`.
+        impl: what computes the loss; see `harmonic_loss`.
+        skip: share of a gradient that may be left out; see `harmonic_loss`.
+        precision: how matrices are multiplied; see `harmonic_loss`.
         options: the distance's options: p, a, t, q.
+
     Raises: ValueError for anything it could not honour.
     """
 

@@ -155,7 +155,9 @@ def cosine_scaled(h: Tensor, w: Tensor) -> Tensor:
 
 def distance(name: str) -> Callable[..., Tensor]:
     """The function of a head; of a control it is the logit."""
-    found: Callable[..., Tensor] = globals()[name]
+    found: Callable[..., Tensor] | None = globals().get(name)
+    if found is None:
+        raise KeyError(f"harmonic/reference.py has no function {name}: add the formula there")
     return found
 
 

@@ -1,179 +1,224 @@
-"""README.md stays true: its commands run (smaller), its tables are the code's, its snippets
-work."""
+"""README.md and docs/ stay true: their commands parse, their links lead somewhere, their tables
+are the measured ones, and one short chain of commands runs."""
 
+import csv
+import functools
+import importlib
 import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass, make_dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, script, script_here, text
+from conftest import ROOT, TINY, script, script_here, text
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    c
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for c in block.strip().splitlines()
-]
-# what makes a training command small enough for a test
-SMALL = [
-    "--n_layer=1",
-    "--eval_iters=1",
-    "--batch_size=2",
-    "--gradient_accumulation_steps=1",
-    "--max_iters=2",
-    "--compile=false",
-]
-# needs GPUs, other machines or the hub: its flags are checked, and that the config builds a model
-CHECKED_ONLY = ("gpt2_124m", "qwen2_0.5b", "--source=openwebtext", "--nnodes", "--init_from=gpt2")
+from base import command_line
+from base.command_line import parse
+from model import Model, ModelConfig
+from training.config import TrainConfig
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+LAUNCHERS = ("make", "torchrun", "python", "lm_eval", "cp", "pytest", "source", "pip")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder like a fresh clone's: data/ and out/ are made by README's own commands, in order."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "results").mkdir()
-    (folder / "folder").mkdir()
-    (folder / "a.txt").write_text("\n\n".join(text(20)))
-    (folder / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text(20, 1)))
-    (folder / "folder/c.txt").write_text("\n\n".join(text(20, 2)))
-    (folder / "prompt.txt").write_text("A city")
-    return folder
+def page(name: str) -> str:
+    return (ROOT / name).read_text()
 
 
-def test_readme_has_commands_of_every_script():
-    joined = "\n".join(COMMANDS)
-    for script_name in (
-        "make demo",
-        "make test",
-        "prepare_openwebtext.py",
-        "train.py",
-        "torchrun",
-        "sample.py",
-        "analysis.report",
-    ):
-        assert script_name in joined
-    assert all(
-        path.name in README
-        for path in (ROOT / "configs").glob("*.yaml")
-        if path.name != "bert_base.yaml"
-    )
+def rows(name: str) -> list[dict]:
+    with (ROOT / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_commands_run_in_order(place):
-    """One test, for each command needs what the ones before it made."""
-    for source in ("demo/cross_entropy", "demo/cosine"):  # what `make demo` would have made
-        prepare(place)
-        head = "cross_entropy" if "entropy" in source else "cosine"
-        run(
-            place,
-            [
-                "train.py",
-                "configs/demo.yaml",
-                f"--head={head}",
-                f"--out_dir=out/{source}",
-                *SMALL,
-                "--emissions=false",
-            ],
-        )
-    for command in COMMANDS:
-        words = shlex.split(command)
-        if "--verify_resume" in words or words[0] == "lm_eval":
-            continue  # tests/test_train.py and test_export.py run them
+def blocks(path: Path, language: str) -> list[str]:
+    return [body for name, body in FENCED.findall(path.read_text()) if name == language]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every line in a block of bash, and of `python ...` between backticks."""
+    found = []
+    for path in PAGES:
+        lines = "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
+        prose = FENCED.sub("", path.read_text())
+        lines += re.findall(r"`((?:python|torchrun|make) [^`\n]+)`", prose)
+        found += [(path.name, line) for line in lines if line.strip()]
+    return found
+
+
+class Parsed(Exception):
+    """A command line has been read without a complaint."""
+
+
+def check_script(words: list[str], monkeypatch):
+    """Lets a script read its command line, and stops it there. Files need not exist."""
+    name = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
+    module = importlib.import_module(name)
+    if name == "train":
+        return check_training(words[1:])
+
+    def read(argv, *schemas, **how):
+        parse(argv, *map(unchecked, schemas), **how)
+        raise Parsed
+
+    # Benchmarks import it when they run.
+    holder = module if hasattr(module, "parse") else command_line
+    with monkeypatch.context() as patched, pytest.raises(Parsed):
+        patched.setattr(holder, "parse", read)
+        patched.setattr(sys, "argv", [name, *words[1 + (words[0] == "-m") :]])
+        module.main()
+
+
+@functools.cache
+def unchecked(schema):
+    """A script's settings without its own checks, which look for files."""
+    copy = make_dataclass(schema.__name__, (), bases=(schema,))
+    copy.__doc__, copy.problems = "", no_problems
+    return copy
+
+
+def no_problems(_) -> list[str]:
+    return []
+
+
+def check_training(arguments: list[str]):
+    """Reads the settings and checks them. Sizes a model on the hub's scale without allocating."""
+    model, _ = parse(arguments, ModelConfig, TrainConfig, config_file=True)
+    if any("gpt2_124m" in word or "qwen2_0.5b" in word for word in arguments):
+        model.vocab_size = model.vocab_size or 50304
+        with torch.device("meta"):
+            assert Model(model).parameter_count() > 1e8
+
+
+def test_every_command_parses(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    # Building a parser takes longest.
+    monkeypatch.setattr(command_line, "_parser", functools.cache(command_line._parser))
+    targets = set(re.findall(r"^([\w-]+):", page("Makefile"), re.M))
+    checked = set()
+    for where, command in commands():
+        words = shlex.split(command.partition(" #")[0])
+        if words[0] == "torchrun" and "train.py" in words:
+            words = ["python", *words[words.index("train.py") :]]
+        assert words[0] in LAUNCHERS, (where, command)
         if words[0] == "make":
-            assert (
-                subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode
-                == 0
-            )
+            assert set(words[1:]) <= targets, (where, command)
+        if words[0] != "python" or words[1] == "-c" or words[1:3] == ["-m", "venv"]:
             continue
-        launcher = []
-        if words[0] == "torchrun":
-            split = words.index("train.py")
-            launcher, words = (
-                ["-m", "torch.distributed.run", *words[1:split]],
-                ["python", *words[split:]],
-            )
-        assert words[0] == "python", command
-        arguments = words[1:]
-        if any(mark in command for mark in CHECKED_ONLY):
-            check(arguments)
-        elif arguments[0] == "prepare_openwebtext.py":
-            run(place, [*arguments, "--max_documents=60", "--num_proc=1", "--overwrite=true"])
-        elif arguments[0] == "train.py":
-            stored = (
-                "--init_from=resume" in arguments
-            )  # the model is the stored one's: only the length is cut
-            run(
-                place,
-                [
-                    *launcher,
-                    *arguments,
-                    *([] if stored else SMALL[:-2]),
-                    f"--max_iters={4 if stored else 2}",
-                    "--emissions=false",
-                ],
-            )
-        elif arguments[0] == "sample.py":
-            run(place, [*arguments, "--max_new_tokens=3"])
-        else:
-            run(place, arguments)
-    assert (place / "report.html").is_file() and (place / "out/demo/perplexity.csv").is_file()
+        if words[-1] == "--help":
+            continue
+        try:
+            check_script(words[1:], monkeypatch)
+        except Exception as error:
+            raise AssertionError(f"{where}: {command}") from error
+        checked.add(words[2] if words[1] == "-m" else words[1])
+    for name in ("prepare_openwebtext.py", "train.py", "sample.py", "analysis.report"):
+        assert name in checked
 
 
-def prepare(place):
-    if not (place / "data/wiki").is_dir():
-        run(
-            place,
-            [
-                "prepare_openwebtext.py",
-                "--source=wiki",
-                "--tokenizer=bpe:4096",
-                "--max_documents=60",
-                "--num_proc=1",
-            ],
-        )
+def test_every_flag_in_prose_exists():
+    """`--flag` between backticks is a flag of some script that the pages speak of."""
+    known = {"key", "help", "max-restarts", "rdzv_conf"}
+    for name in ("model", "sample", "prepare_openwebtext", "training.config"):
+        known |= names_of(importlib.import_module(name))
+    for room in ("analysis", "benchmarks", "interop", "studies"):
+        for path in (ROOT / room).glob("*.py"):
+            if "class " in path.read_text() and "Config" in path.read_text():
+                known |= names_of(importlib.import_module(f"{room}.{path.stem}"))
+    for path in PAGES:
+        prose = FENCED.sub("", path.read_text())
+        for flag in re.findall(r"`--([a-zA-Z][\w-]*)", prose):
+            assert flag in known, (path.name, flag)
 
 
-def run(place, words):
-    if "torch.distributed.run" in words:
-        done = script(*(str(ROOT / w) if w == "train.py" else w for w in words), cwd=place)
-    else:
-        done = script_here(*words, cwd=place)
-    assert done.returncode == 0, (words, done.stderr[-2000:])
+def names_of(module) -> set[str]:
+    configs = (c for n, c in vars(module).items() if n.endswith("Config") and is_dataclass(c))
+    return {f.name for c in configs for f in fields(c)}
 
 
-def check(arguments):
-    """Parses the flags, and sizes the model without allocating it."""
-    from base.command_line import parse
-    from model import Model, ModelConfig
-    from training.config import TrainConfig
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
-    if arguments[0] == "prepare_openwebtext.py":
-        from prepare_openwebtext import PrepareConfig
 
-        parse(arguments[1:], PrepareConfig, words="source")
-        return
-    model, _ = parse(
-        [str(ROOT / a) if a.endswith(".yaml") else a for a in arguments[1:]],
-        ModelConfig,
-        TrainConfig,
-        config_file=True,
-    )
-    model.vocab_size = model.vocab_size or 50304
-    with torch.device("meta"):
-        assert Model(model).parameter_count() > 1e8
+def test_links_and_anchors_lead_somewhere():
+    for path in (*PAGES, ROOT / "CHANGELOG.md", ROOT / "results/README.md"):
+        prose = FENCED.sub("", path.read_text())
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if link.startswith(("http://", "https://")):
+                continue
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), (path.name, link)
+            assert not anchor or anchor in anchors(target), (path.name, link)
+
+
+def test_readme_is_short_and_names_every_page():
+    readme = page("README.md")
+    assert readme.count("\n") <= 150
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{path.name}" in readme or path.name == "reference.md", path.name
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert f"configs/{path.name}" in page("docs/training.md")
+
+
+def test_blocks_of_python_compile():
+    for path in PAGES:
+        for block in blocks(path, "python"):
+            if path.name != "add_a_distance.md":  # an entry of a table
+                compile(block, path.name, "exec")
+
+
+def test_head_snippets_run(capsys):
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    exec(snippet, {})
+    assert "tensor([" in capsys.readouterr().out
+    (snippet,) = blocks(ROOT / "docs/heads.md", "python")
+    names = {}
+    exec(snippet, names)
+    assert names["logits"].shape == (3, 100)
+    expected = torch.nn.functional.cross_entropy(names["logits"], names["targets"])
+    torch.testing.assert_close(names["loss"], expected)
+    torch.testing.assert_close(names["same"], expected)
+
+
+def test_swap_save_and_load_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = (b for b in blocks(ROOT / "docs/interop.md", "python") if "load_swapped" in b)
+    exec(snippet, {})
+    assert "torch.Size([1, 3, 500])" in capsys.readouterr().out
+
+
+def test_a_chain_of_commands_runs(tmp_path):
+    """README's four lines for your own text, and a sample: with a tiny model."""
+    path = tmp_path / "mytext.txt"
+    path.write_text("\n\n".join(text(300)))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    lines = blocks(ROOT / "README.md", "bash")
+    (own,) = (b for b in lines if "data/mine" in b)
+    (sample,) = (c for b in lines for c in b.splitlines() if "sample.py --out_dir=out/l1" in c)
+    sample = sample.replace("out/l1", "out/mine/cosine-softmax") + " --max_new_tokens=3"
+    for command in (*own.splitlines(), sample):
+        words = shlex.split(command)[1:]
+        if words[0] == "train.py":
+            words += [f"--{key}={value}" for key, value in TINY.items()]
+        if words[0] == "prepare_openwebtext.py":
+            words = [w.replace("bpe:4096", "bpe:300") for w in words] + ["--num_proc=1"]
+        done = script_here(*words, cwd=tmp_path)
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+    assert (tmp_path / "report.html").is_file() and "The city of" in done.stdout
+    recorded = (tmp_path / "out/mine/cosine-softmax/metrics.jsonl").read_text().splitlines()
+    assert all("iter" in json.loads(line) for line in recorded)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configs_parse_and_explain_their_numbers(path):
-    from base.command_line import parse
-    from model import ModelConfig
-    from training.config import TrainConfig
-
     parse([str(path)], ModelConfig, TrainConfig, config_file=True)
     for key in ("batch_size", "max_iters", "learning_rate"):
         assert key in yaml.safe_load(path.read_text())
@@ -182,46 +227,16 @@ def test_configs_parse_and_explain_their_numbers(path):
     )
 
 
-def test_table_of_heads_is_the_codes():
-    from harmonic.distances import formula_table
-
-    assert formula_table() in README
-
-
-def test_demo_numbers_are_the_measured_ones():
-    import csv
-
-    for row in csv.DictReader((ROOT / "results/demo.csv").open()):
-        nats, perplexity, bits = (
-            float(row[k]) for k in ("nats_per_token", "perplexity", "bits_per_byte")
-        )
-        assert f"| {nats:.3f} | {perplexity:.1f} | {bits:.3f} |" in README
-
-
-def test_snippets_work():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    (use,) = (b for b in blocks if b.startswith("from harmonic import HarmonicHead"))
-    names = {"n_embd": 8, "vocab_size": 20, "h": torch.randn(3, 8), "targets": torch.arange(3)}
-    exec(use, names)
-    assert names["logits"].shape == (3, 20)
-    torch.testing.assert_close(
-        names["loss"], torch.nn.functional.cross_entropy(names["logits"], names["targets"])
-    )
-
-
-def test_help_lists_every_key():
-    for words in (["-m", "interop.export"], ["-m", "interop.lm_eval"]):
-        assert script_here(*words, "--help").stdout.count("(type:") > 2
-    for words in (
-        ["train.py"],
-        ["sample.py"],
-        ["prepare_openwebtext.py"],
-        ["-m", "analysis.report"],
-        ["-m", "analysis.perplexity"],
-    ):
-        done = script_here(*words, "--help")
-        assert done.returncode == 0 and "--out" in done.stdout and done.stdout.count("(type:") > 5
-    assert "manhattan" in script_here("train.py", "--help").stdout
+def test_help_lists_every_key(monkeypatch, capsys):
+    """In this process; one script for real."""
+    for name in ("sample", "interop.export", "analysis.report", "analysis.perplexity"):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            module.main()
+        assert capsys.readouterr().out.count("(type:") > 2
+    done = script_here("train.py", "--help")
+    assert "manhattan" in done.stdout and done.stdout.count("(type:") > 60
 
 
 def test_the_text_speaks_of_the_product_alone():
@@ -233,56 +248,69 @@ def test_the_text_speaks_of_the_product_alone():
             name.endswith((".py", ".md", ".yaml", ".toml", ".txt", ".html"))
             and name != "tests/test_readme.py"
         ):
-            content = (ROOT / name).read_text()
-            assert str(ROOT.parent) + "/" not in content, name
+            assert str(ROOT.parent) + "/" not in page(name), name
     assert sys.version_info >= (3, 11)
 
 
-def test_benchmark_numbers_are_the_measured_ones():
-    import csv
+def test_the_version_is_the_same_everywhere():
+    from harmonic import __version__
 
+    assert yaml.safe_load(page("CITATION.cff"))["version"] == __version__
+    assert f"## [{__version__}]" in page("CHANGELOG.md")
+
+
+def test_table_of_heads_is_the_codes():
+    from harmonic.distances import formula_table
+
+    assert formula_table() in page("docs/heads.md")
+
+
+def test_demo_numbers_are_the_measured_ones():
+    for row in rows("demo.csv"):
+        nats, perplexity, bits = (
+            float(row[k]) for k in ("nats_per_token", "perplexity", "bits_per_byte")
+        )
+        assert f"| {nats:.3f} | {perplexity:.1f} | {bits:.3f} |" in page("README.md")
+
+
+def test_results_on_the_front_page_are_those_of_the_results():
+    table = page("README.md").partition("| head | link | test loss")[2].partition("\n\n")[0]
+    numbers = re.findall(r"[-+]?\d\.\d{3,4} ± \d\.\d{3,4}", table)
+    assert len(numbers) > 10
+    for number in numbers:
+        assert number in page("results/README.md")
+
+
+def test_benchmark_numbers_are_the_measured_ones():
     from benchmarks.head import markdown
 
+    performance = page("docs/performance.md")
     for device in ("cpu", "cuda"):
-        assert (
-            markdown(list(csv.DictReader((ROOT / f"results/head_{device}.csv").open()))) in README
-        )
-    compiled = list(csv.DictReader((ROOT / "results/gpu_compile.csv").open()))
-    assert f"{len(compiled)} compilations" in README
-    assert f"at most {max(int(r['spill_stores']) for r in compiled)} spilled bytes" in README
+        assert markdown(rows(f"head_{device}.csv")) in performance
+    compiled = rows("gpu_compile.csv")
+    assert f"{len(compiled)} compilations" in performance
+    spilled = max(int(r["spill_stores"]) for r in compiled)
+    assert f"at most {spilled} spilled bytes" in performance
 
 
 def test_tables_of_the_performance_page_are_the_measured_ones():
-    import csv
-
     from benchmarks.precision import markdown
 
-    page = (ROOT / "docs" / "performance.md").read_text()
-    assert markdown(list(csv.DictReader((ROOT / "results/precision.csv").open()))) in page
-    predicted = [
-        r
-        for r in csv.DictReader((ROOT / "results/gpu_predicted.csv").open())
-        if r["model"] == "gpt2_124m"
-    ]
-    for r in predicted:
-        cells = (
-            r[k] for k in ("head", "precision", "head_ms", "iteration_ms", "ratio", "least_ratio")
-        )
-        assert f"| {' | '.join(cells)} |" in page
+    assert markdown(rows("precision.csv")) in page("docs/performance.md")
+    for r in rows("gpu_predicted.csv"):
+        keys = ("head", "precision", "head_ms", "iteration_ms", "ratio", "least_ratio")
+        if r["model"] == "gpt2_124m":
+            cells = " | ".join(r[k] for k in keys)
+            assert f"| {cells} |" in page("docs/performance.md")
 
 
 def test_swap_numbers_are_the_measured_ones():
-    import csv
-
     from benchmarks.swap import markdown
 
-    assert markdown(list(csv.DictReader((ROOT / "results/head_swap.csv").open()))) in README
+    interop = page("docs/interop.md")
+    assert markdown(rows("head_swap.csv")) in interop
     for number in ("2.1422", "4.4142"):
-        assert (
-            (ROOT / "results/harness.txt").read_text().count(number)
-            == 2
-            == README.count(f"| {number} |")
-        )
+        assert page("results/harness.txt").count(number) == 2 == interop.count(f"| {number} |")
 
 
 def header(path) -> str:
@@ -290,30 +318,16 @@ def header(path) -> str:
 
 
 def test_the_benchmark_runs(tmp_path):
-    done = script(
-        "-m",
-        "benchmarks.head",
-        "cosine",
-        "canberra",
-        "--sizes=16x50x8",
-        "--rounds=1",
-        f"--out={tmp_path / 'b.csv'}",
-    )
-    assert done.returncode == 0 and (tmp_path / "b.csv").read_text().count("\n") == 5, (
-        done.stderr
-    )  # two heads, two peers of cosine
+    words = ["benchmarks.head", "cosine", "canberra", "--sizes=16x50x8", "--rounds=1"]
+    done = script("-m", *words, f"--out={tmp_path / 'b.csv'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "b.csv").read_text().count("\n") == 5  # two heads, two peers of cosine
     assert header(tmp_path / "b.csv") == header(ROOT / "results/head_cpu.csv")
     assert (tmp_path / "b.png").stat().st_size > 5000
 
 
 def test_the_skip_benchmark_runs(tmp_path):
-    done = script(
-        "-m",
-        "benchmarks.skip",
-        "--N=16",
-        "--rounds=1",
-        "--skips=1e-6,0.1",
-        f"--out={tmp_path / 's.csv'}",
-    )
+    words = ["benchmarks.skip", "--N=16", "--rounds=1", "--skips=1e-6,0.1"]
+    done = script_here("-m", *words, f"--out={tmp_path / 's.csv'}")
     assert done.returncode == 0 and (tmp_path / "s.csv").read_text().count("\n") == 3, done.stderr
     assert header(tmp_path / "s.csv") == header(ROOT / "results/skip.csv")

@@ -487,7 +487,7 @@ def suspend(c: StormConfig, home: Path, rank: int) -> Trial:
 
 
 def markdown(rows: list[dict]) -> str:
-    """README's table: a line for each kind of fault."""
+    """The table of docs/reliability.md: a line for each kind of fault."""
     kinds = {}
     for row in rows:
         kinds.setdefault((row["fault"], row["processes"]), []).append(row)

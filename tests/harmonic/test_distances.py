@@ -102,7 +102,8 @@ def test_homogeneity(setting):
             harmonic_logits(x, y, name, exponent=28.0, **options).softmax(-1)
             for x, y in ((h.float(), w.float()), small)
         )
-        assert (p - q).abs().max() < 2e-5
+        # Float32 rounds: today's distances stay below 2e-5, another correct one may not.
+        assert (p - q).abs().max() < 5e-5
 
 
 def test_distances_without_a_degree_are_not_homogeneous():

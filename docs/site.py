@@ -1,0 +1,30 @@
+"""Takes files of the repository's root into the site, which mkdocs builds from docs/ (mkdocs.yml).
+
+Links are written for readers of the repository. In the site all pages lie in one folder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages of the root, and the tables and figures of results/."""
+    results = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "results").iterdir())]
+    for name in (*PAGES, *results):
+        files.append(
+            File(name, str(ROOT), config["site_dir"], use_directory_urls=config.use_directory_urls)
+        )
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Points the links of pages at the site's folders."""
+    folder = Path(page.file.src_uri).parent
+    if folder == Path("results"):
+        return markdown
+    return markdown.replace("](docs/", "](").replace("](../", "](")
