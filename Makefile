@@ -104,7 +104,7 @@ study-toy: $(VENV)/installed
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
-	@echo "the site: site/index.html"
+	@echo "the site: site/index.html; with its search: python3 -m http.server --directory site"
 
 data/wikitext2/meta.json: | $(VENV)/installed
 	$(RUN) prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
