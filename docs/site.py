@@ -3,6 +3,7 @@
 Links are written for readers of the repository. In the site all pages lie in one folder.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE")
+LINK = re.compile(r"\[([^\]]*)\]\(\.\./([^)#\s]+)(#[^)\s]*|)\)")  # a link out of docs/
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -23,8 +25,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Points the links of pages at the site's folders."""
-    folder = Path(page.file.src_uri).parent
-    if folder == Path("results"):
+    """Points the links of pages at the site's folders. A link to code becomes its text."""
+    if Path(page.file.src_uri).parent == Path("results"):
         return markdown
-    return markdown.replace("](docs/", "](").replace("](../", "](")
+
+    def in_the_site(link: re.Match) -> str:
+        text, name, anchor = link.groups()
+        known = files.get_file_from_path(name) is not None
+        return f"[{text}]({name}{anchor})" if known else text
+
+    return LINK.sub(in_the_site, markdown.replace("](docs/", "]("))
