@@ -64,12 +64,20 @@ class MutantsConfig:
 
 @dataclass
 class Mutant:
-    """A changed expression: the file with it, where it stands, and what was changed."""
+    """A changed expression: where it stands (bytes start to end), and what stands there now."""
 
     file: str
     line: int
     fault: str
-    source: str
+    start: int
+    end: int
+    text: str
+
+    @property
+    def source(self) -> str:
+        """The file with the fault."""
+        data = (ROOT / self.file).read_bytes()
+        return (data[: self.start] + self.text.encode() + data[self.end :]).decode()
 
 
 def changed(node: ast.AST) -> ast.AST | None:
@@ -108,10 +116,9 @@ def mutants_of(path: Path) -> list[Mutant]:
                 continue
             start = offsets[node.lineno - 1] + node.col_offset
             end = offsets[node.end_lineno - 1] + node.end_col_offset
-            before, after = data[start:end].decode(), f"({ast.unparse(new)})"
-            fault = f"{' '.join(before.split())} -> {after[1:-1]}"
-            whole = (data[:start] + after.encode() + data[end:]).decode()
-            found.append(Mutant(str(path.relative_to(ROOT)), node.lineno, fault, whole))
+            before, after = " ".join(data[start:end].decode().split()), ast.unparse(new)
+            place = str(path.relative_to(ROOT)), node.lineno
+            found.append(Mutant(*place, f"{before} -> {after}", start, end, f"({after})"))
     return found
 
 
