@@ -120,13 +120,12 @@ def test_the_plain_loop_of_the_benchmark_is_a_gpt():
 
 
 def test_mutants_are_faults_that_python_can_read():
-    """Every fault changes one expression of its file, and the choice depends on the seed alone."""
+    """Every fault changes one expression of its file."""
     import ast
 
     from tests.faults.mutants import ROOT, chosen
 
     mutants = chosen(20, seed=3)
-    assert [m.fault for m in mutants] == [m.fault for m in chosen(20, seed=3)]
     assert len({m.file.split("/")[0] for m in mutants}) == 3
     for mutant in mutants:
         original = (ROOT / mutant.file).read_text()
