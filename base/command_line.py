@@ -26,6 +26,9 @@ from base.files import write_whole
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+# What jsonargparse raises for a text that is not of the type.
+WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
+
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that leaves the examples in a script's docstring as they are written."""
@@ -186,7 +189,8 @@ def parse(
     return built
 
 
-def _parser(schemas) -> jsonargparse.ArgumentParser:
+@functools.cache
+def _parser(schemas: tuple[type, ...]) -> jsonargparse.ArgumentParser:
     """Knows the types of all fields. Its help begins with the script's own docstring."""
     doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
     parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
@@ -199,7 +203,7 @@ def _read(
     parser: jsonargparse.ArgumentParser, types: dict, words: str | None, given: list[tuple]
 ) -> tuple[dict, list[str]]:
     """Settings (where they stand, key, value) -> (values by key, what is wrong with the others)."""
-    values, problems = {}, []
+    values, problems, texts = {}, [], []
     for where, key, value in given:
         if key not in types:
             problems.append(f"{where}{key}: unknown key{nearest(key, types)}")
@@ -209,9 +213,16 @@ def _read(
             values.setdefault(key, []).append(value)
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
+            texts.append((where, key, text))
+    # All at once, for each call costs as much as one setting does. Where that fails, one by one.
+    try:
+        found = parser.parse_args([f"--{key}={text}" for _, key, text in texts])
+        values |= {key: getattr(found, key) for _, key, _ in texts}
+    except WRONG_VALUE:
+        for where, key, text in texts:
             try:
                 values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
-            except (jsonargparse.ArgumentError, ValueError, TypeError):
+            except WRONG_VALUE:
                 problems.append(f"{where}{key}={text}: {_expected(key, text, types[key])}")
     return values, problems
 
