@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -138,7 +137,7 @@ def measure_of(head: HarmonicHead) -> str:
     if distance.kernel == "linf":
         text += " The coordinate that attains the maximum has the whole share."
     if distance.map is not None:
-        text += " Shares are of the vectors that the head compares, behind its map."
+        text += " Coordinates are counted after the head's map of both vectors."
     return text
 
 
