@@ -81,7 +81,7 @@ const errors = [];
 addEventListener("error", event => errors.push(event.message));
 (async () => {
   const seen = [];
-  const wait = () => new Promise(done => setTimeout(done, 100));
+  const wait = () => new Promise(done => setTimeout(done, 300));
   const press = (element, key) =>
     element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
   const title = () => document.getElementById("token").textContent;
@@ -105,6 +105,7 @@ addEventListener("error", event => errors.push(event.message));
   press(search, "ArrowDown"); press(items(0)[0], "ArrowDown"); press(items(0)[1], "ArrowRight");
   const focused = document.activeElement;
   seen.push(focused === items(1)[1], focused.classList.contains("chosen"));
+  await wait();
   seen.push(location.hash.includes("&with="));
   const wanted = named(focused);
   focused.click();
