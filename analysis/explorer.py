@@ -153,6 +153,7 @@ def describe(run: Run, head: HarmonicHead, chosen: torch.Tensor, bar: tqdm) -> d
         "unit": "logit" if head.is_control else "distance",
         "measure": measure_of(head),
         "dim": table.shape[1],
+        "largest": found.shares.shape[-1],
         "neighbours": packed(found.places, "<u2" if len(chosen) <= 2**16 else "<u4"),
         "values": packed(found.values, "<f4"),
         "coordinates": packed(found.coordinates, "<u2"),
@@ -179,12 +180,6 @@ def one_tokenizer(runs: list[Run], data: list[Data]) -> Tokenizer:
     return words[0]
 
 
-def choose(counts: torch.Tensor, most: int) -> torch.Tensor:
-    """The most frequent tokens, at most `most` of them unless that is 0."""
-    order = counts.argsort(descending=True, stable=True)
-    return order[:most] if most else order
-
-
 def collect(runs: list[Run], c: ExplorerConfig, device: str) -> dict:
     """Everything the page shows, as one JSON document. Its arrays have a row for each token of the
     page, and neighbours are named by such a row."""
@@ -192,7 +187,7 @@ def collect(runs: list[Run], c: ExplorerConfig, device: str) -> dict:
     words = one_tokenizer(runs, data)
     vocab_size = min([words.vocab_size, *(run.model_config.real_vocab_size for run in runs)])
     counts = frequency(data[0])[:vocab_size]
-    chosen = choose(counts, c.tokens)
+    chosen = counts.argsort(descending=True, stable=True)[: c.tokens or None]
     documents = []
     with tqdm(total=len(runs) * len(chosen), desc="tokens", unit="", disable=None) as bar:
         for run in runs:
@@ -204,12 +199,11 @@ def collect(runs: list[Run], c: ExplorerConfig, device: str) -> dict:
         "facts": [
             ["Tokens on this page", f"{len(chosen):,} of {vocab_size:,}"],
             ["Tokenizer", words.name],
-            ["Counts from", f"{data[0].folder.name}, the first 4 M tokens of its training split"],
+            ["Counts from", f"{data[0].folder.name}, at most the first 4 M training tokens"],
             ["Checkpoint", f"the {c.checkpoint} one of each run"],
         ],
         "left_out": vocab_size - len(chosen),
         "kept": min(NEIGHBOURS, len(chosen) - 1),
-        "largest": min(COORDINATES, *(d["dim"] for d in documents)),
         "tokens": [words.decode_token(t) for t in chosen.tolist()],
         "ids": packed(chosen, "<u4"),
         "counts": packed(counts[chosen], "<u4"),
