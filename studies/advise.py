@@ -15,8 +15,9 @@ twin of every head: the same distance without HarMax.
    the same tokens in the same order, so they are compared seed by seed.
 
 The study sets head, link, strength, seed, the number of iterations and the ends of the schedule
-itself, whatever the config says. Rows appear in out/advise/NAME.csv as runs end: stop it with
-Ctrl-C and call it again to resume. A changed setting or other data begins anew.
+itself, whatever the config says. The minutes are a plan: no run is stopped to keep them. Rows
+appear in out/advise/NAME.csv as runs end. Stop it with Ctrl-C and call it again to resume. A
+changed setting or other data begins anew.
 """
 
 import contextlib
@@ -58,6 +59,13 @@ CALIBRATION = 20  # iterations
 LEAST = 100
 # The part of the time that is planned: runs may take longer than the calibration promised.
 PLANNED = 0.9
+# Settings of train.py that the study sets itself.
+OF_A_HEAD = ("head", "link", "exponent", "scale", "learn_exponent", "learn_scale")
+OF_A_RUN = (
+    "seed", "max_iters", "warmup_iters", "min_lr", "lr_decay_iters", "decay_iters", "eval_interval",
+    "log_interval", "eval_only", "out_dir", "overwrite", "sample_interval", "new_data_order",
+    "verify_resume", "profile", "tensorboard", "wandb",
+)  # fmt: skip
 KEY = (
     "stage", "dataset", "setup", "name", "learning_rate", "exponent", "init_std", "seed",
     "iterations",
@@ -227,7 +235,7 @@ class Study:
         return found
 
     def finals(self, name: str, iterations: int) -> list[dict]:
-        """The final runs of a head whose sweep is done. None where no setting was finite."""
+        """The final runs of a head whose sweep is done. It has none where no setting was finite."""
         found = self.sweep(name, iterations)
         best = min(found, key=found.get)
         if math.isinf(found[best]):
@@ -337,7 +345,13 @@ def result_table(study: Study, iterations: int) -> str:
         Column("twin_p", "p", ".2g"),
         Column("time", "a token", ".0f", "µs"),
     ]
-    return markdown(sorted(rows, key=_loss), columns)
+    return (
+        f"{markdown(sorted(rows, key=_loss), columns)}\n\n"
+        f"Differences are in nats a token, with 95 % intervals, paired by seed. p is corrected for"
+        f" {len(found)} comparisons (Holm), the intervals are not. n is the exponent, or the one"
+        " that the twin's scale is matched to at the start. std is the scale of the prototypes at"
+        f" the start. The time of a token is that of {study.c.workers} runs side by side."
+    )
 
 
 def _loss(row: dict) -> float:
@@ -405,17 +419,16 @@ def configure(argv: list[str]) -> tuple[AdviseConfig, ModelConfig, TrainConfig, 
     if not argv or argv[0].startswith("-"):
         argv = [DEFAULT, *argv]
     c, m, t = parse(argv, AdviseConfig, ModelConfig, TrainConfig, config_file=True)
+    given = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
+    own = (*OF_A_HEAD, *OF_A_RUN)
+    problems = [f"--{name}: the study sets it itself" for name in given if name in own]
     if t.init_from != "scratch" or t.source:
-        raise UserError("the study trains from scratch: leave out init_from and source")
-    own = ("head", "link", "exponent", "scale", "learn_exponent", "learn_scale")
-    m = dataclasses.replace(m, **{name: getattr(ModelConfig, name) for name in own})
-    own = ("seed", "max_iters", "warmup_iters", "min_lr", "lr_decay_iters", "decay_iters")
-    own += ("eval_interval", "log_interval", "eval_only", "out_dir", "overwrite", "sample_interval")
-    own += ("new_data_order", "verify_resume", "profile", "tensorboard", "wandb")
-    t = dataclasses.replace(t, **{name: getattr(TrainConfig, name) for name in own})
+        problems.append("the study trains from scratch: leave out init_from and source")
+    check(problems)
+    m = dataclasses.replace(m, **{name: getattr(ModelConfig, name) for name in OF_A_HEAD})
+    t = dataclasses.replace(t, **{name: getattr(TrainConfig, name) for name in OF_A_RUN})
     # Runs side by side would each be charged for all.
     t.emissions = False
-    problems = []
     for name in c.names():
         problems += dataclasses.replace(m, head=name).problems()
     check(problems)

@@ -185,6 +185,9 @@ def test_a_real_study_in_the_time_that_it_asked_for(tiny_data, tiny_config, tmp_
 
 
 def test_mistakes_are_told_at_once():
-    done = script_here("-m", "studies.advise", "--heads=cosin", "--seeds=1", "--init_from=gpt2")
+    done = script_here("-m", "studies.advise", "--heads=cosin", "--seeds=1")
     assert done.returncode == 2 and "did you mean cosine?" in done.stderr
     assert "seeds=1 must be at least 3" in done.stderr
+    done = script_here("-m", "studies.advise", "--head=cosine", "--init_from=gpt2")
+    assert done.returncode == 2 and "--head: the study sets it itself" in done.stderr
+    assert "trains from scratch" in done.stderr
