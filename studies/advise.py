@@ -383,7 +383,7 @@ def conclusion(study: Study, iterations: int, costs: Costs) -> str:
 
 
 def draw(study: Study, iterations: int, path: Path) -> None:
-    """The differences to cross_entropy with their intervals, and a dot for each seed."""
+    """The differences to cross_entropy with their intervals, and a tick for each seed."""
     found = differences(study.losses(iterations), study.twins)
     shown = [d for (_, other), d in found.items() if other == BASELINE]
     figure = figures.figure(1.0 + 0.4 * len(shown))
