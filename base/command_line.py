@@ -36,9 +36,8 @@ def show_bytes(error: UnicodeEncodeError) -> tuple[str, int]:
     a byte as U+DCE9."""
     rest = error.object[error.start : error.end]
     if not all("\udc80" <= character <= "\udcff" for character in rest):
-        return codecs.backslashreplace_errors(
-            error
-        )  # characters that the terminal's encoding lacks
+        # Characters that the terminal's encoding lacks.
+        return codecs.backslashreplace_errors(error)
     return rest.encode("ascii", "surrogateescape").decode("ascii", "backslashreplace"), error.end
 
 
@@ -60,9 +59,8 @@ def cli(main: typing.Callable):
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (
-        BrokenPipeError
-    ):  # the reader (head, less) went away; leave without the interpreter's complaint at exit
+    except BrokenPipeError:
+        # The reader (head, less) went away; leave without the interpreter's complaint at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

@@ -80,10 +80,8 @@ class Scale:
     device: str
     home: str
     """an empty folder for runs"""
-    checks: tuple[Check, ...] = (
-        Check(133, 1021, 97, 2),
-        Check(700, 200_003, 17, 11),
-    )  # of the second the kernels make two chunks
+    # Of the second the kernels make two chunks.
+    checks: tuple[Check, ...] = (Check(133, 1021, 97, 2), Check(700, 200_003, 17, 11))
     head: tuple[int, int, int] = (8192, 50304, 768)
     rounds: int = 5
     train: train_gpu.Sizes = train_gpu.Sizes()
@@ -793,9 +791,8 @@ def main() -> int:
     print(f"{card}: {len(chosen)} steps, of which {c.out} has {len(done)}", flush=True)
     most = 2 if c.rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
     about = {"card": card, "torch": version("torch"), "triton": version("triton")}
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that the processes below are ended, too
+    # So that the processes below are ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if c.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes that are started from here on
     with tempfile.TemporaryDirectory(prefix="gpu-") as home:

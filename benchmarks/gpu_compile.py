@@ -115,10 +115,8 @@ def cases():
     for gradients in (False, True):
         for link in ("harmonic", "softmax"):
             for kernel in KERNELS:
-                rank_one = kernel[1].get("p") in (
-                    1.0,
-                    1.5,
-                )  # the two ways a denominator meets a root
+                # The two ways a denominator meets a root.
+                rank_one = kernel[1].get("p") in (1.0, 1.5)
                 for terms in [False, True] if rank_one else [False]:
                     for products in PRODUCTS if kernel[0] == "l2" else [FLOAT32]:
                         yield epilogue(*kernel, link), terms, gradients, products
@@ -137,9 +135,8 @@ def variants() -> dict:
         for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, arguments[parameter.name]
             whole = isinstance(value, int)
-            if (
-                parameter.is_constexpr or value is None or (whole and value == 1)
-            ):  # as a launch specialises
+            # As a launch specialises.
+            if parameter.is_constexpr or value is None or (whole and value == 1):
                 constants[name], signature[name] = value, "constexpr"
                 continue
             signature[name] = (
@@ -312,9 +309,8 @@ def innermost_loops(sass: str) -> list[list[str]]:
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
             names.append(found[1])
             target = re.search(r"BRA.*`\((\.L_\w+)\)", line)
-            if (
-                target and labels.get(target[1], len(names)) < len(names) - 1
-            ):  # backwards, and not to itself as after the last
+            # Backwards, and not to itself as after the last.
+            if target and labels.get(target[1], len(names)) < len(names) - 1:
                 loops.append((labels[target[1]], len(names)))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return [names[first:last] for first, last in inner]
@@ -374,10 +370,8 @@ def least_ms(counts: dict) -> float:
         "float": work["float"] + counts.get("packed", 0.0),
         "special": work["special"],
     }
-    busy |= {
-        "load": work["load"],
-        "compare": work["compare"] + work["integer"],
-    }  # integers share the unit of comparisons
+    # Integers share the unit of comparisons.
+    busy |= {"load": work["load"], "compare": work["compare"] + work["integer"]}
     N, V, C = SIZE
     return max(
         1000 * N * V * C * busy[unit] / (rate * MULTIPROCESSORS * CLOCK)

@@ -281,9 +281,8 @@ class Case:
         def run(dtype):
             a, b = h.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
             with self.autocast:
-                if (
-                    peer and dtype == torch.float32
-                ):  # the mean of eight copies of a state: some peers take multiples of eight alone
+                # The mean of eight copies of a state: some peers take multiples of eight alone.
+                if peer and dtype == torch.float32:
                     rows = [
                         (a[i : i + 1].repeat(8, 1), b, y[i : i + 1].repeat(8))
                         for i in range(len(a))

@@ -25,9 +25,8 @@ from text.packages import package_files
 
 VOCABULARY, LONGEST, PROMPT = 293, 256, 23
 NEW = 200  # tokens of greedy text
-SMALL = dict(
-    vocab_size=VOCABULARY, initializer_range=0.2
-)  # ten times the usual weights: attention that attends, logits that differ
+# Ten times the usual weights: attention that attends, logits that differ.
+SMALL = dict(vocab_size=VOCABULARY, initializer_range=0.2)
 GPT = dict(
     model_type="gpt2",
     n_layer=3,

@@ -131,9 +131,8 @@ def save(
         *folders(out_dir),
         *folder.parent.glob(".iter_*"),
     } - kept:  # and what killed runs left aside; nothing foreign
-        shutil.rmtree(
-            path, ignore_errors=True
-        )  # what cannot be removed now is tried again at the next checkpoint
+        # What cannot be removed now is tried again at the next checkpoint.
+        shutil.rmtree(path, ignore_errors=True)
     return folder
 
 

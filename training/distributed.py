@@ -201,9 +201,8 @@ def run(main):
         try:
             main()
         except UserError as error:
-            if (
-                dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0"
-            ):  # cli speaks for local rank 0
+            # `cli` speaks for local rank 0.
+            if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
                 print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
             raise
 

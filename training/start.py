@@ -50,9 +50,8 @@ def configure(
     start = given.get("source")
     if init_from not in (None, "scratch", "resume", "auto"):
         init_from, start = "scratch", init_from
-    if init_from in (None, "scratch") and begun_by_this_torchrun(
-        out_dir
-    ):  # which has started its processes again: --max-restarts
+    # Which has started its processes again: --max-restarts.
+    if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):
         init_from = "auto"
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
     base = source = None

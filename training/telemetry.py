@@ -124,9 +124,8 @@ class Metrics:
             except OSError:
                 self.file.truncate(end)
                 raise
-        except (
-            OSError
-        ) as error:  # of the truncation too, where the file system has turned read-only
+        except OSError as error:
+            # Of the truncation too, where the file system has turned read-only.
             if not warned:
                 print(
                     f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory",
