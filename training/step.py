@@ -49,7 +49,7 @@ class Step:
         zero = torch.zeros((), device=device)
         return Step(zero, zero, torch.full((), math.inf, device=device))
 
-    def add(self, loss: torch.Tensor, distances: torch.Tensor | None):
+    def add(self, loss: torch.Tensor, distances: torch.Tensor | None) -> None:
         """A micro-batch: its summed loss, and d(h, w_target) of its targets where there is one."""
         self.loss = self.loss + loss.detach()
         if distances is not None and len(distances):
@@ -91,7 +91,7 @@ class Gradients:
         self.of_head = torch.tensor(of_head, device=processes.device)
 
     @torch.no_grad()
-    def measure(self, step: Step):
+    def measure(self, step: Step) -> None:
         """Fills in the norms of a step."""
         p, head = self.processes, self.model.head
         table = local(head.weight)
@@ -108,7 +108,7 @@ class Gradients:
         step.norm_trunk = torch.where(self.of_head, 0.0, step.squares).sum().sqrt()
 
     @torch.no_grad()
-    def clip(self, norm: torch.Tensor, most: float):
+    def clip(self, norm: torch.Tensor, most: float) -> None:
         """Scales all gradients so that their norm is at most `most`."""
         torch._foreach_mul_(self._local(), (most / (norm + 1e-6)).clamp(max=1.0))
 
