@@ -93,7 +93,6 @@ class Log:
             what = f"loss {loss / self.work.targets}"
         if ranks:
             what += f" on rank {listed(ranks)}"
-        assert step.squares is not None
         raise not_finite(record["iter"], what, self.gradients.not_finite(step.squares))
 
     def _print(
