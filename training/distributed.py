@@ -24,9 +24,8 @@ from base.errors import UserError
 from model import Model
 
 T = TypeVar("T")
-_KEPT: list[
-    DistributedDataParallel
-] = []  # a DistributedDataParallel lives as long as its process: see `run`
+# A DistributedDataParallel lives as long as its process: see `run`.
+_KEPT: list[DistributedDataParallel] = []
 
 
 @dataclass
