@@ -211,7 +211,7 @@ def collect(runs: list[Run], c: ExplorerConfig, device: str) -> dict:
     }
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ExplorerConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
     out, device = writable(Path(c.out)), check_device(c.device)

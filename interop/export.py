@@ -100,7 +100,7 @@ def model_of(model: Model, tokenizer: Tokenizer) -> Any:
     if form.masked:  # The mask may be a token beyond the vocabulary.
         rows = max(rows, tokenizer.mask_id + 1)
     c = replace(model.config, vocab_size=rows)
-    if not model.head.is_control:
+    if model.head.strength_name is not None:
         c.scale, c.exponent = None, None
         setattr(c, model.head.strength_name, float(model.head.strength))
     check_format(c, form)

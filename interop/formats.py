@@ -96,7 +96,7 @@ class Format:
 
     def read(self, config: Any) -> dict[str, Any]:
         """transformers' configuration -> the keys of ModelConfig that it determines."""
-        found = {"arch": self.arch}
+        found: dict[str, Any] = {"arch": self.arch}
         found |= {ours: getattr(config, theirs) for ours, theirs in self.keys.items()}
         found["intermediate_size"] = found["intermediate_size"] or 0  # GPT-2's is None.
         found["real_vocab_size"] = found["vocab_size"]
@@ -122,7 +122,9 @@ class Format:
         found |= dict.fromkeys(self.dropouts, c.dropout)
         found |= self.constant
         if self.activation_key is not None:
-            found[self.activation_key] = WRITTEN[c.activation or self.activation]
+            activation = c.activation or self.activation
+            assert activation is not None
+            found[self.activation_key] = WRITTEN[activation]
         if self.rotary:
             found[self.keys["n_kv_head"]] = c.n_kv_head or c.n_head
             found["head_dim"] = c.attention_width()

@@ -205,7 +205,7 @@ class Study:
         """Of each head, once the calibration is done."""
         found = {}
         for key in self.calibration():
-            row = self.table.find(key)
+            row = self.table.row(key)
             if not row["tokens_per_s"]:
                 raise UserError(
                     f"{key['name']}: a loss was not finite within {CALIBRATION} iterations: lower"
@@ -217,7 +217,7 @@ class Study:
         return found
 
     def costs(self) -> Costs:
-        spent = sum(float(self.table.find(key)["seconds"]) for key in self.calibration())
+        spent = sum(float(self.table.row(key)["seconds"]) for key in self.calibration())
         return Costs(list(self.speeds().values()), spent, self.c.workers, self.c.seeds)
 
     def sweep(self, name: str, iterations: int) -> dict[tuple[float, float], float | None]:
@@ -230,15 +230,15 @@ class Study:
 
         found = {s: loss(s) for s in [(self.t.learning_rate * rate, 1.0) for rate in RATES]}
         if None not in found.values():
-            rate, _ = min(found, key=found.get)
+            rate, _ = _best(found)
             found |= {s: loss(s) for s in [(rate, strength) for strength in STRENGTHS]}
         return found
 
     def finals(self, name: str, iterations: int) -> list[dict]:
         """The final runs of a head whose sweep is done. It has none where no setting was finite."""
         found = self.sweep(name, iterations)
-        best = min(found, key=found.get)
-        if math.isinf(found[best]):
+        best = _best(found)
+        if found[best] == math.inf:
             return []
         seeds = range(FIRST_SEED, FIRST_SEED + self.c.seeds)
         return [self.key("final", name, iterations, best, seed) for seed in seeds]
@@ -279,10 +279,16 @@ class Study:
         """Of the final runs."""
         found = {}
         for name in self.heads:
-            rows = [self.table.find(key) for key in self.finals(name, iterations)]
+            rows = [self.table.row(key) for key in self.finals(name, iterations)]
             # A head without a finite setting has failed too.
             found[name] = {row["seed"]: number(row[column]) for row in rows} or {"": math.inf}
         return found
+
+
+def _best(losses: dict[tuple[float, float], float | None]) -> tuple[float, float]:
+    """The setting with the lowest loss."""
+    known = {setting: loss for setting, loss in losses.items() if loss is not None}
+    return min(known, key=known.__getitem__)
 
 
 def measure(run: Path, key: dict) -> dict:
@@ -321,7 +327,7 @@ def result_table(study: Study, iterations: int) -> str:
         row = {"head": name, "loss": statistics.fmean(losses[name].values())}
         keys = study.finals(name, iterations)
         if keys:
-            runs = [study.table.find(key) for key in keys]
+            runs = [study.table.row(key) for key in keys]
             speed = statistics.median(float(run["tokens_per_s"] or "nan") for run in runs)
             row |= {"rate": keys[0]["learning_rate"], "time": 1e6 / speed}
             if study.heads[name].link:
@@ -329,12 +335,12 @@ def result_table(study: Study, iterations: int) -> str:
             else:
                 row["strength"] = f"std = {keys[0]['init_std']}"
         for column, other in {"base": BASELINE, "twin": study.twins.get(name)}.items():
-            if (name, other) in found:
+            if other is not None and (name, other) in found:
                 difference = found[name, other]
                 row[column] = interval(difference.mean, difference.half)
                 row[f"{column}_p"] = difference.p
         rows.append(row)
-    columns = [
+    columns: list[Column | str] = [
         "head",
         Column("rate", "learning rate"),
         "strength",
@@ -445,7 +451,7 @@ def resumable(path: Path) -> Iterator[None]:
         sys.exit(130)
 
 
-def main():
+def main() -> None:
     c, m, t, data = configure(sys.argv[1:])
     began, out = time.monotonic(), Path(c.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -104,9 +104,8 @@ def test_commands_run_in_order(place):
         elif arguments[0] == "prepare_openwebtext.py":
             run(place, [*arguments, "--max_documents=60", "--num_proc=1", "--overwrite=true"])
         elif arguments[0] == "train.py":
-            stored = (
-                "--init_from=resume" in arguments
-            )  # the model is the stored one's: only the length is cut
+            # The model is the stored one's: only the length is cut.
+            stored = "--init_from=resume" in arguments
             run(
                 place,
                 [
@@ -299,9 +298,8 @@ def test_the_benchmark_runs(tmp_path):
         "--rounds=1",
         f"--out={tmp_path / 'b.csv'}",
     )
-    assert done.returncode == 0 and (tmp_path / "b.csv").read_text().count("\n") == 5, (
-        done.stderr
-    )  # two heads, two peers of cosine
+    # Two heads, two peers of cosine.
+    assert done.returncode == 0 and (tmp_path / "b.csv").read_text().count("\n") == 5, done.stderr
     assert header(tmp_path / "b.csv") == header(ROOT / "results/head_cpu.csv")
     assert (tmp_path / "b.png").stat().st_size > 5000
 

@@ -46,7 +46,7 @@ class Evaluation:
         with torch.no_grad(), self.autocast:
             total = self._sums(model)
             kl = self._distance_from_a_softmax(model)
-            learnt = None if model.head.log_strength is None else model.head.strength.item()
+            learnt = None if model.head.log_strength is None else float(model.head.strength)
         if isinstance(model, FSDPModule):
             model.reshard()  # what no backward pass does here
         model.train()

@@ -1,10 +1,11 @@
 """The optimiser of a run: AdamW, or Muon for the trunk's matrices and AdamW for the rest."""
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 
-from model import Model
+from model import Block, Model
 from training.config import TrainConfig
 
 
@@ -59,10 +60,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["rate"]
 
 
-def row_blocks(model: Model) -> dict[torch.nn.Parameter, list[int]]:
+def row_blocks(model: Model) -> dict[torch.Tensor, list[int]]:
     """The weights that hold several matrices, one below the other: weight -> rows of each."""
     blocks = {}
     for block in model.blocks:
+        assert isinstance(block, Block)
         a = block.attention
         blocks[a.qkv.weight] = [heads * a.width for heads in (a.n_head, a.n_kv_head, a.n_kv_head)]
         if block.mlp.gated:
@@ -77,13 +79,19 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], rows: dict[torch.nn.Parameter, list[int]], **how: Any
+        self, groups: list[dict[str, Any]], rows: dict[torch.Tensor, list[int]], **how: Any
     ):
         super().__init__(groups, **how)
         self.rows = rows
 
-    def _init_group(self, group, params_with_grad, grads, muon_momentum_bufs) -> bool:
-        whole = [], [], []
+    def _init_group(
+        self,
+        group: MutableMapping[str, Any],
+        params_with_grad: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        muon_momentum_bufs: list[torch.Tensor],
+    ) -> bool:
+        whole: tuple[list[torch.Tensor], ...] = [], [], []
         has_complex = super()._init_group(group, *whole)
         for p, gradient, momentum in zip(*whole, strict=True):
             rows = self.rows.get(p, [len(p)])
@@ -113,6 +121,6 @@ class Together(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         for part in self.parts:
             part.step()

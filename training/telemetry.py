@@ -96,7 +96,7 @@ class Metrics:
 
             self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config)
 
-    def write(self, record: dict):
+    def write(self, record: dict) -> None:
         """A record with `iter`; a number that is not finite is written as its name, for JSON has
         none."""
         clean = {
@@ -111,7 +111,7 @@ class Metrics:
         if self.wandb:
             self.wandb.log(numbers, step=record["iter"])
 
-    def _append(self, line: bytes):
+    def _append(self, line: bytes) -> None:
         """A full disk loses no line and tears none: what does not fit waits for the next one."""
         warned = bool(self.backlog)
         self.backlog += line
@@ -124,9 +124,8 @@ class Metrics:
             except OSError:
                 self.file.truncate(end)
                 raise
-        except (
-            OSError
-        ) as error:  # of the truncation too, where the file system has turned read-only
+        except OSError as error:
+            # Of the truncation too, where the file system has turned read-only.
             if not warned:
                 print(
                     f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory",
@@ -134,7 +133,7 @@ class Metrics:
                     flush=True,
                 )
 
-    def sync(self):
+    def sync(self) -> None:
         """Flushes the lines to the disk: a checkpoint's lines are there before the checkpoint
         is."""
         self._append(b"")
@@ -147,7 +146,7 @@ class Metrics:
                 flush=True,
             )
 
-    def close(self):
+    def close(self) -> None:
         self._append(b"")
         if self.backlog:
             print(
@@ -183,7 +182,7 @@ def _stays(line: str, iteration: int) -> bool:
     return at == iteration and "val_loss" in found
 
 
-def _number(value) -> float | int | None:
+def _number(value: object) -> float | int | None:
     """A number of metrics.jsonl, where `nan` and `inf` are texts; None for anything else."""
     if isinstance(value, int | float):
         return value
@@ -192,7 +191,7 @@ def _number(value) -> float | int | None:
     return None
 
 
-def read_metrics(run) -> list[dict]:
+def read_metrics(run: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl that have `iter`, with all keys whose values are numbers.
 
     A version of this project may write keys that another one does not know, so no key but `iter`
@@ -289,7 +288,7 @@ class Emissions:
         )
         self.tracker.start()
 
-    def flush(self):
+    def flush(self) -> None:
         self.tracker.flush()
 
     def stop(self) -> tuple[float, float] | None:
@@ -299,7 +298,7 @@ class Emissions:
         return (data.energy_consumed, data.emissions) if data else None
 
 
-def keep_earlier(file: Path):
+def keep_earlier(file: Path) -> None:
     """Renames `emissions.csv` of an earlier start to `emissions_start1.csv`, or to the next number
     that is free."""
     if not file.is_file() or file.stat().st_size == 0:
@@ -310,7 +309,7 @@ def keep_earlier(file: Path):
     file.rename(kept)
 
 
-def _git(*words) -> str | None:
+def _git(*words: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10
@@ -344,7 +343,7 @@ def environment(device: str, world: int) -> dict:
     }
 
 
-def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict):
+def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict) -> None:
     """Writes environment.json: what this start of the run has, and what its earlier starts had,
     oldest first.
 
