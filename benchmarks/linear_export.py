@@ -104,16 +104,17 @@ def compare_tops(pair: Pair, ids: torch.Tensor) -> dict:
     }
 
 
-def compare_texts(pair: Pair, prompts: torch.Tensor) -> dict:
-    """Greedy text from prompts (B, T)."""
-    steps = list(pair.ours.generate(prompts.tolist(), NEW, temperature=0))
+def compare_texts(pair: Pair, prompts: torch.Tensor, new: int = NEW) -> dict:
+    """Greedy text from prompts (B, T), with `new` tokens each."""
+    steps = list(pair.ours.generate(prompts.tolist(), new, temperature=0))
     own = torch.cat((prompts, torch.tensor(steps).T), 1)
+    # Text goes on behind the end of a document.
+    pair.theirs.generation_config.eos_token_id = None
     linear = pair.theirs.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
-        max_new_tokens=NEW,
+        max_new_tokens=new,
         do_sample=False,
-        eos_token_id=-1,
         pad_token_id=0,
     )
     gap = 0.0
