@@ -305,6 +305,7 @@ def validation_data(c: ExportConfig, stored: dict[str, Any]) -> Data:
 
 def export(c: ExportConfig) -> None:
     """Writes the folder of a run, whole or not at all, and says so."""
+    assert c.to is not None  # `problems` has asked for it
     run, to = Path(c.run[0]), Path(c.to)
     model, stored, manifest = checkpoint.load_run(run, "cpu", c.checkpoint)
     source = tokenizer_folder(run, stored["dataset"])

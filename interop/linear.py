@@ -14,6 +14,7 @@ is the same for a gain and a bias of ones. An RMSNorm has no such sum, and so no
 """
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -97,7 +98,9 @@ def fold(rows: Tensor, constants: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 def plain_config(c: ModelConfig) -> ModelConfig:
     """The configuration with an ordinary unembedding of its own."""
-    head = {f.name: f.default for f in fields(ModelConfig) if HEAD_KEY.match(f.name)}
+    head: dict[str, Any] = {
+        f.name: f.default for f in fields(ModelConfig) if HEAD_KEY.match(f.name)
+    }
     return replace(c, **head, tie_weights=False)
 
 
@@ -124,19 +127,21 @@ def linearize(model: Model, data: Data) -> tuple[Model, float]:
     trunk = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     made.load_state_dict(trunk, strict=False)
     if needs_constants(model.head.distance):
-        rows = fold(rows, constants, model.final_norm)
-        nn.init.ones_(made.final_norm.weight)
-        nn.init.ones_(made.final_norm.bias)
+        before, after = model.final_norm, made.final_norm
+        assert isinstance(before, nn.LayerNorm) and isinstance(after, nn.LayerNorm)
+        rows = fold(rows, constants, before)
+        nn.init.ones_(after.weight)
+        nn.init.ones_(after.bias)
     made.head.weight[: len(rows)] = rows
 
-    own, linear = [], []
+    of_head, of_rows = [], []
     windows = validation_windows(
         data.splits["val"].tokens, c.block_size, -(-STATES // c.block_size)
     )
     for x, _ in batches_of(data, c).validation(windows, size=16):
-        own.append(model(x)[0].flatten(0, 1))
-        linear.append(made(x)[0].flatten(0, 1))
-    own, linear = torch.cat(own)[:STATES].log_softmax(-1), torch.cat(linear)[:STATES]
+        of_head.append(model(x)[0].flatten(0, 1))
+        of_rows.append(made(x)[0].flatten(0, 1))
+    own, linear = torch.cat(of_head)[:STATES].log_softmax(-1), torch.cat(of_rows)[:STATES]
     linear -= linear.amax(-1, keepdim=True)
     scale = nearest_strength(linear, own.exp())
     made.head.weight[: len(rows)] = scale * rows
