@@ -31,6 +31,11 @@ from harmonic import EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
 # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
 MASK_BLOCK = 128
 
+# Cosines and sines of rotary positions.
+Rope = tuple[torch.Tensor, torch.Tensor]
+# Which pairs of tokens may attend.
+Mask = torch.Tensor | BlockMask
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -105,7 +110,7 @@ def head_option(name: str) -> Any:
 class ModelConfig:
     """The model"""
 
-    arch: Literal[*ARCHITECTURES] = "gpt"
+    arch: Literal[*ARCHITECTURES] = "gpt"  # type: ignore[valid-type]
     """blocks: GPT-2, BERT or Qwen2 style"""
     n_layer: int = 12
     """number of blocks"""
@@ -151,11 +156,11 @@ class ModelConfig:
     """qwen: RMSNorm on queries and keys (Qwen3)"""
     rope_theta: float = 1e6
     """qwen: base of the rotary frequencies (1e6 in Qwen2)"""
-    head: Literal[*HEADS] = "cross_entropy"
+    head: Literal[*HEADS] = "cross_entropy"  # type: ignore[valid-type]
     """distance of the head, or a control"""
     link: Literal["harmonic", "softmax"] = "harmonic"
     """logits from distances: harmonic (-n log d) or softmax (-s d), its control"""
-    exponent: float | Literal[*EXPONENTS] | None = None
+    exponent: float | Literal[*EXPONENTS] | None = None  # type: ignore[valid-type]
     """n, the power of the distance; dim is n_embd; null = the distance's default"""
     scale: float | None = None
     """s of the softmax link; null = matched to the exponent at initialisation"""
@@ -307,7 +312,7 @@ class ModelConfig:
         return found
 
 
-def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotary positions, halves layout: x (B, H, T, D), rope = cos and sin (B or 1, 1, T, D/2)."""
     cos, sin = (r.to(x.dtype) for r in rope)
     a, b = x.chunk(2, -1)
@@ -351,7 +356,9 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def causal_attention(q, k, v, rows: int = 64):
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int = 64
+) -> torch.Tensor:
     """Scaled dot-product attention written out for blocks of queries, (B, H, T, D) each. Compiled,
     it spares a CPU a third of the time of
     PyTorch's own kernel in bfloat16. Scores are rounded to bfloat16, as products are; probabilities
@@ -402,7 +409,9 @@ def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
     if causal:
         some, every = some.tril(), every.tril(-1)
 
-    def allowed(b, h, query, key):
+    def allowed(
+        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         same = number[b, query] == number[b, key]
         return same & (query >= key) if causal else same
 
@@ -424,7 +433,7 @@ def listed_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def compiled_flex_attention():
+def compiled_flex_attention() -> Callable[..., Any]:
     """FlexAttention as one kernel. Outside of a compiled block it would compute all scores
     first."""
     return torch.compile(flex_attention)
@@ -455,11 +464,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, rows, bias=bias)
         out_bias = bias and config.architecture.out_bias
         self.out = nn.Linear(self.n_head * self.width, config.n_embd, bias=out_bias)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=1e-6) for _ in range(2))
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: Rope | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
         B, T, _ = x.shape
         parts = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         q, k, v = parts.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, D)
@@ -469,9 +485,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = self.attend(q, k, v, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        out: torch.Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return out
 
-    def attend(self, q, k, v, mask):
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None
+    ) -> torch.Tensor:
         """q (B, H, T, D) to k, v (B, key/value heads, T or more, D) -> (B, H, T, D)."""
         if isinstance(mask, BlockMask):
             return block_attention(q, k, v, mask)
@@ -506,12 +525,15 @@ class MLP(nn.Module):
             self.up = nn.Linear(C, width, bias=config.has_bias())
             self.down = nn.Linear(width, C, bias=config.has_bias())
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)
         if self.gated:
             gate, value = x.chunk(2, -1)
-            return self.down(F.silu(gate) * value)
-        return self.down(F.gelu(x, approximate=self.gelu))
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x, approximate=self.gelu)
+        x = self.down(x)
+        return x
 
 
 class Block(nn.Module):
@@ -522,12 +544,20 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(config, layer), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: Rope | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
         if self.norm_after:
             x = self.norm1(x + self.dropout(self.attention(x, rope, mask, cache)))
-            return self.norm2(x + self.dropout(self.mlp(x)))
+            x = self.norm2(x + self.dropout(self.mlp(x)))
+            return x
         x = x + self.dropout(self.attention(self.norm1(x), rope, mask, cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
 
 
 class Model(nn.Module):
@@ -563,7 +593,7 @@ class Model(nn.Module):
         if config.tie_weights:
             self.tokens.weight = self.head.weight
 
-    def _initialise(self):
+    def _initialise(self) -> None:
         """All weights but the head's, which has its own way."""
         config = self.config
         for name, p in self.named_parameters():
@@ -579,7 +609,7 @@ class Model(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def compile_blocks(self, **options):
+    def compile_blocks(self, **options: Any) -> None:
         """torch.compile of each block. They are alike: one compilation serves all."""
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
@@ -609,6 +639,8 @@ class Model(nn.Module):
         """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend:
         FlexAttention's mask or (B, 1, T, T)."""
         T, causal = idx.shape[1], self.config.architecture.causal
+        if self.config.eot_id is None:
+            raise ValueError("doc_mask needs eot_id")
         begins = idx == self.config.eot_id
         number, here = begins.cumsum(1), torch.arange(T, device=idx.device)
         positions = here - (here * begins).cummax(1).values
@@ -629,8 +661,14 @@ class Model(nn.Module):
         return angle.cos(), angle.sin()
 
     def trunk(
-        self, idx, positions=None, mask=None, cache=None, token_types=None, recompute: bool = False
-    ):
+        self,
+        idx: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+        token_types: torch.Tensor | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
         """Token ids (B, T) -> final hidden states (B, T, C).
 
         recompute: keep no activations within a block, but compute them again in the backward pass.
@@ -641,7 +679,8 @@ class Model(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + T, device=idx.device)
-        x, rope = self.tokens(idx), None
+        x: torch.Tensor = self.tokens(idx)
+        rope: Rope | None = None
         if self.positions is not None:
             x = x + self.positions(positions)
         else:
@@ -658,16 +697,25 @@ class Model(nn.Module):
                 x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += T
-        return x if self.final_norm is None else self.final_norm(x)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x
 
-    def hidden(self, idx, **arguments):
+    def hidden(self, idx: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """What the head sees: (B, T) -> (B, T, C)."""
         x = self.trunk(idx, **arguments)
-        return x if self.transform is None else self.transform(x)
+        if self.transform is not None:
+            x = self.transform(x)
+        return x
 
     def forward(
-        self, idx, targets=None, reduction="mean", with_distance=False, recompute: bool = False
-    ):
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = "mean",
+        with_distance: bool = False,
+        recompute: bool = False,
+    ) -> tuple[torch.Tensor | None, ...]:
         """Ids (B, T) -> (logits of all tokens (B, T, real_vocab_size), None).
 
         With targets (B, T), which are IGNORE_INDEX where nothing is predicted: -> (None, loss in
@@ -693,7 +741,7 @@ class Model(nn.Module):
             return None, loss, self.head.target_distance(x, targets)
         return None, loss
 
-    def loss(self, x, targets, reduction: str):
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """Of hidden states x (..., C); smoothed where that is asked for and the model trains."""
         smoothing = self.config.label_smoothing if self.training else 0.0
         if not smoothing:

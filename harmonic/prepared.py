@@ -9,7 +9,7 @@ from .backends import raw_values
 from .distances import resolve
 from .kernels import above, floor, l2_pairs, pairs
 from .links import CONTROL, logits
-from .pairwise import exactly, log_distance, mapped, together
+from .pairwise import exactly, log_distance, mapped, wide
 from .precision import FLOAT32
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ class PreparedHead:
         self.bias = None if head.bias is None else head.bias[: head.real_vocab_size]
         kernel, w = self.distance.kernel, head.prototypes().detach()
         with exactly(w.device):
-            w, _ = together(w, w)
-            self.prototypes = mapped(self.distance, w, None, self.of_map)
+            self.prototypes = mapped(self.distance, wide(w), None, self.of_map)
             self.finite = bool(self.prototypes.sum().isfinite())
             self.terms = self.squares = self.floor = None
             if self.distance.denominator is not None:
@@ -47,9 +46,10 @@ class PreparedHead:
 
     @torch.no_grad()
     def __call__(self, h: Tensor) -> Tensor:
-        """(..., C) -> logits (..., real_vocab_size), float32 (float64 if h or the table is)."""
+        """(..., C) -> logits (..., real_vocab_size), float32 (float64 if the table is)."""
         with exactly(h.device):
-            rows, y = together(h.reshape(-1, h.shape[-1]), self.prototypes)
+            y = self.prototypes
+            rows = h.reshape(-1, h.shape[-1]).to(y.dtype)
             x = mapped(self.distance, rows, None, self.of_map)
             u = None
             if self.distance.denominator is not None:
@@ -63,9 +63,7 @@ class PreparedHead:
         """Raw values of all pairs, floored: (N, C), (V, C) -> (N, V)."""
         kernel = self.distance.kernel
         if kernel == "l2":
-            # Float64 states want the squares of float64 prototypes.
-            squares = self.squares if y is self.prototypes else None
-            return l2_pairs(x, y, FLOAT32, squares)
+            return l2_pairs(x, y, FLOAT32, self.squares)
         raw = raw_values(x, y, kernel, self.of_kernel, self.finite)
         if raw is None or self.floor is None:
             return pairs(x, y, kernel, self.of_kernel)
