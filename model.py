@@ -693,6 +693,7 @@ class Model(nn.Module):
         seed: int = 0,
         cache: bool = True,
         explain: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **sampling,
     ) -> Iterator[list[int]]:
         """Yields the next token of every prompt, a list of ints a step.
@@ -707,12 +708,14 @@ class Model(nn.Module):
             cache: keep keys and values (one token a step) or recompute the context each step: same
                 text, slower.
             explain: called with (hidden states (B, C), tokens (B,)) a step.
+            head: gives the logits (B, V) of hidden states (B, C) in place of the model's head.
             sampling: temperature, top_k, top_p: see Sampler.
         Raises: ValueError for a model that fills masks.
         """
         if not self.config.architecture.causal:
             raise ValueError(f"{self.config.arch} fills masks; it does not generate")
         device, sampler = self.tokens.weight.device, Sampler(**sampling)
+        head = self.head if head is None else head
         generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
         texts, store, starts = Texts(self.config, prompts, device), None, None
         for _ in range(max_new_tokens):
@@ -724,7 +727,7 @@ class Model(nn.Module):
                     store = KVCache(self.config, len(prompts), device, self._compute_dtype())
             positions, mask = texts.positions(starts, context.shape[1])
             h = self.trunk(context, positions=positions, mask=mask, cache=store)[:, -1]
-            tokens = sampler.pick(self.head(h), generators)
+            tokens = sampler.pick(head(h), generators)
             if explain is not None:
                 explain(h, tokens)
             texts.ids = torch.cat((texts.ids, tokens[:, None]), 1)

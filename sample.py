@@ -3,6 +3,7 @@ coordinates decided.
 
 python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100
 --temperature=0.8 --top_k=200 --seed=1 python sample.py --out_dir=out/l1 --start="The" --explain
+python sample.py --out_dir=out/l1 --start="The" --ann --ann_candidates=512
 python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot python sample.py
 --out_dir=out/bert --start="The film was [MASK] and far too long."
 """
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from base.command_line import cli, parse
 from base.errors import UserError, check
 from harmonic import contributions, paired_distance
+from harmonic.integrations.faiss import NearestHead
 from text.sources import special_file
 from text.token_files import tokenizer_folder
 from text.tokenizers import Tokenizer, load_tokenizer
@@ -55,6 +57,12 @@ class SampleConfig:
     """the same seed gives the same text"""
     explain: bool = False
     """for each new token: its nearest prototypes, and the coordinates that carry its distance"""
+    ann: bool = False
+    """give logits to the nearest prototypes alone, which faiss finds (pip install faiss-cpu)"""
+    ann_candidates: int = 512
+    """how many prototypes get a logit with --ann"""
+    ann_index: Literal["flat", "hnsw"] = "flat"
+    """flat finds the nearest exactly; hnsw most of them, and it takes minutes to build"""
     cache: bool = True
     """keep keys and values; false recomputes the context at each token (same text, slower)"""
     device: str = "auto"
@@ -65,7 +73,7 @@ class SampleConfig:
     def problems(self) -> list[str]:
         found = [
             f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("num_samples", "max_new_tokens")
+            for k in ("num_samples", "max_new_tokens", "ann_candidates")
             if getattr(self, k) < 1
         ]
         if not 0 <= self.seed < 2**31:
@@ -270,6 +278,18 @@ def read_prompts(starts: list[str], tokenizer: Tokenizer, masked: bool) -> list[
     return prompts
 
 
+def nearest_head(head, c: SampleConfig) -> NearestHead:
+    """The head of --ann. UserError where faiss is missing or has no metric for the head."""
+    began = time.perf_counter()
+    try:
+        nearest = NearestHead(head, c.ann_candidates, c.ann_index)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--ann: {error}") from None
+    seconds = time.perf_counter() - began
+    print(f"built a {c.ann_index} index in {seconds:.1f} s", file=sys.stderr)
+    return nearest
+
+
 def main():
     (c,) = parse(sys.argv[1:], SampleConfig, words="start")
     device = check_device(c.device)
@@ -282,6 +302,8 @@ def main():
         raise UserError(
             "a bert does not write on, it fills masks: give --start='The film was [MASK].'"
         )
+    if masked and c.ann:
+        raise UserError("--ann writes text, and a bert fills masks: leave --ann out")
     prompts = read_prompts(c.start, tokenizer, masked)
     autocast = (
         contextlib.nullcontext()
@@ -302,6 +324,7 @@ def main():
                 file=sys.stderr,
             )
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
+        nearest = nearest_head(model.head, c) if c.ann else None
         arguments = dict(
             temperature=c.temperature,
             top_k=c.top_k,
@@ -309,6 +332,7 @@ def main():
             seed=c.seed,
             cache=c.cache,
             explain=explainer,
+            head=nearest,
         )
         steps = model.generate(rows, c.max_new_tokens, **arguments)
         began = time.perf_counter()
@@ -317,6 +341,13 @@ def main():
         write(texts, steps, explainer, c.max_new_tokens)
         seconds = time.perf_counter() - began
     print(f"{sum(texts.lengths) / seconds:,.0f} tokens/s", file=sys.stderr)
+    if nearest:
+        bounds, kind = nearest.bounds, "at most" if c.ann_index == "flat" else "an estimated"
+        print(
+            f"probability without a candidate: {kind} {sum(bounds) / len(bounds):.2g} on average,"
+            f" {max(bounds):.2g} in the worst step",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
