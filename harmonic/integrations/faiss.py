@@ -134,7 +134,7 @@ class NearestHead:
         table = self._searchable(self.table, self.bias)
         which = getattr(faiss, self.metric)
         if kind == "flat":
-            index = faiss.IndexFlat(table.shape[1], which)
+            index: Any = faiss.IndexFlat(table.shape[1], which)
             index.metric_arg = self.options.get("p", 0.0)
         else:
             index = faiss.IndexHNSWFlat(table.shape[1], LINKS_OF_GRAPH, which)
