@@ -42,11 +42,9 @@ class AnnConfig:
     """run folders"""
     heads: list[str] = field(default_factory=list)
     """heads with random prototypes; none = all that faiss can search"""
-    graphs: list[str] = field(
-        default_factory=lambda: ["euclidean", "cosine", "manhattan", "cross_entropy"]
-    )
+    graphs: list[str] = field(default_factory=lambda: ["cosine", "manhattan", "cross_entropy"])
     """which of them get a graph (hnsw), too: for metrics but L2, L1 and inner product, faiss needs
-    more than 15 minutes to build one"""
+    an estimated 15 minutes to build one"""
     candidates: int = 512
     """prototypes that get a logit"""
     vocab_size: int = 50304
