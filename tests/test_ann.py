@@ -1,12 +1,15 @@
 """Nearest-prototype decoding: candidates, their logits, and the probability that is left out."""
 
+import csv
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, script_here
+from conftest import ROOT, TINY, script_here
 
+from analysis import tables
+from benchmarks.ann import COLUMNS
 from harmonic import HEADS, HarmonicHead
 from harmonic.integrations.faiss import NearestHead, supported
 
@@ -83,8 +86,8 @@ def test_too_few_found_leaves_the_others_out():
 
 def test_heads_without_a_metric_are_refused():
     assert "bray_curtis" in REFUSED and "chebyshev_smooth" in REFUSED
-    settings = [(name, {}) for name in REFUSED if name != "canberra_weighted"]
-    for name, options in [*settings, ("canberra_weighted", {"q": 2.0})]:
+    cases = [(name, {}) for name in REFUSED]
+    for name, options in [*cases, ("canberra_weighted", {"q": 2.0})]:
         with pytest.raises(ValueError, match=f"no metric for {name}: it has one for euclidean"):
             NearestHead(make(name, options)[0])
 
@@ -93,6 +96,12 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         NearestHead(make("cosine", {})[0])
+
+
+def test_the_page_has_the_measured_table():
+    with (ROOT / "results/ann.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tables.markdown(rows, COLUMNS) in (ROOT / "docs/ann.md").read_text()
 
 
 def test_sampling_writes_the_same_text(tiny_data, tmp_path):
