@@ -759,6 +759,7 @@ class Model(nn.Module):
         seed: int = 0,
         cache: bool = True,
         explain: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **sampling: Any,
     ) -> Iterator[list[int]]:
         """Yields the next token of every prompt, a list of ints a step.
@@ -774,16 +775,14 @@ class Model(nn.Module):
             cache: keep keys and values (one token a step) or recompute the context each step: same
                 text, slower.
             explain: called with (hidden states (B, C), tokens (B,)) a step.
+            head: gives the logits in the model's head's place: (B, C) -> (B, V).
             sampling: temperature, top_k, top_p: see Sampler.
         Raises: ValueError for a model that fills masks.
         """
         if not self.config.architecture.causal:
             raise ValueError(f"{self.config.arch} fills masks; it does not generate")
-        device, sampler, score = (
-            self.tokens.weight.device,
-            Sampler(**sampling),
-            self.head.prepared(),
-        )
+        device, sampler = self.tokens.weight.device, Sampler(**sampling)
+        score = self.head.prepared() if head is None else head
         generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
         texts = Texts(self.config, prompts, max_new_tokens, device)
         store: KVCache | None = None

@@ -5,6 +5,7 @@ coordinates decided.
     python sample.py --out_dir=out/l1 --start="The" --temperature=0.8 --top_k=200 --seed=1
     python sample.py --out_dir=out/l1 --start="The" --explain
     python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot
+    python sample.py --out_dir=out/l1 --start="The" --ann --ann_candidates=512
     python sample.py --out_dir=out/l1 --prompts=prompts.txt --json > texts.jsonl
     python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
 """
@@ -23,7 +24,8 @@ from tqdm import tqdm
 
 from base.command_line import cli, parse
 from base.errors import UserError, check
-from harmonic import contributions, paired_distance
+from harmonic import HarmonicHead, contributions, paired_distance
+from harmonic.integrations.faiss import NearestHead
 from model import Model
 from text.sources import special_file
 from text.token_files import tokenizer_folder
@@ -66,6 +68,12 @@ class SampleConfig:
     json: bool = False
     """print one JSON object a line for each text, and nothing else on stdout: prompt, text (what
     was added), tokens (its ids), finish_reason (eot or length)"""
+    ann: bool = False
+    """give logits to the nearest prototypes alone, which faiss finds (pip install faiss-cpu)"""
+    ann_candidates: int = 512
+    """how many prototypes get a logit with --ann"""
+    ann_index: Literal["flat", "hnsw"] = "flat"
+    """flat finds the nearest exactly; hnsw most of them, and it takes minutes to build"""
     cache: bool = True
     """keep keys and values; false recomputes the context at each token (same text, slower)"""
     device: str = "auto"
@@ -76,7 +84,7 @@ class SampleConfig:
     def problems(self) -> list[str]:
         found = [
             f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("num_samples", "max_new_tokens")
+            for k in ("num_samples", "max_new_tokens", "ann_candidates")
             if getattr(self, k) < 1
         ]
         if not 0 <= self.seed < 2**31:
@@ -325,10 +333,33 @@ def refuse_writing(c: SampleConfig) -> None:
         ("num_samples", c.num_samples > 1),
         ("stop_at_eot", c.stop_at_eot),
         ("json", c.json),
+        ("ann", c.ann),
     ):
         if asked:
             problems.append(f"--{flag} does nothing with a bert: it fills masks")
     check(problems)
+
+
+def nearest_head(head: HarmonicHead, c: SampleConfig) -> NearestHead:
+    """The head of --ann. UserError where faiss is missing or has no metric for the head."""
+    began = time.perf_counter()
+    try:
+        nearest = NearestHead(head, c.ann_candidates, c.ann_index)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--ann: {error}") from None
+    seconds = time.perf_counter() - began
+    print(f"built a {c.ann_index} index in {seconds:.1f} s", file=sys.stderr)
+    return nearest
+
+
+def print_bounds(nearest: NearestHead, kind: str) -> None:
+    bounds = nearest.bounds
+    mean = sum(bounds) / len(bounds)
+    print(
+        f"probability without a candidate: {kind} {mean:.2g} on average, {max(bounds):.2g} in the"
+        " worst step",
+        file=sys.stderr,
+    )
 
 
 def main() -> None:
@@ -360,10 +391,12 @@ def main() -> None:
                 file=sys.stderr,
             )
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
+        nearest = nearest_head(model.head, c) if c.ann else None
         steps = model.generate(
             rows,
             c.max_new_tokens,
             seed=c.seed,
+            head=nearest,
             cache=c.cache,
             explain=explainer,
             temperature=c.temperature,
@@ -379,6 +412,8 @@ def main() -> None:
             write(texts, steps, explainer, c.max_new_tokens)
         seconds = time.perf_counter() - began
     print(f"{sum(map(len, texts.tokens)) / seconds:,.0f} tokens/s", file=sys.stderr)
+    if nearest is not None:
+        print_bounds(nearest, "at most" if c.ann_index == "flat" else "an estimated")
 
 
 if __name__ == "__main__":

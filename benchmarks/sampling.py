@@ -11,6 +11,7 @@ ours           at each of 8 places of the text, evenly spread, 8 steps behind a 
 nanoGPT-like   one step at each of 16 places; the trunk's time is measured once for all heads
 """
 
+import functools
 import statistics
 import sys
 import time
@@ -99,7 +100,7 @@ def ours(model: Model, size: Size, batch: int) -> float:
         steps = model.generate(prompts, size.steps + 1, temperature=0.8, top_k=200)
         # The prompt is computed and the head prepared.
         next(steps)
-        times.append(seconds(lambda steps=steps: list(steps)) / size.steps)
+        times.append(seconds(functools.partial(list, steps)) / size.steps)
     return statistics.mean(times)
 
 
@@ -109,7 +110,7 @@ def plain_trunk(model: Model, batch: int) -> float:
     times = []
     for length in lengths(16):
         ids = torch.ones(batch, min(length, model.config.block_size), dtype=torch.long)
-        times.append(seconds(lambda ids=ids: model.trunk(ids)))
+        times.append(seconds(functools.partial(model.trunk, ids)))
     return statistics.mean(times)
 
 

@@ -152,7 +152,7 @@ KERNELS = {
         lambda x, y: 1 + (x - y).square().sum(-1),
         _l2_plus_terms,
         lambda: 2.0,
-        lambda h, w, how: 1 + _l2_matmul(h, w, how),
+        lambda h, w, how: 1 + l2_pairs(h, w, how),
     ),
     "dot": Kernel(
         lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=_dot_matmul, signed=True
