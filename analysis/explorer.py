@@ -28,7 +28,7 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from harmonic import HarmonicHead, contributions, harmonic_logits
 from text.token_files import Data, tokenizer_folder
-from text.tokenizers import Tokenizer, load_tokenizer
+from text.tokenizers import Tokenizer, load_tokenizer, same_tokens
 from training.distributed import check_device
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -170,9 +170,8 @@ def one_tokenizer(runs: list[Run], data: list[Data]) -> Tokenizer:
         load_tokenizer(d.tokenizer, tokenizer_folder(run.path, str(d.folder)))
         for run, d in zip(runs, data, strict=True)
     ]
-    vocabularies = [[w.bytes_of(i) for i in range(w.vocab_size)] for w in words]
-    for run, other in zip(runs, vocabularies, strict=True):
-        if other != vocabularies[0]:
+    for run, other in zip(runs, words, strict=True):
+        if not same_tokens(words[0], other):
             raise UserError(
                 f"{runs[0].name} and {run.name} have different tokenizers, so they share no"
                 " tokens to compare: make a page for each"

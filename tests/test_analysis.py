@@ -23,7 +23,7 @@ from base.command_line import cli, write_yaml
 from base.errors import UserError
 from model import Model, ModelConfig
 from text.token_files import load_data
-from text.tokenizers import load_tokenizer, train_bpe
+from text.tokenizers import copy_tokenizer, load_tokenizer, train_bpe, train_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
 from training.telemetry import read_metrics
@@ -695,3 +695,15 @@ def test_a_csv_file_is_written_appended_to_and_refused(tmp_path):
     path.write_text("a,b\n1,2\n3\n")
     with pytest.raises(UserError, match="line 3 has not as many cells"):
         tables.read_csv(path)
+
+
+def test_a_tokenizer_of_the_same_name_that_is_another_is_refused(tiny_data, tmp_path):
+    """Its ids are valid, but stand for other tokens: every number would be wrong without a word."""
+    run = make_run(tmp_path / "run", tiny_data)
+    copy_tokenizer("bpe:300", tiny_data, run)
+    shutil.copytree(tiny_data, tmp_path / "other")
+    (found,) = find_runs([str(run)], dataset=str(tmp_path / "other"))
+    assert found.data().vocab_size == 300
+    train_tokenizer("bpe:300", ["quick brown foxes jump over lazy dogs " * 40], tmp_path / "other")
+    with pytest.raises(UserError, match="its ids stand for other tokens"):
+        found.data()

@@ -56,6 +56,7 @@ __all__ = [
     "read_characters",
     "rust_tokenizer",
     "rust_vocabulary",
+    "same_tokens",
     "tokenizer_file",
     "train_bpe",
     "train_char",
@@ -167,6 +168,13 @@ def copy_tokenizer(name: str, data: Path, run: Path) -> None:
     """
     if is_trained(name) and (copy := _kind(name).copy):
         copy(data, run)
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether every id stands for the same bytes in both."""
+    if one.vocab_size != other.vocab_size:
+        return False
+    return all(one.bytes_of(i) == other.bytes_of(i) for i in range(one.vocab_size))
 
 
 def _kind(name: str) -> Kind:
