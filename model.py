@@ -1,12 +1,12 @@
-"""The decoder in one file: GPT, BERT and Qwen blocks under a swappable unembedding
+"""The model in one file: GPT, BERT and Qwen blocks under a swappable unembedding
 (harmonic.HarmonicHead).
 
     gpt    GPT-2 (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, causal.
     bert   BERT (Devlin et al. 2018): post-LayerNorm, learned positions, token types, erf GELU,
            bidirectional; a transform before the head, which is computed at masked positions only.
     qwen   Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped key/value heads, SwiGLU,
-           bias on Q, K, V only; with qk_norm the
-           Qwen3 style (RMSNorm on Q and K per head, no bias).
+           bias on Q, K, V only; with qk_norm the Qwen3 style (RMSNorm on Q and K per head, no
+           bias).
 
 Shapes: B batch, T time, C = n_embd, H heads, D = head_dim (C / H), V = vocab_size rows, of which
     the first real_vocab_size are tokens.
@@ -144,10 +144,9 @@ class ModelConfig:
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was
     published"""
     doc_mask: bool = False
-    """attend within a document only, and count positions from its beginning: each is seen as if it
-    stood alone. CUDA: FlexAttention, which
-    skips blocks that share no document; a CPU, or dropout in training: a dense mask, slower and T x
-    T numbers a window"""
+    """tokens attend within their own document only, and positions restart there. On CUDA by
+    FlexAttention, which skips blocks that share no document; on a CPU, or with dropout in training,
+    by a dense mask, which is slower and needs T x T numbers a window"""
     eot_id: int | None = None
     """doc_mask: the token that begins a document; null = the data's"""
     tie_weights: bool = True
@@ -185,9 +184,9 @@ class ModelConfig:
     """elementwise distances leave out gradients that add up to less than this share of the
     target's; 0 = none"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
-    """matrix products of the head: float32, split (two half-precision parts, nearly exact),
-    autocast (the trunk's dtype); auto = on a GPU
-    split for distances and autocast for cross_entropy and cosine_linear, else float32"""
+    """matrix products of the head: float32, split (two half-precision parts, nearly exact) or
+    autocast (the trunk's dtype); auto = on a GPU split for distances and autocast for cross_entropy
+    and cosine_linear, else float32"""
 
     @classmethod
     def free_settings(cls) -> set[str]:
@@ -496,7 +495,7 @@ class Attention(nn.Module):
             return block_attention(q, k, v, mask)
         T = q.shape[2]
         causal = self.causal and mask is None
-        # Not in one expression: where the compiler holds T open, that would be no plain bool.
+        # An `if`, for with a dynamic T `causal and T > 1` is a symbol and not a bool.
         if T == 1:
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head

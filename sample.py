@@ -44,15 +44,15 @@ class SampleConfig:
     """the run's folder; its newest checkpoint is used"""
     start: list[str] = field(default_factory=list)
     """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file (UTF-8; line
-    ends become \\n); none = the start of a
-    document. <|endoftext|> ([SEP] for bert) in a prompt is the end-of-text token"""
+    ends become \\n); none = the start of a document. <|endoftext|> ([SEP] for bert) in a prompt is
+    the end-of-text token"""
     prompts: str = ""
     """a file with one prompt a line (UTF-8); empty lines are skipped. Further prompts, behind those
     of start"""
     num_samples: int = 1
     """texts for each prompt"""
     max_new_tokens: int = 200
-    """tokens to add; beyond block_size the context slides"""
+    """tokens to add; beyond block_size the older half of the context is dropped"""
     stop_at_eot: bool = False
     """end a text at the end-of-text token, which is not shown"""
     temperature: float = 0.8

@@ -8,9 +8,9 @@
 A config is a YAML file given first; flags are --key=value and override it. The run's folder is
 described in README.md.
 
-Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient that is not finite; 4
-    trained, but the last checkpoint could not be written; 130, 138, 143 stopped by Ctrl-C, SIGUSR1,
-    SIGTERM, with a checkpoint.
+Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient is not finite; 4 trained,
+    but the last checkpoint could not be written; 130, 138, 143 stopped by Ctrl-C, SIGUSR1, SIGTERM,
+    with a checkpoint of the last iteration (a second Ctrl-C: without).
 """
 
 import math
@@ -172,7 +172,7 @@ def train(run: Run, folder: RunFolder) -> None:
         signals.restore()
         used = folder.close(wait=not at_once)
     if not at_once:
-        p.barrier()  # torchrun ends all when one has ended
+        p.barrier()  # Wait for the others: torchrun stops every process once one exits.
     conclude(run, folder, time.perf_counter() - log.began, used, stopped, strange)
 
 

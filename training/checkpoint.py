@@ -6,9 +6,9 @@
                               itself
 
 Nothing in them is pickled. A checkpoint is written aside, flushed to the disk and renamed, in the
-background of training; weights and optimiser are whole whatever number of processes shared them, so
-any number can go on from it. The newest two and the best are kept: where the newest turns out
-damaged, the one before it serves.
+background of training. It holds whole weights and optimiser states, so any number of processes can
+resume from it. The newest two and the best are kept. If the newest is corrupt, the one before it is
+used.
 """
 
 import math
@@ -250,8 +250,8 @@ def _is_utf8(path: Path) -> bool:
 
 
 def load_weights(model: Model, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
-    """Puts weights into a model. UserError listing what does not fit. assign: they become the
-    model's own, which may be without any."""
+    """Puts weights into a model. UserError listing what does not fit. assign: these tensors become
+    the model's parameters (the model may be on the meta device)."""
     own = own_weights(model)
     wrong = [f"{k} is missing" for k in own if k not in weights] + [
         f"{k} is not part of the model" for k in weights if k not in own

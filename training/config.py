@@ -62,7 +62,7 @@ class TrainConfig:
     eval_only: bool = of_a_start(False)
     """evaluate once and stop"""
     init_from: str = of_a_start("scratch")
-    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or
+    """scratch; resume (from out_dir's newest checkpoint); auto (resume if there is one); or
     a model to start from, which is scratch with that --source"""
     source: str | None = of_a_start(None)
     """a model to start from: a name on the Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME),

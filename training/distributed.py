@@ -104,8 +104,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def launcher(processes: int, *torchrun: str) -> list[str]:
-    """What stands between `python` and a script for that many processes on this machine;
-    `torchrun`: more flags of its."""
+    """The arguments between `python` and a script that start this many processes on this machine.
+    torchrun: more of torchrun's flags."""
     return (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
         if processes > 1
@@ -261,9 +261,8 @@ class StopSignals:
                 )
 
     def agreed(self) -> int:
-        """The signal because of which all processes stop now, or 0. Called once a step; where there
-        are several processes, the answer is that of the step before, so that nobody waits for
-        it."""
+        """The signal that stops all processes now, or 0. Called once a step. With several processes
+        the answer is that of the step before, so that none waits for the others."""
         if self.group is None:
             return self.asked
         answer = 0

@@ -20,7 +20,7 @@ class NotFinite(Exception):
 
 
 class Log:
-    """Collects steps and writes them together, for reading a number waits for the device."""
+    """Collects steps and writes them in groups, for each read from a GPU waits for it."""
 
     def __init__(self, run: Run, folder: RunFolder):
         self.c, self.processes, self.gradients = run.c, run.processes, run.gradients
@@ -114,7 +114,7 @@ class Log:
 
 
 def not_finite(iteration: int, what: str, gradients: list[str]) -> NotFinite:
-    """What is said of it."""
+    """The error for a loss or gradient that is not finite."""
     where = f"; gradients that are not finite: {listed(gradients)}" if gradients else ""
     return NotFinite(f"stopped: {what} at iteration {iteration}{where}")
 
@@ -174,7 +174,7 @@ def conclude(
         how = "no checkpoint was written yet"
         if checkpoint.manifests(out_dir):
             how = (
-                f"go on from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
+                f"resume from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
                 f" --out_dir={out_dir}"
             )
         name, at = signal.Signals(stopped).name, run.progress.iteration

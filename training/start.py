@@ -1,4 +1,4 @@
-"""How a run starts: what is asked for, whether that can be honoured, and what it goes on from.
+"""How a run starts: what is asked for, whether it is possible, and what it resumes from.
 
 Nothing here writes anything.
 """
@@ -50,7 +50,7 @@ def configure(
     start = given.get("source")
     if init_from not in (None, "scratch", "resume", "auto"):
         init_from, start = "scratch", init_from
-    # Which has started its processes again: --max-restarts.
+    # torchrun has restarted its processes (--max-restarts): resume the run if it began.
     if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):
         init_from = "auto"
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
@@ -123,9 +123,9 @@ def differences(base: dict, *configs: ModelConfig | TrainConfig) -> dict:
 
 
 def begun_by_this_torchrun(out_dir: Path) -> bool:
-    """Whether out_dir holds a run that an earlier start of the same torchrun began. Its identity is
-    in environment.json; where it has none of its own (--rdzv_id was not given), its count of
-    restarts has to do."""
+    """Whether out_dir holds a run that an earlier start of the same torchrun began. Its id is in
+    environment.json. Without --rdzv_id all have the id "none", so the number of restarts
+    decides."""
     identity = os.environ.get("TORCHELASTIC_RUN_ID")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     try:
@@ -190,7 +190,7 @@ def check_out_dir(c: TrainConfig) -> None:
     if c.init_from == "scratch" and not c.overwrite and holds_run:
         go_on = ""
         if checkpoint.folders(out_dir):
-            go_on = f"go on with --init_from=resume --out_dir={out_dir}, "
+            go_on = f"resume it with --init_from=resume --out_dir={out_dir}, "
         raise UserError(
             f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name"
             " another --out_dir"

@@ -56,9 +56,8 @@ def peak_flops(device: str) -> float | None:
 
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of each tensor, float32 (n,). On a CPU PyTorch adds a whole tensor up in
-    so few parts that 50,304 x 768 numbers come out 0.3 % short; row by row the error is that of
-    rounding."""
+    """The Euclidean norm of each tensor, float32 (n,). On a CPU, PyTorch's norm of 50,304 x 768
+    numbers is 0.3 % too small; row by row it is exact to rounding."""
     if tensors[0].device.type == "cpu":
         return torch.stack([t.norm(dim=-1).norm() for t in tensors])
     return torch.stack(torch._foreach_norm(tensors))
@@ -125,7 +124,7 @@ class Metrics:
                 self.file.truncate(end)
                 raise
         except OSError as error:
-            # Of the truncation too, where the file system has turned read-only.
+            # The truncation fails too if the file system has become read-only.
             if not warned:
                 print(
                     f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory",
