@@ -22,15 +22,15 @@ help:
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m base.install requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m base.install requirements-dev.txt
 	@touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(RUN) -m base.install requirements-docs.txt
 	@touch $@
 
 # Preparation and training go on from what is there: a second `make demo` only samples again and prints where the report is.

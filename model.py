@@ -1,17 +1,18 @@
-"""The decoder in one file: GPT, BERT and Qwen blocks under a swappable unembedding
+"""The model in one file: GPT, BERT and Qwen blocks under a swappable unembedding
 (harmonic.HarmonicHead).
 
     gpt    GPT-2 (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, causal.
     bert   BERT (Devlin et al. 2018): post-LayerNorm, learned positions, token types, erf GELU,
            bidirectional; a transform before the head, which is computed at masked positions only.
     qwen   Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped key/value heads, SwiGLU,
-           bias on Q, K, V only; with qk_norm the
-           Qwen3 style (RMSNorm on Q and K per head, no bias).
+           bias on Q, K, V only; with qk_norm the Qwen3 style (RMSNorm on Q and K per head, no
+           bias).
 
 Shapes: B batch, T time, C = n_embd, H heads, D = head_dim (C / H), V = vocab_size rows, of which
     the first real_vocab_size are tokens.
 """
 
+import copy
 import functools
 import importlib.util
 import math
@@ -29,6 +30,11 @@ from harmonic import EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
 
 # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
 MASK_BLOCK = 128
+
+# Cosines and sines of rotary positions.
+Rope = tuple[torch.Tensor, torch.Tensor]
+# Which pairs of tokens may attend.
+Mask = torch.Tensor | BlockMask
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def head_option(name: str) -> Any:
 class ModelConfig:
     """The model"""
 
-    arch: Literal[*ARCHITECTURES] = "gpt"
+    arch: Literal[*ARCHITECTURES] = "gpt"  # type: ignore[valid-type]
     """blocks: GPT-2, BERT or Qwen2 style"""
     n_layer: int = 12
     """number of blocks"""
@@ -138,10 +144,9 @@ class ModelConfig:
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was
     published"""
     doc_mask: bool = False
-    """attend within a document only, and count positions from its beginning: each is seen as if it
-    stood alone. CUDA: FlexAttention, which
-    skips blocks that share no document; a CPU, or dropout in training: a dense mask, slower and T x
-    T numbers a window"""
+    """tokens attend within their own document only, and positions restart there. On CUDA by
+    FlexAttention, which skips blocks that share no document; on a CPU, or with dropout in training,
+    by a dense mask, which is slower and needs T x T numbers a window"""
     eot_id: int | None = None
     """doc_mask: the token that begins a document; null = the data's"""
     tie_weights: bool = True
@@ -150,11 +155,11 @@ class ModelConfig:
     """qwen: RMSNorm on queries and keys (Qwen3)"""
     rope_theta: float = 1e6
     """qwen: base of the rotary frequencies (1e6 in Qwen2)"""
-    head: Literal[*HEADS] = "cross_entropy"
+    head: Literal[*HEADS] = "cross_entropy"  # type: ignore[valid-type]
     """distance of the head, or a control"""
     link: Literal["harmonic", "softmax"] = "harmonic"
     """logits from distances: harmonic (-n log d) or softmax (-s d), its control"""
-    exponent: float | Literal[*EXPONENTS] | None = None
+    exponent: float | Literal[*EXPONENTS] | None = None  # type: ignore[valid-type]
     """n, the power of the distance; dim is n_embd; null = the distance's default"""
     scale: float | None = None
     """s of the softmax link; null = matched to the exponent at initialisation"""
@@ -179,9 +184,9 @@ class ModelConfig:
     """elementwise distances leave out gradients that add up to less than this share of the
     target's; 0 = none"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
-    """matrix products of the head: float32, split (two half-precision parts, nearly exact),
-    autocast (the trunk's dtype); auto = on a GPU
-    split for distances and autocast for cross_entropy and cosine_linear, else float32"""
+    """matrix products of the head: float32, split (two half-precision parts, nearly exact) or
+    autocast (the trunk's dtype); auto = on a GPU split for distances and autocast for cross_entropy
+    and cosine_linear, else float32"""
 
     @classmethod
     def free_settings(cls) -> set[str]:
@@ -306,7 +311,7 @@ class ModelConfig:
         return found
 
 
-def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotary positions, halves layout: x (B, H, T, D), rope = cos and sin (B or 1, 1, T, D/2)."""
     cos, sin = (r.to(x.dtype) for r in rope)
     a, b = x.chunk(2, -1)
@@ -314,13 +319,30 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one buffer for all layers."""
+    """Keys and values of the tokens seen so far, one buffer for all layers.
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
+    size: how many tokens fit; None = block_size.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        size: int | None = None,
+    ):
         heads = config.n_kv_head or config.n_head
-        shape = config.n_layer, batch, heads, config.block_size, config.attention_width()
+        size = size or config.block_size
+        shape = config.n_layer, batch, heads, size, config.attention_width()
         self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
+
+    def select(self, rows: torch.Tensor) -> "KVCache":
+        """A cache whose row r is this one's row rows[r]."""
+        chosen = copy.copy(self)
+        chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
+        return chosen
 
     def extend(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -333,7 +355,9 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def causal_attention(q, k, v, rows: int = 64):
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int = 64
+) -> torch.Tensor:
     """Scaled dot-product attention written out for blocks of queries, (B, H, T, D) each. Compiled,
     it spares a CPU a third of the time of
     PyTorch's own kernel in bfloat16. Scores are rounded to bfloat16, as products are; probabilities
@@ -384,7 +408,9 @@ def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
     if causal:
         some, every = some.tril(), every.tril(-1)
 
-    def allowed(b, h, query, key):
+    def allowed(
+        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         same = number[b, query] == number[b, key]
         return same & (query >= key) if causal else same
 
@@ -406,7 +432,7 @@ def listed_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def compiled_flex_attention():
+def compiled_flex_attention() -> Callable[..., Any]:
     """FlexAttention as one kernel. Outside of a compiled block it would compute all scores
     first."""
     return torch.compile(flex_attention)
@@ -437,11 +463,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, rows, bias=bias)
         out_bias = bias and config.architecture.out_bias
         self.out = nn.Linear(self.n_head * self.width, config.n_embd, bias=out_bias)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=1e-6) for _ in range(2))
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: Rope | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
         B, T, _ = x.shape
         parts = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         q, k, v = parts.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, D)
@@ -451,15 +484,18 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = self.attend(q, k, v, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        out: torch.Tensor = self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return out
 
-    def attend(self, q, k, v, mask):
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None
+    ) -> torch.Tensor:
         """q (B, H, T, D) to k, v (B, key/value heads, T or more, D) -> (B, H, T, D)."""
         if isinstance(mask, BlockMask):
             return block_attention(q, k, v, mask)
         T = q.shape[2]
         causal = self.causal and mask is None
-        # Not in one expression: where the compiler holds T open, that would be no plain bool.
+        # An `if`, for with a dynamic T `causal and T > 1` is a symbol and not a bool.
         if T == 1:
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
@@ -488,12 +524,15 @@ class MLP(nn.Module):
             self.up = nn.Linear(C, width, bias=config.has_bias())
             self.down = nn.Linear(width, C, bias=config.has_bias())
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)
         if self.gated:
             gate, value = x.chunk(2, -1)
-            return self.down(F.silu(gate) * value)
-        return self.down(F.gelu(x, approximate=self.gelu))
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x, approximate=self.gelu)
+        x = self.down(x)
+        return x
 
 
 class Block(nn.Module):
@@ -504,12 +543,20 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(config, layer), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: Rope | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
         if self.norm_after:
             x = self.norm1(x + self.dropout(self.attention(x, rope, mask, cache)))
-            return self.norm2(x + self.dropout(self.mlp(x)))
+            x = self.norm2(x + self.dropout(self.mlp(x)))
+            return x
         x = x + self.dropout(self.attention(self.norm1(x), rope, mask, cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
 
 
 class Model(nn.Module):
@@ -545,7 +592,7 @@ class Model(nn.Module):
         if config.tie_weights:
             self.tokens.weight = self.head.weight
 
-    def _initialise(self):
+    def _initialise(self) -> None:
         """All weights but the head's, which has its own way."""
         config = self.config
         for name, p in self.named_parameters():
@@ -561,7 +608,7 @@ class Model(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def compile_blocks(self, **options):
+    def compile_blocks(self, **options: Any) -> None:
         """torch.compile of each block. They are alike: one compilation serves all."""
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
@@ -591,6 +638,8 @@ class Model(nn.Module):
         """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend:
         FlexAttention's mask or (B, 1, T, T)."""
         T, causal = idx.shape[1], self.config.architecture.causal
+        if self.config.eot_id is None:
+            raise ValueError("doc_mask needs eot_id")
         begins = idx == self.config.eot_id
         number, here = begins.cumsum(1), torch.arange(T, device=idx.device)
         positions = here - (here * begins).cummax(1).values
@@ -611,8 +660,14 @@ class Model(nn.Module):
         return angle.cos(), angle.sin()
 
     def trunk(
-        self, idx, positions=None, mask=None, cache=None, token_types=None, recompute: bool = False
-    ):
+        self,
+        idx: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+        token_types: torch.Tensor | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
         """Token ids (B, T) -> final hidden states (B, T, C).
 
         recompute: keep no activations within a block, but compute them again in the backward pass.
@@ -623,7 +678,8 @@ class Model(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + T, device=idx.device)
-        x, rope = self.tokens(idx), None
+        x: torch.Tensor = self.tokens(idx)
+        rope: Rope | None = None
         if self.positions is not None:
             x = x + self.positions(positions)
         else:
@@ -640,16 +696,25 @@ class Model(nn.Module):
                 x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += T
-        return x if self.final_norm is None else self.final_norm(x)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x
 
-    def hidden(self, idx, **arguments):
+    def hidden(self, idx: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """What the head sees: (B, T) -> (B, T, C)."""
         x = self.trunk(idx, **arguments)
-        return x if self.transform is None else self.transform(x)
+        if self.transform is not None:
+            x = self.transform(x)
+        return x
 
     def forward(
-        self, idx, targets=None, reduction="mean", with_distance=False, recompute: bool = False
-    ):
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = "mean",
+        with_distance: bool = False,
+        recompute: bool = False,
+    ) -> tuple[torch.Tensor | None, ...]:
         """Ids (B, T) -> (logits of all tokens (B, T, real_vocab_size), None).
 
         With targets (B, T), which are IGNORE_INDEX where nothing is predicted: -> (None, loss in
@@ -675,7 +740,7 @@ class Model(nn.Module):
             return None, loss, self.head.target_distance(x, targets)
         return None, loss
 
-    def loss(self, x, targets, reduction: str):
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """Of hidden states x (..., C); smoothed where that is asked for and the model trains."""
         smoothing = self.config.label_smoothing if self.training else 0.0
         if not smoothing:
@@ -693,13 +758,15 @@ class Model(nn.Module):
         seed: int = 0,
         cache: bool = True,
         explain: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
-        **sampling,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **sampling: Any,
     ) -> Iterator[list[int]]:
         """Yields the next token of every prompt, a list of ints a step.
 
         Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its
         neighbours. When a row's context reaches block_size, its older half is dropped and positions
-        start again, with the cache and without it.
+        start again, with the cache and without it. A prompt that several rows share is computed
+        once. The weights must not change meanwhile.
 
         Args:
             prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and
@@ -707,28 +774,37 @@ class Model(nn.Module):
             cache: keep keys and values (one token a step) or recompute the context each step: same
                 text, slower.
             explain: called with (hidden states (B, C), tokens (B,)) a step.
+            head: gives the logits in the model's head's place: (B, C) -> (B, V).
             sampling: temperature, top_k, top_p: see Sampler.
         Raises: ValueError for a model that fills masks.
         """
         if not self.config.architecture.causal:
             raise ValueError(f"{self.config.arch} fills masks; it does not generate")
         device, sampler = self.tokens.weight.device, Sampler(**sampling)
+        score = self.head.prepared() if head is None else head
         generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
-        texts, store, starts = Texts(self.config, prompts, device), None, None
-        for _ in range(max_new_tokens):
-            now = texts.starts()
-            context = texts.ids[:, -1:]
-            if store is None or not torch.equal(now, starts):
-                starts, context = now, texts.ids[:, int(now.min()) :]
+        texts = Texts(self.config, prompts, max_new_tokens, device)
+        store: KVCache | None = None
+        for step in range(max_new_tokens):
+            moved = texts.begin_contexts()
+            if store is not None and not moved:
+                h = self.trunk(*texts.last(1), cache=store)[:, -1]
+            else:
+                # At first, rows with one prompt have one context.
+                rows, of_row = texts.different() if step == 0 else (None, None)
+                context, positions, mask = texts.whole(rows)
                 if cache:
-                    store = KVCache(self.config, len(prompts), device, self._compute_dtype())
-            positions, mask = texts.positions(starts, context.shape[1])
-            h = self.trunk(context, positions=positions, mask=mask, cache=store)[:, -1]
-            tokens = sampler.pick(self.head(h), generators)
+                    store = KVCache(
+                        self.config, len(context), device, self._compute_dtype(), texts.longest()
+                    )
+                h = self.trunk(context, positions, mask, store)[:, -1]
+                if of_row is not None:
+                    h = h[of_row]
+                    store = None if store is None else store.select(of_row)
+            tokens = sampler.pick(score(h), generators)
             if explain is not None:
                 explain(h, tokens)
-            texts.ids = torch.cat((texts.ids, tokens[:, None]), 1)
-            yield tokens.tolist()
+            yield texts.add(tokens)
 
     def _compute_dtype(self) -> torch.dtype:
         device = self.tokens.weight.device.type
@@ -740,40 +816,98 @@ class Model(nn.Module):
 class Texts:
     """A batch of texts that grow, and the part of each that fits into the model's context.
 
-    ids (B, L): shorter prompts are padded on the left; `pad` (B,) says how far.
+    ids (B, room): shorter prompts are padded on the left, by `pad` tokens each. The first `length`
+    columns are written. `starts`: where the context of each row begins.
     """
 
-    def __init__(self, config: ModelConfig, prompts: list[list[int]], device: torch.device):
-        self.config, longest = config, max(map(len, prompts))
-        self.pad = torch.tensor([longest - len(p) for p in prompts])
-        self.ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts]).to(device)
+    def __init__(
+        self, config: ModelConfig, prompts: list[list[int]], new: int, device: torch.device
+    ):
+        self.config, self.prompts, self.length = config, prompts, max(map(len, prompts))
+        self.room = self.length + new
+        self.pad = [self.length - len(prompt) for prompt in prompts]
+        padded = [
+            [0] * pad + list(prompt) + [0] * new
+            for pad, prompt in zip(self.pad, prompts, strict=True)
+        ]
+        self.ids = torch.tensor(padded, device=device)
+        self.columns = torch.arange(self.room, device=device)
+        # With doc_mask: the last place where a document begins.
+        self.document = [0] * len(prompts)
+        if config.doc_mask:
+            for row, (pad, prompt) in enumerate(zip(self.pad, prompts, strict=True)):
+                begins = [i for i, token in enumerate(prompt) if token == config.eot_id]
+                self.document[row] = pad + begins[-1] if begins else 0
+        self.starts: list[int] = []
 
-    def starts(self) -> torch.Tensor:
-        """Where the context of each row begins in `ids`, (B,) on the CPU."""
-        L, size = self.ids.shape[1], self.config.block_size
+    def add(self, tokens: torch.Tensor) -> list[int]:
+        """Appends the next token of each row (B,) -> the tokens."""
+        self.ids[:, self.length] = tokens
+        listed: list[int] = tokens.tolist()
+        if self.config.doc_mask:
+            for row, token in enumerate(listed):
+                if token == self.config.eot_id:
+                    self.document[row] = self.length
+        self.length += 1
+        return listed
+
+    def begin_contexts(self) -> bool:
+        """Finds where contexts begin -> whether one begins elsewhere than before."""
+        size, before = self.config.block_size, self.starts
         half = max(1, size // 2)
-        too_many = (L - self.pad - size).clamp_min(0)
-        starts = self.pad + (too_many + half - 1) // half * half
-        if self.config.doc_mask:  # a context begins with the document
-            last = (torch.arange(L) * (self.ids == self.config.eot_id).cpu()).amax(1)
-            starts = torch.maximum(starts, last)
-        return starts
+        self.starts = []
+        for pad, document in zip(self.pad, self.document, strict=True):
+            too_many = max(0, self.length - pad - size)
+            start = pad + math.ceil(too_many / half) * half
+            # A context begins with its document.
+            self.starts.append(max(start, document))
+        if self.starts == before:
+            return False
+        self.first = min(self.starts)
+        self.alike = self.first == max(self.starts)
+        self.begin = torch.tensor(self.starts, device=self.ids.device)[:, None]
+        # Columns of pads are seen by no token of a text. (B, 1, 1, columns)
+        self.in_text = (self.columns >= self.begin)[:, None, None]
+        return True
 
-    def positions(
-        self, starts: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of the last `count` tokens, in contexts that begin at `starts` -> (their positions, which
-        keys they see: (B, 1, count, keys), or None for all before them)."""
-        L, first, device = self.ids.shape[1], int(starts.min()), self.ids.device
-        if not (starts != first).any():
-            return torch.arange(L - first - count, L - first, device=device), None
-        here = torch.arange(L - count, L, device=device)
-        keys = torch.arange(first, L, device=device)
-        begin = starts.to(device)[:, None]
-        # A pad sees itself, for a softmax over nothing is not a number.
-        in_text = (keys >= begin)[:, None] | (keys == here[:, None])
-        seen = (keys <= here[:, None]) & in_text
-        return (here - begin).clamp_min(0), seen[:, None]
+    def longest(self) -> int:
+        """How many tokens the contexts may hold until the texts are whole."""
+        return min(self.config.block_size, self.room - self.first)
+
+    def different(self) -> tuple[list[int] | None, torch.Tensor | None]:
+        """-> (a row for each different prompt, which of them each row has); None, None where no
+        two rows have the same prompt."""
+        found: dict[tuple[int, ...], int] = {}
+        numbers = [found.setdefault(tuple(prompt), len(found)) for prompt in self.prompts]
+        if len(found) == len(numbers):
+            return None, None
+        rows = [numbers.index(number) for number in range(len(found))]
+        return rows, torch.tensor(numbers, device=self.ids.device)
+
+    def last(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The last `count` tokens of each row (B, count) -> (they, their positions, which keys they
+        see: (B, 1, count, keys), or None for all before them)."""
+        end = self.length
+        ids, here = self.ids[:, end - count : end], self.columns[end - count : end]
+        if self.alike:
+            return ids, here - self.first, None
+        seen = self.in_text[..., self.first : end]
+        if count > 1:
+            keys = self.columns[self.first : end]
+            # A pad sees itself, for a softmax over nothing is not a number.
+            seen = (seen | (keys == here[:, None])) & (keys <= here[:, None])
+        return ids, (here - self.begin).clamp_min(0), seen
+
+    def whole(
+        self, rows: list[int] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`last` of the whole contexts, of these rows; None = all."""
+        ids, positions, mask = self.last(self.length - self.first)
+        if rows is None:
+            return ids, positions, mask
+        if mask is None:
+            return ids[rows], positions, None
+        return ids[rows], positions[rows], mask[rows]
 
 
 @dataclass(frozen=True)
@@ -793,7 +927,10 @@ class Sampler:
         """A token for each row of logits: (B, V) -> (B,)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        largest = logits.amax(-1, keepdim=True)
+        if not largest.isfinite().all():
+            raise RuntimeError("logits are not finite: the model's weights have diverged")
+        logits = (logits - largest) / self.temperature
         if self.top_k is not None:
             smallest = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[:, -1:]
             logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -805,5 +942,8 @@ class Sampler:
             outside = torch.zeros_like(outside).scatter(-1, order, outside)
             logits = logits.masked_fill(outside, -math.inf)
         p = logits.softmax(-1)
-        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators)]
-        return torch.cat(drawn)
+        # What torch.multinomial draws, without its checks: the first of exponential clocks to ring.
+        clocks = torch.empty_like(p)
+        for row, generator in zip(clocks, generators, strict=True):
+            row.exponential_(1, generator=generator)
+        return p.div_(clocks).argmax(-1)

@@ -20,7 +20,7 @@ OpenWebText) and, while bpe:N is trained, its distinct words.
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -189,6 +189,7 @@ def prepare(config: PrepareConfig) -> None:
 
 def read(config: PrepareConfig, found: Found, tally: Tally) -> Iterator[tuple[str, str]]:
     """Yields (split, text) of every document to encode, and notes in `tally` what is read."""
+    parts: Mapping[str | None, Iterable[str | None]]
     if config.corpus:
         parts = config.corpus.read(config.streaming)
     else:

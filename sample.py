@@ -1,25 +1,32 @@
 """Writes text with a trained run; fills masks with a BERT; explains which prototypes and
 coordinates decided.
 
-python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100
---temperature=0.8 --top_k=200 --seed=1 python sample.py --out_dir=out/l1 --start="The" --explain
-python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot python sample.py
---out_dir=out/bert --start="The film was [MASK] and far too long."
+    python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100
+    python sample.py --out_dir=out/l1 --start="The" --temperature=0.8 --top_k=200 --seed=1
+    python sample.py --out_dir=out/l1 --start="The" --explain
+    python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot
+    python sample.py --out_dir=out/l1 --start="The" --ann --ann_candidates=512
+    python sample.py --out_dir=out/l1 --prompts=prompts.txt --json > texts.jsonl
+    python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
 """
 
 import contextlib
+import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from base.command_line import cli, parse
 from base.errors import UserError, check
-from harmonic import contributions, paired_distance
+from harmonic import HarmonicHead, contributions, paired_distance
+from harmonic.integrations.faiss import NearestHead
+from model import Model
 from text.sources import special_file
 from text.token_files import tokenizer_folder
 from text.tokenizers import Tokenizer, load_tokenizer
@@ -37,12 +44,15 @@ class SampleConfig:
     """the run's folder; its newest checkpoint is used"""
     start: list[str] = field(default_factory=list)
     """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file (UTF-8; line
-    ends become \\n); none = the start of a
-    document. <|endoftext|> ([SEP] for bert) in a prompt is the end-of-text token"""
+    ends become \\n); none = the start of a document. <|endoftext|> ([SEP] for bert) in a prompt is
+    the end-of-text token"""
+    prompts: str = ""
+    """a file with one prompt a line (UTF-8); empty lines are skipped. Further prompts, behind those
+    of start"""
     num_samples: int = 1
     """texts for each prompt"""
     max_new_tokens: int = 200
-    """tokens to add; beyond block_size the context slides"""
+    """tokens to add; beyond block_size the older half of the context is dropped"""
     stop_at_eot: bool = False
     """end a text at the end-of-text token, which is not shown"""
     temperature: float = 0.8
@@ -55,6 +65,15 @@ class SampleConfig:
     """the same seed gives the same text"""
     explain: bool = False
     """for each new token: its nearest prototypes, and the coordinates that carry its distance"""
+    json: bool = False
+    """print one JSON object a line for each text, and nothing else on stdout: prompt, text (what
+    was added), tokens (its ids), finish_reason (eot or length)"""
+    ann: bool = False
+    """give logits to the nearest prototypes alone, which faiss finds (pip install faiss-cpu)"""
+    ann_candidates: int = 512
+    """how many prototypes get a logit with --ann"""
+    ann_index: Literal["flat", "hnsw"] = "flat"
+    """flat finds the nearest exactly; hnsw most of them, and it takes minutes to build"""
     cache: bool = True
     """keep keys and values; false recomputes the context at each token (same text, slower)"""
     device: str = "auto"
@@ -65,7 +84,7 @@ class SampleConfig:
     def problems(self) -> list[str]:
         found = [
             f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("num_samples", "max_new_tokens")
+            for k in ("num_samples", "max_new_tokens", "ann_candidates")
             if getattr(self, k) < 1
         ]
         if not 0 <= self.seed < 2**31:
@@ -76,30 +95,33 @@ class SampleConfig:
             found.append(f"top_k={self.top_k} must be at least 1 (null = all)")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} is not in (0, 1]")
+        if self.json and self.explain:
+            found.append("json=true and explain=true exclude each other: JSON has the texts alone")
         return found
 
 
 def read_prompt(text: str) -> str:
-    """`FILE:path` -> the file's text; anything else is the prompt itself.
+    """`FILE:path` -> the file's text; anything else is the prompt itself."""
+    return read_text(text[5:], f"--start={text}") if text.startswith("FILE:") else text
+
+
+def read_text(name: str, flag: str) -> str:
+    """The text of a file that the command line's `flag` names.
 
     A byte-order mark is dropped and line ends become `\\n`. UserError for what is not a text file.
     """
-    if not text.startswith("FILE:"):
-        return text
-    path = Path(text[5:])
+    path = Path(name)
     try:
         if special := special_file(path.stat().st_mode):
-            raise UserError(
-                f"--start={text}: a {special}, which may never end; save its text in a file"
-            )
+            raise UserError(f"{flag}: a {special}, which may never end; save its text in a file")
         prompt = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"--start={text}: {error.strerror}") from None
+        raise UserError(f"{flag}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--start={text}: not UTF-8 text") from None
+        raise UserError(f"{flag}: not UTF-8 text") from None
     if "\0" in prompt:
         raise UserError(
-            f"--start={text}: it holds NUL characters, so it is no UTF-8 text: perhaps UTF-16; save"
+            f"{flag}: it holds NUL characters, so it is no UTF-8 text: perhaps UTF-16; save"
             " it as UTF-8"
         )
     return prompt
@@ -139,20 +161,19 @@ class Explainer:
 
     nearest, coordinates = 5, 4  # prototypes and coordinates shown
 
-    def __init__(self, model, tokenizer, rows: int):
+    def __init__(self, model: Model, tokenizer: Tokenizer, rows: int):
         self.head, self.tokenizer = model.head, tokenizer
-        self.lines = [[] for _ in range(rows)]
+        self.lines: list[list[str]] = [[] for _ in range(rows)]
         row = self.head.distance
-        self.share = (
-            "of sum |h w|"
-            if row.kernel == "dot"
-            else "of d^2"
-            if row.kernel == "l2" and row.degree == 1
-            else "of d"
-        )
+        if row.kernel == "dot":
+            self.share = "of sum |h w|"
+        elif row.kernel == "l2" and row.degree == 1:
+            self.share = "of d^2"
+        else:
+            self.share = "of d"
         self.only = 1 if row.kernel == "linf" else self.coordinates
 
-    def __call__(self, h, tokens):
+    def __call__(self, h: torch.Tensor, tokens: torch.Tensor) -> None:
         head = self.head
         probability = head(h).softmax(-1)
         for row, token in enumerate(tokens.tolist()):
@@ -184,7 +205,7 @@ class Explainer:
         return repr(self.tokenizer.decode_token(token))
 
 
-def fill(model, tokenizer, prompts: list[list[int]]):
+def fill(model: Model, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
     """Prints each prompt with its masks filled by the likeliest token, and the candidates of each
     mask."""
     for ids in prompts:
@@ -214,7 +235,8 @@ class Texts:
         self.texts = [
             "".join(map(stream, ids)) for stream, ids in zip(self.streams, prompts, strict=True)
         ]
-        self.lengths = [0] * len(prompts)  # tokens written, the last one included
+        # What was added, the last token included.
+        self.tokens: list[list[int]] = [[] for _ in prompts]
         self.ended = [False] * len(prompts)
 
     def add(self, tokens: list[int]) -> list[str]:
@@ -222,7 +244,7 @@ class Texts:
         pieces = [""] * len(tokens)
         for row, token in enumerate(tokens):
             if not self.ended[row]:
-                self.lengths[row] += 1
+                self.tokens[row].append(token)
                 self.ended[row] = token == self.eot_id
                 pieces[row] = "" if self.ended[row] else self.streams[row](token)
                 self.texts[row] += pieces[row]
@@ -233,34 +255,64 @@ class Texts:
         return [stream(None) for stream in self.streams]
 
 
-def write(texts: Texts, steps, explainer: Explainer | None, total: int):
+def write(
+    texts: Texts, steps: Iterator[list[int]], explainer: Explainer | None, total: int
+) -> None:
     """Prints the texts as `steps` yields their tokens: one text at once, several when they are
     whole."""
     alone = len(texts.texts) == 1
     if alone:
         print(texts.texts[0], end="", flush=True)
-    progress = tqdm(
-        total=total, unit="token", disable=alone or not sys.stderr.isatty(), leave=False
-    )
-    for tokens in steps:
-        pieces = texts.add(tokens)
-        progress.update()
+    for pieces in grow(texts, steps, total, progress=not alone):
         if alone:
             print(pieces[0], end="", flush=True)
-        if all(texts.ended):
-            break
-    progress.close()
     for row, rest in enumerate(texts.finish()):
         print(rest if alone else texts.texts[row] + rest)
         if explainer:
-            print("\n".join(["", *explainer.lines[row][: texts.lengths[row]]]))
+            print("\n".join(["", *explainer.lines[row][: len(texts.tokens[row])]]))
         else:
             print("---------------")
 
 
-def read_prompts(starts: list[str], tokenizer: Tokenizer, masked: bool) -> list[list[int]]:
+def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
+    """Prints a line of JSON for each text when all are whole."""
+    prompts = list(texts.texts)
+    for _ in grow(texts, steps, total, progress=True):
+        pass
+    for row, rest in enumerate(texts.finish()):
+        text = texts.texts[row] + rest
+        line = {
+            "prompt": prompts[row],
+            "text": text[len(prompts[row]) :],
+            "tokens": texts.tokens[row],
+            "finish_reason": "eot" if texts.ended[row] else "length",
+        }
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def grow(
+    texts: Texts, steps: Iterator[list[int]], total: int, progress: bool
+) -> Iterator[list[str]]:
+    """Adds tokens until all texts are whole -> what each text gains, a step at a time."""
+    hidden = not progress or not sys.stderr.isatty()
+    with tqdm(total=total, unit="token", disable=hidden, leave=False) as bar:
+        for tokens in steps:
+            yield texts.add(tokens)
+            bar.update()
+            if all(texts.ended):
+                return
+
+
+def read_prompts(c: SampleConfig, tokenizer: Tokenizer, masked: bool) -> list[list[int]]:
     """The ids of every prompt. UserError that lists all that is wrong with them."""
-    problems, prompts = [], []
+    problems, prompts, starts = [], [], list(c.start)
+    if c.prompts:
+        lines = [
+            line for line in read_text(c.prompts, f"--prompts={c.prompts}").split("\n") if line
+        ]
+        if not lines:
+            raise UserError(f"--prompts={c.prompts}: it has no prompts")
+        starts += lines
     for text in starts:
         try:
             prompts.append(encode(read_prompt(text), tokenizer, masked))
@@ -270,7 +322,47 @@ def read_prompts(starts: list[str], tokenizer: Tokenizer, masked: bool) -> list[
     return prompts
 
 
-def main():
+def refuse_writing(c: SampleConfig) -> None:
+    """UserError, in one message, for settings that a model that fills masks has no use for."""
+    problems = []
+    if not c.start and not c.prompts:
+        problems.append(
+            "a bert does not write on, it fills masks: give --start='The film was [MASK].'"
+        )
+    for flag, asked in (
+        ("num_samples", c.num_samples > 1),
+        ("stop_at_eot", c.stop_at_eot),
+        ("json", c.json),
+        ("ann", c.ann),
+    ):
+        if asked:
+            problems.append(f"--{flag} does nothing with a bert: it fills masks")
+    check(problems)
+
+
+def nearest_head(head: HarmonicHead, c: SampleConfig) -> NearestHead:
+    """The head of --ann. UserError where faiss is missing or has no metric for the head."""
+    began = time.perf_counter()
+    try:
+        nearest = NearestHead(head, c.ann_candidates, c.ann_index)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--ann: {error}") from None
+    seconds = time.perf_counter() - began
+    print(f"built a {c.ann_index} index in {seconds:.1f} s", file=sys.stderr)
+    return nearest
+
+
+def print_bounds(nearest: NearestHead, kind: str) -> None:
+    bounds = nearest.bounds
+    mean = sum(bounds) / len(bounds)
+    print(
+        f"probability without a candidate: {kind} {mean:.2g} on average, {max(bounds):.2g} in the"
+        " worst step",
+        file=sys.stderr,
+    )
+
+
+def main() -> None:
     (c,) = parse(sys.argv[1:], SampleConfig, words="start")
     device = check_device(c.device)
     model, stored, manifest = checkpoint.load_run(c.out_dir, device)
@@ -278,22 +370,19 @@ def main():
         stored["tokenizer"], tokenizer_folder(Path(c.out_dir), stored["dataset"])
     )
     masked = not model.config.architecture.causal
-    if masked and not c.start:
-        raise UserError(
-            "a bert does not write on, it fills masks: give --start='The film was [MASK].'"
-        )
-    prompts = read_prompts(c.start, tokenizer, masked)
-    autocast = (
-        contextlib.nullcontext()
-        if c.dtype == "float32"
-        else torch.autocast(device, getattr(torch, c.dtype))
-    )
+    if masked:
+        refuse_writing(c)
+    prompts = read_prompts(c, tokenizer, masked)
+    autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if c.dtype != "float32":
+        autocast = torch.autocast(device, getattr(torch, c.dtype))
     print(f"{c.out_dir}, iteration {manifest['iter']}: {model.head.extra_repr()}", file=sys.stderr)
     with torch.inference_mode(), autocast:
         if masked:
             return fill(model, tokenizer, prompts)
 
-        rows = [p for p in prompts or [[tokenizer.start_id]] for _ in range(c.num_samples)]
+        begin = [] if tokenizer.start_id is None else [tokenizer.start_id]
+        rows = [p for p in prompts or [begin] for _ in range(c.num_samples)]
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
             print(
@@ -302,21 +391,29 @@ def main():
                 file=sys.stderr,
             )
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
-        arguments = dict(
+        nearest = nearest_head(model.head, c) if c.ann else None
+        steps = model.generate(
+            rows,
+            c.max_new_tokens,
+            seed=c.seed,
+            head=nearest,
+            cache=c.cache,
+            explain=explainer,
             temperature=c.temperature,
             top_k=c.top_k,
             top_p=c.top_p,
-            seed=c.seed,
-            cache=c.cache,
-            explain=explainer,
         )
-        steps = model.generate(rows, c.max_new_tokens, **arguments)
         began = time.perf_counter()
         shown = rows if prompts else [[] for _ in rows]  # a document's start is not shown
         texts = Texts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None)
-        write(texts, steps, explainer, c.max_new_tokens)
+        if c.json:
+            write_json(texts, steps, c.max_new_tokens)
+        else:
+            write(texts, steps, explainer, c.max_new_tokens)
         seconds = time.perf_counter() - began
-    print(f"{sum(texts.lengths) / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{sum(map(len, texts.tokens)) / seconds:,.0f} tokens/s", file=sys.stderr)
+    if nearest is not None:
+        print_bounds(nearest, "at most" if c.ann_index == "flat" else "an estimated")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@
 A config is a YAML file given first; flags are --key=value and override it. The run's folder is
 described in docs/training.md.
 
-Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient that is not finite; 4
-    trained, but the last checkpoint could not be written; 130, 138, 143 stopped by Ctrl-C, SIGUSR1,
-    SIGTERM, with a checkpoint.
+Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient is not finite; 4 trained,
+    but the last checkpoint could not be written; 130, 138, 143 stopped by Ctrl-C, SIGUSR1, SIGTERM,
+    with a checkpoint of the last iteration (a second Ctrl-C: without).
 """
 
 import math
@@ -21,9 +21,10 @@ import time
 import torch
 
 from interop import pretrained
-from model import Model
-from text.token_files import verify
+from model import Model, ModelConfig
+from text.token_files import Data, verify
 from training import checkpoint, distributed
+from training.config import TrainConfig
 from training.distributed import Processes
 from training.evaluation import Evaluation, sample_text
 from training.folder import RunFolder
@@ -49,7 +50,7 @@ from training.verify import verify_resume
 MOST_SKIPPED = 100  # iterations in a row, with --on_nan=skip
 
 
-def main():
+def main() -> None:
     # Configuration. Everything is checked before anything is written.
     m, c, stored, source = configure(sys.argv[1:], pretrained.find)
     device = distributed.check_device(c.device)
@@ -57,7 +58,8 @@ def main():
     check_compiler(c, device)
     if c.verify_resume:
         longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
-        return verify_resume(sys.argv[1:], longest, c.source)
+        verify_resume(sys.argv[1:], longest, c.source)
+        return
     check_out_dir(c)
 
     # Processes and data.
@@ -104,7 +106,14 @@ def main():
     train(run, folder)
 
 
-def make_model(m, c, data, p: Processes, source, evaluate: Evaluation) -> tuple[Model, dict]:
+def make_model(
+    m: ModelConfig,
+    c: TrainConfig,
+    data: Data,
+    p: Processes,
+    source: pretrained.Pretrained | None,
+    evaluate: Evaluation,
+) -> tuple[Model, dict]:
     """-> (the model at its start, the source's own results where its head was swapped)."""
     if not source:
         return Model(m), {}
@@ -128,7 +137,7 @@ def make_model(m, c, data, p: Processes, source, evaluate: Evaluation) -> tuple[
     return model, found
 
 
-def train(run: Run, folder: RunFolder):
+def train(run: Run, folder: RunFolder) -> None:
     """The loop: to max_iters, or until a signal or a number that is not finite. Then exits."""
     c, p, at = run.c, run.processes, run.progress
     log = Log(run, folder)
@@ -163,7 +172,7 @@ def train(run: Run, folder: RunFolder):
         signals.restore()
         used = folder.close(wait=not at_once)
     if not at_once:
-        p.barrier()  # torchrun ends all when one has ended
+        p.barrier()  # Wait for the others: torchrun stops every process once one exits.
     conclude(run, folder, time.perf_counter() - log.began, used, stopped, strange)
 
 
@@ -211,7 +220,7 @@ def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
     return x.to(device)
 
 
-def report(run: Run, folder: RunFolder, log: Log):
+def report(run: Run, folder: RunFolder, log: Log) -> None:
     """What is due before an iteration: an evaluation with a checkpoint, a sample of text."""
     c, at = run.c, run.progress
     due = at.iteration % c.eval_interval == 0 or at.iteration == c.max_iters
@@ -229,7 +238,7 @@ def report(run: Run, folder: RunFolder, log: Log):
         log.restart_clock()
 
 
-def evaluate_and_save(run: Run, folder: RunFolder):
+def evaluate_and_save(run: Run, folder: RunFolder) -> None:
     """Evaluates, says so, and saves a checkpoint; at iteration 0 there is nothing to save."""
     at = run.progress
     found = run.evaluate(run.model)

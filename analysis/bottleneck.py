@@ -88,7 +88,13 @@ def draw(runs: list, shares: list[np.ndarray]) -> Figure:
     figure = figures.figure(3.2)
     axes = figure.subplots()
     for run, values, style in zip(runs, shares, head_styles(runs), strict=True):
-        axes.plot(np.linspace(0, 1, len(values)), np.sort(values), label=run.name, **style)
+        axes.plot(
+            np.linspace(0, 1, len(values)),
+            np.sort(values),
+            label=run.name,
+            color=style["color"],
+            ls=style["linestyle"],
+        )
     axes.set_xlabel("tokens, smallest share first")
     axes.set_ylabel("share of the gradient that reaches h")
     axes.legend()

@@ -95,8 +95,10 @@ def times(
     elapsed = steps = None
     if timed(metrics):
         elapsed, steps = clock(metrics, run.tokens_per_iteration())[-1]
-    measured = used is not None and math.isfinite(used["duration"])
-    return (used["duration"] if measured else elapsed), elapsed, steps
+    whole = elapsed
+    if used is not None and math.isfinite(used["duration"]):
+        whole = used["duration"]
+    return whole, elapsed, steps
 
 
 def share(part: float | None, whole: float | None) -> float | None:
@@ -110,15 +112,20 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
     used, c = energy(run.path), run.model_config
     tokens = run.tokens_per_iteration() * sum("train_loss" in m for m in metrics)
     whole, elapsed, steps = times(run, metrics, used)
-    kwh = used and used["energy_consumed"]
+    spent: dict[str, float] = used or {}  # nothing where nothing was measured
+    kwh = spent.get("energy_consumed")
     # kWh a second
     rate = share(kwh, whole)
     with torch.device("meta"):
         predicted = run.objective.predicted(c.block_size) / c.block_size
         calculated = Model(c).flops_per_token(predicted)
-    reached = time_to(target, evaluations(run, metrics, key)) if key else None
-    between = elapsed - steps if steps is not None else None
-    outside = whole - elapsed if used and elapsed is not None else None
+    reached = between = outside = None
+    if key is not None and target is not None:
+        reached = time_to(target, evaluations(run, metrics, key))
+    if elapsed is not None and steps is not None:
+        between = elapsed - steps
+    if used and whole is not None and elapsed is not None:
+        outside = whole - elapsed
     return {
         **about(run),
         "minutes": None if whole is None else whole / 60,
@@ -126,10 +133,10 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
         "evaluation": share(between, whole),
         "start_end": share(outside, whole),
         "kwh": kwh,
-        "kwh_cpu": used and used["cpu_energy"],
-        "kwh_gpu": used and used["gpu_energy"],
-        "kwh_ram": used and used["ram_energy"],
-        "kg_co2e": used and used["emissions"],
+        "kwh_cpu": spent.get("cpu_energy"),
+        "kwh_gpu": spent.get("gpu_energy"),
+        "kwh_ram": spent.get("ram_energy"),
+        "kg_co2e": spent.get("emissions"),
         "joules_per_token": rate * steps * 3.6e6 / tokens
         if rate is not None and steps is not None and tokens
         else None,
@@ -207,25 +214,23 @@ def target_of(runs: list[Run], metrics: list[list[dict]], key: str) -> float:
     return max(learnt)
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], EmissionsConfig, words="runs")
     runs = find_runs(c.runs, weights=False, dataset=c.dataset)
     out = default_out(c, runs, "emissions")
-    metrics, key = [read_metrics(run.path) for run in runs], "val_loss"
+    metrics = [read_metrics(run.path) for run in runs]
+    key: str | None = "val_loss"
     try:
         warning = caution(runs, [run.data() for run in runs]) if len(runs) > 1 else None
     except UserError as error:
         warning = f"{error}; nobody checked that the losses may be compared"
     if warning:
         print(f"note: {warning}", file=sys.stderr)
-        key = (
-            "bits_per_byte"
-            if all(any("bits_per_byte" in m for m in ms) for ms in metrics)
-            else None
-        )
-    target = (
-        None if key is None else c.target if c.target is not None else target_of(runs, metrics, key)
-    )
+        everywhere = all(any("bits_per_byte" in m for m in ms) for ms in metrics)
+        key = "bits_per_byte" if everywhere else None
+    target = c.target if key is not None else None
+    if key is not None and target is None:
+        target = target_of(runs, metrics, key)
     rows = [measure(run, ms, key, target) for run, ms in zip(runs, metrics, strict=True)]
     print(tables.text(rows, COLUMNS))
     print(

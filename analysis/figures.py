@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib
+from cycler import cycler
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -59,7 +60,7 @@ matplotlib.rcParams.update(
         "axes.titlelocation": "left",
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+        "axes.prop_cycle": cycler(color=PALETTE),
         # Numbers such as 0.6 rather than 6 x 10^-1 on logarithmic axes.
         "axes.formatter.min_exponent": 4,
         "legend.frameon": False,
@@ -85,7 +86,8 @@ def head_color(name: str) -> str:
 def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
     """`color` and `linestyle` of the lines of heads, each a name and a link (None for a control). A
     further line of the same head and link, as of another run, has another shade."""
-    styles, seen = [], []
+    styles = []
+    seen: list[tuple[str, str | None]] = []
     for name, link in heads:
         repeats = seen.count((name, link))
         seen.append((name, link))
@@ -111,4 +113,5 @@ def _shaded(color: str, index: int) -> str:
     """A colour, lighter or darker by SHADES[index]."""
     share = SHADES[index % len(SHADES)]
     end = 1.0 if share > 0 else 0.0
-    return to_hex([part + abs(share) * (end - part) for part in to_rgb(color)])
+    red, green, blue = (part + abs(share) * (end - part) for part in to_rgb(color))
+    return to_hex((red, green, blue))

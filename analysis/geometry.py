@@ -120,7 +120,7 @@ def word_ids(tokenizer: Tokenizer, word: str) -> int:
 def token_pairs(tokenizer: Tokenizer, relation: str) -> list[tuple[int, int]]:
     """The pairs of a relation as tokens, without those of which a token stands for an earlier word
     too ("est" of "largest", "smallest")."""
-    kept = []
+    kept: list[tuple[int, int]] = []
     for pair in pairs(relation):
         first, second = (word_ids(tokenizer, word) for word in pair)
         if first != second and all(first != a and second != b for a, b in kept):
@@ -147,7 +147,7 @@ def parallelogram(
         first, second = (plane[list(tokens)] for tokens in zip(*kept, strict=True))
         both = torch.tensor(list(itertools.combinations(range(len(first)), 2)))
 
-        def mean(offset, both=both):
+        def mean(offset: torch.Tensor, both: torch.Tensor = both) -> float:
             return (offset[both[:, 0]] - offset[both[:, 1]]).norm(dim=-1).mean().item()
 
         found[name] = mean(second - first)
@@ -171,7 +171,8 @@ def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
 def layers(model: Model, data: Data, split: str) -> list[torch.Tensor]:
     """Hidden states of the split's text at the output of each block, and last what the head sees:
     [(N, C)], N about STATES."""
-    c, seen = model.config, []
+    c = model.config
+    seen: list[list[torch.Tensor]] = []  # of each batch
     starts = windows(data, split, c.block_size, STATES // c.block_size)
     hooks = [
         block.register_forward_hook(lambda _, __, out: seen[-1].append(out))
@@ -327,7 +328,7 @@ COLUMNS = (
 CKA_COLUMNS = ("a", "b", "layer", Column("cka", form=".3f"), Column("chance", form=".3f"))
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], GeometryConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "geometry")

@@ -180,7 +180,7 @@ COLUMNS = (
 )
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], GradientsConfig, words="runs")
     runs = find_runs(c.runs, weights=False, dataset=c.dataset)
     out = default_out(c, runs, "gradients")

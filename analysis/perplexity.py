@@ -160,13 +160,12 @@ def document_batches(
     )
     while part := list(itertools.islice(windows, batch_size)):
         longest = max(len(ids) for ids, _ in part) - 1
-        x, y = (
-            torch.full((len(part), longest), eot_id),
-            torch.full((len(part), longest), IGNORE_INDEX),
-        )
+        x = torch.full((len(part), longest), eot_id)
+        y = torch.full((len(part), longest), IGNORE_INDEX)
         for i, (ids, skip) in enumerate(part):
-            ids = torch.from_numpy(ids)
-            x[i, : len(ids) - 1], y[i, skip : len(ids) - 1] = ids[:-1], ids[1 + skip :]
+            row = torch.from_numpy(ids)
+            x[i, : len(row) - 1] = row[:-1]
+            y[i, skip : len(row) - 1] = row[1 + skip :]
         yield x, y
 
 
@@ -352,7 +351,7 @@ def draw(rows: list[dict]) -> Figure:
     return figure
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], PerplexityConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
     device = check_device(c.device)

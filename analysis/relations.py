@@ -35,4 +35,8 @@ RELATIONS = {
 
 def pairs(relation: str) -> list[tuple[str, str]]:
     """The words of one relation, pair by pair."""
-    return [tuple(pair.split(":")) for pair in RELATIONS[relation].split()]
+    found = []
+    for pair in RELATIONS[relation].split():
+        first, second = pair.split(":")
+        found.append((first, second))
+    return found

@@ -199,7 +199,7 @@ def continuations(
 def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[list[list]]:
     """What bert puts for masked words: for each excerpt one text of pieces [kind, text, truth],
     kind being given, right or wrong."""
-    found = []
+    found: list[list[list]] = []
     for prompt, truth in texts:
         ids = torch.tensor(
             words.encode(prompt + truth)[: model.config.block_size],
@@ -270,10 +270,11 @@ class Entry:
     model: str
     """its size in words"""
     map: dict | None = None
-    """None where the run's data was not found; so are the next two"""
+    """None where the run's data was not found"""
     losses: np.ndarray | None = None
-    """of validation windows (windows,); None for a split that is too short as well"""
-    samples: list | None = None
+    """of validation windows (windows,); None likewise, and for a split that is too short"""
+    samples: list = field(default_factory=list)
+    """empty where there is no excerpt, as without data"""
     note: str | None = None
     """what could not be done, in a sentence"""
 
@@ -308,7 +309,9 @@ def examine(
 
 def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     """Everything the page shows, as one JSON document."""
-    notes, data, texts = [], None, []
+    notes: list[str] = []
+    data: list[Data] | None = None
+    texts: list[tuple[str, str]] = []
     try:
         data = [run.data() for run in runs]
         texts = excerpts(data[0]) if c.samples else []
@@ -319,7 +322,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
 
     # One run's model and metrics are in memory at a time.
     entries = [
-        examine(run, data and data[i], texts, c, device)
+        examine(run, data[i] if data else None, texts, c, device)
         for i, run in enumerate(tqdm(runs, desc="runs", leave=False, disable=None))
     ]
     notes += [entry.note for entry in entries if entry.note]
@@ -362,9 +365,9 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
 
 def maps(entries: list[Entry]) -> list[dict]:
     """The maps of the MAPS best runs that have one, in the runs' order."""
-    mapped = [i for i, entry in enumerate(entries) if entry.map]
+    mapped = {i: entry.map for i, entry in enumerate(entries) if entry.map}
     best = sorted(mapped, key=lambda i: entries[i].summary["best_val_loss"])[:MAPS]
-    return [{"run": i, **entries[i].map} for i in sorted(best)]
+    return [{"run": i, **mapped[i]} for i in sorted(best)]
 
 
 def corpora(runs: list[Run], data: list[Data] | None) -> list[str]:
@@ -412,7 +415,7 @@ def describe(environment: dict) -> list[str]:
     return [text for text in rest if text]
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ReportConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
     out, device = writable(Path(c.out)), check_device(c.device)

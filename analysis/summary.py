@@ -157,7 +157,9 @@ def summary_table(summaries: list[dict], agree: Agreement) -> dict:
         for line in tables.cells(summaries, COLUMNS)
     ]
     for i, column in enumerate(COLUMNS):
-        if not isinstance(column, Score) or not getattr(agree, column.needs):
+        if not isinstance(column, Score) or column.best is None:
+            continue
+        if not getattr(agree, column.needs):
             continue
         values = [s[column.key] for s in summaries]
         finite = [v for v in values if v is not None and math.isfinite(v)]

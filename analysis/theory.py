@@ -136,22 +136,23 @@ def toy(
         prototypes (steps + 1, classes, C).
     """
     torch.manual_seed(seed)
-    if points is None:
+    if points is None or targets is None:
         points, targets = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1), torch.arange(5)
-    exponent = {} if HEADS[name].is_control else {"exponent": 4.0}
+    exponent = None if HEADS[name].is_control else 4.0
+    classes = int(targets.max()) + 1
     head = HarmonicHead(
-        points.shape[1], int(targets.max()) + 1, name, init_std=0.1, impl="dense", **exponent
+        points.shape[1], classes, name, exponent=exponent, init_std=0.1, impl="dense"
     )
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
-    losses, path = [], [head.weight.detach().clone()]
+    losses, passed = [], [head.weight.detach().clone()]
     for _ in range(steps):
         loss = head.loss(points, targets)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        path.append(head.weight.detach().clone())
-    path = torch.stack(path)
+        passed.append(head.weight.detach().clone())
+    path = torch.stack(passed)
     return {
         "norms": path[:-1].norm(dim=(1, 2)).tolist(),
         "losses": losses,
@@ -171,10 +172,8 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
         left.plot(rho, torch.linspace(0, 1, len(rho)), label=label, **style)
         lines = [m for m in read_metrics(run.path) if "kl_to_softmax" in m]
         if lines:
-            iterations, divergences = (
-                [m["iter"] for m in lines],
-                [m["kl_to_softmax"] for m in lines],
-            )
+            iterations = [m["iter"] for m in lines]
+            divergences = [m["kl_to_softmax"] for m in lines]
             middle.plot(iterations, divergences, marker=".", label=run.name, **style)
     left.axvline(1, color=figures.GREY, linewidth=0.8, linestyle=":")
     left.set_xlabel("rho = own distance / nearest other")
@@ -194,7 +193,7 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
     return figure
 
 
-COLUMNS = (
+COLUMNS: tables.Columns = (
     "run",
     "head",
     "link",
@@ -211,7 +210,7 @@ COLUMNS = (
 )
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], TheoryConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "theory")

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import typing
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import jsonargparse
@@ -24,28 +25,34 @@ import yaml
 from base.errors import UserError, check, nearest
 from base.files import write_whole
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# What jsonargparse raises for a text that is not of the type.
+WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that leaves the examples in a script's docstring as they are written."""
 
 
-def show_bytes(error: UnicodeEncodeError) -> tuple[str, int]:
+def show_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
     """An error handler that prints a file name that is not UTF-8: `caf\\xe9.txt`. Python holds such
     a byte as U+DCE9."""
+    assert isinstance(error, UnicodeEncodeError)
     rest = error.object[error.start : error.end]
     if not all("\udc80" <= character <= "\udcff" for character in rest):
-        return codecs.backslashreplace_errors(
-            error
-        )  # characters that the terminal's encoding lacks
+        # Characters that the terminal's encoding lacks.
+        return codecs.backslashreplace_errors(error)
     return rest.encode("ascii", "surrogateescape").decode("ascii", "backslashreplace"), error.end
 
 
 codecs.register_error("show_bytes", show_bytes)
 
 
-def cli(main: typing.Callable):
+def cli(main: Callable[[], object]) -> None:
     """Runs `main()`; a UserError becomes its message on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -60,14 +67,13 @@ def cli(main: typing.Callable):
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (
-        BrokenPipeError
-    ):  # the reader (head, less) went away; leave without the interpreter's complaint at exit
+    except BrokenPipeError:
+        # The reader (head, less) went away; leave without the interpreter's complaint at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def read_yaml(path) -> dict:
+def read_yaml(path: str | Path) -> dict:
     """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat
     mapping."""
     path = Path(path)
@@ -75,7 +81,7 @@ def read_yaml(path) -> dict:
         there = sorted(
             {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.yaml")}
         )
-        raise UserError(f"no config file {path}{nearest(path, there) if there else ''}")
+        raise UserError(f"no config file {path}{nearest(str(path), there) if there else ''}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -85,7 +91,7 @@ def read_yaml(path) -> dict:
     return values
 
 
-def known(stored: dict, where, *schemas) -> dict:
+def known(stored: dict, where: str | Path, *schemas: type) -> dict:
     """A stored configuration without the keys that no schema has, such as those of another version;
     a note on stderr names them."""
     names = {f.name for schema in schemas for f in dataclasses.fields(schema)}
@@ -99,34 +105,37 @@ def known(stored: dict, where, *schemas) -> dict:
 
 
 @functools.cache
-def _note_once(text: str):
+def _note_once(text: str) -> None:
     """Prints a note on stderr, the first time that it is to be printed: several parts of a program
     read the same file."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one note a machine, not one a process
         print(f"note: {text}", file=sys.stderr)
 
 
-def write_yaml(path, *configs):
+def write_yaml(path: str | Path, *configs: "DataclassInstance") -> None:
     """Writes every field of the given dataclasses as one flat YAML file."""
     merged = {k: v for c in configs for k, v in dataclasses.asdict(c).items()}
     write_whole(Path(path), yaml.safe_dump(merged, sort_keys=False))
 
 
 def split_flags(
-    argv: list[str], switches: set[str], known=()
-) -> tuple[list[str], list[tuple[str, str]]]:
+    argv: list[str], switches: set[str], known: Container[str] = ()
+) -> tuple[list[str], list[tuple[str, str | None]]]:
     """Splits a command line into positional words and (key, value) pairs.
 
     `--key=value` and `--key value` both work; a key in `switches` (the bool fields) may stand alone
     and means true.
     """
-    words, flags, rest = [], [], list(argv)
+    words: list[str] = []
+    flags: list[tuple[str, str | None]] = []
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
             words.append(word)
             continue
-        key, equals, value = word[2:].partition("=")
+        key, equals, text = word[2:].partition("=")
+        value: str | None = text
         if not equals and key in switches:
             value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
         elif not equals and (not known or key in known) and rest and not rest[0].startswith("--"):
@@ -139,7 +148,7 @@ def split_flags(
 
 def parse(
     argv: list[str],
-    *schemas,
+    *schemas: type,
     words: str | None = None,
     config_file: bool = False,
     base: dict | None = None,
@@ -186,7 +195,8 @@ def parse(
     return built
 
 
-def _parser(schemas) -> jsonargparse.ArgumentParser:
+@functools.cache
+def _parser(schemas: tuple[type, ...]) -> jsonargparse.ArgumentParser:
     """Knows the types of all fields. Its help begins with the script's own docstring."""
     doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
     parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
@@ -199,7 +209,9 @@ def _read(
     parser: jsonargparse.ArgumentParser, types: dict, words: str | None, given: list[tuple]
 ) -> tuple[dict, list[str]]:
     """Settings (where they stand, key, value) -> (values by key, what is wrong with the others)."""
-    values, problems = {}, []
+    values: dict[str, typing.Any] = {}
+    problems: list[str] = []
+    texts: list[tuple[str, str, str]] = []
     for where, key, value in given:
         if key not in types:
             problems.append(f"{where}{key}: unknown key{nearest(key, types)}")
@@ -209,21 +221,28 @@ def _read(
             values.setdefault(key, []).append(value)
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
+            texts.append((where, key, text))
+    # All at once, for each call costs as much as one setting does. Where that fails, one by one.
+    try:
+        found = parser.parse_args([f"--{key}={text}" for _, key, text in texts])
+        values |= {key: getattr(found, key) for _, key, _ in texts}
+    except WRONG_VALUE:
+        for where, key, text in texts:
             try:
                 values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
-            except (jsonargparse.ArgumentError, ValueError, TypeError):
+            except WRONG_VALUE:
                 problems.append(f"{where}{key}={text}: {_expected(key, text, types[key])}")
     return values, problems
 
 
-def _expected(key: str, text: str, hint) -> str:
+def _expected(key: str, text: str, hint: typing.Any) -> str:
     """What a wrong value should have been."""
     if typing.get_origin(hint) is typing.Literal:
         return f"unknown {key}{nearest(text, typing.get_args(hint))}"
     return f"expected {describe(hint)}"
 
 
-def describe(hint) -> str:
+def describe(hint: typing.Any) -> str:
     """A type as a user would say it: `a whole number`, `a number, sqrt_dim, dim or null`."""
     plain = {
         int: "a whole number",

@@ -1,6 +1,7 @@
 """Errors that the user can fix, and the nearest valid name for a wrong one."""
 
 import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -8,7 +9,7 @@ class UserError(ValueError):
     status 2."""
 
 
-def check(problems: list[str]):
+def check(problems: list[str]) -> None:
     """Raises one UserError that lists all `problems`, if there are any."""
     if len(problems) == 1:
         raise UserError(problems[0])
@@ -16,9 +17,9 @@ def check(problems: list[str]):
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def nearest(name: str, names) -> str:
+def nearest(name: str, names: Iterable[object]) -> str:
     """`'; did you mean X?'` for the valid name most like `name`, or the list of names when nothing
     is like it."""
-    names = [str(n) for n in names]
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
+    valid = [str(n) for n in names]
+    near = difflib.get_close_matches(str(name), valid, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"

@@ -14,7 +14,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync(path: Path):
+def fsync(path: Path) -> None:
     """Flushes a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -23,7 +23,7 @@ def fsync(path: Path):
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[Path], object]):
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
     """The file has its old content or the new one, whatever happens in between; a function writes
     it to the path that it is given. OSError when it cannot be written."""
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")

@@ -43,6 +43,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -80,10 +81,8 @@ class Scale:
     device: str
     home: str
     """an empty folder for runs"""
-    checks: tuple[Check, ...] = (
-        Check(133, 1021, 97, 2),
-        Check(700, 200_003, 17, 11),
-    )  # of the second the kernels make two chunks
+    # Of the second the kernels make two chunks.
+    checks: tuple[Check, ...] = (Check(133, 1021, 97, 2), Check(700, 200_003, 17, 11))
     head: tuple[int, int, int] = (8192, 50304, 768)
     rounds: int = 5
     train: train_gpu.Sizes = train_gpu.Sizes()
@@ -251,7 +250,7 @@ def check_once(device: str, check: Check, name: str, link: str, precision: str) 
 def measure_head(scale: Scale, name: str, precision: str, peer: str | None = None) -> dict:
     """Forward, forward and backward, memory beyond inputs and gradients; the ratio is that of both
     to the yardstick's, measured in turn."""
-    case = head.Case(*scale.head, scale.device, "bfloat16", precision)
+    case = head.Case(scale.head, scale.device, "bfloat16", precision)
     found = head.measure(case, name, peer, scale.rounds)
     loss, *gradients = case.errors(name, peer)
     return {
@@ -334,17 +333,18 @@ def here(words: tuple[str, ...]) -> tuple[str, int]:
             sys.argv = list(words)
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
-        status = stop.code or 0
+        status = int(stop.code or 0)
     finally:
         sys.argv = argv
     return printed.getvalue(), status
 
 
 def train(
-    scale: Scale, out_dir: str, config: tuple[str, ...], torchrun: bool = False, **flags
+    scale: Scale, out_dir: str, config: tuple[str, ...], torchrun: bool = False, **flags: object
 ) -> list[dict]:
     """A run of train.py -> the lines of its metrics.jsonl."""
-    settings = dict(
+    folder = Path(scale.home, out_dir)
+    settings: dict[str, object] = dict(
         dataset=f"{scale.home}/tokens",
         gradient_accumulation_steps=1,
         eval_interval=10**6,
@@ -356,7 +356,7 @@ def train(
         device=scale.device,
         compile=scale.compile,
         dtype="bfloat16",
-        out_dir=f"{scale.home}/{out_dir}",
+        out_dir=folder,
     )
     settings |= flags
     script(
@@ -366,10 +366,7 @@ def train(
         *(f"--{key}={value}" for key, value in settings.items()),
         torchrun=torchrun,
     )
-    return [
-        json.loads(line)
-        for line in Path(settings["out_dir"], "metrics.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def results(metrics: list[dict]) -> dict:
@@ -457,16 +454,17 @@ def run_wrapped(scale: Scale, how: str) -> dict:
             rank=0,
             world_size=1,
         )
-    s, losses = scale.train, {}
+    s = scale.train
+    losses: dict[str, list[float]] = {}
     small = train_gpu.Sizes(s.device, 2, 2, 64, s.length, s.vocabulary, s.rows, 2, "eager")
     for kind in ("alone", how):
         loop = train_gpu.Ours(small, "cosine")
-        model = loop.model
+        model: torch.nn.Module = loop.model
         if kind == "DDP":
             model = DistributedDataParallel(model, device_ids=[0] if s.device == "cuda" else None)
         elif kind == "FSDP2":
             mesh = dist.device_mesh.init_device_mesh(s.device, (1,))
-            for block in model.blocks:
+            for block in loop.model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -489,7 +487,7 @@ def run_doc_mask(scale: Scale, arch: str) -> dict:
     import model as decoder
 
     length = scale.small["block_size"] * 4 - 24  # no multiple of a block
-    flags = dict(
+    flags: dict[str, Any] = dict(
         n_layer=2,
         n_head=4,
         n_embd=4 * 64,
@@ -499,9 +497,9 @@ def run_doc_mask(scale: Scale, arch: str) -> dict:
         eot_id=0,
         dropout=0.0,
     )
-    config = decoder.ModelConfig(
-        arch=arch, **flags, **(dict(n_kv_head=2) if arch == "qwen" else {})
-    )
+    if arch == "qwen":
+        flags["n_kv_head"] = 2
+    config = decoder.ModelConfig(arch=arch, **flags)
     torch.manual_seed(0)
     plain = decoder.Model(config).to(scale.device)
     tokens = torch.randint(scale.vocabulary, (2, length + 1), device=scale.device)
@@ -680,7 +678,7 @@ def rehearsed() -> list[Step]:
 # The command
 
 
-def make_tokens(scale: Scale):
+def make_tokens(scale: Scale) -> None:
     """Random tokens in the form of a prepared folder. Their tokenizer is one of characters, which
     needs no package and no network."""
     folder, generator = Path(scale.home, "tokens"), np.random.default_rng(0)
@@ -706,7 +704,7 @@ def make_tokens(scale: Scale):
     )
 
 
-def tell_packages():
+def tell_packages() -> None:
     """Says which packages the scripts need that are not here, and how they get here."""
     print(
         f"torch {version('torch')}, triton {version('triton') or 'absent'}, numpy"
@@ -793,9 +791,8 @@ def main() -> int:
     print(f"{card}: {len(chosen)} steps, of which {c.out} has {len(done)}", flush=True)
     most = 2 if c.rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
     about = {"card": card, "torch": version("torch"), "triton": version("triton")}
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that the processes below are ended, too
+    # So that the processes below are ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if c.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes that are started from here on
     with tempfile.TemporaryDirectory(prefix="gpu-") as home:

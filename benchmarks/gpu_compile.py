@@ -25,9 +25,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -44,7 +46,7 @@ from harmonic.precision import FLOAT32, SPLIT, Products
 
 N, V, C = 8192, 50257, 768
 # kernel, options, root
-KERNELS = [
+KERNELS: list[tuple[str, dict[str, float], float]] = [
     ("l2", {}, 0.5),
     ("l2", {}, 1.0),
     ("linf", {}, 1.0),
@@ -93,21 +95,21 @@ class CompileConfig:
     out: str | None = None
     """the CSV file; null = results/gpu_compile.csv or gpu_instructions.csv"""
 
-    def __post_init__(self):
-        self.out = (
-            self.out or f"results/gpu_{'instructions' if self.instructions else 'compile'}.csv"
-        )
+    def table(self) -> Path:
+        kind = "instructions" if self.instructions else "compile"
+        return Path(self.out or f"results/gpu_{kind}.csv")
 
     def problems(self) -> list[str]:
-        folder = Path(self.out).parent
-        return [] if folder.is_dir() else [f"--out={self.out}: the folder {folder} does not exist"]
+        out = self.table()
+        missing = f"--out={out}: the folder {out.parent} does not exist"
+        return [] if out.parent.is_dir() else [missing]
 
 
-def cases():
+def cases() -> Iterator[tuple[SimpleNamespace, bool, bool, Products]]:
     """-> (epilogue, rank-one terms or a control's bias, gradients, products) of every way to call
     `gpu.run`."""
 
-    def epilogue(kernel, options, root, link):
+    def epilogue(kernel: str, options: dict, root: float, link: str) -> SimpleNamespace:
         return SimpleNamespace(
             kernel=kernel, options=options, link=link, factor=1.0, root=root, floor=1e-3
         )
@@ -115,10 +117,8 @@ def cases():
     for gradients in (False, True):
         for link in ("harmonic", "softmax"):
             for kernel in KERNELS:
-                rank_one = kernel[1].get("p") in (
-                    1.0,
-                    1.5,
-                )  # the two ways a denominator meets a root
+                # The two ways a denominator meets a root.
+                rank_one = kernel[1].get("p") in (1.0, 1.5)
                 for terms in [False, True] if rank_one else [False]:
                     for products in PRODUCTS if kernel[0] == "l2" else [FLOAT32]:
                         yield epilogue(*kernel, link), terms, gradients, products
@@ -130,25 +130,23 @@ def cases():
 def variants() -> dict:
     """(kernel, its constants in words) -> what `compiled` reads, of every kernel that `run` starts
     in one of `cases`."""
-    found = {}
+    found: dict[tuple[str, str], tuple[Any, dict]] = {}
 
-    def record(kernel, grid, warps, registers=None, **arguments):
+    def record(
+        kernel: Any, grid: Any, warps: int, registers: int | None = None, **arguments: Any
+    ) -> None:
         constants, signature, attributes = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, arguments[parameter.name]
             whole = isinstance(value, int)
-            if (
-                parameter.is_constexpr or value is None or (whole and value == 1)
-            ):  # as a launch specialises
+            # As a launch specialises.
+            if parameter.is_constexpr or value is None or (whole and value == 1):
                 constants[name], signature[name] = value, "constexpr"
                 continue
-            signature[name] = (
-                TYPES[value.dtype]
-                if isinstance(value, torch.Tensor)
-                else "i32"
-                if whole
-                else "fp32"
-            )
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+            else:
+                signature[name] = "i32" if whole else "fp32"
             if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
@@ -184,7 +182,7 @@ def variants() -> dict:
     return found
 
 
-def empty(*shape):
+def empty(*shape: int) -> torch.Tensor:
     return torch.empty(shape, device="meta")
 
 
@@ -213,7 +211,7 @@ def words(constants: dict, signature: dict) -> str:
     return " ".join(named + [f"+{word}" for k, word in optional.items() if k in there])
 
 
-def build(source, options: dict, arch: int) -> tuple:
+def build(source: Any, options: dict, arch: int) -> tuple[Any, str]:
     """-> the compiled kernel, and what ptxas said. Always compiles: ptxas reports nothing for what
     a cache holds."""
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
@@ -222,17 +220,13 @@ def build(source, options: dict, arch: int) -> tuple:
     return kernel, log.getvalue()
 
 
-def compiled(source, options: dict, arch: int) -> dict:
+def compiled(source: Any, options: dict, arch: int) -> dict:
     """-> registers, spill_stores, spill_loads (bytes), shared_bytes."""
     kernel, log = build(source, options, arch)
     said = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
-    numbers = [int(re.search(pattern, log)[1]) for pattern in said]
-    return dict(
-        zip(
-            ("registers", "spill_stores", "spill_loads", "shared_bytes"),
-            (*numbers, kernel.metadata.shared),
-        )
-    )
+    numbers = [int(re.findall(pattern, log)[0]) for pattern in said]
+    names = ("registers", "spill_stores", "spill_loads", "shared_bytes")
+    return dict(zip(names, (*numbers, kernel.metadata.shared)))
 
 
 # instructions
@@ -243,9 +237,8 @@ class Elementwise:
     """An elementwise kernel.
 
     variant: without "by rows" and "by prototypes". needs: the operations of its formula a pair and
-        coordinate, by class; a multiplication
-    and the addition of its product are one, signs and absolute values of operands are free. head:
-    in MEASURED.
+        coordinate, by class; a multiplication and the addition of its product are one, signs and
+        absolute values of operands are free. head: in MEASURED.
     """
 
     kernel: str
@@ -289,7 +282,7 @@ def find_elementwise(kernel: str, variant: str) -> Elementwise | None:
     return next((e for e in ELEMENTWISE if (e.kernel, e.variant) == (kernel, plain)), None)
 
 
-def disassemble(kernel) -> str:
+def disassemble(kernel: Any) -> str:
     """SASS, with labels."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -305,16 +298,17 @@ def disassemble(kernel) -> str:
 
 def innermost_loops(sass: str) -> list[list[str]]:
     """The names of the instructions of each loop that holds no other, such as "FADD"."""
-    names, labels, loops = [], {}, []
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(names)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
             names.append(found[1])
             target = re.search(r"BRA.*`\((\.L_\w+)\)", line)
-            if (
-                target and labels.get(target[1], len(names)) < len(names) - 1
-            ):  # backwards, and not to itself as after the last
+            # Backwards, and not to itself as after the last.
+            if target and labels.get(target[1], len(names)) < len(names) - 1:
                 loops.append((labels[target[1]], len(names)))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return [names[first:last] for first, last in inner]
@@ -324,9 +318,10 @@ def main_loops(sass: str) -> list[list[str]]:
     """The unrolled loops over coordinates or over rows: of those with special functions, and of
     those without, the longest."""
     loops = [loop for loop in innermost_loops(sass) if any(name.startswith("LDG") for name in loop)]
-    kinds = {any(name.startswith("MUFU") for name in loop): [] for loop in loops}
+    kinds: dict[bool, list[list[str]]] = {}
     for loop in loops:
-        kinds[any(name.startswith("MUFU") for name in loop)].append(loop)
+        special = any(name.startswith("MUFU") for name in loop)
+        kinds.setdefault(special, []).append(loop)
     return [max(kind, key=len) for kind in kinds.values()]
 
 
@@ -334,8 +329,7 @@ def steps(loop: list[str], kernel: str, variant: str, warps: int) -> int:
     """How many steps of the source a turn of a loop makes, by how many numbers it loads.
 
     A step loads, for each thread, one number for each of its rows and four of its columns. Slopes
-    that need `kept` load it for each row.
-    The gradient of a maximum does without columns.
+    that need `kept` load it for each row. The gradient of a maximum does without columns.
     """
     widths = {"64": 2, "128": 4}
     loaded = sum(widths.get(name.split(".")[-1], 1) for name in loop if name.startswith("LDG"))
@@ -353,10 +347,10 @@ def classify(name: str) -> str:
     return next((kind for kind, starts in CLASSES.items() if name.startswith(starts)), "other")
 
 
-def count_instructions(sass: str, kernel: str, variant: str, warps: int) -> Counter:
+def count_instructions(sass: str, kernel: str, variant: str, warps: int) -> dict[str, float]:
     """Instructions a pair and coordinate, by class; "packed": those of "float" that do two threads'
     work."""
-    counts = Counter()
+    counts = dict.fromkeys((*CLASSES, "other", "packed"), 0.0)
     for loop in main_loops(sass):
         each = 1 / (steps(loop, kernel, variant, warps) * gpu.BLOCK**2 // (32 * warps))
         for name in loop:
@@ -374,10 +368,8 @@ def least_ms(counts: dict) -> float:
         "float": work["float"] + counts.get("packed", 0.0),
         "special": work["special"],
     }
-    busy |= {
-        "load": work["load"],
-        "compare": work["compare"] + work["integer"],
-    }  # integers share the unit of comparisons
+    # Integers share the unit of comparisons.
+    busy |= {"load": work["load"], "compare": work["compare"] + work["integer"]}
     N, V, C = SIZE
     return max(
         1000 * N * V * C * busy[unit] / (rate * MULTIPROCESSORS * CLOCK)
@@ -423,34 +415,31 @@ def instruction_rows(archs: list[int]) -> list[dict]:
     return rows
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], CompileConfig)
-    check(
-        ["TRITON_INTERPRET is set: nothing would be compiled"]
-        if triton.knobs.runtime.interpret
-        else []
-    )
+    if triton.knobs.runtime.interpret:
+        check(["TRITON_INTERPRET is set: nothing would be compiled"])
+    out = c.table()
     if c.instructions:
         rows = instruction_rows(c.archs)
         print(tables.markdown(rows, list(dict.fromkeys(key for row in rows for key in row))))
-        tables.write_csv(c.out, rows)
+        tables.write_csv(out, rows)
         return
     rows = []
     work = [(name, wanted, arch) for name, wanted in variants().items() for arch in c.archs]
-    for (kernel, variant), wanted, arch in tqdm(work, disable=None, leave=False):
-        rows.append(
-            {"kernel": kernel, "variant": variant, "arch": f"sm_{arch}", **compiled(*wanted, arch)}
-        )
+    for (kernel, variant), (source, options), arch in tqdm(work, disable=None, leave=False):
+        row = {"kernel": kernel, "variant": variant, "arch": f"sm_{arch}"}
+        rows.append(row | compiled(source, options, arch))
     shown = [{**r, "spilled": r["spill_stores"] + r["spill_loads"]} for r in rows]
     shared = Column("shared_bytes", "shared")
-    columns = ["kernel", "variant", "arch", "registers", "spilled", shared]
+    columns: tables.Columns = ["kernel", "variant", "arch", "registers", "spilled", shared]
     print(tables.text(shown, columns))
     spills = Counter(r["arch"] for r in rows if r["spill_stores"] or r["spill_loads"])
     print(
         f"{len(rows)} compiled; with spills: {dict(spills) or 'none'}; most registers:"
         f" {max(r['registers'] for r in rows)}"
     )
-    tables.write_csv(c.out, rows)
+    tables.write_csv(out, rows)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ AUTOCAST_SLOPES = 6
 # Instructions a pair of `_tile` and `_slopes` (split, harmonic link), compiled for sm_90, and the
 # share of the issue slots that they get. Earlier forms of `_slopes`, with 68 (dot) and 167 (l2),
 # took 2.2 and 5.2 ms of 8,192 x 50,304 pairs on an H200: 0.43 and 0.44.
-PASSES = {"dot": (41, 33), "l2": (84, 122)}
+PASSES: dict[str, tuple[float, float]] = {"dot": (41, 33), "l2": (84, 122)}
 ISSUED = 0.44 * MULTIPROCESSORS * CLOCK * RATES["issue"]
 
 # Maps of both operands, forward and backward
@@ -248,7 +248,7 @@ def elementwise_ms(
 def read_floors(path: str) -> dict[tuple[str, str], float]:
     """(kernel, variant without the link) -> ms for sm_90; the two kernels of a gradient
     together."""
-    floors = {}
+    floors: dict[tuple[str, str], float] = {}
     for row in tables.read_csv(path):
         if row["arch"] != "sm_90":
             continue
@@ -286,17 +286,15 @@ def heads(
 def read_measured(path: str) -> dict[tuple[str, str, str], tuple[str, float]]:
     """(step, head, precision) -> card and ms of the newest row in results/gpu.csv; empty where
     there is no such file."""
-    found = {}
+    found: dict[tuple[str, str, str], tuple[str, float]] = {}
     if not Path(path).is_file():
         return found
     rows = tables.read_csv(path)
     for card in ("H200", "H100"):
         for row in rows:
             if card in row.get("card", "") and row.get("step_ms"):
-                found[row.get("step"), row.get("what"), row.get("precision")] = (
-                    card,
-                    float(row["step_ms"]),
-                )
+                key = row["step"], row["what"], row["precision"]
+                found[key] = card, float(row["step_ms"])
     return found
 
 
@@ -339,7 +337,8 @@ def table(work: Work, floors: dict[tuple[str, str], float], known: dict) -> list
             "least_ratio": f"{(least[head, precision] + rest) / baseline:.2f}",
         }
         if work.layers and head in GOALS:
-            row |= {"goal": GOALS[head], "meets": "yes" if ratio <= GOALS[head] else "no"}
+            meets = "yes" if ratio <= GOALS[head] else "no"
+            row |= {"goal": f"{GOALS[head]}", "meets": meets}
         measured = find_measured(work, head, precision, known)
         if measured is not None:
             same = head_ms + work.trunk_ms() + work.optimizer_ms(1)
@@ -352,7 +351,7 @@ def table(work: Work, floors: dict[tuple[str, str], float], known: dict) -> list
     return rows
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], PredictConfig)
     floors, known = read_floors(c.instructions), read_measured(c.measured)
     rows = [row for work in (GPT2, QWEN, HEAD) for row in table(work, floors, known)]

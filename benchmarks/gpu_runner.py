@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Protocol
 
@@ -57,7 +57,8 @@ class Absent(Exception):
 class Scale(Protocol):
     """What every step is given: on what it runs, and how large its work is."""
 
-    device: str
+    @property
+    def device(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Step:
     """One row.
 
     seconds: what it takes on an H100, estimated. file: what measures it. needs: modules, of
-        PACKAGES. beside: other such steps may run at
-    the same time. speed_over: the ratio of its row is that of tokens_per_s to this row's.
+        PACKAGES. beside: other such steps may run at the same time. speed_over: the ratio of its
+        row is that of tokens_per_s to this row's.
     """
 
     step: str
@@ -122,7 +123,8 @@ class Table:
     """The rows on the disk. A later row of the same key replaces an earlier one in `index`."""
 
     def __init__(self, path: Path):
-        self.path, self.index = path, {}
+        self.path = path
+        self.index: dict[tuple, dict] = {}
         if not path.is_file():
             return
         try:
@@ -136,7 +138,7 @@ class Table:
         """The newest row of a key."""
         return self.index.get(tuple(key[k] for k in KEY))
 
-    def add(self, row: dict):
+    def add(self, row: dict) -> None:
         """Appends a row at once. What is known to be absent is not written twice."""
         row = {column: str(row.get(column, "")) for column in COLUMNS}
         before = self.find(row)
@@ -197,7 +199,7 @@ def answer(step: Step, scale: Scale) -> dict:
     return {**row, "seconds": f"{time.perf_counter() - began:.1f}"}
 
 
-def serve(pipe, scale: Scale):
+def serve(pipe: Connection, scale: Scale) -> None:
     """What a lane's process does: takes steps and answers with their cells."""
     os.setsid()  # so that what it starts can be ended with it
     # Measurements of memory collect garbage, for which what is imported need not be looked through.
@@ -212,14 +214,15 @@ class Lane:
     """A process that runs steps one after the other."""
 
     def __init__(self, scale: Scale):
-        self.step, self.ends = None, 0.0
+        self.step: Step | None = None  # what it runs; None: it waits for a step
+        self.ends = 0.0
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, scale))
         self.process.start()
         other.close()
 
-    def begin(self, step: Step, ends: float):
+    def begin(self, step: Step, ends: float) -> None:
         """Gives it a step, which may last until `ends`."""
         self.step, self.ends = step, ends
         self.pipe.send(step)
@@ -239,11 +242,12 @@ class Lane:
             return {"status": "failed", "note": "it took too long and was ended"}
         return None
 
-    def stop(self):
+    def stop(self) -> None:
         """Ends the process and what it has started."""
         self.pipe.close()
         if self.step is None:  # It waits for a step, and leaves when there will be none.
             self.process.join(3)
+        assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -262,12 +266,12 @@ class Lanes:
         """Whether a step may begin now."""
         together = (
             step.beside
-            and all(lane.step.beside for lane in self.busy)
+            and all(lane.step and lane.step.beside for lane in self.busy)
             and len(self.busy) < self.most
         )
         return not self.busy or together
 
-    def begin(self, step: Step, ends: float):
+    def begin(self, step: Step, ends: float) -> None:
         """Begins a step in a process that is free, or in a new one."""
         self.idle = [lane for lane in self.idle if lane.process.is_alive()]
         lane = self.idle.pop() if self.idle else Lane(self.scale)
@@ -284,6 +288,7 @@ class Lanes:
         for lane in list(self.busy):
             if (row := lane.result()) is None:
                 continue
+            assert lane.step is not None
             found.append((lane.step, row))
             self.busy.remove(lane)
             if row["status"] == "failed":  # its CUDA context may be broken
@@ -293,12 +298,12 @@ class Lanes:
                 self.idle.append(lane)
         return found
 
-    def stop(self):
+    def stop(self) -> None:
         """Ends all of them."""
         stop([*self.busy, *self.idle])
 
 
-def stop(lanes: list[Lane]):
+def stop(lanes: list[Lane]) -> None:
     """Ends processes, those that wait for a step all at the same time."""
     for lane in lanes:
         lane.pipe.close()

@@ -34,12 +34,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from analysis import tables
 from analysis.tables import Column
 from harmonic import HEADS, HarmonicHead, harmonic_loss
 
 MIB = 2**20
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (h, w, y)
+Run = Callable[[bool], None]  # forward, and backward if True
 SIZES = {
     "cpu": "1024x50304x768,4096x4096x256,256x151936x896",
     "cuda": "8192x50304x768,16384x4096x256",
@@ -71,10 +74,15 @@ class BenchmarkConfig:
     out: str | None = None
     """the CSV file; null = results/head_cpu.csv or head_cuda.csv"""
 
-    def __post_init__(self):
-        self.sizes = self.sizes or SIZES[self.device]
-        self.dtypes = self.dtypes or ["float32", "bfloat16"][: 1 + (self.device == "cuda")]
-        self.out = self.out or f"results/head_{self.device}.csv"
+    def __post_init__(self) -> None:
+        if not self.dtypes:
+            self.dtypes = ["float32", "bfloat16"] if self.device == "cuda" else ["float32"]
+
+    def each_size(self) -> list[str]:
+        return (self.sizes or SIZES[self.device]).split(",")
+
+    def table(self) -> Path:
+        return Path(self.out or f"results/head_{self.device}.csv")
 
     def problems(self) -> list[str]:
         from base.errors import nearest
@@ -84,7 +92,7 @@ class BenchmarkConfig:
             found.append("device=cuda: PyTorch sees no GPU here")
         if self.device == "cuda" and self.growth:
             found.append("growth=true measures a CPU: leave device=cuda out")
-        for size in self.sizes.split(","):
+        for size in self.each_size():
             if len(numbers := size.split("x")) != 3 or not all(
                 n.isdecimal() and int(n) for n in numbers
             ):
@@ -98,15 +106,15 @@ class BenchmarkConfig:
 # size.
 
 
-def _broadcast(h, w, y):
+def _broadcast(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(-h.shape[1] * (h[:, None] - w).abs().sum(-1).log(), y)
 
 
-def _cdist(p):
+def _cdist(p: float) -> Loss:
     return lambda h, w, y: F.cross_entropy(-h.shape[1] * torch.cdist(h, w, p=p).log(), y)
 
 
-PEERS: dict[tuple[str, str], Callable] = {}
+PEERS: dict[tuple[str, str], Loss] = {}
 if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
     PEERS["cross_entropy", "F.linear_cross_entropy"] = F.linear_cross_entropy
 PEERS |= {
@@ -133,25 +141,25 @@ SLOW_N = {"cpu": 64, "cuda": 512}
 # bfloat16, as in their own benchmarks.
 
 
-def _chunked():
+def _chunked() -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()  # PyTorch 2.13
     return lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
 
 
-def _liger():
+def _liger() -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss()
     return lambda h, w, y: fused(w, h, y)
 
 
-def _apple():
+def _apple() -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy
 
 
-def _quack():
+def _quack() -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy
@@ -165,20 +173,25 @@ GPU_PEERS = {
 }
 
 
-def add_gpu_peer(name: str):
+def add_gpu_peer(name: str) -> None:
     """Puts one of GPU_PEERS into PEERS. Raises: ImportError where its package is missing,
     AttributeError where PyTorch is too old."""
     loss = GPU_PEERS[name]()
     PEERS["cross_entropy", name] = lambda h, w, y: loss(h.bfloat16(), w.bfloat16(), y)
 
 
-def seconds(function, device: str = "cpu") -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
+def seconds(function: Callable[[], object], device: str = "cpu") -> float:
+    wait(device)
     began = time.perf_counter()
     function()
-    wait()
+    wait(device)
     return time.perf_counter() - began
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def resident(key: str) -> float:
@@ -194,14 +207,14 @@ def resident(key: str) -> float:
     )
 
 
-def peak_memory(function, device: str = "cpu") -> float:
+def peak_memory(function: Callable[[], object], device: str = "cpu") -> float:
     """MiB that `function` needs at most, beyond what is there before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         function()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
+        return (torch.cuda.max_memory_allocated() - allocated) / MIB
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -221,16 +234,23 @@ def exponent(name: str) -> dict:
 class Case:
     """Inputs of one size, and what is measured at them."""
 
-    def __init__(self, N, V, C, device="cpu", dtype="float32", precision="autocast"):
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        device: str = "cpu",
+        dtype: str = "float32",
+        precision: str = "autocast",
+    ):
         g = torch.Generator().manual_seed(0)
-        self.size, self.device, self.dtype, self.precision = (N, V, C), device, dtype, precision
+        self.size, self.device, self.dtype, self.precision = size, device, dtype, precision
+        N, V, C = size
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
         self.h = F.layer_norm(torch.randn(N, C, generator=g), (C,)).to(device).requires_grad_()
         self.y = torch.randint(V, (N,), generator=g).to(device)
         self.head = HarmonicHead(C, V, "cross_entropy")
         self.head.weight = torch.nn.Parameter((0.02 * torch.randn(V, C, generator=g)).to(device))
 
-    def function(self, name, peer=None, n=None):
+    def function(self, name: str, peer: str | None = None, n: int | None = None) -> Run:
         """-> a function of `backward` that computes the loss of the first n states."""
         head = HarmonicHead(self.size[2], 1, name, precision=self.precision, **exponent(name)).to(
             self.device
@@ -238,7 +258,7 @@ class Case:
         head.weight, head.real_vocab_size = self.head.weight, self.size[1]
         h, y = self.h[:n], self.y[:n]
 
-        def run(backward):
+        def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward), self.autocast:
                 loss = PEERS[name, peer](h, head.weight, y) if peer else head.loss(h, y)
             if backward:
@@ -248,8 +268,8 @@ class Case:
 
         return run
 
-    def yardstick(self, n=None):
-        def run(backward):
+    def yardstick(self, n: int | None = None) -> Run:
+        def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward), self.autocast:
                 loss = F.cross_entropy(F.linear(self.h[:n], self.head.weight), self.y[:n])
             if backward:
@@ -257,10 +277,10 @@ class Case:
 
         return run
 
-    def clear(self):
+    def clear(self) -> None:
         self.h.grad = self.head.weight.grad = None
 
-    def memory(self, function) -> float:
+    def memory(self, function: Run) -> float:
         """The peak of forward and backward beyond inputs and gradients, in MiB: the less of two,
         for an allocator keeps what it likes."""
         N, V, C = self.size
@@ -273,17 +293,16 @@ class Case:
         self.clear()
         return min(peaks)
 
-    def errors(self, name, peer=None):
+    def errors(self, name: str, peer: str | None = None) -> tuple[float, ...]:
         """-> the largest errors against float64: of a loss in nats, of dL/dh and dL/dw relative to
         the largest entry."""
         h, w, y = self.h.detach()[:4], self.head.weight.detach(), self.y[:4]
 
-        def run(dtype):
+        def run(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
             a, b = h.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
             with self.autocast:
-                if (
-                    peer and dtype == torch.float32
-                ):  # the mean of eight copies of a state: some peers take multiples of eight alone
+                # The mean of eight copies of a state: some peers take multiples of eight alone.
+                if peer and dtype == torch.float32:
                     rows = [
                         (a[i : i + 1].repeat(8, 1), b, y[i : i + 1].repeat(8))
                         for i in range(len(a))
@@ -294,6 +313,7 @@ class Case:
                     how = {"impl": impl, "precision": self.precision, **exponent(name)}
                     losses = harmonic_loss(a, b, y, name, reduction="none", **how)
             losses.sum().backward()
+            assert a.grad is not None and b.grad is not None
             return losses.detach().double(), a.grad.double(), b.grad.double()
 
         found, truth = run(torch.float32), run(torch.float64)
@@ -303,7 +323,9 @@ class Case:
         )
 
 
-def measure(case, name, peer, rounds, label_precision=False) -> dict:
+def measure(
+    case: Case, name: str, peer: str | None, rounds: int, label_precision: bool = False
+) -> dict:
     """One row of the table. label_precision: name the precision of the matrix products in it."""
     n = min(SLOW_N[case.device], case.size[0]) if (name, peer) in SLOW else case.size[0]
     head, yardstick = case.function(name, peer, n), case.yardstick(n)
@@ -356,11 +378,11 @@ def chart(rows: list[dict], path: Path) -> None:
     figures.save(figure, path)
 
 
-def growth(c: BenchmarkConfig, path: str) -> list[dict]:
+def growth(c: BenchmarkConfig, path: Path) -> list[dict]:
     """Seconds and MiB of a few heads as one dimension at a time is doubled, and with one thread."""
     from tqdm import tqdm
 
-    N, V, C = (int(n) for n in c.sizes.split(",")[0].split("x"))
+    N, V, C = (int(n) for n in c.each_size()[0].split("x"))
     sizes = [(N * k // 4, V, C) for k in (1, 2, 4, 8)]
     sizes += [(N, V // 2, C), (N, V * 2, C), (N, V, C // 2), (N, V, C * 2)]
     threads, rows = torch.get_num_threads(), []
@@ -369,7 +391,7 @@ def growth(c: BenchmarkConfig, path: str) -> list[dict]:
         cases.append(((N, V, C), 1))
     for size, count in tqdm(cases, disable=None, leave=False):
         torch.set_num_threads(count)
-        case = Case(*size)
+        case = Case(size)
         for name in c.heads or ["cross_entropy", "cosine", "manhattan"]:
             rows.append(measure(case, name, None, c.rounds))
             tables.write_csv(path, rows)
@@ -392,12 +414,12 @@ def markdown(rows: list[dict]) -> str:
     """The tables of docs/performance.md: ratios to the yardstick; a row a head, then the peers."""
     ours = [r for r in rows if r["impl"] == "ours"]
     places = list(dict.fromkeys(map(place, ours)))
-    by_head = {}
+    by_head: dict[str, dict] = {}
     for r in ours:
         # The other columns are those of the head's first place.
         row = by_head.setdefault(r["head"], dict(r))
         row[place(r)] = r["forward_backward_ratio"]
-    columns = [
+    columns: tables.Columns = [
         "head",
         *places,
         Column("forward_ratio", "forward"),
@@ -427,7 +449,7 @@ def peer_name(row: dict, usual: str) -> str:
 
 def text(rows: list[dict]) -> str:
     """The rows for a terminal, a table for each place."""
-    columns = [
+    columns: tables.Columns = [
         "head",
         Column("impl", "implementation"),
         Column("forward", unit="ms"),
@@ -438,7 +460,7 @@ def text(rows: list[dict]) -> str:
         Column("peak_ratio", "ratio"),
         Column("loss_error", "error"),
     ]
-    groups = {}
+    groups: dict[str, list[dict]] = {}
     for r in rows:
         times = {
             "forward": f"{1000 * float(r['forward_seconds']):.1f}",
@@ -448,24 +470,22 @@ def text(rows: list[dict]) -> str:
     return "\n".join(f"{at}\n{tables.text(group, columns)}" for at, group in groups.items())
 
 
-def main():
+def main() -> None:
     from tqdm import tqdm
 
     from base.command_line import parse
     from base.errors import check
 
     (c,) = parse(sys.argv[1:], BenchmarkConfig, words="heads")
-    check(
-        []
-        if Path(c.out).parent.is_dir()
-        else [f"--out={c.out}: the folder {Path(c.out).parent} does not exist"]
-    )
+    out = c.table()
+    if not out.parent.is_dir():
+        check([f"--out={out}: the folder {out.parent} does not exist"])
     rows = []
     if c.growth:
-        rows = growth(c, c.out)
+        rows = growth(c, out)
     else:
-        work = []
-        for at in itertools.product(c.sizes.split(","), c.dtypes, c.precisions or ["autocast"]):
+        work: list[tuple[tuple[str, str, str], str, str | None]] = []
+        for at in itertools.product(c.each_size(), c.dtypes, c.precisions or ["autocast"]):
             # Autocast and precisions change these.
             products = [name for name in HEADS if HEADS[name].kernel in ("l2", "dot")]
             changed = at[2] != "float32" if c.precisions else at[1] == "bfloat16"
@@ -475,15 +495,16 @@ def main():
                 work += [(at, *key) for key in PEERS if key[0] in names]
         case, place_now = None, None
         for at, name, peer in tqdm(work, disable=None, leave=False):
-            if place_now != at:
-                size, *settings = at
-                case, place_now = Case(*(int(n) for n in size.split("x")), c.device, *settings), at
+            if case is None or place_now != at:
+                size, dtype, precision = at
+                N, V, C = (int(n) for n in size.split("x"))
+                case, place_now = Case((N, V, C), c.device, dtype, precision), at
             rows.append(measure(case, name, peer, c.rounds, bool(c.precisions)))
-            tables.write_csv(c.out, rows)
+            tables.write_csv(out, rows)
     print(text(rows))
-    print(f"wrote {c.out}", end="\n" if c.growth else "")
+    print(f"wrote {out}", end="\n" if c.growth else "")
     if not c.growth:
-        picture = Path(c.out).with_suffix(".png")
+        picture = out.with_suffix(".png")
         chart(rows, picture)
         print(f" and {picture}")
 

@@ -4,8 +4,8 @@
     python -m benchmarks.precision out/demo/cross_entropy out/demo/cosine
 
 No GPU is needed: the kernels for GPUs run in Triton's interpreter, and products of half-precision
-    numbers are exact in float32, so the arithmetic is that of tensor cores but for their sums,
-    which cut off digits where these are rounded to nearest. Prototypes are
+numbers are exact in float32, so the arithmetic is that of tensor cores but for their sums, which
+cut off digits where these are rounded to nearest. Prototypes are
 
     fresh      8,192 x 768, standard deviation 0.02, beside layer-normalised random states: a model
                as it starts
@@ -24,6 +24,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 if __name__ == "__main__":
@@ -67,14 +68,14 @@ class PrecisionConfig:
 class AsTensorCores(Products):
     """Products whose operands are rounded, multiplied exactly and added up in float32."""
 
-    def multiply(self, a, b):
+    def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.float() @ b.float()
 
 
 class Tf32(AsTensorCores):
     """Operands rounded to the 11 significant bits of TF32, to nearest."""
 
-    def split(self, x, dtype):
+    def split(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         bits = x.contiguous().view(torch.int32)
         return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)[None]
 
@@ -82,7 +83,7 @@ class Tf32(AsTensorCores):
 class OneSlope(Products):
     """SPLIT, but slopes and what they are multiplied with are rounded to bfloat16."""
 
-    def split(self, x, dtype):
+    def split(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)[None] if dtype == self.slopes else super().split(x, dtype)
 
 
@@ -154,7 +155,7 @@ def gradients(
     PyTorch."""
     h = case.states.detach().to(dtype, copy=True).requires_grad_()
     w = case.head.prototypes().detach().to(dtype, copy=True).requires_grad_()
-    settings = {
+    settings: dict[str, Any] = {
         k: v.detach().to(dtype) if isinstance(v, torch.Tensor) else v
         for k, v in case.head.geometry().items()
     }
@@ -171,6 +172,7 @@ def gradients(
             )
         losses = harmonic_loss(h, w, case.targets, case.head.name, **settings)
         losses.sum().backward()
+    assert h.grad is not None and w.grad is not None
     return losses.detach().double(), h.grad.double(), w.grad.double()
 
 
@@ -202,24 +204,23 @@ def compare(case: Case, n: float | None) -> list[dict]:
 def markdown(rows: list[dict]) -> str:
     """The table that docs/performance.md shows: errors of losses in nats, a row for each head,
     prototypes and n."""
-    found = {}
+    found: dict[tuple[str, str, str], dict] = {}
     for r in rows:
         row = found.setdefault((r["head"], r["prototypes"], r["n"]), dict(r))
         row[r["precision"]] = r["loss_error"]
     return tables.markdown(list(found.values()), ["head", "prototypes", "n", *PRECISIONS])
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], PrecisionConfig, words="runs")
     rows, cases = [], []
     for name in HEADS:
         cases += [fresh(name)] + (trained_and_matched(c.runs, name) if c.runs else [])
     for case in tqdm(cases, disable=None, leave=False):
-        for n in (
-            [None]
-            if case.head.is_control
-            else sorted({float(case.head.strength), 4.0 * case.states.shape[1]})
-        ):
+        exponents: list[float | None] = [None]
+        if not case.head.is_control:
+            exponents = [*sorted({float(case.head.strength), 4.0 * case.states.shape[1]})]
+        for n in exponents:
             rows += compare(case, n)
             tables.write_csv(c.out, rows)
     print(markdown(rows))

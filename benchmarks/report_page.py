@@ -87,7 +87,7 @@ def copies(run: Path, metrics: Path, count: int, home: Path) -> list[Path]:
     return found
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], PageConfig, words="run")
     (run, *others) = find_runs(c.run)
     if others:

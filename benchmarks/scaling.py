@@ -118,7 +118,7 @@ def train(c: ScalingConfig, home: str, how: str, scaling: str, processes: int) -
 
 def measured(c: ScalingConfig) -> list[dict]:
     """A row for each of KINDS."""
-    speeds = {kind: [] for kind in KINDS}
+    speeds: dict[tuple, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(prefix="scaling-") as home:
         for _ in tqdm(range(c.rounds), "measuring", disable=None):
             for kind, found in speeds.items():
@@ -220,7 +220,7 @@ def markdown(rows: list[dict]) -> str:
     return tables.markdown(shown, ["processes", "how", "scaling", speed, "efficiency"])
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ScalingConfig)
     rows = measured(c) + [
         row

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from analysis import tables
-from analysis.runs import find_runs
+from analysis.runs import Run, find_runs
 from base.command_line import cli, parse
 from base.errors import check
 from benchmarks.head import seconds
@@ -54,7 +54,7 @@ class SkipConfig:
 
 
 @torch.no_grad()
-def states(run, n):
+def states(run: Run, n: int) -> tuple[HarmonicHead, torch.Tensor, torch.Tensor]:
     """-> (head, hidden states (n, C), targets) of the run's first validation windows."""
     (model, _), data, c = run.load(), run.data(), run.model_config
     windows = validation_windows(data.splits["val"].tokens, c.block_size, -(-n // c.block_size))
@@ -63,7 +63,9 @@ def states(run, n):
     return model.head, h[:n], y[:n]
 
 
-def shares(head, h, y, skip):
+def shares(
+    head: HarmonicHead, h: torch.Tensor, y: torch.Tensor, skip: float
+) -> tuple[float, float]:
     """-> the share of pairs, and of 4 x 4 tiles, that are left out."""
     with exactly(h.device):
         both = operands(h.detach(), head.prototypes().detach(), head.name, **head.geometry())
@@ -82,12 +84,20 @@ def shares(head, h, y, skip):
     return out.float().mean().item(), tiles.all(3).all(1).float().mean().item()
 
 
-def measure(name, head, h, y, skips, rounds):
-    def run(skip):
+def measure(
+    name: str,
+    head: HarmonicHead,
+    h: torch.Tensor,
+    y: torch.Tensor,
+    skips: list[float],
+    rounds: int,
+) -> list[dict]:
+    def run(skip: float) -> tuple[float, torch.Tensor, torch.Tensor]:
         head.skip = skip
         x = h.clone().requires_grad_()
         head.zero_grad()
         took = seconds(lambda: head.loss(x, y).backward())
+        assert x.grad is not None and head.weight.grad is not None
         return took, x.grad, head.weight.grad.clone()
 
     run(0.0)
@@ -111,7 +121,7 @@ def measure(name, head, h, y, skips, rounds):
     return rows
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], SkipConfig, words="runs")
     runs = find_runs(c.runs) if c.runs else []
     matmul = [r for r in runs if HEADS[r.model_config.head].kernel in ("l2", "dot")]
@@ -124,13 +134,12 @@ def main():
     skips, rows = [float(s) for s in c.skips.split(",")], []
     g = torch.Generator().manual_seed(0)
     head = HarmonicHead(192, 4096, "manhattan", exponent="dim")
-    h, y = (
-        F.layer_norm(torch.randn(c.N, 192, generator=g), (192,)),
-        torch.randint(4096, (c.N,), generator=g),
-    )
+    h = F.layer_norm(torch.randn(c.N, 192, generator=g), (192,))
+    y = torch.randint(4096, (c.N,), generator=g)
     rows += measure("random", head, h, y, skips, c.rounds)
     for run in runs:
-        rows += measure(run.name, *states(run, c.N), skips, c.rounds)
+        head, h, y = states(run, c.N)
+        rows += measure(run.name, head, h, y, skips, c.rounds)
     print(tables.text(rows, list(rows[0])))
     tables.write_csv(c.out, rows)
     print(f"wrote {c.out}")

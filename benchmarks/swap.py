@@ -24,8 +24,9 @@ from base.errors import UserError
 from benchmarks.head import exponent
 from harmonic import HEADS
 from interop import pretrained
+from model import Model
 
-SETTINGS = [(name, {}) for name in HEADS if name != "cross_entropy"]
+SETTINGS: list[tuple[str, dict]] = [(name, {}) for name in HEADS if name != "cross_entropy"]
 SETTINGS += [("minkowski", {"head_p": 2.0})]
 SETTINGS += [
     (name, exponent(name))
@@ -45,7 +46,7 @@ class SwapConfig:
     """the CSV file"""
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], SwapConfig, words="run")
     (run, *others) = find_runs(c.run)
     if others or run.model_config.head != "cross_entropy":
@@ -54,7 +55,7 @@ def main():
     source, _ = run.load()
     states = pretrained.states(source, data, run.config.seed, run.config.batch_size)
 
-    def perplexity(model) -> float:
+    def perplexity(model: Model) -> float:
         nats, tokens = likelihood(model, data, "val")
         return math.exp(nats / tokens)
 
@@ -88,7 +89,7 @@ def markdown(rows: list[dict]) -> str:
     for r in rows:
         name = f"{r['head']}, {r['settings']}" if r["settings"] else r["head"]
         named.append({**r, "head": name})
-    columns = [
+    columns: tables.Columns = [
         "head",
         Column("strength", "n (softmax: s)", ".4g"),
         Column("kl", "KL", ".1e", "nats a token"),

@@ -18,8 +18,9 @@ import gc
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn as nn
@@ -29,6 +30,7 @@ from model import Model, ModelConfig
 from training.config import TrainConfig
 from training.optimizers import make_optimizer
 
+Precision = Literal["auto", "float32", "split", "autocast"]
 RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0  # nanoGPT's
 
 
@@ -56,7 +58,8 @@ class Sizes:
         """Random inputs and targets, (windows, length) each."""
         generator = torch.Generator().manual_seed(0)
         both = torch.randint(self.vocabulary, (2, self.windows, self.length), generator=generator)
-        return tuple(both.to(self.device))
+        inputs, targets = both.to(self.device)
+        return inputs, targets
 
     def flops_per_token(self, parameters: int) -> float:
         """Forward and backward: 6 for each weight that multiplies, and attention (PaLM, arXiv
@@ -80,11 +83,13 @@ class Loop(Protocol):
 class Ours:
     """train.py's iteration of one micro-batch."""
 
-    def __init__(self, s: Sizes, head: str, precision: str = "auto"):
+    def __init__(self, s: Sizes, head: str, precision: Precision = "auto"):
         torch.manual_seed(0)
-        shape = dict(n_layer=s.layers, n_head=s.heads, n_embd=s.width, block_size=s.length)
         config = ModelConfig(
-            **shape,
+            n_layer=s.layers,
+            n_head=s.heads,
+            n_embd=s.width,
+            block_size=s.length,
             vocab_size=s.rows,
             real_vocab_size=s.vocabulary,
             head=head,
@@ -153,6 +158,7 @@ class PlainGPT(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         h = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
             products = block["qkv"](block["before_attention"](h)).chunk(3, -1)
             q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in products)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -229,13 +235,14 @@ def measure(s: Sizes, loop: Loop) -> dict[str, str]:
     not finite."""
     gc.collect()  # The last model is in cycles with what was compiled for it.
     gpu = s.device == "cuda"
-    wait = torch.cuda.synchronize if gpu else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None
     for _ in range(s.warm_up):
         loop.step()
     wait()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    energy, times = joules() if gpu else None, []
+    energy = joules() if gpu else None
+    times: list[float] = []
     began = time.perf_counter()
     while time.perf_counter() - began < s.seconds or not times:
         start = time.perf_counter()
@@ -243,7 +250,8 @@ def measure(s: Sizes, loop: Loop) -> dict[str, str]:
             loss = loop.step()
         wait()
         times.append((time.perf_counter() - start) / s.group)
-    used = joules() - energy if energy is not None else None
+    after = joules() if gpu else None
+    used = after - energy if after is not None and energy is not None else None
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss is {loss.item()}")
 

@@ -5,9 +5,8 @@ run on the same machine.
     python -m benchmarks.train_speed --only=steps
 
 steps        tokens/s of train.py's own iterations (from its metrics) over those of a plain eager
-             loop in nanoGPT's manner: GPT of 6 layers,
-             384 wide, 256 tokens of context, 8 windows, 4,096 tokens of vocabulary, cross_entropy;
-             processes in turn, medians over rounds
+             loop in nanoGPT's manner: GPT of 6 layers, 384 wide, 256 tokens of context, 8 windows,
+             4,096 tokens of vocabulary, cross_entropy; processes in turn, medians over rounds
 shares       where an iteration's time goes: data, trunk, head, norms and clipping, optimiser
 sample       sample.py's tokens/s for 512 new tokens with the cache of keys and values, over those
              without
@@ -22,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -44,7 +44,7 @@ from training.objective import batches_of
 from training.optimizers import make_optimizer
 from training.telemetry import norms, read_metrics
 
-SIZE = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
+SIZE: dict[str, Any] = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
 BATCH, VOCABULARY = 8, 4096
 COLUMNS = (
     Column("what", "measured"),
@@ -84,18 +84,18 @@ class Plain(nn.Module):
         self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
         self.blocks, self.last = nn.ModuleList(), nn.LayerNorm(width)
         for _ in range(layers):
-            products = dict(qkv=nn.Linear(width, 3 * width), out=nn.Linear(width, width))
-            products |= dict(up=nn.Linear(width, 4 * width), down=nn.Linear(4 * width, width))
-            self.blocks.append(
-                nn.ModuleDict(dict(a=nn.LayerNorm(width), b=nn.LayerNorm(width)) | products)
-            )
+            parts: dict[str, nn.Module] = dict(a=nn.LayerNorm(width), b=nn.LayerNorm(width))
+            parts |= dict(qkv=nn.Linear(width, 3 * width), out=nn.Linear(width, width))
+            parts |= dict(up=nn.Linear(width, 4 * width), down=nn.Linear(4 * width, width))
+            self.blocks.append(nn.ModuleDict(parts))
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         h = self.words(x) + self.places(torch.arange(x.shape[1]))
         for b in self.blocks:
+            assert isinstance(b, nn.ModuleDict)
             q, k, v = (
                 t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                 for t in b["qkv"](b["a"](h)).chunk(3, -1)
@@ -114,9 +114,7 @@ def plain(c: SpeedConfig) -> float:
     torch.manual_seed(0)
     model = Plain(SIZE["n_layer"], SIZE["n_head"], SIZE["n_embd"], SIZE["block_size"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    autocast = (
-        torch.autocast("cpu", torch.bfloat16) if c.dtype == "bfloat16" else contextlib.nullcontext()
-    )
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=c.dtype == "bfloat16")
     T, times = SIZE["block_size"], []
     for _ in range(c.iters):
         began = time.perf_counter()
@@ -136,28 +134,23 @@ def plain(c: SpeedConfig) -> float:
     return BATCH * T / statistics.median(times[8:])
 
 
-def train(c: SpeedConfig, out: Path, **flags) -> list[dict]:
+def train(c: SpeedConfig, out: Path, **flags: object) -> list[dict]:
     """A training process of the benchmark's size -> its metrics."""
-    settings = dict(
+    settings = SIZE | dict(
         dataset=c.dataset,
         batch_size=BATCH,
         head="cross_entropy",
         head_precision="autocast",
         eval_interval=10**6,
         eval_iters=1,
+        log_interval=1,
+        emissions=False,
+        overwrite=True,
+        out_dir=out,
+        warmup_iters=1,
+        max_iters=c.iters,
     )
-    settings |= (
-        SIZE
-        | dict(
-            log_interval=1,
-            emissions=False,
-            overwrite=True,
-            out_dir=out,
-            warmup_iters=1,
-            max_iters=c.iters,
-        )
-        | flags
-    )
+    settings |= flags
     subprocess.run(
         [sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())],
         check=True,
@@ -183,7 +176,7 @@ def steps(c: SpeedConfig, home: Path) -> list[dict]:
     kinds = [
         (who, dtype) for dtype in ("float32", "bfloat16") for who in ("plain loop", "train.py")
     ]
-    found = {kind: [] for kind in kinds}
+    found: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     for _ in tqdm(range(c.rounds), "steps", disable=None):
         for who, dtype in kinds:
             if who == "train.py":
@@ -223,7 +216,15 @@ def steps(c: SpeedConfig, home: Path) -> list[dict]:
 PARTS = ("trunk, forward", "head, both ways", "trunk, backward", "norms, clipping", "optimiser")
 
 
-def iteration(model, optimizer, x, y, autocast, mark=lambda: None, loss=None):
+def iteration(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    autocast: contextlib.AbstractContextManager,
+    mark: Callable[[], object] = lambda: None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
     """One as train.py runs it: x, y (B, T) -> nothing; `mark()` is called before the first of PARTS
     and after each.
 
@@ -240,7 +241,7 @@ def iteration(model, optimizer, x, y, autocast, mark=lambda: None, loss=None):
     mark()
     h.backward(inner.grad)
     mark()
-    gradients = [p.grad for p in model.parameters()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     torch._foreach_mul_(gradients, (1 / (norms(gradients).norm() + 1e-6)).clamp(max=1))
     mark()
     optimizer.step()
@@ -260,12 +261,8 @@ def shares(c: SpeedConfig, _: Path) -> list[dict]:
         )
         model.compile_blocks()
         optimizer = make_optimizer(model, TrainConfig(), "cpu")
-        autocast = (
-            torch.autocast("cpu", torch.bfloat16)
-            if dtype == "bfloat16"
-            else contextlib.nullcontext()
-        )
-        parts = {part: [] for part in ("data", *PARTS)}
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+        parts: dict[str, list[float]] = {part: [] for part in ("data", *PARTS)}
         for step in range(c.iters):
             marks = [time.perf_counter()]
             ((x, y),) = batches_of(data, model.config).training(0, step, range(BATCH), BATCH, BATCH)
@@ -294,7 +291,8 @@ def sample(c: SpeedConfig, home: Path) -> list[dict]:
             done = subprocess.run(
                 [sys.executable, "sample.py", *words], check=True, capture_output=True, text=True
             )
-            speeds.append(float(re.search(r"([\d,]+) tokens/s", done.stderr)[1].replace(",", "")))
+            said = re.findall(r"([\d,]+) tokens/s", done.stderr)[0]
+            speeds.append(float(said.replace(",", "")))
         found[cache] = statistics.median(speeds)
     slow, fast, base = found["false"], found["true"], "sample.py, without cache"
     return [
@@ -355,7 +353,8 @@ def memory(c: SpeedConfig, home: Path) -> list[dict]:
         [sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())],
         stdout=subprocess.DEVNULL,
     )
-    seen, about = {}, psutil.Process(process.pid)
+    seen: dict[int, float] = {}
+    about = psutil.Process(process.pid)
     while process.poll() is None and len(seen) < len(marks):
         path = run / "metrics.jsonl"
         done = path.read_bytes().count(b"train_loss") if path.is_file() else 0
@@ -374,10 +373,11 @@ def markdown(rows: list[dict]) -> str:
     return tables.markdown(rows, COLUMNS)
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], SpeedConfig)
     if c.only == "plain":
-        return print(plain(c))
+        print(plain(c))
+        return
     rows = []
     with tempfile.TemporaryDirectory(prefix="speed-") as home:
         for measure in (steps, shares, sample, checkpoint, memory):

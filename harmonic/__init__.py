@@ -12,6 +12,7 @@ from .links import EXPONENTS, default_scale
 from .loss import IGNORE_INDEX, harmonic_logits, harmonic_loss
 from .match import match
 from .pairwise import contributions, distance, paired_distance
+from .prepared import PreparedHead
 
 __version__ = "0.2.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "IGNORE_INDEX",
     "Distance",
     "HarmonicHead",
+    "PreparedHead",
     "contributions",
     "default_scale",
     "distance",

@@ -14,6 +14,7 @@ from .links import resolve_strength
 from .loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
 from .pairwise import exactly, log_pairs, operands, paired_distance
 from .precision import PRECISIONS, Products, choose_products
+from .prepared import PreparedHead
 
 
 def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
@@ -237,6 +238,11 @@ class HarmonicHead(nn.Module):
         """(..., C) -> logits (..., real_vocab_size). torch.compile breaks its graph here; at
         `loss` it does not."""
         return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
+
+    def prepared(self) -> PreparedHead:
+        """The head as it is now, for many calls: what depends on the prototypes alone is computed
+        once. `head.prepared()(h)` is `head(h)` without noise and without a gradient."""
+        return PreparedHead(self)
 
     def loss(
         self, h: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"

@@ -96,8 +96,13 @@ def _dot_matmul(h: Tensor, w: Tensor, how: Products) -> Tensor:
     return h @ w.T if how is FLOAT32 else inner_products(h, w, how)
 
 
-def _l2_matmul(h: Tensor, w: Tensor, how: Products) -> Tensor:
-    hh, ww = h.square().sum(-1, keepdim=True), w.square().sum(-1)
+def l2_pairs(h: Tensor, w: Tensor, how: Products, squares: Tensor | None = None) -> Tensor:
+    """Squared Euclidean distances of all pairs, floored: (N, C), (V, C) -> (N, V).
+
+    squares: |w|^2 (V,) where it is known.
+    """
+    hh = h.square().sum(-1, keepdim=True)
+    ww = w.square().sum(-1) if squares is None else squares
     if how is FLOAT32:
         raw = torch.addmm(hh + ww, h, w.T, alpha=-2)
     else:
@@ -111,7 +116,11 @@ def _l2_matmul(h: Tensor, w: Tensor, how: Products) -> Tensor:
         raw = _blocks(h, w, KERNELS["l2"].value)
     elif near[0].numel():
         raw = raw.index_put(near, KERNELS["l2"].value(h[near[0]], w[near[1]]))
-    return above(raw, floor("l2", h)[:, None] + floor("l2", w))
+    if squares is None:
+        low = floor("l2", w)
+    else:
+        low = squares * torch.finfo(w.dtype).eps ** 2
+    return above(raw, floor("l2", h)[:, None] + low)
 
 
 def _l2_plus_terms(x: Tensor, y: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ KERNELS = {
         lambda x, y: (x - y).square().sum(-1),
         lambda x, y: (x - y).square(),
         lambda: 2.0,
-        _l2_matmul,
+        l2_pairs,
     ),
     "lp": Kernel(
         lambda x, y, p=1.0: _lp_terms(x, y, p).sum(-1), _lp_terms, lambda p=1.0: p, options=("p",)
@@ -143,7 +152,7 @@ KERNELS = {
         lambda x, y: 1 + (x - y).square().sum(-1),
         _l2_plus_terms,
         lambda: 2.0,
-        lambda h, w, how: 1 + _l2_matmul(h, w, how),
+        lambda h, w, how: 1 + l2_pairs(h, w, how),
     ),
     "dot": Kernel(
         lambda x, y: (x * y).sum(-1), lambda x, y: x * y, matmul=_dot_matmul, signed=True

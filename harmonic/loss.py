@@ -93,26 +93,18 @@ def harmonic_loss(  # noqa: PLR0913
 ) -> Tensor:
     """Negative log likelihood of the targets in nats, unsmoothed.
 
+    Arguments that are not named here: see `harmonic_logits`.
+
     Args:
         h: (..., C) hidden states.
         w: (V, C) prototypes.
         targets: (...) integers in [0, V) or `ignore_index`.
-        name: a key of `DISTANCES` or `CONTROLS`.
-        exponent: n; see `harmonic_logits`.
-        link: "harmonic" or "softmax".
-        scale: s; see `harmonic_logits`.
-        bias: (rows,), for "cross_entropy" only.
-        ignore_index: targets of this value are left out.
         reduction: "mean" over the targets that are not ignored, "sum" or "none".
-        impl: what computes the loss: auto, dense, chunked, numba or triton.
-        skip: elementwise distances leave out gradients that add up to less than this share of the
-            target's; 0 = none.
-        precision: how matrices are multiplied: auto, float32, split or autocast.
+        impl: auto, dense, chunked, numba or triton.
+        skip: the share of the target's gradient that others may lose; 0 = none.
+        precision: of matrix products: auto, float32, split or autocast.
         rows: how many rows of w are prototypes, where the rest is padding; None: all.
-        training: draws the noise of hamming_gumbel.
-        check_finite: raise for vectors that are not finite; else the loss is NaN, as in a training
-            loop that looks at it.
-        settings: the distance's options and trained parameters, see `distance`.
+        check_finite: raise for vectors that are not finite; else the loss is NaN.
 
     Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over
         no targets is 0 with zero gradients, so that a process without targets harms no other.

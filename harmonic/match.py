@@ -159,32 +159,37 @@ def _logits_of_one(head: HarmonicHead, h: Tensor) -> Tensor:
 
 
 def _fit_strength(head: HarmonicHead, h: Tensor, p: Tensor) -> float:
-    """Sets the strength that minimises KL(p || head) unless it was given -> that KL in nats. The
-    loss is convex in it."""
+    """Sets the strength that minimises KL(p || head) unless it was given -> that KL in nats."""
     entropy: float = -torch.special.xlogy(p, p).sum(-1).mean().item()
     if head.is_control:
         found: Tensor = head(h)
         crossed: float = (-(p * found[:, : p.shape[1]].log_softmax(-1)).sum(-1).mean()).item()
         return crossed - entropy
     logits = _logits_of_one(head, h)
-    target = (p * logits).sum(-1)
-    s = float(head.strength)
     if not head.given:
-        low, high = 0.0, math.inf
-        for _ in range(60):
-            q = (s * logits).softmax(-1)
-            first = (q * logits).sum(-1)
-            slope = (first - target).mean().item()
-            curve = ((q * logits.square()).sum(-1) - first.square()).mean().item()
-            low, high = (s, high) if slope < 0 else (low, s)
-            step = s - slope / curve if curve > 0 else math.inf
-            new = step if low < step < high else 2 * s if high == math.inf else (low + high) / 2
-            if abs(new - s) < 1e-6 * s:
-                break
-            s = max(new, 1e-6)
-        head.set_strength(s)
-    crossed = (torch.logsumexp(s * logits, -1) - s * target).mean().item()
+        head.set_strength(nearest_strength(logits, p, float(head.strength)))
+    s = float(head.strength)
+    crossed = (torch.logsumexp(s * logits, -1) - s * (p * logits).sum(-1)).mean().item()
     return crossed - entropy
+
+
+def nearest_strength(logits: Tensor, p: Tensor, start: float = 1.0) -> float:
+    """The factor s with which softmax(s logits) is nearest to p in mean KL divergence, which is
+    convex in s. logits, p: (N, V); start: where the search begins."""
+    target = (p * logits).sum(-1)
+    s, low, high = start, 0.0, math.inf
+    for _ in range(60):
+        q = (s * logits).softmax(-1)
+        first = (q * logits).sum(-1)
+        slope = (first - target).mean().item()
+        curve = ((q * logits.square()).sum(-1) - first.square()).mean().item()
+        low, high = (s, high) if slope < 0 else (low, s)
+        step = s - slope / curve if curve > 0 else math.inf
+        new = step if low < step < high else 2 * s if high == math.inf else (low + high) / 2
+        if abs(new - s) < 1e-6 * s:
+            break
+        s = max(new, 1e-6)
+    return s
 
 
 def _fit_scale(head: HarmonicHead, h: Tensor, w: Tensor, p: Tensor) -> float:

@@ -150,7 +150,8 @@ def stablemax(h: Tensor, w: Tensor) -> Tensor:
 
 def cosine_scaled(h: Tensor, w: Tensor) -> Tensor:
     """nGPT, 2410.01131: the scale of a token times the cosine; here the scale is |w|."""
-    return w.norm(dim=-1) * (1 - cosine(h, w))
+    logit: Tensor = w.norm(dim=-1) * (1 - cosine(h, w))
+    return logit
 
 
 def distance(name: str) -> Callable[..., Tensor]:

@@ -6,6 +6,11 @@ cross_entropy becomes transformers' own GPT2LMHeadModel, BertForMaskedLM, Qwen2F
 Qwen3ForCausalLM. A harmonic head is kept by code in the folder:
 AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). `--init_from=DIR` reads either
 back.
+
+    python -m interop.export out/run --to=DIR --linear
+
+writes an ordinary GPT-2 or Qwen whatever the head, without code: it ranks all tokens as the head
+does, where that ranking is linear in the hidden state (see `interop.linear`).
 """
 
 import json
@@ -20,11 +25,13 @@ import torch
 
 from base.command_line import cli, parse
 from base.errors import UserError
+from harmonic import HarmonicHead
 from harmonic.integrations.transformers import harmonic_class
+from interop import linear
 from interop.formats import Format, format_of
 from interop.pretrained import TABLES, layout
 from model import Model, ModelConfig
-from text.token_files import tokenizer_folder
+from text.token_files import Data, data_folder, load_data, tokenizer_folder
 from text.tokenizers import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 from training import checkpoint
 from training.telemetry import energy, read_metrics
@@ -43,6 +50,11 @@ class ExportConfig:
     """the folder to write, which must not exist"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint"""
+    linear: bool = False
+    """write an ordinary unembedding that ranks tokens as the head does, and no code"""
+    dataset: str | None = None
+    """with linear: prepared data, a folder under data/ or a path, on whose validation text the
+    probabilities are fitted; null = where the run was trained"""
 
     def problems(self) -> list[str]:
         found = [] if len(self.run) == 1 else ["name one run's folder, such as out/run"]
@@ -54,6 +66,8 @@ class ExportConfig:
             found.append(
                 f"to={self.to}: the folder {Path(self.to).resolve().parent} does not exist"
             )
+        if self.dataset is not None and not self.linear:
+            found.append(f"dataset={self.dataset} does nothing without linear=true")
         return found
 
 
@@ -100,7 +114,7 @@ def model_of(model: Model, tokenizer: Tokenizer) -> Any:
     if form.masked:  # The mask may be a token beyond the vocabulary.
         rows = max(rows, tokenizer.mask_id + 1)
     c = replace(model.config, vocab_size=rows)
-    if not model.head.is_control:
+    if model.head.strength_name is not None:
         c.scale, c.exponent = None, None
         setattr(c, model.head.strength_name, float(model.head.strength))
     check_format(c, form)
@@ -196,10 +210,33 @@ PyTorch {torch}, processes: {world_size}, device: {device}, commit {git_commit}.
 """  # noqa: E501
 
 
+LINEAR = """
+
+This is a linear export: an ordinary unembedding stands in for the head. It ranks all tokens as the head does, so greedy text and the candidates of top-k are the same.
+Its probabilities are not the head's: the KL divergence is {kl:.2e} nats a token, on {states:,} tokens of the validation text of `{data}`. The results below are those of the head itself."""  # noqa: E501
+
+
+def about_head(head: HarmonicHead) -> str:
+    """What the card says of the unembedding."""
+    logit = ""
+    if not head.is_control:
+        formula = "-n log d" if head.is_harmonic else "-s d"
+        logit = f": a token's logit is `{formula}(h, w)`"
+    return f"Unembedding: {head.extra_repr()}{logit}."
+
+
 def card(
-    run: Path, model: Model, stored: dict[str, Any], manifest: dict[str, Any], name: str
+    run: Path,
+    model: Model,
+    stored: dict[str, Any],
+    manifest: dict[str, Any],
+    name: str,
+    about: str,
 ) -> str:
-    """The model card: what it is, how it was trained, what came of it."""
+    """The model card: what it is, how it was trained, what came of it.
+
+    model: the one in the folder. about: what the card says of its head.
+    """
     evaluated = [m for m in read_metrics(run) if "val_loss" in m and m["iter"] <= manifest["iter"]]
     last = evaluated[-1] if evaluated else {}
     results = [
@@ -214,10 +251,7 @@ def card(
             f"{run}/environment.json cannot be read ({error}): the model card tells what the run"
             " was made with"
         ) from None
-    form, about, documents, base = format_of(model.config), "", "", ""
-    if not model.head.is_control:
-        logit = "-n log d" if model.head.is_harmonic else "-s d"
-        about = f": a token's logit is `{logit}(h, w)`"
+    form, documents, base = format_of(model.config), "", ""
     if stored["doc_mask"]:
         documents = " It saw each document alone (`doc_mask`): give it one at a time."
     if stored.get("source"):
@@ -231,7 +265,7 @@ def card(
         trust=trust(model.config),
         name=name,
         parameters=model.parameter_count() / 1e6,
-        about=f"Unembedding: {model.head.extra_repr()}{about}.",
+        about=about,
         documents=documents,
         iterations=manifest["iter"],
         what="masked token" if form.masked else "token",
@@ -257,12 +291,34 @@ def trust(c: ModelConfig) -> str:
     return "" if c.head == "cross_entropy" else ", trust_remote_code=True"
 
 
-def main() -> None:
-    (c,) = parse(sys.argv[1:], ExportConfig, words="run")
+def validation_data(c: ExportConfig, stored: dict[str, Any]) -> Data:
+    """The data whose validation text a linear export is fitted on. UserError where there is
+    none."""
+    folder = data_folder(c.dataset or stored["dataset"])
+    if not folder.is_dir():
+        raise UserError(
+            f"no data folder {folder}: linear=true fits probabilities on its validation text. Name"
+            " its place on this machine with --dataset=FOLDER"
+        )
+    return load_data(folder, stored["tokenizer"])
+
+
+def export(c: ExportConfig) -> None:
+    """Writes the folder of a run, whole or not at all, and says so."""
+    assert c.to is not None  # `problems` has asked for it
     run, to = Path(c.run[0]), Path(c.to)
     model, stored, manifest = checkpoint.load_run(run, "cpu", c.checkpoint)
     source = tokenizer_folder(run, stored["dataset"])
     tokenizer = load_tokenizer(stored["tokenizer"], source)
+    about, fitted = about_head(model.head), ""
+    if c.linear and linear.is_dot_product(model.head.distance):
+        fitted = f"; head={stored['head']} is linear already, so this is the plain export"
+    elif c.linear:
+        linear.check_model(model)
+        data = validation_data(c, stored)
+        model, kl = linear.linearize(model, data)
+        about += LINEAR.format(kl=kl, states=linear.STATES, data=data.folder.name)
+        fitted = f"; KL divergence from the head's probabilities: {kl:.2e} nats a token"
     from transformers import logging
 
     logging.disable_progress_bar()
@@ -271,14 +327,20 @@ def main() -> None:
         aside.mkdir()
         model_of(model, tokenizer).save_pretrained(aside)
         write_tokenizer(tokenizer, aside, model.config, source)
-        (aside / "README.md").write_text(card(run, model, stored, manifest, to.name))
+        text = card(run, model, stored, manifest, to.name, about)
+        (aside / "README.md").write_text(text)
         os.replace(aside, to)
     except OSError as error:
         raise UserError(f"to={to} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     auto = format_of(model.config).auto_class
-    print(f"wrote {to}: {auto}.from_pretrained({str(to)!r}{trust(model.config)})")
+    print(f"wrote {to}: {auto}.from_pretrained({str(to)!r}{trust(model.config)}){fitted}")
+
+
+def main() -> None:
+    (c,) = parse(sys.argv[1:], ExportConfig, words="run")
+    export(c)
 
 
 if __name__ == "__main__":

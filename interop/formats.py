@@ -26,7 +26,8 @@ class Format:
         keys: a key of ModelConfig -> a key there. dropouts: its keys for `dropout`.
         activation_key: its key for the activation, None where there is only one. activation: the
         published one. required: settings of which model.py has one value. constant: settings that
-        an export adds. rotary: it has rotary positions, and with them grouped heads.
+        an export adds. repeated: keys that an export adds, each with the value of another one.
+        rotary: it has rotary positions, and with them grouped heads.
     Its tensors:
         trunk: in front of the names of all but the head. layers: in front of a block's number.
         modules: a module of model.py -> its modules, without trunk, layers and number. Where ours
@@ -53,6 +54,7 @@ class Format:
     head_bias: str | None = None
     transform: str | None = None
     constant: dict[str, Any] = field(default_factory=dict)
+    repeated: dict[str, str] = field(default_factory=dict)
     activation_key: str | None = None
     activation: str | None = None
     conv1d: bool = False
@@ -96,7 +98,7 @@ class Format:
 
     def read(self, config: Any) -> dict[str, Any]:
         """transformers' configuration -> the keys of ModelConfig that it determines."""
-        found = {"arch": self.arch}
+        found: dict[str, Any] = {"arch": self.arch}
         found |= {ours: getattr(config, theirs) for ours, theirs in self.keys.items()}
         found["intermediate_size"] = found["intermediate_size"] or 0  # GPT-2's is None.
         found["real_vocab_size"] = found["vocab_size"]
@@ -121,8 +123,11 @@ class Format:
         found[self.keys["intermediate_size"]] = c.mlp_width()
         found |= dict.fromkeys(self.dropouts, c.dropout)
         found |= self.constant
+        found |= {key: found[same] for key, same in self.repeated.items()}
         if self.activation_key is not None:
-            found[self.activation_key] = WRITTEN[c.activation or self.activation]
+            activation = c.activation or self.activation
+            assert activation is not None
+            found[self.activation_key] = WRITTEN[activation]
         if self.rotary:
             found[self.keys["n_kv_head"]] = c.n_kv_head or c.n_head
             found["head_dim"] = c.attention_width()
@@ -165,6 +170,8 @@ GPT2 = Format(
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     },
+    # llama.cpp's converter reads the older name.
+    repeated={"n_ctx": "n_positions"},
     trunk="transformer.",
     layers="h",
     modules={

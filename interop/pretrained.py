@@ -486,7 +486,7 @@ def swap(model: Model, config: ModelConfig, states: torch.Tensor) -> float:
         states.device
     )
     kl = match(model.head, states, old.weight, old.bias)
-    if not model.head.is_control:
+    if model.head.strength_name is not None:
         config.scale, config.exponent = None, None
         setattr(config, model.head.strength_name, float(model.head.strength))
     model.config = config

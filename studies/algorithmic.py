@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from base.files import write_whole
 from harmonic import CONTROLS, DISTANCES, HarmonicHead, distance
 from model import Model, ModelConfig
 from studies.runner import Job, Row, Table, complete, run_name
-from studies.search import number, search
+from studies.search import Setting, number, search
 
 # ---- tasks -------------------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ def split(task: Task, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     """-> (training examples (N, k + 1), test examples), rows of inputs and target: no key of `same`
     is on both sides."""
     rng = np.random.default_rng(seed)
-    by_key = {}
+    by_key: dict[tuple, list[tuple]] = {}
     for x, y in task.examples():
         by_key.setdefault(task.same(x), []).append((*x, y))
     groups = list(by_key.values())
@@ -147,7 +148,8 @@ def splits(task: Task, fraction: float, seeds: list[int]) -> tuple[torch.Tensor,
     for sides in zip(*(split(task, fraction, seed) for seed in seeds), strict=True):
         shortest = min(map(len, sides))
         found.append(torch.as_tensor(np.stack([side[:shortest] for side in sides])))
-    return tuple(found)
+    train, test = found
+    return train, test
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -159,6 +161,15 @@ class Solver(nn.Module):
     Token ids (N, k) -> hidden states (N, C). With targets (N,): hidden states -> the head's loss.
     With logits: hidden states -> logits.
     """
+
+    width: int
+    std: float
+    """of the embedding at the start"""
+    decay: float
+    head: HarmonicHead
+
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
     def forward(
         self, x: torch.Tensor, targets: torch.Tensor | None = None, logits: bool = False
@@ -177,7 +188,7 @@ class MLP(Solver):
     std = 0.25
     decay = 0.01
 
-    def __init__(self, tokens: int, inputs: int, init_std: float, **head):
+    def __init__(self, tokens: int, inputs: int, init_std: float, **head: Any):
         super().__init__()
         self.head = HarmonicHead(self.width, tokens, init_std=init_std, **head)
         self.first, self.last = nn.Linear(inputs * self.width, 100), nn.Linear(100, self.width)
@@ -194,9 +205,9 @@ class Decoder(Solver):
     # As studies of grokking have it (Power et al. 2022).
     decay = 1.0
 
-    def __init__(self, tokens: int, inputs: int, name: str, init_std: float, **head):
+    def __init__(self, tokens: int, inputs: int, name: str, init_std: float, **head: Any):
         super().__init__()
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             arch="gpt",
             n_layer=1,
             n_head=4,
@@ -208,7 +219,7 @@ class Decoder(Solver):
         self.model = Model(ModelConfig(**sizes, head=name, head_init_std=init_std, **head))
 
     @property
-    def head(self) -> HarmonicHead:
+    def head(self) -> HarmonicHead:  # type: ignore[override]  # nobody sets it
         # A submodule of two names would confuse functional_call.
         return self.model.head
 
@@ -218,7 +229,7 @@ class Decoder(Solver):
             return self.model.hidden(idx)[:, -1]
 
 
-MODELS = {"mlp": MLP, "decoder": Decoder}
+MODELS: dict[str, type[Solver]] = {"mlp": MLP, "decoder": Decoder}
 
 
 class Stack:
@@ -251,11 +262,12 @@ class Stack:
 
     def optimizer(self, rate: float) -> torch.optim.Optimizer:
         """AdamW; only matrices decay."""
-        decayed, others = [], []
+        decayed: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []
         for name, p in self.parameters.items():
             is_matrix = p.dim() > 2 and "distance_parameters" not in name
             (decayed if is_matrix else others).append(p)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": self.models[0].decay},
             {"params": others, "weight_decay": 0.0},
         ]
@@ -317,7 +329,7 @@ def train(
                 path.append(stack.prototypes[0].detach().clone())
         if step < steps:
             optimizer.zero_grad()
-            sum(stack.losses(train_x, train_y)).backward()
+            sum(stack.losses(train_x, train_y), torch.zeros(())).backward()
             optimizer.step()
     known, accuracy, loss = (torch.stack(values) for values in zip(*scores, strict=True))
     return Curves(
@@ -451,7 +463,7 @@ def make(batch: Batch, multiple: float, seed: int) -> Solver:
     model's std, init_std."""
     task, kind = TASKS[batch.task], MODELS[batch.model]
     torch.manual_seed(seed)
-    head = {"name": batch.head, "init_std": kind.std}
+    head: dict[str, Any] = {"name": batch.head, "init_std": kind.std}
     if batch.link == "control":
         head["init_std"] = kind.std * multiple
     else:
@@ -515,7 +527,7 @@ def sweep(batch: Batch) -> list[dict]:
     """All settings of a head. Those of one learning rate are trained together."""
     rows = []
 
-    def costs(settings: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    def costs(settings: list[Setting]) -> list[tuple[float, float]]:
         found = []
         for rate, group in itertools.groupby(settings, key=operator.itemgetter(1)):
             pairs = list(itertools.product([m for m, _ in group], range(batch.seeds)))
@@ -525,7 +537,7 @@ def sweep(batch: Batch) -> list[dict]:
             found += [cost(new[k : k + batch.seeds]) for k in range(0, len(new), batch.seeds)]
         return found
 
-    grid = [(m, rate) for rate, m in itertools.product(RATES, MULTIPLES)]
+    grid: list[Setting] = [(m, rate) for rate, m in itertools.product(RATES, MULTIPLES)]
     search(grid, (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
     return rows
 
@@ -536,6 +548,7 @@ def run(batch: Batch, chosen: tuple[float, float] | None, folder: str) -> list[d
     torch.set_num_threads(1)
     if batch.stage == "sweep":
         return sweep(batch)
+    assert chosen is not None, "the sweep comes first"
     rate, multiple = chosen
     # Not those of the sweep.
     seeds = [100 + i for i in range(batch.seeds)]
@@ -566,7 +579,7 @@ def cost(rows: list[dict]) -> tuple[float, float]:
 
 def swept(rows: list[Row]) -> dict[tuple, dict]:
     """Of each sweep (model, head, link): its settings (multiple, learning rate) -> their costs."""
-    groups = {}
+    groups: dict[tuple, dict[Setting, list[Row]]] = {}
     for r in rows:
         if r["stage"] == "sweep":
             setting = float(r["multiple"]), float(r["learning_rate"])
@@ -594,7 +607,10 @@ def wanted(table: Table, c: AlgorithmicConfig) -> list[Job]:
 
 def choice(sweep: dict | None) -> tuple[float, float] | None:
     """(learning rate, multiple) of the best setting of a sweep; None where it is not done."""
-    return min(sweep, key=sweep.get)[::-1] if sweep else None
+    if not sweep:
+        return None
+    multiple, rate = min(sweep, key=sweep.__getitem__)
+    return rate, multiple
 
 
 def told(rows: list[dict]) -> str:
@@ -603,7 +619,7 @@ def told(rows: list[dict]) -> str:
     return f"{good} of {len(rows)} at 99 % of the test, {rows[0]['seconds']} s a run"
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], AlgorithmicConfig)
     table = Table(c.out, COLUMNS, KEY)
     complete(table, lambda: wanted(table, c), c.workers, told)

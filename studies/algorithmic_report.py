@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ def fraction_table(rows: list[Row]) -> str:
     fractions = sorted({r["fraction"] for r in rows if r["stage"] == "fraction"})
     lines = []
     for head, link in FEW:
-        line = {}
+        line: dict[str, list[float]] = {}
         for r in select(rows, "fraction", "addition", head, link):
             line.setdefault(r["fraction"], []).append(float(r["test_accuracy"]))
         if line:
@@ -186,8 +187,10 @@ def curves(
 
 def plane(axes: Axes, x: np.ndarray, names: Callable[[int], str], label: str) -> None:
     """Points (M, 2) in colours of their order, all of them named."""
-    axes.scatter(*x.T, c=range(len(x)), cmap="hsv" if len(x) == 31 else "viridis", s=14)
-    small = dict(fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points")
+    axes.scatter(x[:, 0], x[:, 1], c=range(len(x)), cmap="hsv" if len(x) == 31 else "viridis", s=14)
+    small: dict[str, Any] = dict(
+        fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points"
+    )
     for i in range(len(x)):
         axes.annotate(names(i), x[i], **small)
     axes.set_title(label, fontsize=7)
@@ -210,7 +213,7 @@ def projected(table: torch.Tensor, onto: torch.Tensor | None = None) -> np.ndarr
 
 def draw_embeddings(c: ReportConfig, rows: list[Row], path: Path) -> None:
     """Rows: tasks; columns: heads. Of each head the seed whose share of the top 2 is the median."""
-    tasks = {"addition": str, "lattice": corner}
+    tasks: dict[str, Callable[[int], str]] = {"addition": str, "lattice": corner}
     figure = figures.figure(1.75 * len(tasks), 1.6 * len(SHOWN))
     panels = figure.subplots(len(tasks), len(SHOWN), squeeze=False)
     for line, (task, names) in zip(panels, tasks.items(), strict=True):
@@ -238,7 +241,7 @@ def draw_curves(c: ReportConfig, rows: list[Row], path: Path) -> None:
                 steps, test, known = (kept[k][1:] for k in ("steps", "test", "train"))
                 axes.plot(steps, test.mean(1), color=color)
                 axes.plot(steps, known.mean(1), color=color, linestyle=":", linewidth=1)
-        found = {}
+        found: dict[float, list[float]] = {}
         for r in select(rows, "fraction", "addition", *key):
             found.setdefault(float(r["fraction"]), []).append(float(r["test_accuracy"]))
         fractions = sorted(found)
@@ -285,7 +288,7 @@ def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
     write_whole(path, lambda aside: animation.save(aside, PillowWriter(fps=8), dpi=66))
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ReportConfig)
     rows = Table(c.table, COLUMNS, KEY).rows
     if not rows:

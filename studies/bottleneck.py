@@ -93,7 +93,9 @@ def draw(rows: list[Row], path: Path) -> None:
     for (head, link), style in zip(HEADS, figures.head_styles(list(HEADS)), strict=True):
         mine = [r for r in rows if (r["head"], r["link"]) == (head, link)]
         steps, shares = [int(r["iter"]) for r in mine], [float(r["share"]) for r in mine]
-        axes.plot(steps, shares, label=f"{head} {link}", **style)
+        axes.plot(
+            steps, shares, label=f"{head} {link}", color=style["color"], ls=style["linestyle"]
+        )
     axes.set_xlabel("iteration")
     axes.set_ylabel("share of the gradient that reaches h")
     axes.legend(fontsize="small")

@@ -27,13 +27,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from analysis.calibration import calibration_error, examine
 from analysis.geometry import spectrum
 from analysis.gradients import stability
-from analysis.tables import Column, markdown
+from analysis.tables import Column, Columns, markdown
 from base.command_line import cli, parse
 from studies.heads import test_loss
 from studies.intervals import mean_and_half
@@ -134,7 +135,7 @@ class Plan:
     def sweep(self, name: str) -> list[dict]:
         """Three rates; then, once these are done, two strengths."""
         head = ALL[name]
-        base = {
+        base: dict[str, Any] = {
             "stage": "sweep",
             "dataset": "wikitext2",
             "tokens": 2.0,
@@ -148,15 +149,21 @@ class Plan:
         rates = [{**base, "learning_rate": rate} for rate in RATES]
         if any(self.table.find(key) is None for key in rates):
             return rates
-        best = min(rates, key=lambda key: number(self.table.find(key)["val_loss"]))
+        best = min(rates, key=self.loss)
         strength = "init_std" if head.exponent is None else "exponent"
         return rates + [{**best, strength: best[strength] * factor} for factor in (0.5, 2)]
 
     def winner(self, name: str) -> dict:
         """The setting with the best validation loss of a head's sweep."""
-        return min(self.sweep(name), key=lambda key: number(self.table.find(key)["val_loss"]))
+        return min(self.sweep(name), key=self.loss)
 
-    def again(self, best: dict, stage: str, tokens: float, seed: int, **changes) -> dict:
+    def loss(self, key: dict) -> float:
+        """The validation loss of a run that the table has."""
+        row = self.table.find(key)
+        assert row is not None, key
+        return number(row["val_loss"])
+
+    def again(self, best: dict, stage: str, tokens: float, seed: int, **changes: object) -> dict:
         return {**best, "stage": stage, "tokens": tokens, "seed": seed, **changes}
 
 
@@ -232,12 +239,18 @@ def summary(rows: list[Row]) -> str:
                     {"stage": stage, "head": name, "seeds": len(runs), "test loss": mean}
                     | {"difference": difference, "half": half}
                 )
-    loss = Column("test loss", form=".4f", unit="nats")
-    difference = Column("difference", "minus cross_entropy's", "+.4f")
-    return markdown(cells, ["stage", "head", "seeds", loss, difference, Column("half", "±", ".4f")])
+    columns: Columns = [
+        "stage",
+        "head",
+        "seeds",
+        Column("test loss", form=".4f", unit="nats"),
+        Column("difference", "minus cross_entropy's", "+.4f"),
+        Column("half", "±", ".4f"),
+    ]
+    return markdown(cells, columns)
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], BudgetConfig)
     for dataset in ("wikitext2", "wiki"):
         load_data(data_folder(dataset))  # What is missing is told now, not after hours.

@@ -252,20 +252,20 @@ class Sweep:
 
     def top(self, wanted: list[Row]) -> Row | None:
         """The best of them, once all are done."""
-        found = [self.table.find(setting) for setting in wanted]
-        return None if None in found else min(found, key=loss)
+        found = [row for setting in wanted if (row := self.table.find(setting))]
+        return min(found, key=loss) if len(found) == len(wanted) else None
 
     def grid(self) -> list[Row]:
         rates = [rate * float(self.base["learning_rate"]) for rate in RATES]
         seconds = [multiple * self.base["n_embd"] for multiple in MULTIPLES]
         if self.is_control:
-            seconds = STDS
+            seconds = list(STDS)
         return [self.make(rate, second) for rate, second in itertools.product(rates, seconds)]
 
-    def next_beyond(self, wanted: list[Row]) -> Row | None:
+    def next_beyond(self, top: Row, wanted: list[Row]) -> Row | None:
         """The setting beyond the edge on which the winner lies; None where it lies inside."""
-        rate, second = self.place(self.top(wanted))
-        tried = [self.place(self.table.find(setting))[::-1] for setting in wanted]
+        rate, second = self.place(top)
+        tried = [self.place(row)[::-1] for key in wanted if (row := self.table.find(key))]
         step = STD_STEP if self.is_control else EXPONENT_STEP
         further = beyond((second, rate), tried, (step, RATE_STEP))
         return self.make(further[1], further[0]) if further else None
@@ -276,9 +276,10 @@ class Sweep:
             return [self.moved(self.around, move) for move in VARIANT_MOVES]
         wanted = self.grid()
         for _ in range(EDGES):
-            if self.top(wanted) is None:
+            top = self.top(wanted)
+            if top is None:
                 return wanted
-            further = self.next_beyond(wanted)
+            further = self.next_beyond(top, wanted)
             if further is None:
                 break
             wanted.append(further)
@@ -377,7 +378,7 @@ class Plan:
                 # cross_entropy has none.
                 rows.append(self.winners["cross_entropy", "control"][1])
             for row in rows:
-                changed = {}
+                changed: dict[str, object] = {}
                 if ablation.column:
                     value = float(row[ablation.column]) * ablation.factor
                     changed = {ablation.column: f"{value:.6g}"}
@@ -399,17 +400,19 @@ class Plan:
         means = {}
         for key in families:
             winner = self.winners[key][1]
-            runs = [self.table.find(self.again(winner, stage=2, seed=seed)) for seed in SEEDS]
-            if None in runs:
+            settings = [self.again(winner, stage=2, seed=seed) for seed in SEEDS]
+            runs = [row for setting in settings if (row := self.table.find(setting))]
+            if len(runs) < len(settings):
                 return None
             means[key] = sum(map(loss, runs))
         found = {}
         for link in LINKS:
-            order = sorted(FAMILIES, key=lambda head, link=link: means[head, link])
+            losses = {head: means[head, link] for head in FAMILIES}
+            order = sorted(losses, key=losses.__getitem__)
             found[link] = [self.winners[head, link][1] for head in order[:CHAMPIONS]]
         return found
 
-    def again(self, row: Row, **changes) -> Row:
+    def again(self, row: Row, **changes: object) -> Row:
         """The setting of a row for a long run, changed."""
         changes = {"seed": SEEDS[0], "iters": self.c.long_iters} | changes
         return {name: str(changes.get(name, row[name])) for name in KEY}
@@ -463,7 +466,7 @@ def test_loss(model: Model, folder: Path) -> float:
     model, total, count = model.to(device), 0.0, 0
     for x, y in batches_of(data, m).validation(windows, 16, "test"):
         total += model(x.to(device), y.to(device), reduction="sum")[1].item()
-        count += (y != IGNORE_INDEX).sum().item()
+        count += int((y != IGNORE_INDEX).sum())
     return total / count
 
 
@@ -512,7 +515,7 @@ def costs(run: Path, metrics: list[dict], beside: int) -> dict:
     return row
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], StudyConfig)
     base = read_yaml(c.config)
     needed = ("n_embd", "learning_rate", "max_iters", "dataset", "arch")

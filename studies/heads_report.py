@@ -24,13 +24,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from scipy.stats import ttest_rel
 
 from analysis import figures
-from analysis.tables import Column, interval, markdown, read_csv
+from analysis.tables import Column, Columns, interval, markdown, read_csv
 from base.command_line import cli, parse
 from base.errors import UserError
 from studies.heads import (
@@ -45,7 +46,7 @@ from studies.heads import (
 )
 from studies.intervals import holm, mean_and_half
 from studies.runner import Row
-from studies.search import number, on_edge
+from studies.search import Setting, number, on_edge
 
 BASELINE = ("cross_entropy", "control")
 COLORS = {"harmonic": figures.BLUE, "softmax": figures.ORANGE, "control": figures.GREY}
@@ -105,7 +106,7 @@ def final(row: Row) -> float:
 
 def groups(rows: list[Row], stage: str) -> dict[Key, list[Row]]:
     """The rows of a stage."""
-    found = {}
+    found: dict[Key, list[Row]] = {}
     for row in rows:
         if row["stage"] == stage:
             found.setdefault((name(row), row["link"]), []).append(row)
@@ -172,16 +173,21 @@ def long_runs(rows: list[Row]) -> list[dict]:
     for (head, link), runs in every.items():
         twin = every.get((head, "softmax"), {}) if link == "harmonic" else {}
         first = next(iter(runs.values()))
-        row = {"name": head, "link": link, "strength": strength(first), "seeds": len(runs)}
+        row: dict[str, Any] = {
+            "name": head,
+            "link": link,
+            "strength": strength(first),
+            "seeds": len(runs),
+        }
         row |= {key: first[key] for key in ("init_std", "learning_rate")}
         row["loss"], row["half"] = mean_and_half([final(r) for r in runs.values()])
         row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
         row["above_ce"] = paired(runs, every.get(BASELINE, {}))
         row["above_penalty"] = paired(runs, every.get(PENALTY, {}))
         row["harmax"] = paired(runs, twin)
-        for key in (column.key for column in TRAINING):
-            values = [float(r[key]) for r in runs.values() if r[key]]
-            row[key] = float(np.mean(values)) if values else None
+        for column in TRAINING:
+            values = [float(r[column.key]) for r in runs.values() if r[column.key]]
+            row[column.key] = float(np.mean(values)) if values else None
         row |= _costs(runs, every.get(BASELINE, {}), tokens.get((head, link)), tokens.get(BASELINE))
         found.append(row)
     return sorted(found, key=lambda r: r["loss"])
@@ -195,7 +201,7 @@ def _costs(
     Args: runs and baseline: seed -> row. tokens: the head's row of stage 5; base: cross_entropy's.
     """
     times = [reached(r, loss(baseline[seed])) for seed, r in runs.items() if seed in baseline]
-    row = {
+    row: dict[str, Any] = {
         "times": [time for time in times if math.isfinite(time)],
         "reached": float(np.mean(times)) if times else math.inf,
         "tokens_per_s": tokens and float(tokens["tokens_per_s"]),
@@ -213,7 +219,7 @@ def _costs(
 
 
 def stage_one(rows: list[Row]) -> str:
-    columns = [
+    columns: Columns = [
         *HEAD,
         *SETTING,
         Column("loss", "val loss", ".4f"),
@@ -229,7 +235,8 @@ def edges(rows: list[Row]) -> str:
     found = []
     for (_, link), group in groups(rows, "1").items():
         if len(group) >= len(RATES) * len(MULTIPLES):
-            second, costs = "init_std" if link == "control" else "exponent", {}
+            second = "init_std" if link == "control" else "exponent"
+            costs: dict[Setting, float] = {}
             for r in group:
                 place = float(r[second]), float(r["learning_rate"])
                 costs[place] = min(loss(r), costs.get(place, math.inf))
@@ -239,7 +246,7 @@ def edges(rows: list[Row]) -> str:
 
 def stage_two(rows: list[Row]) -> str:
     """Losses."""
-    columns = [
+    columns: Columns = [
         *HEAD,
         *SETTING,
         Column("seeds"),
@@ -268,7 +275,7 @@ def stage_two(rows: list[Row]) -> str:
 
 def stage_two_training(rows: list[Row]) -> str:
     """Gradients, prototypes and costs."""
-    columns = [
+    columns: Columns = [
         *HEAD,
         *TRAINING,
         Column("tokens_per_s", "tokens/s", ",.0f"),
@@ -301,7 +308,13 @@ def p_values(rows: list[Row]) -> str:
             difference = paired(every[key], every[pairs[key]])
             line = {"name": key[0], "link": key[1], "less": kind, "p": p[key], "holm": corrected}
             lines.append(line | {"difference": shown(difference, "+.4f")})
-    columns = [*HEAD, "less", "difference", Column("p", form=".4f"), Column("holm", "Holm", ".3f")]
+    columns: Columns = [
+        *HEAD,
+        "less",
+        "difference",
+        Column("p", form=".4f"),
+        Column("holm", "Holm", ".3f"),
+    ]
     return markdown(lines, columns)
 
 
@@ -329,14 +342,14 @@ def compared(rows: list[Row], text: str) -> str:
 
 def stage_three(rows: list[Row]) -> str:
     """The best heads elsewhere, by place."""
-    places = {}
+    places: dict[tuple[str, str], dict[Key, Row]] = {}
     for r in rows:
         if r["stage"] == "3":
             places.setdefault((r["arch"], r["dataset"]), {})[name(r), r["link"]] = r
     lines = []
     for runs in places.values():
         losses = {key: final(r) for key, r in runs.items()}
-        for head, link in sorted(losses, key=losses.get):
+        for head, link in sorted(losses, key=losses.__getitem__):
             r, value = runs[head, link], losses[head, link]
             line = {"name": head, "loss": value}
             line["less_ce"] = value - losses.get(BASELINE, math.nan)
@@ -346,7 +359,7 @@ def stage_three(rows: list[Row]) -> str:
                 # Masked prediction has no likelihood of a text.
                 line["bits_per_byte"] = None
             lines.append(r | line)
-    columns = [
+    columns: Columns = [
         Column("arch"),
         Column("dataset", "corpus"),
         *HEAD,
@@ -361,7 +374,8 @@ def stage_three(rows: list[Row]) -> str:
 def stage_four(rows: list[Row]) -> str:
     """One thing changed: the loss, less those of stage 2's unchanged runs with the same seeds: its
     own, cross_entropy's, its twin's."""
-    every, found = by_seed(rows), {}
+    every = by_seed(rows)
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
     for r in rows:
         if r["stage"] == "4":
             found.setdefault((name(r), r["link"], r["ablation"]), {})[r["seed"]] = r
@@ -379,7 +393,7 @@ def stage_four(rows: list[Row]) -> str:
             "less_twin": shown(paired(runs, twin)),
         }
         lines.append(line)
-    columns = [
+    columns: Columns = [
         *HEAD,
         "changed",
         "seeds",
@@ -409,7 +423,7 @@ def draw(rows: list[Row], path: Path) -> None:
     their intervals."""
     best, long = best_settings(rows), long_runs(rows)
     heads = list(dict.fromkeys(r["name"] for r in best))
-    height = {}
+    height: dict[Key, float] = {}
     for i, head in enumerate(heads):
         height |= {(head, "harmonic"): i - 0.18, (head, "softmax"): i + 0.18, (head, "control"): i}
     figure = figures.figure(1.1 + 0.25 * len(heads))
@@ -432,7 +446,7 @@ def _draw_settings(axes: Axes, every: dict[Key, list[Row]], height: dict[Key, fl
     for key, group in every.items():
         losses, color, y = [loss(r) for r in group], COLORS[key[1]], height[key]
         shown = [min(value, low + 2) for value in losses]
-        dots = dict(color=color, markersize=3.5, alpha=0.5, markeredgewidth=0)
+        dots: dict[str, Any] = dict(color=color, markersize=3.5, alpha=0.5, markeredgewidth=0)
         axes.plot(shown, [y] * len(shown), "o", **dots)
         axes.plot(min(losses), y, "o", color="none", markeredgecolor=color, markersize=8)
     axes.set_xlim(low - 0.05, low + 2.05)
@@ -446,7 +460,9 @@ def _draw_long_runs(axes: Axes, long: list[dict], height: dict[Key, float]) -> N
     for r in long:
         key = r["name"], r["link"]
         half = 0 if math.isnan(r["half"]) else r["half"]
-        bar = dict(fmt="o", color=COLORS[r["link"]], markersize=5, capsize=2, linewidth=1)
+        bar: dict[str, Any] = dict(
+            fmt="o", color=COLORS[r["link"]], markersize=5, capsize=2, linewidth=1
+        )
         axes.errorbar(r["loss"], height[key], xerr=half, **bar)
         if key == BASELINE:
             axes.axvline(r["loss"], color=COLORS["control"], linewidth=0.8, linestyle=":")
@@ -460,8 +476,8 @@ def _draw_long_runs(axes: Axes, long: list[dict], height: dict[Key, float]) -> N
 
 def draw_curves(rows: list[Row], path: Path) -> None:
     """Stage 2: a panel for each head, validation loss less cross_entropy's with the same seed at
-    the same iteration, means over seeds.
-    Heads that end near cross_entropy have a shaded panel, of a finer scale."""
+    the same iteration, means over seeds. Heads that end near cross_entropy have a shaded panel
+    of a finer scale."""
     above = curves_above(rows)
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
     width = min(4, len(heads))
@@ -488,7 +504,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
 def curves_above(rows: list[Row]) -> dict[Key, np.ndarray]:
     """Stage 2's validation losses less cross_entropy's, from the first evaluation after the start,
     means over seeds. Runs that were stopped are left out."""
-    curves = {}
+    curves: dict[Key, dict[str, np.ndarray]] = {}
     for key, runs in by_seed(rows).items():
         for seed, r in runs.items():
             if r["val_losses"]:
@@ -502,7 +518,7 @@ def curves_above(rows: list[Row]) -> dict[Key, np.ndarray]:
     return found
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ReportConfig)
     if not Path(c.table).is_file():
         raise UserError(f"no table {c.table}: python -m studies.heads writes it")

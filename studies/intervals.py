@@ -24,7 +24,7 @@ def holm(p: dict) -> dict:
     """p-values corrected for their number (Holm 1979): each times how many are not below it, and no
     less than those below."""
     found, largest = {}, 0.0
-    for i, key in enumerate(sorted(p, key=p.get)):
+    for i, key in enumerate(sorted(p, key=p.__getitem__)):
         largest = max(largest, min(1.0, p[key] * (len(p) - i)))
         found[key] = largest
     return found

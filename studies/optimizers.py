@@ -80,7 +80,7 @@ def summary(rows: list[Row]) -> str:
     return markdown(lines, ["head", "link", "seeds", *form, Column("difference", unit="nats")])
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], OptimizersConfig)
     table = Table(c.out, COLUMNS, KEY)
     complete_trainings(c, table, settings, measure)

@@ -54,7 +54,7 @@ def filled(text: str, folder: Path) -> str:
     return PLACE.sub(table, text)
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], PageConfig)
     page = Path(c.page)
     if not page.is_file():

@@ -9,6 +9,8 @@ dot product can only cut the plane into cones from the origin; a distance gives 
 region around itself.
 """
 
+from typing import Any
+
 import matplotlib.colors
 import torch
 
@@ -25,7 +27,7 @@ SHOWN = [
     "cross_entropy", "euclidean", "manhattan", "minkowski", "chebyshev", "cosine", "hamming_soft",
     "canberra", "bray_curtis_abs", "mahalanobis",
 ]  # fmt: skip
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "minkowski": {"p": 0.5},
     "mahalanobis": {"factor": torch.tensor([[1.0, 0.0], [1.2, 0.6]])},
 }
@@ -44,7 +46,7 @@ def title(name: str) -> str:
     return name + "".join(f", {k}={v:g}" for k, v in numbers.items())
 
 
-def main():
+def main() -> None:
     side = torch.linspace(-EDGE, EDGE, 400)
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     palette = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS])

@@ -44,6 +44,10 @@ class Table:
         """The last row with the values of this key, or None."""
         return self.index.get(self._values(key))
 
+    def row(self, key: dict) -> Row:
+        """The row with the values of this key, which is there. KeyError."""
+        return self.index[self._values(key)]
+
     def add(self, *rows: dict) -> None:
         """Appends rows in one write."""
         texts = [{name: str(row.get(name, "")) for name in self.columns} for row in rows]
@@ -135,7 +139,7 @@ def complete(
     """
     sha, progress = commit(), _Progress()
     running: dict[Future, Job] = {}
-    faults = []
+    faults: list[BaseException] = []
     with _pool(workers) as pool:
         while True:
             known = wanted()
@@ -148,8 +152,8 @@ def complete(
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
-                if future.exception():
-                    faults.append(future.exception())
+                if fault := future.exception():
+                    faults.append(fault)
                     continue
                 rows = [{**job.key, **row, "commit": sha} for row in future.result()]
                 table.add(*rows)
@@ -219,7 +223,7 @@ def train(
 class _Progress:
     """A bar on a terminal, and a line for each job with the remaining time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bar = tqdm(desc="runs", unit=" runs", disable=None)
         self.began = time.monotonic()
         self.done = self.total = self.finished = 0
@@ -265,6 +269,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BaseException:
         for worker in multiprocessing.active_children():
+            assert worker.pid is not None
             # A worker that has just been started has no group yet.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGTERM)
@@ -282,5 +287,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_the_runner() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os.killpg(0, signal.SIGTERM)

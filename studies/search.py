@@ -2,7 +2,7 @@
 setting lies on it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # Numbers, such as an exponent and a learning rate.
 Setting = tuple[float, ...]
@@ -14,7 +14,7 @@ def number(text: str) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def beyond(best: Setting, tried: list[Setting], steps: Setting) -> Setting | None:
+def beyond(best: Setting, tried: Sequence[Setting], steps: Setting) -> Setting | None:
     """The setting next to the best one, outside of those tried, along the first axis on which the
     best lies on the edge. None where it lies inside.
 
@@ -34,7 +34,7 @@ def on_edge(sweeps: list[dict], steps: Setting) -> str:
     costs."""
     count = 0
     for found in sweeps:
-        winner = min(found, key=found.get)
+        winner = min(found, key=found.__getitem__)
         count += beyond(winner, list(found), steps) is not None
     return f"{count} of {len(sweeps)} winners of the sweep lie on the edge of what was tried."
 
@@ -49,7 +49,7 @@ def search(
     `most` further settings at most. costs: (settings) -> the cost of each."""
     found = dict(zip(grid, costs(grid), strict=True))
     for _ in range(most):
-        further = beyond(min(found, key=found.get), list(found), steps)
+        further = beyond(min(found, key=found.__getitem__), list(found), steps)
         if further is None:
             break
         found[further] = costs([further])[0]

@@ -14,6 +14,7 @@ prototype of cosine cannot turn past the point of another class, where its dista
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.colors
 import torch
@@ -105,9 +106,12 @@ def panel(axes: Axes, name: str, found: dict, targets: torch.Tensor) -> None:
     regions = ((1 - strength) + strength * palette[of]).numpy()
     extent = (-EDGE, EDGE, -EDGE, EDGE)
     axes.imshow(regions, origin="lower", extent=extent, interpolation="bilinear")
-    dots = dict(s=14, edgecolors="white", linewidths=0.6, zorder=3)
-    axes.scatter(*found["points"].T, c=[COLOURS[t] for t in targets], **dots)
-    cross = dict(color="black", markersize=5, markeredgewidth=1.5, zorder=4, clip_on=True)
+    dots: dict[str, Any] = dict(s=14, edgecolors="white", linewidths=0.6, zorder=3)
+    x, y = found["points"].T
+    axes.scatter(x, y, c=[COLOURS[t] for t in targets], **dots)
+    cross: dict[str, Any] = dict(
+        color="black", markersize=5, markeredgewidth=1.5, zorder=4, clip_on=True
+    )
     for k, path in enumerate(found["path"].unbind(1)):
         axes.plot(*path.T, color="black", linewidth=1.6, zorder=2)
         axes.plot(*path.T, color=COLOURS[k], linewidth=0.9, zorder=2)
@@ -124,7 +128,7 @@ def curves(axes: Axes, runs: dict, title: str) -> None:
     """|W| over the steps; a few heads in colours of their own, the others in grey."""
     for name, found in runs.items():
         color = LINES.get(name)
-        style = dict(color="0.75", linewidth=0.8)
+        style: dict[str, Any] = dict(color="0.75", linewidth=0.8)
         if color:
             style = dict(color=color, linewidth=1.6, label=name)
         axes.plot(found["norms"], **style)
@@ -139,8 +143,9 @@ def curves(axes: Axes, runs: dict, title: str) -> None:
 def draw(five: dict, around: dict, targets: torch.Tensor, path: Path) -> None:
     rows = -(-len(five) // 5)
     figure = figures.figure(2.3 * (rows + 1) + 3, 11)
-    upper, lower, last = figure.subfigures(3, 1, height_ratios=[2.3 * rows, 2.3, 3])
-    left = dict(fontsize=10, x=0.01, ha="left")
+    ratios = [2.3 * rows, 2.3, 3]
+    upper, lower, last = figure.subfigures(3, 1, squeeze=False, height_ratios=ratios)[:, 0]
+    left: dict[str, Any] = dict(fontsize=10, x=0.01, ha="left")
     upper.suptitle(
         "Five points: decision regions, and the way of each prototype to its cross", **left
     )
@@ -162,7 +167,7 @@ def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -
     return min(runs, key=lambda r: r["losses"][-1]) | {"fits": sum(fits)}
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ToyConfig)
     # Two threads wait for each other, over tensors this small.
     torch.set_num_threads(1)

@@ -42,7 +42,7 @@ from base.files import write_whole
 from harmonic import HarmonicHead
 from studies.algorithmic import HEADS, choice, match_scale
 from studies.runner import Job, Row, Table, complete, run_name
-from studies.search import number, search
+from studies.search import Setting, number, search
 from text.packages import cache_folder, package_file
 from training.telemetry import Emissions, energy
 
@@ -95,10 +95,11 @@ def load(name: str, size: int = 0, limit: int = 0) -> Images:
             " give --size, such as --size=64"
         )
     chosen = np.random.default_rng(0).permutation(len(x))[: limit or None]
-    x, test_x = _channels_first(x[chosen]), _channels_first(test_x)
-    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+    pixels, test_pixels = _channels_first(x[chosen]), _channels_first(test_x)
+    mean = pixels.mean((0, 2, 3), keepdim=True)
+    std = pixels.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     labels, test_labels = (torch.as_tensor(np.asarray(a, np.int64)) for a in (y[chosen], test_y))
-    return Images((x - mean) / std, labels, (test_x - mean) / std, test_labels)
+    return Images((pixels - mean) / std, labels, (test_pixels - mean) / std, test_labels)
 
 
 def _channels_first(images: np.ndarray) -> torch.Tensor:
@@ -143,7 +144,8 @@ def fashion_mnist() -> Arrays:
     for part in ("train", "t10k"):
         found.append(idx(folder / f"{part}-images-idx3-ubyte.gz"))
         found.append(idx(folder / f"{part}-labels-idx1-ubyte.gz"))
-    return tuple(found)
+    x, y, test_x, test_y = found
+    return x, y, test_x, test_y
 
 
 LOCAL = {"digits": digits, "mnist5k": mnist5k, "fashion_mnist": fashion_mnist}
@@ -152,7 +154,7 @@ LOCAL = {"digits": digits, "mnist5k": mnist5k, "fashion_mnist": fashion_mnist}
 def fetch_debian(package: str, cache: Path) -> None:
     """Unpacks a Debian package's files under `cache`; nothing is installed. UserError where that
     fails."""
-    quiet = dict(check=True, capture_output=True)
+    quiet: dict[str, Any] = dict(check=True, capture_output=True)
     with tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary) / "files"
         try:
@@ -273,7 +275,7 @@ class Classifier(nn.Module):
     def __init__(self, images: Images, backbone: str, head: str, link: str, multiple: float):
         super().__init__()
         self.features, width = BACKBONES[backbone](images.x.shape[1], images.x.shape[2])
-        settings = {"exponent": multiple * math.sqrt(width), "link": link}
+        settings: dict[str, Any] = {"exponent": multiple * math.sqrt(width), "link": link}
         if link == "control":
             settings = {"init_std": 0.02 * multiple}
         self.head = HarmonicHead(width, images.classes, head, **settings)
@@ -320,13 +322,13 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
             optimizer.step()
         model.eval()
         _, logits = outputs(model, images.x[held])
-        loss = nn.functional.cross_entropy(logits, images.y[held]).item()
-        if not math.isfinite(loss):
+        held_loss = nn.functional.cross_entropy(logits, images.y[held]).item()
+        if not math.isfinite(held_loss):
             break
         # The first one is better than NaN.
-        if not loss >= best["val_loss"]:
+        if not held_loss >= best["val_loss"]:
             accuracy = (logits.argmax(-1) == images.y[held]).double().mean().item()
-            best = {"epochs": epoch, "val_loss": loss, "val_accuracy": accuracy}
+            best = {"epochs": epoch, "val_loss": held_loss, "val_accuracy": accuracy}
             weights = {k: v.clone() for k, v in model.state_dict().items()}
         elif epoch - best["epochs"] >= PATIENCE:
             break
@@ -428,12 +430,12 @@ def tested(model: Classifier, images: Images, prototypes: bool) -> dict:
 def sweep(c: VisionConfig, key: Row, images: Images) -> list[dict]:
     rows = []
 
-    def costs(settings: list[tuple[float, float]]) -> list[float]:
+    def costs(settings: list[Setting]) -> list[float]:
         for multiple, rate in settings:
             rows.append(run_one(key, images, rate, multiple, 0, -(-c.epochs // 3))[1])
         return [number(row["val_loss"]) for row in rows[-len(settings) :]]
 
-    grid = [(m, rate) for rate, m in itertools.product(RATES, MULTIPLES)]
+    grid: list[Setting] = [(m, rate) for rate, m in itertools.product(RATES, MULTIPLES)]
     search(grid, (MULTIPLE_STEP, RATE_STEP), EDGES, costs)
     return rows
 
@@ -445,6 +447,7 @@ def run(c: VisionConfig, key: Row, chosen: tuple[float, float] | None) -> list[d
     images = load(key["dataset"], c.size, c.limit)
     if key["stage"] == "sweep":
         return sweep(c, key, images)
+    assert chosen is not None, "the sweep comes first"
     rate, multiple = chosen
     folder = Path(c.runs) / run_name(key)
     # What is there may be of other settings.
@@ -466,7 +469,7 @@ def run(c: VisionConfig, key: Row, chosen: tuple[float, float] | None) -> list[d
 def swept(rows: list[Row]) -> dict[tuple, dict]:
     """Of each sweep (dataset, backbone, head, link): its settings (multiple, learning rate) ->
     their held-out loss."""
-    found = {}
+    found: dict[tuple, dict[Setting, float]] = {}
     for r in rows:
         if r["stage"] == "sweep":
             setting = float(r["multiple"]), float(r["learning_rate"])
@@ -497,7 +500,7 @@ def told(rows: list[dict]) -> str:
     return f"accuracy {accuracy:.4f}, {sum(float(r['seconds']) for r in rows):.1f} s"
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], VisionConfig)
     table = Table(c.out, COLUMNS, KEY)
     for name in c.datasets.split():

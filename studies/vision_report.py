@@ -97,10 +97,12 @@ def by_place(rows: list[Row], cell: Callable[[list[Row]], str]) -> str:
         line = {}
         for place in columns:
             if mine := select(rows, *place, head, link):
-                line[place] = cell(mine)
+                line["/".join(place)] = cell(mine)
         if line:
             lines.append({"head": title(head, link)} | line)
-    return markdown(lines, ["head", *(Column(place, name) for place, name in columns.items())])
+    return markdown(
+        lines, ["head", *(Column("/".join(place), name) for place, name in columns.items())]
+    )
 
 
 def overview(rows: list[Row]) -> str:
@@ -211,7 +213,7 @@ def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) ->
     panels = figure.subplots(len(found), len(first), squeeze=False)
     for line, ((head, _), model) in zip(panels, found.items(), strict=True):
         guess = model(x).argmax(-1)
-        cam = LayerGradCam(model, model.features[2])
+        cam = LayerGradCam(model, model.features.get_submodule("2"))
         heat = cam.attribute(x, target=guess, relu_attributions=True)
         heat = LayerAttribution.interpolate(heat, tuple(x.shape[2:]), "bilinear").detach()
         right = (guess == images.test_y[first]).tolist()
@@ -233,7 +235,7 @@ def name_line(axes: Axes, name: str, size: int) -> None:
     axes.set_ylabel(name, fontsize=size, rotation=0, ha="right", va="center")
 
 
-def main():
+def main() -> None:
     (c,) = parse(sys.argv[1:], ReportConfig)
     rows = Table(c.table, COLUMNS, KEY).rows
     if not places(rows):

@@ -86,7 +86,10 @@ def test_a_batch_is_its_seeds_one_after_another(model, head):
         3,
     )
     data = algorithmic.splits(TASKS["permutation"], 0.8, [5, 6, 7])
-    make = lambda: [algorithmic.make(batch, 1.0, seed) for seed in (5, 6, 7)]
+
+    def make():
+        return [algorithmic.make(batch, 1.0, seed) for seed in (5, 6, 7)]
+
     together = algorithmic.train(make(), data, 1e-3, 4, 4)
     for i, alone in enumerate(make()):
         one = algorithmic.train([alone], [d[i : i + 1] for d in data], 1e-3, 4, 4)
@@ -156,14 +159,12 @@ def test_a_sweep_goes_beyond_the_edge():
     assert tried[:4] == grid and [m for m, _ in tried[4:7]] == [16, 64, 256] and len(tried) == 4 + 6
     assert min(rate for _, rate in tried) == pytest.approx(0.1 / 10**0.5)
     found = dict(zip(tried, costs(tried[:]), strict=False))
-    assert (
-        beyond(min(found, key=found.get), list(found), (4, 10**0.5)) is not None
-    )  # the budget ended there
+    # The budget ended there.
+    assert beyond(min(found, key=found.get), list(found), (4, 10**0.5)) is not None
     tried.clear()
     search(grid, (4, 3), 6, lambda s: costs(s, (1.0, 0.1)))
-    assert (
-        min(m for m, _ in tried) == 0.25 and min(r for _, r in tried) < 0.04
-    )  # one step off each edge, which is no better
+    # One step off each edge, which is no better.
+    assert min(m for m, _ in tried) == 0.25 and min(r for _, r in tried) < 0.04
     found = dict(zip(tried, costs(tried[:], (1.0, 0.1)), strict=False))
     assert on_edge([found], (4, 3)).startswith("0 of 1") and on_edge(
         [found, {(1.0, 1.0): 2.0}], (4, 3)
@@ -230,9 +231,8 @@ def test_the_report(tmp_path):
     ).stat().st_size > 5000
     assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
     before = (tmp_path / "a.png").read_bytes()
-    done = script_here(
-        *words[:3], "--runs=nowhere", words[-1]
-    )  # no curves: the pictures stay as they were
+    # No curves: the pictures stay as they were.
+    done = script_here(*words[:3], "--runs=nowhere", words[-1])
     assert (
         done.returncode == 0
         and "no " in done.stdout

@@ -23,7 +23,7 @@ from base.command_line import cli, write_yaml
 from base.errors import UserError
 from model import Model, ModelConfig
 from text.token_files import load_data
-from text.tokenizers import load_tokenizer, train_bpe
+from text.tokenizers import copy_tokenizer, load_tokenizer, train_bpe, train_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
 from training.telemetry import read_metrics
@@ -447,9 +447,8 @@ def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch,
     d = make_report(monkeypatch, tmp_path / "r.html", run).document()
     told = capsys.readouterr().err
     assert "No samples: no data folder" in told and d["samples"] == [] and d["runs"][0]["curves"]
-    assert (
-        str(home / "data/gone") in told and "--dataset=FOLDER" in told
-    )  # what is missing, and what helps
+    # What is missing, and what helps.
+    assert str(home / "data/gone") in told and "--dataset=FOLDER" in told
     assert make_report(
         monkeypatch, tmp_path / "r.html", run, f"--dataset={home / 'data/small'}"
     ).document()["samples"]
@@ -480,9 +479,8 @@ def test_long_curves_are_thinned_and_keep_their_extremes():
     )
     numbers = {key: [v for v in curve[key] if v != "nan"] for key in ("y", "lo", "hi")}
     assert min(numbers["lo"]) == -50.0 and max(numbers["hi"]) == 6.0
-    assert all(
-        len(v) == len(curve["x"]) - 1 for v in numbers.values()
-    )  # the point that holds NaN is NaN
+    # The point that holds NaN is NaN.
+    assert all(len(v) == len(curve["x"]) - 1 for v in numbers.values())
     assert all(2.4 < m < 3.2 for m in numbers["y"])
     assert report.thin(points[:3]) == {"x": [0, 1, 2], "y": [0.0, 1.0, 2.0]}
 
@@ -492,7 +490,10 @@ def test_the_lead_says_only_what_the_windows_tell(home):
         find_runs([home / "out/ce", home / "out/cosine"]),
         [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}],
     )
-    lead = lambda rows: summary.lead(runs, summaries, rows and {"best": 1, "rows": rows})
+
+    def lead(rows):
+        return summary.lead(runs, summaries, rows and {"best": 1, "rows": rows})
+
     assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead(
         [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
     )
@@ -694,3 +695,15 @@ def test_a_csv_file_is_written_appended_to_and_refused(tmp_path):
     path.write_text("a,b\n1,2\n3\n")
     with pytest.raises(UserError, match="line 3 has not as many cells"):
         tables.read_csv(path)
+
+
+def test_a_tokenizer_of_the_same_name_that_is_another_is_refused(tiny_data, tmp_path):
+    """Its ids are valid, but stand for other tokens: every number would be wrong without a word."""
+    run = make_run(tmp_path / "run", tiny_data)
+    copy_tokenizer("bpe:300", tiny_data, run)
+    shutil.copytree(tiny_data, tmp_path / "other")
+    (found,) = find_runs([str(run)], dataset=str(tmp_path / "other"))
+    assert found.data().vocab_size == 300
+    train_tokenizer("bpe:300", ["quick brown foxes jump over lazy dogs " * 40], tmp_path / "other")
+    with pytest.raises(UserError, match="its ids stand for other tokens"):
+        found.data()

@@ -41,8 +41,7 @@ def test_permutation_looks_random():
 @pytest.mark.parametrize("n", [5, 64, 1000, 78_125_000])
 def test_permutation_is_uniform(n):
     """Where a window lands over many keys, alone and together with the window after it, by
-    chi-squared tests; the largest is 10^10
-    tokens in windows of 128."""
+    chi-squared tests; the largest is 10^10 tokens in windows of 128."""
     keys, bins = 8000, 5
     places = np.array([[permute(i, n, key) for i in (0, 1, n // 2)] for key in range(keys)])
     assert (places < n).all()

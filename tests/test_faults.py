@@ -122,3 +122,16 @@ def test_the_plain_loop_of_the_benchmark_is_a_gpt():
     x = torch.randint(0, train_speed.VOCABULARY, (2, 8))
     for model_loss in (plain(x, x), ours(x, x)[1]):  # nothing learnt: a uniform guess
         assert model_loss.item() == pytest.approx(math.log(train_speed.VOCABULARY), abs=0.3)
+
+
+def test_mutants_are_faults_that_python_can_read():
+    """Every fault changes one expression of its file."""
+    import ast
+
+    from tests.faults.mutants import ROOT, chosen
+
+    mutants = chosen(20, seed=3)
+    assert len({m.file.split("/")[0] for m in mutants}) == 3
+    for mutant in mutants:
+        original = (ROOT / mutant.file).read_text()
+        assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(original))

@@ -54,9 +54,8 @@ def steps(norms, **more):
 
 def test_stability_of_known_series():
     norms = np.full(1000, 0.5)
-    norms[::100] = (
-        2.0  # from 100 on nine spikes in 900 steps, each above 3 medians and above the clip
-    )
+    # From 100 on nine spikes in 900 steps, each above 3 medians and above the clip.
+    norms[::100] = 2.0
     found = gradients.stability(steps(norms), clip=1.0)
     assert found["spike_rate"] == found["clip_rate"] == 9 / 900
     assert found["mean"] == pytest.approx(norms[100:].mean()) and found["cv"] == pytest.approx(
@@ -70,9 +69,8 @@ def test_stability_of_known_series():
     for length in (0, 1, gradients.WINDOW, gradients.WINDOW + 1, 173):
         np.testing.assert_array_equal(gradients.medians_before(values[:length]), before[:length])
     assert math.isnan(gradients.stability([{"iter": 0, "val_loss": 1.0}])["mean"])
-    assert math.isnan(
-        gradients.stability(steps([1.0] * 50 + [math.nan] * 50))["mean"]
-    )  # a NaN is not hidden
+    # A NaN is not hidden.
+    assert math.isnan(gradients.stability(steps([1.0] * 50 + [math.nan] * 50))["mean"])
 
 
 def test_growth_is_the_exponent_of_a_power_law():

@@ -138,10 +138,8 @@ def test_sampling_respects_top_k_top_p_and_padding():
     frequency = torch.bincount(drawn, minlength=5) / 2000
     assert (frequency - logits[0].softmax(-1)).abs().max() < 0.04 and frequency[4] == 0
     assert set(pick(logits, 1.0, 2, None, generators).tolist()) == {0, 1}
-    assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {
-        0,
-        1,
-    }  # 0.64 alone does not reach 0.7
+    # 0.64 alone does not reach 0.7.
+    assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {0, 1}
     assert set(pick(logits, 1.0, None, 0.6, generators).tolist()) == {0}
     assert set(pick(logits, 0, None, None, generators).tolist()) == {0}
     model = build("gpt").eval()
@@ -257,9 +255,10 @@ def test_flex_attention_on_a_gpu_gives_loss_and_gradients_of_the_dense_mask(
     for chosen in (False, True):
         choose_flex_attention(monkeypatch, chosen)
         torch.compiler.reset()
+        # 24 a head.
         model = build(
             arch, doc_mask=True, eot_id=0, block_size=300, n_embd=96, head_impl="dense"
-        ).cuda()  # 24 a head
+        ).cuda()
         for block in model.blocks if compiled else ():
             block.compile(fullgraph=True)
         _, loss = model(x, y)
@@ -331,9 +330,8 @@ def test_inductor_compiles_the_blocks_on_this_machine():
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(model.head.weight.grad, expected, rtol=1e-3, atol=1e-5)
-    assert set(model.state_dict()) == set(
-        build("qwen").state_dict()
-    )  # names as in the uncompiled model
+    # Names as in the uncompiled model.
+    assert set(model.state_dict()) == set(build("qwen").state_dict())
 
 
 def test_attention_written_out_is_no_less_exact():

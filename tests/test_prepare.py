@@ -437,9 +437,11 @@ def test_other_files_are_never_replaced(tmp_path):
 def start(flags: list[str], partial: Path, writes: bool = True) -> subprocess.Popen:
     """Starts the script in a group of its own and waits until it has begun, or until it writes
     tokens."""
-    hears = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a shell's background job, as these tests may be, ignores Ctrl-C
+
+    def hears():
+        # A shell's background job, as these tests may be, ignores Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen([*SCRIPT, *flags], **pipes, start_new_session=True, preexec_fn=hears)
     tokens = partial / "train.bin"
@@ -494,9 +496,8 @@ def test_killed_preparation_leaves_nothing_finished(tmp_path):
 
 @pytest.mark.parametrize("writes", [True, False])
 def test_interrupted_preparation_says_so(tmp_path, writes):
-    source = write_jsonl(
-        tmp_path / "a.jsonl", make_documents(30000, length=600)
-    )  # some seconds of work even where this test is starved
+    # Some seconds of work even where this test is starved.
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(30000, length=600))
     flags = [
         f"--source={source}",
         f"--out_dir={tmp_path / 'out'}",

@@ -47,9 +47,8 @@ def logits(model, ids):
 
 
 IDS = torch.randint(290, (2, 17), generator=torch.Generator().manual_seed(0))
-SIZES = {
-    key: None for key in ("n_layer", "n_head", "n_embd", "block_size")
-}  # as the model has them
+# As the model has them.
+SIZES = {key: None for key in ("n_layer", "n_head", "n_embd", "block_size")}
 
 
 def test_shards_and_half_precision_are_read(gpt2, tmp_path):
@@ -138,9 +137,8 @@ def nanogpt(theirs, path, **changes):
 
 
 def test_nanogpts_checkpoint_is_read(gpt2, tmp_path):
-    theirs = parity.build(
-        {**parity.CASES[GPT], "vocab_size": 300, "activation_function": "gelu"}
-    )  # nn.GELU(), not GPT-2's tanh
+    # nn.GELU(), not GPT-2's tanh.
+    theirs = parity.build({**parity.CASES[GPT], "vocab_size": 300, "activation_function": "gelu"})
     nanogpt(theirs, tmp_path / "ckpt.pt")
     expected = theirs(input_ids=IDS).logits
     torch.testing.assert_close(
@@ -270,9 +268,8 @@ def test_training_starts_from_it_and_reports_both_numbers(train, gpt2, tmp_path)
     status, again, err = train(
         "run/config.yaml", out_dir="again", **{k: None for k in (*SIZES, "dataset")}
     )
-    assert status == 0 and "as it is: val loss" in again, (
-        err
-    )  # the folder holds what starts it again
+    # The folder holds what starts it again.
+    assert status == 0 and "as it is: val loss" in again, err
     assert json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])[
         "val_loss"
     ] == pytest.approx(first["val_loss"], abs=0.1)

@@ -211,9 +211,8 @@ def test_explain(sample):
     status, out, _ = sample("gpt", "--start=the old", "--max_new_tokens=5", "--explain")
     assert status == 0
     assert out.count("nearest:") == out.count("coordinates:") == 5 and out.count("% of d") == 0
-    assert (
-        out.count(" of d\n") == 5 and "of d^2" not in out
-    )  # cosine's shares are of the distance itself
+    # Cosine's shares are of the distance itself.
+    assert out.count(" of d\n") == 5 and "of d^2" not in out
 
 
 def test_bert_fills_masks(sample):

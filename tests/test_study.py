@@ -73,9 +73,8 @@ def test_every_family_gets_the_same_number_of_settings(tmp_path):
             link,
         )
     assert counts[*heads.PENALTY, ""] == 12 + 2 + 2 + 2
-    for (
-        head
-    ) in heads.CONTROLS:  # the bowl's scale is on the grid and its learning rate between two of it
+    # The bowl's scale is on the grid and its learning rate between two of it.
+    for head in heads.CONTROLS:
         assert counts[head, "control", ""] == 12 + 2 + 2 + 2, head
 
 
@@ -88,9 +87,8 @@ def test_the_grid_is_extended_beyond_its_edge(tmp_path):
         only="cosine",
     )
     exponents = sorted({float(r["exponent"]) for r in table.rows})
-    assert (
-        min(exponents) == 8 / 4**4 and max(exponents) == 512 and 0.0625 in exponents
-    )  # 0.125 is the best of the grid: half a step
+    # 0.125 is the best of the grid: half a step.
+    assert min(exponents) == 8 / 4**4 and max(exponents) == 512 and 0.0625 in exponents
     assert len(table.rows) == 2 * (12 + heads.EDGES + 2 + 2 + 2)
 
 
@@ -146,9 +144,8 @@ def test_stages_three_and_four_take_the_best_heads(tmp_path):
         map(str, heads.SEEDS)
     )
     assert links[heads.LONGER] == set(itertools.product(best, heads.LINKS))
-    assert (
-        sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 2
-    )  # it has no exponent
+    # It has no exponent.
+    assert sum(r["head"] == "cross_entropy" for r in fourth) == len(heads.ABLATIONS) - 2
     stds = {r["ablation"]: float(r["init_std"]) for r in fourth if r["head"] == "cross_entropy"}
     assert (
         stds["init x 4"] == pytest.approx(16 * stds["init x 0.25"])
@@ -335,11 +332,14 @@ def test_bad_flags(flag, words):
 
 def test_the_report_of_known_rows():
     empty = dict.fromkeys(heads.COLUMNS, "")
-    row = lambda stage, head, link, value, seed=1: (
-        {**empty, "stage": stage, "head": head, "link": link}
-        | {
+
+    def row(stage, head, link, value, seed=1):
+        return {
+            **empty,
+            "stage": stage,
+            "head": head,
+            "link": link,
             "val_loss": str(value),
-            "test_loss": "",
             "val_losses": f"9 7 {value}",
             "iters": "20",
             "seed": str(seed),
@@ -348,7 +348,7 @@ def test_the_report_of_known_rows():
             "scale": "8",
             "learning_rate": "0.001",
         }
-    )
+
     rows = [
         row("1", "cosine", "harmonic", 6.0),
         row("1", "cosine", "harmonic", "nan"),
@@ -363,9 +363,8 @@ def test_the_report_of_known_rows():
     rows += [row("2", "cross_entropy", "control", 5 + s / 10, s) for s in range(3)]
     rows += [row("2", "cosine", "harmonic", 4.5 + s / 10, s) for s in range(3)]
     best, _ = heads_report.long_runs(rows)
-    assert best["name"] == "cosine" and best["above_ce"] == pytest.approx(
-        (-0.5, 0), abs=1e-9
-    )  # paired: seeds cancel
+    # Paired: seeds cancel.
+    assert best["name"] == "cosine" and best["above_ce"] == pytest.approx((-0.5, 0), abs=1e-9)
     assert best["loss"] == pytest.approx(4.6)
     assert best["reached"] == pytest.approx(
         np.mean([10 + 10 * (7 - 5 - s / 10) / (7 - 4.5 - s / 10) for s in range(3)])

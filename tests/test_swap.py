@@ -36,7 +36,10 @@ def source(bias=False, seed=0):
     """States that are no pure LayerNorm output, an unembedding with a mean and rows of different
     norms."""
     g = torch.Generator().manual_seed(seed)
-    r = lambda *shape: torch.randn(*shape, generator=g)
+
+    def r(*shape):
+        return torch.randn(*shape, generator=g)
+
     h = F.layer_norm(r(N, C), (C,)) * (1 + 0.1 * r(C)) + 0.3 * r(C)
     w = 0.2 * r(V, C) * (1 + 0.3 * r(V, 1)) + 0.1 * r(C)
     return h, w, 0.5 * r(V) if bias else None
@@ -55,8 +58,7 @@ def kl(h, w, bias, head) -> float:
 )
 def test_the_closed_form_comes_near(name, link, bias):
     """One of 45 directions is given up, and cosine cannot follow states whose norms differ: a few
-    hundredths of a nat here; without
-    matching it is nats."""
+    hundredths of a nat here; without matching it is nats."""
     h, w, b = source(bias)
     head = HarmonicHead(C, V, name, link=link)
     found = match(head, h, w, b)
@@ -97,12 +99,8 @@ def test_the_others_are_fitted_in_scale_and_exponent(name):
     before = HarmonicHead(C, V, name).eval()
     before.weight.data.copy_(w)
     uniform = -(h @ w.T).softmax(-1).mul((h @ w.T).log_softmax(-1)).sum(-1).mean().item()
-    near = name in (
-        "manhattan",
-        "minkowski",
-        "hamming_soft",
-        "hamming_gumbel",
-    )  # others see little of a dot product
+    # Others see little of a dot product.
+    near = name in ("manhattan", "minkowski", "hamming_soft", "hamming_gumbel")
     assert found < min(kl(h, w, None, before), (math.log(V) - uniform) * (0.4 if near else 0.99))
     factor = (head.weight[0] / w[0]).mean().item()
     torch.testing.assert_close(head.weight, factor * w)

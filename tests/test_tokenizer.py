@@ -82,11 +82,8 @@ def test_bert_is_transformers():
     words = {word: i for i, word in enumerate(vocab.read_text(encoding="utf-8").splitlines())}
     reference = BertTokenizerFast(vocab=words)
     ours = load_tokenizer("bert")
-    for text in [
-        *TEXTS[:3],
-        *TEXTS[4:],
-        "unaffable " * 300,
-    ]:  # the fourth is special to transformers; the last is longer than 128 tokens
+    # The fourth is special to transformers; the last is longer than 128 tokens.
+    for text in [*TEXTS[:3], *TEXTS[4:], "unaffable " * 300]:
         assert ours.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
 
 

@@ -115,9 +115,8 @@ def test_the_run_folder_is_as_documented(train, tmp_path):
     )
     weights = load_file(run / "ckpt/iter_000004/model.safetensors")
     assert "tokens.weight" not in weights  # tied: stored once, as head.weight
-    assert not torch.allclose(
-        weights["head.distance_parameters.factor"], torch.eye(16), atol=1e-5
-    )  # Mahalanobis' parameters train
+    # Mahalanobis' parameters train.
+    assert not torch.allclose(weights["head.distance_parameters.factor"], torch.eye(16), atol=1e-5)
 
 
 def test_newest_and_best_checkpoints_are_kept(train, tmp_path):
@@ -316,9 +315,8 @@ def test_compiled_training_equals_eager(train, tmp_path):
 def test_learnt_exponent_is_reported(train, tmp_path):
     train(head="cosine", learn_exponent=True, max_iters=5, learning_rate=0.05)
     values = [r["strength"] for r in read_metrics(tmp_path / "run") if "strength" in r]
-    assert (
-        values[0] == pytest.approx(4.0) and abs(values[-1] - 4.0) > 0.01
-    )  # sqrt(16), and it moves
+    # sqrt(16), and it moves.
+    assert values[0] == pytest.approx(4.0) and abs(values[-1] - 4.0) > 0.01
 
 
 def test_eval_only_writes_nothing(train, tmp_path):
@@ -757,9 +755,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(train, 
             and "using iter_000004" in err
         )
         assert history(tmp_path / "run") == history(tmp_path / "whole")
-        assert folder.with_name(
-            "damaged_iter_000006"
-        ).is_dir()  # so that nothing takes it for a good one
+        # So that nothing takes it for a good one.
+        assert folder.with_name("damaged_iter_000006").is_dir()
         assert sha256(folder / checkpoint.WEIGHTS) == sha256(
             tmp_path / "whole/ckpt/iter_000006" / checkpoint.WEIGHTS
         )
@@ -829,9 +826,10 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path, tiny_data, number, processes
     assert f"{number.name}: stopped at iteration" in err and "--init_from=resume" in err
     folder, manifest = list(checkpoint.manifests(tmp_path / "run").items())[-1]
     steps = [r["iter"] for r in read_metrics(tmp_path / "run") if "train_loss" in r]
+    # Nothing is lost.
     assert (
         steps == list(range(manifest["iter"])) and f"stopped at iteration {manifest['iter']}" in err
-    )  # nothing is lost
+    )
     assert checkpoint.damage(folder) is None and (manifest["val_loss"] is None) == (
         manifest["iter"] % 20 != 0
     )
@@ -914,11 +912,8 @@ SHARED = {
     "lr_decay_iters": 20,
     "n_layer": 2,
 }
-SHARED |= {
-    "eval_iters": 1,
-    "batch_size": 2,
-    "gradient_accumulation_steps": 3,
-}  # 2 windows of validation, 6 of training
+# 2 windows of validation, 6 of training.
+SHARED |= {"eval_iters": 1, "batch_size": 2, "gradient_accumulation_steps": 3}
 
 
 def run_shared(data, out, processes=1, **more):
@@ -1078,9 +1073,8 @@ def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_pa
         records[3]["train_loss"]
     )
     assert all(math.isfinite(r["train_loss"]) for i, r in enumerate(records) if i != 3)
-    assert history(tmp_path / "skip") == history(
-        tmp_path / "skip"
-    )  # NaN is no difference between two runs
+    # NaN is no difference between two runs.
+    assert history(tmp_path / "skip") == history(tmp_path / "skip")
     (*_, manifest) = checkpoint.manifests(tmp_path / "skip").values()
     assert manifest["skipped"] == 1
 

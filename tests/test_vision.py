@@ -26,9 +26,8 @@ def test_digits_are_standardised_and_apart(digits):
     )
     assert abs(digits.x.mean()) < 1e-4 and digits.x.std() == pytest.approx(1, abs=1e-3)
     few = vision.load("digits", limit=100)
-    assert len(few.x) == 100 and torch.equal(
-        few.test_y, digits.test_y
-    )  # the test is the same whatever is trained on
+    # The test is the same whatever is trained on.
+    assert len(few.x) == 100 and torch.equal(few.test_y, digits.test_y)
 
 
 def test_the_idx_format(tmp_path):
@@ -113,9 +112,8 @@ def test_training_stops_early_and_keeps_the_best(digits, monkeypatch):
         vision, "outputs", lambda m, x, real=vision.outputs: seen.append(len(x)) or real(m, x)
     )
     best = vision.train(model, digits, 3e-2, 40, 0)
-    assert best["epochs"] < 40 and set(seen) == {
-        143
-    }  # a tenth of the training images decides, never a test image
+    # A tenth of the training images decides, never a test image.
+    assert best["epochs"] < 40 and set(seen) == {143}
     order = torch.randperm(1438, generator=torch.Generator().manual_seed(0))
     _, logits = vision.outputs(model, digits.x[order[:143]])
     assert torch.nn.functional.cross_entropy(logits, digits.y[order[:143]]).item() == pytest.approx(

@@ -6,7 +6,7 @@ alone. So adding documents, or changing their order, moves none from split to sp
 
 import hashlib
 import itertools
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from base.errors import UserError
@@ -69,7 +69,10 @@ def check_splits(splits: Container[str], tally: Tally) -> None:
 
 
 def split_documents(
-    parts: dict[str | None, Iterable[str | None]], fraction: float | None, limit: int, tally: Tally
+    parts: Mapping[str | None, Iterable[str | None]],
+    fraction: float | None,
+    limit: int,
+    tally: Tally,
 ) -> Iterator[tuple[str, str]]:
     """Yields (split, text) of every document that is kept.
 
@@ -86,9 +89,10 @@ def split_documents(
         return
     tally.how_split = "the official one of this corpus"
     for split, texts in parts.items():
+        assert split is not None, "a corpus without official splits has a fraction"
         for text in texts:
             tally.read += 1
-            yield split, text
+            yield split, text or ""
 
 
 def _split_by_hash(

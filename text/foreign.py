@@ -7,6 +7,7 @@ build dictionaries of numbers and text are followed.
 import pickletools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,12 +49,13 @@ def nanogpt_characters(path: Path) -> str:
     return characters
 
 
-def read_plain_pickle(data: bytes) -> object:
+def read_plain_pickle(data: bytes) -> Any:
     """The dictionaries, numbers and texts in a pickle, of which nothing is executed.
 
     Raises: ValueError when it holds anything else.
     """
-    stack, memo = [], {}
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
     for instruction, argument, _ in pickletools.genops(data):
         name = instruction.name
         if name == "STOP":

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -41,7 +41,9 @@ def encode_documents(
     # survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, context, start_worker)
-    pending = collections.deque()  # is kept short, so that reading does not run ahead of encoding
+    # It is kept short, so that reading does not run ahead of encoding.
+    pending: collections.deque[tuple[list[str], list[str], Future[list[bytes]]]]
+    pending = collections.deque()
     try:
         for splits, texts in batches:
             # `submit` may start a process. That process must not hear of Ctrl-C: the parent alone
@@ -117,7 +119,9 @@ def start_worker() -> None:
 
 def end_with_parent() -> None:
     """Waits until the parent process ends, which may be killed, and ends this one."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

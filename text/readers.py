@@ -16,8 +16,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from _csv import Reader
+
+    import zstandard
+    from _typeshed import WriteableBuffer
 
 # Names of a text column, tried in this order when none is given.
 COLUMNS = ["text", "content", "document", "article", "body", "extract", "review"]
@@ -52,8 +59,10 @@ def records(path: Path, column: str | None) -> Documents:
 
     Raises: UserError only for what is not the file's fault, such as a missing package.
     """
+    kind = kind_of(path)
+    assert kind is not None, path
     try:
-        yield from READERS[kind_of(path)](path, column)
+        yield from READERS[kind](path, column)
     except Unreadable as error:
         yield Broken(str(error), file=True)
     except UnicodeDecodeError as error:
@@ -90,8 +99,10 @@ def plain_name(path: Path) -> str:
 
 # ---- compression ---------------------------------------------------------------------------------
 
+Opened = io.BufferedReader | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile
 
-def opened(path: Path) -> io.BufferedIOBase:
+
+def opened(path: Path) -> Opened:
     """A file for reading bytes, decompressed."""
     return OPENERS[compression_of(path)](path)
 
@@ -123,16 +134,19 @@ class ZstdFile(io.RawIOBase):
     The package's own reader stops silently after the first frame, and when a file is cut short.
     """
 
-    def __init__(self, path: Path, decompressor, error: type[Exception]):
+    def __init__(
+        self, path: Path, decompressor: "zstandard.ZstdDecompressor", error: type[Exception]
+    ):
         self.file, self.decompressor, self.error = open(path, "rb"), decompressor, error
-        self.frame = None  # unpacks one frame
+        self.frame: zstandard.ZstdDecompressionObj | None = None  # unpacks one frame
         self.ready = b""  # unpacked bytes
         self.left = b""  # bytes still to unpack
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer)
         while not self.ready:
             data = self.left or self.file.read(ZSTD_CHUNK)
             if not data:
@@ -140,11 +154,11 @@ class ZstdFile(io.RawIOBase):
                     raise EOFError("the file ended within a frame")
                 return 0
             self._unpack(data)
-        count = min(len(buffer), len(self.ready))
-        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        count = min(len(view), len(self.ready))
+        view[:count], self.ready = self.ready[:count], self.ready[count:]
         return count
 
-    def _unpack(self, data: bytes):
+    def _unpack(self, data: bytes) -> None:
         if self.frame is None or self.frame.eof:
             self.frame = self.decompressor.decompressobj()
         try:
@@ -153,12 +167,12 @@ class ZstdFile(io.RawIOBase):
             raise EOFError(str(error)) from None
         self.left = self.frame.unused_data if self.frame.eof else b""
 
-    def close(self):
+    def close(self) -> None:
         self.file.close()
         super().close()
 
 
-OPENERS: dict[str | None, Callable] = {
+OPENERS: dict[str | None, Callable[[Path], Opened]] = {
     None: open_plain,
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -206,6 +220,7 @@ def read_json(path: Path, column: str | None) -> Documents:
         return
     with opened(path) as file:
         items = parse_json(file.read(), path)
+    assert isinstance(items, list)  # it begins with [
     for number, record in enumerate(items, 1):
         where = f"{path} item {number}"
         try:
@@ -230,7 +245,7 @@ def read_csv(path: Path, column: str | None) -> Documents:
             raise Unreadable(f"{what}: {error.reason}") from None
 
 
-def _rows(rows, names: list[str], index: int, path: Path) -> Documents:
+def _rows(rows: "Reader", names: list[str], index: int, path: Path) -> Documents:
     """The text of each remaining row of a csv.reader, and `Broken` for one that cannot be read."""
     while True:
         first = rows.line_num + 1
@@ -333,6 +348,6 @@ def text_column(names: list[str], wanted: str | None, where: str | Path) -> str:
     raise Unreadable(f"{where}: no column {usual}; name the text with --column: {', '.join(names)}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An exception's message without line ends, at most 300 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

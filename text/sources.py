@@ -71,8 +71,8 @@ def _search(folder: Path, found: Found) -> list[tuple[bool, Path, str]]:
 
     What is left out is noted in `found`.
     """
-    files = []
-    waiting, links = [folder], []
+    files: list[tuple[bool, Path, str]] = []
+    waiting, links = [folder], list[Path]()
     while waiting or links:
         linked = not waiting  # links come last, so that a folder keeps its own path
         links.sort()

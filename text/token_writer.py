@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,8 @@ def write_tokens(
         documents: (split, text, bytes in a token file) of each.
         dtype: type of the ids.
     """
-    files, hashes, splits = {}, {}, {}
+    files, hashes = {}, {}
+    splits: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         for split, text, data in documents:
             if split not in splits:

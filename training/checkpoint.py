@@ -6,9 +6,9 @@
                               itself
 
 Nothing in them is pickled. A checkpoint is written aside, flushed to the disk and renamed, in the
-background of training; weights and optimiser are whole whatever number of processes shared them, so
-any number can go on from it. The newest two and the best are kept: where the newest turns out
-damaged, the one before it serves.
+background of training. It holds whole weights and optimiser states, so any number of processes can
+resume from it. The newest two and the best are kept. If the newest is corrupt, the one before it is
+used.
 """
 
 import math
@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -46,16 +47,15 @@ def snapshot(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Copies of weights and optimiser state on the CPU, by file and name. All processes call it, to
     put shards together; those that do not `keep` the result get nothing."""
-    names = {q: name for name, q in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {q: name for name, q in model.named_parameters()}
     state = {
         f"{key}/{names[q]}": v for q, values in optimizer.state.items() for key, v in values.items()
     }
-    found = {WEIGHTS: {}, STATE: {}}
+    found: dict[str, dict[str, torch.Tensor]] = {WEIGHTS: {}, STATE: {}}
     for file, tensors in ((WEIGHTS, own_weights(model)), (STATE, state)):
         for name, tensor in tensors.items():
-            whole = (
-                tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-            )
+            own = tensor.detach()
+            whole = own.full_tensor() if isinstance(own, DTensor) else own
             if keep:
                 found[file][name] = whole.to("cpu", copy=True).contiguous()
     return found
@@ -65,37 +65,40 @@ class Writer:
     """Writes checkpoints of a run in a thread of low priority, one after the other."""
 
     def __init__(self, out_dir: Path):
-        self.out_dir, self.thread, self.error = out_dir, None, None
+        self.out_dir = out_dir
+        self.thread: threading.Thread | None = None
+        self.error: str | None = None
 
-    def save(self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict):
+    def save(
+        self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict
+    ) -> None:
         """Begins to write a snapshot as the checkpoint of an iteration; `wait` for the one before
         first.
 
         A disk that is full or read-only does not stop training: stderr says so, `error` holds the
         message until a later checkpoint is written, and the checkpoints that are there stay.
         """
-        self.thread = threading.Thread(
-            target=self._write, args=(iteration, files, counters), daemon=True
-        )
+        what = (iteration, files, counters)
+        self.thread = threading.Thread(target=self._write, args=what, daemon=True)
         self.thread.start()
 
-    def wait(self):
+    def wait(self) -> None:
         """Until nothing is being written."""
         if self.thread:
             self.thread.join()
 
-    def _write(self, *what):
+    def _write(
+        self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict
+    ) -> None:
         if sys.platform == "linux":  # there a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
-            save(self.out_dir, *what)
+            save(self.out_dir, iteration, files, counters)
             self.error = None
         except Exception as error:  # whatever it is, training goes on and the exit status tells
-            reason = (
-                error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-            )
+            reason = isinstance(error, OSError) and error.strerror or repr(error)
             self.error = (
-                f"the checkpoint of iteration {what[0]} could not be written ({reason}); the last"
+                f"the checkpoint of iteration {iteration} could not be written ({reason}); the last"
                 f" good one: {last(self.out_dir)}"
             )
             print(self.error, file=sys.stderr, flush=True)
@@ -127,13 +130,10 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     kept = {*list(manifests(out_dir))[-2:], best(out_dir)}
-    for path in {
-        *folders(out_dir),
-        *folder.parent.glob(".iter_*"),
-    } - kept:  # and what killed runs left aside; nothing foreign
-        shutil.rmtree(
-            path, ignore_errors=True
-        )  # what cannot be removed now is tried again at the next checkpoint
+    # Checkpoints, and what killed runs left aside; nothing foreign.
+    for path in {*folders(out_dir), *folder.parent.glob(".iter_*")} - kept:
+        # What cannot be removed now is tried again at the next checkpoint.
+        shutil.rmtree(path, ignore_errors=True)
     return folder
 
 
@@ -167,7 +167,7 @@ def last(out_dir: Path) -> str:
     return next((f.name for f in reversed(manifests(out_dir))), "none")
 
 
-def damage(folder: Path, files=(WEIGHTS, STATE)) -> str | None:
+def damage(folder: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> str | None:
     """What is wrong with a checkpoint, None if nothing is: its manifest and the given files are
     compared with their sha256."""
     try:
@@ -185,11 +185,11 @@ def damage(folder: Path, files=(WEIGHTS, STATE)) -> str | None:
     return None
 
 
-def newest(out_dir: Path, files=(WEIGHTS, STATE)) -> Path:
+def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
     """The newest checkpoint that is not damaged; stderr names those that are. UserError when there
     is none."""
     found = folders(out_dir)
-    bad = []
+    bad: list[str] = []
     for folder in reversed(found):
         if (problem := damage(folder, files)) is None:
             if bad:
@@ -207,7 +207,7 @@ def newest(out_dir: Path, files=(WEIGHTS, STATE)) -> Path:
     )
 
 
-def set_aside(out_dir: Path, chosen: Path):
+def set_aside(out_dir: Path, chosen: Path) -> None:
     """Renames the checkpoints after the chosen one, which are damaged, so that nothing takes them
     for good ones."""
     for folder in folders(out_dir):
@@ -249,9 +249,9 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def load_weights(model: Model, weights: dict, assign: bool = False):
-    """Puts weights into a model. UserError listing what does not fit. assign: they become the
-    model's own, which may be without any."""
+def load_weights(model: Model, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
+    """Puts weights into a model. UserError listing what does not fit. assign: these tensors become
+    the model's parameters (the model may be on the meta device)."""
     own = own_weights(model)
     wrong = [f"{k} is missing" for k in own if k not in weights] + [
         f"{k} is not part of the model" for k in weights if k not in own
@@ -272,10 +272,10 @@ def load_weights(model: Model, weights: dict, assign: bool = False):
         model.tokens.weight = model.head.weight
 
 
-def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path):
+def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Puts a checkpoint's optimiser state into an optimiser; rates and decays stay as they are
     configured now."""
-    states = {name: {} for name, _ in model.named_parameters()}
+    states: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _ in model.named_parameters()}
     for key, tensor in load_tensors(folder / STATE).items():
         kind, _, name = key.partition("/")
         if name not in states:
@@ -320,7 +320,9 @@ def read_config(out_dir: Path) -> tuple[ModelConfig, TrainConfig]:
     return model_config, config
 
 
-def load_run(out_dir, device: str = "cpu", which: str = "newest") -> tuple[Model, dict, dict]:
+def load_run(
+    out_dir: str | Path, device: str = "cpu", which: str = "newest"
+) -> tuple[Model, dict, dict]:
     """A run's "newest" or "best" checkpoint for evaluation or sampling -> (model in eval mode, its
     stored config, the manifest)."""
     out_dir = Path(out_dir)

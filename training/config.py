@@ -62,21 +62,20 @@ class TrainConfig:
     eval_only: bool = of_a_start(False)
     """evaluate once and stop"""
     init_from: str = of_a_start("scratch")
-    """scratch; resume (goes on from out_dir's newest checkpoint); auto (resume if there is one); or
-    a model to start from, which is scratch
-    with that --source"""
+    """scratch; resume (from out_dir's newest checkpoint); auto (resume if there is one); or
+    a model to start from, which is scratch with that --source"""
     source: str | None = of_a_start(None)
     """a model to start from: a name on the Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME),
-    a folder in its format, nanoGPT's
-    ckpt.pt, a run's folder. Another --head than its own is matched to the model's softmax"""
+    a folder in its format, nanoGPT's ckpt.pt, a run's folder. Another --head than its own is
+    matched to the model's softmax"""
     out_dir: str = of_a_start("out/run")
     """the run's folder"""
     overwrite: bool = of_a_start(False)
     """delete the run that out_dir holds"""
     new_data_order: bool = of_a_start(False)
     """resume although batch_size, gradient_accumulation_steps, seed or the dataset differ: from
-    then on the windows come in another order,
-    so some are read twice in this epoch and others not at all"""
+    then on the windows come in another order, so some are read twice in this epoch and others not
+    at all"""
     seed: int = 1337
     """determines weights, data order, noise and dropout"""
     device: str = "auto"

@@ -7,8 +7,11 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from base.command_line import cli
 from base.errors import UserError
+from model import Model
 
-_KEPT = []  # a DistributedDataParallel lives as long as its process: see `run`
+T = TypeVar("T")
+# A DistributedDataParallel lives as long as its process: see `run`.
+_KEPT: list[DistributedDataParallel] = []
 
 
 @dataclass
@@ -45,25 +51,25 @@ class Processes:
             dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[op])
         return values
 
-    def barrier(self):
+    def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
 
-    def gather(self, value) -> list:
+    def gather(self, value: T) -> list[T]:
         """A small Python value of every process, by rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, make):
+    def from_main(self, make: Callable[[], T]) -> T:
         """What `make()` returns in the main process, in all of them."""
-        value = [make() if self.main else None]
+        value: list[Any] = [make() if self.main else None]
         if self.world > 1:
             dist.broadcast_object_list(value)
         return value[0]
 
-    def wrap(self, model, parallel: str):
+    def wrap(self, model: Model, parallel: str) -> torch.nn.Module:
         """The model whose gradients are those of all processes: DistributedDataParallel, or FSDP2's
         fully_shard of blocks and root."""
         if self.world == 1:
@@ -79,10 +85,11 @@ class Processes:
         mesh = dist.device_mesh.init_device_mesh(kind, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
 
-def synchronise(wrapped, on: bool):
+def synchronise(wrapped: torch.nn.Module, on: bool) -> None:
     """Whether the next backward pass of a wrapped model adds its gradients up over the
     processes."""
     if isinstance(wrapped, DistributedDataParallel):
@@ -97,8 +104,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def launcher(processes: int, *torchrun: str) -> list[str]:
-    """What stands between `python` and a script for that many processes on this machine;
-    `torchrun`: more flags of its."""
+    """The arguments between `python` and a script that start this many processes on this machine.
+    torchrun: more of torchrun's flags."""
     return (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
         if processes > 1
@@ -171,39 +178,40 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
 
     PyTorch 2.13's torchrun keeps its store when it restarts processes, and the new ones would
     connect to the addresses of the dead. Its count of restarts tells starts apart on one machine
-    only: each machine has its own. So rank 0
-        opens a new part, and the others go by
-    the number of the part in which rank 0 answers them with the word they left there.
+    only: each machine has its own. So rank 0 opens a new part, and the others go by the number of
+    the part in which rank 0 answers them with the word they left there.
     """
     if rank == 0:
         part = store.add("part", 1)
         for other in range(1, world):
-            store.set(f"{part}/answer/{other}", store.get(f"{part}/here/{other}"))  # waits for it
+            word = store.get(f"{part}/here/{other}")  # waits for it
+            store.set(f"{part}/answer/{other}", word.decode())
         return dist.PrefixStore(str(part), store)
-    word, end = uuid.uuid4().hex.encode(), time.monotonic() + timeout
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout
     while time.monotonic() < end:
         part = store.add("part", 0)
-        store.set(f"{part}/here/{rank}", word)
+        store.set(f"{part}/here/{rank}", own)
         time.sleep(0.05)
-        if store.check([f"{part}/answer/{rank}"]) and store.get(f"{part}/answer/{rank}") == word:
+        answer = f"{part}/answer/{rank}"
+        if store.check([answer]) and store.get(answer) == own.encode():
             return dist.PrefixStore(str(part), store)
     raise TimeoutError(f"rank 0 did not answer rank {rank} within {timeout:g} seconds")
 
 
-def run(main):
+def run(main: Callable[[], object]) -> None:
     """`cli(main)`. Under torchrun the process then ends at once, without taking its process groups
     apart: PyTorch 2.13 can hang for ever there, for `~ProcessGroupGloo` joins a thread that waits
     for the interpreter's lock while its caller holds that lock."""
     if "RANK" not in os.environ:
-        return cli(main)
+        cli(main)
+        return
 
-    def tell():
+    def tell() -> None:
         try:
             main()
         except UserError as error:
-            if (
-                dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0"
-            ):  # cli speaks for local rank 0
+            # `cli` speaks for local rank 0.
+            if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
                 print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
             raise
 
@@ -211,7 +219,7 @@ def run(main):
     try:
         cli(tell)
     except SystemExit as stop:
-        status = stop.code or 0
+        status = int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -237,10 +245,10 @@ class StopSignals:
             if processes.world > 1
             else None
         )
-        self.pending = None
+        self.pending: tuple[Any, torch.Tensor] | None = None  # a reduction, and what it fills
         self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
 
-    def _ask(self, number, _):
+    def _ask(self, number: int, _: FrameType | None) -> None:
         if number == self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.asked:
@@ -253,9 +261,8 @@ class StopSignals:
                 )
 
     def agreed(self) -> int:
-        """The signal because of which all processes stop now, or 0. Called once a step; where there
-        are several processes, the answer is that of the step before, so that nobody waits for
-        it."""
+        """The signal that stops all processes now, or 0. Called once a step. With several processes
+        the answer is that of the step before, so that none waits for the others."""
         if self.group is None:
             return self.asked
         answer = 0
@@ -267,6 +274,6 @@ class StopSignals:
         self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True), flag
         return answer
 
-    def restore(self):
+    def restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -36,7 +36,7 @@ class Evaluation:
         self.windows = validation_windows(
             self.split.tokens, m.block_size, c.eval_iters * c.batch_size
         )
-        # The same number in all processes, for those of FSDP work together.
+        # Every process runs as many batches, for FSDP gathers weights from all in each.
         self.rounds = math.ceil(math.ceil(len(self.windows) / processes.world) / self.batch_size)
 
     def __call__(self, model: Model) -> dict[str, float]:
@@ -46,9 +46,10 @@ class Evaluation:
         with torch.no_grad(), self.autocast:
             total = self._sums(model)
             kl = self._distance_from_a_softmax(model)
-            learnt = None if model.head.log_strength is None else model.head.strength.item()
+            learnt = None if model.head.log_strength is None else float(model.head.strength)
         if isinstance(model, FSDPModule):
-            model.reshard()  # what no backward pass does here
+            # Without a backward pass nothing else frees the gathered weights.
+            model.reshard()
         model.train()
         device = self.processes.device
         total = self.processes.reduce(total.to(device if device.startswith("cuda") else "cpu"))

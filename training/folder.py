@@ -29,7 +29,10 @@ class RunFolder:
         Raises: UserError where the folder cannot be written.
         """
         c, p = run.c, run.processes
-        self.path, self.metrics, self.writer, self.emissions = Path(c.out_dir), None, None, None
+        self.path = Path(c.out_dir)
+        self.metrics: Metrics | None = None  # in the main process alone
+        self.writer: checkpoint.Writer | None = None  # likewise
+        self.emissions: Emissions | None = None
         if p.main:
             try:
                 self._open(run, resumed, changed)
@@ -40,34 +43,36 @@ class RunFolder:
             node = int(os.environ.get("GROUP_RANK", 0))
             self.emissions = Emissions(self.path, c.emissions_country, node)
 
-    def _open(self, run: Run, resumed: Path | None, changed: dict):
+    def _open(self, run: Run, resumed: Path | None, changed: dict) -> None:
         m, c, p, iteration = run.m, run.c, run.processes, run.progress.iteration
         self.path.mkdir(parents=True, exist_ok=True)
         if resumed:
             checkpoint.set_aside(self.path, resumed)
         else:
             _clear(self.path, c)
-        copy_tokenizer(c.tokenizer, run.data.folder, self.path)
-        stored = dict(init_from="scratch", overwrite=False, eval_only=False, new_data_order=False)
-        write_yaml(self.path / "config.yaml", m, replace(c, **stored))
+        copy_tokenizer(run.data.tokenizer, run.data.folder, self.path)
+        stored = replace(
+            c, init_from="scratch", overwrite=False, eval_only=False, new_data_order=False
+        )
+        write_yaml(self.path / "config.yaml", m, stored)
         write_environment(self.path, environment(p.device, p.world), iteration, changed)
         settings = {**vars(m), **vars(c)}
         self.metrics = Metrics(self.path, iteration, c.tensorboard, c.wandb, settings)
         self.writer = checkpoint.Writer(self.path)
 
-    def write(self, record: dict):
+    def write(self, record: dict) -> None:
         """Adds a row to metrics.jsonl."""
         if self.metrics:
             self.metrics.write(record)
 
-    def save(self, run: Run, loss: float | None):
+    def save(self, run: Run, loss: float | None) -> None:
         """Takes a copy of everything and lets it be written while training continues. All processes
         call it. loss: the validation loss, None where there was no evaluation."""
         at = run.progress
         if self.writer:
             self.writer.wait()  # before there is another copy
         files = checkpoint.snapshot(run.model, run.optimizer, keep=run.processes.main)
-        if not run.processes.main:
+        if self.metrics is None or self.writer is None:
             return
         self.metrics.sync()
         counters = {
@@ -92,7 +97,7 @@ class RunFolder:
         return self.emissions.stop() if self.emissions else None
 
 
-def _clear(out_dir: Path, c: TrainConfig):
+def _clear(out_dir: Path, c: TrainConfig) -> None:
     """Removes what an earlier run has left."""
     if c.init_from == "auto" and (out_dir / "config.yaml").exists():
         print(f"{out_dir} holds no checkpoint yet: beginning again")

@@ -20,7 +20,7 @@ class NotFinite(Exception):
 
 
 class Log:
-    """Collects steps and writes them together, for reading a number waits for the device."""
+    """Collects steps and writes them in groups, for each read from a GPU waits for it."""
 
     def __init__(self, run: Run, folder: RunFolder):
         self.c, self.processes, self.gradients = run.c, run.processes, run.gradients
@@ -31,11 +31,11 @@ class Log:
         self.pending: list[Step] = []
         self.began = self.clock = time.perf_counter()
 
-    def restart_clock(self):
+    def restart_clock(self) -> None:
         """Time that was not spent on training does not count as such."""
         self.clock = time.perf_counter()
 
-    def flush(self, iteration: int):
+    def flush(self, iteration: int) -> None:
         """Moves the pending steps off the device, adds them up over the processes and writes them.
 
         Raises: NotFinite, with --on_nan=stop.
@@ -81,7 +81,7 @@ class Log:
             record["skipped"] = step.skipped
         return record
 
-    def _check(self, record: dict, step: Step, loss: float, own: float):
+    def _check(self, record: dict, step: Step, loss: float, own: float) -> None:
         """NotFinite for a loss or a gradient that is not; own: this process's part of the loss."""
         norm = record["grad_norm"]
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaled):
@@ -95,7 +95,9 @@ class Log:
             what += f" on rank {listed(ranks)}"
         raise not_finite(record["iter"], what, self.gradients.not_finite(step.squares))
 
-    def _print(self, iteration: int, record: dict, speed: float, mfu: float | None, now: float):
+    def _print(
+        self, iteration: int, record: dict, speed: float, mfu: float | None, now: float
+    ) -> None:
         c, skipped = self.c, self.pending[-1].skipped
         left = (now - self.began) / (iteration - self.first) * (c.max_iters - iteration)
         line = (
@@ -112,12 +114,12 @@ class Log:
 
 
 def not_finite(iteration: int, what: str, gradients: list[str]) -> NotFinite:
-    """What is said of it."""
+    """The error for a loss or gradient that is not finite."""
     where = f"; gradients that are not finite: {listed(gradients)}" if gradients else ""
     return NotFinite(f"stopped: {what} at iteration {iteration}{where}")
 
 
-def introduce(run: Run, dtype: str, changed: dict):
+def introduce(run: Run, dtype: str, changed: dict) -> None:
     """Says what is trained, and what a user may want to know of it."""
     m, c, p, model, data = run.m, run.c, run.processes, run.model, run.data
     slots = c.batch_size * c.gradient_accumulation_steps
@@ -155,7 +157,7 @@ def conclude(
     used: tuple[float, float] | None,
     stopped: int,
     strange: NotFinite | None,
-):
+) -> None:
     """Says how the run ended, and exits where its status is not 0.
 
     Args:
@@ -172,7 +174,7 @@ def conclude(
         how = "no checkpoint was written yet"
         if checkpoint.manifests(out_dir):
             how = (
-                f"go on from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
+                f"resume from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
                 f" --out_dir={out_dir}"
             )
         name, at = signal.Signals(stopped).name, run.progress.iteration

@@ -1,10 +1,15 @@
-"""The optimiser of a run: AdamW, or Muon for the trunk's matrices and AdamW for the rest."""
+"""The optimiser of a run: AdamW, or Muon for the trunk's matrices and AdamW for the rest.
 
+To add one, write a function like `_muon`, add it to `OPTIMIZERS`, and its name to
+`TrainConfig.optimizer`. A checkpoint stores each tensor of its state under the parameter's name.
+"""
+
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 
-from model import Model
+from model import Block, Model
 from training.config import TrainConfig
 
 
@@ -13,16 +18,26 @@ def make_optimizer(model: Model, c: TrainConfig, device: str) -> torch.optim.Opt
 
     Each group has a `rate`: its learning rate as a multiple of the run's.
     """
+    settings = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device in ("cuda", "cpu"))
+    return OPTIMIZERS[c.optimizer](model, c, settings)
+
+
+def _adamw(model: Model, c: TrainConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
     matrices, prototypes, embeddings, rest = parameter_groups(model, c)
-    betas, fused = (c.beta1, c.beta2), device in ("cuda", "cpu")
-    if c.optimizer == "adamw":
-        matrices["params"] += embeddings["params"]
-        groups = [matrices, prototypes, rest]
-        return torch.optim.AdamW(groups, lr=c.learning_rate, betas=betas, fused=fused)
-    groups = [group for group in (prototypes, embeddings, rest) if group["params"]]
+    matrices["params"] += embeddings["params"]
+    return torch.optim.AdamW([matrices, prototypes, rest], **settings)
+
+
+def _muon(model: Model, c: TrainConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """Muon's steps are scaled by 0.2 sqrt(larger side), to the size of AdamW's (match_rms_adamw),
+    so both take the same learning rate and weight decay."""
+    matrices, *others = parameter_groups(model, c)
     muon = Muon([matrices], row_blocks(model), lr=c.learning_rate, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=betas, fused=fused)
+    adamw = torch.optim.AdamW([group for group in others if group["params"]], **settings)
     return Together(muon, adamw)
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
 def parameter_groups(model: Model, c: TrainConfig) -> list[dict[str, Any]]:
@@ -54,15 +69,16 @@ def parameter_groups(model: Model, c: TrainConfig) -> list[dict[str, Any]]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Of all groups, each with its own `rate`."""
+    """Sets the learning rate of each group to `learning_rate` times its `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
 
 
-def row_blocks(model: Model) -> dict[torch.nn.Parameter, list[int]]:
+def row_blocks(model: Model) -> dict[torch.Tensor, list[int]]:
     """The weights that hold several matrices, one below the other: weight -> rows of each."""
     blocks = {}
     for block in model.blocks:
+        assert isinstance(block, Block)
         a = block.attention
         blocks[a.qkv.weight] = [heads * a.width for heads in (a.n_head, a.n_kv_head, a.n_kv_head)]
         if block.mlp.gated:
@@ -77,13 +93,19 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], rows: dict[torch.nn.Parameter, list[int]], **how: Any
+        self, groups: list[dict[str, Any]], rows: dict[torch.Tensor, list[int]], **how: Any
     ):
         super().__init__(groups, **how)
         self.rows = rows
 
-    def _init_group(self, group, params_with_grad, grads, muon_momentum_bufs) -> bool:
-        whole = [], [], []
+    def _init_group(
+        self,
+        group: MutableMapping[str, Any],
+        params_with_grad: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        muon_momentum_bufs: list[torch.Tensor],
+    ) -> bool:
+        whole: tuple[list[torch.Tensor], ...] = [], [], []
         has_complex = super()._init_group(group, *whole)
         for p, gradient, momentum in zip(*whole, strict=True):
             rows = self.rows.get(p, [len(p)])
@@ -113,6 +135,6 @@ class Together(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         for part in self.parts:
             part.step()

@@ -1,4 +1,4 @@
-"""How a run starts: what is asked for, whether that can be honoured, and what it goes on from.
+"""How a run starts: what is asked for, whether it is possible, and what it resumes from.
 
 Nothing here writes anything.
 """
@@ -50,12 +50,12 @@ def configure(
     start = given.get("source")
     if init_from not in (None, "scratch", "resume", "auto"):
         init_from, start = "scratch", init_from
-    if init_from in (None, "scratch") and begun_by_this_torchrun(
-        out_dir
-    ):  # which has started its processes again: --max-restarts
+    # torchrun has restarted its processes (--max-restarts): resume the run if it began.
+    if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):
         init_from = "auto"
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
-    base = source = None
+    base: dict | None = None
+    source = None
     if start and not resume:
         source = find(start)
         base = source.settings
@@ -68,7 +68,7 @@ def configure(
         base["out_dir"] = str(out_dir)  # the folder may have been copied or renamed since
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     config.init_from, config.source = init_from or "scratch", start or config.source
-    if resume:
+    if resume and base is not None:
         check(resume_problems(out_dir, base, model, config))
     if source:
         check(source.problems(model))
@@ -111,7 +111,7 @@ def resume_problems(
     return found
 
 
-def differences(base: dict, *configs) -> dict:
+def differences(base: dict, *configs: ModelConfig | TrainConfig) -> dict:
     """What a resumed run sets otherwise than it did: key -> [before, now]."""
     found = {}
     for config in configs:
@@ -123,13 +123,11 @@ def differences(base: dict, *configs) -> dict:
 
 
 def begun_by_this_torchrun(out_dir: Path) -> bool:
-    """Whether out_dir holds a run that an earlier start of the same torchrun began. Its identity is
-    in environment.json; where it has none of its own (--rdzv_id was not given), its count of
-    restarts has to do."""
-    identity, restarts = (
-        os.environ.get("TORCHELASTIC_RUN_ID"),
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-    )
+    """Whether out_dir holds a run that an earlier start of the same torchrun began. Its id is in
+    environment.json. Without --rdzv_id all have the id "none", so the number of restarts
+    decides."""
+    identity = os.environ.get("TORCHELASTIC_RUN_ID")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     try:
         stored = json.loads((out_dir / "environment.json").read_bytes())["torchrun"]
     except (OSError, ValueError, KeyError):
@@ -137,8 +135,8 @@ def begun_by_this_torchrun(out_dir: Path) -> bool:
     return identity is not None and stored == identity and (identity != "none" or restarts > 0)
 
 
-def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any):
-    """Loads the data and fills in the vocabulary -> Data. UserError listing what does not fit."""
+def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
+    """Loads the data and fills in the vocabulary. UserError listing what does not fit."""
     data = load_data(data_folder(config.dataset), config.tokenizer)
     config.tokenizer = data.tokenizer  # stored with the run, so that sampling knows it
     rows = objective_of(model.arch).rows(data)
@@ -170,7 +168,7 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any):
     return data
 
 
-def check_compiler(c: TrainConfig, device: str):
+def check_compiler(c: TrainConfig, device: str) -> None:
     """UserError where compile=true lacks a compiler."""
     if c.compile and device == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -185,14 +183,14 @@ def check_compiler(c: TrainConfig, device: str):
             ) from None
 
 
-def check_out_dir(c: TrainConfig):
+def check_out_dir(c: TrainConfig) -> None:
     """UserError for a folder that holds another run, or is none."""
     out_dir = Path(c.out_dir)
     holds_run = (out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()
     if c.init_from == "scratch" and not c.overwrite and holds_run:
         go_on = ""
         if checkpoint.folders(out_dir):
-            go_on = f"go on with --init_from=resume --out_dir={out_dir}, "
+            go_on = f"resume it with --init_from=resume --out_dir={out_dir}, "
         raise UserError(
             f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name"
             " another --out_dir"
@@ -228,13 +226,15 @@ def precision(
     if dtype == "auto":
         has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if has_bfloat16 else "float32"
-    autocast = contextlib.nullcontext()
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
     if dtype != "float32":
         autocast = torch.autocast(kind, getattr(torch, dtype))
     return dtype, autocast, torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
 
-def go_on(c, data: Data, p: Processes, model: Model, scaler) -> tuple[Progress, Path]:
+def go_on(
+    c: TrainConfig, data: Data, p: Processes, model: Model, scaler: torch.amp.GradScaler
+) -> tuple[Progress, Path]:
     """Loads the newest good checkpoint -> (where it was, its folder)."""
     out_dir = Path(c.out_dir)
     folder = p.from_main(lambda: checkpoint.newest(out_dir))  # one choice for all processes

@@ -27,6 +27,7 @@ class Progress:
 class Step:
     """What one iteration found. Tensors stay on the device until the log reads them.
 
+    Norms are zero until `Gradients.measure` fills them in.
     Of this process: loss, the sum over targets; distance, the sum of d(h, w_target); nearest, the
     smallest. Of all: norm, norm_head, norm_trunk of the gradient; squares (P,), of each parameter;
     radius, the mean norm of prototypes. skipped: iterations of the run without a step, so far.
@@ -35,11 +36,11 @@ class Step:
     loss: torch.Tensor
     distance: torch.Tensor
     nearest: torch.Tensor
-    norm: torch.Tensor | None = None
-    norm_head: torch.Tensor | None = None
-    norm_trunk: torch.Tensor | None = None
-    radius: torch.Tensor | None = None
-    squares: torch.Tensor | None = None
+    norm: torch.Tensor
+    norm_head: torch.Tensor
+    norm_trunk: torch.Tensor
+    radius: torch.Tensor
+    squares: torch.Tensor
     lr: float = 0.0
     skipped: int = 0
 
@@ -47,9 +48,11 @@ class Step:
     def begin(device: str) -> "Step":
         """Sums of nothing."""
         zero = torch.zeros((), device=device)
-        return Step(zero, zero, torch.full((), math.inf, device=device))
+        return Step(
+            zero, zero, torch.full((), math.inf, device=device), zero, zero, zero, zero, zero
+        )
 
-    def add(self, loss: torch.Tensor, distances: torch.Tensor | None):
+    def add(self, loss: torch.Tensor, distances: torch.Tensor | None) -> None:
         """A micro-batch: its summed loss, and d(h, w_target) of its targets where there is one."""
         self.loss = self.loss + loss.detach()
         if distances is not None and len(distances):
@@ -91,7 +94,7 @@ class Gradients:
         self.of_head = torch.tensor(of_head, device=processes.device)
 
     @torch.no_grad()
-    def measure(self, step: Step):
+    def measure(self, step: Step) -> None:
         """Fills in the norms of a step."""
         p, head = self.processes, self.model.head
         table = local(head.weight)
@@ -108,7 +111,7 @@ class Gradients:
         step.norm_trunk = torch.where(self.of_head, 0.0, step.squares).sum().sqrt()
 
     @torch.no_grad()
-    def clip(self, norm: torch.Tensor, most: float):
+    def clip(self, norm: torch.Tensor, most: float) -> None:
         """Scales all gradients so that their norm is at most `most`."""
         torch._foreach_mul_(self._local(), (most / (norm + 1e-6)).clamp(max=1.0))
 

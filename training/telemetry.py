@@ -56,9 +56,8 @@ def peak_flops(device: str) -> float | None:
 
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of each tensor, float32 (n,). On a CPU PyTorch adds a whole tensor up in
-    so few parts that 50,304 x 768 numbers come out 0.3 % short; row by row the error is that of
-    rounding."""
+    """The Euclidean norm of each tensor, float32 (n,). On a CPU, PyTorch's norm of 50,304 x 768
+    numbers is 0.3 % too small; row by row it is exact to rounding."""
     if tensors[0].device.type == "cpu":
         return torch.stack([t.norm(dim=-1).norm() for t in tensors])
     return torch.stack(torch._foreach_norm(tensors))
@@ -96,7 +95,7 @@ class Metrics:
 
             self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config)
 
-    def write(self, record: dict):
+    def write(self, record: dict) -> None:
         """A record with `iter`; a number that is not finite is written as its name, for JSON has
         none."""
         clean = {
@@ -111,7 +110,7 @@ class Metrics:
         if self.wandb:
             self.wandb.log(numbers, step=record["iter"])
 
-    def _append(self, line: bytes):
+    def _append(self, line: bytes) -> None:
         """A full disk loses no line and tears none: what does not fit waits for the next one."""
         warned = bool(self.backlog)
         self.backlog += line
@@ -124,9 +123,8 @@ class Metrics:
             except OSError:
                 self.file.truncate(end)
                 raise
-        except (
-            OSError
-        ) as error:  # of the truncation too, where the file system has turned read-only
+        except OSError as error:
+            # The truncation fails too if the file system has become read-only.
             if not warned:
                 print(
                     f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory",
@@ -134,7 +132,7 @@ class Metrics:
                     flush=True,
                 )
 
-    def sync(self):
+    def sync(self) -> None:
         """Flushes the lines to the disk: a checkpoint's lines are there before the checkpoint
         is."""
         self._append(b"")
@@ -147,7 +145,7 @@ class Metrics:
                 flush=True,
             )
 
-    def close(self):
+    def close(self) -> None:
         self._append(b"")
         if self.backlog:
             print(
@@ -183,7 +181,7 @@ def _stays(line: str, iteration: int) -> bool:
     return at == iteration and "val_loss" in found
 
 
-def _number(value) -> float | int | None:
+def _number(value: object) -> float | int | None:
     """A number of metrics.jsonl, where `nan` and `inf` are texts; None for anything else."""
     if isinstance(value, int | float):
         return value
@@ -192,7 +190,7 @@ def _number(value) -> float | int | None:
     return None
 
 
-def read_metrics(run) -> list[dict]:
+def read_metrics(run: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl that have `iter`, with all keys whose values are numbers.
 
     A version of this project may write keys that another one does not know, so no key but `iter`
@@ -289,7 +287,7 @@ class Emissions:
         )
         self.tracker.start()
 
-    def flush(self):
+    def flush(self) -> None:
         self.tracker.flush()
 
     def stop(self) -> tuple[float, float] | None:
@@ -299,7 +297,7 @@ class Emissions:
         return (data.energy_consumed, data.emissions) if data else None
 
 
-def keep_earlier(file: Path):
+def keep_earlier(file: Path) -> None:
     """Renames `emissions.csv` of an earlier start to `emissions_start1.csv`, or to the next number
     that is free."""
     if not file.is_file() or file.stat().st_size == 0:
@@ -310,7 +308,7 @@ def keep_earlier(file: Path):
     file.rename(kept)
 
 
-def _git(*words) -> str | None:
+def _git(*words: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10
@@ -344,7 +342,7 @@ def environment(device: str, world: int) -> dict:
     }
 
 
-def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict):
+def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict) -> None:
     """Writes environment.json: what this start of the run has, and what its earlier starts had,
     oldest first.
 

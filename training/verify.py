@@ -31,7 +31,7 @@ def history(run: Path) -> list[dict]:
     ]
 
 
-def verify_resume(argv: list[str], decay: int, source: str | None = None):
+def verify_resume(argv: list[str], decay: int, source: str | None = None) -> None:
     """Trains with the given settings and kills the process (SIGKILL) after a checkpoint; resumes it
     for INTERVAL iterations; trains as many in one process; compares every line of metrics and the
     bytes of weights and optimiser. Exits with status 1 when anything differs.
@@ -84,7 +84,7 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None):
         sys.exit(1)
 
 
-def train(command: list[str], out: Path, iterations: int | None, bar: tqdm):
+def train(command: list[str], out: Path, iterations: int | None, bar: tqdm) -> None:
     """Trains in the folder `out` up to an iteration; None: kills training BEYOND iterations after a
     checkpoint. UserError with the end of the output when training ends otherwise."""
     log = out.with_suffix(".log")
@@ -110,7 +110,7 @@ def train(command: list[str], out: Path, iterations: int | None, bar: tqdm):
         )
 
 
-def report(equal: dict[str, bool], a: list[dict], b: list[dict], steps: int):
+def report(equal: dict[str, bool], a: list[dict], b: list[dict], steps: int) -> None:
     """Prints which parts are equal, and where the metrics `a` and `b` of so many steps differ
     first."""
     for name, same in equal.items():
@@ -136,7 +136,7 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
     return {"metrics": history(a) == history(b), **same}
 
 
-def kill_all(process: subprocess.Popen):
+def kill_all(process: subprocess.Popen) -> None:
     """SIGKILL to a process and everything it started: torchrun's processes have sessions of their
     own."""
     try:

@@ -219,15 +219,23 @@ def _numba_for(x: Tensor) -> ModuleType | None:
 
 # It looks at values.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
-def raw_values(x: Tensor, y: Tensor, kernel: str, options: dict[str, Any]) -> Tensor | None:
+def raw_values(
+    x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], y_is_finite: bool = False
+) -> Tensor | None:
     """Raw values of all pairs by a compiled kernel, differentiable: (N, C), (V, C) -> (N, V), not
-    floored. None where there is none."""
+    floored. None where there is none.
+
+    y_is_finite: the caller has looked at y, a pass over the table.
+    """
     module = None if kernel in ("l2", "dot") else _numba_for(x)
     if module is None:
         return None
     found = module.find(kernel, options)
     # Compiled maxima lose a NaN.
-    if not found or not (x.detach().sum() + y.detach().sum()).isfinite():
+    total = x.detach().sum()
+    if not y_is_finite:
+        total = total + y.detach().sum()
+    if not found or not total.isfinite():
         return None
     raw: Tensor = module.Pairs.apply(x, y, kernel, found)
     return raw

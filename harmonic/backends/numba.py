@@ -462,9 +462,8 @@ def _epilogue(
     losses) with respect to them.
 
     numbers: strength, root, factor, floor of the denominator, skip. Sums of slopes (or of the
-        derivatives of u + v): row_sums (R,), and
-    sums (threads, V) to which each thread adds; strengths (R,): the derivative with respect to n or
-    s.
+        derivatives of u + v): row_sums (R,), and sums (threads, V) to which each thread adds.
+        strengths (R,): the derivative with respect to n or s.
     """
     strength, root, factor, floor, skip = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     threads, R, V = sums.shape[0], targets.size, low.size

@@ -214,9 +214,8 @@ class Recipe(NamedTuple):
     """How these templates make a kernel of kernels.py.
 
     mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". term, slope, p:
-        see above. exchanged: the factor of p
-    where x and y are exchanged. remainder: whether the slope leaves -a to the host. unroll: steps
-    written out, as many as registers do for.
+        see above. exchanged: the factor of p where x and y are exchanged. remainder: whether the
+        slope leaves -a to the host. unroll: steps written out, as many as registers do for.
     """
 
     mode: str
@@ -502,8 +501,9 @@ def _tile(
     there), and the target's level.
 
     raw: for dot and l2 it comes with the inner products, which stay; for linf it is the difference
-        with its sign. raw (but for those two)
-    and kept, what some slopes need of a pair, are None where no gradient is wanted.
+        with its sign. raw (but for those two) and kept, what some slopes need of a pair, are None
+        where no gradient is wanted.
+
     l2 marks in `near` the blocks that hold a pair whose difference cancels. A second launch, in
     mode "near", does these again from the differences and leaves the raw values. One kernel for
     both would need twice the registers, and have half as many threads at work.

@@ -19,8 +19,9 @@ try:
 except ImportError:
     # transformers copies a folder's files one by one and knows no packages inside it. So the
     # package travels as text, and becomes a package inside this module.
-    from .harmonic_files import FILES  # type: ignore[import-not-found]
+    from .harmonic_files import FILES  # type: ignore[import-not-found]  # an export has it
 
+    # typeshed's two classes disagree about `source_to_code`, which is not used.
     class Importer(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):  # type: ignore[misc]
         """Imports `harmonic.loss` as a part of this module, from the text of harmonic/loss.py."""
 

@@ -155,11 +155,8 @@ def test_contributions_add_up(name):
     shares = contributions(h, w[:N], name)
     assert shares.shape == (N, C) and (shares >= 0).all()
     torch.testing.assert_close(shares.sum(-1), torch.ones(N, dtype=torch.float64))
-    if name in (
-        "manhattan",
-        "bray_curtis_abs",
-        "canberra",
-    ):  # sums: taking a coordinate away takes its share away
+    # Sums: taking a coordinate away takes its share away.
+    if name in ("manhattan", "bray_curtis_abs", "canberra"):
         d = paired_distance(h, w[:N], name)
         one = {
             "canberra": 1.0,

@@ -156,10 +156,8 @@ def write(add):
         for key, *case in cases():
             if add and f"{key} loss" in stored:
                 continue
-            same = case[0] in (
-                "hamming_gumbel",
-                "hamming_hard",
-            )  # float64 would draw other noise, and has another floor at distance 0
+            # float64 would draw other noise, and has another floor at distance 0.
+            same = case[0] in ("hamming_gumbel", "hamming_hard")
             dtype = torch.float32 if same else torch.float64
             for name, array in losses(*case, "chunked", dtype).items():
                 stored[f"{key} {name}"] = array
@@ -184,9 +182,8 @@ def compare(golden, exact=False):
             moved.append(name)
         for name, array in arrays.items():
             true = golden[f"{key} {name}"]
-            allowed = (
-                1e-4 if "p0.5" in key else 2e-4 if precision == "split" else 2e-6
-            )  # p < 1: slopes are unbounded at 0
+            # p < 1: slopes are unbounded at 0.
+            allowed = 1e-4 if "p0.5" in key else 2e-4 if precision == "split" else 2e-6
             assert np.abs(array - true).max() <= allowed * max(1.0, np.abs(true).max()), (
                 f"{name} of {key}, {impl}, {precision}"
             )

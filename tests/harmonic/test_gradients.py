@@ -29,9 +29,8 @@ from harmonic import (
 from harmonic.maps import UNIT, UNIT_L1
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in HEADS if not is_straight_through(n)]
-)  # a surrogate gradient has its own test below
+# A surrogate gradient has its own test below.
+@pytest.mark.parametrize("name", [n for n in HEADS if not is_straight_through(n)])
 @pytest.mark.parametrize("link", LINKS)
 def test_gradients_equal_finite_differences(name, link):
     h, w = vectors(n=3, v=7, c=5)
@@ -143,9 +142,8 @@ def test_activation_checkpointing():
     )
     found = []
     for use in (False, True):
-        torch.manual_seed(
-            1
-        )  # the same noise, which the second forward pass of a checkpoint must draw again
+        # The same noise, which the second forward pass of a checkpoint must draw again.
+        torch.manual_seed(1)
         loss = checkpoint(head.loss, h, y, use_reentrant=False) if use else head.loss(h, y)
         found.append((loss, *torch.autograd.grad(loss, (h, head.weight))))
     torch.testing.assert_close(found[1], found[0])

@@ -79,9 +79,10 @@ def test_mahalanobis_parameters_train(name):
     head = HarmonicHead(C, V, name)
     start = {k: p.clone() for k, p in head.named_parameters()}
     h = torch.randn(N, C)
+    # P = I at first.
     torch.testing.assert_close(
         head(h), harmonic_logits(h, head.weight, "euclidean"), rtol=1e-4, atol=1e-3
-    )  # P = I at first
+    )
     optimizer = torch.optim.SGD(head.parameters(), 0.01)
     head.loss(h, torch.arange(N)).backward()
     optimizer.step()

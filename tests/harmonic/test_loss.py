@@ -169,9 +169,8 @@ def test_default_scale_makes_twins_start_together():
             harmonic_logits(h, w, name, link=link, exponent="dim").log_softmax(-1) for link in LINKS
         )
         assert (p - q).abs().mean() < 0.2 * (p - p.mean(-1, keepdim=True)).abs().mean(), name
-    assert default_scale("euclidean", 64, "dim") == pytest.approx(
-        8, rel=0.05
-    )  # n = C over |h| = sqrt(C)
+    # n = C over |h| = sqrt(C).
+    assert default_scale("euclidean", 64, "dim") == pytest.approx(8, rel=0.05)
 
 
 def test_kl_to_the_softmax_linearisation():
@@ -227,10 +226,8 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
                     h, w, torch.zeros(n, dtype=torch.long), name, impl="chunked"
                 ).backward()
             sizes.append(Largest.size)
-        assert sizes[1] <= max(400 * C, sizes[0]), (
-            name,
-            sizes,
-        )  # h and its gradient are the only things that grow
+        # h and its gradient are the only things that grow.
+        assert sizes[1] <= max(400 * C, sizes[0]), (name, sizes)
         assert sizes[1] < 400 * V
 
 
@@ -384,7 +381,10 @@ def test_a_target_that_is_no_token_is_never_a_plausible_number(impl, reduction, 
 
 def test_hamming_gumbel_is_noisy_only_while_training():
     h, w = vectors()
-    logits = lambda name, **kw: harmonic_logits(h, w, name, exponent=5.0, **kw)
+
+    def logits(name, **kw):
+        return harmonic_logits(h, w, name, exponent=5.0, **kw)
+
     assert torch.equal(logits("hamming_gumbel"), logits("hamming_soft"))
     assert not torch.equal(
         logits("hamming_gumbel", training=True), logits("hamming_gumbel", training=True)

@@ -97,9 +97,8 @@ def test_importing_needs_no_folder_that_can_be_written(tmp_path):
     shutil.copytree(
         ROOT / "harmonic", tmp_path / "harmonic", ignore=shutil.ignore_patterns("__pycache__")
     )
-    (
-        tmp_path / "harmonic" / "backends" / "__pycache__"
-    ).touch()  # a file: no folder can be made there, even by root
+    # A file: no folder can be made there, even by root.
+    (tmp_path / "harmonic" / "backends" / "__pycache__").touch()
     code = "from harmonic.backends import load; print(load('numba') is not None)"
     environment = {
         **os.environ,
@@ -170,8 +169,7 @@ def no_worse(found, naive, truth, tolerance=1e-5):
 
 
 @given(
-    name=st.sampled_from(FAST),
-    link=st.sampled_from(LINKS),
+    head=st.tuples(st.sampled_from(FAST), st.sampled_from(LINKS)),
     size=st.tuples(st.integers(1, 30), st.integers(1, 90), st.integers(1, 70)),
     exponent=st.floats(0.3, 300),
     spread=st.sampled_from([0.02, 0.3, 1.0]),
@@ -180,12 +178,10 @@ def no_worse(found, naive, truth, tolerance=1e-5):
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_any_loss_is_as_exact_as_dense_float32(
-    name, link, size, exponent, spread, ignored, dtype, seed
-):
-    assume(
-        name != "chebyshev" or dtype == torch.float32
-    )  # coarse numbers tie for the maximum, which has several gradients then
+def test_any_loss_is_as_exact_as_dense_float32(head, size, exponent, spread, ignored, dtype, seed):
+    name, link = head
+    # Coarse numbers tie for the maximum, which has several gradients then.
+    assume(name != "chebyshev" or dtype == torch.float32)
     n, v, c = size
     h, w = vectors(torch.float32, seed, n, v, c)
     h, w = h.to(dtype), (spread * w).to(dtype)
@@ -199,9 +195,8 @@ def test_any_loss_is_as_exact_as_dense_float32(
     )
     truth = gradients(h, w, y, name, torch.float64, impl="dense", **kw)
     naive = gradients(h, w, y, name, impl="dense", **kw)
-    rounding = (
-        2e-7 * harmonic_logits(h.double(), w.double(), name, **kw).abs().max().item()
-    )  # of the logits themselves
+    # Of the logits themselves.
+    rounding = 2e-7 * harmonic_logits(h.double(), w.double(), name, **kw).abs().max().item()
     rounding += cancellation(h, w, name)
     no_worse(gradients(h, w, y, name, impl="numba", skip=0.0, **kw), naive, truth, 1e-5 + rounding)
     loss = harmonic_loss(h, w, y, name, impl="numba", **kw)  # half precision comes in as it is
@@ -219,9 +214,8 @@ def test_chunks_and_blocks_change_nothing(name, monkeypatch):
     y = torch.arange(N)
     whole = gradients(h, w, y, name, impl="numba")
     monkeypatch.setattr(numba, "CHUNK", 10 * V)
-    monkeypatch.setitem(
-        mapped.MAP, "cpu", 17 * C
-    )  # 103 = 6 * 17 + 1: the last block is one row, less than a tile
+    # 103 = 6 * 17 + 1: the last block is one row, less than a tile.
+    monkeypatch.setitem(mapped.MAP, "cpu", 17 * C)
     for found, expected in zip(gradients(h, w, y, name, impl="numba"), whole, strict=True):
         torch.testing.assert_close(
             found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
@@ -245,9 +239,8 @@ def test_what_is_skipped_is_bounded():
         bound = torch.where(out, slope, 0).sum(-1)
         assert (bound <= skip * at_target).all() and found[0] == exact[0]
         assert ((found[1] - exact[1]).abs().amax(-1) <= bound + 1e-5 * at_target).all()
-    assert out.float().mean() > 0.5 and not torch.equal(
-        found[1], exact[1]
-    )  # the largest bound does leave pairs out
+    # The largest bound does leave pairs out.
+    assert out.float().mean() > 0.5 and not torch.equal(found[1], exact[1])
 
 
 def test_numba_leaves_torchs_threads_alone():

@@ -77,9 +77,8 @@ def test_products_follow_autocast_only_when_asked():
     y, plain = torch.arange(N), {}
     for name in ("cross_entropy", "euclidean", "cosine", "manhattan"):
         kw = {} if name == "cross_entropy" else {"exponent": "dim"}
-        plain[name] = gradients(
-            h, w, y, name, precision="autocast", **kw
-        )  # outside of autocast it means nothing
+        # Outside of autocast it means nothing.
+        plain[name] = gradients(h, w, y, name, precision="autocast", **kw)
         torch.testing.assert_close(plain[name], gradients(h, w, y, name, **kw), rtol=0, atol=0)
         with torch.autocast("cpu", torch.bfloat16):
             lower = gradients(h, w, y, name, precision="autocast", **kw)

@@ -88,9 +88,10 @@ def arguments(epilogue, n=13, v=37, c=21, terms=False, strength=None, seed=0):
     return tuple(t if t is None else t.to(DEVICE) for t in made)
 
 
-def dense_loss(dtype, x, y, u, v, strength, bias, targets, weight, epilogue):
+def dense_loss(dtype, inputs, epilogue):
     """The same in plain PyTorch: in float32 as kernels.py does it, in float64 from the kernel's
     formula above the float32 floor."""
+    x, y, u, v, strength, bias, targets, weight = inputs
     leaves = [
         t if t is None else t.detach().to(dtype).requires_grad_()
         for t in (x, y, u, v, strength, bias)
@@ -123,9 +124,7 @@ def compare(inputs, epilogue):
     """Losses and gradients are as near to float64 as kernels.py's own in float32, and 1e-5 of the
     largest."""
     losses, gradients = gpu.run(*inputs, epilogue, True)
-    truth, naive = (
-        dense_loss(dtype, *inputs, epilogue) for dtype in (torch.float64, torch.float32)
-    )
+    truth, naive = (dense_loss(dtype, inputs, epilogue) for dtype in (torch.float64, torch.float32))
     names = ("losses", "x", "y", "u", "v", "strength", "bias")
     for name, ours, exact, plain in zip(
         names, (losses, *gradients), (truth[0], *truth[1]), (naive[0], *naive[1])
@@ -192,7 +191,7 @@ def test_rows_on_prototypes(link, monkeypatch):
     x, y, *others = arguments(epilogue, 20, 40, 33, strength=3.0)
     x[0], x[2], x[18] = y[3] + 1e-4 * x[0], y[20] + 1e-2 * x[2], y[39]
     _, (dx, *_) = compare((x, y, *others), epilogue)
-    row = dense_loss(torch.float64, x, y, *others, epilogue)[1][0]
+    row = dense_loss(torch.float64, (x, y, *others), epilogue)[1][0]
     for i in (0, 2):
         assert (dx[i] - row[i]).abs().max() <= 1e-5 * row[i].abs().max()
 
@@ -234,7 +233,7 @@ def test_split_products(epilogue, monkeypatch):
         x[7], y[9] = 1e4 * x[7], 1e-4 * y[9]
     losses, gradients = gpu.run(x, y, *others, epilogue, True, SPLIT)
     exact, naive = (
-        dense_loss(dtype, x, y, *others, epilogue) for dtype in (torch.float64, torch.float32)
+        dense_loss(dtype, (x, y, *others), epilogue) for dtype in (torch.float64, torch.float32)
     )
     allowed = 3 * (naive[0] - exact[0]).abs() + 3e-6 * exact[0].abs().clamp_min(1)
     assert ((losses - exact[0]).abs() <= allowed).all()
@@ -249,9 +248,8 @@ def test_split_products(epilogue, monkeypatch):
 def test_products_in_bfloat16(epilogue, monkeypatch):
     """Operands that bfloat16 holds: only the slopes are rounded, so the losses are as good as
     ever."""
-    monkeypatch.setattr(
-        Products, "multiply", lambda self, a, b: a.float() @ b.float()
-    )  # as CUDA does it: a CPU rounds the result, too
+    # As CUDA does it: a CPU rounds the result, too.
+    monkeypatch.setattr(Products, "multiply", lambda self, a, b: a.float() @ b.float())
     monkeypatch.setattr(gpu, "BLOCK", 16)
     x, y, *others = arguments(epilogue, 21, 70, 33)
     near_some(x, y)
@@ -260,7 +258,7 @@ def test_products_in_bfloat16(epilogue, monkeypatch):
         x, y, *others, epilogue, True, Products("autocast", torch.bfloat16, torch.bfloat16)
     )
     exact, naive = (
-        dense_loss(dtype, x, y, *others, epilogue) for dtype in (torch.float64, torch.float32)
+        dense_loss(dtype, (x, y, *others), epilogue) for dtype in (torch.float64, torch.float32)
     )
     assert (losses - exact[0]).abs().max() <= (naive[0] - exact[0]).abs().max() + 1e-5 * exact[
         0
@@ -280,7 +278,7 @@ def test_an_offset_that_all_vectors_share(products, monkeypatch):
     x, y, *others = arguments(epilogue, 20, 40, 33)
     x, y = x + 100, y + 100
     losses, gradients = gpu.run(x, y, *others, epilogue, True, products)
-    exact = dense_loss(torch.float64, x, y, *others, epilogue)
+    exact = dense_loss(torch.float64, (x, y, *others), epilogue)
     assert (losses - exact[0]).abs().max() < 1e-4
     for ours, truth in zip(gradients[:2], exact[1], strict=False):
         assert (ours - truth).abs().max() <= 1e-4 * truth.abs().max()
@@ -318,7 +316,7 @@ def test_linf_ties():
     x, y, *others = arguments(epilogue, 1, 2, 5, strength=3.0)
     x[:], y[0], y[1] = 0, 1, 2
     _, (dx, dy, *_) = gpu.run(x, y, *others, epilogue, True)
-    exact = dense_loss(torch.float64, x, y, *others, epilogue)[1]
+    exact = dense_loss(torch.float64, (x, y, *others), epilogue)[1]
     assert ((dy != 0).sum(1) == 1).all()
     torch.testing.assert_close(dy.sum(1).double(), exact[1].sum(1))
     torch.testing.assert_close(dx.sum().double(), exact[0].sum())

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base.errors import UserError, nearest
 from text.tokenizers.bpe import (
@@ -37,6 +38,10 @@ from text.tokenizers.published import (
 )
 from text.tokenizers.tokenizer import EOT, MASK, Tokenizer, well_formed
 
+if TYPE_CHECKING:
+    # At run time it is imported where it is used: training on token files does not need it.
+    from tokenizers import Tokenizer as RustTokenizer
+
 __all__ = [
     "BPE_FILE",
     "EOT",
@@ -51,6 +56,7 @@ __all__ = [
     "read_characters",
     "rust_tokenizer",
     "rust_vocabulary",
+    "same_tokens",
     "tokenizer_file",
     "train_bpe",
     "train_char",
@@ -73,9 +79,9 @@ class Kind:
     """
 
     load: Callable[..., Tokenizer]
-    rust: Callable
+    rust: Callable[..., "RustTokenizer"]
     file: str | None = None
-    train: Callable | None = None
+    train: Callable[..., None] | None = None
     copy: Callable[[Path, Path], None] | None = None
 
 
@@ -124,7 +130,7 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
     return kind.load(name, folder) if kind.file else kind.load()
 
 
-def rust_tokenizer(name: str, folder: Path | None = None):
+def rust_tokenizer(name: str, folder: Path | None = None) -> "RustTokenizer":
     """The tokenizer called `name` as one of the package tokenizers, which transformers reads.
 
     It gives the same ids. Raises UserError as `load_tokenizer`, and for char, which has none.
@@ -146,11 +152,13 @@ def tokenizer_file(name: str) -> str | None:
 
 def train_tokenizer(name: str, texts: Iterable[str], folder: Path) -> None:
     """Trains `bpe:N` or `char` on texts and saves it in `folder`."""
+    train = _kind(name).train
+    assert train, f"{name} is a published vocabulary"
     size = name.partition(":")[2]
     if size:
-        _kind(name).train(texts, int(size), folder)
+        train(texts, int(size), folder)
     else:
-        _kind(name).train(texts, folder)
+        train(texts, folder)
 
 
 def copy_tokenizer(name: str, data: Path, run: Path) -> None:
@@ -158,8 +166,15 @@ def copy_tokenizer(name: str, data: Path, run: Path) -> None:
 
     So the run can be sampled from on any machine.
     """
-    if is_trained(name):
-        _kind(name).copy(data, run)
+    if is_trained(name) and (copy := _kind(name).copy):
+        copy(data, run)
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether every id stands for the same bytes in both."""
+    if one.vocab_size != other.vocab_size:
+        return False
+    return all(one.bytes_of(i) == other.bytes_of(i) for i in range(one.vocab_size))
 
 
 def _kind(name: str) -> Kind:

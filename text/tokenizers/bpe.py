@@ -69,6 +69,7 @@ def load_bpe(name: str, folder: Path | None) -> Tokenizer:
 def rust_bpe(name: str, folder: Path | None) -> "RustTokenizer":
     """The same as one of the package tokenizers, which transformers reads."""
     load_bpe(name, folder)  # raises a UserError that says what is wrong
+    assert folder is not None
     return rust_from_file(Path(folder) / BPE_FILE)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from base.errors import UserError
 from base.files import seal, unseal, write_whole
@@ -37,9 +38,11 @@ class Characters:
         tokens = [character.encode() for character in [*self.characters, EOT, UNKNOWN]]
 
         def encode_texts(texts: list[str]) -> list[list[int]]:
-            if unk_id is None and (strange := sorted(set().union(*texts) - ids.keys())):
+            if unk_id is not None:
+                return [[ids.get(character, unk_id) for character in text] for text in texts]
+            if strange := sorted(set().union(*texts) - ids.keys()):
                 raise UserError(f"tokenizer char does not know {', '.join(map(repr, strange[:5]))}")
-            return [[ids.get(character, unk_id) for character in text] for text in texts]
+            return [[ids[character] for character in text] for text in texts]
 
         return Tokenizer(
             name="char",
@@ -49,13 +52,13 @@ class Characters:
             encode_texts=encode_texts,
             token_bytes=tokens.__getitem__,
             unk_id=unk_id,
-            start_id=self.start_id,
+            start_id=eot_id if self.start_id is None else self.start_id,
         )
 
 
 def train_char(texts: Iterable[str], folder: Path) -> None:
     """Saves the characters of texts as characters.json in `folder`. Their order does not matter."""
-    characters = set()
+    characters: set[str] = set()
     for text in texts:
         characters.update(well_formed(text))
     save_characters(Characters("".join(sorted(characters))), folder)
@@ -66,7 +69,7 @@ def load_char(name: str, folder: Path | None) -> Tokenizer:
     return read_characters(folder).tokenizer()
 
 
-def rust_char(name: str, folder: Path | None):
+def rust_char(name: str, folder: Path | None) -> NoReturn:
     """Always raises UserError: transformers has no tokenizer of characters."""
     raise UserError(
         "tokenizer char: transformers has no tokenizer of characters; prepare the text with"

@@ -30,7 +30,7 @@ class Tokenizer:
             a text is not shown (WordPiece).
         unk_id: stands for what the vocabulary cannot write (BERT's [UNK]). None when the vocabulary
             can write everything.
-        start_id: begins a text that has no prompt. None means `eot_id`.
+        start_id: begins a text that has no prompt. -1 stands for `eot_id`.
         eot_text: how a prompt writes the end-of-text token.
     """
 
@@ -42,11 +42,11 @@ class Tokenizer:
     token_bytes: Callable[[int], bytes]
     leading_space: bool = False
     unk_id: int | None = None
-    start_id: int | None = None
+    start_id: int = -1
     eot_text: str = EOT
 
-    def __post_init__(self):
-        if self.start_id is None:
+    def __post_init__(self) -> None:
+        if self.start_id < 0:
             self.start_id = self.eot_id
 
     @property

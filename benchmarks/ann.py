@@ -1,0 +1,162 @@
+"""What decoding from the nearest prototypes costs and loses, against all logits.
+
+    python -m benchmarks.ann out/demo/cosine out/demo/cross_entropy    # about 15 minutes
+    python -m benchmarks.ann --heads=manhattan --graphs=[]             # one head, exact search
+
+Each head that faiss can search is measured at GPT-2's size with random prototypes, N(0, 0.02^2),
+and random layer-normalised states. Random prototypes have no clusters, the worst case for a graph.
+Each run that is named is measured with its own prototypes and the states of validation text.
+
+recall_50: the share of the 50 likeliest tokens that are candidates. left_out: the probability of
+all others, with the bound that `NearestHead.mass_bound` gives for it. kl: KL(candidates || exact)
+in nats; the other direction is infinite, for candidates give other tokens probability 0.
+Tokens a second are of the head alone, at batch 1 and 8, medians of rounds that alternate between
+exact logits and the index. Rows appear in the CSV file as they are measured.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from analysis import tables
+from analysis.runs import Run, find_runs
+from analysis.tables import Column
+from base.command_line import cli, parse
+from base.errors import check
+from benchmarks.head import seconds
+from benchmarks.skip import states
+from harmonic import HarmonicHead
+from harmonic.integrations.faiss import NearestHead, supported
+
+TOP = 50
+COLUMNS: list[Column | str] = [
+    "input",
+    "head",
+    "index",
+    Column("build_s", "build, s"),
+    Column("recall_50", "recall of the top 50"),
+    Column("kl", "KL, nats"),
+    Column("left_out", "left out"),
+    Column("bound", "its bound"),
+    Column("exact_tokens_s_1", "exact, tokens/s"),
+    Column("ann_tokens_s_1", "index, tokens/s"),
+    Column("exact_tokens_s_8", "exact, batch 8"),
+    Column("ann_tokens_s_8", "index, batch 8"),
+]
+
+
+@dataclass
+class AnnConfig:
+    """Nearest prototypes"""
+
+    runs: list[str] = field(default_factory=list)
+    """run folders"""
+    heads: list[str] = field(default_factory=list)
+    """heads with random prototypes; none = all that faiss can search"""
+    graphs: list[str] = field(default_factory=lambda: ["cosine", "manhattan", "cross_entropy"])
+    """which of them get a graph (hnsw), too: for metrics but L2, L1 and inner product, faiss needs
+    an estimated 15 minutes to build one"""
+    candidates: int = 512
+    """prototypes that get a logit"""
+    vocab_size: int = 50304
+    """random prototypes"""
+    n_embd: int = 768
+    """their coordinates"""
+    N: int = 16
+    """states that are searched"""
+    rounds: int = 3
+    """measurements of each time"""
+    out: str = "results/ann.csv"
+    """the CSV file"""
+
+    def problems(self) -> list[str]:
+        unknown = [name for name in self.heads + self.graphs if name not in supported()]
+        found = [f"faiss cannot search {name}" for name in unknown]
+        if self.N < 8:
+            found.append(f"N={self.N} must be at least 8")
+        if self.rounds < 1:
+            found.append(f"rounds={self.rounds} must be at least 1")
+        return found
+
+
+@torch.inference_mode()
+def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: AnnConfig) -> dict:
+    """One row: a head and its states (N, C) with one index."""
+    began = time.perf_counter()
+    nearest = NearestHead(head, c.candidates, index)
+    row = {
+        "input": source,
+        "head": head.name,
+        "V": nearest.vocab_size,
+        "C": h.shape[1],
+        "index": index,
+        "metric": nearest.metric.removeprefix("METRIC_"),
+        "candidates": nearest.count,
+        "build_s": f"{time.perf_counter() - began:.1f}",
+    }
+    exact = head(h).double()
+    ids, found = nearest.candidates(h)
+    # A graph may find too few: the id -1 is no token.
+    chosen = torch.zeros(len(h), nearest.vocab_size + 1).scatter_(1, ids % (exact.shape[1] + 1), 1)
+    chosen = chosen[:, :-1].bool()
+    log_p = exact.log_softmax(1)
+    kept = log_p.masked_fill(~chosen, -torch.inf).logsumexp(1)
+    left_out = log_p.masked_fill(chosen, -torch.inf).logsumexp(1).exp()
+    bound = nearest.mass_bound(found)
+    row |= {
+        "recall_50": f"{chosen.gather(1, exact.topk(TOP).indices).double().mean():.3f}",
+        "kl": f"{-kept.mean():.2g}",
+        "left_out": f"{left_out.mean():.2g}",
+        "bound": f"{bound.mean():.2g}",
+        "bound_max": f"{bound.max():.2g}",
+    }
+    for batch in (1, 8):
+        some, times = h[:batch], []
+        for _ in range(c.rounds):
+            # Bound to this round by the call: each lambda runs at once.
+            times.append((seconds(lambda: head(some)), seconds(lambda: nearest(some))))  # noqa: B023
+        for name, took in zip(("exact", "ann"), zip(*times, strict=True), strict=True):
+            row[f"{name}_tokens_s_{batch}"] = f"{batch / statistics.median(took):.1f}"
+    return row
+
+
+def cases(c: AnnConfig, runs: list[Run]) -> Iterator[tuple[str, HarmonicHead, torch.Tensor, str]]:
+    """Yields (where the prototypes are from, head, states, index), the quick ones first."""
+    torch.manual_seed(0)
+    for run in runs:
+        head, h, _ = states(run, c.N)
+        for index in ("flat", "hnsw"):
+            yield run.name, head, h, index
+    random = F.layer_norm(torch.randn(c.N, c.n_embd), (c.n_embd,))
+    names = c.heads or supported()
+    for index, chosen in (("flat", names), ("hnsw", [n for n in names if n in c.graphs])):
+        for name in chosen:
+            yield "random", HarmonicHead(c.n_embd, c.vocab_size, name).eval(), random, index
+
+
+def main() -> None:
+    (c,) = parse(sys.argv[1:], AnnConfig, words="runs")
+    runs = find_runs(c.runs) if c.runs else []
+    check(
+        [
+            f"{run.path}: faiss cannot search {run.model_config.head}"
+            for run in runs
+            if run.model_config.head not in supported()
+        ]
+    )
+    rows = []
+    for name, head, h, index in cases(c, runs):
+        rows.append(measure(name, head, h, index, c))
+        tables.write_csv(c.out, rows)
+        print(tables.text(rows[-1:], [Column(key) for key in rows[0]]), flush=True)
+    print(tables.markdown(rows, COLUMNS))
+    print(f"wrote {c.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

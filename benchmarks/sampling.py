@@ -1,0 +1,177 @@
+"""How fast `Model.generate` samples 512 tokens, beside nanoGPT's way.
+
+    python -m benchmarks.sampling                 # about 5 minutes on one core
+    python -m benchmarks.sampling --model=demo    # a few seconds
+
+nanoGPT's `generate` computes the whole context again for each token, and with a harmonic head all
+that depends on the prototypes. Weights are random, float32: their values do not change the time.
+
+ours           at each of 8 places of the text, evenly spread, 8 steps behind a prompt of that
+               length; the demo's whole text, since its context slides
+nanoGPT-like   one step at each of 16 places; the trunk's time is measured once for all heads
+"""
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from analysis import tables
+from analysis.tables import Column
+from base.command_line import cli, parse
+from harmonic import HarmonicHead
+from model import Model, ModelConfig, Sampler
+
+TOKENS = 512
+HEADS = ("cross_entropy", "cosine", "euclidean", "manhattan")
+BATCHES = (1, 4)
+COLUMNS = (
+    "model",
+    "head",
+    "batch",
+    Column("ours", "ours", ".3g", "tokens/s"),
+    Column("nanogpt", "nanoGPT-like", ".3g", "tokens/s"),
+    Column("ratio", "times", ".1f"),
+    "machine",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and at how many places of its text how many steps are timed."""
+
+    settings: dict[str, Any]
+    places: int
+    steps: int
+
+
+SIZES = {
+    "demo": Size(dict(n_layer=3, n_head=6, n_embd=192, block_size=128, vocab_size=4096), 1, TOKENS),
+    "gpt2_124m": Size(
+        dict(
+            n_layer=12,
+            n_head=12,
+            n_embd=768,
+            block_size=1024,
+            vocab_size=50304,
+            real_vocab_size=50257,
+        ),
+        8,
+        8,
+    ),
+}
+
+
+@dataclass
+class SamplingConfig:
+    """What to measure"""
+
+    model: Literal["demo", "gpt2_124m"] | None = None
+    """one of them; null = both"""
+    out: str = "results/sampling.csv"
+    """the table; written when both are measured"""
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """The time of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def lengths(places: int) -> list[int]:
+    """Middles of `places` equal parts of the text; its beginning for one."""
+    if places == 1:
+        return [1]
+    return [(2 * i + 1) * TOKENS // (2 * places) for i in range(places)]
+
+
+def ours(model: Model, size: Size, batch: int) -> float:
+    """Seconds a step of `generate`."""
+    times = []
+    for length in lengths(size.places):
+        prompts = [[1] * length] * batch
+        steps = model.generate(prompts, size.steps + 1, temperature=0.8, top_k=200)
+        # The prompt is computed and the head prepared.
+        next(steps)
+        times.append(seconds(functools.partial(list, steps)) / size.steps)
+    return statistics.mean(times)
+
+
+@torch.inference_mode()
+def plain_trunk(model: Model, batch: int) -> float:
+    """Seconds a step of the trunk over whole contexts."""
+    times = []
+    for length in lengths(16):
+        ids = torch.ones(batch, min(length, model.config.block_size), dtype=torch.long)
+        times.append(seconds(functools.partial(model.trunk, ids)))
+    return statistics.mean(times)
+
+
+@torch.inference_mode()
+def plain_head(head: HarmonicHead, batch: int) -> float:
+    """Seconds a step of the head and of nanoGPT's choice of a token."""
+    h = torch.randn(batch, head.padded_prototypes().shape[1])
+    generators = [torch.Generator() for _ in range(batch)]
+    sampler = Sampler(temperature=0.8, top_k=200)
+    return statistics.median(seconds(lambda: sampler.pick(head(h), generators)) for _ in range(8))
+
+
+def measure(name: str) -> list[dict[str, Any]]:
+    """The rows of a model."""
+    rows, size, trunks = [], SIZES[name], {}
+    machine = f"{cpu()}, threads: {torch.get_num_threads()}"
+    for head in HEADS:
+        torch.manual_seed(0)
+        model = Model(ModelConfig(head=head, **size.settings)).eval()
+        # Kernels are compiled and memory is there.
+        list(model.generate([[1, 2]], 4))
+        for batch in BATCHES:
+            if batch not in trunks:
+                trunks[batch] = plain_trunk(model, batch)
+            fast = batch / ours(model, size, batch)
+            slow = batch / (trunks[batch] + plain_head(model.head, batch))
+            rows.append(
+                {
+                    "model": name,
+                    "head": head,
+                    "batch": batch,
+                    "ours": f"{fast:.1f}",
+                    "nanogpt": f"{slow:.2f}",
+                    "ratio": f"{fast / slow:.1f}",
+                    "machine": machine,
+                }
+            )
+            print(tables.text(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
+    return rows
+
+
+def cpu() -> str:
+    """The processor's name, with its widest instructions."""
+    found = "CPU"
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        found = names[0].split(":")[1].strip() if names else found
+    return f"{found}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def main() -> None:
+    (c,) = parse(sys.argv[1:], SamplingConfig)
+    rows = []
+    for name in SIZES:
+        if c.model in (None, name):
+            rows += measure(name)
+    print(tables.text(rows, COLUMNS))
+    if c.model is None:
+        tables.write_csv(c.out, rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    cli(main)

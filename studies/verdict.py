@@ -1,0 +1,187 @@
+"""What paired runs say of heads: differences of their losses, and conclusions in plain sentences.
+
+Runs of one seed see the same tokens in the same order, so losses are compared seed by seed. Every
+difference has a 95 % interval. Whether it is clear is decided by its p-value (a paired t-test),
+which Holm's method corrects for the number of comparisons.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from analysis.tables import interval
+from studies.intervals import holm, mean_and_half
+
+BASELINE = "cross_entropy"
+LEVEL = 0.05
+# Seeds that a sentence still proposes. Where more are needed, the difference hardly matters.
+MOST_SEEDS = 30
+# The interval of a difference between twins is small if it lies within this share of the gain.
+SMALL = 0.5
+
+# Head -> seed -> loss in nats a token, infinite where a run was not finite.
+Losses = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The loss of one head minus the loss of another, seed by seed, in nats a token."""
+
+    head: str
+    other: str
+    values: list[float]
+    """one a seed"""
+    p: float
+    """corrected for the number of comparisons"""
+
+    @property
+    def mean(self) -> float:
+        return mean_and_half(self.values)[0]
+
+    @property
+    def half(self) -> float:
+        """Of the 95 % interval."""
+        return mean_and_half(self.values)[1]
+
+    @property
+    def better(self) -> bool:
+        return self.p < LEVEL and self.mean < 0
+
+    @property
+    def worse(self) -> bool:
+        return self.p < LEVEL and self.mean > 0
+
+    def size(self) -> str:
+        """Such as "0.120 ± 0.030 nats a token", without a sign."""
+        return f"{interval(abs(self.mean), self.half, '.3f')} nats a token"
+
+
+def p_value(values: list[float]) -> float:
+    """Of a t-test that the mean is zero."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    if error == 0:
+        return 0.0 if values[0] else 1.0
+    return float(2 * student.sf(abs(np.mean(values)) / error, len(values) - 1))
+
+
+def differences(losses: Losses, twins: dict[str, str]) -> dict[tuple[str, str], Difference]:
+    """Every head minus cross_entropy, and every harmonic head minus its softmax twin. Heads with a
+    run that is not finite are left out.
+
+    Args: twins: harmonic head -> softmax twin.
+    """
+    sound = [name for name in losses if all(map(math.isfinite, losses[name].values()))]
+    pairs = [(name, BASELINE) for name in sound if name != BASELINE]
+    pairs += twins.items()
+    values = {}
+    for head, other in pairs:
+        if head in sound and other in sound:
+            values[head, other] = [losses[head][s] - losses[other][s] for s in losses[head]]
+    corrected = holm({pair: p_value(found) for pair, found in values.items()})
+    return {pair: Difference(*pair, values[pair], corrected[pair]) for pair in values}
+
+
+def seeds_needed(values: list[float], comparisons: int) -> int | None:
+    """How many seeds would make a difference clear, if its mean and its spread stay what they are.
+    None for more than MOST_SEEDS."""
+    mean, spread = abs(np.mean(values)), np.std(values, ddof=1)
+    for n in range(len(values) + 1, MOST_SEEDS + 1):
+        least = student.ppf(1 - LEVEL / 2 / comparisons, n - 1) * spread / math.sqrt(n)
+        if mean > least:
+            return n
+    return None
+
+
+def conclude(
+    losses: Losses, twins: dict[str, str], where: str, minutes: Callable[[int], float]
+) -> list[str]:
+    """The conclusion first, then a sentence for each pair of twins and for each head that failed.
+
+    Args:
+        where: what the runs were, such as "after 1.0 M tokens of wiki (3 seeds)".
+        minutes: (seeds) -> the minutes of a study with that many.
+    """
+    found = differences(losses, twins)
+    sentences = [_best(found, where, minutes)]
+    for head, twin in twins.items():
+        if (head, twin) in found and (head, BASELINE) in found:
+            sentences.append(_about_twins(found, head, twin))
+    for name, runs in losses.items():
+        failed = sum(not math.isfinite(loss) for loss in runs.values())
+        if failed:
+            sentences.append(
+                f"{name} is not compared: {failed} of its {len(runs)} runs ended at a loss that is"
+                " not finite."
+            )
+    return sentences
+
+
+def _best(found: dict, where: str, minutes: Callable[[int], float]) -> str:
+    """The one sentence that a reader in a hurry reads."""
+    to_baseline = [d for (_, other), d in found.items() if other == BASELINE]
+    if not to_baseline:
+        return f"cannot tell: no head can be compared with {BASELINE} {where}."
+    to_baseline.sort(key=_mean)
+    better = [d for d in to_baseline if d.better]
+    nearest = to_baseline[0]
+    if better:
+        best = better[0]
+        sentence = f"{best.head} is better than {BASELINE} by {best.size()} {where}."
+        others = ", ".join(d.head for d in better[1:])
+        if others:
+            sentence += f" Also better: {others}. The order among these is not tested."
+        return sentence
+    if all(d.worse for d in to_baseline):
+        return (
+            f"{BASELINE} is better than every other head: the nearest, {nearest.head}, is worse by"
+            f" {nearest.size()} {where}."
+        )
+    bound = abs(nearest.mean) + nearest.half
+    return (
+        f"cannot tell: {nearest.head} and {BASELINE} differ by less than {bound:.3f} nats a token"
+        f" {where}; {nearest.head} minus {BASELINE} is"
+        f" {interval(nearest.mean, nearest.half)}. {_more(nearest, len(found), minutes)}"
+    )
+
+
+def _mean(difference: Difference) -> float:
+    return difference.mean
+
+
+def _more(difference: Difference, comparisons: int, minutes: Callable[[int], float]) -> str:
+    """What might decide an open difference."""
+    seeds = seeds_needed(difference.values, comparisons)
+    if seeds is None:
+        return f"More than {MOST_SEEDS} seeds would be needed: train longer instead (--minutes)."
+    return f"--seeds={seeds} --minutes={math.ceil(minutes(seeds))} might tell."
+
+
+def _about_twins(found: dict, head: str, twin: str) -> str:
+    """Whether the harmonic link differs from its twin, and where a gain comes from."""
+    between = found[head, twin]
+    gain, twins_gain = found[head, BASELINE], found[twin, BASELINE]
+    if between.worse:
+        sentence = f"{twin} is better than {head} by {between.size()}"
+        if twins_gain.better:
+            return f"The gain comes from the geometry, not from HarMax: {sentence}."
+        return f"{sentence}."
+    if between.better:
+        sentence = f"{head} is better than {twin} by {between.size()}"
+        if gain.better and twins_gain.better:
+            return f"HarMax adds to the gain of the geometry: {sentence}."
+        if gain.better:
+            return f"The gain comes from HarMax: {sentence}."
+        return f"{sentence}."
+    sentence = f"{head} minus {twin} is {interval(between.mean, between.half)} nats a token"
+    small = abs(between.mean) + between.half < SMALL * abs(twins_gain.mean)
+    if twins_gain.better and small:
+        return (
+            "The gain comes from the geometry, not from HarMax:"
+            f" {twin} is better than {BASELINE} by {twins_gain.size()}, and {sentence}."
+        )
+    if gain.better or twins_gain.better:
+        return f"Cannot tell whether the gain comes from the geometry or from HarMax: {sentence}."
+    return f"Cannot tell {head} from {twin}: {sentence}."

@@ -1,0 +1,189 @@
+"""Puts small faults into the code, one at a time, and looks whether a test notices.
+
+    # 60 faults, the same ones for the same seed; adds to results/mutants.csv what is missing
+    python -m tests.faults.mutants
+    python -m tests.faults.mutants --count=10 --seed=1 --out=/tmp/mutants.csv
+
+A fault is an operator, a comparison, a constant or a condition that is changed in a function of
+harmonic/, model.py or training/. The tests of its room run on a copy of the tree until one fails. A
+fault that survives is either one that changes nothing that matters, or a test that is missing: read
+the row. The table says which test noticed, so two versions of the tests can be compared.
+"""
+
+import ast
+import copy
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from analysis import tables
+from base.command_line import cli, parse
+from base.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+# A file, or the files of a folder -> the tests that speak of it, the likeliest first.
+ROOMS = {
+    "harmonic/backends": ["tests/harmonic"],
+    "harmonic": ["tests/harmonic", "tests/test_swap.py"],
+    "model.py": ["tests/test_model.py", "tests/test_sample.py", "tests/test_train.py"],
+    "training": ["tests/test_data.py", "tests/test_optimizers.py", "tests/test_train.py"],
+}
+# Compiled for a GPU only, or text for a person.
+LEFT_OUT = ("triton.py", "advice.py", "profiling.py", "modeling_harmonic.py")
+COLUMNS = ["seed", "number", "file", "line", "fault", "noticed_by", "seconds"]
+SWAPPED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+
+
+@dataclass
+class MutantsConfig:
+    """How many faults"""
+
+    count: int = 60
+    """faults"""
+    seed: int = 0
+    """which ones"""
+    limit: float = 900.0
+    """seconds for the tests of a fault; a fault that makes them hang is noticed"""
+    out: str = "results/mutants.csv"
+    """the table; faults that it has are not tried again"""
+
+    def problems(self) -> list[str]:
+        return [] if self.count > 0 else [f"count={self.count} must be at least 1"]
+
+
+@dataclass
+class Mutant:
+    """A changed expression: where it stands (bytes start to end), and what stands there now."""
+
+    file: str
+    line: int
+    fault: str
+    start: int
+    end: int
+    text: str
+
+    @property
+    def source(self) -> str:
+        """The file with the fault."""
+        data = (ROOT / self.file).read_bytes()
+        return (data[: self.start] + self.text.encode() + data[self.end :]).decode()
+
+
+def changed(node: ast.AST) -> ast.AST | None:
+    """A copy of an expression with one fault; None for one that gets none."""
+    new = copy.deepcopy(node)
+    if isinstance(new, ast.Compare) and len(new.ops) == 1 and type(new.ops[0]) in SWAPPED:
+        new.ops = [SWAPPED[type(new.ops[0])]()]
+    elif isinstance(new, ast.BinOp) and type(new.op) in SWAPPED:
+        new.op = SWAPPED[type(new.op)]()
+    elif isinstance(new, ast.BoolOp):
+        new.op = SWAPPED[type(new.op)]()
+    elif isinstance(new, ast.UnaryOp) and isinstance(new.op, ast.Not | ast.USub):
+        return new.operand
+    elif isinstance(new, ast.Constant) and isinstance(new.value, bool):
+        new.value = not new.value
+    elif isinstance(new, ast.Constant) and isinstance(new.value, int | float):
+        new.value = new.value + 1 if isinstance(new.value, int) else new.value * 2
+    else:
+        return None
+    return new
+
+
+def mutants_of(path: Path) -> list[Mutant]:
+    """All faults that a file can get."""
+    source = path.read_text()
+    lines = source.splitlines(keepends=True)
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line.encode()))
+    data, found = source.encode(), []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in (inner for statement in function.body for inner in ast.walk(statement)):
+            if not isinstance(node, ast.expr) or (new := changed(node)) is None:
+                continue
+            start = offsets[node.lineno - 1] + node.col_offset
+            end = offsets[node.end_lineno - 1] + node.end_col_offset
+            before, after = " ".join(data[start:end].decode().split()), ast.unparse(new)
+            place = str(path.relative_to(ROOT)), node.lineno
+            found.append(Mutant(*place, f"{before} -> {after}", start, end, f"({after})"))
+    return found
+
+
+def chosen(count: int, seed: int) -> list[Mutant]:
+    """Faults spread over the rooms: as many from each, whatever its length."""
+    rng, rooms = random.Random(seed), []
+    taken: set[Path] = set()
+    for room in ROOMS:
+        place = ROOT / room
+        files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+        files = [f for f in files if f.name not in LEFT_OUT and f not in taken]
+        taken |= set(files)
+        mutants = [mutant for file in files for mutant in mutants_of(file)]
+        rng.shuffle(mutants)
+        rooms.append(mutants)
+    found = [mutant for group in zip(*rooms, strict=False) for mutant in group]
+    return found[:count]
+
+
+def noticed_by(mutant: Mutant, tree: Path, limit: float) -> str:
+    """The first test that fails with a fault in the tree; empty when all pass."""
+    path = tree / mutant.file
+    original = path.read_text()
+    path.write_text(mutant.source)
+    room = next(room for room in ROOMS if mutant.file.startswith(room))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, "--tb=no", *ROOMS[room]],
+            cwd=tree, capture_output=True, text=True, timeout=limit,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "it does not end"
+    finally:
+        path.write_text(original)
+    if done.returncode == 0:
+        return ""
+    for line in done.stdout.splitlines():
+        if line.startswith(("FAILED", "ERROR")):
+            return line.split(" - ")[0].split(" ", 1)[1]
+    raise UserError(f"pytest ended with status {done.returncode}:\n{done.stdout[-1500:]}")
+
+
+def main() -> None:
+    (c,) = parse(sys.argv[1:], MutantsConfig)
+    out = Path(c.out)
+    rows = tables.read_csv(out, COLUMNS) if out.is_file() else []
+    known = {(row["seed"], row["number"]) for row in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "out", "data"))
+        for number, mutant in enumerate(tqdm(chosen(c.count, c.seed), disable=None)):
+            if (str(c.seed), str(number)) in known:
+                continue
+            began = time.monotonic()
+            test = noticed_by(mutant, tree, c.limit)
+            row = {"seed": c.seed, "number": number, "file": mutant.file, "line": mutant.line}
+            row |= {"fault": mutant.fault, "noticed_by": test or "nothing"}
+            row["seconds"] = f"{time.monotonic() - began:.0f}"
+            tables.append_csv(out, [row], COLUMNS)
+            rows.append({key: str(value) for key, value in row.items()})
+            tqdm.write(f"{mutant.file}:{mutant.line}: {mutant.fault}: {row['noticed_by']}")
+    survivors = [row for row in rows if row["noticed_by"] == "nothing"]
+    print(f"{len(rows) - len(survivors)} of {len(rows)} faults were noticed")
+
+
+if __name__ == "__main__":
+    cli(main)
