@@ -91,9 +91,7 @@ def harmonic_loss(  # noqa: PLR0913
     check_finite: bool = True,
     **settings: Any,
 ) -> Tensor:
-    """Negative log likelihood of the targets in nats, unsmoothed.
-
-    Arguments that are not named here: see `harmonic_logits`.
+    """Negative log likelihood of the targets in nats, unsmoothed. The rest: `harmonic_logits`.
 
     Args:
         h: (..., C) hidden states.
@@ -101,7 +99,7 @@ def harmonic_loss(  # noqa: PLR0913
         targets: (...) integers in [0, V) or `ignore_index`.
         reduction: "mean" over the targets that are not ignored, "sum" or "none".
         impl: auto, dense, chunked, numba or triton.
-        skip: the share of the target's gradient that others may lose; 0 = none.
+        skip: gradients below this share of the target's, in sum, are left out; 0 = none.
         precision: of matrix products: auto, float32, split or autocast.
         rows: how many rows of w are prototypes, where the rest is padding; None: all.
         check_finite: raise for vectors that are not finite; else the loss is NaN.
