@@ -780,6 +780,8 @@ class Model(nn.Module):
         """
         if not self.config.architecture.causal:
             raise ValueError(f"{self.config.arch} fills masks; it does not generate")
+        if not prompts or not all(prompts):
+            raise ValueError("a prompt is empty: each needs a token at least")
         device, sampler = self.tokens.weight.device, Sampler(**sampling)
         score = self.head.prepared() if head is None else head
         generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
@@ -857,10 +859,10 @@ class Texts:
         half = max(1, size // 2)
         self.starts = []
         for pad, document in zip(self.pad, self.document, strict=True):
-            too_many = max(0, self.length - pad - size)
-            start = pad + math.ceil(too_many / half) * half
             # A context begins with its document.
-            self.starts.append(max(start, document))
+            begin = max(pad, document)
+            too_many = max(0, self.length - begin - size)
+            self.starts.append(begin + math.ceil(too_many / half) * half)
         if self.starts == before:
             return False
         self.first = min(self.starts)
@@ -925,11 +927,11 @@ class Sampler:
 
     def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """A token for each row of logits: (B, V) -> (B,)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
         largest = logits.amax(-1, keepdim=True)
         if not largest.isfinite().all():
             raise RuntimeError("logits are not finite: the model's weights have diverged")
+        if self.temperature == 0:
+            return logits.argmax(-1)
         logits = (logits - largest) / self.temperature
         if self.top_k is not None:
             smallest = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[:, -1:]

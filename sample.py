@@ -165,9 +165,9 @@ class Explainer:
         self.head, self.tokenizer = model.head, tokenizer
         self.lines: list[list[str]] = [[] for _ in range(rows)]
         row = self.head.distance
-        if row.kernel == "dot":
+        if row.has_products:
             self.share = "of sum |h w|"
-        elif row.kernel == "l2" and row.degree == 1:
+        elif row.has_squares and row.root(**row.kernel_options(row.options)) != 1:
             self.share = "of d^2"
         else:
             self.share = "of d"

@@ -36,6 +36,7 @@ from training.run import Run
 from training.schedule import learning_rate
 from training.start import (
     check_compiler,
+    check_kernels,
     check_out_dir,
     configure,
     differences,
@@ -56,6 +57,7 @@ def main() -> None:
     device = distributed.check_device(c.device)
     data = fit_to_data(m, c, source)
     check_compiler(c, device)
+    check_kernels(m, device)
     if c.verify_resume:
         longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
         verify_resume(sys.argv[1:], longest, c.source)
@@ -142,16 +144,16 @@ def train(run: Run, folder: RunFolder) -> None:
     c, p, at = run.c, run.processes, run.progress
     log = Log(run, folder)
     profile = Profile(folder.path / "profile", c.profile if p.main else 0, p.device)
-    first, stopped, at_once, strange = at.iteration, 0, False, None
+    stopped, at_once, strange = 0, False, None
     run.model.train()
     signals = distributed.StopSignals(p, c.timeout)
     try:
         while True:
-            report(run, folder, log)
             stopped = signals.agreed()
-            if stopped and at.iteration != at.evaluated and at.iteration > first:
-                log.flush(at.iteration)
-                folder.save(run, None)
+            if stopped:
+                save_at_once(run, folder, log)
+            else:
+                report(run, folder, log)
             if stopped or at.iteration >= c.max_iters:
                 break
             step = iterate(run)
@@ -163,13 +165,15 @@ def train(run: Run, folder: RunFolder) -> None:
             at.iteration += 1
             if at.iteration % c.log_interval == 0:
                 log.flush(at.iteration)
-            profile.step()
+            if profile.step():
+                log.restart_clock()
     except KeyboardInterrupt:  # the second Ctrl-C
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:
         strange = error
     finally:
         signals.restore()
+        profile.close()
         used = folder.close(wait=not at_once)
     if not at_once:
         p.barrier()  # Wait for the others: torchrun stops every process once one exits.
@@ -199,9 +203,11 @@ def iterate(run: Run) -> Step:
         step.add(loss, distance)
     run.scaler.unscale_(run.optimizer)
     run.gradients.measure(step)
-    skip = c.on_nan == "skip" and not run.scaler.is_enabled()
-    if skip and not math.isfinite(step.norm.item()):
+    if c.on_nan == "skip" and not math.isfinite(step.norm.item()):
         at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
+        # Under float16 the scaler leaves the step out itself, and lowers the scale.
+        if run.scaler.is_enabled():
+            run.scaler.step(run.optimizer)
     else:
         at.skipped_in_a_row = 0
         if c.grad_clip:
@@ -218,6 +224,14 @@ def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
     if device.startswith("cuda"):
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
+    """A checkpoint without an evaluation, where there are iterations that none has."""
+    at = run.progress
+    if at.iteration not in (at.evaluated, log.first):
+        log.flush(at.iteration)
+        folder.save(run, None)
 
 
 def report(run: Run, folder: RunFolder, log: Log) -> None:

@@ -9,6 +9,7 @@ nothing of g arrives (2603.10145, which finds 0.01 to 0.05 for the dot product o
 a dot product J is the table of prototypes. For a distance it depends on the state.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -74,8 +75,11 @@ def gradient_shares(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) 
         logits, rows = jacobian(head, state)
         if head.bias is not None:
             logits = logits + head.bias[: len(logits)].double()
+        # g = (1 - p_y) (q - e_y) with q the softmax of the others. The factor does not change the
+        # share, and would be rounded away for a confident token.
+        logits[target] = -math.inf
         g = logits.softmax(-1)
-        g[target] -= 1
+        g[target] = -1
         # P = J (J'J)^+ J'. The rank may be less than C: no change of cosine's radius does anything.
         inverse = torch.linalg.pinv(rows.T @ rows, rtol=1e-12, hermitian=True)
         arriving = rows.T @ g

@@ -132,7 +132,7 @@ def measure_of(head: HarmonicHead) -> str:
             text += " A long prototype is near to many tokens."
     else:
         text = f"Nearest means the smallest distance of two prototypes h and w: {distance.formula}."
-    if distance.kernel == "l2":
+    if distance.has_squares:
         text += " The share of a coordinate is its part of the sum of squares."
     if distance.kernel == "linf":
         text += " The coordinate that attains the maximum has the whole share."

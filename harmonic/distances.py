@@ -75,6 +75,16 @@ class Distance:
     translation_invariant: bool = False
 
     @property
+    def has_squares(self) -> bool:
+        """Its raw values are sums of squares of differences, whatever the root over them."""
+        return self.kernel in ("l2", "l2_plus")
+
+    @property
+    def has_products(self) -> bool:
+        """Its raw values are products of h and w."""
+        return KERNELS[self.kernel].signed
+
+    @property
     def is_control(self) -> bool:
         """Not a distance: a dot product, which takes neither link, exponent nor scale."""
         return self.logit is not None
@@ -128,6 +138,12 @@ def _mahalanobis(formula: str, map: Map) -> Distance:
         exponent="4dim",
         source="A, Mahalanobis",
     )
+
+
+def _stable(raw: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|), with its slope of 1 at 0."""
+    positive, negative = raw.clamp_min(0), (-raw).clamp_min(0)
+    return torch.where(raw >= 0, positive.log1p(), -negative.log1p())
 
 
 DISTANCES = {
@@ -299,7 +315,7 @@ CONTROLS = {
     "stablemax": Distance(
         "logit = sign(h . w) log(1 + |h . w|)",
         "dot",
-        logit=lambda raw: raw.sign() * raw.abs().log1p(),
+        logit=_stable,
         degree=None,
         source="StableMax, 2501.04697, eq. 5",
     ),

@@ -28,6 +28,7 @@ from .head import HarmonicHead
 from .pairwise import exactly, fast_log_pairs, operands
 
 NEAR = 1e-4  # nats: perplexity within 0.01 %
+EQUAL = 1e-6  # nats: the same but for rounding
 ROWS = 256  # states that are looked at: (ROWS, V) numbers are held
 # Pairs of a state and a prototype for which elementwise distances are computed at each trial of a
 # scale.
@@ -122,6 +123,11 @@ def _on_a_sphere(
     n = float(head.strength) * max(1, degree) if head.given else None
     if n is not None and not head.is_harmonic:
         n *= math.sqrt(2 * H) ** degree  # s d has the slope of n log d at the d of R = |h|
+    if n is not None and degree == 0:
+        # The formulas are those of 1 - cos. A root of it has as much less of an exponent, and is
+        # 2^root at the typical cosine of 0.
+        root = head.distance.root(**head.distance.kernel_options(head.options))
+        n *= root if head.is_harmonic else root * 2**root
     off = mean.square().mean().sqrt().item() * (2 if degree else 1)
     # z^2 / n (cosine z^2 / 2n) moves logits by off / n a nat: KL (spread off / n)^2 / 2
     enough = spread * off / math.sqrt(2 * NEAR)
@@ -200,7 +206,7 @@ def _fit_scale(head: HarmonicHead, h: Tensor, w: Tensor, p: Tensor) -> float:
         head.padded_prototypes()[: len(w)] = math.exp(log_a) * w
         return _fit_strength(head, h, p)
 
-    if head.is_control:
+    if head.is_control and (head.distance.degree == 0 or error(0.0) < EQUAL):
         return error(0.0)
     best = 0.0
     for step in (1.0, 1 / 4, 1 / 16):

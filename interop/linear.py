@@ -38,17 +38,18 @@ STATES = 1024  # on which the scale is fitted: (STATES, V) probabilities are hel
 
 def ranks_linearly(row: Distance) -> bool:
     """Whether a head orders tokens by linear functions of the hidden state."""
-    return row.kernel in ("l2", "dot") and row.map in (None, UNIT, FULL, DIAGONAL, TRIANGULAR)
+    linear_map = row.map in (None, UNIT, FULL, DIAGONAL, TRIANGULAR)
+    return (row.has_squares or row.has_products) and linear_map
 
 
 def needs_constants(row: Distance) -> bool:
     """Whether these functions have constants, `-|y|^2 / 2`."""
-    return row.kernel == "l2" and row.map is not UNIT
+    return row.has_squares and row.map is not UNIT
 
 
 def is_dot_product(row: Distance) -> bool:
     """Whether its logits are those of an ordinary unembedding already."""
-    return row.kernel == "dot" and row.map is None
+    return row is HEADS["cross_entropy"]
 
 
 def check_model(model: Model) -> None:

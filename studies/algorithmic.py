@@ -357,8 +357,10 @@ def reached(steps: list[int], accuracy: torch.Tensor, level: float) -> list[floa
 # hamming_hard has a surrogate's gradient; all the others are as in the language model. The twins of
 # some tell HarMax from the geometry. euclidean_squared, whose harmonic link is euclidean's, has its
 # softmax: cross-entropy with a temperature and a norm penalty.
-HEADS = [(name, "control") for name in CONTROLS]
-HEADS += [(name, "harmonic") for name in DISTANCES if name != "euclidean_squared"]
+# Heads that are not the papers'.
+OTHERS = ("student_t", "euclidean_normalized", "stablemax", "cosine_scaled")
+HEADS = [(name, "control") for name in CONTROLS if name not in OTHERS]
+HEADS += [(name, "harmonic") for name in DISTANCES if name not in ("euclidean_squared", *OTHERS)]
 HEADS += [(name, "softmax") for name in ("euclidean", "euclidean_squared", "manhattan", "cosine")]
 FEW = [
     ("cross_entropy", "control"),

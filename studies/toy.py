@@ -26,6 +26,7 @@ from analysis.tables import Column, cells, text, write_csv
 from analysis.theory import toy
 from base.command_line import cli, parse
 from harmonic import CONTROLS, DISTANCES
+from studies.algorithmic import OTHERS
 
 FIVE = torch.tensor([[1.0, 0.2], [0.2, 1.1], [-0.9, 0.6], [-0.5, -0.9], [0.8, -0.8]])
 COLOURS = (*figures.PALETTE, figures.GREY)
@@ -172,7 +173,7 @@ def main() -> None:
     # Two threads wait for each other, over tensors this small.
     torch.set_num_threads(1)
     points, targets = circle()
-    heads = [*CONTROLS, *(name for name in DISTANCES if name != "euclidean_squared")]
+    heads = [name for name in (*CONTROLS, *DISTANCES) if name not in ("euclidean_squared", *OTHERS)]
     five, around = {}, {}
     for name in tqdm(heads, desc="five points", disable=None):
         five[name] = starts(name, c.steps, FIVE, torch.arange(5))

@@ -132,7 +132,7 @@ def test_a_linear_export_ranks_as_the_head(name, run_of, tiny_data, tmp_path, mo
         (
             dict(head="euclidean", arch="qwen"),
             "for each token, -|w|^2 / 2, and RMSNorm has no room for it. Export it without"
-            " linear=true. Heads without constants: cosine, ",
+            " linear=true. Heads without constants: euclidean_normalized, cosine, ",
         ),
         (dict(head="cosine", arch="bert"), "arch=bert fills masks"),
     ],

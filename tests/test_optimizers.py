@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import TINY, script
 
 from model import Model, ModelConfig
 from training.config import TrainConfig
+from training.distributed import launcher
 from training.optimizers import make_optimizer, set_learning_rate
 from training.schedule import learning_rate
 
@@ -114,3 +116,40 @@ def test_samples_and_a_profile_change_nothing(train, tmp_path):
     assert json.load((tmp_path / "looked/profile/trace.json").open())["traceEvents"]
     status, _, err = train(arch="bert", out_dir="masks", sample_interval=3)
     assert status == 2 and "fills masks" in err
+
+
+def test_settings_of_a_resumed_run_that_its_state_does_not_fit(train):
+    assert train(max_iters=2, eval_interval=2, optimizer="muon")[0] == 0
+    status, _, err = train(init_from="resume", max_iters=4, optimizer="adamw")
+    assert status == 2 and "its state is muon's" in err
+    status, _, err = train(head="student_t", head_impl="numba", out_dir="none")
+    assert status == 2 and "head_impl=numba" in err
+    status, _, err = train(lr_schedule="constant", min_lr=1e-4, out_dir="none")
+    assert status == 2 and "min_lr=0.0001 does nothing" in err
+
+
+def test_the_default_decay_of_wsd_does_not_reach_into_the_warm_up():
+    c = TrainConfig(lr_schedule="wsd", max_iters=110, warmup_iters=100)
+    rates = [learning_rate(i, c) for i in range(101)]
+    assert rates == sorted(rates)
+
+
+def test_a_profile_that_training_cuts_short_is_written(train, tmp_path):
+    status, out, _ = train(max_iters=5, profile=10)
+    assert status == 0 and "profile of 2 iterations" in out
+    assert (tmp_path / "run/profile/trace.json").is_file()
+    assert "profile: 0" in (tmp_path / "run/config.yaml").read_text()
+    assert "it begins after 3 iterations" in train(max_iters=2, profile=1, out_dir="short")[2]
+
+
+@pytest.mark.slow
+def test_samples_of_sharded_models(tiny_data, tmp_path):
+    """At the start, and at the iteration from which a run is resumed."""
+    flags = {**TINY, "dataset": tiny_data, "parallel": "fsdp", "sample_interval": 2}
+    for start, most in (("scratch", 2), ("resume", 4)):
+        settings = {**flags, "max_iters": most, "eval_interval": 2, "init_from": start}
+        words = [f"--{k}={v}" for k, v in settings.items()]
+        done = script(*launcher(2), "train.py", *words, f"--out_dir={tmp_path / 'run'}")
+        assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [r["iter"] for r in lines if "sample" in r] == [0, 2, 4]

@@ -100,7 +100,7 @@ class TrainConfig:
     step's norm, which a GPU waits for)"""
     sample_interval: int = 0
     """iterations between samples of text, in the terminal and in metrics.jsonl; 0 = none"""
-    profile: int = 0
+    profile: int = of_a_start(0)
     """record a trace of this many iterations in out_dir/profile, on CUDA of memory too; 0 = none"""
     verify_resume: bool = of_a_start(False)
     """instead of training: train some 20 iterations whole, and again killed and resumed, and say
@@ -131,9 +131,19 @@ class TrainConfig:
                 f"emissions_country={self.emissions_country}: expected a code of three letters,"
                 " such as USA, DEU or IND"
             )
+        return found + self._schedule_problems()
+
+    def _schedule_problems(self) -> list[str]:
+        found = []
         end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         if self.lr_decay_iters is not None and end < self.warmup_iters:
             found.append(f"lr_decay_iters={end} ends before warmup_iters={self.warmup_iters}")
+        if self.lr_schedule == "constant":
+            for key in ("min_lr", "lr_decay_iters"):
+                if getattr(self, key) is not None:
+                    found.append(
+                        f"{key}={getattr(self, key)} does nothing with lr_schedule=constant"
+                    )
         if self.decay_iters is not None:
             if self.lr_schedule != "wsd":
                 found.append(

@@ -95,6 +95,9 @@ def sample_text(
     tokenizer = data.load_tokenizer()
     model.eval()
     if isinstance(model, FSDPModule):
+        # FSDP sets itself up in the root's first forward pass, and `generate` has none.
+        with torch.no_grad(), autocast:
+            model(torch.tensor([[tokenizer.start_id]], device=model.tokens.weight.device))
         model.unshard()
     with autocast:
         steps = model.generate([[tokenizer.start_id]], SAMPLED, seed=seed, top_k=200)

@@ -52,7 +52,12 @@ class RunFolder:
             _clear(self.path, c)
         copy_tokenizer(run.data.tokenizer, run.data.folder, self.path)
         stored = replace(
-            c, init_from="scratch", overwrite=False, eval_only=False, new_data_order=False
+            c,
+            init_from="scratch",
+            overwrite=False,
+            eval_only=False,
+            new_data_order=False,
+            profile=0,
         )
         write_yaml(self.path / "config.yaml", m, stored)
         write_environment(self.path, environment(p.device, p.world), iteration, changed)

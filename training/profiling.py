@@ -1,5 +1,6 @@
 """`--profile=N`: where the time and the memory of N iterations go."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -13,30 +14,49 @@ class Profile:
     def __init__(self, folder: Path, iterations: int, device: str):
         self.folder, self.iterations, self.done = folder, iterations, 0
         self.cuda = device.startswith("cuda")
+        self.profiler: torch.profiler.profile | None = None
+
+    def step(self) -> bool:
+        """To be called after each iteration -> whether files were written, which takes time."""
+        self.done += 1
+        if self.iterations and self.done == WAIT:
+            self._start()
+        if self.profiler is None or self.done < WAIT + self.iterations:
+            return False
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Writes what was recorded, if anything, and prints where. A full disk does not stop
+        training."""
+        if self.profiler is None:
+            if self.iterations and self.done < WAIT:
+                print(f"no profile: it begins after {WAIT} iterations", file=sys.stderr)
+            return
+        self.profiler.stop()
+        try:
+            self._write(self.profiler, self.done - WAIT)
+        except OSError as error:
+            print(f"the profile cannot be written: {error.strerror}", file=sys.stderr)
+        if self.cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self.profiler, self.iterations = None, 0
+
+    def _start(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.cuda:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history()
         self.profiler = torch.profiler.profile(
             activities=activities, record_shapes=True, profile_memory=True
         )
+        self.profiler.start()
 
-    def step(self) -> None:
-        """To be called after each iteration. Prints where the files are when they are written."""
-        self.done += 1
-        if self.iterations and self.done == WAIT:
-            self.profiler.start()
-            if self.cuda:
-                torch.cuda.memory._record_memory_history()
-        if self.iterations and self.done == WAIT + self.iterations:
-            self.profiler.stop()
-            self._write()
-
-    def _write(self) -> None:
+    def _write(self, profiler: torch.profiler.profile, recorded: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         trace, memory = self.folder / "trace.json", self.folder / "memory.pickle"
-        self.profiler.export_chrome_trace(str(trace))
-        print(f"profile of {self.iterations} iterations: open {trace} at https://ui.perfetto.dev")
+        profiler.export_chrome_trace(str(trace))
+        print(f"profile of {recorded} iterations: open {trace} at https://ui.perfetto.dev")
         if self.cuda:
             torch.cuda.memory._dump_snapshot(str(memory))
-            torch.cuda.memory._record_memory_history(enabled=None)
             print(f"memory of these iterations: open {memory} at https://pytorch.org/memory_viz")

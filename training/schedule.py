@@ -28,6 +28,9 @@ def learning_rate(iteration: int, c: TrainConfig) -> float:
 
 
 def decay_iterations(c: TrainConfig) -> int:
-    """Iterations of the decay of wsd: a fifth of the run where nothing is set."""
+    """Iterations of the decay of wsd: where nothing is set, a fifth of the run, but never into the
+    warm-up."""
+    if c.decay_iters is not None:
+        return c.decay_iters
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
-    return max(1, end // 5) if c.decay_iters is None else c.decay_iters
+    return max(1, min(end // 5, end - c.warmup_iters))

@@ -16,6 +16,7 @@ import torch
 
 from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
+from harmonic import HarmonicHead
 from model import Model, ModelConfig
 from text.token_files import Data, data_folder, load_data
 from training import checkpoint, distributed
@@ -84,6 +85,11 @@ def resume_problems(
         for k, v in vars(model).items()
         if k not in ModelConfig.free_settings() and k in base and v != base[k]
     ]
+    if config.optimizer != (before := base.get("optimizer", config.optimizer)):
+        found.append(
+            f"cannot resume {out_dir} with optimizer={config.optimizer}: its state is {before}'s."
+            f" Start from its weights with --init_from={out_dir} and another --out_dir"
+        )
     folder = data_folder(config.dataset)
     if config.dataset == base.get("dataset") and not folder.is_dir():
         found.append(
@@ -93,15 +99,15 @@ def resume_problems(
     if config.new_data_order or config.eval_only:
         return found
     slots = config.batch_size * config.gradient_accumulation_steps
-    before = base.get("batch_size", slots) * base.get("gradient_accumulation_steps", 1)
-    if slots != before:
+    slots_before = base.get("batch_size", slots) * base.get("gradient_accumulation_steps", 1)
+    if slots != slots_before:
         product = (
             f"batch_size={config.batch_size} *"
             f" gradient_accumulation_steps={config.gradient_accumulation_steps}"
         )
         found.append(
             f"cannot resume {out_dir} with {product} = {slots} windows an iteration: the run has"
-            f" {before}, and {REORDERED}"
+            f" {slots_before}, and {REORDERED}"
         )
     if config.seed != base.get("seed", config.seed):
         found.append(
@@ -181,6 +187,17 @@ def check_compiler(c: TrainConfig, device: str) -> None:
                 "compile=true needs a C++ compiler on a CPU and none was found: install g++ (or set"
                 " CXX), or use --compile=false"
             ) from None
+
+
+def check_kernels(m: ModelConfig, device: str) -> None:
+    """UserError where --head_impl names kernels that this head or machine does not have."""
+    if m.head_impl in ("auto", "dense", "chunked"):
+        return
+    head = HarmonicHead(m.n_embd, 2, m.head, **m.head_arguments()).to(device)
+    try:
+        head.loss(torch.ones(1, m.n_embd, device=device), torch.zeros(1, device=device).long())
+    except ValueError as error:
+        raise UserError(f"head_impl={m.head_impl}: {error}") from None
 
 
 def check_out_dir(c: TrainConfig) -> None:

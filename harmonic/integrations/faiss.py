@@ -25,10 +25,12 @@ INDEXES = ("flat", "hnsw")
 # Kernel -> the faiss metric that orders mapped vectors as the kernel does.
 METRICS = {
     "l2": "METRIC_L2",
+    "l2_plus": "METRIC_L2",
     "lp": "METRIC_Lp",
     "linf": "METRIC_Linf",
     "canberra": "METRIC_Canberra",
     "dot": "METRIC_INNER_PRODUCT",
+    "along": "METRIC_INNER_PRODUCT",
 }
 LINKS_OF_GRAPH = 32  # of each prototype in an HNSW graph, faiss' default
 # Stands for a coordinate of exactly 0, for faiss' Canberra distance has no rule for 0 / 0.

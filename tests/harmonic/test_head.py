@@ -11,6 +11,8 @@ from harmonic import (
     HEADS,
     HarmonicHead,
     harmonic_logits,
+    harmonic_loss,
+    match,
 )
 
 
@@ -138,3 +140,33 @@ def test_a_head_says_what_it_is():
     assert [head.strength_name for head in heads] == ["exponent", "scale", None] and heads[
         0
     ].distance is DISTANCES["euclidean"]
+
+
+def test_a_zero_prototype_of_stablemax_learns():
+    """sign(x) log(1 + |x|) has slope 1 at 0."""
+    h, w = torch.tensor([[1.0, -2.0]]).double(), torch.zeros(3, 2).double().requires_grad_()
+    harmonic_loss(h, w, torch.tensor([1]), "stablemax").backward()
+    torch.testing.assert_close(w.grad, torch.tensor([[1.0], [-2.0], [1.0]]).double() / 3 * h)
+
+
+@pytest.mark.parametrize(
+    ("link", "factor"), [("harmonic", 2.0), ("softmax", 2**0.5)], ids=["harmonic", "softmax"]
+)
+def test_matching_a_root_of_cosine_is_matching_cosine(link, factor):
+    """-n log d is the same for 1 - cos and, at twice the n, for |h/|h| - w/|w||; so are the matched
+    prototypes and their KL. The softmax link has the same slopes at the typical distance."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(400, 32), 0.1 * torch.randn(60, 32)
+    strength = "exponent" if link == "harmonic" else "scale"
+    cosine, root = (
+        HarmonicHead(32, 60, name, link=link, **{strength: 64.0 * by})
+        for name, by in (("cosine", 1.0), ("euclidean_normalized", factor))
+    )
+    kl, kl_of_root = (match(head, states, weight) for head in (cosine, root))
+    assert kl_of_root < (1.01 * kl if link == "harmonic" else 3 * kl)
+
+
+def test_matching_a_control_fits_its_scale():
+    torch.manual_seed(0)
+    states, weight = 3 * F.normalize(torch.randn(400, 16), dim=-1), torch.randn(60, 16)
+    assert match(HarmonicHead(16, 60, "cosine_scaled"), states, weight) < 1e-2
