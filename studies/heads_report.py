@@ -47,6 +47,7 @@ from studies.heads import (
 from studies.intervals import holm, mean_and_half
 from studies.runner import Row
 from studies.search import Setting, number, on_edge
+from training.objective import objective_of
 
 BASELINE = ("cross_entropy", "control")
 COLORS = {"harmonic": figures.BLUE, "softmax": figures.ORANGE, "control": figures.GREY}
@@ -355,7 +356,7 @@ def stage_three(rows: list[Row]) -> str:
             line["less_ce"] = value - losses.get(BASELINE, math.nan)
             if link == "harmonic" and (head, "softmax") in losses:
                 line["less_twin"] = value - losses[head, "softmax"]
-            if r["arch"] == "bert":
+            if objective_of(r["arch"]).masked:
                 # Masked prediction has no likelihood of a text.
                 line["bits_per_byte"] = None
             lines.append(r | line)
