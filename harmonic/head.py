@@ -242,7 +242,9 @@ class HarmonicHead(nn.Module):
     def prepared(self) -> PreparedHead:
         """The head as it is now, for many calls: what depends on the prototypes alone is computed
         once. `head.prepared()(h)` is `head(h)` without noise and without a gradient."""
-        return PreparedHead(self)
+        bias = None if self.bias is None else self.bias[: self.real_vocab_size]
+        how = self.strength, self.link, bias
+        return PreparedHead(self.name, self.prototypes(), *how, **self.geometry())
 
     def loss(
         self, h: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from .compiled import unit_vectors
 from .precision import FLOAT32, Products, inner_products
 
 
@@ -55,8 +56,6 @@ def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _fast_unit(x: Tensor) -> Tensor:
-    from .backends import unit_vectors  # Not at the top: backends map vectors, too.
-
     compiled = unit_vectors(x)
     return unit(x, 2) if compiled is None else compiled
 

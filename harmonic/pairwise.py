@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .compiled import raw_values
 from .distances import Distance, resolve
 from .kernels import KERNELS, floored, pairs
 from .kernels import paired as paired_values
@@ -146,8 +147,6 @@ def log_pairs(both: Operands, products: Products = FLOAT32) -> Tensor:
 
 def fast_log_pairs(both: Operands) -> Tensor:
     """The same, with a backend's kernel where there is one for tensors like these."""
-    from .backends import raw_values  # Not at the top: backends measure distances, too.
-
     if torch.compiler.is_exporting():
         return log_pairs(both)
     raw = raw_values(both.x, both.y, both.distance.kernel, both.options)

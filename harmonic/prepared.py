@@ -1,19 +1,16 @@
 """A head for many calls between which it does not change, such as the steps of sampling."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import raw_values
+from .compiled import raw_values
 from .distances import resolve
 from .kernels import above, floor, l2_pairs, pairs
 from .links import CONTROL, logits
 from .pairwise import exactly, log_distance, mapped, wide
 from .precision import FLOAT32
-
-if TYPE_CHECKING:
-    from .head import HarmonicHead
 
 
 class PreparedHead:
@@ -25,14 +22,22 @@ class PreparedHead:
     """
 
     @torch.no_grad()
-    def __init__(self, head: "HarmonicHead"):
-        self.distance, settings = resolve(head.name, **head.geometry())
+    def __init__(
+        self,
+        name: str,
+        prototypes: Tensor,
+        strength: float | Tensor,
+        link: str,
+        bias: Tensor | None,
+        **settings: Any,
+    ):
+        """prototypes, bias: without padding. settings: the distance's options and parameters."""
+        self.distance, settings = resolve(name, **settings)
         self.of_map = self.distance.map_settings(settings)
         self.of_kernel = self.distance.kernel_options(settings)
-        self.strength = head.strength
-        self.link = CONTROL if head.is_control else head.link
-        self.bias = None if head.bias is None else head.bias[: head.real_vocab_size]
-        kernel, w = self.distance.kernel, head.prototypes().detach()
+        self.strength, self.bias = strength, bias
+        self.link = CONTROL if self.distance.is_control else link
+        kernel, w = self.distance.kernel, prototypes.detach()
         with exactly(w.device):
             self.prototypes = mapped(self.distance, wide(w), None, self.of_map)
             self.finite = bool(self.prototypes.sum().isfinite())

@@ -9,7 +9,7 @@ import os
 import torch
 
 from harmonic import HEADS, HarmonicHead
-from harmonic.backends import load
+from harmonic.compiled import load
 from harmonic.distances import resolve
 from model import ModelConfig
 from text.token_files import Data

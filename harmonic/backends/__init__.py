@@ -10,15 +10,13 @@ nor Triton.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..compiled import load
 from ..distances import Distance, resolve
 from ..precision import Products
 
@@ -177,15 +175,6 @@ class Backend:
     loss: Callable[[Problem, bool], Result]
 
 
-@functools.cache
-def load(name: str) -> ModuleType | None:
-    """The module of a compiled backend, or None where its package is not installed."""
-    try:
-        return importlib.import_module(f"{__name__}.{name}")
-    except ImportError:
-        return None
-
-
 def choose(problem: Problem) -> Backend:
     """The backend that `spec.impl` names, or with "auto" the fastest one that can. ValueError for
     one that cannot."""
@@ -207,45 +196,3 @@ def choose(problem: Problem) -> Backend:
     if impl != "auto" and problem.finite:
         raise ValueError(f"impl={impl!r}: {reason}. impl='chunked' computes any loss")
     return chunked
-
-
-def _numba_for(x: Tensor) -> ModuleType | None:
-    """The module of Numba kernels where this process may run them on tensors like x, else None."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return None
-    module = load("numba")
-    return module if module and module.usable() else None
-
-
-# It looks at values.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
-def raw_values(
-    x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], y_is_finite: bool = False
-) -> Tensor | None:
-    """Raw values of all pairs by a compiled kernel, differentiable: (N, C), (V, C) -> (N, V), not
-    floored. None where there is none.
-
-    y_is_finite: the caller has looked at y, a pass over the table.
-    """
-    module = None if kernel in ("l2", "dot") else _numba_for(x)
-    if module is None:
-        return None
-    found = module.find(kernel, options)
-    # Compiled maxima lose a NaN.
-    total = x.detach().sum()
-    if not y_is_finite:
-        total = total + y.detach().sum()
-    if not found or not total.isfinite():
-        return None
-    raw: Tensor = module.Pairs.apply(x, y, kernel, found)
-    return raw
-
-
-def unit_vectors(x: Tensor) -> Tensor | None:
-    """x over its Euclidean norms by a compiled kernel, differentiable: (..., C) -> (..., C). None
-    where there is none or x is small."""
-    if x.device.type == "cuda" and x.dtype == torch.float32:
-        module = load("triton")
-        return module.Unit.apply(x) if module and x.shape[-1] <= module.Unit.WIDEST else None
-    module = _numba_for(x)
-    return module.Unit.apply(x) if module and x.numel() >= module.ALONE else None

@@ -487,8 +487,8 @@ def __getattr__(name: str):
 
 # What a folder's code needs: all but the compiled kernels, which the installed package brings.
 SOURCES = (
-    "__init__.py", "distances.py", "head.py", "kernels.py", "links.py", "loss.py", "maps.py",
-    "match.py", "pairwise.py", "precision.py", "prepared.py",
+    "__init__.py", "compiled.py", "distances.py", "head.py", "kernels.py", "links.py", "loss.py",
+    "maps.py", "match.py", "pairwise.py", "precision.py", "prepared.py",
     "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py",
     "integrations/__init__.py", "integrations/modeling_harmonic.py", "integrations/transformers.py",
 )  # fmt: skip

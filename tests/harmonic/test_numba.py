@@ -99,7 +99,7 @@ def test_importing_needs_no_folder_that_can_be_written(tmp_path):
     )
     # A file: no folder can be made there, even by root.
     (tmp_path / "harmonic" / "backends" / "__pycache__").touch()
-    code = "from harmonic.backends import load; print(load('numba') is not None)"
+    code = "from harmonic.compiled import load; print(load('numba') is not None)"
     environment = {
         **os.environ,
         "HOME": "/dev/null",
