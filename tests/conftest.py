@@ -102,7 +102,7 @@ def train(tiny_data, tmp_path, monkeypatch, capsys):
     """train(head="cosine", ...) -> (exit status, stdout, stderr), run in this process with tiny
     settings; words may be a config file."""
     import train as script_module
-    from base.command_line import cli
+    from base import command_line
 
     monkeypatch.chdir(tmp_path)
 
@@ -111,9 +111,10 @@ def train(tiny_data, tmp_path, monkeypatch, capsys):
         arguments = [f"--{k}={v}" for k, v in settings.items() if v is not None]
         monkeypatch.setattr(sys, "argv", ["train.py", *words, *arguments])
         capsys.readouterr()
+        command_line._note_once.cache_clear()  # each run is a process of its own to a user
         status = 0
         try:
-            cli(script_module.main)
+            command_line.cli(script_module.main)
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()

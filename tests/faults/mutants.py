@@ -2,7 +2,7 @@
 
     # 60 faults, the same ones for the same seed; adds to results/mutants.csv what is missing
     python -m tests.faults.mutants
-    python -m tests.faults.mutants --count=10 --seed=1 --out=/tmp/mutants.csv
+    python -m tests.faults.mutants --count=10 --seed=1 --out=mutants.csv
 
 A fault is an operator, a comparison, a constant or a condition that is changed in a function of
 harmonic/, model.py or training/. The tests of its room run on a copy of the tree until one fails. A
@@ -94,7 +94,7 @@ def changed(node: ast.AST) -> ast.AST | None:
     elif isinstance(new, ast.Constant) and isinstance(new.value, bool):
         new.value = not new.value
     elif isinstance(new, ast.Constant) and isinstance(new.value, int | float):
-        new.value = new.value + 1 if isinstance(new.value, int) else new.value * 2
+        new.value = new.value + 1 if isinstance(new.value, int) else new.value * 2 or 1.0
     else:
         return None
     return new
@@ -111,8 +111,13 @@ def mutants_of(path: Path) -> list[Mutant]:
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, ast.FunctionDef):
             continue
-        for node in (inner for statement in function.body for inner in ast.walk(statement)):
-            if not isinstance(node, ast.expr) or (new := changed(node)) is None:
+        nodes = [inner for statement in function.body for inner in ast.walk(statement)]
+        # Python 3.11 does not know the places of expressions inside an f-string.
+        texts = {id(i) for n in nodes if isinstance(n, ast.JoinedStr) for i in ast.walk(n)}
+        for node in nodes:
+            if not isinstance(node, ast.expr) or id(node) in texts:
+                continue
+            if (new := changed(node)) is None:
                 continue
             start = offsets[node.lineno - 1] + node.col_offset
             end = offsets[node.end_lineno - 1] + node.end_col_offset
