@@ -6,16 +6,19 @@
 
 The list of runs is in order of priority. Wherever it is stopped, what is done is a smaller study:
 
-    sweep     2 M tokens, seed 1337: each head with three learning rates, then, at the best of them,
-              with half and twice its strength (cross_entropy: the scale of its prototypes). Equal
-              grids: five runs a head. The best validation loss wins, and its setting is used at
-              every budget. The strength in the middle is what `studies.heads` found.
-    2M, 0.6M  five other seeds
-    2M        the same for CONTROLS, which tell tail, normalisation and distance apart
-    6M        three seeds
-    20M       three seeds of the first three heads: 6.5 epochs
-    wiki      2 M tokens of another corpus, three seeds
-    dropout   20 M tokens with dropout 0.1, one seed of the first three heads
+    sweep        2 M tokens, seed 1337: each head with the same three learning rates. The rate with
+                 the best validation loss is the head's at every budget. The exponent, or the scale
+                 of a twin, is what `studies.heads` found.
+    0.6M, 2M     three other seeds
+    6M, 20M      the first of these seeds; 20 M, which are 6.5 epochs, for the first three heads
+    sweep, 2M    the same for CONTROLS, which tell tail, normalisation and distance apart
+    6M, 20M      the two other seeds
+    0.6M, 2M     two more seeds
+    wiki         2 M tokens of another corpus, three seeds
+    strength     as the sweep, at the best rate, with half and twice the exponent or scale, or for
+                 heads without one the size of the first prototypes. It changes no other run: it
+                 tells how much a comparison hangs on them.
+    dropout      20 M tokens with dropout 0.1, one seed of the first three heads
 
 Runs of one seed see the same tokens in the same order, so heads are compared pair by pair. The loss
 that is reported is that of the test split, which decides nothing.
@@ -27,7 +30,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,6 +49,7 @@ from training.telemetry import read_metrics
 RATES = (1.5e-3, 3e-3, 6e-3)
 SWEEP_SEED, SEEDS = 1337, (1338, 1339, 1340, 1341, 1342)
 TOKENS = 1024  # an iteration
+CHOICES = ("sweep", "strength")  # stages that never look at the test split
 FEW = 3  # heads that are trained longest, and seeds of long runs
 KEY = (
     "stage", "dataset", "tokens", "name", "exponent", "init_std", "learning_rate", "dropout", "seed"
@@ -60,10 +63,10 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Head:
-    """A head, and its strength in the middle of the sweep.
+    """A head and its strength.
 
     exponent: of the harmonic link, or the one to which the softmax link's scale is matched at the
-        start. None for a head without one, which sweeps the scale of its prototypes instead.
+        start. None for a head without one.
     """
 
     head: str
@@ -109,62 +112,79 @@ class Plan:
         self.table = table
 
     def settings(self) -> list[dict]:
-        """Keys of runs, most important first. A stage begins when the sweep before it is done."""
-        found = self.sweeps(HEADS)
-        if any(self.table.find(key) is None for key in found):
+        """Keys of runs, most important first. What needs a sweep is listed once that is done."""
+        found = self.sweep(HEADS)
+        if not self.done(found):
             return found
-        best = {name: self.winner(name) for name in HEADS}
+        first, early, late = SEEDS[:1], SEEDS[:FEW], SEEDS[FEW:]
         few = list(HEADS)[:FEW]
-        long = SEEDS[:FEW]
-        found += [self.again(best[n], "2M", 2.0, s) for s in SEEDS for n in HEADS]
-        found += [self.again(best[n], "0.6M", 0.6, s) for s in SEEDS for n in HEADS]
-        found += self.sweeps(CONTROLS)
-        if any(self.table.find(key) is None for key in found):
+        found += self.runs("0.6M", 0.6, early, HEADS)
+        found += self.runs("2M", 2.0, early, HEADS)
+        found += self.runs("6M", 6.0, first, HEADS)
+        found += self.runs("20M", 20.0, first, few)
+        found += self.sweep(CONTROLS)
+        if not self.done(found):
             return found
-        best |= {name: self.winner(name) for name in CONTROLS}
-        found += [self.again(best[n], "2M", 2.0, s) for s in SEEDS for n in CONTROLS]
-        found += [self.again(best[n], "6M", 6.0, s) for s in long for n in HEADS]
-        found += [self.again(best[n], "20M", 20.0, s) for s in long for n in few]
-        found += [self.again(best[n], "wiki", 2.0, s, dataset="wiki") for s in long for n in HEADS]
-        found += [self.again(best[n], "dropout", 20.0, SEEDS[0], dropout=0.1) for n in few]
+        found += self.runs("2M", 2.0, early, CONTROLS)
+        found += self.runs("6M", 6.0, early[1:], HEADS)
+        found += self.runs("20M", 20.0, early[1:], few)
+        found += self.runs("0.6M", 0.6, late, HEADS)
+        found += self.runs("2M", 2.0, late, ALL)
+        found += self.runs("wiki", 2.0, early, HEADS, dataset="wiki")
+        found += [key for name in ALL for key in self.strengths(name)]
+        found += self.runs("dropout", 20.0, first, few, dropout=0.1)
         return found
 
-    def sweeps(self, names: Iterable[str]) -> list[dict]:
-        return [key for name in names for key in self.sweep(name)]
+    def done(self, keys: list[dict]) -> bool:
+        return all(self.table.find(key) for key in keys)
 
-    def sweep(self, name: str) -> list[dict]:
-        """Three rates; then, once these are done, two strengths."""
-        head = ALL[name]
-        base: dict[str, Any] = {
-            "stage": "sweep",
-            "dataset": "wikitext2",
-            "tokens": 2.0,
-            "name": name,
-            "exponent": "" if head.exponent is None else head.exponent,
-            "init_std": 0.05 if head.exponent is None else 0.02,
-            "learning_rate": RATES[1],
-            "dropout": 0.0,
-            "seed": SWEEP_SEED,
-        }
-        rates = [{**base, "learning_rate": rate} for rate in RATES]
-        if any(self.table.find(key) is None for key in rates):
-            return rates
-        best = min(rates, key=self.loss)
-        strength = "init_std" if head.exponent is None else "exponent"
-        return rates + [{**best, strength: best[strength] * factor} for factor in (0.5, 2)]
+    def sweep(self, names: Iterable[str]) -> list[dict]:
+        return [{**base(name), "learning_rate": rate} for name in names for rate in RATES]
 
     def winner(self, name: str) -> dict:
-        """The setting with the best validation loss of a head's sweep."""
-        return min(self.sweep(name), key=self.loss)
+        """The setting with the best validation loss of a head's sweep, which is done."""
 
-    def loss(self, key: dict) -> float:
-        """The validation loss of a run that the table has."""
-        row = self.table.find(key)
-        assert row is not None, key
-        return number(row["val_loss"])
+        def loss(key: dict) -> float:
+            return number(self.table.row(key)["val_loss"])
 
-    def again(self, best: dict, stage: str, tokens: float, seed: int, **changes: object) -> dict:
-        return {**best, "stage": stage, "tokens": tokens, "seed": seed, **changes}
+        return min(self.sweep([name]), key=loss)
+
+    def runs(
+        self,
+        stage: str,
+        tokens: float,
+        seeds: Iterable[int],
+        names: Iterable[str],
+        **changes: object,
+    ) -> list[dict]:
+        """Every seed with every head at its best setting, seed by seed. tokens: millions."""
+        return [
+            {**self.winner(name), "stage": stage, "tokens": tokens, "seed": seed, **changes}
+            for seed in seeds
+            for name in names
+        ]
+
+    def strengths(self, name: str) -> list[dict]:
+        """A head's best setting with half and with twice its strength."""
+        best = self.winner(name)
+        column = "init_std" if ALL[name].exponent is None else "exponent"
+        return [{**best, "stage": "strength", column: best[column] * factor} for factor in (0.5, 2)]
+
+
+def base(name: str) -> dict:
+    """The key of a head's run in the sweep; `Plan.sweep` sets its learning rate."""
+    exponent = ALL[name].exponent
+    return {
+        "stage": "sweep",
+        "dataset": "wikitext2",
+        "tokens": 2.0,
+        "name": name,
+        "exponent": "" if exponent is None else exponent,
+        "init_std": 0.05 if exponent is None else 0.02,
+        "learning_rate": math.nan,
+        "dropout": 0.0,
+        "seed": SWEEP_SEED,
+    }
 
 
 def training(key: dict) -> Training:
@@ -191,7 +211,7 @@ def training(key: dict) -> Training:
 
 @torch.no_grad()
 def measure(run: Path, key: dict) -> dict:
-    """The other columns of a run that has ended. Its weights stay, but for those of the sweep."""
+    """The other columns of a run that has ended. Its weights stay, but for those of CHOICES."""
     torch.set_num_threads(1)
     metrics = read_metrics(run)
     losses = [m for m in metrics if "val_loss" in m]
@@ -215,9 +235,10 @@ def measure(run: Path, key: dict) -> dict:
         "strength": "" if model.head.is_control else f"{float(model.head.strength):.6g}",
         "tokens_per_s": f"{speeds[len(speeds) // 2]:.5g}",
     }
-    if key["stage"] != "sweep":
+    chooses = key["stage"] in CHOICES
+    if not chooses:
         row["test_loss"] = f"{test_loss(model, folder):.6f}"
-    for checkpoint_folder in checkpoint.folders(run)[: None if key["stage"] == "sweep" else -1]:
+    for checkpoint_folder in checkpoint.folders(run)[: None if chooses else -1]:
         shutil.rmtree(checkpoint_folder)
     return row
 
@@ -226,7 +247,7 @@ def summary(rows: list[Row]) -> str:
     """A line for each stage and head: the mean test loss, and the difference to cross_entropy's,
     paired by seed."""
     cells = []
-    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] != "sweep"):
+    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] not in CHOICES):
         here = [row for row in rows if row["stage"] == stage]
         base = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == "cross_entropy"}
         for name in ALL:
