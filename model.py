@@ -319,9 +319,11 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one buffer for all layers.
+    """Keys and values of the tokens seen so far: buffers (B, key/value heads, size, D), one for
+    each layer.
 
-    size: how many tokens fit; None = block_size.
+    size: how many tokens fit; None = block_size. The weights must stay as they are: keys and values
+    that were computed with others are not noticed.
     """
 
     def __init__(
@@ -334,14 +336,17 @@ class KVCache:
     ):
         heads = config.n_kv_head or config.n_head
         size = size or config.block_size
-        shape = config.n_layer, batch, heads, size, config.attention_width()
-        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = batch, heads, size, config.attention_width()
+        layers = range(config.n_layer)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         self.length = 0
 
     def select(self, rows: torch.Tensor) -> "KVCache":
         """A cache whose row r is this one's row rows[r]."""
         chosen = copy.copy(self)
-        chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
+        chosen.keys = [keys[rows] for keys in self.keys]
+        chosen.values = [values[rows] for values in self.values]
         return chosen
 
     def extend(
@@ -349,10 +354,12 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores k, v (B, H, T, D) behind what is there -> all keys and values so far. The model
         advances `length` after a pass."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = self.keys[layer], self.values[layer]
+        begin, count = self.length, k.shape[2]
+        # A step of sampling is many small operations. `narrow` is the quickest way to slice.
+        keys.narrow(2, begin, count).copy_(k)
+        values.narrow(2, begin, count).copy_(v)
+        return keys.narrow(2, 0, begin + count), values.narrow(2, 0, begin + count)
 
 
 def causal_attention(
@@ -463,8 +470,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, rows, bias=bias)
         out_bias = bias and config.architecture.out_bias
         self.out = nn.Linear(self.n_head * self.width, config.n_embd, bias=out_bias)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
+        self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=1e-6) for _ in range(2))
 
@@ -478,7 +484,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         parts = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         q, k, v = parts.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, D)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -551,12 +558,15 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         if self.norm_after:
-            x = self.norm1(x + self.dropout(self.attention(x, rope, mask, cache)))
-            x = self.norm2(x + self.dropout(self.mlp(x)))
+            x = self.norm1(x + self.drop(self.attention(x, rope, mask, cache)))
+            x = self.norm2(x + self.drop(self.mlp(x)))
             return x
-        x = x + self.dropout(self.attention(self.norm1(x), rope, mask, cache))
-        x = x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.drop(self.attention(self.norm1(x), rope, mask, cache))
+        x = x + self.drop(self.mlp(self.norm2(x)))
         return x
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(x) if self.training else x
 
 
 class Model(nn.Module):
@@ -928,24 +938,23 @@ class Sampler:
     def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """A token for each row of logits: (B, V) -> (B,)."""
         largest = logits.amax(-1, keepdim=True)
-        if not largest.isfinite().all():
+        if not math.isfinite(largest.sum().item()):
             raise RuntimeError("logits are not finite: the model's weights have diverged")
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = (logits - largest) / self.temperature
-        if self.top_k is not None:
-            smallest = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[:, -1:]
-            logits = logits.masked_fill(logits < smallest, -math.inf)
-        if self.top_p is not None:
-            ordered, order = logits.sort(-1, descending=True)
-            p = ordered.softmax(-1)
-            # The likeliest token always stays.
-            outside = p.cumsum(-1) - p >= self.top_p
-            outside = torch.zeros_like(outside).scatter(-1, order, outside)
-            logits = logits.masked_fill(outside, -math.inf)
-        p = logits.softmax(-1)
-        # What torch.multinomial draws, without its checks: the first of exponential clocks to ring.
-        clocks = torch.empty_like(p)
-        for row, generator in zip(clocks, generators, strict=True):
-            row.exponential_(1, generator=generator)
-        return p.div_(clocks).argmax(-1)
+        p = ((logits - largest) / self.temperature).softmax(-1)
+        if self.top_k is not None or self.top_p is not None:
+            count = p.shape[-1] if self.top_k is None else min(self.top_k, p.shape[-1])
+            kept, tokens = p.topk(count, -1)
+            if self.top_p is not None:
+                before = kept.cumsum(-1) - kept
+                outside = before >= self.top_p * kept.sum(-1, keepdim=True)
+                kept = kept.masked_fill(outside, 0.0)
+            p = torch.zeros_like(p).scatter_(-1, tokens, kept)
+        # A uniform number of each row falls on a token. In the order of the vocabulary, for there
+        # two nearly equal probabilities that change places change nothing.
+        wide = torch.float32 if p.device.type == "mps" else torch.float64
+        total = p.cumsum(-1, dtype=wide)
+        drawn = [torch.rand(1, generator=g, device=p.device, dtype=wide) for g in generators]
+        # 1 - u is never 0, so no token without probability is drawn.
+        return torch.searchsorted(total, (1 - torch.stack(drawn)) * total[:, -1:])[:, 0]
