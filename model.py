@@ -776,7 +776,9 @@ class Model(nn.Module):
         Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its
         neighbours. When a row's context reaches block_size, its older half is dropped and positions
         start again, with the cache and without it. A prompt that several rows share is computed
-        once. The weights must not change meanwhile.
+        once. The weights must not change meanwhile, for keys and values are of the old ones: what
+        PyTorch counts as a change in place is an error (fused optimisers and `.data` are not
+        counted).
 
         Args:
             prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and
@@ -786,7 +788,8 @@ class Model(nn.Module):
             explain: called with (hidden states (B, C), tokens (B,)) a step.
             head: gives the logits in the model's head's place: (B, C) -> (B, V).
             sampling: temperature, top_k, top_p: see Sampler.
-        Raises: ValueError for a model that fills masks.
+        Raises: ValueError for a model that fills masks and an empty prompt; RuntimeError where
+            logits are not finite, and where weights have changed.
         """
         if not self.config.architecture.causal:
             raise ValueError(f"{self.config.arch} fills masks; it does not generate")
@@ -797,7 +800,11 @@ class Model(nn.Module):
         generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
         texts = Texts(self.config, prompts, max_new_tokens, device)
         store: KVCache | None = None
+        weights = [p for p in self.parameters() if not p.is_inference()]
+        changes = sum(p._version for p in weights)
         for step in range(max_new_tokens):
+            if sum(p._version for p in weights) != changes:
+                raise RuntimeError("the weights have changed since this text began: begin it anew")
             moved = texts.begin_contexts()
             if store is not None and not moved:
                 h = self.trunk(*texts.last(1), cache=store)[:, -1]

@@ -239,12 +239,16 @@ class HarmonicHead(nn.Module):
         `loss` it does not."""
         return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
 
+    def tensors(self) -> list[Tensor]:
+        """All that its logits depend on: the table, and what is trained beside it."""
+        beside = (self.bias, self.log_strength, *self.distance_parameters.values())
+        return [self.padded_prototypes(), *(t for t in beside if t is not None)]
+
     def prepared(self) -> PreparedHead:
-        """The head as it is now, for many calls: what depends on the prototypes alone is computed
-        once. `head.prepared()(h)` is `head(h)` without noise and without a gradient."""
-        bias = None if self.bias is None else self.bias[: self.real_vocab_size]
-        how = self.strength, self.link, bias
-        return PreparedHead(self.name, self.prototypes(), *how, **self.geometry())
+        """The head for many calls between which it seldom changes: what depends on the prototypes
+        alone is computed once. `head.prepared()(h)` is `head(h)` without noise and without a
+        gradient."""
+        return PreparedHead(self)
 
     def loss(
         self, h: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"

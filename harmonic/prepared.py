@@ -1,6 +1,6 @@
 """A head for many calls between which it does not change, such as the steps of sampling."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,32 +12,58 @@ from .links import CONTROL, logits
 from .pairwise import exactly, log_distance, mapped, wide
 from .precision import FLOAT32
 
+if TYPE_CHECKING:
+    from .head import HarmonicHead
+
+# How many of a tensor's numbers are compared to see that it has changed.
+COMPARED = 16
+
+
+def fingerprint(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """What differs after the tensors have changed: of each its address, PyTorch's count of changes
+    in place, and COMPARED of its numbers, evenly spread.
+
+    The count tells of `load_state_dict`, of most optimisers and of a single row. The numbers tell
+    of what writes the whole tensor without counting: fused optimisers, `.data`, `.numpy()` and
+    tensors that were made in inference mode. A change of a few rows that is not counted stays
+    unnoticed.
+    """
+    found = []
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        numbers = flat[:: max(1, flat.numel() // COMPARED)].tolist()
+        changes = 0 if tensor.is_inference() else tensor._version
+        found.append((tensor.data_ptr(), changes, numbers))
+    return found
+
 
 class PreparedHead:
     """`prepared(h)` gives the logits that `head(h)` gives in evaluation, without a gradient.
 
     What depends on the prototypes alone is computed once: their map (such as cosine's unit
-    vectors), their squared norms and the floors under their distances. Prepare the head again
-    after its weights have changed. Memory: a second table where the distance has a map.
+    vectors), their squared norms and the floors under their distances. It is computed again when
+    the head's tensors have changed, as far as `fingerprint` notices: after a change of a few
+    rows through `.data`, prepare the head again. Memory: a second table where the distance has a
+    map.
     """
 
+    def __init__(self, head: "HarmonicHead"):
+        self.head = head
+        self._prepare()
+
     @torch.no_grad()
-    def __init__(
-        self,
-        name: str,
-        prototypes: Tensor,
-        strength: float | Tensor,
-        link: str,
-        bias: Tensor | None,
-        **settings: Any,
-    ):
-        """prototypes, bias: without padding. settings: the distance's options and parameters."""
-        self.distance, settings = resolve(name, **settings)
+    def _prepare(self) -> None:
+        """Computes what depends on the prototypes alone."""
+        head = self.head
+        # They are kept, so that no other tensor gets their address.
+        self.sources = head.tensors()
+        self.made_of = fingerprint(self.sources)
+        self.distance, settings = resolve(head.name, **head.geometry())
         self.of_map = self.distance.map_settings(settings)
         self.of_kernel = self.distance.kernel_options(settings)
-        self.strength, self.bias = strength, bias
-        self.link = CONTROL if self.distance.is_control else link
-        kernel, w = self.distance.kernel, prototypes.detach()
+        self.link = CONTROL if self.distance.is_control else head.link
+        self.bias = None if head.bias is None else head.bias[: head.real_vocab_size]
+        kernel, w = self.distance.kernel, head.prototypes().detach()
         with exactly(w.device):
             self.prototypes = mapped(self.distance, wide(w), None, self.of_map)
             self.finite = bool(self.prototypes.sum().isfinite())
@@ -52,6 +78,8 @@ class PreparedHead:
     @torch.no_grad()
     def __call__(self, h: Tensor) -> Tensor:
         """(..., C) -> logits (..., real_vocab_size), float32 (float64 if the table is)."""
+        if fingerprint(self.head.tensors()) != self.made_of:
+            self._prepare()
         with exactly(h.device):
             y = self.prototypes
             rows = h.reshape(-1, h.shape[-1]).to(y.dtype)
@@ -61,7 +89,7 @@ class PreparedHead:
                 u = self.distance.denominator.terms(x)[:, None]
             raw = self._raw(x, y)
             log_d = log_distance(self.distance, raw, u, self.terms, self.of_kernel)
-            found = logits(log_d, self.strength, self.link, self.bias)
+            found = logits(log_d, self.head.strength, self.link, self.bias)
         return found.view(*h.shape[:-1], len(y))
 
     def _raw(self, x: Tensor, y: Tensor) -> Tensor:

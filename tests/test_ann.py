@@ -39,6 +39,15 @@ def make(name, settings):
     return head.eval(), h
 
 
+def test_an_index_of_other_weights_is_refused():
+    head, h = make("manhattan", {})
+    nearest = NearestHead(head, K)
+    nearest(h)
+    head.load_state_dict(head.state_dict())
+    with pytest.raises(RuntimeError, match="make a new NearestHead"):
+        nearest(h)
+
+
 @pytest.mark.parametrize("name, settings", CASES)
 def test_candidates_are_the_likeliest_tokens_with_their_logits(name, settings):
     head, h = make(name, settings)

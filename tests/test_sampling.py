@@ -22,6 +22,67 @@ def test_a_prepared_head_gives_the_same_logits(name):
     torch.testing.assert_close(double.prepared()(states), double(states))
 
 
+def load(head):
+    head.load_state_dict({name: value.flip(0) for name, value in head.state_dict().items()})
+
+
+def replace(head):
+    other = HarmonicHead.from_config(head.config())
+    head.load_state_dict(other.state_dict(), assign=True)
+
+
+def step(head, fused=False):
+    for parameter in head.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.SGD(head.parameters(), lr=0.1, fused=fused).step()
+
+
+@torch.no_grad()
+def one_row(head):
+    head.weight[7] += 1
+
+
+@torch.no_grad()
+def whole_table_without_counting(head):
+    head.weight.data += 0.1
+
+
+CHANGES = {
+    "load_state_dict": load,
+    "other tensors": replace,
+    "an optimiser's step": step,
+    "a step that PyTorch does not count": lambda head: step(head, fused=True),
+    "one row": one_row,
+    "a table through .data": whole_table_without_counting,
+    "the strength": lambda head: head.set_strength(3.0),
+    "float64": lambda head: head.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_prepared_head_follows_its_weights(change, learnt):
+    torch.manual_seed(0)
+    name = "mahalanobis_diagonal" if learnt else "cosine"
+    head = HarmonicHead(48, 250, name, learn_exponent=learnt).eval()
+    h, score = torch.randn(3, 48), head.prepared()
+    before = score(h)
+    CHANGES[change](head)
+    after = score(h)
+    assert torch.equal(after, head(h).detach().to(after))
+    assert change == "float64" or not torch.equal(after, before)
+
+
+def test_a_text_of_weights_that_change_ends():
+    model = build("gpt").eval()
+    steps = model.generate([[1, 2]], 5)
+    next(steps)
+    with torch.no_grad():
+        model.final_norm.weight.mul_(1)
+    with pytest.raises(RuntimeError, match="have changed"):
+        next(steps)
+
+
 def test_rows_with_one_prompt_compute_it_once():
     model = build("gpt").eval()
     shapes = []

@@ -20,6 +20,7 @@ from ..head import HarmonicHead
 from ..kernels import paired
 from ..links import CONTROL, logits
 from ..pairwise import exactly, log_distance, mapped, wide
+from ..prepared import fingerprint
 
 INDEXES = ("flat", "hnsw")
 # Kernel -> the faiss metric that orders mapped vectors as the kernel does.
@@ -68,8 +69,10 @@ class NearestHead:
     """A head in evaluation mode, frozen as it is now, that gives logits to the nearest prototypes
     alone.
 
-    It keeps a copy of the mapped table, and faiss another one. `bounds` has the `mass_bound` of
-    every state that it was called with.
+    It keeps a copy of the mapped table, and faiss another one. An index takes long to build, so it
+    is not built again when the head's tensors change: calls are refused then, as far as
+    `prepared.fingerprint` notices. `bounds` has the `mass_bound` of every state that it was called
+    with.
 
     Args:
         head: the head. candidates: how many prototypes get a logit.
@@ -91,6 +94,8 @@ class NearestHead:
             raise ValueError(f"unknown index {index!r}; choose from {', '.join(INDEXES)}")
         if candidates < 1:
             raise ValueError(f"candidates={candidates} must be at least 1")
+        self.head, self.sources = head, head.tensors()
+        self.made_of = fingerprint(self.sources)
         self.distance, self.metric = distance, name
         self.map_settings = {
             k: v.detach().float().cpu() if isinstance(v, Tensor) else v
@@ -150,8 +155,12 @@ class NearestHead:
         """The nearest prototypes and their exact logits: (N, C) -> ids (N, k), logits (N, k).
 
         Nearest first. Where the graph found fewer than k, the last ids are -1 and their logits
-        -inf. Needs memory for N k C numbers.
+        -inf. Needs memory for N k C numbers. RuntimeError where the head has changed.
         """
+        if fingerprint(self.head.tensors()) != self.made_of:
+            raise RuntimeError(
+                "the head's weights have changed since its index was built: make a new NearestHead"
+            )
         with exactly(torch.device("cpu")):
             x = self._mapped(h)
             one = None if self.bias is None else torch.ones(len(x))
