@@ -250,44 +250,59 @@ class Texts:
                 self.texts[row] += pieces[row]
         return pieces
 
-    def finish(self) -> list[str]:
-        """What each text still holds back: half a character at its end."""
-        return [stream(None) for stream in self.streams]
+    def whole(self, row: int) -> str:
+        """A complete text, with what it still held back: half a character at its end."""
+        return self.texts[row] + self.streams[row](None)
 
 
 def write(
     texts: Texts, steps: Iterator[list[int]], explainer: Explainer | None, total: int
 ) -> None:
-    """Prints the texts as `steps` yields their tokens: one text at once, several when they are
-    whole."""
-    alone = len(texts.texts) == 1
-    if alone:
-        print(texts.texts[0], end="", flush=True)
-    for pieces in grow(texts, steps, total, progress=not alone):
-        if alone:
-            print(pieces[0], end="", flush=True)
-    for row, rest in enumerate(texts.finish()):
-        print(rest if alone else texts.texts[row] + rest)
+    """Prints the texts as `steps` yields their tokens: one text token by token, several whole."""
+    if len(texts.texts) == 1:
+        shown = texts.texts[0]
+        print(shown, end="", flush=True)
+        for (piece,) in grow(texts, steps, total, progress=False):
+            print(piece, end="", flush=True)
+            shown += piece
+        show(texts.whole(0)[len(shown) :], texts, 0, explainer)
+        return
+    for row in complete(texts, steps, total):
+        show(texts.whole(row), texts, row, explainer)
+
+
+def show(text: str, texts: Texts, row: int, explainer: Explainer | None) -> None:
+    """Prints a text, or the rest of it, and what stands below it."""
+    with tqdm.external_write_mode():
+        print(text)
         if explainer:
-            print("\n".join(["", *explainer.lines[row][: len(texts.tokens[row])]]))
+            print("\n".join(["", *explainer.lines[row][: len(texts.tokens[row])]]), flush=True)
         else:
-            print("---------------")
+            print("---------------", flush=True)
 
 
 def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
-    """Prints a line of JSON for each text when all are whole."""
+    """Prints a line of JSON for each text."""
     prompts = list(texts.texts)
-    for _ in grow(texts, steps, total, progress=True):
-        pass
-    for row, rest in enumerate(texts.finish()):
-        text = texts.texts[row] + rest
+    for row in complete(texts, steps, total):
         line = {
             "prompt": prompts[row],
-            "text": text[len(prompts[row]) :],
+            "text": texts.whole(row)[len(prompts[row]) :],
             "tokens": texts.tokens[row],
             "finish_reason": "eot" if texts.ended[row] else "length",
         }
-        print(json.dumps(line, ensure_ascii=False))
+        with tqdm.external_write_mode():
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def complete(texts: Texts, steps: Iterator[list[int]], total: int) -> Iterator[int]:
+    """Adds tokens -> the row of each text, as soon as it and all texts before it are complete."""
+    row, rows = 0, len(texts.ended)
+    for _ in grow(texts, steps, total, progress=True):
+        while row < rows and texts.ended[row]:
+            yield row
+            row += 1
+    yield from range(row, rows)
 
 
 def grow(

@@ -8,6 +8,7 @@ from test_model import build
 from test_sample import runs, sample  # noqa: F401
 
 from harmonic import HEADS, HarmonicHead
+from sample import Texts, write, write_json
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -106,7 +107,7 @@ def test_diverged_weights_are_no_text():
 def test_prompts_from_a_file_and_json(sample, tmp_path):  # noqa: F811
     path = tmp_path / "prompts.txt"
     path.write_text("the old king\n\nmusic\n")
-    words = ["--max_new_tokens=60", "--seed=5", "--temperature=1.5", "--num_samples=2"]
+    words = ["--max_new_tokens=60", "--seed=20", "--temperature=1.5", "--num_samples=2"]
     status, out, err = sample("gpt", f"--prompts={path}", "--json", "--stop_at_eot", *words)
     assert status == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
@@ -117,6 +118,36 @@ def test_prompts_from_a_file_and_json(sample, tmp_path):  # noqa: F811
     plain = sample("gpt", "--start", "the old king", "music", "--stop_at_eot", *words)[1]
     shown = "".join(f"{line['prompt']}{line['text']}\n---------------\n" for line in lines)
     assert plain == shown
+
+
+class Letters:
+    """A tokenizer whose ids are characters."""
+
+    def stream_decoder(self):
+        return lambda token: "" if token is None else chr(token)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_text_appears_when_it_and_those_before_it_are_complete(as_json, capsys):
+    texts = Texts(Letters(), [[ord(c)] for c in "xyz"], eot_id=ord("."))
+    seen = []
+
+    def steps():
+        for tokens in ("aaa", "bb.", ".bb", "aaa", "b.b"):
+            yield list(map(ord, tokens))
+            seen.append(capsys.readouterr().out)
+
+    if as_json:
+        write_json(texts, steps(), 6)
+    else:
+        write(texts, steps(), None, 6)
+    seen.append(capsys.readouterr().out)
+    if as_json:
+        seen = [[json.loads(line) for line in out.splitlines()] for out in seen]
+        seen = [[line["prompt"] + line["text"] for line in lines] for lines in seen]
+    else:
+        seen = [out.split("\n---------------\n")[:-1] for out in seen]
+    assert seen == [[], [], ["xab"], [], ["yabba", "za"]]
 
 
 def test_options_that_make_no_sense_together(sample, tmp_path):  # noqa: F811
