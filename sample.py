@@ -165,10 +165,11 @@ class Explainer:
         self.head, self.tokenizer = model.head, tokenizer
         self.lines: list[list[str]] = [[] for _ in range(rows)]
         row = self.head.distance
+        power = 1 / row.root(**row.kernel_options(row.options | self.head.options))
         if row.has_products:
             self.share = "of sum |h w|"
-        elif row.has_squares and row.root(**row.kernel_options(row.options)) != 1:
-            self.share = "of d^2"
+        elif power != 1:
+            self.share = f"of d^{power:g}"
         else:
             self.share = "of d"
         self.only = 1 if row.kernel == "linf" else self.coordinates

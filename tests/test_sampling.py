@@ -1,6 +1,8 @@
 """What makes sampling fast changes nothing; sample.py's prompts from a file and JSON."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from test_model import build
 from test_sample import runs, sample  # noqa: F401
 
 from harmonic import HEADS, HarmonicHead
-from sample import Texts, write, write_json
+from model import ModelConfig, Texts
+from sample import Explainer, write, write_json
+from sample import Texts as ShownTexts
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -96,12 +100,67 @@ def test_rows_with_one_prompt_compute_it_once():
         assert [tokens[row] for tokens in together] == [token for (token,) in alone]
 
 
-def test_diverged_weights_are_no_text():
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_text(temperature, value):
+    def score(h):
+        logits = torch.zeros(len(h), 101)
+        logits[-1, 7] = value
+        return logits
+
     model = build("gpt").eval()
+    for prompts in ([[1]], [[1], [2]]):
+        with pytest.raises(RuntimeError, match="not finite"):
+            next(model.generate(prompts, 1, temperature=temperature, head=score))
     with torch.no_grad():
         model.final_norm.weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="not finite"):
-        next(model.generate([[1]], 1))
+        next(model.generate([[1]], 1, temperature=temperature))
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])
+def test_an_empty_prompt_is_refused(prompts):
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        next(build("gpt").eval().generate(prompts, 1))
+
+
+def test_contexts_slide_within_their_documents():
+    """block_size is 8, so that a context which is full loses 4 tokens."""
+    config = ModelConfig(block_size=8, doc_mask=True, eot_id=0)
+    texts = Texts(config, [[5, 5, 5, 5], [5, 0, 5], [5]], 12, torch.device("cpu"))
+    starts, moved = [], []
+    # The second row's document begins at column 2. Its next one does at column 11, the third row's
+    # at column 6.
+    for tokens in zip([5] * 12, [5] * 7 + [0] + [5] * 4, [5, 5, 0] + [5] * 9, strict=True):
+        moved.append(texts.begin_contexts())
+        starts.append(tuple(texts.starts))
+        texts.add(torch.tensor(tokens))
+    begun = [(0, 2, 3)] * 3 + [(0, 2, 6)] * 2 + [(4, 2, 6)] * 2 + [(4, 6, 6), (4, 11, 6)]
+    assert starts == begun + [(8, 11, 6)] * 2 + [(8, 11, 10)]
+    assert moved == [now != before for before, now in zip([None, *starts], starts, strict=False)]
+
+
+# How much each coordinate of h = (1, 2, 3), w = (2, 2, 5) carries, as the formulas say.
+SHARES = {
+    "euclidean": ("2 (80.0%), 0 (20.0%), 1 (0.0%) of d^2", {}),
+    "manhattan": ("2 (66.7%), 0 (33.3%), 1 (0.0%) of d", {}),
+    "minkowski": ("2 (88.9%), 0 (11.1%), 1 (0.0%) of d^3", {"p": 3.0}),
+    "chebyshev": ("2 (100.0%) of d", {}),
+    "cross_entropy": ("2 (71.4%), 1 (19.0%), 0 (9.5%) of sum |h w|", {}),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_explained_shares(name):
+    expected, options = SHARES[name]
+    head = HarmonicHead(3, 4, name, **options).eval()
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[9.0, 9, 9], [2, 2, 5], [-4, 0, 1], [0, 7, 0]]))
+    model = SimpleNamespace(head=head)
+    explainer = Explainer(model, SimpleNamespace(decode_token=str), 1)
+    explainer(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1]))
+    (lines,) = explainer.lines[0]
+    assert lines.splitlines()[-1] == f"      coordinates: {expected}", lines
 
 
 def test_prompts_from_a_file_and_json(sample, tmp_path):  # noqa: F811
@@ -129,7 +188,7 @@ class Letters:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_text_appears_when_it_and_those_before_it_are_complete(as_json, capsys):
-    texts = Texts(Letters(), [[ord(c)] for c in "xyz"], eot_id=ord("."))
+    texts = ShownTexts(Letters(), [[ord(c)] for c in "xyz"], eot_id=ord("."))
     seen = []
 
     def steps():
