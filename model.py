@@ -810,21 +810,28 @@ class Model(nn.Module):
             if store is not None and not moved:
                 h = self.trunk(*texts.last(1), cache=store)[:, -1]
             else:
-                # At first, rows with one prompt have one context.
-                rows, of_row = texts.different() if step == 0 else (None, None)
-                context, positions, mask = texts.whole(rows)
-                if cache:
-                    store = KVCache(
-                        self.config, len(context), device, self._compute_dtype(), texts.longest()
-                    )
-                h = self.trunk(context, positions, mask, store)[:, -1]
-                if of_row is not None:
-                    h = h[of_row]
-                    store = None if store is None else store.select(of_row)
+                h, store = self._read(texts, step == 0, cache)
             tokens = sampler.pick(score(h), generators)
             if explain is not None:
                 explain(h, tokens)
             yield texts.add(tokens)
+
+    def _read(
+        self, texts: "Texts", first: bool, cache: bool
+    ) -> tuple[torch.Tensor, KVCache | None]:
+        """Whole contexts -> (the last state of each row (B, C), a cache of them or None)."""
+        # At first, rows with one prompt have one context.
+        rows, of_row = texts.different() if first else (None, None)
+        context, positions, mask = texts.whole(rows)
+        store = None
+        if cache:
+            batch, device = len(context), context.device
+            store = KVCache(self.config, batch, device, self._compute_dtype(), texts.longest())
+        h = self.trunk(context, positions, mask, store)[:, -1]
+        if of_row is not None:
+            h = h[of_row]
+            store = None if store is None else store.select(of_row)
+        return h, store
 
     def _compute_dtype(self) -> torch.dtype:
         device = self.tokens.weight.device.type
