@@ -965,13 +965,23 @@ class Sampler:
             before = ordered.cumsum(-1) - ordered
             outside = before >= self.top_p * ordered.sum(-1, keepdim=True)
             p = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(outside, 0.0))
-        # A uniform number of each row falls on a token. In the order of the vocabulary, for there
-        # two nearly equal probabilities that change places change nothing.
-        wide = torch.float32 if p.device.type == "mps" else torch.float64
-        total = p.cumsum(-1, dtype=wide)
-        drawn = [torch.rand(1, generator=g, device=p.device, dtype=wide) for g in generators]
-        # 1 - u is never 0, so no token without probability is drawn.
-        return torch.searchsorted(total, (1 - torch.stack(drawn)) * total[:, -1:])[:, 0]
+        # What torch.multinomial draws: the first of exponential clocks to ring. A clock is its
+        # token's own, so that rounding errors of other tokens do not change the choice.
+        return p.div_(exponential_clocks(p, generators)).argmax(-1)
+
+
+def exponential_clocks(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """Exponential numbers in the shape of p (B, V), row r drawn from generators[r]."""
+    if p.device.type != "cpu":
+        clocks = torch.empty_like(p)
+        for row, generator in zip(clocks, generators, strict=True):
+            row.exponential_(1, generator=generator)
+        return clocks
+    # The same numbers as exponential_, which takes its logarithms one by one on a CPU.
+    u = torch.empty_like(p, dtype=torch.float64)
+    for row, generator in zip(u, generators, strict=True):
+        row.uniform_(generator=generator)
+    return u.neg_().log1p_().neg_().to(p.dtype)
 
 
 def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:

@@ -166,7 +166,7 @@ def test_explained_shares(name):
 def test_prompts_from_a_file_and_json(sample, tmp_path):  # noqa: F811
     path = tmp_path / "prompts.txt"
     path.write_text("the old king\n\nmusic\n")
-    words = ["--max_new_tokens=60", "--seed=20", "--temperature=1.5", "--num_samples=2"]
+    words = ["--max_new_tokens=60", "--seed=5", "--temperature=1.5", "--num_samples=2"]
     status, out, err = sample("gpt", f"--prompts={path}", "--json", "--stop_at_eot", *words)
     assert status == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
