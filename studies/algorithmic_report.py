@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 
 from analysis import figures
 from analysis.geometry import principal
-from analysis.tables import Column, markdown
+from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
 from base.files import write_whole
@@ -38,7 +38,7 @@ from studies.algorithmic import (
     curves_file,
     swept,
 )
-from studies.intervals import wilson
+from studies.intervals import mean_and_half, wilson
 from studies.runner import Row, Table
 from studies.search import on_edge
 
@@ -168,6 +168,30 @@ def fraction_table(rows: list[Row]) -> str:
             means = {fraction: np.mean(values) for fraction, values in line.items()}
             lines.append({"head": title(head, link)} | means)
     shares = [Column(fraction, f"{100 * float(fraction):.0f} %", ".2f") for fraction in fractions]
+    return markdown(lines, [Column("head"), *shares])
+
+
+def fraction_twins(rows: list[Row]) -> str:
+    """Test accuracy less the softmax twin's, paired by seed, against the share trained on."""
+    runs = [r for r in rows if r["stage"] == "fraction"]
+    fractions = sorted({r["fraction"] for r in runs})
+    scores = {}
+    for r in runs:
+        scores[r["head"], r["link"], r["fraction"], r["seed"]] = float(r["test_accuracy"])
+    lines = []
+    for head in dict.fromkeys(name for name, link in FEW if link == "softmax"):
+        line = {"head": head}
+        for fraction in fractions:
+            differences = []
+            for seed in dict.fromkeys(r["seed"] for r in runs):
+                mine = scores.get((head, "harmonic", fraction, seed))
+                twin = scores.get((head, "softmax", fraction, seed))
+                if mine is not None and twin is not None:
+                    differences.append(mine - twin)
+            if differences:
+                line[fraction] = interval(*mean_and_half(differences), "+.2f")
+        lines.append(line)
+    shares = [Column(fraction, f"{100 * float(fraction):.0f} %") for fraction in fractions]
     return markdown(lines, [Column("head"), *shares])
 
 

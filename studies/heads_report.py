@@ -50,6 +50,21 @@ from studies.search import Setting, number, on_edge
 from training.objective import objective_of
 
 BASELINE = ("cross_entropy", "control")
+# Heads that the page of results compares beside those of the tables, as --compare takes them.
+PAIRS = (
+    "mahalanobis/softmax,cosine/softmax",
+    "mahalanobis/harmonic,euclidean/harmonic",
+    "euclidean/harmonic,euclidean/softmax",
+    "euclidean/harmonic,cross_entropy/control",
+    "euclidean/harmonic/4,euclidean/softmax/4",
+    "cosine/harmonic,cosine/softmax",
+    "cosine/harmonic,cross_entropy/control",
+    "cosine/harmonic,euclidean/harmonic",
+    "cosine/harmonic/4,cosine/softmax",
+    "cosine/harmonic/4,cross_entropy/control",
+    "cosine/harmonic/4,euclidean/harmonic",
+    "cosine/harmonic/4,euclidean/harmonic/4",
+)
 COLORS = {"harmonic": figures.BLUE, "softmax": figures.ORANGE, "control": figures.GREY}
 # A head with its options, and its link.
 Key = tuple[str, str]
@@ -319,8 +334,43 @@ def p_values(rows: list[Row]) -> str:
     return markdown(lines, columns)
 
 
+def pairs(rows: list[Row]) -> str:
+    """PAIRS: differences of the losses, of the gradient norm's variation and of the prototypes'
+    shape."""
+    measures = {"grad_norm_cv": "+.3f", "pca_components_90": "+.1f", "pca_top2": "+.3f"}
+    lines = []
+    for text in PAIRS:
+        a, b = _chosen(rows, text)
+        heads = [words.replace("/", ", ").replace(", 4", ", doubled") for words in text.split(",")]
+        line = {"a": heads[0].removesuffix(", control"), "b": heads[1].removesuffix(", control")}
+        line |= {"seeds": str(len(set(a) & set(b))), "loss": shown(paired(a, b))}
+        for measure, form in measures.items():
+            line[measure] = _difference(a, b, measure, form)
+        lines.append(line)
+    columns: Columns = [
+        Column("a", "head"),
+        Column("b", "less"),
+        "seeds",
+        Column("loss", "test loss"),
+        Column("grad_norm_cv", "CV of the gradient norm"),
+        Column("pca_components_90", "PCs for 90 %"),
+        Column("pca_top2", "top 2 PCs"),
+    ]
+    return markdown(lines, columns)
+
+
 def compared(rows: list[Row], text: str) -> str:
     """Differences of two heads' losses and other measures, paired by seed."""
+    a, b = _chosen(rows, text)
+    lines = [{"measure": "loss", "difference": shown(paired(a, b), "+.4f")}]
+    for column in TRAINING:
+        difference = _difference(a, b, column.key, "+.4g")
+        lines.append({"measure": column.key, "difference": difference})
+    return markdown(lines, ["measure", Column("difference", text.replace(",", " less "))])
+
+
+def _chosen(rows: list[Row], text: str) -> tuple[dict[str, Row], dict[str, Row]]:
+    """The runs of two heads that --compare names, seed -> row. UserError where none is paired."""
     second = [r for r in rows if r["stage"] == "2"]
     longer = [r for r in rows if r["stage"] == "4" and r["ablation"] == LONGER]
     chosen = []
@@ -332,13 +382,12 @@ def compared(rows: list[Row], text: str) -> str:
             f"compare={text}: name two heads that have a seed in common, such as"
             " cosine/harmonic,cross_entropy/control"
         )
-    a, b = chosen
-    lines = [{"measure": "loss", "difference": shown(paired(a, b), "+.4f")}]
-    for column in TRAINING:
-        values = [float(a[s][column.key]) - float(b[s][column.key]) for s in a if s in b]
-        difference = shown(mean_and_half(values), "+.4g")
-        lines.append({"measure": column.key, "difference": difference})
-    return markdown(lines, ["measure", Column("difference", text.replace(",", " less "))])
+    return chosen[0], chosen[1]
+
+
+def _difference(a: dict[str, Row], b: dict[str, Row], measure: str, form: str) -> str:
+    values = [float(a[s][measure]) - float(b[s][measure]) for s in a if s in b]
+    return shown(mean_and_half(values), form)
 
 
 def stage_three(rows: list[Row]) -> str:

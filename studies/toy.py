@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from analysis import figures
-from analysis.tables import Column, cells, text, write_csv
+from analysis.tables import Column, cells, markdown, text, write_csv
 from analysis.theory import toy
 from base.command_line import cli, parse
 from harmonic import CONTROLS, DISTANCES
@@ -93,6 +93,11 @@ def row(name: str, task: str, found: dict, middle: torch.Tensor) -> dict:
         "growth": norms[-1] / norms[len(norms) // 2],
         "to_centres": (found["path"][-1] - middle).norm(dim=-1).mean().item(),
     }
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """All rows of toy.csv."""
+    return markdown(rows, COLUMNS)
 
 
 @torch.no_grad()

@@ -44,6 +44,9 @@ GRAD_CAM += [
     for head in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs")
 ]
 
+# With both links.
+TWINS = ("euclidean", "manhattan", "cosine")
+
 
 @dataclass
 class ReportConfig:
@@ -114,6 +117,25 @@ def structure(rows: list[Row]) -> str:
     """Components for 90 % of the variance of the features (one-layer: of the prototypes), and the
     share of the first two."""
     return by_place(rows, shown_structure)
+
+
+def twins(rows: list[Row]) -> str:
+    """Test accuracy less the softmax twin's, in points, paired by seed."""
+
+    def by_seed(head: str, link: str) -> dict[str, float]:
+        mine = select(rows, *place, head, link)
+        return {row["seed"]: 100 * float(row["test_accuracy"]) for row in mine}
+
+    lines: dict[str, dict] = {}
+    for place in places(rows):
+        for head in TWINS:
+            mine, twin = by_seed(head, "harmonic"), by_seed(head, "softmax")
+            differences = [mine[seed] - twin[seed] for seed in mine if seed in twin]
+            if differences:
+                line = lines.setdefault(head, {"head": head})
+                line["/".join(place)] = interval(*mean_and_half(differences), "+.2f")
+    columns = [Column("/".join(place), ", ".join(place)) for place in places(rows)]
+    return markdown(list(lines.values()), ["head", *columns])
 
 
 def table(rows: list[Row], dataset: str, backbone: str) -> str:
