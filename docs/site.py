@@ -27,7 +27,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Points the links of pages at the site's folders. A link to code becomes its text."""
     if Path(page.file.src_uri).parent == Path("results"):
-        return markdown
+        return markdown.replace("](../docs/", "](../")
 
     def in_the_site(link: re.Match) -> str:
         text, name, anchor = link.groups()

@@ -1,5 +1,5 @@
-"""README.md and docs/ stay true: their commands parse, their links lead somewhere, their tables
-are the measured ones, and one short chain of commands runs."""
+"""README.md, docs/ and results/ stay true: their commands parse, their links lead somewhere, their
+tables are the measured ones, and one short chain of commands runs."""
 
 import csv
 import functools
@@ -22,7 +22,9 @@ from base.command_line import parse
 from model import Model, ModelConfig
 from training.config import TrainConfig
 
+RESULTS = sorted((ROOT / "results").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += RESULTS
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 LAUNCHERS = ("make", "torchrun", "python", "lm_eval", "cp", "pytest", "source", "pip")
 
@@ -153,7 +155,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_links_and_anchors_lead_somewhere():
-    for path in (*PAGES, ROOT / "CHANGELOG.md", ROOT / "results/README.md"):
+    for path in (*PAGES, ROOT / "CHANGELOG.md"):
         prose = FENCED.sub("", path.read_text())
         for link in re.findall(r"\]\(([^)\s]+)\)", prose):
             if link.startswith(("http://", "https://")):
@@ -281,12 +283,24 @@ def test_demo_numbers_are_the_measured_ones():
         assert f"| {nats:.3f} | {perplexity:.1f} | {bits:.3f} |" in page("README.md")
 
 
-def test_results_on_the_front_page_are_those_of_the_results():
-    table = page("README.md").partition("| head | link | test loss")[2].partition("\n\n")[0]
-    numbers = re.findall(r"[-+]?\d\.\d{3,4} ± \d\.\d{3,4}", table)
-    assert len(numbers) > 10
-    for number in numbers:
-        assert number in page("results/README.md")
+TABLE = re.compile(r"<!-- table: .*?<!-- end -->", re.S)
+INTERVAL = re.compile(r"(\d+\.\d+) ± (\d+\.\d+)")
+
+
+def test_intervals_in_words_are_those_of_the_tables():
+    """Of README.md and results/, but for their signs. History quotes old numbers."""
+    tables = "".join(found for path in RESULTS for found in TABLE.findall(path.read_text()))
+    known = [(float(mean), float(half)) for mean, half in INTERVAL.findall(tables)]
+    checked = 0
+    for path in (ROOT / "README.md", *RESULTS):
+        if path.name == "history.md":
+            continue
+        for mean, half in INTERVAL.findall(TABLE.sub("", path.read_text())):
+            form = f".{len(mean.partition('.')[2])}f"
+            shown = {(format(m, form), format(h, form)) for m, h in known}
+            assert (mean, half) in shown, (path.name, mean, half)
+            checked += 1
+    assert checked > 40
 
 
 def test_benchmark_numbers_are_the_measured_ones():
