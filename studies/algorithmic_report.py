@@ -172,27 +172,40 @@ def fraction_table(rows: list[Row]) -> str:
 
 
 def fraction_twins(rows: list[Row]) -> str:
-    """Test accuracy less the softmax twin's, paired by seed, against the share trained on."""
+    """Test accuracy less the softmax twin's, against the share of examples trained on."""
     runs = [r for r in rows if r["stage"] == "fraction"]
-    fractions = sorted({r["fraction"] for r in runs})
-    scores = {}
+    shares = {f: f"{100 * float(f):.0f} %" for f in sorted({r["fraction"] for r in runs})}
+    return _less_twins(runs, "test_accuracy", "fraction", shares)
+
+
+def task_twins(rows: list[Row]) -> str:
+    """The share of the top 2 components less the softmax twin's, of each task."""
+    runs = [r for r in rows if r["stage"] == "main"]
+    return _less_twins(runs, "top2", "task", {r["task"]: r["task"] for r in runs})
+
+
+def _less_twins(runs: list[Row], measure: str, place: str, titles: dict[str, str]) -> str:
+    """Differences of a measure, paired by seed: a line for each of FEW that has a twin, a column
+    for each value of `place`."""
+    values = {}
     for r in runs:
-        scores[r["head"], r["link"], r["fraction"], r["seed"]] = float(r["test_accuracy"])
+        values[r["head"], r["link"], r[place], r["seed"]] = float(r[measure])
+    seeds = dict.fromkeys(r["seed"] for r in runs)
     lines = []
     for head in dict.fromkeys(name for name, link in FEW if link == "softmax"):
         line = {"head": head}
-        for fraction in fractions:
+        for where in titles:
             differences = []
-            for seed in dict.fromkeys(r["seed"] for r in runs):
-                mine = scores.get((head, "harmonic", fraction, seed))
-                twin = scores.get((head, "softmax", fraction, seed))
+            for seed in seeds:
+                mine = values.get((head, "harmonic", where, seed))
+                twin = values.get((head, "softmax", where, seed))
                 if mine is not None and twin is not None:
                     differences.append(mine - twin)
             if differences:
-                line[fraction] = interval(*mean_and_half(differences), "+.2f")
+                line[where] = interval(*mean_and_half(differences), "+.2f")
         lines.append(line)
-    shares = [Column(fraction, f"{100 * float(fraction):.0f} %") for fraction in fractions]
-    return markdown(lines, [Column("head"), *shares])
+    columns = [Column(where, title) for where, title in titles.items()]
+    return markdown(lines, [Column("head"), *columns])
 
 
 # ---- pictures ----------------------------------------------------------------------------------

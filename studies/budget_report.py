@@ -168,7 +168,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.set_xlim(0.5, 24)
         axes.set_xlabel("million tokens of training")
         axes.grid(alpha=0.2)
-    if not rows:
+    if not any(row["stage"] in TOKENS for row in rows):
         left.text(0.5, 0.5, "no runs yet", transform=left.transAxes, ha="center")
     lines, names = left.get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=4)

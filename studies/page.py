@@ -49,6 +49,7 @@ TABLES = {
     "budget ranks": (budget, "budget.csv", budget_report.ranks),
     "optimizers": (optimizers, "optimizers.csv", optimizers_table),
     "tasks": (algorithmic, "algorithmic.csv", algorithmic_report.main_table),
+    "task twins": (algorithmic, "algorithmic.csv", algorithmic_report.task_twins),
     "grokking": (algorithmic, "algorithmic.csv", algorithmic_report.gap_table),
     "fractions": (algorithmic, "algorithmic.csv", algorithmic_report.fraction_table),
     "fraction twins": (algorithmic, "algorithmic.csv", algorithmic_report.fraction_twins),
