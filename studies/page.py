@@ -65,8 +65,8 @@ PLACE = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.
 class PageConfig:
     """The pages of results"""
 
-    folder: str = "results"
-    """the tables on its pages are rewritten, from the CSV files there"""
+    page: str = "results"
+    """a page, or a folder of pages; their tables are rewritten, from the CSV files beside them"""
 
 
 def filled(text: str, folder: Path) -> str:
@@ -87,9 +87,10 @@ def filled(text: str, folder: Path) -> str:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], PageConfig)
-    pages = sorted(Path(c.folder).glob("*.md"))
-    if not pages:
-        raise UserError(f"no pages in {c.folder}")
+    place = Path(c.page)
+    pages = sorted(place.glob("*.md")) if place.is_dir() else [place]
+    if not pages or not pages[0].is_file():
+        raise UserError(f"no page {place}")
     for page in pages:
         text = page.read_text()
         if count := len(PLACE.findall(text)):
