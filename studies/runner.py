@@ -135,12 +135,12 @@ def complete(
         wanted: -> every job that is known by now, done or not, most important first. It is asked
             again after each job, for what was found may decide about the next.
         tell: (a job's rows) -> what is printed of them.
-    Raises: what the first job that failed has raised.
+    Raises: what the first job that failed has raised. Ctrl-C exits with status 130.
     """
     sha, progress = commit(), _Progress()
     running: dict[Future, Job] = {}
     faults: list[BaseException] = []
-    with _pool(workers) as pool:
+    with _resumable(table.path), _pool(workers) as pool:
         while True:
             known = wanted()
             todo = [job for job in known if not table.find(job.key)]
@@ -193,12 +193,14 @@ def train(
     c: TrainingConfig, training: Training, measure: Callable[[Path, dict], dict]
 ) -> list[dict]:
     """Trains and measures: -> one row. A run that stopped at a loss that is not finite has only
-    its time. What the run prints is in FOLDER.log.
+    its time. The time of a resumed run includes its earlier starts. What the run prints is in
+    FOLDER.log.
 
     Raises: UserError with the end of the log, for a run that failed.
     """
-    # torch takes seconds to import, and a worker need not have it.
+    # torch takes seconds to import, and the process that starts the workers need not have it.
     from training.distributed import launcher
+    from training.telemetry import clock, read_metrics
 
     folder = Path(c.runs) / run_name(training.key)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,10 +211,13 @@ def train(
     environment = dict(os.environ)
     if c.workers > 1 and not training.alone:
         environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    earlier, metrics = 0.0, folder / "metrics.jsonl"
+    if flags.get("init_from") == "auto" and metrics.is_file() and metrics.stat().st_size:
+        earlier = clock(read_metrics(folder), tokens=0)[-1][0]
     began = time.monotonic()
     with open(log, "w") as file:
         status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    row = {"seconds": f"{time.monotonic() - began:.1f}"}
+    row = {"seconds": f"{earlier + time.monotonic() - began:.1f}"}
     if status == NOT_FINITE:
         return [row]
     if status:
@@ -257,6 +262,16 @@ def _startable(todo: list[Job], running: list[Job], workers: int) -> list[Job]:
             break
         found.append(job)
     return found
+
+
+@contextlib.contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """Ctrl-C ends a study with a word on how to resume it, rather than with a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped: {path} has the rows so far; call it again to resume", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager
