@@ -175,7 +175,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figures.save(figure, path)
 
 
-def _line(axes: Axes, found: dict[str, list[float]], label: str, style: dict[str, str]) -> None:
+def _line(axes: Axes, found: dict[str, list[float]], label: str, style: dict) -> None:
     """Means over seeds; the band is their 95 % interval, where there are two seeds or more."""
     run = {TOKENS[stage]: mean_and_half(values) for stage, values in found.items() if values}
     means = np.array([mean for mean, _ in run.values()])

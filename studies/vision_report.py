@@ -123,18 +123,20 @@ def twins(rows: list[Row]) -> str:
     """Test accuracy less the softmax twin's, in points, paired by seed."""
 
     def by_seed(head: str, link: str) -> dict[str, float]:
-        mine = select(rows, *place, head, link)
+        mine = select(rows, dataset, backbone, head, link)
         return {row["seed"]: 100 * float(row["test_accuracy"]) for row in mine}
 
     lines: dict[str, dict] = {}
-    for place in places(rows):
+    columns = []
+    for dataset, backbone in places(rows):
+        key = f"{dataset}/{backbone}"
+        columns.append(Column(key, f"{dataset}, {backbone}"))
         for head in TWINS:
             mine, twin = by_seed(head, "harmonic"), by_seed(head, "softmax")
             differences = [mine[seed] - twin[seed] for seed in mine if seed in twin]
             if differences:
                 line = lines.setdefault(head, {"head": head})
-                line["/".join(place)] = interval(*mean_and_half(differences), "+.2f")
-    columns = [Column("/".join(place), ", ".join(place)) for place in places(rows)]
+                line[key] = interval(*mean_and_half(differences), "+.2f")
     return markdown(list(lines.values()), ["head", *columns])
 
 
