@@ -52,7 +52,7 @@ def unseal(text: bytes | str) -> dict:
         raise ValueError("it is not a JSON object")
     checksum = content.pop("checksum", None)
     if checksum not in (None, _checksum(content)):
-        raise ValueError("its checksum does not match: a damaged or edited file")
+        raise ValueError("its checksum does not match: the file is corrupt or was edited")
     return content
 
 
