@@ -154,7 +154,7 @@ def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict
     rows = []
     for world in (1, 2, 4, 8, 16, 32, 64):
         mine = math.ceil(windows / world)
-        if world > windows or (how == "fsdp" and windows % world):  # train.py does not accept these.
+        if world > windows or (how == "fsdp" and windows % world):  # train.py refuses these.
             continue
         computing = mine * model_config.block_size * model.flops_per_token() / (c.peak * c.mfu)
         bandwidth = c.inside if world <= c.per_node else min(c.inside, getattr(c, network))
