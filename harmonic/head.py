@@ -204,7 +204,12 @@ class HarmonicHead(nn.Module):
         """How `loss` multiplies matrices on the prototypes' device, inside torch.autocast if this
         is called inside it."""
         precision = "float32" if self.impl == "dense" else self.precision
-        return choose_products(precision, self.distance.kernel, self.padded_prototypes().device)
+        return choose_products(
+            precision,
+            self.distance.multiplies,
+            self.distance.has_products,
+            self.padded_prototypes().device,
+        )
 
     def geometry(self) -> dict[str, Any]:
         """The distance's options and trained parameters: the keyword settings of `distance`,

@@ -133,11 +133,14 @@ SPLIT = Products("split", torch.float16, torch.bfloat16, parts=2)
 BY_NAME = {"float32": FLOAT32, "split": SPLIT}  # "autocast" depends on its type
 
 
-def choose_products(precision: str, kernel: str, device: torch.device) -> Products:
-    """The products of a head with this kernel of kernels.py.
+def choose_products(
+    precision: str, multiplies: bool, has_products: bool, device: torch.device
+) -> Products:
+    """The products of a head.
 
-    auto: on CUDA split for l2, and for dot products autocast; elsewhere float32, which is as fast
-    as anything that exact on a CPU.
+    multiplies, has_products: of its distance. One that does not multiply has float32.
+    auto: on CUDA split for distances, and for inner products autocast; elsewhere float32, which is
+    as fast as anything that exact on a CPU.
     autocast: float32 outside of autocast. Slopes are never float16, which ends at 6e-8: they are
     bfloat16 where the device has it, else float32. A GPU without bfloat16, or whose torch.mm gives
     no float32, has no split. Raises: ValueError for an unknown precision.
@@ -147,8 +150,8 @@ def choose_products(precision: str, kernel: str, device: torch.device) -> Produc
     if precision == "auto":
         if device.type != "cuda":
             return FLOAT32
-        precision = "autocast" if kernel == "dot" else "split"
-    if kernel not in ("l2", "dot"):
+        precision = "autocast" if has_products else "split"
+    if not multiplies:
         return FLOAT32
     has_bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "split":

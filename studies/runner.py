@@ -193,12 +193,14 @@ def train(
     c: TrainingConfig, training: Training, measure: Callable[[Path, dict], dict]
 ) -> list[dict]:
     """Trains and measures: -> one row. A run that stopped at a loss that is not finite has only
-    its time. What the run prints is in FOLDER.log.
+    its time. The time of a resumed run includes its earlier starts. What the run prints is in
+    FOLDER.log.
 
     Raises: UserError with the end of the log, for a run that failed.
     """
-    # torch takes seconds to import, and a worker need not have it.
+    # torch takes seconds to import, and the process that starts the workers need not have it.
     from training.distributed import launcher
+    from training.telemetry import clock, read_metrics
 
     folder = Path(c.runs) / run_name(training.key)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,10 +211,13 @@ def train(
     environment = dict(os.environ)
     if c.workers > 1 and not training.alone:
         environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    earlier, metrics = 0.0, folder / "metrics.jsonl"
+    if flags.get("init_from") == "auto" and metrics.is_file() and metrics.stat().st_size:
+        earlier = clock(read_metrics(folder), tokens=0)[-1][0]
     began = time.monotonic()
     with open(log, "w") as file:
         status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    row = {"seconds": f"{time.monotonic() - began:.1f}"}
+    row = {"seconds": f"{earlier + time.monotonic() - began:.1f}"}
     if status == NOT_FINITE:
         return [row]
     if status:

@@ -4,6 +4,7 @@ training here but for one tiny run."""
 import copy
 import functools
 import itertools
+import json
 import math
 
 import numpy as np
@@ -242,13 +243,17 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("status", [3, 2])
 def test_a_run_that_ends_early(tmp_path, monkeypatch, status):
-    """With status 3 it stopped at a loss that is not finite: its row has no losses."""
+    """With status 3 it stopped at a loss that is not finite: its row has no losses. Its time has
+    that of the start before."""
     monkeypatch.setattr(distributed, "launcher", lambda processes: ["-c", f"exit({status})"])
     c = heads.StudyConfig(runs=str(tmp_path))
-    training = runner.Training({"head": "cosine"}, {})
+    training = runner.Training({"head": "cosine"}, {"init_from": "auto"})
+    (tmp_path / "cosine").mkdir()
+    before = {"iter": 9, "elapsed_s": 1000.0, "tokens_per_s": 5.0}
+    (tmp_path / "cosine/metrics.jsonl").write_text(json.dumps(before) + "\n")
     if status == 3:
         (row,) = runner.train(c, training, heads.measure)
-        assert row.keys() == {"seconds"}
+        assert row.keys() == {"seconds"} and 1000 <= float(row["seconds"]) < 1300
     else:
         with pytest.raises(UserError, match="cosine ended with status 2"):
             runner.train(c, training, heads.measure)

@@ -65,9 +65,10 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float) -> list[str]:
 
 
 def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
-    found, kernel = [], HEADS[model.head].kernel
-    if kernel in ("dot", "l2"):
-        faster = kernel == "l2" or dtype != "float32"  # A dot product follows the trunk's type.
+    found, distance = [], HEADS[model.head]
+    if distance.multiplies:
+        # An inner product follows the trunk's type.
+        faster = not distance.has_products or dtype != "float32"
         if device == "cuda" and model.head_precision == "float32" and faster:
             found.append(
                 "head_precision=float32 keeps the head off the tensor cores: use"
@@ -83,8 +84,8 @@ def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
             f"head_impl={model.head_impl} is slower than the compiled kernels and needs more"
             " memory: use --head_impl=auto"
         )
-    # The kernels dot and l2 skip nothing.
-    if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):
+    # Matrix products skip nothing.
+    if model.head_skip == 0 and device == "cpu" and not distance.multiplies:
         found.append(
             "head_skip=0 computes gradients of pairs that do not matter to float32: the default"
             " 1e-6 leaves them out"
@@ -95,7 +96,7 @@ def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
 def about_products(head: HarmonicHead) -> str | None:
     """How the head multiplies matrices, in words, when called inside the run's autocast. None for a
     distance without matrix products."""
-    if head.distance.kernel not in ("dot", "l2"):
+    if not head.distance.multiplies:
         return None
     products = head.products()
     if products.name == "split":
