@@ -20,7 +20,6 @@ appear in out/advise/NAME.csv as runs end. Stop it with Ctrl-C and call it again
 changed setting or other data begins anew.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,7 +28,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -441,16 +439,6 @@ def configure(argv: list[str]) -> tuple[AdviseConfig, ModelConfig, TrainConfig, 
     return c, m, t, load_data(data_folder(t.dataset), t.tokenizer)
 
 
-@contextlib.contextmanager
-def resumable(path: Path) -> Iterator[None]:
-    """Ctrl-C ends the study with a word on how to resume it, rather than with a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nstopped: {path} has the runs so far; call it again to resume", file=sys.stderr)
-        sys.exit(130)
-
-
 def main() -> None:
     c, m, t, data = configure(sys.argv[1:])
     began, out = time.monotonic(), Path(c.out)
@@ -464,10 +452,9 @@ def main() -> None:
     )
 
     # Calibration.
-    with resumable(table.path):
-        complete_trainings(
-            how, table, lambda: [study.training(key) for key in study.calibration()], measure
-        )
+    complete_trainings(
+        how, table, lambda: [study.training(key) for key in study.calibration()], measure
+    )
     print(speed_table(study.speeds()))
     costs = study.costs()
     iterations = costs.iterations(c.minutes)
@@ -485,10 +472,9 @@ def main() -> None:
     )
 
     # Sweep and final runs.
-    with resumable(table.path):
-        complete_trainings(
-            how, table, lambda: [study.training(key) for key in study.wanted(iterations)], measure
-        )
+    complete_trainings(
+        how, table, lambda: [study.training(key) for key in study.wanted(iterations)], measure
+    )
     picture = table.path.with_suffix(".png")
     draw(study, iterations, picture)
     print(f"\n{result_table(study, iterations)}\n\n{conclusion(study, iterations, costs)}")

@@ -135,12 +135,12 @@ def complete(
         wanted: -> every job that is known by now, done or not, most important first. It is asked
             again after each job, for what was found may decide about the next.
         tell: (a job's rows) -> what is printed of them.
-    Raises: what the first job that failed has raised.
+    Raises: what the first job that failed has raised. Ctrl-C exits with status 130.
     """
     sha, progress = commit(), _Progress()
     running: dict[Future, Job] = {}
     faults: list[BaseException] = []
-    with _pool(workers) as pool:
+    with _resumable(table.path), _pool(workers) as pool:
         while True:
             known = wanted()
             todo = [job for job in known if not table.find(job.key)]
@@ -262,6 +262,16 @@ def _startable(todo: list[Job], running: list[Job], workers: int) -> list[Job]:
             break
         found.append(job)
     return found
+
+
+@contextlib.contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """Ctrl-C ends a study with a word on how to resume it, rather than with a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped: {path} has the rows so far; call it again to resume", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager
