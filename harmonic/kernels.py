@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import untraced
 from .maps import unit
 from .precision import FLOAT32, Products, inner_products
 
@@ -221,7 +222,7 @@ def _exported(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Ten
 
 
 # Blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+@untraced
 def _pairs(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], products: Products
 ) -> Tensor:

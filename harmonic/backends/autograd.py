@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import untraced
 from ..pairwise import exactly, map_both
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
@@ -51,7 +52,7 @@ def evaluate(problem: Problem) -> Tensor:
 
 
 # Its checks look at values.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+@untraced
 def _dense(problem: Problem) -> Tensor:
     """The loss by way of all logits at once, (N, V), differentiated by PyTorch: what the backends
     are compared with."""
