@@ -321,10 +321,10 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         print(f"note: {notes[0]}", file=sys.stderr)
 
     # One run's model and metrics are in memory at a time.
-    entries = [
-        examine(run, data[i] if data else None, texts, c, device)
-        for i, run in enumerate(tqdm(runs, desc="runs", leave=False, disable=None))
-    ]
+    entries = []
+    for i, run in enumerate(runs):
+        print(f"run {i + 1} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
+        entries.append(examine(run, data[i] if data else None, texts, c, device))
     notes += [entry.note for entry in entries if entry.note]
     summaries = [entry.summary for entry in entries]
     losses = [entry.losses for entry in entries if entry.losses is not None]
