@@ -42,7 +42,7 @@ class Architecture:
     """What GPT-2, BERT and Qwen2 do differently. Everything else in this file is the same for all.
 
     causal: a token sees itself and what is before it. Otherwise it sees the whole window, and the
-        model is trained to fill masks.
+        model is trained by masked language modelling.
     norm: (width, with a bias) -> a normalisation layer.
     norm_after: norms stand after each residual sum, and one after the embedding. Otherwise they
         stand before attention and MLP, and one before the head.
@@ -776,10 +776,10 @@ class Model(nn.Module):
             explain: called with (hidden states (B, C), tokens (B,)) a step.
             head: gives the logits in the model's head's place: (B, C) -> (B, V).
             sampling: temperature, top_k, top_p: see Sampler.
-        Raises: ValueError for a model that fills masks.
+        Raises: ValueError for a masked language model.
         """
         if not self.config.architecture.causal:
-            raise ValueError(f"{self.config.arch} fills masks; it does not generate")
+            raise ValueError(f"{self.config.arch} is a masked language model: it does not generate")
         if not prompts or not all(prompts):
             raise ValueError("a prompt is empty: each needs a token at least")
         device, sampler = self.tokens.weight.device, Sampler(**sampling)

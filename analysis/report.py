@@ -52,7 +52,7 @@ MAPS, MAP_POINTS = 6, 1500
 PROMPTS, PROMPT_CHARACTERS, TRUTH_CHARACTERS = 2, 80, 240
 # Enough for both with any tokenizer of words or their parts.
 EXCERPT_TOKENS = 160
-# bert fills every seventh token (`how_sampled` says so), about the share that it learns on.
+# bert predicts every seventh token (`how_sampled` says so), about the share that it learns on.
 MASK_EVERY = 7
 
 
@@ -196,9 +196,11 @@ def continuations(
 
 
 @torch.inference_mode()
-def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[list[list]]:
-    """What bert puts for masked words: for each excerpt one text of pieces [kind, text, truth],
-    kind being given, right or wrong."""
+def predicted_tokens(
+    model: Model, words: Tokenizer, texts: list[tuple[str, str]]
+) -> list[list[list]]:
+    """What bert predicts for masked tokens: for each excerpt one text of pieces [kind, text,
+    truth], kind being given, right or wrong."""
     found: list[list[list]] = []
     for prompt, truth in texts:
         ids = torch.tensor(
@@ -301,7 +303,7 @@ def examine(
     if texts:
         words = data.load_tokenizer()
         if run.objective.masked:
-            entry.samples = fills(model, words, texts)
+            entry.samples = predicted_tokens(model, words, texts)
         else:
             entry.samples = continuations(model, words, data.eot_id, texts, c)
     return entry
@@ -390,8 +392,8 @@ def how_sampled(runs: list[Run], c: ReportConfig) -> str:
         )
     if any(r.objective.masked for r in runs):
         text += (
-            " bert sees the text with every seventh token hidden and puts the likeliest; struck out"
-            " is what the text has."
+            " bert sees the text with every seventh token masked and predicts it. Struck out is the"
+            " text's own token where the two differ."
         )
     return text
 
