@@ -47,8 +47,8 @@ class SampleConfig:
     ends become \\n); none = the start of a document. <|endoftext|> ([SEP] for bert) in a prompt is
     the end-of-text token"""
     prompts: str = ""
-    """a file with one prompt a line (UTF-8); empty lines are skipped. Further prompts, behind those
-    of start"""
+    """a file with one prompt a line (UTF-8); empty lines are skipped. These come after the
+    prompts of start"""
     num_samples: int = 1
     """texts for each prompt"""
     max_new_tokens: int = 200

@@ -1,11 +1,11 @@
-"""One self-contained HTML page that compares finished runs: results, curves, samples and what was
+"""Writes one HTML page that compares finished runs: results, curves, samples and what was
 different.
 
     python -m analysis.report out/a out/b --out=report.html
 
-The page is `report.html` beside this file with one JSON document put into it: it needs no network
-and no other file. Losses are those that training measured on its fixed validation windows; `python
--m analysis.perplexity` scores a whole split.
+The page needs no network and no other file: it is analysis/report.html with one JSON document in
+it. Losses are those that training measured on its fixed validation windows. analysis.perplexity
+scores a whole split.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class ReportConfig:
     runs: list[str] = field(default_factory=list)
     """run folders"""
     out: str = "report.html"
-    """the page"""
+    """file of the page"""
     dataset: str | None = None
     """prepared data of all runs, a folder under data/ or a path; null = where each run was
     trained"""

@@ -245,7 +245,9 @@ def test_help_lists_every_key(monkeypatch, capsys):
             module.main()
         assert capsys.readouterr().out.count("(type:") > 2
     done = script_here("train.py", "--help")
+    assert done.stdout.startswith("usage: python train.py [CONFIG.yaml] [--key=value ...]\n")
     assert "manhattan" in done.stdout and done.stdout.count("(type:") > 60
+    assert "(type: choice, default: gpt)" in " ".join(done.stdout.split())
 
 
 def test_the_text_speaks_of_the_product_alone():
