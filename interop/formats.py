@@ -8,6 +8,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from base.errors import UserError
 from model import ModelConfig
 
 # transformers' name: that of model.py. Of two names for the same, the last one is written.
@@ -35,8 +36,8 @@ class Format:
         head, head_bias: the unembedding. transform: in front of what an encoder that was saved
         without its head lacks.
     Its tokens:
-        masked: it predicts masked tokens. tokenizer: the usual one, if there are so many rows as
-        `tokenizer_rows` has.
+        masked: it is a masked language model. tokenizer: the usual one, if there are so many rows
+        as `tokenizer_rows` has.
     """
 
     model_type: str
@@ -266,5 +267,9 @@ FORMATS = {form.model_type: form for form in (GPT2, BERT, QWEN2, QWEN3)}
 
 
 def format_of(c: ModelConfig) -> Format:
-    """The format that a model of model.py is written in."""
-    return next(f for f in FORMATS.values() if (f.arch, f.qk_norm) == (c.arch, c.qk_norm))
+    """The format that a model of model.py is written in. UserError for an architecture that
+    transformers does not have."""
+    for form in FORMATS.values():
+        if (form.arch, form.qk_norm) == (c.arch, c.qk_norm):
+            return form
+    raise UserError(f"arch={c.arch} has no format of transformers: see FORMATS in {__name__}")

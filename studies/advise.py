@@ -1,11 +1,11 @@
-"""Which head should I use? A short comparison of heads on your data, within your time.
+"""Compares heads on your data, within your time: which one should you use?
 
     python -m studies.advise --dataset=wiki --minutes=10
     python -m studies.advise my.yaml --heads=cosine,manhattan --seeds=5 --minutes=60
 
-A config is a YAML file given first, as for train.py, and flags of train.py override it. The default
-is the small model of configs/advise.yaml. cross_entropy always takes part, and so does the softmax
-twin of every head: the same distance without HarMax.
+Start with a YAML config, as for train.py, then override any setting with train.py's flags. The
+default is the small model of configs/advise.yaml. cross_entropy always takes part, and so does the
+softmax twin of every head: the same distance without HarMax.
 
 1. Calibration: a few iterations of each head tell how many fit into the time.
 2. Sweep, one seed, half as long as the runs of step 3: each head with three learning rates, then
@@ -76,7 +76,7 @@ class AdviseConfig:
     """The comparison"""
 
     minutes: float = 10
-    """time for everything; the runs are made as long as fits"""
+    """minutes for everything; the runs are as long as fits"""
     heads: str = "cosine,euclidean"
     """heads to compare with cross_entropy, each with its softmax twin"""
     seeds: int = 3

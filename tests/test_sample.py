@@ -229,8 +229,8 @@ BAD = {
         ["--start", "FILE:nope.txt", "FILE:nope2.txt"],
         ["2 problems", "nope.txt", "nope2.txt"],
     ),
-    "bert writes freely": ("bert", ["--start=the old king"], ["fills masks", "[MASK]"]),
-    "bert without a prompt": ("bert", [], ["fills masks"]),
+    "bert writes freely": ("bert", ["--start=the old king"], ["masked language model", "[MASK]"]),
+    "bert without a prompt": ("bert", [], ["masked language model"]),
     "bert, too long": ("bert", ["--start=" + "the [MASK] old king " * 30], ["block_size is 16"]),
     "cuda": ("gpt", ["--device=cuda"], ["no CUDA device"]),
     "temperature": (

@@ -1,4 +1,5 @@
-"""What a model is trained to predict: the next token, or masked tokens. And the batches of either.
+"""What a model is trained to predict: the next token, or masked tokens (masked language modelling).
+And the batches of either.
 
 An objective turns a window of tokens into inputs and targets. `objective_of` chooses it from the
 architecture: causal models predict the next token.
@@ -17,7 +18,8 @@ from model import ARCHITECTURES, ModelConfig
 from text.token_files import Data, Split
 from training.data import hashed, index
 
-MASKED_SHARE = 0.15  # of a window's tokens that masked-language training predicts (BERT, 3.1)
+# Of a window's tokens, those that masked language modelling predicts (BERT, section 3.1).
+MASKED_SHARE = 0.15
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,8 +27,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Objective(Protocol):
     """What to predict.
 
-    masked: masked tokens are predicted. Their losses are not the likelihood of a text, so there are
-        no bits per byte, and the model fills masks instead of generating text.
+    masked: it is masked language modelling. Its losses are not the likelihood of a text, so there
+        are no bits per byte, and the model predicts masked tokens instead of continuing a text.
     lookahead: tokens that are read behind the inputs of a window.
     """
 
@@ -59,9 +61,10 @@ class NextToken:
         return window[:-1], window[1:]
 
 
-class MaskedTokens:
-    """BERT's: 15 % of the tokens from all others. Of these, 80 % become the mask, 10 % a random
-    token and 10 % stay. The end-of-text token is not chosen while others are left."""
+class MaskedLM:
+    """Masked language modelling, as in BERT: 15 % of the tokens from all others. Of these, 80 %
+    become the mask, 10 % a random token and 10 % stay. The end-of-text token is not chosen while
+    others are left."""
 
     masked = True
     lookahead = 0
@@ -88,12 +91,12 @@ class MaskedTokens:
         return x, y
 
 
-NEXT_TOKEN, MASKED_TOKENS = NextToken(), MaskedTokens()
+NEXT_TOKEN, MASKED_LM = NextToken(), MaskedLM()
 
 
 def objective_of(arch: str) -> Objective:
     """The objective with which an architecture is trained."""
-    return NEXT_TOKEN if ARCHITECTURES[arch].causal else MASKED_TOKENS
+    return NEXT_TOKEN if ARCHITECTURES[arch].causal else MASKED_LM
 
 
 @dataclass(frozen=True)
