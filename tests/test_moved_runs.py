@@ -132,7 +132,7 @@ def test_a_run_that_begins_again_keeps_what_it_has_used(trained, call, tmp_path,
         for key, value in {**TINY, "dataset": tiny_data, "out_dir": "run"}.items()
     ]
     done = call("train.py", *flags, "--init_from=auto")
-    assert done.returncode == 0 and "beginning again" in done.stdout, done.stderr
+    assert done.returncode == 0 and "starting again" in done.stdout, done.stderr
     assert energy(run)["energy_consumed"] == pytest.approx(0.002)
     assert call("train.py", *flags, "--overwrite=true").returncode == 0
     assert energy(run) is None

@@ -576,13 +576,13 @@ SLOW = [
         {},
         dict(head="cosine", head_precision="split"),
         {},
-        "head_precision=split is only emulated without CUDA",
+        "without CUDA, head_precision=split is emulated",
     ),
     (
         dict(device="cuda"),
         dict(head="cosine", head_precision="float32"),
         {},
-        "head_precision=float32 keeps the head off the tensor cores",
+        "with head_precision=float32 the head does not use tensor cores",
     ),
 ]
 
@@ -598,7 +598,7 @@ SLOW = [
         ),
         (
             dict(head="cosine", link="softmax", head_precision="autocast"),
-            "bfloat16: distances are off by up to 4e-04 of themselves",
+            "bfloat16: distances have relative errors of up to 4e-04",
         ),
         (dict(head="cross_entropy", head_precision="autocast"), "multiplies in bfloat16"),
         (dict(head="manhattan"), None),
@@ -758,7 +758,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(train, 
         )
         assert (
             status == 0
-            and f"checkpoint run/ckpt/iter_000006 is damaged, {file}" in err
+            and f"checkpoint run/ckpt/iter_000006 is corrupt, {file}" in err
             and "using iter_000004" in err
         )
         assert history(tmp_path / "run") == history(tmp_path / "whole")
