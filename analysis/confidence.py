@@ -230,8 +230,8 @@ def main() -> None:
     for run in runs:
         model, _ = run.load(which=c.checkpoint)
         rows += measure(run, model, run.data(), c)
-    numbers = ("temperature", "ece", "ece_low", "ece_high", "ece_scaled")
-    numbers += ("ece_scaled_low", "ece_scaled_high")
+    numbers = ["temperature", "ece", "ece_low", "ece_high", "ece_scaled"]
+    numbers += ["ece_scaled_low", "ece_scaled_high"]
     calibrated = [r for r in rows if "ece" in r]
     print(
         tables.text(calibrated, ["run", "head", "link", *(Column(n, form=".3f") for n in numbers)])

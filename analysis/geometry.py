@@ -298,7 +298,8 @@ class Labels:
         self.width, self.height = right - left, top - bottom
         self.taken: list[tuple[float, float, float]] = []
 
-    def add(self, x: float, y: float, word: str, color: str) -> None:
+    def add(self, point: list[float], word: str, color: str) -> None:
+        x, y = point
         width, line = len(word) * self.LETTER * self.width, self.LINE * self.height
         while any(
             abs(y - other) < line and x < right and left < x + width
@@ -326,8 +327,8 @@ def draw(maps: list[tuple]) -> Figure:
             for first, second in pairs(relation)[:5]:
                 a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
                 axes.annotate("", b, a, arrowprops=arrow)
-                labels.add(*a, first, color)
-                labels.add(*b, second, color)
+                labels.add(a, first, color)
+                labels.add(b, second, color)
         share = variance / variance.sum()
         axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
         axes.set_ylabel(f"PC 2 ({share[1]:.1%})")
