@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Container
@@ -34,7 +35,11 @@ WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the line breaks of a script's docstring."""
+    """Help that keeps the line breaks of a script's docstring. It lists the choices of a flag once,
+    where jsonargparse would repeat them as its type."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return re.sub(r"\(type: Literal\[[^\]]*\]", "(type: choice", super()._expand_help(action))
 
 
 def show_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -61,10 +66,7 @@ def cli(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
-        script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
-        name = script.name
-        if script.is_relative_to(root) and script.parent != root:  # It was run as a module.
-            name = f"python -m {'.'.join(script.relative_to(root).with_suffix('').parts)}"
+        name = script_name()
         if os.environ.get("LOCAL_RANK", "0") == "0":  # Only one process on each machine.
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -72,6 +74,14 @@ def cli(main: Callable[[], object]) -> None:
         # The reader of a pipe (head, less) has closed it. This avoids Python's error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def script_name() -> str:
+    """The script that runs, as a user calls it: `train.py`, `python -m analysis.report`."""
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+    if script.is_relative_to(root) and script.parent != root:  # in a room: run as a module
+        return f"python -m {'.'.join(script.relative_to(root).with_suffix('').parts)}"
+    return script.name
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -171,6 +181,7 @@ def parse(
     types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
     parser = _parser(schemas)
     if "--help" in argv or "-h" in argv:
+        parser.usage = _usage(words, config_file)
         parser.print_help()
         sys.exit(0)
 
@@ -205,6 +216,17 @@ def _parser(schemas: tuple[type, ...]) -> jsonargparse.ArgumentParser:
     for schema in schemas:
         parser.add_class_arguments(schema, fail_untyped=True)
     return parser
+
+
+def _usage(words: str | None, config_file: bool) -> str:
+    """How the script is called, in one line. The flags are listed below it."""
+    name = script_name()
+    parts = [name if name.startswith("python") else f"python {name}"]
+    if config_file:
+        parts.append("[CONFIG.yaml]")
+    if words:
+        parts.append(f"[{words.removesuffix('s').upper()} ...]")
+    return " ".join([*parts, "[--key=value ...]"])
 
 
 def _read(

@@ -14,7 +14,8 @@ kl          KL(candidates || exact) in nats. The other direction is infinite, be
             have probability 0.
 
 Tokens per second are those of the head alone, at batch sizes 1 and 8. They are medians of rounds
-that alternate between exact logits and the index. Rows appear in the CSV file as they are measured.
+that alternate between exact logits and the index. A prepared head gives the exact logits, as in
+sample.py. Rows appear in the CSV file as they are measured.
 """
 
 import statistics
@@ -102,7 +103,8 @@ def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: Ann
         "candidates": nearest.count,
         "build_s": f"{time.perf_counter() - began:.1f}",
     }
-    exact = head(h).double()
+    prepared = head.prepared()
+    exact = prepared(h).double()
     ids, found = nearest.candidates(h)
     # A graph may find too few candidates. The id -1 then stands for no token.
     chosen = torch.zeros(len(h), nearest.vocab_size + 1).scatter_(1, ids % (exact.shape[1] + 1), 1)
@@ -122,7 +124,7 @@ def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: Ann
         some, times = h[:batch], []
         for _ in range(c.rounds):
             # Bound to this round by the call: each lambda runs at once.
-            times.append((seconds(lambda: head(some)), seconds(lambda: nearest(some))))  # noqa: B023
+            times.append((seconds(lambda: prepared(some)), seconds(lambda: nearest(some))))  # noqa: B023
         for name, took in zip(("exact", "ann"), zip(*times, strict=True), strict=True):
             row[f"{name}_tokens_s_{batch}"] = f"{batch / statistics.median(took):.1f}"
     return row

@@ -87,6 +87,11 @@ class Distance:
         return self.kernel in ("l2", "l2_plus")
 
     @property
+    def multiplies(self) -> bool:
+        """Its raw values come from a matrix product, so it matters how matrices are multiplied."""
+        return KERNELS[self.kernel].matmul is not None
+
+    @property
     def has_products(self) -> bool:
         """Whether raw values are products of h and w, so that they may be negative."""
         return KERNELS[self.kernel].signed

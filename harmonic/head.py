@@ -201,7 +201,12 @@ class HarmonicHead(nn.Module):
     def products(self) -> Products:
         """How `loss` multiplies matrices, on this device and under the torch.autocast of now."""
         precision = "float32" if self.impl == "dense" else self.precision
-        return choose_products(precision, self.distance.kernel, self.padded_prototypes().device)
+        return choose_products(
+            precision,
+            self.distance.multiplies,
+            self.distance.has_products,
+            self.padded_prototypes().device,
+        )
 
     def geometry(self) -> dict[str, Any]:
         """The options and trained parameters of the distance.

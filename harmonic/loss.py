@@ -125,7 +125,7 @@ def harmonic_loss(  # noqa: PLR0913
     check_bias(bias, name, rows, h.device)
     _check(h, w, targets, reduction, rows)
     precision = "float32" if impl == "dense" else precision  # Tests compare the others with it.
-    products = choose_products(precision, distance.kernel, h.device)
+    products = choose_products(precision, distance.multiplies, distance.has_products, h.device)
     options = {k: float(v) for k, v in settings.items() if k in HEADS[name].options}
     trained = distance.prepared(filled)
     how = (ignore_index, reduction, impl, float(skip), products, check_finite)

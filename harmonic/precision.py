@@ -135,14 +135,16 @@ SPLIT = Products("split", torch.float16, torch.bfloat16, parts=2)
 BY_NAME = {"float32": FLOAT32, "split": SPLIT}  # "autocast" depends on torch.autocast's type.
 
 
-def choose_products(precision: str, kernel: str, device: torch.device) -> Products:
+def choose_products(
+    precision: str, multiplies: bool, has_products: bool, device: torch.device
+) -> Products:
     """How a head multiplies matrices.
 
     Args:
         precision: "float32", "split", "autocast" or "auto". On CUDA, "auto" is split for distances
-            and autocast for dot products. Elsewhere it is float32, which no other choice of this
+            and autocast for inner products. Elsewhere it is float32, which no other choice of this
             accuracy beats on a CPU. "autocast" is float32 outside of torch.autocast.
-        kernel: a key of `KERNELS`. All kernels but l2 and dot use float32.
+        multiplies, has_products: of the head's distance. One that does not multiply uses float32.
 
     Slopes are never float16, whose smallest number is 6e-8. They are bfloat16 if the device has it,
     else float32. "split" is float32 on a GPU without bfloat16, or without HAS_OUT_DTYPE.
@@ -154,8 +156,8 @@ def choose_products(precision: str, kernel: str, device: torch.device) -> Produc
     if precision == "auto":
         if device.type != "cuda":
             return FLOAT32
-        precision = "autocast" if kernel == "dot" else "split"
-    if kernel not in ("l2", "dot"):
+        precision = "autocast" if has_products else "split"
+    if not multiplies:
         return FLOAT32
     has_bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "split":

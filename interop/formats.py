@@ -9,6 +9,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from base.errors import UserError
 from model import ModelConfig
 
 # A name in transformers: the name in model.py. If two names mean the same, exports use the last.
@@ -40,7 +41,7 @@ class Format:
         head, head_bias: names of the output layer.
         transform: prefix of the tensors that are missing if an encoder was saved without its head.
     Its tokens:
-        masked: whether it predicts masked tokens.
+        masked: whether it is a masked language model.
         tokenizer: the tokenizer of models whose number of rows is in `tokenizer_rows`.
     """
 
@@ -271,5 +272,9 @@ FORMATS = {form.model_type: form for form in (GPT2, BERT, QWEN2, QWEN3)}
 
 
 def format_of(c: ModelConfig) -> Format:
-    """The format in which a model of model.py is exported."""
-    return next(f for f in FORMATS.values() if (f.arch, f.qk_norm) == (c.arch, c.qk_norm))
+    """The format in which a model of model.py is exported. UserError for an architecture that
+    transformers does not have."""
+    for form in FORMATS.values():
+        if (form.arch, form.qk_norm) == (c.arch, c.qk_norm):
+            return form
+    raise UserError(f"arch={c.arch} has no format of transformers: see FORMATS in {__name__}")

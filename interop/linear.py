@@ -59,8 +59,8 @@ def check_model(model: Model) -> None:
     c, row = model.config, model.head.distance
     if not c.architecture.causal:
         raise UserError(
-            f"linear=true is for models that generate text, and arch={c.arch} fills masks. Export"
-            " it without linear=true"
+            f"linear=true is for models that generate text, and arch={c.arch} is a masked language"
+            " model. Export it without linear=true"
         )
     linear = [name for name, other in HEADS.items() if ranks_linearly(other)]
     if not ranks_linearly(row):

@@ -1,4 +1,4 @@
-"""Which head should I use? A short comparison of heads on your data, within your time.
+"""Compares heads on your data, within your time: which one should you use?
 
     python -m studies.advise --dataset=wiki --minutes=10
     python -m studies.advise my.yaml --heads=cosine,manhattan --seeds=5 --minutes=60
@@ -21,7 +21,6 @@ them. Rows appear in out/advise/NAME.csv as runs end. Press Ctrl-C to stop, and 
 resume. With other settings or data it starts again.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,7 +29,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +77,7 @@ class AdviseConfig:
     """The comparison"""
 
     minutes: float = 10
-    """time for the whole study; runs are as long as fits into it"""
+    """minutes for the whole study; runs are as long as fits into them"""
     heads: str = "cosine,euclidean"
     """heads to compare with cross_entropy, each with its softmax twin"""
     seeds: int = 3
@@ -450,16 +448,6 @@ def configure(argv: list[str]) -> tuple[AdviseConfig, ModelConfig, TrainConfig, 
     return c, m, t, load_data(data_folder(t.dataset), t.tokenizer)
 
 
-@contextlib.contextmanager
-def resumable(path: Path) -> Iterator[None]:
-    """On Ctrl-C, prints how to resume the study instead of a traceback, and exits."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nstopped: {path} has the runs so far; call it again to resume", file=sys.stderr)
-        sys.exit(130)
-
-
 def main() -> None:
     c, m, t, data = configure(sys.argv[1:])
     began, out = time.monotonic(), Path(c.out)
@@ -473,10 +461,9 @@ def main() -> None:
     )
 
     # Calibration.
-    with resumable(table.path):
-        complete_trainings(
-            how, table, lambda: [study.training(key) for key in study.calibration()], measure
-        )
+    complete_trainings(
+        how, table, lambda: [study.training(key) for key in study.calibration()], measure
+    )
     print(speed_table(study.speeds()))
     costs = study.costs()
     iterations = costs.iterations(c.minutes)
@@ -494,10 +481,9 @@ def main() -> None:
     )
 
     # Sweep and final runs.
-    with resumable(table.path):
-        complete_trainings(
-            how, table, lambda: [study.training(key) for key in study.wanted(iterations)], measure
-        )
+    complete_trainings(
+        how, table, lambda: [study.training(key) for key in study.wanted(iterations)], measure
+    )
     picture = table.path.with_suffix(".png")
     draw(study, iterations, picture)
     print(f"\n{result_table(study, iterations)}\n\n{conclusion(study, iterations, costs)}")

@@ -373,7 +373,7 @@ def stage_three(rows: list[Row]) -> str:
             if link == "harmonic" and (head, "softmax") in losses:
                 line["less_twin"] = value - losses[head, "softmax"]
             if objective_of(r["arch"]).masked:
-                # The loss of masked tokens is not the likelihood of a text.
+                # Masked language modelling gives no likelihood of a text.
                 line["bits_per_byte"] = None
             lines.append(r | line)
     columns: Columns = [

@@ -138,12 +138,12 @@ def complete(
         wanted: returns all jobs known so far, done or not, most important first. It is called again
             after each job, because results may decide which jobs come next.
         tell: turns the rows of a job into the text that is printed.
-    Raises: the exception of the first job that failed.
+    Raises: the exception of the first job that failed. Ctrl-C exits with status 130.
     """
     sha, progress = commit(), _Progress()
     running: dict[Future, Job] = {}
     faults: list[BaseException] = []
-    with _pool(workers) as pool:
+    with _resumable(table.path), _pool(workers) as pool:
         while True:
             known = wanted()
             todo = [job for job in known if not table.find(job.key)]
@@ -196,12 +196,14 @@ def train(
     c: TrainingConfig, training: Training, measure: Callable[[Path, dict], dict]
 ) -> list[dict]:
     """Trains and measures a run. Returns one row. The output of the run is in FOLDER.log.
+    The time of a resumed run includes its earlier starts.
 
     If the run stopped because a loss was not finite, the row has only its time.
     Raises: UserError, with the end of the log, if the run failed.
     """
-    # Imported here, because it imports torch, which takes seconds.
+    # Imported here, because torch takes seconds to import.
     from training.distributed import launcher
+    from training.telemetry import clock, read_metrics
 
     folder = Path(c.runs) / run_name(training.key)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,10 +214,13 @@ def train(
     environment = dict(os.environ)
     if c.workers > 1 and not training.alone:
         environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    earlier, metrics = 0.0, folder / "metrics.jsonl"
+    if flags.get("init_from") == "auto" and metrics.is_file() and metrics.stat().st_size:
+        earlier = clock(read_metrics(folder), tokens=0)[-1][0]
     began = time.monotonic()
     with open(log, "w") as file:
         status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    row = {"seconds": f"{time.monotonic() - began:.1f}"}
+    row = {"seconds": f"{earlier + time.monotonic() - began:.1f}"}
     if status == NOT_FINITE:
         return [row]
     if status:
@@ -260,6 +265,16 @@ def _startable(todo: list[Job], running: list[Job], workers: int) -> list[Job]:
             break
         found.append(job)
     return found
+
+
+@contextlib.contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """Ctrl-C ends a study with a word on how to resume it, rather than with a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped: {path} has the rows so far; call it again to resume", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager

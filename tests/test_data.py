@@ -20,7 +20,7 @@ from training.data import (
     split_warnings,
     validation_windows,
 )
-from training.objective import MASKED_TOKENS, NEXT_TOKEN, Batches
+from training.objective import MASKED_LM, NEXT_TOKEN, Batches
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 1000, 4097])
@@ -99,7 +99,7 @@ def test_small_splits_have_a_window():
 
 def test_order_does_not_depend_on_processes_or_accumulation(tiny_data):
     data = load_data(tiny_data)
-    for objective in (NEXT_TOKEN, MASKED_TOKENS):
+    for objective in (NEXT_TOKEN, MASKED_LM):
         batches = Batches(data, objective, 16)
         whole = torch.cat([x for x, _ in batches.training(1, 3, range(6), 6, 6)])
         shares = (range(0, 2), range(2, 6))
@@ -133,10 +133,10 @@ def test_bert_noise():
     for key in range(300):
         window = rng.integers(1, 100, 128)
         window[::10] = 0
-        x, y = MASKED_TOKENS.pair(window, data, (key,))
+        x, y = MASKED_LM.pair(window, data, (key,))
         chosen = y != IGNORE_INDEX
         assert (
-            chosen.sum() == MASKED_TOKENS.predicted(128) == 19
+            chosen.sum() == MASKED_LM.predicted(128) == 19
             and (y[chosen] == window[chosen]).all()
             and (window[chosen] != 0).all()
         )
@@ -148,24 +148,24 @@ def test_bert_noise():
         )
     share = counts / counts.sum()
     assert abs(share - [0.8, 0.099, 0.101]).max() < 0.015
-    again = MASKED_TOKENS.pair(window, data, (299,))
+    again = MASKED_LM.pair(window, data, (299,))
     assert (
         (again[0] == x).all()
         and (again[1] == y).all()
-        and (MASKED_TOKENS.pair(window, data, (300,))[1] != y).any()
+        and (MASKED_LM.pair(window, data, (300,))[1] != y).any()
     )
 
 
 def test_masking_a_window_of_nothing_but_ends():
     data = Data(None, "x", 100, 0, 101, {})
-    assert (MASKED_TOKENS.pair(np.zeros(20, np.int64), data, (1,))[1] != IGNORE_INDEX).sum() == 3
+    assert (MASKED_LM.pair(np.zeros(20, np.int64), data, (1,))[1] != IGNORE_INDEX).sum() == 3
 
 
 def test_validation_noise_depends_on_the_window_alone(tiny_data):
     data = load_data(tiny_data)
     starts = [0, 16, 32, 48]
-    one = list(Batches(data, MASKED_TOKENS, 16).validation(starts, 4))[0]
-    two = list(Batches(data, MASKED_TOKENS, 16).validation(starts[2:], 1))
+    one = list(Batches(data, MASKED_LM, 16).validation(starts, 4))[0]
+    two = list(Batches(data, MASKED_LM, 16).validation(starts[2:], 1))
     assert torch.equal(one[0][2:], torch.cat([x for x, _ in two])) and torch.equal(
         one[1][2:], torch.cat([y for _, y in two])
     )
@@ -181,7 +181,7 @@ def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
     assert (
         data.vocab_size == 50257
         and data.splits["train"].tokens == 60
-        and MASKED_TOKENS.rows(data) == 50258
+        and MASKED_LM.rows(data) == 50258
     )
     assert data.splits["val"].bytes == 20 * len("Hello world")
 

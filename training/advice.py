@@ -65,9 +65,10 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float) -> list[str]:
 
 
 def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
-    found, kernel = [], HEADS[model.head].kernel
-    if kernel in ("dot", "l2"):
-        faster = kernel == "l2" or dtype != "float32"  # A dot product follows the trunk's type.
+    found, distance = [], HEADS[model.head]
+    if distance.multiplies:
+        # An inner product follows the trunk's type.
+        faster = not distance.has_products or dtype != "float32"
         if device == "cuda" and model.head_precision == "float32" and faster:
             found.append(
                 "with head_precision=float32 the head does not use tensor cores: use"
@@ -83,8 +84,8 @@ def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
             f"head_impl={model.head_impl} is slower than the compiled kernels and needs more"
             " memory: use --head_impl=auto"
         )
-    # The kernels dot and l2 skip nothing.
-    if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):
+    # Matrix products skip nothing.
+    if model.head_skip == 0 and device == "cpu" and not distance.multiplies:
         found.append(
             "head_skip=0 computes gradients that are too small to matter in float32. The default"
             " 1e-6 skips them"
@@ -97,7 +98,7 @@ def about_products(head: HarmonicHead) -> str | None:
 
     Call it inside the run's autocast, which it depends on.
     """
-    if head.distance.kernel not in ("dot", "l2"):
+    if not head.distance.multiplies:
         return None
     products = head.products()
     if products.name == "split":

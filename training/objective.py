@@ -1,4 +1,5 @@
-"""What a model is trained to predict, the next token or masked tokens, and the batches for it.
+"""What a model is trained to predict, the next token or masked tokens (masked language modelling),
+and the batches for it.
 
 An objective turns a window of tokens into inputs and targets. `objective_of` chooses it from the
 architecture: causal models predict the next token, and others masked tokens.
@@ -17,7 +18,8 @@ from model import ARCHITECTURES, ModelConfig
 from text.token_files import Data, Split
 from training.data import hashed, index
 
-MASKED_SHARE = 0.15  # The part of a window's tokens that BERT predicts (1810.04805, section 3.1).
+# The part of a window's tokens that BERT predicts (1810.04805, section 3.1).
+MASKED_SHARE = 0.15
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,8 +27,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Objective(Protocol):
     """What a model predicts.
 
-    masked: whether it predicts masked tokens. Their loss is not the likelihood of a text, so there
-        are no bits per byte. Such a model fills masks instead of generating text.
+    masked: whether it is masked language modelling. Its loss is not the likelihood of a text, so
+        there are no bits per byte. Such a model fills masks instead of generating text.
     lookahead: the number of tokens to read after the inputs of a window.
     """
 
@@ -59,8 +61,9 @@ class NextToken:
         return window[:-1], window[1:]
 
 
-class MaskedTokens:
-    """Predicts 15 % of the tokens from all others, as BERT does (1810.04805, section 3.1).
+class MaskedLM:
+    """Masked language modelling: predicts 15 % of the tokens from all others, as BERT does
+    (1810.04805, section 3.1).
 
     Of these, 80 % become the mask token, 10 % a random token, and 10 % stay. End-of-text tokens are
     chosen last.
@@ -91,12 +94,12 @@ class MaskedTokens:
         return x, y
 
 
-NEXT_TOKEN, MASKED_TOKENS = NextToken(), MaskedTokens()
+NEXT_TOKEN, MASKED_LM = NextToken(), MaskedLM()
 
 
 def objective_of(arch: str) -> Objective:
     """The objective of an architecture."""
-    return NEXT_TOKEN if ARCHITECTURES[arch].causal else MASKED_TOKENS
+    return NEXT_TOKEN if ARCHITECTURES[arch].causal else MASKED_LM
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     problems = check_loggers(config.tensorboard, config.wandb)
     problems += split_problems(data, model.block_size)
     if config.sample_interval and objective_of(model.arch).masked:
-        problems.append(f"sample_interval: arch={model.arch} fills masks and writes no text")
+        problems.append(
+            f"sample_interval: arch={model.arch} is a masked language model and writes no text"
+        )
     if source and (problem := source.reads(data)):
         problems.append(problem)
     if model.real_vocab_size == 0 or (
