@@ -129,10 +129,10 @@ def _on_a_sphere(
         # With R = |h|, d is this root. There, s d and n log d have the same slope.
         n *= math.sqrt(2 * H) ** degree
     if n is not None and degree == 0:
-        # The formulas are those of 1 - cos. If d is a root of 2 (1 - cos), n counts `root` times,
-        # and at right angles d is 2^root.
+        # The formulas are those of x = 1 - cos, and d is (2 factor x)^root. At right angles x is 1,
+        # where n log d has the slope n root, and s d the slope s root (2 factor)^root.
         root = head.distance.root(**head.distance.kernel_options(head.options))
-        n *= root if head.is_harmonic else root * 2**root
+        n *= root if head.is_harmonic else root * (2 * head.distance.factor) ** root
     off = mean.square().mean().sqrt().item() * (2 if degree else 1)
     # The term z^2 / n (cosine: z^2 / 2n) moves logits by off / n for each nat. That costs a KL of
     # (spread off / n)^2 / 2.
