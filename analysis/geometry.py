@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
@@ -284,6 +285,31 @@ def coverage(data: Data) -> str:
     )
 
 
+class Labels:
+    """Words at points of a panel. One that would cover an earlier word moves up to where there is
+    room."""
+
+    # A letter's width and a line's height as shares of the panel, at 8 points and 5 inches.
+    LETTER, LINE = 0.012, 0.026
+
+    def __init__(self, axes: Axes):
+        self.axes = axes
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        self.width, self.height = right - left, top - bottom
+        self.taken: list[tuple[float, float, float]] = []
+
+    def add(self, point: list[float], word: str, color: str) -> None:
+        x, y = point
+        width, line = len(word) * self.LETTER * self.width, self.LINE * self.height
+        while any(
+            abs(y - other) < line and x < right and left < x + width
+            for left, right, other in self.taken
+        ):
+            y += line / 4
+        self.taken.append((x, x + width, y))
+        self.axes.text(x, y, word, color=color, fontsize=8)
+
+
 def draw(maps: list[tuple]) -> Figure:
     """The prototypes on their first two principal components: grey points, relations as arrows with
     their words. maps: for each run its name, prototypes (V, C) and tokenizer."""
@@ -295,13 +321,14 @@ def draw(maps: list[tuple]) -> Figure:
         rows, variance, directions = principal(x)
         plane = rows @ directions[:, :2]
         axes.scatter(*plane.T, s=2, color="0.8", linewidths=0)
+        labels = Labels(axes)
         for relation, color in zip(shown, colors, strict=True):
             arrow = {"arrowstyle": "->", "color": color, "lw": 1}
             for first, second in pairs(relation)[:5]:
                 a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
                 axes.annotate("", b, a, arrowprops=arrow)
-                axes.text(*a, first, color=color, fontsize=8)
-                axes.text(*b, second, color=color, fontsize=8)
+                labels.add(a, first, color)
+                labels.add(b, second, color)
         share = variance / variance.sum()
         axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
         axes.set_ylabel(f"PC 2 ({share[1]:.1%})")
