@@ -298,7 +298,8 @@ class Labels:
         self.width, self.height = right - left, top - bottom
         self.taken: list[tuple[float, float, float]] = []
 
-    def add(self, x: float, y: float, word: str, color: str) -> None:
+    def add(self, point: list[float], word: str, color: str) -> None:
+        x, y = point
         line = self.LINE * self.height
         steps = (sign * step * line / 4 for step in itertools.count() for sign in (1, -1))
         place = next(y + step for step in steps if self._is_free(x, y + step, word))
@@ -334,8 +335,8 @@ def draw(maps: list[tuple]) -> Figure:
             for first, second in pairs(relation)[:5]:
                 a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
                 axes.annotate("", b, a, arrowprops=arrow)
-                labels.add(*a, first, color)
-                labels.add(*b, second, color)
+                labels.add(a, first, color)
+                labels.add(b, second, color)
         share = variance / variance.sum()
         axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
         axes.set_ylabel(f"PC 2 ({share[1]:.1%})")

@@ -11,7 +11,8 @@ recall_50: the share of the 50 likeliest tokens that are candidates. left_out: t
 all others, with the bound that `NearestHead.mass_bound` gives for it. kl: KL(candidates || exact)
 in nats; the other direction is infinite, for candidates give other tokens probability 0.
 Tokens a second are of the head alone, at batch 1 and 8, medians of rounds that alternate between
-exact logits and the index. Rows appear in the CSV file as they are measured.
+exact logits by a prepared head, as sample.py has it, and the index. Rows appear in the CSV file as
+they are measured.
 """
 
 import statistics
@@ -99,7 +100,8 @@ def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: Ann
         "candidates": nearest.count,
         "build_s": f"{time.perf_counter() - began:.1f}",
     }
-    exact = head(h).double()
+    prepared = head.prepared()
+    exact = prepared(h).double()
     ids, found = nearest.candidates(h)
     # A graph may find too few: the id -1 is no token.
     chosen = torch.zeros(len(h), nearest.vocab_size + 1).scatter_(1, ids % (exact.shape[1] + 1), 1)
@@ -119,7 +121,7 @@ def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: Ann
         some, times = h[:batch], []
         for _ in range(c.rounds):
             # Bound to this round by the call: each lambda runs at once.
-            times.append((seconds(lambda: head(some)), seconds(lambda: nearest(some))))  # noqa: B023
+            times.append((seconds(lambda: prepared(some)), seconds(lambda: nearest(some))))  # noqa: B023
         for name, took in zip(("exact", "ann"), zip(*times, strict=True), strict=True):
             row[f"{name}_tokens_s_{batch}"] = f"{batch / statistics.median(took):.1f}"
     return row

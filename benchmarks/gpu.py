@@ -575,7 +575,7 @@ def run_study(scale: Scale, name: str, seed: int) -> dict:
 
 def precisions(name: str) -> list[str]:
     """Those that make a difference to a head."""
-    return ["split", "float32", "autocast"] if HEADS[name].kernel in ("l2", "dot") else ["float32"]
+    return ["split", "float32", "autocast"] if HEADS[name].multiplies else ["float32"]
 
 
 def kernel_steps() -> list[Step]:

@@ -487,7 +487,7 @@ def main() -> None:
         work: list[tuple[tuple[str, str, str], str, str | None]] = []
         for at in itertools.product(c.each_size(), c.dtypes, c.precisions or ["autocast"]):
             # Autocast and precisions change these.
-            products = [name for name in HEADS if HEADS[name].kernel in ("l2", "dot")]
+            products = [name for name in HEADS if HEADS[name].multiplies]
             changed = at[2] != "float32" if c.precisions else at[1] == "bfloat16"
             names = c.heads or (products if changed else list(HEADS))
             work += [(at, name, None) for name in names]

@@ -124,7 +124,7 @@ def measure(
 def main() -> None:
     (c,) = parse(sys.argv[1:], SkipConfig, words="runs")
     runs = find_runs(c.runs) if c.runs else []
-    matmul = [r for r in runs if HEADS[r.model_config.head].kernel in ("l2", "dot")]
+    matmul = [r for r in runs if HEADS[r.model_config.head].multiplies]
     check(
         [
             f"{r.path}: {r.model_config.head} leaves no pairs out, only elementwise distances do"

@@ -28,7 +28,8 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
     main, controls = len(budget.HEADS), len(budget.CONTROLS)
     assert count == {
         "sweep": 3 * (main + controls), "2M": 5 * (main + controls),
-        "strength": 2 * (main + controls), "0.6M": 5 * main, "6M": 3 * main, "20M": 9, "wiki": 3 * main, "dropout": 3,
+        "strength": 2 * (main + controls), "0.6M": 5 * main, "6M": 3 * main, "20M": 9,
+        "wiki": 3 * main, "dropout": 3,
     }  # fmt: skip
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]
     assert seeds[: main + 1] == [1338] * main + [1339]  # seed by seed

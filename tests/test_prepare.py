@@ -494,7 +494,7 @@ def test_killed_preparation_leaves_nothing_finished(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
-@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("writes", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_interrupted_preparation_says_so(tmp_path, writes):
     # Some seconds of work even where this test is starved.
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(30000, length=600))

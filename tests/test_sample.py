@@ -5,18 +5,16 @@ import shutil
 import sys
 
 import pytest
-from conftest import TINY, text
+from conftest import TINY, script_here, text
 from test_data import write_nanogpt
 
 from base.command_line import cli
 from text.tokenizers import EOT
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tiny_data, tmp_path_factory):
     """Folders of a trained cosine GPT and a trained BERT."""
-    from conftest import script
-
     folder = tmp_path_factory.mktemp("runs")
     for name, extra in {
         "gpt": {"head": "cosine"},
@@ -30,7 +28,7 @@ def runs(tiny_data, tmp_path_factory):
             "out_dir": folder / name,
             **extra,
         }
-        done = script("train.py", *[f"--{k}={v}" for k, v in settings.items()])
+        done = script_here("train.py", *[f"--{k}={v}" for k, v in settings.items()])
         assert done.returncode == 0, done.stderr
     return folder
 

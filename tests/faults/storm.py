@@ -300,7 +300,7 @@ def damage(c: StormConfig, table: Table, home: Path) -> None:
         if status == 0:
             wrong = differences(run, whole)
             happened = wrong or "of no consequence, bitwise equal"
-            if not wrong and "is damaged" in text:
+            if not wrong and "is corrupt" in text:
                 happened, again = "reported, the checkpoint before used, bitwise equal", INTERVAL
             good = not wrong
         else:
