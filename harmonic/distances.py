@@ -88,7 +88,7 @@ class Distance:
 
     @property
     def multiplies(self) -> bool:
-        """Its raw values come from a matrix product, so it matters how matrices are multiplied."""
+        """Whether raw values come from a matrix product, whose precision then matters."""
         return KERNELS[self.kernel].matmul is not None
 
     @property

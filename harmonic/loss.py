@@ -14,11 +14,11 @@ Three arguments choose how a loss is computed:
                the same with compiled kernels, in float32. "dense": all logits at once, (N, V).
     skip       Elementwise kernels skip pairs whose gradient |dL/draw| is below skip / V of the
                target's. The skipped gradients of a row add up to less than `skip` of it.
-    precision  How the kernels l2 and dot multiply matrices. "float32". "split": nearly as exact,
-               and several times faster on a GPU. "autocast": in the type of torch.autocast.
-               "auto": on CUDA, split for distances and autocast for dot products; elsewhere
-               float32. Norms, logarithms, sums and impl="dense" are always float32. See
-               `precision.py`.
+    precision  How heads with a matrix product multiply (kernels l2, l2_plus, dot and along).
+               "float32". "split": nearly as exact, and several times faster on a GPU. "autocast":
+               in the type of torch.autocast. "auto": on CUDA, split for distances and autocast for
+               dot products; elsewhere float32. Norms, logarithms, sums and impl="dense" are always
+               float32. See `precision.py`.
 """
 
 from typing import Any

@@ -1,5 +1,4 @@
-"""How the head multiplies matrices: for the inner products of the kernels l2 and dot, and for their
-gradients.
+"""How a head multiplies matrices: for inner products of states and prototypes, and for gradients.
 
     float32    operands as they are
     split      each operand is the sum of two half-precision parts, high and low:

@@ -94,7 +94,7 @@ def check_format(c: ModelConfig, form: Format) -> None:
     grouped = c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)
     if grouped and not form.rotary:
         raise UserError(
-            f"transformers' {form.model_type} has neither n_kv_head={c.n_kv_head} nor"
+            f"transformers' {form.model_type} supports neither n_kv_head={c.n_kv_head} nor"
             f" head_dim={c.head_dim}"
         )
     if c.qk_norm and c.has_bias():
@@ -124,7 +124,7 @@ def model_of(model: Model, tokenizer: Tokenizer) -> Any:
     lost = [name for name in lost if name not in tied and not name.endswith("bias")]
     if lost or over:
         raise UserError(
-            f"transformers {transformers.__version__} has another {type(made).__name__}:"
+            f"transformers {transformers.__version__} has a different {type(made).__name__}:"
             f" {', '.join(lost + over)}"
         )
     return made.eval()
@@ -250,8 +250,8 @@ def card(
         environment = json.loads((run / "environment.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{run}/environment.json cannot be read ({error}): the model card tells what the run"
-            " was made with"
+            f"{run}/environment.json cannot be read ({error}), and the model card needs it: copy"
+            " it from the run again"
         ) from None
     form, documents, base = format_of(model.config), "", ""
     if stored["doc_mask"]:

@@ -252,8 +252,7 @@ class Pretrained:
             return f"{self.name} has the tokenizer {self.tokenizer}, another than {where}"
         elif self.tokenizer is None:
             print(
-                f"note: nothing says which tokenizer {self.name} was trained with; it gets the"
-                f" tokens of {where}",
+                f"note: the tokenizer of {self.name} is unknown; it gets the tokens of {where}",
                 file=sys.stderr,
             )
         return None
@@ -313,7 +312,7 @@ def _download(name: str, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # network, hub, access, disk: each raises its own
+    except Exception as error:  # The network, the hub and the disk raise different errors.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(
             f"init_from={name}: there is no such local folder, and the Hugging Face hub gave none"
@@ -420,11 +419,11 @@ def read_config(folder: Path, name: str) -> Any:
     if kind not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(f"init_from={name} is a model of type {kind}: known are {known}")
-    from transformers import CONFIG_MAPPING  # takes seconds to import
+    from transformers import CONFIG_MAPPING  # Importing it takes seconds.
 
     try:
         return CONFIG_MAPPING[kind].from_dict({**stored, "model_type": kind})
-    except Exception as error:  # each configuration class validates in its own way
+    except Exception as error:  # Configuration classes raise different errors.
         raise UserError(
             f"init_from={name}: config.json is wrong ({' '.join(str(error).split())[:300]})"
         ) from None

@@ -469,8 +469,8 @@ def main() -> None:
     iterations = costs.iterations(c.minutes)
     if iterations < LEAST:
         raise UserError(
-            f"--minutes={c.minutes:g} suffices for final runs of {iterations} iterations, and fewer"
-            f" than {LEAST} say little: give it --minutes={math.ceil(costs.minutes(LEAST))}, or a"
+            f"--minutes={c.minutes:g} is enough for final runs of {iterations} iterations, and"
+            f" fewer than {LEAST} say little: use --minutes={math.ceil(costs.minutes(LEAST))}, a"
             " smaller model or fewer heads"
         )
     tokens = iterations * study.tokens

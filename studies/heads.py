@@ -180,8 +180,8 @@ class StudyConfig(TrainingConfig):
         found = super().problems()
         if self.long_iters < 1 or self.long_iters % 10:
             found.append(
-                f"long_iters={self.long_iters} must be a multiple of 10: that many evaluations are"
-                " spread over a run"
+                f"long_iters={self.long_iters} must be a multiple of 10: a run is evaluated 10"
+                " times"
             )
         if not self.stages or set(self.stages) - set("12345"):
             found.append(f"stages={self.stages} is not made of 1, 2, 3, 4 and 5")

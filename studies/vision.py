@@ -94,7 +94,7 @@ def load(name: str, size: int = 0, limit: int = 0) -> Images:
         )
     if x.shape[1] != x.shape[2]:
         raise UserError(
-            f"{name} has images of {x.shape[1]} x {x.shape[2]} pixels, and the models take squares:"
+            f"{name} has images of {x.shape[1]} x {x.shape[2]} pixels, and the models need squares:"
             " give --size, such as --size=64"
         )
     chosen = np.random.default_rng(0).permutation(len(x))[: limit or None]

@@ -206,8 +206,11 @@ def test_llm_c_header_is_skipped_and_checked(tmp_path):
     with pytest.raises(UserError, match="it holds the id 50,256, but bert has 30,522"):
         load_data(tmp_path, "bert")
     for changes, says in [
-        (dict(tokens=1201), "truncated or foreign: 3,424 bytes, its llm.c header says 3,426"),
-        (dict(tokens=-5), "truncated or foreign"),
+        (
+            dict(tokens=1201),
+            "truncated, or not a token file: 3,424 bytes, its llm.c header says 3,426",
+        ),
+        (dict(tokens=-5), "truncated, or not a token file"),
         (dict(version=2), "header of version 2"),
         (dict(magic=20240801, version=7, dtype=np.uint32), "llm.c's Llama 3 tokens"),
         (dict(magic=20240522), "llm.c's questions for an evaluation"),
@@ -257,7 +260,7 @@ def test_ids_of_another_width_or_tokenizer_are_named(tmp_path):
         with pytest.raises(UserError, match=says):
             load_data(tmp_path, tokenizer)
     (tmp_path / "train.bin").write_bytes(bytes(4001))
-    with pytest.raises(UserError, match="4,001 bytes are no whole number of uint16 ids"):
+    with pytest.raises(UserError, match="4,001 bytes are not a whole number of uint16 ids"):
         load_data(tmp_path, "gpt2")
     ids = np.concatenate((words, draw.integers(50257, 60000, 1)))  # one bad id, at the very end
     ids.astype(np.uint16).tofile(tmp_path / "train.bin")

@@ -213,7 +213,7 @@ def test_bad_input_is_refused(train, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(n_kv_head=1), "transformers' gpt2 has neither n_kv_head=1 nor head_dim=0"),
+        (dict(n_kv_head=1), "transformers' gpt2 supports neither n_kv_head=1 nor head_dim=0"),
         (dict(arch="qwen", qk_norm=True, bias=True), "qwen3 has no bias on Q, K and V alone"),
     ],
 )

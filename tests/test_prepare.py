@@ -629,7 +629,7 @@ def test_bad_parquet(tmp_path):
     [
         ([], "name a --source: openwebtext, wiki"),
         (["--source=wkii"], "did you mean wiki"),
-        (["--source=wiki", "a.txt"], "wiki stands alone"),
+        (["--source=wiki", "a.txt"], "wiki cannot be combined with other sources"),
         (["--source=a.txt", "b.txt"], "several sources: name the --out_dir"),
         (["--source=wikitext2", "--val_fraction=0.1"], "official splits"),
         (["--source=wiki", "--column=extract"], "wiki has its own format"),

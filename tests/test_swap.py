@@ -224,7 +224,7 @@ def test_models_that_do_more_with_logits_are_refused():
     model = hugging_face("gpt2")
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(
-        ValueError, match="does more with logits than its unembedding: final_logit_softcapping"
+        ValueError, match="changes logits or loss after its output layer: final_logit_softcapping"
     ):
         swap_head(model, "cosine")
 

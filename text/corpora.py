@@ -62,7 +62,7 @@ def read_dataset(data_files: str, streaming: bool, what: str) -> Iterator[str]:
         what: names the data in an error.
     Raises: UserError if it cannot be read.
     """
-    import datasets  # takes seconds to import
+    import datasets  # Importing it takes seconds.
     import pyarrow.dataset
 
     # The exception has all that `datasets` logs.

@@ -134,8 +134,8 @@ def layout(path: Path, dtype: np.dtype) -> Layout:
     if magic == LLMC_GPT2:
         return _with_header(path, version, tokens, size)
     if size % dtype.itemsize:
-        what = f"{size:,} bytes are no whole number of {dtype.name} ids"
-        raise UserError(f"{path} is truncated or foreign: {what}")
+        what = f"{size:,} bytes are not a whole number of {dtype.name} ids"
+        raise UserError(f"{path} is truncated, or not a token file: {what}")
     return Layout(dtype, 0, size // dtype.itemsize)
 
 
@@ -147,7 +147,7 @@ def _with_header(path: Path, version: int, tokens: int, size: int) -> Layout:
     expected = found.offset + tokens * found.dtype.itemsize
     if size != expected or tokens < 1:
         what = f"{size:,} bytes, its llm.c header says {expected:,}"
-        raise UserError(f"{path} is truncated or foreign: {what}")
+        raise UserError(f"{path} is truncated, or not a token file: {what}")
     return found
 
 

@@ -71,7 +71,7 @@ def batched(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], l
     for split, text in documents:
         splits.append(split)
         texts.append(text)
-        size += len(text) + 100  # so that very short documents fill a batch too
+        size += len(text) + 100  # So that very short documents also fill a batch.
         if size >= BATCH:
             yield splits, texts
             splits, texts, size = [], [], 0

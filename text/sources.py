@@ -157,7 +157,7 @@ def source_problems(
     for name in source:
         problem = path_problem(name)
         if name in corpora and not os.path.exists(name):
-            problems.append(f"--source={name} stands alone, without files beside it")
+            problems.append(f"--source={name} cannot be combined with other sources")
         elif problem:
             hint = nearest(name, corpora) if problem.startswith("no file or folder") else ""
             problems.append(problem + hint)

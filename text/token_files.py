@@ -191,7 +191,7 @@ def _with_meta(folder: Path) -> Data:
         expected = split.tokens * split.dtype.itemsize
         size = split.path.stat().st_size if split.path.is_file() else -1
         if size != expected:
-            state = "is missing" if size < 0 else f"is truncated or foreign: {size:,} bytes"
+            state = "is missing" if size < 0 else f"is truncated, or another file: {size:,} bytes"
             raise UserError(f"{split.path} {state}, meta.json says {expected:,}: {again}")
     return data
 

@@ -118,7 +118,7 @@ def about_products(head: HarmonicHead) -> str | None:
         )
     return (
         f"{what}: at n = {float(head.strength):.4g} the loss of a token is off by up to {error:.1g}"
-        " nats where prototypes are as long as"
+        " nats if prototypes are as long as"
         " states. --head_precision=auto is nearly as exact as float32"
     )
 

@@ -28,7 +28,7 @@ from training.step import Progress
 from training.telemetry import check_loggers
 
 REORDERED = (
-    "another order of the data would read some windows twice in this epoch and others not at all;"
+    "in another data order it would read some windows twice in this epoch and others not at all;"
     " --new_data_order=true accepts that"
 )
 

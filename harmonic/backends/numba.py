@@ -752,9 +752,9 @@ def usable() -> bool:
     """
     if Threads.lost:
         warnings.warn(
-            "this process was forked after Numba's kernels had run: it computes without them, on"
-            " one thread."
-            " Start processes with the method 'spawn' for the full speed",
+            "this process was forked after Numba's kernels had run, so it computes without them,"
+            " on one thread."
+            " For full speed, start processes with the method 'spawn'",
             stacklevel=1,
         )
     return not Threads.lost
@@ -910,8 +910,8 @@ def follow_torch(work: int) -> int:
     """
     if Threads.lost:
         raise RuntimeError(
-            "what was computed before this process was forked cannot be differentiated in it:"
-            " compute it again here"
+            "a loss from before the fork has no backward pass in a forked process:"
+            " compute the loss again here"
         )
     Threads.started = True
     threads = torch.get_num_threads()

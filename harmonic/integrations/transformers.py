@@ -240,15 +240,15 @@ def _check_model(model, old, match_to):
     """Raises ValueError for a model whose head cannot be swapped."""
     name, config = type(model).__name__, model.config
     if old is None or config.is_encoder_decoder:
-        raise ValueError(f"{name} is not a causal or masked language model with an unembedding")
+        raise ValueError(f"{name} is not a causal or masked language model with an output layer")
     if not hasattr(model, "get_expanded_tied_weights_keys"):
         raise ValueError("swap_head needs transformers 5")
     values = {key: getattr(config, key, None) for key in MORE_WITH_LOGITS}
     if more := [key for key, value in values.items() if value is True or value not in (None, 0, 1)]:
-        raise ValueError(f"{name} does more with logits than its unembedding: {', '.join(more)}")
+        raise ValueError(f"{name} changes logits or loss after its output layer: {', '.join(more)}")
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(
-            f"the head of this model is {old.name} already: a head is matched to a dot product's"
+            f"the head of this model is {old.name} already: match_to needs a dot product's head"
         )
 
 
