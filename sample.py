@@ -205,7 +205,7 @@ class Explainer:
         return repr(self.tokenizer.decode_token(token))
 
 
-def fill(model: Model, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
+def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
     """Prints each prompt with its masks replaced by the likeliest tokens, and the candidates of
     each mask."""
     for ids in prompts:
@@ -380,7 +380,7 @@ def main() -> None:
     print(f"{c.out_dir}, iteration {manifest['iter']}: {model.head.extra_repr()}", file=sys.stderr)
     with torch.inference_mode(), autocast:
         if masked:
-            return fill(model, tokenizer, prompts)
+            return predict_masked(model, tokenizer, prompts)
 
         begin = [] if tokenizer.start_id is None else [tokenizer.start_id]
         rows = [p for p in prompts or [begin] for _ in range(c.num_samples)]

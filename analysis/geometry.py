@@ -286,8 +286,8 @@ def coverage(data: Data) -> str:
 
 
 class Labels:
-    """Words at points of a panel. One that would cover an earlier word moves up to where there is
-    room."""
+    """Words at points of a panel. One that would cover an earlier word moves up or down to the
+    nearest room, and a thin line leads to its point."""
 
     # A letter's width and a line's height as shares of the panel, at 8 points and 5 inches.
     LETTER, LINE = 0.012, 0.026
@@ -300,14 +300,22 @@ class Labels:
 
     def add(self, point: list[float], word: str, color: str) -> None:
         x, y = point
-        width, line = len(word) * self.LETTER * self.width, self.LINE * self.height
-        while any(
-            abs(y - other) < line and x < right and left < x + width
-            for left, right, other in self.taken
-        ):
-            y += line / 4
-        self.taken.append((x, x + width, y))
-        self.axes.text(x, y, word, color=color, fontsize=8)
+        line = self.LINE * self.height
+        steps = (sign * step * line / 4 for step in itertools.count() for sign in (1, -1))
+        place = next(y + step for step in steps if self._is_free(x, y + step, word))
+        self.taken.append((x, self._end(x, word), place))
+        if place != y:
+            self.axes.plot([x, x], [y, place], color=color, linewidth=0.4)
+        self.axes.text(x, place, word, color=color, fontsize=8)
+
+    def _end(self, x: float, word: str) -> float:
+        return x + len(word) * self.LETTER * self.width
+
+    def _is_free(self, x: float, y: float, word: str) -> bool:
+        line, end = self.LINE * self.height, self._end(x, word)
+        return not any(
+            abs(y - other) < line and x < right and left < end for left, right, other in self.taken
+        )
 
 
 def draw(maps: list[tuple]) -> Figure:

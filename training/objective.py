@@ -28,7 +28,7 @@ class Objective(Protocol):
     """What a model predicts.
 
     masked: whether it is masked language modelling. Its loss is not the likelihood of a text, so
-        there are no bits per byte. Such a model fills masks instead of generating text.
+        there are no bits per byte. Such a model does not generate text.
     lookahead: the number of tokens to read after the inputs of a window.
     """
 
