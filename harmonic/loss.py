@@ -94,13 +94,10 @@ def harmonic_loss(  # noqa: PLR0913
     **settings: Any,
 ) -> Tensor:
     """The negative log likelihood of the targets in nats. It never holds all logits, except with
-    impl="dense".
-
-    Arguments that are not listed here are those of `harmonic_logits`.
+    impl="dense". Arguments that are not listed here are those of `harmonic_logits`.
 
     Args:
-        h: (..., C) hidden states.
-        w: (V, C) prototypes.
+        h: (..., C) hidden states. w: (V, C) prototypes.
         targets: (...) integers in [0, V), or `ignore_index`.
         bias: (V,), or (rows,) if `rows` is given. For "cross_entropy" only.
         reduction: "mean" over the targets that are not ignored, "sum" or "none".
@@ -111,12 +108,10 @@ def harmonic_loss(  # noqa: PLR0913
         check_finite: on a CPU, raise for vectors that are not finite. If False, the loss is NaN.
 
     Returns: a scalar, or (...) for reduction="none"; float32, or float64 if h or w is. The mean
-        over no targets is 0 with zero gradients, so that a process without targets does not spoil
-        the others.
-    Raises: ValueError for unknown names, numbers that are not positive, sizes that do not match,
-        different devices, or integer vectors. On a CPU also for targets out of range and vectors
-        that are not finite. On other devices these two give NaN, because a check would have to
-        wait for the device.
+        over no targets is 0, with zero gradients.
+    Raises: ValueError for unknown names, bad numbers or sizes, different devices and integer
+        vectors. On a CPU also for targets out of range and vectors that are not finite; elsewhere
+        these give NaN, because a check would have to wait for the device.
     """
     distance, filled = resolve(name, **settings)
     link, strength = resolve_strength(name, w.shape[-1], link, exponent, scale, **settings)
