@@ -1,6 +1,6 @@
 """Tables and pictures of the study of heads, from the rows in results/heads.csv so far.
 
-    # prints Markdown; writes results/study.png and results/study_curves.png
+    # prints Markdown; writes results/study.png, study_curves.png and study_lowest.png
     python -m studies.heads_report
     # only two heads, paired by seed
     python -m studies.heads_report --compare=cosine/harmonic/4,euclidean/harmonic
@@ -544,7 +544,12 @@ def _draw_long_runs(axes: Axes, long: list[dict], height: dict[Key, float]) -> N
     )
 
 
-def draw_curves(rows: list[Row], path: Path) -> None:
+def draw_lowest(rows: list[Row], path: Path) -> None:
+    """Draws the curves of the four heads that end lowest."""
+    draw_curves(rows, path, most=4)
+
+
+def draw_curves(rows: list[Row], path: Path, most: int | None = None) -> None:
     """Draws a panel for each head of stage 2: its validation loss minus that of cross_entropy.
 
     Differences are for the same seed and iteration, averaged over seeds. Heads that end near
@@ -552,9 +557,10 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     """
     above = curves_above(rows)
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
+    heads = heads[:most]
     width = min(4, len(heads))
     height = math.ceil(len(heads) / width)
-    figure = figures.figure(1.75 * height)
+    figure = figures.figure(1.75 * height + 0.4)
     iterations = int(groups(rows, "2")[BASELINE][0]["iters"])
     x = np.linspace(0, iterations, 1 + len(above[BASELINE]))[1:]
     for i, head in enumerate(heads):
@@ -610,6 +616,7 @@ def main() -> None:
     pictures: dict[Path, Callable] = {out: draw}
     if BASELINE in groups(rows, "2"):
         pictures[out.with_stem(f"{out.stem}_curves")] = draw_curves
+        pictures[out.with_stem(f"{out.stem}_lowest")] = draw_lowest
     for place, picture in pictures.items():
         picture(rows, place)
     print(f"wrote {' and '.join(map(str, pictures))}")
