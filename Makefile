@@ -87,6 +87,7 @@ study: $(VENV)/installed data/wikitext2/meta.json data/imdb_bpe/meta.json
 
 study-budget: $(VENV)/installed data/wiki/meta.json data/wikitext2/meta.json
 	$(RUN) -m studies.budget
+	$(RUN) -m studies.budget_report
 
 study-optimizers: $(VENV)/installed data/wiki/meta.json
 	$(RUN) -m studies.optimizers

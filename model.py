@@ -43,7 +43,7 @@ class Architecture:
     """What GPT-2, BERT and Qwen2 do differently. Everything else in this file is the same for all.
 
     causal: a token sees itself and what is before it. Otherwise it sees the whole window, and the
-        model is trained to fill masks.
+        model is trained by masked language modelling.
     norm: (width, with a bias) -> a normalisation layer.
     norm_after: norms stand after each residual sum, and one after the embedding. Otherwise they
         stand before attention and MLP, and one before the head.
@@ -118,7 +118,7 @@ class ModelConfig:
     n_head: int = 12
     """attention heads"""
     n_kv_head: int = 0
-    """key/value heads shared by groups of n_head; 0 = n_head"""
+    """key/value heads, each shared by a group of query heads; 0 = n_head"""
     n_embd: int = 768
     """width"""
     head_dim: int = 0
@@ -140,7 +140,7 @@ class ModelConfig:
     """dropout of embeddings, attention and residual branches"""
     label_smoothing: float = 0.0
     """share of the target spread over all tokens while training (an ablation: it materialises the
-    logits); evaluation never does"""
+    logits); evaluation never smooths"""
     bias: bool | None = None
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was
     published"""
@@ -151,7 +151,7 @@ class ModelConfig:
     eot_id: int | None = None
     """doc_mask: the token that begins a document; null = the data's"""
     tie_weights: bool = True
-    """prototypes are the input embedding"""
+    """prototypes and input embedding are one table"""
     qk_norm: bool = False
     """qwen: RMSNorm on queries and keys (Qwen3)"""
     rope_theta: float = 1e6
@@ -159,7 +159,7 @@ class ModelConfig:
     head: Literal[*HEADS] = "cross_entropy"  # type: ignore[valid-type]
     """distance of the head, or a control"""
     link: Literal["harmonic", "softmax"] = "harmonic"
-    """logits from distances: harmonic (-n log d) or softmax (-s d), its control"""
+    """logits from distances: harmonic (-n log d), or its twin softmax (-s d)"""
     exponent: float | Literal[*EXPONENTS] | None = None  # type: ignore[valid-type]
     """n, the power of the distance; dim is n_embd; null = the distance's default"""
     scale: float | None = None
@@ -182,8 +182,8 @@ class ModelConfig:
     """how the loss is computed: dense materialises all logits, chunked does not, numba (CPU) and
     triton are compiled; auto = the fastest"""
     head_skip: float = free(1e-6)
-    """elementwise distances leave out gradients that add up to less than this share of the
-    target's; 0 = none"""
+    """elementwise distances skip gradients that add up to less than this share of the target's; 0 =
+    skip none"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
     """matrix products of the head: float32, split (two half-precision parts, nearly exact) or
     autocast (the trunk's dtype); auto = on a GPU split for distances and autocast for cross_entropy
@@ -789,11 +789,11 @@ class Model(nn.Module):
             explain: called with (hidden states (B, C), tokens (B,)) a step.
             head: gives the logits in the model's head's place: (B, C) -> (B, V).
             sampling: temperature, top_k, top_p: see Sampler.
-        Raises: ValueError for a model that fills masks and an empty prompt; RuntimeError where
-            logits are not finite, and where weights have changed.
+        Raises: ValueError for a masked language model and for an empty prompt. RuntimeError if
+            logits are not finite or the weights have changed.
         """
         if not self.config.architecture.causal:
-            raise ValueError(f"{self.config.arch} fills masks; it does not generate")
+            raise ValueError(f"{self.config.arch} is a masked language model: it does not generate")
         if not prompts or not all(prompts):
             raise ValueError("a prompt is empty: each needs a token at least")
         device, sampler = self.tokens.weight.device, Sampler(**sampling)

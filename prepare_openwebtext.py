@@ -1,4 +1,4 @@
-"""Turn text into token files: train.bin and val.bin as in nanoGPT, and a meta.json about them.
+"""Turns text into token files: train.bin and val.bin as in nanoGPT, and a meta.json about them.
 
     python prepare_openwebtext.py --source=openwebtext --out_dir=data/openwebtext
     python prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096
@@ -11,8 +11,8 @@ document's text decides which split it is in. So the files do not depend on the 
 and adding documents moves none from split to split. (A small corpus may have to lend one document
 to a split that would be empty.)
 
-The files appear together, by one rename, when all is done. One document is read at a time, of a
-parquet file a row group, of a .json list the whole. Only two things in memory grow with the corpus:
+The files appear together, by one rename, when all is done. Documents are read one at a time: a
+parquet file by row groups, a .json list whole. Only two things in memory grow with the corpus:
 the hashes that find copies (about 100 bytes a document, 0.8 GB for the 8 million documents of
 OpenWebText) and, while bpe:N is trained, its distinct words.
 """

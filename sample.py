@@ -1,5 +1,5 @@
-"""Writes text with a trained run; fills masks with a BERT; explains which prototypes and
-coordinates decided.
+"""Continues a text with a trained run, or predicts masked tokens with a BERT. Explains which
+prototypes and coordinates decided.
 
     python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100
     python sample.py --out_dir=out/l1 --start="The" --temperature=0.8 --top_k=200 --seed=1
@@ -47,8 +47,8 @@ class SampleConfig:
     ends become \\n); none = the start of a document. <|endoftext|> ([SEP] for bert) in a prompt is
     the end-of-text token"""
     prompts: str = ""
-    """a file with one prompt a line (UTF-8); empty lines are skipped. Further prompts, behind those
-    of start"""
+    """a file with one prompt a line (UTF-8); empty lines are skipped. These come after the
+    prompts of start"""
     num_samples: int = 1
     """texts for each prompt"""
     max_new_tokens: int = 200
@@ -138,8 +138,8 @@ def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
             prompt = prompt.replace(mask, MASKS[0])
         if MASKS[0] not in prompt:
             raise UserError(
-                "a bert does not write on, it fills masks: put [MASK] into --start, as in"
-                " --start='The film was [MASK].'"
+                "a bert is a masked language model and continues no text: put [MASK] into --start,"
+                " as in --start='The film was [MASK].'"
             )
         pieces = [tokenizer.encode_prompt(piece) for piece in prompt.split(MASKS[0])]
         ids = [i for piece in pieces for i in (*piece, tokenizer.mask_id)][:-1]
@@ -206,9 +206,9 @@ class Explainer:
         return repr(self.tokenizer.decode_token(token))
 
 
-def fill(model: Model, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
-    """Prints each prompt with its masks filled by the likeliest token, and the candidates of each
-    mask."""
+def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
+    """Prints each prompt with its masks replaced by the likeliest tokens, and the candidates of
+    each mask."""
     for ids in prompts:
         if len(ids) > model.config.block_size:
             raise UserError(
@@ -339,11 +339,12 @@ def read_prompts(c: SampleConfig, tokenizer: Tokenizer, masked: bool) -> list[li
 
 
 def refuse_writing(c: SampleConfig) -> None:
-    """UserError, in one message, for settings that a model that fills masks has no use for."""
+    """UserError, in one message, for settings that a masked language model has no use for."""
     problems = []
     if not c.start and not c.prompts:
         problems.append(
-            "a bert does not write on, it fills masks: give --start='The film was [MASK].'"
+            "a bert is a masked language model and continues no text: give"
+            " --start='The film was [MASK].'"
         )
     for flag, asked in (
         ("num_samples", c.num_samples > 1),
@@ -352,7 +353,7 @@ def refuse_writing(c: SampleConfig) -> None:
         ("ann", c.ann),
     ):
         if asked:
-            problems.append(f"--{flag} does nothing with a bert: it fills masks")
+            problems.append(f"--{flag} does nothing with a bert, a masked language model")
     check(problems)
 
 
@@ -395,7 +396,7 @@ def main() -> None:
     print(f"{c.out_dir}, iteration {manifest['iter']}: {model.head.extra_repr()}", file=sys.stderr)
     with torch.inference_mode(), autocast:
         if masked:
-            return fill(model, tokenizer, prompts)
+            return predict_masked(model, tokenizer, prompts)
 
         begin = [] if tokenizer.start_id is None else [tokenizer.start_id]
         rows = [p for p in prompts or [begin] for _ in range(c.num_samples)]

@@ -5,8 +5,8 @@
     python train.py --init_from=resume --out_dir=out/l1
     python train.py --init_from=gpt2 --head=cosine --dataset=openwebtext --out_dir=out/gpt2/swapped
 
-A config is a YAML file given first; flags are --key=value and override it. The run's folder is
-described in docs/training.md.
+Start with a YAML config, then override any setting with --key=value. docs/training.md describes the
+run's folder.
 
 Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient is not finite; 4 trained,
     but the last checkpoint could not be written; 130, 138, 143 stopped by Ctrl-C, SIGUSR1, SIGTERM,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
@@ -284,6 +285,39 @@ def coverage(data: Data) -> str:
     )
 
 
+class Labels:
+    """Words at points of a panel. One that would cover an earlier word moves up or down to the
+    nearest room, and a thin line leads to its point."""
+
+    # A letter's width and a line's height as shares of the panel, at 8 points and 5 inches.
+    LETTER, LINE = 0.012, 0.026
+
+    def __init__(self, axes: Axes):
+        self.axes = axes
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        self.width, self.height = right - left, top - bottom
+        self.taken: list[tuple[float, float, float]] = []
+
+    def add(self, point: list[float], word: str, color: str) -> None:
+        x, y = point
+        line = self.LINE * self.height
+        steps = (sign * step * line / 4 for step in itertools.count() for sign in (1, -1))
+        place = next(y + step for step in steps if self._is_free(x, y + step, word))
+        self.taken.append((x, self._end(x, word), place))
+        if place != y:
+            self.axes.plot([x, x], [y, place], color=color, linewidth=0.4)
+        self.axes.text(x, place, word, color=color, fontsize=8)
+
+    def _end(self, x: float, word: str) -> float:
+        return x + len(word) * self.LETTER * self.width
+
+    def _is_free(self, x: float, y: float, word: str) -> bool:
+        line, end = self.LINE * self.height, self._end(x, word)
+        return not any(
+            abs(y - other) < line and x < right and left < end for left, right, other in self.taken
+        )
+
+
 def draw(maps: list[tuple]) -> Figure:
     """The prototypes on their first two principal components: grey points, relations as arrows with
     their words. maps: for each run its name, prototypes (V, C) and tokenizer."""
@@ -295,13 +329,14 @@ def draw(maps: list[tuple]) -> Figure:
         rows, variance, directions = principal(x)
         plane = rows @ directions[:, :2]
         axes.scatter(*plane.T, s=2, color="0.8", linewidths=0)
+        labels = Labels(axes)
         for relation, color in zip(shown, colors, strict=True):
             arrow = {"arrowstyle": "->", "color": color, "lw": 1}
             for first, second in pairs(relation)[:5]:
                 a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
                 axes.annotate("", b, a, arrowprops=arrow)
-                axes.text(*a, first, color=color, fontsize=8)
-                axes.text(*b, second, color=color, fontsize=8)
+                labels.add(a, first, color)
+                labels.add(b, second, color)
         share = variance / variance.sum()
         axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
         axes.set_ylabel(f"PC 2 ({share[1]:.1%})")

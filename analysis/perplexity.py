@@ -322,7 +322,7 @@ def details(
     for run, d in zip(runs, data, strict=True):
         model, _ = run.load(device, c.checkpoint)
         tokens = calibration.examine(model, d, c.split)
-        errors.append(calibration.calibration_error(tokens))
+        errors.append(calibration.calibration_error(tokens["confidence"], tokens["correct"]))
         rows += [
             {**about(run), **row}
             for row in calibration.detail(tokens, frequency(d).numpy(), run.model_config.block_size)

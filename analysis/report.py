@@ -1,11 +1,11 @@
-"""One self-contained HTML page that compares finished runs: results, curves, samples and what was
+"""Writes one HTML page that compares finished runs: results, curves, samples and what was
 different.
 
     python -m analysis.report out/a out/b --out=report.html
 
-The page is `report.html` beside this file with one JSON document put into it: it needs no network
-and no other file. Losses are those that training measured on its fixed validation windows; `python
--m analysis.perplexity` scores a whole split.
+The page needs no network and no other file: it is analysis/report.html with one JSON document in
+it. Losses are those that training measured on its fixed validation windows. analysis.perplexity
+scores a whole split.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ MAPS, MAP_POINTS = 6, 1500
 PROMPTS, PROMPT_CHARACTERS, TRUTH_CHARACTERS = 2, 80, 240
 # Enough for both with any tokenizer of words or their parts.
 EXCERPT_TOKENS = 160
-# bert fills every seventh token (`how_sampled` says so), about the share that it learns on.
+# bert predicts every seventh token (`how_sampled` says so), about the share that it learns on.
 MASK_EVERY = 7
 
 
@@ -93,7 +93,7 @@ class ReportConfig:
     runs: list[str] = field(default_factory=list)
     """run folders"""
     out: str = "report.html"
-    """the page"""
+    """file of the page"""
     dataset: str | None = None
     """prepared data of all runs, a folder under data/ or a path; null = where each run was
     trained"""
@@ -196,9 +196,11 @@ def continuations(
 
 
 @torch.inference_mode()
-def fills(model: Model, words: Tokenizer, texts: list[tuple[str, str]]) -> list[list[list]]:
-    """What bert puts for masked words: for each excerpt one text of pieces [kind, text, truth],
-    kind being given, right or wrong."""
+def predicted_tokens(
+    model: Model, words: Tokenizer, texts: list[tuple[str, str]]
+) -> list[list[list]]:
+    """What bert predicts for masked tokens: for each excerpt one text of pieces [kind, text,
+    truth], kind being given, right or wrong."""
     found: list[list[list]] = []
     for prompt, truth in texts:
         ids = torch.tensor(
@@ -301,7 +303,7 @@ def examine(
     if texts:
         words = data.load_tokenizer()
         if run.objective.masked:
-            entry.samples = fills(model, words, texts)
+            entry.samples = predicted_tokens(model, words, texts)
         else:
             entry.samples = continuations(model, words, data.eot_id, texts, c)
     return entry
@@ -321,10 +323,10 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         print(f"note: {notes[0]}", file=sys.stderr)
 
     # One run's model and metrics are in memory at a time.
-    entries = [
-        examine(run, data[i] if data else None, texts, c, device)
-        for i, run in enumerate(tqdm(runs, desc="runs", leave=False, disable=None))
-    ]
+    entries = []
+    for i, run in enumerate(runs):
+        print(f"run {i + 1} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
+        entries.append(examine(run, data[i] if data else None, texts, c, device))
     notes += [entry.note for entry in entries if entry.note]
     summaries = [entry.summary for entry in entries]
     losses = [entry.losses for entry in entries if entry.losses is not None]
@@ -390,8 +392,8 @@ def how_sampled(runs: list[Run], c: ReportConfig) -> str:
         )
     if any(r.objective.masked for r in runs):
         text += (
-            " bert sees the text with every seventh token hidden and puts the likeliest; struck out"
-            " is what the text has."
+            " bert sees the text with every seventh token masked and predicts it. Struck out is the"
+            " text's own token where the two differ."
         )
     return text
 

@@ -37,13 +37,17 @@ COLUMNS = (
     Score("bits_per_byte", "bits/byte", ".4f", best=min, needs="bits"),
     Column("difference", "above the best (95 %)"),
     Column("components", "PCs for 90 %"),
-    Score("kwh", "kWh", ".3g", best=min, needs="work"),
-    Score("co2", "g CO₂e", ".3g", best=min, needs="work"),
+    Score("kwh", "kWh", ".3g", best=min, needs="energy"),
+    Score("co2", "g CO₂e", ".3g", best=min, needs="energy"),
     Score("tokens_per_s", "tokens/s", ",.0f", best=max, needs="work"),
     Score("minutes", form=".1f", best=min, needs="work"),
 )
 # The papers' three axes and their measures; less is better.
 AXES = {"performance": "bits_per_byte", "interpretability": "components", "sustainability": "kwh"}
+
+# Energy is ranked between runs of at least so many minutes. In a shorter run start-up, compilation
+# and evaluation weigh too much.
+RANKED_MINUTES = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Agreement:
     bits: bool
     """bits per byte"""
     work: bool
-    """energy, time and speed"""
+    """time and speed, and the energy of runs that are long enough"""
+    energy: bool
+    """work, and every run is long enough"""
     windows: bool
     """losses of the same windows, one by one"""
     notes: list[str] = field(default_factory=list)
@@ -141,10 +147,12 @@ def agreement(
             " small differences in loss mean nothing."
         )
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
+    same_work = len(work) == len(machines) == 1
     return Agreement(
         losses=warning is None and len(windows) == 1,
         bits=len(objectives) == 1 and (not data or not texts_differ(data)),
-        work=len(work) == len(machines) == 1,
+        work=same_work,
+        energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),
         windows=warning is None and len(losses) == len(runs) and same_size,
         notes=notes,
     )
@@ -215,6 +223,13 @@ def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
     ]
 
 
+def one_seed(runs: list[Run]) -> bool:
+    """Whether no head, with its link, has runs of two seeds."""
+    heads = {(r.model_config.head, r.model_config.link) for r in runs}
+    seeds = {(r.model_config.head, r.model_config.link, r.config.seed) for r in runs}
+    return len(seeds) == len(heads)
+
+
 def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> str:
     """The result in a sentence; none where runs may not be compared. differences: of `paired`."""
     if not any(math.isfinite(s["best_val_loss"]) for s in summaries):
@@ -237,8 +252,12 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
         " nats/token"
     )
     if alike := [name for _, low, name in others if low <= 0]:
-        return f"{text}, but these windows do not tell it apart from {listed(alike, 3)}."
-    if not others:
-        return f"{text}."
-    mean, _, name = others[0]
-    return f"{text}, {mean:.3f} below {name}."
+        text = f"{text}, but these windows do not tell it apart from {listed(alike, 3)}."
+    elif not others:
+        text = f"{text}."
+    else:
+        mean, _, name = others[0]
+        text = f"{text}, {mean:.3f} below {name}."
+    if one_seed(runs):
+        text += " This is one seed of each head; another seed may change the order."
+    return text

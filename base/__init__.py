@@ -1,1 +1,1 @@
-"""What every command rests on: errors, command lines, files that survive a crash."""
+"""What all commands share: errors, command lines, and files that survive a crash."""

@@ -1,9 +1,8 @@
 """Command lines: flat typed dataclasses filled from a YAML file and from `--key=value` flags.
 
-A script declares what it takes as dataclasses whose fields carry a docstring each, and calls
-`parse`. Types and help come from jsonargparse. Whatever is wrong, in the file and on the command
-line, is gathered into one message; `cli` prints it and exits with status 2, so that a user sees
-every mistake at once and never a traceback.
+A script declares its settings as dataclasses, with a docstring for each field, and calls `parse`.
+jsonargparse reads the types and makes the help. `parse` collects all mistakes in the file and on
+the command line. `cli` prints them in one message, without a traceback, and exits with status 2.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Container
@@ -30,17 +30,23 @@ if typing.TYPE_CHECKING:
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-# What jsonargparse raises for a text that is not of the type.
+# jsonargparse raises these for a value of the wrong type.
 WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that leaves the examples in a script's docstring as they are written."""
+    """Help that keeps the line breaks of a script's docstring. It lists the choices of a flag once,
+    where jsonargparse would repeat them as its type."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return re.sub(r"\(type: Literal\[[^\]]*\]", "(type: choice", super()._expand_help(action))
 
 
 def show_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
-    """An error handler that prints a file name that is not UTF-8: `caf\\xe9.txt`. Python holds such
-    a byte as U+DCE9."""
+    """An error handler that prints file names that are not UTF-8, such as `caf\\xe9.txt`.
+
+    Python stores such a byte as a character, here U+DCE9.
+    """
     assert isinstance(error, UnicodeEncodeError)
     rest = error.object[error.start : error.end]
     if not all("\udc80" <= character <= "\udcff" for character in rest):
@@ -53,29 +59,33 @@ codecs.register_error("show_bytes", show_bytes)
 
 
 def cli(main: Callable[[], object]) -> None:
-    """Runs `main()`; a UserError becomes its message on stderr and exit status 2."""
+    """Runs `main()`. For a UserError it prints the message on stderr and exits with status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="show_bytes")
     try:
         main()
     except UserError as error:
-        script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
-        name = script.name
-        if script.is_relative_to(root) and script.parent != root:  # in a room: run as a module
-            name = f"python -m {'.'.join(script.relative_to(root).with_suffix('').parts)}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a process
+        name = script_name()
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # Only one process on each machine.
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # The reader (head, less) went away; leave without the interpreter's complaint at exit.
+        # The reader of a pipe (head, less) has closed it. This avoids Python's error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
+def script_name() -> str:
+    """The script that runs, as a user calls it: `train.py`, `python -m analysis.report`."""
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+    if script.is_relative_to(root) and script.parent != root:  # in a room: run as a module
+        return f"python -m {'.'.join(script.relative_to(root).with_suffix('').parts)}"
+    return script.name
+
+
 def read_yaml(path: str | Path) -> dict:
-    """The flat mapping in a YAML file. UserError when it is missing, not YAML or not a flat
-    mapping."""
+    """The `key: value` lines of a YAML file. UserError if it is missing or holds anything else."""
     path = Path(path)
     if not path.is_file():
         there = sorted(
@@ -92,8 +102,10 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def known(stored: dict, where: str | Path, *schemas: type) -> dict:
-    """A stored configuration without the keys that no schema has, such as those of another version;
-    a note on stderr names them."""
+    """A stored configuration without the keys that no schema has. A note on stderr names those.
+
+    Such keys come from another version. where: names the file in the note.
+    """
     names = {f.name for schema in schemas for f in dataclasses.fields(schema)}
     strange = [key for key in stored if key not in names]
     if strange:
@@ -106,9 +118,8 @@ def known(stored: dict, where: str | Path, *schemas: type) -> dict:
 
 @functools.cache
 def _note_once(text: str) -> None:
-    """Prints a note on stderr, the first time that it is to be printed: several parts of a program
-    read the same file."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one note a machine, not one a process
+    """Prints a note on stderr, but each text only once: several parts of a program read a file."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # Only one process on each machine.
         print(f"note: {text}", file=sys.stderr)
 
 
@@ -123,8 +134,9 @@ def split_flags(
 ) -> tuple[list[str], list[tuple[str, str | None]]]:
     """Splits a command line into positional words and (key, value) pairs.
 
-    `--key=value` and `--key value` both work; a key in `switches` (the bool fields) may stand alone
-    and means true.
+    `--key=value` and `--key value` both work.
+    switches: names of bool fields. `--key` without a value means true for them.
+    known: all valid keys. An unknown `--key` takes no following word as its value.
     """
     words: list[str] = []
     flags: list[tuple[str, str | None]] = []
@@ -157,18 +169,19 @@ def parse(
 
     Args:
         argv: the words after the script's name.
-        schemas: dataclasses with disjoint field names. One with a method `problems() -> list[str]`
-            is asked for impossible values.
-        words: name of the list field that takes positional words (such as run folders); None when
-            there are none.
-        config_file: the first positional word is a YAML file that the flags override.
-        base: values that stand below the file and the flags, such as a stored run's configuration.
-    Raises: UserError listing every unknown key (with the nearest valid one), wrong type and
-        impossible value.
+        schemas: dataclasses with different field names. If one has a method `problems() ->
+            list[str]`, it reports invalid values.
+        words: the list field that takes positional words, such as run folders; None if there is
+            none.
+        config_file: whether the first positional word is a YAML file, which flags override.
+        base: values that the file and the flags override, such as a stored run's configuration.
+    Raises: UserError that lists every unknown key (with the nearest valid one), wrong type and
+        invalid value.
     """
     types = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
     parser = _parser(schemas)
     if "--help" in argv or "-h" in argv:
+        parser.usage = _usage(words, config_file)
         parser.print_help()
         sys.exit(0)
 
@@ -197,7 +210,7 @@ def parse(
 
 @functools.cache
 def _parser(schemas: tuple[type, ...]) -> jsonargparse.ArgumentParser:
-    """Knows the types of all fields. Its help begins with the script's own docstring."""
+    """A parser for all fields. Its help begins with the docstring of the script."""
     doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
     parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Help)
     for schema in schemas:
@@ -205,10 +218,24 @@ def _parser(schemas: tuple[type, ...]) -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _usage(words: str | None, config_file: bool) -> str:
+    """How the script is called, in one line. The flags are listed below it."""
+    name = script_name()
+    parts = [name if name.startswith("python") else f"python {name}"]
+    if config_file:
+        parts.append("[CONFIG.yaml]")
+    if words:
+        parts.append(f"[{words.removesuffix('s').upper()} ...]")
+    return " ".join([*parts, "[--key=value ...]"])
+
+
 def _read(
     parser: jsonargparse.ArgumentParser, types: dict, words: str | None, given: list[tuple]
 ) -> tuple[dict, list[str]]:
-    """Settings (where they stand, key, value) -> (values by key, what is wrong with the others)."""
+    """Converts settings (where it was given, key, value).
+
+    Returns: values by key, and the problems of the other settings.
+    """
     values: dict[str, typing.Any] = {}
     problems: list[str] = []
     texts: list[tuple[str, str, str]] = []
@@ -222,7 +249,7 @@ def _read(
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             texts.append((where, key, text))
-    # All at once, for each call costs as much as one setting does. Where that fails, one by one.
+    # All settings in one call, which is faster. If that fails, one by one to find the wrong ones.
     try:
         found = parser.parse_args([f"--{key}={text}" for _, key, text in texts])
         values |= {key: getattr(found, key) for _, key, _ in texts}
@@ -236,14 +263,14 @@ def _read(
 
 
 def _expected(key: str, text: str, hint: typing.Any) -> str:
-    """What a wrong value should have been."""
+    """What a wrong value should be, in words."""
     if typing.get_origin(hint) is typing.Literal:
         return f"unknown {key}{nearest(text, typing.get_args(hint))}"
     return f"expected {describe(hint)}"
 
 
 def describe(hint: typing.Any) -> str:
-    """A type as a user would say it: `a whole number`, `a number, sqrt_dim, dim or null`."""
+    """A type in words, such as `a whole number` or `a number, sqrt_dim, dim or null`."""
     plain = {
         int: "a whole number",
         float: "a number",

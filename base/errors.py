@@ -5,8 +5,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """An error that the user can fix. `cli` prints its message, without a traceback, and exits with
-    status 2."""
+    """An error that the user can fix.
+
+    `cli` prints its message without a traceback, and exits with status 2.
+    """
 
 
 def check(problems: list[str]) -> None:
@@ -18,8 +20,7 @@ def check(problems: list[str]) -> None:
 
 
 def nearest(name: str, names: Iterable[object]) -> str:
-    """`'; did you mean X?'` for the valid name most like `name`, or the list of names when nothing
-    is like it."""
+    """`; did you mean X?` with the most similar valid name, or a list of all names if none is."""
     valid = [str(n) for n in names]
     near = difflib.get_close_matches(str(name), valid, n=1)
     return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"

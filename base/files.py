@@ -1,5 +1,7 @@
-"""Files that survive a crash: written aside, flushed to the disk, renamed; JSON that notices when a
-bit of it has changed."""
+"""Files that survive a crash, and JSON with a checksum.
+
+A file is written under another name, flushed to the disk and renamed.
+"""
 
 import hashlib
 import json
@@ -9,7 +11,7 @@ from pathlib import Path
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal. OSError when it cannot be read."""
+    """The sha256 of a file in hexadecimal. OSError if it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -24,8 +26,11 @@ def fsync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """The file has its old content or the new one, whatever happens in between; a function writes
-    it to the path that it is given. OSError when it cannot be written."""
+    """Writes a file so that, even after a crash, it has either its old content or the new one.
+
+    content: a text, bytes, or a function that writes the file at the path that it gets.
+    Raises: OSError if it cannot be written.
+    """
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         if callable(content):
@@ -40,19 +45,21 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
 
 
 def seal(content: dict) -> str:
-    """A mapping as JSON text with a `checksum` of everything else in it."""
+    """A mapping as JSON text, with a `checksum` of all other entries."""
     return json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
 
 
 def unseal(text: bytes | str) -> dict:
-    """The mapping in a JSON text. ValueError when it is not one, or its checksum (where it has one)
-    does not match."""
+    """The mapping in a JSON text, without its checksum.
+
+    Raises: ValueError if it is no JSON mapping, or if it has a checksum that does not match.
+    """
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     checksum = content.pop("checksum", None)
     if checksum not in (None, _checksum(content)):
-        raise ValueError("its checksum does not match: a damaged or edited file")
+        raise ValueError("its checksum does not match: the file is corrupt or was edited")
     return content
 
 

@@ -1,9 +1,9 @@
-"""Installs requirements with uv, which takes seconds where pip takes minutes. Without uv: with pip.
+"""Installs requirements with uv, in seconds instead of pip's minutes. If uv fails, pip is used.
 
     python -m base.install requirements.txt
 
-uv does not read pip's configuration, so mirrors, wheels on the disk and constraints that are set
-there are handed on to it. Only the standard library is needed.
+uv does not read pip's configuration. So this passes its mirrors, wheel folders and constraints on
+to uv. It needs nothing but the standard library.
 """
 
 import ast
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-# pip's setting -> uv's environment variable, and what stands between several values there.
+# pip's setting -> uv's environment variable, and the separator of several values there.
 SETTINGS = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
@@ -23,7 +23,7 @@ PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version
 
 
 def settings_for_uv(pip_config: str) -> dict[str, str]:
-    """The output of `pip config list` -> environment variables of uv."""
+    """Turns the output of `pip config list` into environment variables of uv."""
     found = {}
     for line in pip_config.splitlines():
         name, _, value = line.partition("=")
@@ -31,7 +31,7 @@ def settings_for_uv(pip_config: str) -> dict[str, str]:
             variable, separator = SETTINGS[key]
             found[variable] = separator.join(ast.literal_eval(value).split())
     if "UV_INDEX" in found:
-        # As pip does, take the best version of all indexes, not of the first that has any.
+        # Like pip, take the best version in all indexes, not in the first one with any version.
         found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     return found
 

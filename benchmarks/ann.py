@@ -1,17 +1,21 @@
-"""What decoding from the nearest prototypes costs and loses, against all logits.
+"""The speed and the errors of decoding from the nearest prototypes, compared with all logits.
 
     python -m benchmarks.ann out/demo/cosine out/demo/cross_entropy    # about 15 minutes
     python -m benchmarks.ann --heads=manhattan --graphs=[]             # one head, exact search
 
-Each head that faiss can search is measured at GPT-2's size with random prototypes, N(0, 0.02^2),
-and random layer-normalised states. Random prototypes have no clusters, the worst case for a graph.
-Each run that is named is measured with its own prototypes and the states of validation text.
+Each head that faiss can search is measured at GPT-2's size, with random prototypes, N(0, 0.02^2),
+and random layer-normalised states. Random prototypes have no clusters, which is the worst case for
+a graph. Runs that you name are measured with their own prototypes and states of validation text.
 
-recall_50: the share of the 50 likeliest tokens that are candidates. left_out: the probability of
-all others, with the bound that `NearestHead.mass_bound` gives for it. kl: KL(candidates || exact)
-in nats; the other direction is infinite, for candidates give other tokens probability 0.
-Tokens a second are of the head alone, at batch 1 and 8, medians of rounds that alternate between
-exact logits and the index. Rows appear in the CSV file as they are measured.
+recall_50   the share of the 50 most likely tokens that are candidates
+left_out    the probability of all tokens that are not candidates; its bound is from
+            `NearestHead.mass_bound`
+kl          KL(candidates || exact) in nats. The other direction is infinite, because other tokens
+            have probability 0.
+
+Tokens per second are those of the head alone, at batch sizes 1 and 8. They are medians of rounds
+that alternate between exact logits and the index. A prepared head gives the exact logits, as in
+sample.py. Rows appear in the CSV file as they are measured.
 """
 
 import statistics
@@ -57,20 +61,20 @@ class AnnConfig:
     runs: list[str] = field(default_factory=list)
     """run folders"""
     heads: list[str] = field(default_factory=list)
-    """heads with random prototypes; none = all that faiss can search"""
+    """heads to measure with random prototypes; none = all that faiss can search"""
     graphs: list[str] = field(default_factory=lambda: ["cosine", "manhattan", "cross_entropy"])
-    """which of them get a graph (hnsw), too: for metrics but L2, L1 and inner product, faiss needs
-    an estimated 15 minutes to build one"""
+    """heads that also get a graph (hnsw); faiss needs an estimated 15 minutes to build one, unless
+    the metric is L2, L1 or the inner product"""
     candidates: int = 512
     """prototypes that get a logit"""
     vocab_size: int = 50304
-    """random prototypes"""
+    """number of random prototypes"""
     n_embd: int = 768
-    """their coordinates"""
+    """width of random prototypes"""
     N: int = 16
-    """states that are searched"""
+    """number of states to search"""
     rounds: int = 3
-    """measurements of each time"""
+    """how often each time is measured"""
     out: str = "results/ann.csv"
     """the CSV file"""
 
@@ -86,7 +90,7 @@ class AnnConfig:
 
 @torch.inference_mode()
 def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: AnnConfig) -> dict:
-    """One row: a head and its states (N, C) with one index."""
+    """Measures a head and its states (N, C) with one index. Returns a row."""
     began = time.perf_counter()
     nearest = NearestHead(head, c.candidates, index)
     row = {
@@ -99,9 +103,10 @@ def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: Ann
         "candidates": nearest.count,
         "build_s": f"{time.perf_counter() - began:.1f}",
     }
-    exact = head(h).double()
+    prepared = head.prepared()
+    exact = prepared(h).double()
     ids, found = nearest.candidates(h)
-    # A graph may find too few: the id -1 is no token.
+    # A graph may find too few candidates. The id -1 then stands for no token.
     chosen = torch.zeros(len(h), nearest.vocab_size + 1).scatter_(1, ids % (exact.shape[1] + 1), 1)
     chosen = chosen[:, :-1].bool()
     log_p = exact.log_softmax(1)
@@ -119,14 +124,14 @@ def measure(source: str, head: HarmonicHead, h: torch.Tensor, index: str, c: Ann
         some, times = h[:batch], []
         for _ in range(c.rounds):
             # Bound to this round by the call: each lambda runs at once.
-            times.append((seconds(lambda: head(some)), seconds(lambda: nearest(some))))  # noqa: B023
+            times.append((seconds(lambda: prepared(some)), seconds(lambda: nearest(some))))  # noqa: B023
         for name, took in zip(("exact", "ann"), zip(*times, strict=True), strict=True):
             row[f"{name}_tokens_s_{batch}"] = f"{batch / statistics.median(took):.1f}"
     return row
 
 
 def cases(c: AnnConfig, runs: list[Run]) -> Iterator[tuple[str, HarmonicHead, torch.Tensor, str]]:
-    """Yields (where the prototypes are from, head, states, index), the quick ones first."""
+    """Yields (source of the prototypes, head, states, index), the fast cases first."""
     torch.manual_seed(0)
     for run in runs:
         head, h, _ = states(run, c.N)

@@ -1,28 +1,29 @@
-"""Everything that only a GPU can show, most important first, in one call.
+"""All measurements and checks that need a GPU, most important first, in one call.
 
     python -m benchmarks.gpu --minutes=9            # what `make gpu` runs
-    python -m benchmarks.gpu --list                 # the steps, what they take, and which are done
-    python -m benchmarks.gpu --only=kernels,head    # some of them
-    # one of each kind on the CPU, tiny: finds mistakes before a GPU is there
+    python -m benchmarks.gpu --list                 # list the steps, their times, and what is done
+    python -m benchmarks.gpu --only=kernels,head    # only some steps
+    # tiny versions of all kinds on the CPU, to find mistakes without a GPU
     python -m benchmarks.gpu --rehearse
 
 A step makes one row of results/gpu.csv. Its `code` is a hash of the library, model.py, train.py,
-training/ and the file that measures it. A step is skipped when the table has its row for this card
-and this code, and when it could not end within --minutes. Steps run in other processes
-(benchmarks/gpu_runner.py), so one that crashes or hangs costs only itself. Its row says `failed`
-and why, and the exit status is 1. A row says `absent` where a package or data is missing.
+training/ and the file that measures it. A step is skipped if the table has its row for this card
+and this code, or if it cannot end within --minutes. Steps run in other processes
+(benchmarks/gpu_runner.py), so a step that crashes or hangs does not affect the others. Its row says
+`failed` and why, and the exit status is 1. If a package or data is missing, the row says `absent`.
 `kernels`, `head` and `train` need nothing but PyTorch, Triton and NumPy.
 
 kernels   each head in each precision on the Triton kernels, both links: relative errors of losses
           and gradients against float64
-head      the loss at GPT-2's size inside bfloat16 autocast, beside F.linear + F.cross_entropy and
-          other libraries: time, memory, and errors of losses in nats and of gradients relative to
-          the largest (benchmarks/head.py)
-train     an iteration of GPT-2 124M beside a loop in nanoGPT's manner (benchmarks/train_gpu.py)
-train.py  the command itself on made-up tokens: its speed, float16, resuming
+head      the loss at GPT-2's size inside bfloat16 autocast, compared with F.linear +
+          F.cross_entropy and other libraries: time, memory, errors of losses in nats, and errors
+          of gradients relative to the largest entry (benchmarks/head.py)
+train     an iteration of GPT-2 124M, compared with a loop like nanoGPT's (benchmarks/train_gpu.py)
+train.py  the command itself on random tokens: its speed, float16, resuming
 nccl      DistributedDataParallel and FSDP2 over NCCL in one process, and torchrun
 sample    sample.py with and without its cache of keys and values
-study     short runs of heads at GPT-2's size, seed by seed, on the largest token files under data/
+study     short runs of heads at GPT-2's size, with several seeds, on the largest token files in
+          data/
 """
 
 import argparse
@@ -59,13 +60,15 @@ NEXT = ["mahalanobis", "manhattan", "chebyshev"]
 SEEDS = (1338, 1339, 1340)
 
 
-# How large everything is
+# Sizes
 
 
 @dataclass(frozen=True)
 class Check:
-    """States, prototypes and coordinates of an exactness check. One state in `every` is kept; the
-    targets of the others are ignored."""
+    """The size of a check of errors: numbers of states, prototypes and coordinates.
+
+    One state in `every` has a target. The targets of the others are ignored.
+    """
 
     states: int
     prototypes: int
@@ -75,13 +78,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes, device and places of all steps. flags: of train.py; small: of its runs that are about
-    correctness alone."""
+    """The sizes, device and folders of all steps.
+
+    flags: for train.py. small: for runs of train.py that only check correctness.
+    """
 
     device: str
     home: str
     """an empty folder for runs"""
-    # Of the second the kernels make two chunks.
+    # The second one is large enough for two chunks.
     checks: tuple[Check, ...] = (Check(133, 1021, 97, 2), Check(700, 200_003, 17, 11))
     head: tuple[int, int, int] = (8192, 50304, 768)
     rounds: int = 5
@@ -105,7 +110,7 @@ class Scale:
 
 
 def rehearsal(home: str) -> Scale:
-    """Everything tiny and on the CPU."""
+    """Tiny sizes on the CPU."""
     tiny = dict(
         n_layer=2,
         n_head=2,
@@ -143,19 +148,19 @@ def rehearsal(home: str) -> Scale:
 
 
 def largest_error(found: list, truth: list) -> float:
-    """The largest difference of any gradient, relative to the largest entry of the true one.
+    """The largest error of any gradient, relative to the largest entry of the true gradient.
 
-    The gradient of one number, such as the exponent, is a sum over states that may cancel: it
-        counts as 0.01 a state at least.
+    The gradient of a single number, such as the exponent, is a sum over states that may cancel. So
+    its size counts as at least 0.01 for each state.
     """
     states, errors = len(truth[0]), []
     for ours, exact in zip(found, truth, strict=True):
         size = exact.abs().max().clamp_min(0.01 * states if exact.numel() == 1 else 1e-30)
         errors.append((ours.double() - exact).abs().max() / size)
-    return torch.stack(errors).max().item()  # a NaN, if there is one
+    return torch.stack(errors).max().item()  # NaN if any error is.
 
 
-ALLOWED = {  # relative errors, beside three times those of plain PyTorch in float32
+ALLOWED = {  # Relative errors, in addition to three times those of plain PyTorch in float32.
     "float32": {"loss": 1e-5, "gradient": 1e-3},
     "split": {"loss": 1e-5, "gradient": 1e-3},
     "autocast": {"loss": 0.05, "gradient": 0.1},
@@ -165,8 +170,7 @@ ALLOWED = {  # relative errors, beside three times those of plain PyTorch in flo
 def loss_and_gradients(
     layer: HarmonicHead, h: torch.Tensor, y: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Losses (N,), and the gradients of their sum with respect to h and all that the head
-    trains."""
+    """Losses (N,), and the gradients of their sum with respect to h and the head's parameters."""
     h = h.detach().requires_grad_()
     leaves = [h, *layer.parameters()]
     gradients = torch.autograd.grad(layer.loss(h, y, reduction="sum"), leaves)
@@ -177,7 +181,7 @@ def loss_and_gradients(
 def check_kernel(scale: Scale, name: str, precision: str) -> dict:
     """The largest errors of one head in one precision over sizes and links.
 
-    Raises: AssertionError where one is larger than ALLOWED. Absent for a head that has no Triton
+    Raises: AssertionError if an error is larger than ALLOWED. Absent for a head without a Triton
         kernel.
     """
     links = ["harmonic", "softmax"] if not HEADS[name].is_control else ["harmonic"]
@@ -200,8 +204,10 @@ def check_kernel(scale: Scale, name: str, precision: str) -> dict:
 
 
 def check_once(device: str, check: Check, name: str, link: str, precision: str) -> dict[str, float]:
-    """-> relative errors of `loss` and `gradient`, those of plain float32, and the largest gradient
-    of an `ignored` state."""
+    """The relative errors of `loss` and `gradient`, and those of plain PyTorch in float32.
+
+    `ignored` is the largest gradient of a state whose target is ignored; it should be 0.
+    """
     torch.manual_seed(0)
     V, control = check.prototypes, HEADS[name].is_control
     trained = {} if control else {"learn_scale" if link == "softmax" else "learn_exponent": True}
@@ -215,7 +221,7 @@ def check_once(device: str, check: Check, name: str, link: str, precision: str) 
         impl="triton",
         **trained,
     )
-    layer.to(device).eval()  # without noise
+    layer.to(device).eval()  # So that there is no noise.
     h = torch.nn.functional.layer_norm(
         torch.randn(check.states, check.coordinates), (check.coordinates,)
     ).to(device)
@@ -226,7 +232,7 @@ def check_once(device: str, check: Check, name: str, link: str, precision: str) 
     try:
         with torch.autocast(device, torch.bfloat16):
             losses, gradients = loss_and_gradients(layer, h, y)
-    except ValueError as error:  # what the library says of a backend that it cannot take
+    except ValueError as error:  # The backend does not support this head.
         raise Absent(str(error)) from None
     dense = {}
     for dtype in (torch.float64, torch.float32):
@@ -248,8 +254,11 @@ def check_once(device: str, check: Check, name: str, link: str, precision: str) 
 
 
 def measure_head(scale: Scale, name: str, precision: str, peer: str | None = None) -> dict:
-    """Forward, forward and backward, memory beyond inputs and gradients; the ratio is that of both
-    to the yardstick's, measured in turn."""
+    """Measures forward, forward and backward, and the memory besides inputs and gradients.
+
+    The ratio is the time of forward and backward divided by that of the yardstick, measured
+    alternately.
+    """
     case = head.Case(scale.head, scale.device, "bfloat16", precision)
     found = head.measure(case, name, peer, scale.rounds)
     loss, *gradients = case.errors(name, peer)
@@ -264,7 +273,7 @@ def measure_head(scale: Scale, name: str, precision: str, peer: str | None = Non
 
 
 def measure_peer(scale: Scale, peer: str) -> dict:
-    """The same of another implementation of cross-entropy."""
+    """`measure_head` for another implementation of cross-entropy."""
     if peer == YARDSTICK:
         head.PEERS["cross_entropy", peer] = lambda h, w, y: torch.nn.functional.cross_entropy(
             torch.nn.functional.linear(h, w), y
@@ -281,8 +290,8 @@ def measure_peer(scale: Scale, peer: str) -> dict:
 
 
 def measure_training(scale: Scale, name: str) -> dict:
-    """An iteration with one head, or of the plain loop."""
-    torch.compiler.reset()  # as a new process would compile it
+    """Measures an iteration with one head, or of the plain loop."""
+    torch.compiler.reset()  # So that it compiles as in a new process.
     loop = train_gpu.Nanogpt(scale.train) if name == NANOGPT else train_gpu.Ours(scale.train, name)
     return train_gpu.measure(scale.train, loop)
 
@@ -291,10 +300,10 @@ def measure_training(scale: Scale, name: str) -> dict:
 
 
 def script(scale: Scale, *words: str, torchrun: bool = False) -> str:
-    """Runs `python WORDS...` -> all that it printed. A rehearsal runs it in this process, where
-    PyTorch is imported already.
+    """Runs `python WORDS...` and returns all that it printed.
 
-    Raises: RuntimeError with the last lines where the exit status is not 0.
+    A rehearsal runs it in this process, because PyTorch is imported here already.
+    Raises: RuntimeError, with the last lines, if the exit status is not 0.
     """
     if scale.rehearse and not torchrun:
         printed, status = here(words)
@@ -322,7 +331,7 @@ def script(scale: Scale, *words: str, torchrun: bool = False) -> str:
 
 
 def here(words: tuple[str, ...]) -> tuple[str, int]:
-    """Runs a script in this process -> (what it printed, its exit status)."""
+    """Runs a script in this process. Returns what it printed and its exit status."""
     printed, argv, status = io.StringIO(), sys.argv, 0
     try:
         with (
@@ -342,7 +351,7 @@ def here(words: tuple[str, ...]) -> tuple[str, int]:
 def train(
     scale: Scale, out_dir: str, config: tuple[str, ...], torchrun: bool = False, **flags: object
 ) -> list[dict]:
-    """A run of train.py -> the lines of its metrics.jsonl."""
+    """Runs train.py and returns the lines of its metrics.jsonl."""
     folder = Path(scale.home, out_dir)
     settings: dict[str, object] = dict(
         dataset=f"{scale.home}/tokens",
@@ -370,8 +379,10 @@ def train(
 
 
 def results(metrics: list[dict]) -> dict:
-    """The cells of a run: its last validation loss, and its median speed after a third of its
-    iterations."""
+    """The cells of a run: its last validation loss, and its median speed.
+
+    The first third of the iterations does not count for the speed.
+    """
     losses = [m["val_loss"] for m in metrics if "val_loss" in m]
     steps = [m for m in metrics if "tokens_per_s" in m]
     steps = steps[len(steps) // 3 :]
@@ -387,12 +398,12 @@ def results(metrics: list[dict]) -> dict:
 
 
 def run_train(scale: Scale, name: str) -> dict:
-    """train.py as a process, from token files, with its logging and its checkpoint at the end."""
+    """train.py as a process, with token files, logging and the checkpoint at the end."""
     return results(train(scale, f"train-{name}", scale.config, head=name, **scale.flags))
 
 
 def run_float16(scale: Scale) -> dict:
-    """train.py with dtype=float16, which scales losses."""
+    """train.py with dtype=float16, which needs loss scaling."""
     return results(
         train(
             scale,
@@ -405,8 +416,10 @@ def run_float16(scale: Scale) -> dict:
 
 
 def run_resume(scale: Scale) -> dict:
-    """A run that is stopped half-way and resumed, and one that never was: loss_error is the
-    difference of their validation losses."""
+    """Compares a run that is stopped halfway and resumed with an uninterrupted one.
+
+    loss_error is the difference of their validation losses.
+    """
     most = scale.small["max_iters"]
     settings = scale.small | dict(head="euclidean", compile=False, lr_decay_iters=most)
     whole = train(scale, "whole", scale.config, **settings)
@@ -438,16 +451,16 @@ def run_torchrun(scale: Scale) -> dict:
 
 
 def run_wrapped(scale: Scale, how: str) -> dict:
-    """Three iterations under DistributedDataParallel or FSDP2, in a group of one process: the
-    losses are those of the model alone.
+    """Checks three iterations under DistributedDataParallel or FSDP2, in a group of one process.
 
-    train.py wraps no model where there is one process, so this does it.
+    The losses must be those of the unwrapped model. train.py does not wrap a model for one process,
+    so this function does.
     """
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    if not dist.is_initialized():  # and it stays so: taking a group apart can hang
+    if not dist.is_initialized():  # It is never destroyed, because that can hang.
         dist.init_process_group(
             "nccl" if scale.device == "cuda" else "gloo",
             store=dist.HashStore(),
@@ -482,11 +495,13 @@ def run_wrapped(scale: Scale, how: str) -> dict:
 
 
 def run_doc_mask(scale: Scale, arch: str) -> dict:
-    """FlexAttention within documents beside the dense mask, float32, compiled and not: losses and
-    gradients at an odd length."""
+    """Compares FlexAttention within documents, compiled and not, with a dense mask.
+
+    It compares losses and gradients in float32, at a length that is not a multiple of a block.
+    """
     import model as decoder
 
-    length = scale.small["block_size"] * 4 - 24  # no multiple of a block
+    length = scale.small["block_size"] * 4 - 24  # Not a multiple of a block.
     flags: dict[str, Any] = dict(
         n_layer=2,
         n_head=4,
@@ -503,7 +518,7 @@ def run_doc_mask(scale: Scale, arch: str) -> dict:
     torch.manual_seed(0)
     plain = decoder.Model(config).to(scale.device)
     tokens = torch.randint(scale.vocabulary, (2, length + 1), device=scale.device)
-    tokens[:, length // 3] = tokens[:, length // 2] = 0  # ends of documents
+    tokens[:, length // 3] = tokens[:, length // 2] = 0  # Ends of documents.
     found = {}
     for way, flex, compiled in (
         ("dense", False, False),
@@ -529,8 +544,10 @@ def run_doc_mask(scale: Scale, arch: str) -> dict:
 
 
 def run_sample(scale: Scale) -> dict:
-    """sample.py with a fresh model: tokens a second with the cache; the ratio is that to the speed
-    without it."""
+    """sample.py with a new model: tokens per second with the cache.
+
+    The ratio is this speed divided by the speed without the cache.
+    """
     train(
         scale,
         "sample",
@@ -556,7 +573,7 @@ def run_sample(scale: Scale) -> dict:
 
 
 def run_study(scale: Scale, name: str, seed: int) -> dict:
-    """A short run of the study's configuration on the largest token files that are here."""
+    """A short run of the study's configuration on the largest token files in data/."""
     folders = [
         path.parent
         for path in Path(ROOT, scale.data).glob("*/meta.json")
@@ -570,12 +587,12 @@ def run_study(scale: Scale, name: str, seed: int) -> dict:
     return {**row, "note": f"{folder.name}, {flags['max_iters']} iterations"}
 
 
-# The list
+# The list of steps
 
 
 def precisions(name: str) -> list[str]:
-    """Those that make a difference to a head."""
-    return ["split", "float32", "autocast"] if HEADS[name].kernel in ("l2", "dot") else ["float32"]
+    """The precisions that change something for a head."""
+    return ["split", "float32", "autocast"] if HEADS[name].multiplies else ["float32"]
 
 
 def kernel_steps() -> list[Step]:
@@ -604,7 +621,7 @@ def peer_steps() -> list[Step]:
 
 
 def training_steps(names: list[str]) -> list[Step]:
-    seconds = {NANOGPT: 90}  # It is compiled as a whole.
+    seconds = {NANOGPT: 90}  # It takes longer to compile, because it is compiled as one graph.
     file = "benchmarks/train_gpu.py"
     return [
         Step(
@@ -621,7 +638,7 @@ def training_steps(names: list[str]) -> list[Step]:
 
 
 def steps() -> list[Step]:
-    """All of them, most important first."""
+    """All steps, most important first."""
     needs = tuple(PACKAGES)
     found = [
         *kernel_steps(),
@@ -655,7 +672,7 @@ def steps() -> list[Step]:
 
 
 def rehearsed() -> list[Step]:
-    """One or a few of each kind, side by side: their times mean nothing."""
+    """One or a few steps of each kind, run in parallel. Their times mean nothing."""
     kernels = [("euclidean", "split"), ("cross_entropy", "autocast"), ("manhattan", "float32")]
     wanted = {("train", name) for name in (NANOGPT, "cosine")} | {
         ("train.py", name) for name in ("cosine", "float16", "resume")
@@ -671,7 +688,7 @@ def rehearsed() -> list[Step]:
         for s in steps()
         if (s.step, s.what) in wanted or (s.step == "kernels" and s.arguments in kernels)
     ]
-    found.sort(key=lambda s: s.what != "torchrun")  # the longest
+    found.sort(key=lambda s: s.what != "torchrun")  # The longest step comes first.
     return [replace(s, beside=True) for s in found]
 
 
@@ -679,8 +696,10 @@ def rehearsed() -> list[Step]:
 
 
 def make_tokens(scale: Scale) -> None:
-    """Random tokens in the form of a prepared folder. Their tokenizer is one of characters, which
-    needs no package and no network."""
+    """Writes random tokens as a prepared folder.
+
+    Their tokenizer is one of characters, which needs no package and no network.
+    """
     folder, generator = Path(scale.home, "tokens"), np.random.default_rng(0)
     folder.mkdir()
     splits = {}
@@ -705,7 +724,7 @@ def make_tokens(scale: Scale) -> None:
 
 
 def tell_packages() -> None:
-    """Says which packages the scripts need that are not here, and how they get here."""
+    """Prints which packages of the scripts are missing, and how to install them."""
     print(
         f"torch {version('torch')}, triton {version('triton') or 'absent'}, numpy"
         f" {version('numpy')}"
@@ -718,7 +737,7 @@ def tell_packages() -> None:
     if missing:
         print(f"  with a network:  python -m pip install {missing}")
         print(
-            "  without one, carry wheels/ here from a machine that has it:  python -m pip download"
+            "  without one, copy wheels/ from a machine that has one:  python -m pip download"
             f" --no-deps -d wheels {missing}"
         )
         print(
@@ -727,7 +746,7 @@ def tell_packages() -> None:
         )
         print(f"  python -m pip install --no-index --no-deps --find-links=wheels {missing}")
     print(
-        "the step head also measures these, where they can be imported: liger-kernel,"
+        "the step head also measures these packages, if they are installed: liger-kernel,"
         " cut-cross-entropy, quack-kernels",
         flush=True,
     )
@@ -738,15 +757,15 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="no step begins that cannot end within them"
+        "--minutes", type=float, default=9.0, help="skip steps that cannot end within this time"
     )
-    parser.add_argument("--only", help="names of steps, with commas between")
+    parser.add_argument("--only", help="names of steps, separated by commas")
     parser.add_argument(
         "--out",
         type=Path,
-        help="the table; default results/gpu.csv, of a rehearsal out/gpu_rehearsal.csv",
+        help="the table; default results/gpu.csv, or out/gpu_rehearsal.csv for a rehearsal",
     )
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny")
+    parser.add_argument("--rehearse", action="store_true", help="run tiny versions on the CPU")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
     c = parser.parse_args()
     if c.only and (strange := set(c.only.split(",")) - {s.step for s in steps()}):
@@ -791,10 +810,10 @@ def main() -> int:
     print(f"{card}: {len(chosen)} steps, of which {c.out} has {len(done)}", flush=True)
     most = 2 if c.rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
     about = {"card": card, "torch": version("torch"), "triton": version("triton")}
-    # So that the processes below are ended, too.
+    # So that SIGTERM also ends the processes below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if c.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # for the processes that are started from here on
+        os.environ["TRITON_INTERPRET"] = "1"  # For processes that are started from now on.
     with tempfile.TemporaryDirectory(prefix="gpu-") as home:
         scale = rehearsal(home) if c.rehearse else Scale("cuda", home)
         make_tokens(scale)

@@ -1,21 +1,23 @@
-"""Compiles every variant of the Triton kernels for sm_80, sm_90 and sm_100, without a GPU, and
-lists what each needs.
+"""Compiles every variant of the Triton kernels for sm_80, sm_90 and sm_100, and lists what each
+needs. No GPU is needed.
 
-    python -m benchmarks.gpu_compile  # registers and spills -> results/gpu_compile.csv
-    # inner loops -> results/gpu_instructions.csv
+    python -m benchmarks.gpu_compile  # registers and spills, to results/gpu_compile.csv
+    # instructions of inner loops, to results/gpu_instructions.csv
     python -m benchmarks.gpu_compile --instructions=true
 
-Registers and spilled bytes are a thread's, as ptxas reports them; shared memory is a block's. The
-variants are those that the loss starts at GPT-2's size, as this records them while it runs on
-tensors without data.
+Registers and spilled bytes are for each thread, as ptxas reports them. Shared memory is for each
+block. The variants are those that the loss starts at GPT-2's size. This program runs the loss on
+tensors without data, and records what it starts.
 
-The second table has the elementwise kernels without terms, harmonic link. It counts the
-instructions of the inner loop, divided by the pairs and coordinates that a thread handles there. A
-packed instruction of sm_100, such as FADD2, counts once. For sm_90 it adds two least times at 8,192
-x 50,304 x 768 on an H100 SXM or H200: of what the formula needs, and of what was compiled. Each is
-the time of the unit that is busy longest. `measured_ms` is from results/head_cuda.csv, of the
-kernels and the card there: for `tile` the forward pass, for each of the two `gradient` kernels half
-of what the backward pass adds, `_slopes` and all.
+The second table has the elementwise kernels with the harmonic link and without a denominator. It
+counts the instructions of the inner loop for each pair and coordinate. A packed instruction of
+sm_100, such as FADD2, counts once. For sm_90 it has two lower bounds of the time at 8,192 x 50,304
+x 768 on an H100 SXM or H200: for the operations in the formula, and for the compiled instructions.
+Each is the time of the hardware unit that is busy longest.
+
+`measured_ms` is from results/head_cuda.csv, with the kernels and the card there. For `tile` it is
+the forward pass. For each of the two `gradient` kernels it is half of the additional time of the
+backward pass, which includes `_slopes`.
 """
 
 import contextlib
@@ -45,7 +47,7 @@ from harmonic.backends import triton as gpu
 from harmonic.precision import FLOAT32, SPLIT, Products
 
 N, V, C = 8192, 50257, 768
-# kernel, options, root
+# (kernel, options, root).
 KERNELS: list[tuple[str, dict[str, float], float]] = [
     ("l2", {}, 0.5),
     ("l2", {}, 1.0),
@@ -63,18 +65,18 @@ TYPES = {
 }
 PRODUCTS = [FLOAT32, SPLIT, Products("autocast", torch.bfloat16, torch.bfloat16)]
 MEASURED = "results/head_cuda.csv"
-SIZE = (8192, 50304, 768)  # of MEASURED
+SIZE = (8192, 50304, 768)  # The size in MEASURED.
 
-# An H100 SXM or H200. Results a cycle of one multiprocessor of compute capability 9.0, from the
-# table "Throughput of Native Arithmetic Instructions" of CUDA's guides: float32 additions and
-# multiplications; comparisons, minima, selections, integers and logic; rsqrt, log2 and exp2.
-# `issue`: each of four schedulers starts one instruction of 32 threads a cycle. `load`: one load of
-# 32 threads a cycle.
+# For an H100 SXM or H200: results per cycle of one multiprocessor of compute capability 9.0, from
+# the table "Throughput of Native Arithmetic Instructions" in CUDA's guides.
+# float: float32 additions and multiplications. compare: comparisons, minima, selections, integers
+# and logic. special: rsqrt, log2 and exp2. issue: each of four schedulers starts one instruction of
+# 32 threads per cycle. load: one load of 32 threads per cycle.
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
 RATES = {"issue": 128, "float": 128, "compare": 64, "special": 16, "load": 32}
 
-# The class of an instruction by how its name begins; what is not here is "other". MUFU is rsqrt,
-# log2, exp2.
+# Classes of instructions, by the beginning of their names. All others are "other". MUFU is rsqrt,
+# log2 and exp2.
 CLASSES = {
     "float": ("FADD", "FMUL", "FFMA", "HFMA2"),
     "compare": ("FSETP", "FSEL", "FMNMX", "FSET", "SEL"),
@@ -89,9 +91,9 @@ class CompileConfig:
     """What to compile for"""
 
     archs: list[int] = field(default_factory=lambda: [80, 90, 100])
-    """compute capabilities, times ten"""
+    """compute capabilities times ten"""
     instructions: bool = False
-    """list the instructions of the inner loops instead"""
+    """count the instructions of inner loops instead"""
     out: str | None = None
     """the CSV file; null = results/gpu_compile.csv or gpu_instructions.csv"""
 
@@ -106,8 +108,10 @@ class CompileConfig:
 
 
 def cases() -> Iterator[tuple[SimpleNamespace, bool, bool, Products]]:
-    """-> (epilogue, rank-one terms or a control's bias, gradients, products) of every way to call
-    `gpu.run`."""
+    """Yields every way to call `gpu.run`.
+
+    It is (epilogue, whether there are terms or a bias, whether gradients are wanted, products).
+    """
 
     def epilogue(kernel: str, options: dict, root: float, link: str) -> SimpleNamespace:
         return SimpleNamespace(
@@ -117,7 +121,7 @@ def cases() -> Iterator[tuple[SimpleNamespace, bool, bool, Products]]:
     for gradients in (False, True):
         for link in ("harmonic", "softmax"):
             for kernel in KERNELS:
-                # The two ways a denominator meets a root.
+                # With these two roots the denominator is handled in different ways.
                 rank_one = kernel[1].get("p") in (1.0, 1.5)
                 for terms in [False, True] if rank_one else [False]:
                     for products in PRODUCTS if kernel[0] == "l2" else [FLOAT32]:
@@ -128,8 +132,10 @@ def cases() -> Iterator[tuple[SimpleNamespace, bool, bool, Products]]:
 
 
 def variants() -> dict:
-    """(kernel, its constants in words) -> what `compiled` reads, of every kernel that `run` starts
-    in one of `cases`."""
+    """All kernels that `gpu.run` starts in `cases`.
+
+    Returns: (kernel, its constants in words) -> arguments of `compiled`.
+    """
     found: dict[tuple[str, str], tuple[Any, dict]] = {}
 
     def record(
@@ -139,7 +145,7 @@ def variants() -> dict:
         for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, arguments[parameter.name]
             whole = isinstance(value, int)
-            # As a launch specialises.
+            # A launch specialises on the same values.
             if parameter.is_constexpr or value is None or (whole and value == 1):
                 constants[name], signature[name] = value, "constexpr"
                 continue
@@ -187,7 +193,7 @@ def empty(*shape: int) -> torch.Tensor:
 
 
 def words(constants: dict, signature: dict) -> str:
-    """Such as "sum l1 harmonic root=1 +raw +u +v": with those optional operands."""
+    """A variant in words: "sum l1 harmonic root=1 +raw +u +v". + marks optional operands."""
     named = [constants[k] for k in ("MODE", "TERM", "SLOPE", "LINK") if constants.get(k)]
     named = [re.sub(r"^_|_(term|slope)$", "", getattr(value, "__name__", value)) for value in named]
     named += [f"root={constants['ROOT']:.3g}"] if "ROOT" in constants else []
@@ -212,8 +218,10 @@ def words(constants: dict, signature: dict) -> str:
 
 
 def build(source: Any, options: dict, arch: int) -> tuple[Any, str]:
-    """-> the compiled kernel, and what ptxas said. Always compiles: ptxas reports nothing for what
-    a cache holds."""
+    """The compiled kernel and the output of ptxas.
+
+    It compiles even if the kernel is in the cache, because ptxas would report nothing then.
+    """
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as log:
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -221,7 +229,7 @@ def build(source: Any, options: dict, arch: int) -> tuple[Any, str]:
 
 
 def compiled(source: Any, options: dict, arch: int) -> dict:
-    """-> registers, spill_stores, spill_loads (bytes), shared_bytes."""
+    """Compiles a kernel. Returns registers, spill_stores, spill_loads (bytes) and shared_bytes."""
     kernel, log = build(source, options, arch)
     said = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
     numbers = [int(re.findall(pattern, log)[0]) for pattern in said]
@@ -229,16 +237,17 @@ def compiled(source: Any, options: dict, arch: int) -> dict:
     return dict(zip(names, (*numbers, kernel.metadata.shared)))
 
 
-# instructions
+# Instructions
 
 
 @dataclass(frozen=True)
 class Elementwise:
     """An elementwise kernel.
 
-    variant: without "by rows" and "by prototypes". needs: the operations of its formula a pair and
-        coordinate, by class; a multiplication and the addition of its product are one, signs and
-        absolute values of operands are free. head: in MEASURED.
+    variant: without "by rows" and "by prototypes".
+    needs: the operations of its formula for a pair and coordinate, by class. A multiplication and
+        the addition of its product count as one. Signs and absolute values of operands are free.
+    head: its name in MEASURED.
     """
 
     kernel: str
@@ -247,9 +256,9 @@ class Elementwise:
     head: str | None = None
 
 
-# tile: the difference, and what follows. lse is a maximum, and then a sum for which differences are
-# computed again. gradient: the difference, its sign where that is not in the difference itself,
-# factors, and the sum.
+# A tile needs the difference and the operations on it. lse needs a maximum, and then a sum that
+# computes the differences again. A gradient needs the difference, perhaps its sign, factors and the
+# sum.
 ELEMENTWISE = [
     Elementwise("tile", "sum l1", {"float": 2}, "manhattan"),
     Elementwise("tile", "sum half", {"float": 2, "special": 1}),
@@ -274,16 +283,15 @@ ELEMENTWISE = [
 
 
 def find_elementwise(kernel: str, variant: str) -> Elementwise | None:
-    """The entry of a variant of `variants`, None for those that the table of instructions leaves
-    out."""
+    """The entry for a variant, or None if it is not in the table of instructions."""
     plain = re.sub(r" (harmonic root=\S+|\+raw|by \w+)", "", variant)
-    if "+raw" in variant and "linf" not in variant:  # the same loop as without
+    if "+raw" in variant and "linf" not in variant:  # The loop is the same without it.
         return None
     return next((e for e in ELEMENTWISE if (e.kernel, e.variant) == (kernel, plain)), None)
 
 
 def disassemble(kernel: Any) -> str:
-    """SASS, with labels."""
+    """The SASS code of a kernel, with labels."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -297,7 +305,7 @@ def disassemble(kernel: Any) -> str:
 
 
 def innermost_loops(sass: str) -> list[list[str]]:
-    """The names of the instructions of each loop that holds no other, such as "FADD"."""
+    """The names of instructions, such as "FADD", in each loop that contains no other loop."""
     names: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -307,7 +315,7 @@ def innermost_loops(sass: str) -> list[list[str]]:
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
             names.append(found[1])
             target = re.search(r"BRA.*`\((\.L_\w+)\)", line)
-            # Backwards, and not to itself as after the last.
+            # A jump backwards, but not the jump to itself at the end of a kernel.
             if target and labels.get(target[1], len(names)) < len(names) - 1:
                 loops.append((labels[target[1]], len(names)))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
@@ -315,8 +323,10 @@ def innermost_loops(sass: str) -> list[list[str]]:
 
 
 def main_loops(sass: str) -> list[list[str]]:
-    """The unrolled loops over coordinates or over rows: of those with special functions, and of
-    those without, the longest."""
+    """The unrolled loops over coordinates or rows.
+
+    They are the longest loop with special functions, and the longest without.
+    """
     loops = [loop for loop in innermost_loops(sass) if any(name.startswith("LDG") for name in loop)]
     kinds: dict[bool, list[list[str]]] = {}
     for loop in loops:
@@ -326,10 +336,10 @@ def main_loops(sass: str) -> list[list[str]]:
 
 
 def steps(loop: list[str], kernel: str, variant: str, warps: int) -> int:
-    """How many steps of the source a turn of a loop makes, by how many numbers it loads.
+    """How many steps of the source one pass of an unrolled loop makes, from its number of loads.
 
-    A step loads, for each thread, one number for each of its rows and four of its columns. Slopes
-    that need `kept` load it for each row. The gradient of a maximum does without columns.
+    In a step a thread loads one number for each of its rows, and four for its columns. Slopes that
+    need `kept` load one more for each row. The gradient of a maximum loads no columns.
     """
     widths = {"64": 2, "128": 4}
     loaded = sum(widths.get(name.split(".")[-1], 1) for name in loop if name.startswith("LDG"))
@@ -348,8 +358,10 @@ def classify(name: str) -> str:
 
 
 def count_instructions(sass: str, kernel: str, variant: str, warps: int) -> dict[str, float]:
-    """Instructions a pair and coordinate, by class; "packed": those of "float" that do two threads'
-    work."""
+    """Instructions for each pair and coordinate, by class.
+
+    "packed" are those of "float" that compute two results.
+    """
     counts = dict.fromkeys((*CLASSES, "other", "packed"), 0.0)
     for loop in main_loops(sass):
         each = 1 / (steps(loop, kernel, variant, warps) * gpu.BLOCK**2 // (32 * warps))
@@ -360,7 +372,7 @@ def count_instructions(sass: str, kernel: str, variant: str, warps: int) -> dict
 
 
 def least_ms(counts: dict) -> float:
-    """Of the unit that is busy longest, at SIZE."""
+    """The time, at SIZE, of the hardware unit that is busy longest."""
     classes = [*CLASSES, "other"]
     work = {kind: counts.get(kind, 0.0) for kind in classes}
     busy = {
@@ -368,7 +380,7 @@ def least_ms(counts: dict) -> float:
         "float": work["float"] + counts.get("packed", 0.0),
         "special": work["special"],
     }
-    # Integers share the unit of comparisons.
+    # Integers and comparisons share a unit.
     busy |= {"load": work["load"], "compare": work["compare"] + work["integer"]}
     N, V, C = SIZE
     return max(
@@ -378,7 +390,7 @@ def least_ms(counts: dict) -> float:
 
 
 def measured_ms(path: str) -> dict[tuple[str, str], float]:
-    """(kernel, head) -> ms, where MEASURED is there."""
+    """(kernel, head) -> ms, from the file MEASURED if it exists."""
     found = {}
     for row in tables.read_csv(path) if Path(path).is_file() else ():
         here = (

@@ -1,16 +1,17 @@
-"""What an iteration should take on one H100 SXM, from operations and bytes, before anyone has
-measured it.
+"""Predicts the time of an iteration on one H100 SXM from numbers of operations and bytes.
 
     # prints a table, writes results/gpu_predicted.csv; reads results/gpu_instructions.csv
     python -m benchmarks.gpu_predict
 
-Rows of gpt2_124m and qwen2_0.5b are one micro-batch of configs/: head and trunk, forward and
-backward, and a share of the optimizer's step. `ratio` is to the same trunk with nanoGPT's head,
-`least_ratio` the same if the passes over pairs ran as fast as memory, and elementwise kernels as
-fast as their instructions. Rows of head_8192 are the head alone, as `python -m benchmarks.head`
-measures it. Where results/gpu.csv has the row, `measured_ms` is its `step_ms`, and `quotient` is
-that over the prediction of the same thing. An H100's row comes before an H200's. A training step
-there has an optimizer step after its one micro-batch, so the prediction has the whole of one.
+Rows of gpt2_124m and qwen2_0.5b are one micro-batch of configs/. They include head and trunk,
+forward and backward, and a share of the optimiser's step. Rows of head_8192 are the head alone, as
+`python -m benchmarks.head` measures it.
+
+`ratio` is the time divided by that of the same trunk with nanoGPT's head. `least_ratio` is a lower
+bound: there the passes over pairs are as fast as memory, and elementwise kernels as fast as their
+instructions. If results/gpu.csv has the row, `measured_ms` is its `step_ms`, from an H100 rather
+than an H200. `quotient` is `measured_ms` divided by the prediction. A measured training step has
+one micro-batch and one step of the optimiser, so that prediction includes a complete step.
 """
 
 import math
@@ -23,52 +24,54 @@ from base.command_line import cli, parse
 from benchmarks.gpu_compile import CLOCK, MULTIPROCESSORS, RATES, SIZE
 
 # The card
-PEAK = 989e12  # NVIDIA's data sheet of the H100 SXM: dense bfloat16 products
-HALF = 650e12  # assumed: large products with bfloat16 operands reach 600 to 700
-FLOAT32 = 51e12  # measured on an H200, whose float32 units are the same (LOG.md: 49 to 54)
-MEMORY = 0.9 * 3.35e12  # data sheet, of which large copies reach nine tenths
-# Assumed: what well-kept loops with GPT-2 124M reach on an H100, counted as PaLM does (arXiv
-# 2204.02311, appendix B)
+PEAK = 989e12  # Dense bfloat16 products, from NVIDIA's data sheet of the H100 SXM.
+HALF = 650e12  # Assumed. Large products with bfloat16 operands reach 600 to 700e12.
+FLOAT32 = 51e12  # Measured on an H200, which has the same float32 units (LOG.md: 49 to 54e12).
+MEMORY = 0.9 * 3.35e12  # From the data sheet. Large copies reach nine tenths of it.
+# Assumed: the MFU of good training loops with GPT-2 124M on an H100, counted as in PaLM (arXiv
+# 2204.02311, appendix B).
 TRUNK_MFU = 0.40
-# An elementwise kernel's time over the floor of its instructions; manhattan's and canberra's were
-# 1.1 to 1.7 on an H200
+# The time of an elementwise kernel divided by the lower bound from its instructions. It was 1.1 to
+# 1.7 for manhattan and canberra on an H200.
 INSTRUCTIONS = 1.3
 
-# Bytes a pair of a state and a prototype, beside what a product itself writes and reads
-# bfloat16 logits: read for the maximum, read for the sum; read and overwritten by their gradient.
+# Bytes for each pair of state and prototype, besides what the product itself reads and writes.
+# bfloat16 logits are read for the maximum and for the sum. The gradient reads and overwrites them.
 NANOGPT_COMPILED = 2 + 2 + 4
-# To float32; log_softmax in two reads; its gradient; to bfloat16.
+# A conversion to float32, log_softmax with two reads, its gradient, a conversion to bfloat16.
 NANOGPT_EAGER = 6 + 12 + 8 + 6
 TILE, SLOPES = 4, 8
-# One bfloat16 part.
+# Slopes in one bfloat16 part.
 AUTOCAST_SLOPES = 6
 
-# Instructions a pair of `_tile` and `_slopes` (split, harmonic link), compiled for sm_90, and the
-# share of the issue slots that they get. Earlier forms of `_slopes`, with 68 (dot) and 167 (l2),
-# took 2.2 and 5.2 ms of 8,192 x 50,304 pairs on an H200: 0.43 and 0.44.
+# Instructions for each pair in `_tile` and `_slopes` (split, harmonic link), compiled for sm_90.
+# ISSUED assumes that they get 0.44 of the issue slots. Earlier versions of `_slopes` had 68 (dot)
+# and 167 (l2) instructions. They took 2.2 and 5.2 ms for 8,192 x 50,304 pairs on an H200, which is
+# 0.43 and 0.44.
 PASSES: dict[str, tuple[float, float]] = {"dot": (41, 33), "l2": (84, 122)}
 ISSUED = 0.44 * MULTIPROCESSORS * CLOCK * RATES["issue"]
 
-# Maps of both operands, forward and backward
-# Bytes a number of h and w: `Unit` forward, once more in the backward pass, and backward.
+# Maps of both operands, forward and backward.
+# Bytes for each number of h and w: `Unit` forward, again in the backward pass, and backward.
 COSINE_MAP = 8 + 8 + 12
-# Seconds beside its products, measured on an H200: a factorisation in float64, and sums.
+# Seconds besides its products, measured on an H200: a factorisation in float64, and sums.
 MAHALANOBIS_OTHER = 3.1e-3
 
+# Bytes for each parameter: of a step of the optimiser, and of a micro-batch after the first, which
+# reads two gradients and writes one.
 OPTIMIZER = 28 + 12
-# Bytes a parameter: a micro-batch after the first reads two gradients and writes one.
 ACCUMULATE = 12
 
-CHUNK = 2**27  # pairs, of harmonic/backends/triton.py
+CHUNK = 2**27  # The pairs of a chunk in harmonic/backends/triton.py.
 GOALS = {"cross_entropy": 1.05, "euclidean": 1.3, "cosine": 1.3, "mahalanobis": 1.3}
-ELEMENTWISE = {  # head -> its rows of results/gpu_instructions.csv
+ELEMENTWISE = {  # head -> its rows in results/gpu_instructions.csv.
     "chebyshev": ("linf l1 +kept", "maximum +kept"),
     "manhattan": ("sum l1", "l1"),
     "minkowski": ("sum three_halves", "three_halves"),
     "canberra": ("sum canberra", "canberra"),
 }
 NANOGPT, PLAIN = "nanoGPT's", "F.linear + F.cross_entropy"
-NAMES = {NANOGPT: "loop in nanoGPT's manner"}  # where results/gpu.csv calls a head otherwise
+NAMES = {NANOGPT: "loop in nanoGPT's manner"}  # Other names in results/gpu.csv.
 COLUMNS = [
     "model",
     "head",
@@ -90,7 +93,7 @@ class PredictConfig:
     """Predictions"""
 
     instructions: str = "results/gpu_instructions.csv"
-    """what `python -m benchmarks.gpu_compile --instructions=true` wrote"""
+    """the table of `python -m benchmarks.gpu_compile --instructions=true`"""
     measured: str = "results/gpu.csv"
     """measurements, if there are any"""
     out: str = "results/gpu_predicted.csv"
@@ -110,8 +113,10 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class Slack:
-    """What kernels need beyond operations and bytes: a factor on the floor of instructions, and the
-    entries of PASSES."""
+    """The assumptions of a prediction.
+
+    instructions: a factor of the lower bound from instructions. passes: as PASSES.
+    """
 
     instructions: float
     passes: dict[str, tuple[float, float]]
@@ -122,10 +127,11 @@ EXPECTED, LEAST = Slack(INSTRUCTIONS, PASSES), Slack(1.0, dict.fromkeys(PASSES, 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch. trunk, parameters: weights of the blocks, and of everything. accumulation:
-    micro-batches a step of the optimizer.
+    """A micro-batch.
 
-    baseline: the head that ratios are to. passes: its bytes a pair.
+    trunk, parameters: the number of weights in the blocks, and in the whole model.
+    accumulation: micro-batches for each step of the optimiser.
+    baseline: the head that ratios are relative to. passes: its bytes for each pair.
     """
 
     name: str
@@ -149,21 +155,21 @@ class Work:
         return math.ceil(self.tokens / (CHUNK // self.prototypes))
 
     def product(self) -> float:
-        """Operations of one product of all states with all prototypes."""
+        """The operations of one product of all states with all prototypes."""
         return 2 * self.pairs * self.width
 
     def trunk_ms(self) -> float:
-        """Forward and backward."""
+        """The time of the trunk, forward and backward."""
         operations = 6 * self.trunk + 12 * self.layers * self.width * self.length
         return 1000 * self.tokens * operations / (TRUNK_MFU * PEAK)
 
     def optimizer_ms(self, accumulation: int) -> float:
-        """A micro-batch's share of a step, and of adding up gradients."""
+        """The share of a micro-batch in a step of the optimiser and in adding up gradients."""
         size = OPTIMIZER / accumulation + ACCUMULATE * (1 - 1 / accumulation)
         return 1000 * self.parameters * size / MEMORY
 
 
-# GPT-2: 12 blocks of 12 C^2 weights, and a tied table. One GPU takes all 40 micro-batches of
+# GPT-2: 12 blocks of 12 C^2 weights, and a tied table. One GPU runs all 40 micro-batches of
 # configs/gpt2_124m.yaml.
 GPT2 = Work(
     "gpt2_124m",
@@ -175,8 +181,8 @@ GPT2 = Work(
     parameters=124.4e6,
     accumulation=40,
 )
-# Qwen2: a block has q and o of C^2, k and v of C x 128, and three matrices of C x 4,864. 15
-# micro-batches of configs/qwen2_0.5b.yaml.
+# Qwen2: a block has q and o of C^2, k and v of C x 128, and three matrices of C x 4,864. One GPU
+# runs all 15 micro-batches of configs/qwen2_0.5b.yaml.
 QWEN_BLOCK = 2 * 896**2 + 2 * 896 * 128 + 3 * 896 * 4864
 QWEN = Work(
     "qwen2_0.5b",
@@ -191,27 +197,29 @@ QWEN = Work(
 HEAD = Work("head_8192", *SIZE, baseline=PLAIN, passes=NANOGPT_EAGER)
 
 
-# heads
+# Heads
 
 
 def pass_ms(work: Work, size: int, instructions: float) -> float:
-    """A kernel that goes over all pairs once. size: bytes a pair that it reads and writes;
-    instructions: a pair."""
+    """The time of a kernel that passes over all pairs once.
+
+    size: bytes that it reads and writes for each pair. instructions: for each pair.
+    """
     return 1000 * work.pairs * max(size / MEMORY, instructions / ISSUED)
 
 
 def baseline_ms(work: Work) -> float:
+    """The time of the baseline's head."""
     return 1000 * (3 * work.product() / HALF + work.pairs * work.passes / MEMORY)
 
 
 def product_ms(work: Work, kernel: str, precision: str, slack: Slack) -> float:
-    """A head of one of the two kernels that multiply matrices."""
+    """The time of a head of kernel l2 or dot, which multiply matrices."""
     products = {"float32": 3 / FLOAT32, "split": 9 / HALF, "autocast": 3 / HALF}[
         precision
     ] * work.product()
     parts = 2 if precision == "split" else 1
-    # A chunk's gradient of prototypes is added to the sum of them, and so are the products of
-    # further parts.
+    # The prototypes' gradient of each chunk, and each product of a second part, is added to a sum.
     sums = work.chunks * parts * 12 * work.prototypes * work.width / MEMORY
     tile, slopes = slack.passes[kernel]
     passes = pass_ms(work, TILE, tile) + pass_ms(
@@ -221,7 +229,7 @@ def product_ms(work: Work, kernel: str, precision: str, slack: Slack) -> float:
 
 
 def map_ms(work: Work, head: str, precision: str) -> float:
-    """Of both operands, forward and backward."""
+    """The time of the map of both operands, forward and backward."""
     numbers = (work.tokens + work.prototypes) * work.width
     if head == "cosine":
         return 1000 * numbers * COSINE_MAP / MEMORY
@@ -234,7 +242,7 @@ def map_ms(work: Work, head: str, precision: str) -> float:
 def elementwise_ms(
     work: Work, head: str, floors: dict[tuple[str, str], float], slack: Slack
 ) -> float:
-    """A head without matrix products. floors: (kernel, variant) -> ms at SIZE."""
+    """The time of a head without matrix products. floors: (kernel, variant) -> ms at SIZE."""
     tile, gradient = ELEMENTWISE[head]
     floor = sum(
         ms
@@ -246,8 +254,10 @@ def elementwise_ms(
 
 
 def read_floors(path: str) -> dict[tuple[str, str], float]:
-    """(kernel, variant without the link) -> ms for sm_90; the two kernels of a gradient
-    together."""
+    """(kernel, variant without the link) -> ms for sm_90.
+
+    For a gradient it is the sum of its two kernels.
+    """
     floors: dict[tuple[str, str], float] = {}
     for row in tables.read_csv(path):
         if row["arch"] != "sm_90":
@@ -265,7 +275,7 @@ def read_floors(path: str) -> dict[tuple[str, str], float]:
 def heads(
     work: Work, floors: dict[tuple[str, str], float], slack: Slack
 ) -> dict[tuple[str, str], float]:
-    """(head, precision) -> ms. floors: of `read_floors`."""
+    """(head, precision) -> ms. floors: from `read_floors`."""
     found = {
         (work.baseline, "autocast"): baseline_ms(work),
         ("cross_entropy", "autocast"): product_ms(work, "dot", "autocast", slack),
@@ -280,12 +290,14 @@ def heads(
     }
 
 
-# the table
+# The table
 
 
 def read_measured(path: str) -> dict[tuple[str, str, str], tuple[str, float]]:
-    """(step, head, precision) -> card and ms of the newest row in results/gpu.csv; empty where
-    there is no such file."""
+    """(step, head, precision) -> card and ms of the newest row in results/gpu.csv.
+
+    It is empty if there is no such file.
+    """
     found: dict[tuple[str, str, str], tuple[str, float]] = {}
     if not Path(path).is_file():
         return found
@@ -299,15 +311,14 @@ def read_measured(path: str) -> dict[tuple[str, str, str], tuple[str, float]]:
 
 
 def is_default(head: str, precision: str) -> bool:
-    """Whether head_precision=auto means this precision, as in the training steps of
-    results/gpu.csv."""
+    """Whether head_precision=auto is this precision, as in the training steps of gpu.csv."""
     if head in ("euclidean", "cosine", "mahalanobis"):
         return precision == "split"
     return True
 
 
 def find_measured(work: Work, head: str, precision: str, known: dict) -> tuple[str, float] | None:
-    """An entry of `read_measured`."""
+    """The measurement of a prediction, from `read_measured`, or None."""
     name = NAMES.get(head, head)
     if work is HEAD:
         return known.get(("head", name, precision))
@@ -315,7 +326,7 @@ def find_measured(work: Work, head: str, precision: str, known: dict) -> tuple[s
 
 
 def table(work: Work, floors: dict[tuple[str, str], float], known: dict) -> list[dict]:
-    """The rows of one model. floors: of `read_floors`; known: of `read_measured`."""
+    """The rows of one model. floors: from `read_floors`. known: from `read_measured`."""
     rows, times, least = [], heads(work, floors, EXPECTED), heads(work, floors, LEAST)
     rest = work.trunk_ms() + work.optimizer_ms(work.accumulation)
     for (head, precision), head_ms in times.items():

@@ -1,8 +1,8 @@
-"""Runs the steps of benchmarks/gpu.py in processes of their own, and keeps their rows in a table.
+"""Runs the steps of benchmarks/gpu.py in other processes, and stores their rows in a table.
 
-A step is a function that returns the cells of one row. Steps run in order. One that crashes, hangs
-or breaks its CUDA context costs only itself, for its process is replaced by a new one. Measurements
-run alone, checks beside each other.
+A step is a function that returns the cells of one row. Steps run in order. If one crashes, hangs or
+breaks its CUDA context, its process is replaced, and the other steps are not affected. Measurements
+run alone. Checks run in parallel.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from analysis import tables
 from base.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 170.0  # Seconds after which a step is ended. Each should take less than two minutes.
-# What the scripts import at their top, beside PyTorch and NumPy: a module -> its name on PyPI
+LIMIT = 170.0  # A step is stopped after so many seconds. Each should take less than two minutes.
+# Packages that the scripts import, besides PyTorch and NumPy: module -> name on PyPI.
 PACKAGES = {
     "jsonargparse": "jsonargparse",
     "docstring_parser": "docstring-parser",
@@ -43,7 +43,7 @@ PACKAGES = {
 
 
 def version(package: str) -> str:
-    """Of what is installed here; empty where it is not."""
+    """The installed version of a package; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -51,11 +51,11 @@ def version(package: str) -> str:
 
 
 class Absent(Exception):
-    """A package or data that a step needs is not here."""
+    """A package or data that a step needs is missing."""
 
 
 class Scale(Protocol):
-    """What every step is given: on what it runs, and how large its work is."""
+    """The first argument of every step: its device and sizes."""
 
     @property
     def device(self) -> str: ...
@@ -63,11 +63,13 @@ class Scale(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One row.
+    """A step, which makes one row.
 
-    seconds: what it takes on an H100, estimated. file: what measures it. needs: modules, of
-        PACKAGES. beside: other such steps may run at the same time. speed_over: the ratio of its
-        row is that of tokens_per_s to this row's.
+    seconds: the estimated time on an H100.
+    file: the file that measures it.
+    needs: modules of PACKAGES.
+    beside: whether it may run in parallel with other such steps.
+    speed_over: the row whose tokens_per_s divides its own to give the ratio.
     """
 
     step: str
@@ -82,7 +84,7 @@ class Step:
     speed_over: str = ""
 
     def key(self) -> dict[str, str]:
-        """What tells the row apart, card aside."""
+        """The columns that identify the row, without the card."""
         return {
             "code": code(self.file),
             "step": self.step,
@@ -105,7 +107,7 @@ KEY = ("card", "code", "step", "what", "precision")
 
 @cache
 def code(file: str) -> str:
-    """The first 12 digits of a sha256 over what is measured and the file that measures it."""
+    """12 digits of a sha256 of the measured code and of the file that measures it."""
     paths = [
         *ROOT.glob("harmonic/**/*.py"),
         *ROOT.glob("training/*.py"),
@@ -120,7 +122,7 @@ def code(file: str) -> str:
 
 
 class Table:
-    """The rows on the disk. A later row of the same key replaces an earlier one in `index`."""
+    """The rows on the disk. `index` has the newest row for each key."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -135,11 +137,11 @@ class Table:
             self.index[tuple(row[k] for k in KEY)] = row
 
     def find(self, key: dict) -> dict | None:
-        """The newest row of a key."""
+        """The newest row of a key, or None."""
         return self.index.get(tuple(key[k] for k in KEY))
 
     def add(self, row: dict) -> None:
-        """Appends a row at once. What is known to be absent is not written twice."""
+        """Appends a row. A step that is absent for the same reason as before gets no new row."""
         row = {column: str(row.get(column, "")) for column in COLUMNS}
         before = self.find(row)
         self.index[tuple(row[k] for k in KEY)] = row
@@ -152,7 +154,7 @@ class Table:
         tables.append_csv(self.path, [row], COLUMNS)
 
     def ratio(self, row: dict, to: str) -> str:
-        """tokens_per_s over that of the newest row called `to` on the same card."""
+        """tokens_per_s divided by that of the newest row called `to` on the same card."""
         others = [
             r
             for r in self.index.values()
@@ -164,7 +166,7 @@ class Table:
 
 
 def shown(rows: list[dict]) -> str:
-    """The rows as one table for each step, with the columns that say something there."""
+    """The rows as one table for each step, without empty columns."""
     blocks = []
     for name in dict.fromkeys(r["step"] for r in rows):
         mine = [r for r in rows if r["step"] == name]
@@ -179,7 +181,7 @@ def shown(rows: list[dict]) -> str:
 
 
 def answer(step: Step, scale: Scale) -> dict:
-    """Runs a step -> its cells."""
+    """Runs a step and returns its cells."""
     began = time.perf_counter()
     try:
         if missing := [PACKAGES[p] for p in step.needs if importlib.util.find_spec(p) is None]:
@@ -190,7 +192,7 @@ def answer(step: Step, scale: Scale) -> dict:
         row = {"status": "ok", **step.measure(scale, *step.arguments)}
     except Absent as reason:
         row = {"status": "absent", "note": str(reason)}
-    except Exception as error:  # whatever it is, the other steps go on
+    except Exception as error:  # After any error the other steps still run.
         traceback.print_exc()
         row = {
             "status": "failed",
@@ -200,11 +202,11 @@ def answer(step: Step, scale: Scale) -> dict:
 
 
 def serve(pipe: Connection, scale: Scale) -> None:
-    """What a lane's process does: takes steps and answers with their cells."""
-    os.setsid()  # so that what it starts can be ended with it
-    # Measurements of memory collect garbage, for which what is imported need not be looked through.
+    """The loop of a lane's process: it receives steps and sends their cells."""
+    os.setsid()  # So that all processes that it starts can be killed with it.
+    # Makes garbage collection faster, which memory measurements use: it skips imported modules.
     gc.freeze()
-    with contextlib.suppress(EOFError):  # There are no more steps, or the parent is gone.
+    with contextlib.suppress(EOFError):  # There are no more steps, or the parent has ended.
         while True:
             pipe.send(answer(pipe.recv(), scale))
     gc.unfreeze()
@@ -214,7 +216,7 @@ class Lane:
     """A process that runs steps one after the other."""
 
     def __init__(self, scale: Scale):
-        self.step: Step | None = None  # what it runs; None: it waits for a step
+        self.step: Step | None = None  # The running step; None while it waits for one.
         self.ends = 0.0
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
@@ -223,12 +225,12 @@ class Lane:
         other.close()
 
     def begin(self, step: Step, ends: float) -> None:
-        """Gives it a step, which may last until `ends`."""
+        """Starts a step, which may run until `ends`."""
         self.step, self.ends = step, ends
         self.pipe.send(step)
 
     def result(self) -> dict | None:
-        """The cells of its step, if it has ended in one way or another."""
+        """The cells of its step if that has ended, failed or run too long; else None."""
         if self.pipe.poll():
             try:
                 return self.pipe.recv()
@@ -243,9 +245,9 @@ class Lane:
         return None
 
     def stop(self) -> None:
-        """Ends the process and what it has started."""
+        """Ends the process and all processes that it has started."""
         self.pipe.close()
-        if self.step is None:  # It waits for a step, and leaves when there will be none.
+        if self.step is None:  # It waits for a step, and ends because the pipe is closed.
             self.process.join(3)
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -255,7 +257,7 @@ class Lane:
 
 
 class Lanes:
-    """The processes. Measurements run alone, checks beside each other, as many as `most`."""
+    """All lanes. Measurements run alone. Up to `most` checks run in parallel."""
 
     def __init__(self, scale: Scale, most: int):
         self.scale, self.most = scale, most
@@ -263,7 +265,7 @@ class Lanes:
         self.idle: list[Lane] = []
 
     def room(self, step: Step) -> bool:
-        """Whether a step may begin now."""
+        """Whether a step may start now."""
         together = (
             step.beside
             and all(lane.step and lane.step.beside for lane in self.busy)
@@ -272,17 +274,17 @@ class Lanes:
         return not self.busy or together
 
     def begin(self, step: Step, ends: float) -> None:
-        """Begins a step in a process that is free, or in a new one."""
+        """Starts a step in a free process, or in a new one."""
         self.idle = [lane for lane in self.idle if lane.process.is_alive()]
         lane = self.idle.pop() if self.idle else Lane(self.scale)
         if not step.beside:
-            stop(self.idle)  # They would hold memory of the GPU.
+            stop(self.idle)  # They would use memory of the GPU.
             self.idle = []
         lane.begin(step, ends)
         self.busy.append(lane)
 
     def ended(self) -> list[tuple[Step, dict]]:
-        """Waits a moment -> the steps that have ended, with their cells."""
+        """Waits half a second. Returns the steps that have ended, with their cells."""
         wait([lane.pipe for lane in self.busy], timeout=0.5)
         found = []
         for lane in list(self.busy):
@@ -291,7 +293,7 @@ class Lanes:
             assert lane.step is not None
             found.append((lane.step, row))
             self.busy.remove(lane)
-            if row["status"] == "failed":  # its CUDA context may be broken
+            if row["status"] == "failed":  # Its CUDA context may be broken.
                 lane.stop()
             else:
                 lane.step = None
@@ -299,12 +301,12 @@ class Lanes:
         return found
 
     def stop(self) -> None:
-        """Ends all of them."""
+        """Ends all lanes."""
         stop([*self.busy, *self.idle])
 
 
 def stop(lanes: list[Lane]) -> None:
-    """Ends processes, those that wait for a step all at the same time."""
+    """Ends lanes. All idle ones are told to end before any is waited for."""
     for lane in lanes:
         lane.pipe.close()
     for lane in lanes:
@@ -312,8 +314,10 @@ def stop(lanes: list[Lane]) -> None:
 
 
 def run(todo: deque[Step], lanes: Lanes, table: Table, about: dict, deadline: float) -> list[dict]:
-    """Runs the steps in order -> their rows. A step that cannot end in time is left out, and
-    shorter ones behind it get their turn."""
+    """Runs the steps in order and returns their rows.
+
+    A step that cannot end before the deadline is skipped. Shorter steps after it may still run.
+    """
     rows, left_out = [], []
     while todo or lanes.busy:
         while todo and (lanes.room(todo[0]) or time.monotonic() + todo[0].seconds > deadline):

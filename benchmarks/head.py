@@ -1,24 +1,27 @@
-"""What each head costs, as a ratio to `F.linear` + `F.cross_entropy` measured alternately in the
-same run.
+"""Measures the time and memory of each head, relative to `F.linear` + `F.cross_entropy`.
 
     python -m benchmarks.head  # every head and peer at three sizes: about 40 minutes on 2 cores
     python -m benchmarks.head manhattan --sizes=1024x50304x768     # one head at GPT-2's size
-    python -m benchmarks.head --sizes=1024x50304x768 --peers=false # the heads alone
+    python -m benchmarks.head --sizes=1024x50304x768 --peers=false # only the heads
     python -m benchmarks.head --growth=true  # how time and memory grow with N, V, C and threads
-    # on a GPU, and the matrix products inside bfloat16 autocast too
+    # on a GPU, also with matrix products in bfloat16 autocast
     python -m benchmarks.head --device=cuda
-    # inside autocast, the head's products each way
+    # inside autocast, with each precision of the head's products
     python -m benchmarks.head --dtypes=[bfloat16] --precisions=[float32,split,autocast]
 
-Forward, and forward and backward of the mean loss, at h layer-normalised and prototypes of standard
-deviation 0.02. Ratios are medians over rounds of time(head) / time(yardstick next to it). With
-dtype bfloat16 both run inside autocast, heads with precision="autocast". Memory is the peak beyond
-inputs and gradients: of the process (Linux), or of what PyTorch's allocator gave out on a GPU.
-Errors are against float64, for 4 of the states and all prototypes: of the losses in nats, of the
-gradients relative to their largest entry. Peers are what a user would write without this package;
-those that take minutes run at N=64 (a GPU: 512), and so does their yardstick. Writes a CSV and a
-bar chart beside it. benchmarks/gpu.py measures with the same functions, so what only the command
-line needs is imported in `main`.
+Inputs     Layer-normalised states, and prototypes of standard deviation 0.02.
+Time       Of the mean loss: forward, and forward and backward. The head and the yardstick run
+           alternately. A ratio is the median over rounds of time(head) / time(yardstick). With
+           dtype bfloat16 both run inside autocast, and heads have precision="autocast".
+Memory     The peak besides inputs and gradients: of the process (Linux), or on a GPU of PyTorch's
+           allocator.
+Errors     Against float64, for 4 states and all prototypes. Losses: in nats. Gradients: relative
+           to their largest entry.
+Peers      What a user would write without this package. Those that take minutes run at N=64 (on a
+           GPU 512), and so does their yardstick.
+
+It writes a CSV file and a bar chart beside it. benchmarks/gpu.py uses the same functions, so `main`
+imports what only the command line needs.
 """
 
 import ctypes
@@ -41,8 +44,8 @@ from analysis.tables import Column
 from harmonic import HEADS, HarmonicHead, harmonic_loss
 
 MIB = 2**20
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (h, w, y)
-Run = Callable[[bool], None]  # forward, and backward if True
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # A function of (h, w, y).
+Run = Callable[[bool], None]  # Computes forward, and backward if its argument is True.
 SIZES = {
     "cpu": "1024x50304x768,4096x4096x256,256x151936x896",
     "cuda": "8192x50304x768,16384x4096x256",
@@ -54,23 +57,23 @@ class BenchmarkConfig:
     """Benchmark"""
 
     heads: list[str] = field(default_factory=list)
-    """which heads; none = all"""
+    """the heads to measure; none = all"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """where"""
+    """the device to measure on"""
     sizes: str | None = None
-    """states x prototypes x coordinates, one or more; null = SIZES of the device"""
+    """states x prototypes x coordinates, separated by commas; null = SIZES of the device"""
     dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=list)
-    """float32, or bfloat16 autocast (without named heads: of those that it changes); none =
-    float32, on a GPU both"""
+    """float32, or bfloat16 autocast (only for heads that it changes, unless you name heads); none =
+    float32, and on a GPU both"""
     precisions: list[Literal["float32", "split", "autocast"]] = field(default_factory=list)
-    """of the heads' matrix products (without named heads: of those that it changes); none =
-    autocast, whose type is the dtype"""
+    """precisions of matrix products (only for heads that they change, unless you name heads); none
+    = autocast, whose type is the dtype"""
     rounds: int = 3
-    """measurements of each"""
+    """how often each is measured"""
     peers: bool = True
-    """measure the peers too"""
+    """also measure the peers"""
     growth: bool = False
-    """measure instead how time and memory grow around the first size"""
+    """instead, measure how time and memory grow around the first size"""
     out: str | None = None
     """the CSV file; null = results/head_cpu.csv or head_cuda.csv"""
 
@@ -102,8 +105,7 @@ class BenchmarkConfig:
         ]
 
 
-# What a user would write: (head, how) -> loss of (h, w, y). The slow ones take minutes at full
-# size.
+# What a user would write: (head, how) -> loss of (h, w, y). SLOW ones take minutes at full size.
 
 
 def _broadcast(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -137,8 +139,8 @@ SLOW = {key for key in PEERS if key[0] in ("manhattan", "minkowski", "chebyshev"
 SLOW_N = {"cpu": 64, "cuda": 512}
 
 
-# Fused linear cross-entropies that run on a GPU alone: a name -> what imports it. Operands are
-# bfloat16, as in their own benchmarks.
+# Fused linear cross-entropies that only run on a GPU: name -> function that imports it. Operands
+# are bfloat16, as in their own benchmarks.
 
 
 def _chunked() -> Loss:
@@ -174,13 +176,16 @@ GPU_PEERS = {
 
 
 def add_gpu_peer(name: str) -> None:
-    """Puts one of GPU_PEERS into PEERS. Raises: ImportError where its package is missing,
-    AttributeError where PyTorch is too old."""
+    """Adds one of GPU_PEERS to PEERS.
+
+    Raises: ImportError if its package is missing, AttributeError if PyTorch is too old.
+    """
     loss = GPU_PEERS[name]()
     PEERS["cross_entropy", name] = lambda h, w, y: loss(h.bfloat16(), w.bfloat16(), y)
 
 
 def seconds(function: Callable[[], object], device: str = "cpu") -> float:
+    """The time of one call."""
     wait(device)
     began = time.perf_counter()
     function()
@@ -189,14 +194,16 @@ def seconds(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done its work."""
+    """Waits until a GPU has done its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def resident(key: str) -> float:
-    """A number of MiB from this process's status: VmRSS now, VmHWM at most since it was reset. NaN
-    where there is none."""
+    """The memory of this process in MiB; NaN if the system does not tell.
+
+    key: VmRSS for now, or VmHWM for the peak since the last reset.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
@@ -208,7 +215,7 @@ def resident(key: str) -> float:
 
 
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> float:
-    """MiB that `function` needs at most, beyond what is there before."""
+    """The peak memory of a function in MiB, besides the memory that is in use before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -217,7 +224,7 @@ def peak_memory(function: Callable[[], object], device: str = "cpu") -> float:
         return (torch.cuda.max_memory_allocated() - allocated) / MIB
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     except OSError:
         return float("nan")
     before = resident("VmRSS")
@@ -226,13 +233,15 @@ def peak_memory(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def exponent(name: str) -> dict:
-    """The n of all measurements here, as an argument: how many pairs are negligible depends on
-    it."""
+    """The exponent of all measurements, as an argument.
+
+    It is fixed, because the number of negligible pairs depends on it.
+    """
     return {} if HEADS[name].is_control else {"exponent": "sqrt_dim" if name == "cosine" else "dim"}
 
 
 class Case:
-    """Inputs of one size, and what is measured at them."""
+    """Inputs of one size, and measurements with them."""
 
     def __init__(
         self,
@@ -251,7 +260,7 @@ class Case:
         self.head.weight = torch.nn.Parameter((0.02 * torch.randn(V, C, generator=g)).to(device))
 
     def function(self, name: str, peer: str | None = None, n: int | None = None) -> Run:
-        """-> a function of `backward` that computes the loss of the first n states."""
+        """A function that computes the loss of the first n states. See `Run`."""
         head = HarmonicHead(self.size[2], 1, name, precision=self.precision, **exponent(name)).to(
             self.device
         )
@@ -263,12 +272,14 @@ class Case:
                 loss = PEERS[name, peer](h, head.weight, y) if peer else head.loss(h, y)
             if backward:
                 loss.backward()
-            if self.device == "cpu" and not loss.isfinite():  # a GPU would be waited for
+            if self.device == "cpu" and not loss.isfinite():  # Not on a GPU, where this would wait.
                 raise FloatingPointError(f"{name} {peer or ''}: the loss is {loss.item()}")
 
         return run
 
     def yardstick(self, n: int | None = None) -> Run:
+        """The same function for F.linear + F.cross_entropy."""
+
         def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward), self.autocast:
                 loss = F.cross_entropy(F.linear(self.h[:n], self.head.weight), self.y[:n])
@@ -278,11 +289,14 @@ class Case:
         return run
 
     def clear(self) -> None:
+        """Frees the gradients."""
         self.h.grad = self.head.weight.grad = None
 
     def memory(self, function: Run) -> float:
-        """The peak of forward and backward beyond inputs and gradients, in MiB: the less of two,
-        for an allocator keeps what it likes."""
+        """The peak memory in MiB of forward and backward, besides inputs and gradients.
+
+        It is the smaller of two measurements, because allocators may hold memory that is free.
+        """
         N, V, C = self.size
         peaks = []
         for _ in range(2):
@@ -294,14 +308,16 @@ class Case:
         return min(peaks)
 
     def errors(self, name: str, peer: str | None = None) -> tuple[float, ...]:
-        """-> the largest errors against float64: of a loss in nats, of dL/dh and dL/dw relative to
-        the largest entry."""
+        """The largest errors against float64, of losses, dL/dh and dL/dw.
+
+        Losses are in nats. Gradients are relative to their largest entry.
+        """
         h, w, y = self.h.detach()[:4], self.head.weight.detach(), self.y[:4]
 
         def run(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
             a, b = h.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
             with self.autocast:
-                # The mean of eight copies of a state: some peers take multiples of eight alone.
+                # Eight copies of each state, because some peers need a multiple of eight.
                 if peer and dtype == torch.float32:
                     rows = [
                         (a[i : i + 1].repeat(8, 1), b, y[i : i + 1].repeat(8))
@@ -326,7 +342,7 @@ class Case:
 def measure(
     case: Case, name: str, peer: str | None, rounds: int, label_precision: bool = False
 ) -> dict:
-    """One row of the table. label_precision: name the precision of the matrix products in it."""
+    """Measures one row. label_precision: whether to add a column for the precision."""
     n = min(SLOW_N[case.device], case.size[0]) if (name, peer) in SLOW else case.size[0]
     head, yardstick = case.function(name, peer, n), case.yardstick(n)
     row = {"head": name, "impl": peer or "ours", "N": n, "V": case.size[1], "C": case.size[2]}
@@ -340,7 +356,7 @@ def measure(
     if label_precision:
         row["precision"] = case.precision
     for part, backward in (("forward", False), ("forward_backward", True)):
-        head(backward), yardstick(backward)  # compile, allocate
+        head(backward), yardstick(backward)  # Compiles and allocates.
         pairs = []
         for _ in range(rounds):
             case.clear()
@@ -351,7 +367,7 @@ def measure(
         row[f"{part}_ratio"] = f"{statistics.median(a / b for a, b in pairs):.2f}"
     mine, other = case.memory(head), case.memory(yardstick)
     row |= {"peak_mib": f"{mine:.0f}", "peak_ratio": f"{mine / other:.2f}"}
-    # On a larger head float64 takes a CPU minutes.
+    # For larger heads float64 takes minutes on a CPU.
     if not peer and (case.device == "cuda" or case.size[1] * case.size[2] < 5e7):
         keys = ("loss_error", "dh_error", "dw_error")
         row |= {k: f"{e:.0e}" for k, e in zip(keys, case.errors(name), strict=True)}
@@ -359,7 +375,7 @@ def measure(
 
 
 def chart(rows: list[dict], path: Path) -> None:
-    """Forward and backward time of the first size as bars, peers grey."""
+    """Draws the time of forward and backward at the first size as bars. Peers are grey."""
     from analysis import figures
 
     first = [r for r in rows if place(r) == place({**rows[0], "N": r["N"]})]
@@ -379,7 +395,7 @@ def chart(rows: list[dict], path: Path) -> None:
 
 
 def growth(c: BenchmarkConfig, path: Path) -> list[dict]:
-    """Seconds and MiB of a few heads as one dimension at a time is doubled, and with one thread."""
+    """Measures a few heads while one dimension is doubled, and with one thread."""
     from tqdm import tqdm
 
     N, V, C = (int(n) for n in c.each_size()[0].split("x"))
@@ -400,23 +416,23 @@ def growth(c: BenchmarkConfig, path: Path) -> list[dict]:
 
 
 def place(row: dict) -> str:
-    """Where a row was measured, in words."""
+    """The size and types of a row, in words."""
     size = "{:,} x {:,} x {:,}".format(*(int(row[k]) for k in "NVC"))
     return ", ".join([size, *(row[k] for k in ("dtype", "precision") if k in row)])
 
 
 def where(row: dict) -> str:
-    """On what."""
+    """The device of a row, in words."""
     return row.get("device") or f"{row['threads']} threads"
 
 
 def markdown(rows: list[dict]) -> str:
-    """The tables of docs/performance.md: ratios to the yardstick; a row a head, then the peers."""
+    """The tables of docs/performance.md: ratios to the yardstick, of heads and of peers."""
     ours = [r for r in rows if r["impl"] == "ours"]
     places = list(dict.fromkeys(map(place, ours)))
     by_head: dict[str, dict] = {}
     for r in ours:
-        # The other columns are those of the head's first place.
+        # Other columns are those of the first size.
         row = by_head.setdefault(r["head"], dict(r))
         row[place(r)] = r["forward_backward_ratio"]
     columns: tables.Columns = [
@@ -439,7 +455,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def peer_name(row: dict, usual: str) -> str:
-    """A peer, and how it was measured where that is not as usual. usual: the number of states."""
+    """The name of a peer, with its number of states if that is not the `usual` one."""
     how = [f"N={row['N']}"] if row["N"] != usual else []
     if "dtype" in row:
         how.append(row["dtype"])
@@ -486,8 +502,8 @@ def main() -> None:
     else:
         work: list[tuple[tuple[str, str, str], str, str | None]] = []
         for at in itertools.product(c.each_size(), c.dtypes, c.precisions or ["autocast"]):
-            # Autocast and precisions change these.
-            products = [name for name in HEADS if HEADS[name].kernel in ("l2", "dot")]
+            # Autocast and precisions change only these heads.
+            products = [name for name in HEADS if HEADS[name].multiplies]
             changed = at[2] != "float32" if c.precisions else at[1] == "bfloat16"
             names = c.heads or (products if changed else list(HEADS))
             work += [(at, name, None) for name in names]

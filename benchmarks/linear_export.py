@@ -1,15 +1,14 @@
-"""Linear exports beside the heads that they stand in for: is the text the same, how near are the
-probabilities?
+"""Compares linear exports with the heads that they replace: their text and their probabilities.
 
     python -m benchmarks.linear_export out/linear/*
 
-Each run is exported with `--linear` and loaded by transformers' plain class. Both write greedy text
-from the same prompts and rank the tokens at the same positions of the validation split, in float32.
-Writes results/linear_export.csv and prints the table of docs/interop.md.
+Each run is exported with `--linear`, and loaded by the plain class of transformers. Both write
+greedy text from the same prompts, and rank the tokens at the same positions of the validation
+split, in float32. Writes results/linear_export.csv and prints the table of docs/interop.md.
 
-float32 cannot tell some tokens apart, so two programs may order them differently. The table gives
-the largest gap between two tokens that were: the difference of their logits under the run's own
-head, computed in float64. Such a text counts as different all the same.
+In float32 some tokens have nearly equal logits, so two programs may order them differently. `gap`
+is the largest difference of two such logits, computed in float64 with the run's own head. A text in
+which this happens still counts as different.
 """
 
 import math
@@ -33,7 +32,7 @@ from interop.linear import STATES
 from model import Model, ModelConfig
 from text.token_files import Data
 
-PROMPTS, PROMPT, NEW = 20, 16, 64  # tokens of a prompt, and new ones
+PROMPTS, PROMPT, NEW = 20, 16, 64  # Prompts, tokens of each, and new tokens.
 POSITIONS, TOP = 1000, 50
 
 COLUMNS = [
@@ -65,13 +64,13 @@ class LinearConfig:
 
 @dataclass
 class Pair:
-    """A run's model and its linear export in transformers, which see the same ids."""
+    """The model of a run, and its linear export in transformers. They get the same ids."""
 
     ours: Model
     theirs: Any
 
     def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids (B, T) -> logits (B T, V) of the head, of the export, and of the head in float64."""
+        """The logits (B T, V) of the head, the export, and the head in float64, for ids (B, T)."""
         h = self.ours.hidden(ids).flatten(0, 1)
         own = self.ours.head(h)
         head = self.ours.head.double()
@@ -81,8 +80,11 @@ class Pair:
 
 
 def spread(first: torch.Tensor, second: torch.Tensor, exact: torch.Tensor) -> float:
-    """How far apart the exact logits are of tokens that stand in one set alone: (N, k), (N, k),
-    (N, V) -> nats; 0 where all sets are equal."""
+    """The largest difference of exact logits between tokens that are in only one of two sets.
+
+    first, second: sets of tokens (N, k). exact: logits (N, V). Returns nats; 0 if all sets are
+    equal.
+    """
     worst = 0.0
     for a, b, logits in zip(first.tolist(), second.tolist(), exact, strict=True):
         for i, j in zip(set(a) - set(b), set(b) - set(a), strict=True):
@@ -91,7 +93,7 @@ def spread(first: torch.Tensor, second: torch.Tensor, exact: torch.Tensor) -> fl
 
 
 def compare_tops(pair: Pair, ids: torch.Tensor) -> dict:
-    """The sets of the likeliest tokens behind every id (B, T), and the KL divergence."""
+    """Compares the sets of most likely tokens after every id (B, T), and the probabilities."""
     own, linear, exact = pair.logits(ids)
     a, b = own.topk(TOP).indices, linear.topk(TOP).indices
     same = (a.sort(-1).values == b.sort(-1).values).all(-1)
@@ -105,10 +107,10 @@ def compare_tops(pair: Pair, ids: torch.Tensor) -> dict:
 
 
 def compare_texts(pair: Pair, prompts: torch.Tensor, new: int = NEW) -> dict:
-    """Greedy text from prompts (B, T), with `new` tokens each."""
+    """Compares greedy texts from prompts (B, T), with `new` tokens each."""
     steps = list(pair.ours.generate(prompts.tolist(), new, temperature=0))
     own = torch.cat((prompts, torch.tensor(steps).T), 1)
-    # Text goes on behind the end of a document.
+    # So that text continues after the end of a document.
     pair.theirs.generation_config.eos_token_id = None
     linear = pair.theirs.generate(
         prompts,
@@ -129,7 +131,7 @@ def compare_texts(pair: Pair, prompts: torch.Tensor, new: int = NEW) -> dict:
 
 
 def read_ids(data: Data, block_size: int, count: int) -> torch.Tensor:
-    """The first block_size ids of `count` windows spread over the validation split: (count, T)."""
+    """The ids (count, block_size) of `count` windows, spread over the validation split."""
     starts = windows(data, "val", block_size, count)
     found = [torch.from_numpy(data.splits["val"].read(s, block_size)) for s in starts]
     return torch.stack(found)
@@ -137,7 +139,7 @@ def read_ids(data: Data, block_size: int, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(run: Run, folder: Path) -> dict:
-    """Exports a run to a folder -> its row of the table."""
+    """Exports a run to a folder. Returns its row of the table."""
     import transformers
 
     export(ExportConfig(run=[str(run.path)], to=str(folder), linear=True))

@@ -1,11 +1,11 @@
-"""model.py beside transformers: the same weights, the largest differences of logits, gradients and
-generated text.
+"""Compares model.py with transformers: logits, gradients and generated text for the same weights.
 
     python -m benchmarks.parity
 
-Random weights at odd sizes, float32 on a CPU; and the real BERT encoder all-MiniLM-L6-v2 on
-sentences. Writes results/parity.csv and prints the table of docs/interop.md. Gradients are those of
-the mean cross-entropy of random targets with respect to every weight.
+Models have random weights and odd sizes, and run in float32 on a CPU. The real BERT encoder
+all-MiniLM-L6-v2 reads some sentences. Gradients are those of the mean cross-entropy of random
+targets with respect to every weight. Writes results/parity.csv and prints the table of
+docs/interop.md.
 """
 
 import sys
@@ -25,8 +25,8 @@ from model import Model, ModelConfig
 from text.packages import package_files
 
 VOCABULARY, LONGEST, PROMPT = 293, 256, 23
-NEW = 200  # tokens of greedy text
-# Ten times the usual weights: attention that attends, logits that differ.
+NEW = 200  # Tokens of greedy text.
+# Weights are ten times as large as usual, so that attention is not uniform and logits differ.
 SMALL: dict[str, Any] = dict(vocab_size=VOCABULARY, initializer_range=0.2)
 GPT: dict[str, Any] = dict(
     model_type="gpt2",
@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
         intermediate_size=77,
         max_position_embeddings=LONGEST,
         pad_token_id=None,
-        **SMALL,  # with one, transformers gives that row of the input embedding no gradient
+        **SMALL,  # With a pad token, transformers would give that row no gradient.
     ),  # fmt: skip
     "Qwen2ForCausalLM, 6 heads in 2 groups": dict(
         ROTARY, model_type="qwen2", tie_word_embeddings=True
@@ -92,7 +92,7 @@ class ParityConfig:
 
 
 def build(settings: dict[str, Any], seed: int = 0) -> Any:
-    """A transformers model with random weights everywhere, its biases and norms too."""
+    """A transformers model whose weights are all random, also its biases and norms."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, logging
 
     logging.disable_progress_bar()
@@ -112,7 +112,7 @@ def build(settings: dict[str, Any], seed: int = 0) -> Any:
 
 
 def load(theirs: Any, folder: Path) -> Model:
-    """The same model in model.py, through a folder in Hugging Face's format."""
+    """The same model in model.py, loaded from a folder in Hugging Face's format."""
     theirs.save_pretrained(folder)
     source = pretrained.find(str(folder))
     config = ModelConfig(**{**source.settings, "block_size": LONGEST, "head_impl": "dense"})
@@ -120,15 +120,17 @@ def load(theirs: Any, folder: Path) -> Model:
 
 
 def padding(ids: torch.Tensor, masked: bool) -> torch.Tensor:
-    """An attention mask (B, T) that hides a different number of tokens of each row: the last ones,
-    or for generation the first."""
+    """An attention mask (B, T) that hides a different number of tokens in each row.
+
+    They are the last tokens for masked models, and the first for others.
+    """
     lost = torch.arange(len(ids))[:, None] * 3
     here = torch.arange(ids.shape[1])
     return (here < ids.shape[1] - lost) if masked else (here >= lost)
 
 
 def measure(name: str) -> dict:
-    """Largest absolute differences of one case."""
+    """The largest absolute differences of one case."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = build(CASES[name])
         ours = load(theirs, Path(folder))
@@ -160,7 +162,7 @@ def measure(name: str) -> dict:
             if masked
             else torch.ones(61, 61, dtype=torch.bool).tril()
         )
-        mask = mask | torch.eye(61, dtype=torch.bool)  # padding sees itself
+        mask = mask | torch.eye(61, dtype=torch.bool)  # Padding attends to itself.
         found = ours.head(ours.hidden(ids, positions=positions, mask=mask))
         expected = theirs(
             input_ids=ids,
@@ -185,8 +187,10 @@ def measure(name: str) -> dict:
 
 
 def measure_minilm() -> dict:
-    """Hidden states of the real encoder on real sentences, padded to the longest, [CLS] and [SEP]
-    around each."""
+    """Compares hidden states of the real encoder on real sentences.
+
+    They are padded to the longest, with [CLS] and [SEP] around each.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     files = [
@@ -226,12 +230,12 @@ COLUMNS = (
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table that docs/ shows."""
+    """The table in docs/interop.md."""
     shown = []
     for r in rows:
         row = {"model": r["model"], "padded": r["padded"]}
         for error, largest in (("logits", "largest_logit"), ("gradients", "largest_gradient")):
-            # A CSV file has an empty text where a row has no such key.
+            # In a CSV file a missing value is an empty text.
             if r.get(error):
                 row[error] = f"{float(r[error]):.1e} ({float(r[largest]):.3g})"
         if r.get("greedy_tokens"):

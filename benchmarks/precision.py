@@ -1,22 +1,22 @@
-"""How exact the head's matrix products are in each precision, against float64.
+"""Measures the errors of the head in each precision of matrix products, against float64.
 
     # after `make demo`; about 10 minutes on 2 cores
     python -m benchmarks.precision out/demo/cross_entropy out/demo/cosine
 
-No GPU is needed: the kernels for GPUs run in Triton's interpreter, and products of half-precision
-numbers are exact in float32, so the arithmetic is that of tensor cores but for their sums, which
-cut off digits where these are rounded to nearest. Prototypes are
+No GPU is needed. The kernels for GPUs run in Triton's interpreter. Products of half-precision
+numbers are exact in float32, as on tensor cores. Only sums differ: they are rounded to nearest
+here, and tensor cores truncate them. The prototypes are
 
-    fresh      8,192 x 768, standard deviation 0.02, beside layer-normalised random states: a model
-               as it starts
-    trained    those of the runs that are given, beside their states on validation text: the first
-               run's for cross_entropy, the last run's for the distances
-    matched    those that `harmonic.match` makes from the first run's dot product: what --init_from
-               gives a distance
+    fresh      as in a new model: 8,192 x 768, standard deviation 0.02, with layer-normalised random
+               states
+    trained    those of the runs that you name, with their states on validation text: the first run
+               for cross_entropy, and the last run for distances
+    matched    made by `harmonic.match` from the dot product of the first run, as --init_from does
+               for a distance
 
-with the head's own exponent n and with n = 4 C. Errors are the largest of STATES states: of the
-losses in nats, and of the gradients with respect to states and prototypes, relative to their
-largest entry. Writes results/precision.csv.
+Each is measured with the head's own exponent n and with n = 4 C. Errors are the largest over STATES
+states. Those of losses are in nats. Those of gradients, with respect to states and prototypes, are
+relative to the largest entry. Writes results/precision.csv.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at import.
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class PrecisionConfig:
     """What to compare"""
 
     runs: list[str] = field(default_factory=list)
-    """two run folders, the first of cross_entropy; none: only fresh prototypes"""
+    """two run folders, the first with cross_entropy; none = only fresh prototypes"""
     out: str = "results/precision.csv"
     """the CSV file"""
 
@@ -66,14 +66,14 @@ class PrecisionConfig:
 
 
 class AsTensorCores(Products):
-    """Products whose operands are rounded, multiplied exactly and added up in float32."""
+    """Rounded operands, multiplied exactly and summed in float32."""
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.float() @ b.float()
 
 
 class Tf32(AsTensorCores):
-    """Operands rounded to the 11 significant bits of TF32, to nearest."""
+    """Operands rounded to nearest with the 11 significant bits of TF32."""
 
     def split(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         bits = x.contiguous().view(torch.int32)
@@ -81,7 +81,7 @@ class Tf32(AsTensorCores):
 
 
 class OneSlope(Products):
-    """SPLIT, but slopes and what they are multiplied with are rounded to bfloat16."""
+    """SPLIT, except that both operands of products with slopes are rounded to bfloat16."""
 
     def split(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)[None] if dtype == self.slopes else super().split(x, dtype)
@@ -98,7 +98,7 @@ PRECISIONS = {
 
 @dataclass
 class Case:
-    """A head and the states (STATES, C) and targets (STATES,) that it is tried on."""
+    """A head, with states (STATES, C) and targets (STATES,) to measure it."""
 
     prototypes: str
     head: HarmonicHead
@@ -107,6 +107,7 @@ class Case:
 
 
 def fresh(name: str) -> Case:
+    """A case with fresh prototypes."""
     g = torch.Generator().manual_seed(0)
     head = HarmonicHead(C, V, name)
     with torch.no_grad():
@@ -117,7 +118,7 @@ def fresh(name: str) -> Case:
 
 @torch.no_grad()
 def validation_states(model: Model, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (STATES, C) states spread over a few windows, and their targets."""
+    """STATES states (STATES, C), spread over four windows, and their targets."""
     T = model.config.block_size
     text = torch.from_numpy(data.splits["val"].read(0, 4 * T + 1).astype("int64"))
     h = model.hidden(text[:-1].view(4, T)).reshape(4 * T, -1)
@@ -126,6 +127,7 @@ def validation_states(model: Model, data: Data) -> tuple[torch.Tensor, torch.Ten
 
 
 def trained_and_matched(folders: list[str], name: str) -> list[Case]:
+    """The cases with trained and, for a distance, with matched prototypes."""
     runs = find_runs(folders)
     first, last = runs[0], runs[-1]
     run = first if TABLE[name].is_control else last
@@ -151,8 +153,10 @@ def trained_and_matched(folders: list[str], name: str) -> list[Case]:
 def gradients(
     case: Case, n: float | None, dtype: torch.dtype, products: Products | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """-> (losses, dL/dh, dL/dw), float64. products: how the GPU's kernels multiply; None: plain
-    PyTorch."""
+    """The losses, dL/dh and dL/dw in float64.
+
+    products: how the GPU's kernels multiply matrices. None: plain PyTorch.
+    """
     h = case.states.detach().to(dtype, copy=True).requires_grad_()
     w = case.head.prototypes().detach().to(dtype, copy=True).requires_grad_()
     settings: dict[str, Any] = {
@@ -196,14 +200,13 @@ def compare(case: Case, n: float | None) -> list[dict]:
         row |= dict(
             zip(("loss_error", "dh_error", "dw_error"), (f"{e:.1e}" for e in errors), strict=True)
         )
-        of_float32 = of_float32 or errors[0]  # the first row
+        of_float32 = of_float32 or errors[0]  # The first row is float32.
         rows.append(row | {"loss_error_over_float32s": f"{errors[0] / of_float32:.2g}"})
     return rows
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table that docs/performance.md shows: errors of losses in nats, a row for each head,
-    prototypes and n."""
+    """The table in docs/performance.md: errors of losses in nats."""
     found: dict[tuple[str, str, str], dict] = {}
     for r in rows:
         row = found.setdefault((r["head"], r["prototypes"], r["n"]), dict(r))

@@ -1,10 +1,10 @@
-"""How long a page of many long runs takes to write and to open.
+"""Measures how long it takes to write and to open a report page of many long runs.
 
     python -m benchmarks.report_page out/demo/cosine --runs=50 --steps=100000
 
-The runs are copies of one run with made-up metrics of that many logged steps. Opening is the time
-that headless Chromium takes to a screenshot of the page, less that of an empty page; the least of
-ROUNDS. Writes results/report_page.csv.
+The runs are copies of one run, with made-up metrics of so many logged steps. The opening time is
+that of a screenshot by headless Chromium, minus that of an empty page. It is the smallest of ROUNDS
+measurements. Writes results/report_page.csv.
 """
 
 import json
@@ -31,11 +31,11 @@ class PageConfig:
     """A page of many runs"""
 
     run: list[str] = field(default_factory=list)
-    """the run that is copied"""
+    """the run to copy"""
     runs: int = 50
-    """how many"""
+    """number of copies"""
     steps: int = 100_000
-    """logged steps of each"""
+    """logged steps of each copy"""
     out: str = "results/report_page.csv"
     """the CSV file"""
 
@@ -48,7 +48,7 @@ class PageConfig:
 
 
 def opening(page: Path, width: int) -> float:
-    """Seconds from Chromium's start to a screenshot of a page."""
+    """Seconds from the start of Chromium to a screenshot of a page."""
     command = [
         "chromium",
         "--headless",
@@ -66,7 +66,7 @@ def opening(page: Path, width: int) -> float:
 
 
 def write_metrics(path: Path, pattern: list[dict], steps: int) -> None:
-    """Made-up metrics of a long run, the logged steps of a short one again and again."""
+    """Writes made-up metrics of a long run, by repeating the logged steps of a short one."""
     with open(path, "w") as file:
         for i in range(steps):
             fallen = 4 + 5 * math.exp(-i / 9999)
@@ -79,7 +79,7 @@ def write_metrics(path: Path, pattern: list[dict], steps: int) -> None:
 
 
 def copies(run: Path, metrics: Path, count: int, home: Path) -> list[Path]:
-    """Copies of a run's folder that share other metrics."""
+    """Copies the folder of a run `count` times. All copies share other metrics."""
     found = [home / f"run{i:02}" for i in range(count)]
     for copy in found:
         shutil.copytree(run, copy, ignore=shutil.ignore_patterns("metrics.jsonl"))

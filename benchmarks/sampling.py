@@ -1,14 +1,15 @@
-"""How fast `Model.generate` samples 512 tokens, beside nanoGPT's way.
+"""Measures how fast `Model.generate` samples 512 tokens, compared with nanoGPT's method.
 
     python -m benchmarks.sampling                 # about 5 minutes on one core
     python -m benchmarks.sampling --model=demo    # a few seconds
 
-nanoGPT's `generate` computes the whole context again for each token, and with a harmonic head all
-that depends on the prototypes. Weights are random, float32: their values do not change the time.
+For each token, nanoGPT's `generate` computes the complete context again. With a harmonic head it
+also computes everything that depends only on prototypes. Weights are random and float32, because
+their values do not change the time.
 
-ours           at each of 8 places of the text, evenly spread, 8 steps behind a prompt of that
-               length; the demo's whole text, since its context slides
-nanoGPT-like   one step at each of 16 places; the trunk's time is measured once for all heads
+ours           8 steps at each of 8 lengths of the prompt, evenly spread over the text. For the demo
+               it is the complete text, because its context slides.
+nanoGPT-like   one step at each of 16 lengths. The trunk's time is measured once for all heads.
 """
 
 import functools
@@ -45,7 +46,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Size:
-    """A model, and at how many places of its text how many steps are timed."""
+    """A model, the number of places in its text to measure, and the steps at each."""
 
     settings: dict[str, Any]
     places: int
@@ -74,9 +75,9 @@ class SamplingConfig:
     """What to measure"""
 
     model: Literal["demo", "gpt2_124m"] | None = None
-    """one of them; null = both"""
+    """the model to measure; null = both"""
     out: str = "results/sampling.csv"
-    """the table; written when both are measured"""
+    """the table; it is written only if both models are measured"""
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -87,19 +88,19 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def lengths(places: int) -> list[int]:
-    """Middles of `places` equal parts of the text; its beginning for one."""
+    """The middles of `places` equal parts of the text; for one place, its beginning."""
     if places == 1:
         return [1]
     return [(2 * i + 1) * TOKENS // (2 * places) for i in range(places)]
 
 
 def ours(model: Model, size: Size, batch: int) -> float:
-    """Seconds a step of `generate`."""
+    """Seconds for a step of `generate`."""
     times = []
     for length in lengths(size.places):
         prompts = [[1] * length] * batch
         steps = model.generate(prompts, size.steps + 1, temperature=0.8, top_k=200)
-        # The prompt is computed and the head prepared.
+        # This computes the prompt and prepares the head.
         next(steps)
         times.append(seconds(functools.partial(list, steps)) / size.steps)
     return statistics.mean(times)
@@ -107,7 +108,7 @@ def ours(model: Model, size: Size, batch: int) -> float:
 
 @torch.inference_mode()
 def plain_trunk(model: Model, batch: int) -> float:
-    """Seconds a step of the trunk over whole contexts."""
+    """Seconds for the trunk to compute a complete context."""
     times = []
     for length in lengths(16):
         ids = torch.ones(batch, min(length, model.config.block_size), dtype=torch.long)
@@ -117,7 +118,7 @@ def plain_trunk(model: Model, batch: int) -> float:
 
 @torch.inference_mode()
 def plain_head(head: HarmonicHead, batch: int) -> float:
-    """Seconds a step of the head and of nanoGPT's choice of a token."""
+    """Seconds for the head and for nanoGPT's choice of a token."""
     h = torch.randn(batch, head.padded_prototypes().shape[1])
 
     def step() -> torch.Tensor:
@@ -136,7 +137,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     for head in HEADS:
         torch.manual_seed(0)
         model = Model(ModelConfig(head=head, **size.settings)).eval()
-        # Kernels are compiled and memory is there.
+        # This compiles kernels and allocates memory.
         list(model.generate([[1, 2]], 4))
         for batch in BATCHES:
             if batch not in trunks:
@@ -159,7 +160,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def cpu() -> str:
-    """The processor's name, with its widest instructions."""
+    """The name of the processor, and its widest vector instructions."""
     found = "CPU"
     info = Path("/proc/cpuinfo")
     if info.is_file():

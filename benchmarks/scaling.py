@@ -3,19 +3,21 @@
     # about five minutes on 2 cores; writes results/scaling.csv and .png
     python -m benchmarks.scaling
 
-Measured, with one thread a process: *strong* scaling shares the same windows of an iteration among
-    the processes, *weak* scaling gives each process as many. Efficiency is tokens/s over those of
-    one process times the number of processes, medians over rounds in turn.
+Measured, with one thread for each process. In *strong* scaling the processes share the windows of
+    an iteration. In *weak* scaling each process has as many windows as one process alone.
+    Efficiency is tokens/s divided by (tokens/s of one process x number of processes). It is a
+    median over rounds that alternate between all kinds.
 
-Calculated: an iteration takes 6 N + attention operations a token at the given share of a GPU's
-    peak, and moves the bytes below between GPUs in rings, at the bandwidth inside a machine or of a
-    machine's network, whichever is less. Two bounds: everything that can overlap with computing
-    does (DDP sends gradients during the backward pass, two thirds of the computing; FSDP fetches
-    and sends during both passes), or nothing does.
+Calculated: an iteration needs 6 N + attention operations for each token, at a given share of the
+    peak of a GPU. It moves the bytes below between GPUs in rings. The bandwidth is the smaller one
+    of the links inside a machine and of its network. There are two bounds. In the best case
+    transfers overlap with computing as far as possible: DDP sends gradients during the backward
+    pass, which is two thirds of the computing, and FSDP transfers during both passes. In the worst
+    case nothing overlaps. With W processes, P parameters and M micro-batches the bytes are:
 
-    ddp    2 (W - 1) / W * 4 P     gradients, float32, reduced in a ring once an iteration
-    fsdp   (2 M + 1) (W - 1) / W * 4 P     weights gathered twice for each of M micro-batches,
-           gradients scattered once
+    ddp    2 (W - 1) / W * 4 P             float32 gradients, reduced once per iteration
+    fsdp   (2 M + 1) (W - 1) / W * 4 P     weights, gathered twice per micro-batch, and gradients,
+                                           scattered once
 """
 
 import itertools
@@ -53,28 +55,28 @@ COLUMNS = [
 
 @dataclass
 class ScalingConfig:
-    """What to measure, and the machine that is calculated"""
+    """What to measure, and the machine to calculate"""
 
     rounds: int = 3
-    """measured runs of each kind"""
+    """runs of each kind"""
     iters: int = 16
-    """iterations of a run; the first 4 are not counted"""
+    """iterations of a run; the first 4 do not count"""
     dataset: str = "data/wiki"
     """a folder prepared with bpe:4096"""
     peak: float = 989e12
-    """operations/s of a GPU (H100, dense bf16)"""
+    """peak operations/s of a GPU (H100, dense bf16)"""
     mfu: float = 0.4
-    """share of the peak that one GPU alone reaches: an assumption"""
+    """assumed share of the peak that a single GPU reaches"""
     per_node: int = 8
-    """GPUs of a machine"""
+    """GPUs in a machine"""
     inside: float = 450e9
-    """bytes/s a GPU sends inside a machine (NVLink 4, each way)"""
+    """bytes/s that a GPU sends inside a machine (NVLink 4, each way)"""
     between: float = 400e9
-    """bytes/s a machine sends to another (eight 400 Gb/s adapters; rings use them all)"""
+    """bytes/s that a machine sends to another (eight 400 Gb/s adapters; rings use them all)"""
     ethernet: float = 12.5e9
-    """the same for a machine with one 100 Gb/s adapter"""
+    """bytes/s that a machine with one 100 Gb/s adapter sends to another"""
     out: str = "results/scaling.csv"
-    """the table; the figure lies beside it"""
+    """the table; the figure is written beside it"""
 
 
 # Kinds of measured runs: how, scaling and processes.
@@ -88,7 +90,7 @@ KINDS = (
 
 
 def train(c: ScalingConfig, home: str, how: str, scaling: str, processes: int) -> float:
-    """Runs train.py -> the median of its tokens/s."""
+    """Runs train.py and returns the median of its tokens/s."""
     settings = dict(
         dataset=c.dataset,
         n_layer=4,
@@ -140,11 +142,11 @@ def measured(c: ScalingConfig) -> list[dict]:
 
 
 def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict]:
-    """The config's own iteration (strong scaling), shared among 1 to 64 GPUs."""
+    """Rows for an iteration of a config (strong scaling), shared by 1 to 64 GPUs."""
     model_config, config = parse(
         [f"configs/{name}.yaml"], ModelConfig, TrainConfig, config_file=True
     )
-    model_config.vocab_size = model_config.vocab_size or 50304  # GPT-2's, padded
+    model_config.vocab_size = model_config.vocab_size or 50304  # GPT-2's, with padding.
     with torch.device("meta"):
         model = Model(model_config)
     windows = config.batch_size * config.gradient_accumulation_steps
@@ -152,7 +154,7 @@ def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict
     rows = []
     for world in (1, 2, 4, 8, 16, 32, 64):
         mine = math.ceil(windows / world)
-        if world > windows or (how == "fsdp" and windows % world):  # train.py refuses those
+        if world > windows or (how == "fsdp" and windows % world):  # train.py refuses these.
             continue
         computing = mine * model_config.block_size * model.flops_per_token() / (c.peak * c.mfu)
         bandwidth = c.inside if world <= c.per_node else min(c.inside, getattr(c, network))
@@ -180,7 +182,7 @@ def calculated(c: ScalingConfig, name: str, how: str, network: str) -> list[dict
 
 
 def chart(rows: list[dict], path: Path) -> None:
-    """Efficiency of the calculated rows over the number of GPUs, a panel for each model."""
+    """Draws the calculated efficiency for each number of GPUs, with a panel for each model."""
     figure = figures.figure(3.4)
     panels = figure.subplots(1, 2, sharey=True)
     colors = {"ddp": figures.BLUE, "fsdp": figures.ORANGE}
@@ -210,7 +212,7 @@ def chart(rows: list[dict], path: Path) -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The measured part, as docs/multi_node.md shows it."""
+    """The table of measured rows in docs/multi_node.md."""
     shown = [
         {**r, "scaling": r["scaling"].removeprefix("measured, ")}
         for r in rows

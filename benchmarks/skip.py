@@ -1,14 +1,14 @@
-"""What leaving out negligible pairs buys: share of pairs and tiles, time, and the error of the
-gradients it makes.
+"""Measures the effect of skipping negligible pairs: time, and errors of gradients.
 
     python -m benchmarks.skip out/manhattan out/canberra      # trained runs, elementwise heads
-    python -m benchmarks.skip  # random input alone, at the demo's size
+    python -m benchmarks.skip  # only random input, at the demo's size
 
-For each row the pairs whose slope |dL/draw| is below skip / V of the target's are left out
-(`harmonic_loss`), a 4 x 4 tile of pairs when all of them are. Reported for several values of
-`skip`, on validation tokens of a run's newest checkpoint and on random input: the time of forward
-and backward over that with skip=0, measured alternately, and |difference| / |gradient|, Frobenius
-norms. Writes a CSV.
+In each row, pairs whose slope |dL/draw| is below skip / V of the target's are skipped (see
+`harmonic_loss`). The kernels save time when all pairs of a 4 x 4 tile are skipped. For several
+values of `skip` the table has the share of skipped pairs and tiles. It also has the time of forward
+and backward, divided by that with skip=0 (measured alternately), and the errors of gradients,
+|difference| / |gradient| in Frobenius norms. Inputs are validation tokens of a run's newest
+checkpoint, and random numbers. Writes a CSV file.
 """
 
 import statistics
@@ -37,11 +37,11 @@ class SkipConfig:
     runs: list[str] = field(default_factory=list)
     """run folders"""
     skips: str = "1e-6,1e-4,1e-2"
-    """the bounds to measure"""
+    """values of `skip` to measure"""
     N: int = 1024
-    """states"""
+    """number of states"""
     rounds: int = 7
-    """measurements of each"""
+    """how often each is measured"""
     out: str = "results/skip.csv"
     """the CSV file"""
 
@@ -55,7 +55,7 @@ class SkipConfig:
 
 @torch.no_grad()
 def states(run: Run, n: int) -> tuple[HarmonicHead, torch.Tensor, torch.Tensor]:
-    """-> (head, hidden states (n, C), targets) of the run's first validation windows."""
+    """The head of a run, and hidden states (n, C) and targets of its first validation windows."""
     (model, _), data, c = run.load(), run.data(), run.model_config
     windows = validation_windows(data.splits["val"].tokens, c.block_size, -(-n // c.block_size))
     x, y = next(batches_of(data, c).validation(windows, len(windows)))
@@ -66,7 +66,7 @@ def states(run: Run, n: int) -> tuple[HarmonicHead, torch.Tensor, torch.Tensor]:
 def shares(
     head: HarmonicHead, h: torch.Tensor, y: torch.Tensor, skip: float
 ) -> tuple[float, float]:
-    """-> the share of pairs, and of 4 x 4 tiles, that are left out."""
+    """The share of pairs, and of 4 x 4 tiles, that are skipped."""
     with exactly(h.device):
         both = operands(h.detach(), head.prototypes().detach(), head.name, **head.geometry())
         raw = pairs(both.x, both.y, both.distance.kernel, both.options).detach().requires_grad_()
@@ -124,10 +124,10 @@ def measure(
 def main() -> None:
     (c,) = parse(sys.argv[1:], SkipConfig, words="runs")
     runs = find_runs(c.runs) if c.runs else []
-    matmul = [r for r in runs if HEADS[r.model_config.head].kernel in ("l2", "dot")]
+    matmul = [r for r in runs if HEADS[r.model_config.head].multiplies]
     check(
         [
-            f"{r.path}: {r.model_config.head} leaves no pairs out, only elementwise distances do"
+            f"{r.path}: {r.model_config.head} skips no pairs, only elementwise distances do"
             for r in matmul
         ]
     )

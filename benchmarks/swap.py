@@ -1,11 +1,10 @@
-"""What swapping the head of a trained model costs, before any training: perplexity with its own
-head and with every other one.
+"""Measures the perplexity of a trained model after a swap of its head, without further training.
 
     python -m benchmarks.swap out/demo/cross_entropy
 
-Each head is matched to the model's softmax on training text (`harmonic.match`) and scored on the
-whole validation split, with the exponent that is found and with one that goes with the width.
-Writes results/head_swap.csv and prints the table of docs/interop.md.
+Each head is matched to the model's softmax on training text (`harmonic.match`), and scored on the
+complete validation split. The exponent is fitted. Some heads also get one that depends on the
+width. Writes results/head_swap.csv and prints the table of docs/interop.md.
 """
 
 import math
@@ -84,7 +83,7 @@ def main() -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table that docs/ shows."""
+    """The table in docs/interop.md."""
     named = []
     for r in rows:
         name = f"{r['head']}, {r['settings']}" if r["settings"] else r["head"]

@@ -1,17 +1,16 @@
-"""An iteration of training GPT-2 124M on one GPU: this project's model beside a loop in nanoGPT's
-manner.
+"""Measures a training iteration of GPT-2 124M on one GPU, by this project and by a loop like
+nanoGPT's.
 
-`python -m benchmarks.gpu` calls `measure` with one of the two loops, and writes what it finds to
+`python -m benchmarks.gpu` calls `measure` with one of the two loops, and writes the result to
 results/gpu.csv.
 
 Ours      model.py with one head, and what train.py does in an iteration: forward, backward, the
-          norms that it logs, clipping, AdamW.
-Nanogpt   a GPT as one writes it without a second thought: no biases, tied embeddings, fused
-          attention, F.cross_entropy of whole logits, all of it compiled, clip_grad_norm_, fused
-          AdamW, TF32 where it is float32.
+          norms that it logs, clipping, AdamW
+Nanogpt   a straightforward GPT: no biases, tied embeddings, fused attention, F.cross_entropy of all
+          logits, compiled as one graph, clip_grad_norm_, fused AdamW, TF32 for float32 products
 
-Both take the same random tokens, which lie on the GPU already, in bfloat16 autocast. Needs PyTorch
-alone.
+Both use the same random tokens, which are on the GPU already, and bfloat16 autocast. Only PyTorch
+is needed.
 """
 
 import gc
@@ -31,13 +30,16 @@ from training.config import TrainConfig
 from training.optimizers import make_optimizer
 
 Precision = Literal["auto", "float32", "split", "autocast"]
-RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0  # nanoGPT's
+RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0  # As in nanoGPT.
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model and a batch. vocabulary: tokens; rows: of the embedding, padding included. compiler:
-    a backend of torch.compile."""
+    """The sizes of a model and a batch.
+
+    vocabulary: the number of tokens. rows: of the embedding, padding included.
+    compiler: a backend of torch.compile.
+    """
 
     device: str = "cuda"
     layers: int = 12
@@ -50,9 +52,9 @@ class Sizes:
     compiler: str = "inductor"
     warm_up: int = 5
     group: int = 10
-    """iterations between two looks at the clock"""
+    """iterations between two readings of the clock"""
     seconds: float = 3.0
-    """how long to measure, at least"""
+    """the shortest time to measure"""
 
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Random inputs and targets, (windows, length) each."""
@@ -62,26 +64,26 @@ class Sizes:
         return inputs, targets
 
     def flops_per_token(self, parameters: int) -> float:
-        """Forward and backward: 6 for each weight that multiplies, and attention (PaLM, arXiv
-        2204.02311, appendix B).
+        """Operations of forward and backward for a token (PaLM, arXiv 2204.02311, appendix B).
 
-        parameters: all but the embedding of positions; a tied embedding counts once, as the head's
-            matrix.
+        They are 6 for each weight that multiplies, and those of attention.
+        parameters: all except the embedding of positions. A tied embedding counts once, as the
+            matrix of the head.
         """
         return 6 * parameters + 12 * self.layers * self.width * self.length
 
 
 class Loop(Protocol):
-    """What `measure` runs."""
+    """A training loop for `measure`."""
 
     flops_per_token: float
 
     def step(self) -> torch.Tensor:
-        """One iteration -> its loss in nats a token, on the device."""
+        """Runs one iteration. Returns its loss in nats per token, on the device."""
 
 
 class Ours:
-    """train.py's iteration of one micro-batch."""
+    """An iteration of train.py with one micro-batch."""
 
     def __init__(self, s: Sizes, head: str, precision: Precision = "auto"):
         torch.manual_seed(0)
@@ -169,7 +171,7 @@ class PlainGPT(nn.Module):
 
 
 class Nanogpt:
-    """The plain loop."""
+    """A training loop like nanoGPT's."""
 
     def __init__(self, s: Sizes):
         torch.manual_seed(0)
@@ -204,8 +206,10 @@ class Nanogpt:
 
 
 def joules() -> float | None:
-    """The board's energy counter; None where the package pynvml is missing, or the driver has no
-    counter."""
+    """The energy counter of the GPU in joules.
+
+    None if the package pynvml is missing, or if the driver has no counter.
+    """
     try:
         import pynvml
     except ImportError:
@@ -221,8 +225,10 @@ def joules() -> float | None:
 
 
 def peak_flops(device: str) -> float | None:
-    """Of the card, by its data sheet; None where it is not known, or the package jsonargparse is
-    missing."""
+    """The peak FLOP/s of the card, from its data sheet.
+
+    None if it is unknown, or if the package jsonargparse is missing.
+    """
     try:
         from training import telemetry
     except ImportError:
@@ -231,9 +237,11 @@ def peak_flops(device: str) -> float | None:
 
 
 def measure(s: Sizes, loop: Loop) -> dict[str, str]:
-    """Runs a loop for a while -> cells of the table. Raises: FloatingPointError for a loss that is
-    not finite."""
-    gc.collect()  # The last model is in cycles with what was compiled for it.
+    """Runs a loop for s.seconds or more. Returns cells of the table.
+
+    Raises: FloatingPointError for a loss that is not finite.
+    """
+    gc.collect()  # Frees the last model, which is in a reference cycle.
     gpu = s.device == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None
     for _ in range(s.warm_up):

@@ -1,16 +1,16 @@
-"""How fast train.py trains and sample.py samples, beside what one would write first, in the same
-run on the same machine.
+"""Measures the speed of train.py and sample.py, compared with simple programs on the same machine.
 
     python -m benchmarks.train_speed                # about 15 minutes on 2 cores
     python -m benchmarks.train_speed --only=steps
 
-steps        tokens/s of train.py's own iterations (from its metrics) over those of a plain eager
-             loop in nanoGPT's manner: GPT of 6 layers, 384 wide, 256 tokens of context, 8 windows,
-             4,096 tokens of vocabulary, cross_entropy; processes in turn, medians over rounds
-shares       where an iteration's time goes: data, trunk, head, norms and clipping, optimiser
-sample       sample.py's tokens/s for 512 new tokens with the cache of keys and values, over those
-             without
-checkpoint   how much longer an iteration takes while a checkpoint is written in its background
+steps        tokens/s of train.py (from its metrics), divided by those of a plain eager loop like
+             nanoGPT's. The model is a GPT with 6 layers, width 384, 256 tokens of context, 8
+             windows, a vocabulary of 4,096 and cross_entropy. Processes alternate, and the result
+             is a median over rounds.
+shares       the parts of an iteration's time: data, trunk, head, norms and clipping, optimiser
+sample       tokens/s of sample.py for 512 new tokens with the cache of keys and values, divided by
+             those without it
+checkpoint   how much longer an iteration takes while a checkpoint is written in the background
 memory       resident memory of train.py over 10,000 iterations of a tiny model
 """
 
@@ -61,11 +61,11 @@ class SpeedConfig:
     """What to measure"""
 
     only: Literal["steps", "shares", "sample", "checkpoint", "memory", "plain"] | None = None
-    """one of them; null = all; plain = nothing but the plain loop, in the given dtype"""
+    """what to measure; null = all but plain; plain = only the plain loop, with the given dtype"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """only=plain: autocast"""
+    """autocast type of only=plain"""
     iters: int = 24
-    """iterations of a process; the first 8 are not counted"""
+    """iterations of a process; the first 8 do not count"""
     rounds: int = 3
     """processes of each kind"""
     dataset: str = "data/wiki"
@@ -75,8 +75,7 @@ class SpeedConfig:
 
 
 class Plain(nn.Module):
-    """A GPT as one writes it without a second thought: tied embeddings, fused attention, logits,
-    F.cross_entropy."""
+    """A straightforward GPT: tied embeddings, fused attention, all logits, F.cross_entropy."""
 
     def __init__(self, layers: int, heads: int, width: int, length: int):
         super().__init__()
@@ -109,8 +108,11 @@ class Plain(nn.Module):
 
 
 def plain(c: SpeedConfig) -> float:
-    """tokens/s of the plain loop: random windows of a memory map, forward, backward, clipping,
-    AdamW."""
+    """The tokens/s of the plain loop.
+
+    An iteration reads random windows of a memory map, and does forward, backward, clipping and
+    AdamW.
+    """
     torch.manual_seed(0)
     model = Plain(SIZE["n_layer"], SIZE["n_head"], SIZE["n_embd"], SIZE["block_size"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -135,7 +137,7 @@ def plain(c: SpeedConfig) -> float:
 
 
 def train(c: SpeedConfig, out: Path, **flags: object) -> list[dict]:
-    """A training process of the benchmark's size -> its metrics."""
+    """Runs train.py with the benchmark's model. Returns its metrics."""
     settings = SIZE | dict(
         dataset=c.dataset,
         batch_size=BATCH,
@@ -160,7 +162,7 @@ def train(c: SpeedConfig, out: Path, **flags: object) -> list[dict]:
 
 
 def cells(what: str, value: str, ratio: str, to: str, dtype: str = "float32") -> dict[str, str]:
-    """A row. value: a number and its unit, which is `ratio` times that of `to`."""
+    """A row. value: a number and its unit. ratio: the value divided by that of `to`."""
     number, unit = value.split()
     return {
         "what": what,
@@ -173,6 +175,7 @@ def cells(what: str, value: str, ratio: str, to: str, dtype: str = "float32") ->
 
 
 def steps(c: SpeedConfig, home: Path) -> list[dict]:
+    """The speed of train.py and of the plain loop."""
     kinds = [
         (who, dtype) for dtype in ("float32", "bfloat16") for who in ("plain loop", "train.py")
     ]
@@ -225,10 +228,10 @@ def iteration(
     mark: Callable[[], object] = lambda: None,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """One as train.py runs it: x, y (B, T) -> nothing; `mark()` is called before the first of PARTS
-    and after each.
+    """Runs an iteration as train.py does, on x, y (B, T).
 
-    loss: (hidden states, targets) -> what is differentiated; None: the sum of the model's own head.
+    mark: is called before the first of PARTS, and after each.
+    loss: a function of (hidden states, targets). None: the summed loss of the model's own head.
     """
     loss = loss or (lambda h, y: model.head.loss(h, y, reduction="sum"))
     mark()
@@ -250,7 +253,7 @@ def iteration(
 
 
 def shares(c: SpeedConfig, _: Path) -> list[dict]:
-    """The parts of an iteration, one after the other, as train.py runs them."""
+    """The time of each part of an iteration."""
     rows, data = [], load_data(c.dataset)
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
@@ -277,6 +280,7 @@ def shares(c: SpeedConfig, _: Path) -> list[dict]:
 
 
 def sample(c: SpeedConfig, home: Path) -> list[dict]:
+    """The speed of sample.py with and without its cache."""
     train(c, home / "sample", max_iters=1, block_size=1024, batch_size=1, compile=False)
     found = {}
     for cache in ("false", "true"):
@@ -302,8 +306,10 @@ def sample(c: SpeedConfig, home: Path) -> list[dict]:
 
 
 def checkpoint(c: SpeedConfig, home: Path) -> list[dict]:
-    """147 MB a checkpoint, every 8 iterations: the copy that training waits for, and the iterations
-    that share the processor with the writing."""
+    """The cost of a checkpoint of 147 MB every 8 iterations.
+
+    It is the copy, which training waits for, and slower iterations while the checkpoint is written.
+    """
     model = Model(ModelConfig(**SIZE, vocab_size=VOCABULARY))
     optimizer = make_optimizer(model, TrainConfig(), "cpu")
     for p in model.parameters():
@@ -335,6 +341,7 @@ def checkpoint(c: SpeedConfig, home: Path) -> list[dict]:
 
 
 def memory(c: SpeedConfig, home: Path) -> list[dict]:
+    """The resident memory of train.py at two iterations of a long run."""
     run, marks = home / "memory", (1000, 10_000)
     settings = dict(
         dataset=c.dataset,
@@ -369,7 +376,7 @@ def memory(c: SpeedConfig, home: Path) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table that docs/ shows."""
+    """The table in docs/."""
     return tables.markdown(rows, COLUMNS)
 
 

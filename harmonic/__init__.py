@@ -1,8 +1,10 @@
-"""Harmonic heads: unembeddings whose logit for a token is `-n log d(h, w)`, with d any of the
-distances in `DISTANCES`.
+"""Harmonic heads: output layers of language models that score a token by a distance.
 
-Imports nothing else of this repository and works with any PyTorch model. See `HarmonicHead` and
-`harmonic_loss`; `swap_head` puts one into a model of transformers.
+The logit of a token is `-n log d(h, w)`. Here h is the last hidden state, w the token's prototype
+(its row of the output matrix), d a distance from `DISTANCES` and n the exponent.
+
+Start with `HarmonicHead`, a module, or `harmonic_loss`, a function. `swap_head` puts a head into a
+model of transformers. The package works with any PyTorch model.
 """
 
 from .distances import CONTROLS, DISTANCES, HEADS, Distance

@@ -1,13 +1,17 @@
 """Every distance: its formula, map, kernel and epilogue, in one table.
 
-A distance is a *map* of both operands (`maps.py`), one of the *kernels* (`kernels.py`) on all
-pairs, and an *epilogue* that turns raw values into d, over a denominator for some:
+A distance has three parts. A *map* changes both vectors (`maps.py`). A *kernel* compares all pairs
+and gives raw values (`kernels.py`). An *epilogue* turns raw values into d, and for some distances
+divides by a denominator:
 
-    d(h, w) = (factor kernel(x, y))^root / max(|terms(x) + terms(y)|, floor) x = map(h), y = map(w)
+    x = map(h), y = map(w)
+    d(h, w) = (factor * kernel(x, y))^root / max(|terms(x) + terms(y)|, floor)
 
-`reference.py` has each formula as it is printed. Sources: A = arXiv 2603.10225 (non-Euclidean
-distance layers), B = arXiv 2502.01628 (the harmonic loss). To add a distance, add an entry here and
-a function there: tests, the documentation's table, `--help` and benchmarks follow.
+`reference.py` has each formula as the papers print it. To add a distance, add an entry here and a
+function there. Tests, benchmarks, `--help` and the documentation's table follow from the entry.
+
+Sources: A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01628 (the harmonic
+loss).
 """
 
 import difflib
@@ -35,7 +39,10 @@ from .maps import (
 
 @dataclass(frozen=True)
 class Denominator:
-    """max(|terms(x) + terms(y)|, floor). terms: (mapped x) -> (...)."""
+    """The denominator max(|terms(x) + terms(y)|, floor) of a distance.
+
+    terms: a function of mapped vectors, (..., C) -> (...).
+    """
 
     terms: Callable[[Tensor], Tensor]
     floor: float = torch.finfo(torch.float32).tiny
@@ -43,21 +50,21 @@ class Denominator:
 
 @dataclass(frozen=True)
 class Distance:
-    """One row of the table.
+    """One row of the table: a distance, or a control.
 
-    formula: as documentation prints it, sums over coordinates.
-    kernel: l2 | lp | linf | lse | canberra | dot (controls only).
-    source: paper and equation or section.
+    formula: as the documentation prints it; sums are over coordinates.
+    kernel: a key of `KERNELS`; dot and along are for controls only.
+    source: paper, and equation or section.
     exponent: the default n of the harmonic link: a number, or a key of `links.EXPONENTS`.
-    map: of h and of w alike; None: they stay what they are.
-    factor, root: of the epilogue; root: (**options of the kernel) -> number.
-    denominator: of the epilogue; None: there is none.
-    logit: (raw value) -> logit. Of a control, in place of the epilogue.
-    options: numbers that a user may set, with their defaults. The kernel takes those it knows, the
-        map the others.
-    constants: options of the kernel that are part of the definition.
-    degree: k in d(ch, cw) = c^k d(h, w) for c > 0; None where d is not homogeneous.
-    translation_invariant: d(h + t, w + t) = d(h, w).
+    map: applied to h and to w. None: both stay as they are.
+    factor, root: numbers of the epilogue. root is a function of the options of the kernel.
+    denominator: of the epilogue; None if the distance has none.
+    logit: for a control, the function from a raw value to the logit. It replaces the epilogue.
+    options: numbers that a user may set, with their defaults. The kernel takes those that it knows,
+        and the map takes the others.
+    constants: fixed options of the kernel that belong to the definition.
+    degree: k in d(ch, cw) = c^k d(h, w) for c > 0. None if d is not homogeneous.
+    translation_invariant: whether d(h + t, w + t) = d(h, w).
     """
 
     formula: str
@@ -76,51 +83,58 @@ class Distance:
 
     @property
     def has_squares(self) -> bool:
-        """Its raw values are sums of squares of differences, whatever the root over them."""
+        """Whether raw values are sums of squared differences, with or without a root over them."""
         return self.kernel in ("l2", "l2_plus")
 
     @property
+    def multiplies(self) -> bool:
+        """Whether raw values come from a matrix product, whose precision then matters."""
+        return KERNELS[self.kernel].matmul is not None
+
+    @property
     def has_products(self) -> bool:
-        """Its raw values are products of h and w."""
+        """Whether raw values are products of h and w, so that they may be negative."""
         return KERNELS[self.kernel].signed
 
     @property
     def is_control(self) -> bool:
-        """Not a distance: a dot product, which takes neither link, exponent nor scale."""
+        """Whether it is a dot product instead of a distance, without link, exponent and scale."""
         return self.logit is not None
 
     def parameters(self, dim: int) -> dict[str, Tensor]:
-        """What is trained beside the prototypes, at its start."""
+        """The initial values of what is trained besides the prototypes, by name. dim: C."""
         return self.map.parameters(dim) if self.map else {}
 
     def kernel_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of a user's options that the kernel takes, with its constants."""
+        """The user's options that the kernel takes, and its constants."""
         known = KERNELS[self.kernel].options
         taken = {k: v for k, v in options.items() if k in self.options and k in known}
         return taken | self.constants
 
     def map_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of a user's options that the map takes."""
+        """The user's options that the map takes."""
         known = KERNELS[self.kernel].options
         return {k: v for k, v in options.items() if k in self.options and k not in known}
 
     def prepared(self, settings: dict[str, Any]) -> dict[str, Tensor]:
-        """The trained parameters among the settings, as the map takes them."""
+        """The trained parameters among the settings, in the form that the map takes."""
         trained = {k: v for k, v in settings.items() if k not in self.options}
         return self.map.prepare(**trained) if self.map else {}
 
     def map_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """All that the map takes, of options and trained parameters."""
+        """The options and trained parameters that the map takes."""
         return self.map_options(settings) | self.prepared(settings)
 
 
 def _half(**options: Any) -> float:
-    return 0.5  # never the square root: d = sqrt(raw) has no gradient at 0
+    return 0.5  # A root of the logarithm: sqrt(raw) itself would have no gradient at 0.
 
 
 def _sum(x: Tensor) -> Tensor:
-    """In float64 where there is one: sums of layer-normalised states nearly cancel, and n
-    multiplies the error of the logarithm."""
+    """The signed sum, in float64 where the device has it.
+
+    The coordinates of a layer-normalised state nearly cancel, and n multiplies the error of log d.
+    """
     return x.sum(-1) if x.device.type == "mps" else x.sum(-1, dtype=torch.float64).to(x.dtype)
 
 
@@ -141,7 +155,7 @@ def _mahalanobis(formula: str, map: Map) -> Distance:
 
 
 def _stable(raw: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|), with its slope of 1 at 0."""
+    """sign(x) log(1 + |x|), written so that its gradient at 0 is 1."""
     positive, negative = raw.clamp_min(0), (-raw).clamp_min(0)
     return torch.where(raw >= 0, positive.log1p(), -negative.log1p())
 
@@ -155,7 +169,8 @@ DISTANCES = {
         exponent="4dim",
         source="B, eq. 1",
     ),
-    # -s d is softmax(2 s h.w - s |w|^2): cross-entropy with a temperature and a norm penalty.
+    # With the softmax link, p = softmax(2 s h.w - s |w|^2): cross-entropy with a temperature and a
+    # penalty on |w|^2.
     "euclidean_squared": Distance(
         "sum (h-w)^2",
         "l2",
@@ -164,8 +179,8 @@ DISTANCES = {
         exponent="2dim",
         source="published code of A and B",
     ),
-    # HarMax without the pole: with the harmonic link the logit is -n/2 log(1 + |h-w|^2), and the
-    # probabilities are those of a t distribution's density, which is finite at d = 0.
+    # HarMax without the pole at h = w. With the harmonic link the logit is -n/2 log(1 + |h-w|^2),
+    # so the probabilities follow the density of a t distribution, which is finite at h = w.
     "student_t": Distance(
         "sqrt(1 + sum (h-w)^2)",
         "l2_plus",
@@ -175,7 +190,8 @@ DISTANCES = {
         exponent="4dim",
         source="t-SNE's kernel (van der Maaten and Hinton 2008), any degrees of freedom",
     ),
-    # With link=softmax and learn_scale it is IsoMax+. Its harmonic link is cosine's at half the n.
+    # With link=softmax and learn_scale this is IsoMax+. With the harmonic link and exponent n it
+    # equals cosine with exponent n / 2.
     "euclidean_normalized": Distance(
         "|h/|h| - w/|w||",
         "l2",
@@ -200,7 +216,7 @@ DISTANCES = {
     "chebyshev": Distance(
         "max |h-w|", "linf", translation_invariant=True, exponent="4dim", source="A, Chebyshev"
     ),
-    "chebyshev_smooth": Distance(  # d(x, x) = log(C)/a, not 0
+    "chebyshev_smooth": Distance(  # d(x, x) is log(C)/a, not 0.
         "log sum exp(a |h-w|) / a",
         "lse",
         degree=None,
@@ -265,7 +281,7 @@ DISTANCES = {
         exponent=4,
         source="A, Canberra",
     ),
-    "bray_curtis": Distance(  # homogeneous wherever the floor of the denominator is not reached
+    "bray_curtis": Distance(  # Homogeneous while the denominator is above its floor.
         "sum |h-w| / max(|sum h + sum w|, 0.001)",
         "lp",
         denominator=Denominator(_sum, 1e-3),
@@ -281,7 +297,7 @@ DISTANCES = {
         exponent=4,
         source="A, Bray-Curtis",
     ),
-    "bray_curtis_normalized": Distance(  # loses signs: d(x, -x) = 0
+    "bray_curtis_normalized": Distance(  # Signs do not count: d(x, -x) = 0.
         "sum |a(h)-a(w)| / 2, a = |x| / sum |x|",
         "lp",
         map=UNIT_L1,
@@ -295,7 +311,7 @@ DISTANCES = {
     "mahalanobis_cholesky": _mahalanobis("|L' (h-w)|, L lower triangular", TRIANGULAR),
 }
 
-# Not harmonic: they take neither link, exponent nor scale.
+# Dot products to compare with. They have no link, exponent or scale.
 CONTROLS = {
     "cross_entropy": Distance(
         "logit = h . w",
@@ -303,7 +319,7 @@ CONTROLS = {
         logit=lambda raw: raw,
         source="the usual softmax unembedding",
     ),
-    "cosine_linear": Distance(  # 1 + cos is floored at twice the precision of the number format
+    "cosine_linear": Distance(  # (1 + cos) / 2 is at least the epsilon of the number format.
         "logit = log((1 + cos(h, w)) / 2)",
         "dot",
         map=UNIT,
@@ -311,7 +327,7 @@ CONTROLS = {
         degree=0,
         source='A\'s code, "cosine simple"',
     ),
-    # A power of the dot product where it is large: a tail like HarMax's without a distance.
+    # For large |h . w| the probability is a power of it: a tail like HarMax's without a distance.
     "stablemax": Distance(
         "logit = sign(h . w) log(1 + |h . w|)",
         "dot",
@@ -319,7 +335,7 @@ CONTROLS = {
         degree=None,
         source="StableMax, 2501.04697, eq. 5",
     ),
-    # nGPT's logits, cosines with a scale for each token. The scale is the prototype's length.
+    # nGPT's logit is a cosine times a scale for each token. Here the scale is |w|.
     "cosine_scaled": Distance(
         "logit = |w| cos(h, w)",
         "along",
@@ -329,8 +345,7 @@ CONTROLS = {
 }
 HEADS = {**DISTANCES, **CONTROLS}
 
-# Settings at which a general formula is another entry: the fast kernel serves them, and nothing is
-# written twice.
+# Settings at which one distance equals another. The other is used, because its kernel is faster.
 _SAME_AS = {
     ("minkowski", "p", 1.0): "manhattan",
     ("minkowski", "p", 2.0): "euclidean",
@@ -350,11 +365,11 @@ def _positive(name: str, key: str, value: Any) -> float:
 
 
 def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
-    """Looks a head up: -> (its row, its settings with defaults filled in). A setting is an option
-    or a trained parameter.
+    """Looks a head up. Returns its row of the table, and its settings with defaults filled in.
 
-    Raises ValueError for an unknown name (naming the nearest), an unknown setting, or an option
-    that is not a positive number.
+    settings: the head's options and trained parameters.
+    Raises: ValueError for an unknown name (the message has the nearest one), an unknown setting, or
+        an option that is not a positive number.
     """
     if name not in HEADS:
         near = difflib.get_close_matches(str(name), HEADS, n=1)
@@ -376,7 +391,7 @@ def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
 
 
 def formula_table() -> str:
-    """The Markdown table of all heads that docs/heads.md shows."""
+    """The Markdown table of all heads in docs/heads.md."""
     rows = [
         "| head | distance | kernel | degree | default n | settings | source |",
         "|---|---|---|---|---|---|---|",

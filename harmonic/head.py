@@ -1,4 +1,4 @@
-"""The head as a module: prototypes, a distance, a link, and whatever of them is trained."""
+"""The head as a PyTorch module: prototypes, a distance and a link."""
 
 import math
 from collections.abc import Callable
@@ -18,39 +18,39 @@ from .prepared import PreparedHead
 
 
 def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
-    """A tensor that a module's cast has made narrower than float32 gets its own numbers back, on
-    the new device."""
+    """`after`, unless the cast made it half precision: then `before` on the device of `after`."""
     narrow, wide = (torch.float16, torch.bfloat16), (torch.float32, torch.float64)
     return before.to(after.device) if after.dtype in narrow and before.dtype in wide else after
 
 
 class HarmonicHead(nn.Module):
-    """An unembedding: prototypes (V, C), a distance, a link, and whatever of them is trained.
+    """The output layer of a language model: prototypes (V, C), a distance and a link.
 
-    `head(h)` gives the logits of all tokens, so that F.cross_entropy, sampling and top-k work
-    unchanged; `head.loss(h, targets)` gives the loss without ever holding all logits. Casting a
-    model to half precision leaves the prototypes of a distance float32, unless they are tied to an
-    embedding that is cast.
+    `head(h)` gives the logits of all tokens, so F.cross_entropy, sampling and top-k work unchanged.
+    `head.loss(h, targets)` gives the loss and never holds all logits.
+
+    The prototypes of a distance stay float32 when you cast the model to half precision. Prototypes
+    that are tied to an embedding are cast with it.
 
     Args:
-        n_embd: C.
-        vocab_size: V, the rows of the table.
+        n_embd: C, the width of hidden states and prototypes.
+        vocab_size: V, the rows of the table of prototypes.
         name: a key of `DISTANCES` or `CONTROLS`.
-        exponent: n; see `harmonic_logits`.
+        exponent: n of the harmonic link; see `harmonic_logits`.
         link: "harmonic" or "softmax".
         scale: s of the softmax link; see `harmonic_logits`.
-        learn_exponent: train log n, from that start.
-        learn_scale: train log s, from that start.
-        real_vocab_size: rows from here on are padding: they get no logit, no probability and no
-            gradient.
-        bias: a trained (V,) bias; "cross_entropy" only.
-        init_std: prototypes start from N(0, init_std^2); GPT-2's 0.02 by default.
+        learn_exponent: train log n, starting at `exponent`.
+        learn_scale: train log s, starting at `scale`.
+        real_vocab_size: the number of tokens. Rows beyond it are padding: they get no logit, no
+            probability and no gradient. None: all rows are tokens.
+        bias: add a trained bias (V,); "cross_entropy" only.
+        init_std: the standard deviation of new prototypes. The default is GPT-2's.
         impl: what computes the loss; see `harmonic_loss`.
-        skip: share of a gradient that may be left out; see `harmonic_loss`.
+        skip: the share of a gradient that may be skipped; see `harmonic_loss`.
         precision: how matrices are multiplied; see `harmonic_loss`.
-        options: the distance's options: p, a, t, q.
+        options: the options of the distance: p, a, t or q.
 
-    Raises: ValueError for anything it could not honour.
+    Raises: ValueError for a name, number or combination that is not valid.
     """
 
     def __init__(  # noqa: PLR0913
@@ -111,8 +111,7 @@ class HarmonicHead(nn.Module):
         self.distance_parameters = nn.ParameterDict(distance.parameters(n_embd))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to`, `.half`, `.cuda` and others do to a module: every tensor becomes
-        fn(tensor)."""
+        """torch.nn's hook behind `.to`, `.half` and `.cuda`: every tensor becomes fn(tensor)."""
         kept = fn if self.is_control else lambda tensor: _at_least_float32(tensor, fn(tensor))
         applied: Self = super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # torch
         return applied
@@ -125,33 +124,33 @@ class HarmonicHead(nn.Module):
 
     @property
     def distance(self) -> Distance:
-        """Its row of the table."""
+        """The entry of the head in `DISTANCES` or `CONTROLS`."""
         return resolve(self.name, **self.options)[0]
 
     @property
     def is_control(self) -> bool:
-        """It is a dot product: no distance, and neither exponent nor scale."""
+        """Whether the head is a dot product, without distance, exponent and scale."""
         return self.distance.is_control
 
     @property
     def is_harmonic(self) -> bool:
-        """Its logits are -n log d."""
+        """Whether the logits are -n log d."""
         return not self.is_control and self.link == "harmonic"
 
     @property
     def strength(self) -> float | Tensor:
-        """n or s: a float, or a 0-dim tensor when it is learnt. 1 for a control."""
+        """n or s: a float, or a 0-dim tensor if it is trained. 1 for a control."""
         return self.fixed_strength if self.log_strength is None else self.log_strength.exp()[0]
 
     @property
     def strength_name(self) -> str | None:
-        """The argument that the strength is: "exponent" or "scale"; None for a control."""
+        """What the strength is called: "exponent" or "scale"; None for a control."""
         if self.is_control:
             return None
         return "exponent" if self.is_harmonic else "scale"
 
     def describe(self) -> str:
-        """Such as "euclidean, harmonic link, n = 768"."""
+        """The head in words, such as "euclidean, harmonic link, n = 768"."""
         if self.is_control:
             return self.name
         symbol = "n" if self.is_harmonic else "s"
@@ -160,7 +159,7 @@ class HarmonicHead(nn.Module):
 
     @torch.no_grad()
     def set_strength(self, value: float) -> None:
-        """Sets n or s. ValueError for what is not positive."""
+        """Sets n or s. ValueError for a value that is not positive."""
         if not 0 < value < math.inf:
             raise ValueError(f"the strength must be a positive number, got {value}")
         self.fixed_strength = value
@@ -168,7 +167,7 @@ class HarmonicHead(nn.Module):
             self.log_strength.fill_(math.log(value))
 
     def config(self) -> dict[str, Any]:
-        """What `from_config` makes a head of: everything but the numbers of its tensors."""
+        """The settings that `from_config` takes. It holds no prototypes and no parameters."""
         rows, width = self.padded_prototypes().shape
         found = {
             "n_embd": width,
@@ -190,34 +189,39 @@ class HarmonicHead(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "HarmonicHead":
-        """A head as `config` describes it, with prototypes at their start."""
+        """A head with the settings that `config` returned, and new prototypes."""
         return cls(**config)
 
     def rebuild(self, vocab_size: int) -> "HarmonicHead":
-        """A new head like this one with another number of prototypes, all of them tokens; they
-        start anew."""
+        """A new head with the same settings and `vocab_size` new prototypes, without padding."""
         return type(self).from_config(
             self.config() | {"vocab_size": vocab_size, "real_vocab_size": vocab_size}
         )
 
     def products(self) -> Products:
-        """How `loss` multiplies matrices on the prototypes' device, inside torch.autocast if this
-        is called inside it."""
+        """How `loss` multiplies matrices, on this device and under the torch.autocast of now."""
         precision = "float32" if self.impl == "dense" else self.precision
-        return choose_products(precision, self.distance.kernel, self.padded_prototypes().device)
+        return choose_products(
+            precision,
+            self.distance.multiplies,
+            self.distance.has_products,
+            self.padded_prototypes().device,
+        )
 
     def geometry(self) -> dict[str, Any]:
-        """The distance's options and trained parameters: the keyword settings of `distance`,
-        `paired_distance`, `contributions`."""
+        """The options and trained parameters of the distance.
+
+        They are the keyword settings of `distance`, `paired_distance` and `contributions`.
+        """
         return {**self.options, **self.distance_parameters}
 
     def prototypes(self) -> Tensor:
-        """The rows that are tokens: (real_vocab_size, C)."""
+        """The prototypes without padding: (real_vocab_size, C)."""
         table = self.padded_prototypes()
         return table if self.real_vocab_size == len(table) else table[: self.real_vocab_size]
 
     def padded_prototypes(self) -> Tensor:
-        """The whole table, with rows that are padding: (V, C)."""
+        """All rows of the table, padding included: (V, C)."""
         return self.weight
 
     # What it computes
@@ -235,8 +239,10 @@ class HarmonicHead(nn.Module):
         }
 
     def forward(self, h: Tensor) -> Tensor:
-        """(..., C) -> logits (..., real_vocab_size). torch.compile breaks its graph here; at
-        `loss` it does not."""
+        """Logits of all tokens: (..., C) -> (..., real_vocab_size).
+
+        torch.compile breaks its graph here. It does not at `loss`.
+        """
         return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
 
     def tensors(self) -> list[Tensor]:
@@ -245,16 +251,20 @@ class HarmonicHead(nn.Module):
         return [self.padded_prototypes(), *(t for t in beside if t is not None)]
 
     def prepared(self) -> PreparedHead:
-        """The head for many calls between which it seldom changes: what depends on the prototypes
-        alone is computed once. `head.prepared()(h)` is `head(h)` without noise and without a
-        gradient."""
+        """The head for many calls: what depends only on prototypes is computed once.
+
+        `head.prepared()(h)` is `head(h)` without noise and without gradients.
+        """
         return PreparedHead(self)
 
     def loss(
         self, h: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
     ) -> Tensor:
-        """Negative log likelihood in nats: (..., C), (...) -> scalar, or (...) for
-        reduction="none". NaN where h or w is not finite."""
+        """The negative log likelihood in nats; see `harmonic_loss`.
+
+        h: (..., C), targets: (...) -> a scalar, or (...) for reduction="none". Where h or w is not
+        finite the loss is NaN, and there is no error.
+        """
         return harmonic_loss(
             h,
             self.padded_prototypes(),
@@ -265,15 +275,17 @@ class HarmonicHead(nn.Module):
             impl=self.impl,
             skip=self.skip,
             precision=self.precision,
-            rows=self.real_vocab_size,  # A slice of the table would cost a copy of its gradient.
+            rows=self.real_vocab_size,  # A slice of the table would copy its gradient.
             check_finite=False,
             **self._settings(),
         )
 
     @torch.no_grad()
     def target_distance(self, h: Tensor, targets: Tensor) -> Tensor | None:
-        """d(h, w_target) of each row, without noise: (..., C), (...) -> (...). None for a control;
-        NaN where a target is no token."""
+        """The distance from each state to its target's prototype: (..., C), (...) -> (...).
+
+        None for a control. NaN where a target is not a token, such as IGNORE_INDEX. Without noise.
+        """
         if self.is_control:
             return None
         known = (targets >= 0) & (targets < self.real_vocab_size)
@@ -285,14 +297,19 @@ class HarmonicHead(nn.Module):
 
 @torch.no_grad()
 def softmax_linearization_kl(h: Tensor, head: HarmonicHead) -> float | None:
-    """How far a head of the l2 kernel is from the softmax it linearises to: mean KL(p || q) in nats
-    over the rows of h (N, C).
+    """How much a head differs from a softmax of dot products: the mean KL(p || q) in nats.
 
-    -n log d = -m log r for the squared distance r = |x|^2 + |y|^2 - 2 x.y of the mapped vectors.
-    Around r0, the mean of r over the prototypes, its tangent is -m r / r0, a softmax of dot
-    products with a norm penalty: q. Where prototypes are small beside the state r0 is |x|^2
-    (euclidean, mahalanobis; with n = |x|^2 = C this is softmax(x.y - |y|^2 / 2)), and for cosine
-    about 2, the value at right angles. None where the kernel is not l2 or the link not harmonic.
+    h: (N, C). p are the predictions of the head, q those of its first-order approximation.
+
+    The logit is -m log r. Here r = |x - y|^2 is the squared distance of the mapped vectors, and m
+    is n / 2 if d is a square root of r, else n. The tangent at r0, the mean of r over prototypes,
+    is -m r / r0 and a constant. Because r = |x|^2 + |y|^2 - 2 x.y, the tangent is a dot product
+    with a penalty on |y|^2.
+
+    Examples of r0: about |x|^2 for euclidean with small prototypes, so that n = |x|^2 = C gives
+    q = softmax(x.y - |y|^2 / 2). About 2 for cosine, the value at right angles.
+
+    Returns: None for a head whose kernel is not l2 or whose link is not harmonic.
     """
     if head.distance.kernel != "l2" or not head.is_harmonic:
         return None

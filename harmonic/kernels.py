@@ -1,23 +1,24 @@
-"""The kernels in plain PyTorch: raw values for all (token, prototype) pairs, exact and
-differentiable, on any device.
+"""The kernels in plain PyTorch. A kernel gives the raw value of every pair of state and prototype.
 
-    l2        sum (x - y)^2                     one matmul, and the difference where that cancels
+    l2        sum (x - y)^2                     a matmul; the difference for pairs that cancel
     l2_plus   1 + sum (x - y)^2                 the same
     lp        sum |x - y|^p
     linf      max |x - y|
     lse       log sum exp(a |x - y|) / a
     canberra  sum |x - y| s^(q-1) [/ sum s^q],  s = max(|x| + |y|, floor)
-    dot       x . y                             no distance: the kernel of the dot-product controls
-    along     (x . y) / |x|                     no distance: y along the direction of x
+    dot       x . y                             for controls: the dot product
+    along     (x . y) / |x|                     for controls: the component of y along x
 
 A kernel is one function `value(x, y, **options)` that reduces the last dimension of two
-broadcastable tensors. Everything else follows from it: `pairs` evaluates it block by block, so that
-the (N, V, C) tensor of a broadcast never exists, and differentiates it by recomputing each block.
+broadcastable tensors. Everything else follows from it. `pairs` evaluates it block by block, so the
+(N, V, C) tensor of a broadcast never exists. The backward pass computes each block again. All of
+this is exact, and works on any device.
 
-The floor. A logarithm follows, so a raw value of exactly zero is replaced by the smallest one the
-number format can tell from zero at the scale of its operands: `eps^k (value(h, 0) + value(w, 0))`,
-k the power of the raw value (2 for l2, p for lp, else 1). Being relative it keeps homogeneous
-distances homogeneous. Below the floor the gradient is zero.
+The floor. The logarithm of a raw value follows, so a raw value of zero has to be replaced. The
+floor is the smallest value that the number format can distinguish from zero at the scale of x and
+y: `eps^k (value(x, 0) + value(y, 0))`. Here k is the power of the raw value: 2 for l2, p for lp,
+else 1. The floor is relative, so homogeneous distances stay homogeneous. Below it the gradient is
+zero.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,25 +28,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import untraced
 from .maps import unit
 from .precision import FLOAT32, Products, inner_products
 
-# A block of (rows, prototypes, coordinates) small enough to stay in a core's cache: 2^18 floats are
-# 1 MiB.
+# Numbers in a block of (rows, prototypes, coordinates). 2^18 floats, 1 MiB, fit in a core's cache.
 BLOCK = 2**18
-EXPORTED = 2**22  # numbers of an exported program's blocks for each state: 16 MiB
-# The matmul form of l2 loses log2((|h|^2 + |w|^2) / d^2) bits. Pairs that lose more than 4 are
+EXPORTED = 2**22  # Numbers for each state in a block of an exported program: 16 MiB.
+# The matmul form of l2 loses log2((|h|^2 + |w|^2) / d^2) bits. Pairs that lose more than 4 bits are
 # computed again from the difference.
 NEAR = 2.0**-4
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """`value(x, y, **options)`: (..., C), (..., C) -> (...). `terms`: the same arguments -> (...,
-    C), what each coordinate contributes; they add up to the raw value for the sums and to 1 for the
-    maxima. `power`: the raw value's degree in the scale of x and y. `options`: the names of the
-    numbers it takes. `matmul`: the raw values of all pairs by a matrix product, where there is such
-    a form. `signed`: raw values may be negative, so it is no distance's and has no floor."""
+    """One kernel.
+
+    value: the function (x, y, **options), (..., C), (..., C) -> (...).
+    terms: what each coordinate contributes, from the same arguments -> (..., C). The terms add up
+        to the raw value if that is a sum, and to 1 if it is a maximum.
+    power: the degree of the raw value in the scale of x and y, a function of the options.
+    matmul: computes the raw values of all pairs with a matrix product; None if that is impossible.
+    options: the names of its options.
+    signed: raw values may be negative. Such a kernel is for controls only, and has no floor.
+    """
 
     value: Callable[..., Tensor]
     terms: Callable[..., Tensor]
@@ -56,7 +62,7 @@ class Kernel:
 
 
 def _power(x: Tensor, p: float) -> Tensor:
-    """x^p for x >= 0, with gradient 0 where x = 0 (for p < 1 the derivative is unbounded there)."""
+    """x^p for x >= 0. At x = 0 the gradient is 0, even for p < 1 (its derivative is infinite)."""
     if p == 1:
         return x
     if p >= 1:
@@ -71,7 +77,7 @@ def _lp_terms(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
 
 def _canberra_parts(x: Tensor, y: Tensor, floor: float, q: float) -> tuple[Tensor, Tensor, Tensor]:
     s = x.abs() + y.abs()
-    s = s.clamp_min(floor) if floor else torch.where(s == 0, 1.0, s)  # 0/0 = 0, as in scipy
+    s = s.clamp_min(floor) if floor else torch.where(s == 0, 1.0, s)  # So 0/0 is 0, as in SciPy.
     return (x - y).abs(), s, s.pow(q - 1)
 
 
@@ -87,7 +93,7 @@ def _canberra(x: Tensor, y: Tensor, **options: Any) -> Tensor:
 
 
 def _linf_terms(x: Tensor, y: Tensor) -> Tensor:
-    """One at the coordinate that attains the maximum (the first, if several do), zero elsewhere."""
+    """1 at the first coordinate that has the maximum, and 0 elsewhere."""
     difference = (x - y).abs()
     return torch.zeros_like(difference).scatter_(-1, difference.argmax(-1, keepdim=True), 1.0)
 
@@ -97,9 +103,9 @@ def _dot_matmul(h: Tensor, w: Tensor, how: Products) -> Tensor:
 
 
 def l2_pairs(h: Tensor, w: Tensor, how: Products, squares: Tensor | None = None) -> Tensor:
-    """Squared Euclidean distances of all pairs, floored: (N, C), (V, C) -> (N, V).
+    """Squared Euclidean distances of all pairs, raised to the floor: (N, C), (V, C) -> (N, V).
 
-    squares: |w|^2 (V,) where it is known.
+    how: the way to multiply matrices. squares: |w|^2 (V,), if it is known already.
     """
     hh = h.square().sum(-1, keepdim=True)
     ww = w.square().sum(-1) if squares is None else squares
@@ -108,11 +114,11 @@ def l2_pairs(h: Tensor, w: Tensor, how: Products, squares: Tensor | None = None)
     else:
         raw = (hh + ww).sub(inner_products(h, w, how), alpha=2)
     if raw.numel() and (raw.detach().amin(-1, keepdim=True) > NEAR * (hh + ww.amax())).all():
-        # No pair cancels, none is near the floor: one pass settles it for almost every batch.
+        # No pair cancels and none is near the floor. This is so for almost every batch.
         return raw
     near = (raw < NEAR * (hh + ww)).nonzero(as_tuple=True)
     if near[0].numel() * h.shape[-1] > 16 * BLOCK:
-        # Nearly everything is near: no gather, all of it from the differences.
+        # Too many pairs cancel to gather them. All pairs are computed from their differences.
         raw = _blocks(h, w, KERNELS["l2"].value)
     elif near[0].numel():
         raw = raw.index_put(near, KERNELS["l2"].value(h[near[0]], w[near[1]]))
@@ -167,7 +173,7 @@ KERNELS = {
 
 
 def sizes(kernel: str, x: Tensor, **options: Any) -> Tensor:
-    """value(x, 0), a few rows at a time, without gradient: (..., C) -> (...)."""
+    """The raw values of x and the zero vector, without gradient: (..., C) -> (...)."""
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     rows = x.detach().reshape(-1, x.shape[-1])
     parts = torch.split(rows, max(1, BLOCK // max(1, x.shape[-1])))
@@ -176,24 +182,24 @@ def sizes(kernel: str, x: Tensor, **options: Any) -> Tensor:
 
 
 def floor(kernel: str, x: Tensor, **options: Any) -> Tensor:
-    """The share of one operand in the floor: (N, C) -> (N,)."""
+    """The part of the floor that one operand gives: eps^k value(x, 0). (N, C) -> (N,)."""
     share: float = torch.finfo(x.dtype).eps ** KERNELS[kernel].power(**options)
     return sizes(kernel, x, **options) * share
 
 
 def above(raw: Tensor, low: Tensor) -> Tensor:
-    """raw where it exceeds the floor `low`, else `low` (no gradient there)."""
+    """Raw values, and the floor `low` in place of those below it. There the gradient is 0."""
     low = low.clamp_min(torch.finfo(raw.dtype).tiny)
-    return torch.where(raw < low, low, raw)  # this order lets a NaN through: it is never hidden
+    return torch.where(raw < low, low, raw)  # In this order a NaN stays a NaN.
 
 
 def pairs(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], products: Products = FLOAT32
 ) -> Tensor:
-    """Raw values of every pair, floored: (N, C), (V, C) -> (N, V). Differentiable once. Extra
-    memory: a few (N, V).
+    """Raw values of all pairs, raised to the floor: (N, C), (V, C) -> (N, V).
 
-    options: of the kernel. products: how float32 matrices are multiplied.
+    Differentiable once. Needs memory for a few tensors (N, V).
+    options: of the kernel. products: the way to multiply float32 matrices.
     """
     if torch.compiler.is_exporting():
         return _exported(x, y, kernel, options)
@@ -203,8 +209,10 @@ def pairs(
 
 
 def _exported(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Tensor:
-    """`pairs` for torch.export: no step depends on the number of states or on their values. Holds
-    (N, EXPORTED) numbers at a time."""
+    """`pairs` for torch.export, where no step may depend on the number of states or their values.
+
+    Needs memory for (N, EXPORTED) numbers.
+    """
     k = KERNELS[kernel]
     if k.signed and k.matmul:
         return k.matmul(h, w, FLOAT32)
@@ -220,8 +228,9 @@ def _exported(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Ten
     return above(raw, low)
 
 
-# Blocks are a Python loop and the near pairs of l2 depend on the data; neither is worth tracing.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+# torch.compile cannot trace this well: the blocks are a Python loop, and which pairs of l2 cancel
+# depends on the data.
+@untraced
 def _pairs(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], products: Products
 ) -> Tensor:
@@ -232,12 +241,12 @@ def _pairs(
 
 
 def floored(raw: Tensor, x: Tensor, y: Tensor, kernel: str, options: dict[str, Any]) -> Tensor:
-    """Raw values (N, V) of all pairs, raised to their floor."""
+    """Raises the raw values (N, V) of all pairs x, y to their floor."""
     return above(raw, floor(kernel, x, **options)[:, None] + floor(kernel, y, **options))
 
 
 def paired(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Tensor:
-    """Raw values of rows paired by broadcasting, floored: (..., C), (..., C) -> (...)."""
+    """Raw values of rows paired by broadcasting: (..., C), (..., C) -> (...), with the floor."""
     raw = KERNELS[kernel].value(h, w, **options)
     if KERNELS[kernel].signed:
         return raw
@@ -250,8 +259,10 @@ def _blocks(h: Tensor, w: Tensor, value: Callable[..., Tensor], **options: Any) 
 
 
 class _Blocks(torch.autograd.Function):
-    """`value` of all pairs, one cache-sized block at a time; the backward pass recomputes each
-    block and differentiates it."""
+    """`value` of all pairs, one cache-sized block at a time.
+
+    The backward pass computes each block again and differentiates it.
+    """
 
     @staticmethod
     def forward(
@@ -280,7 +291,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def _grid(h: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and of prototypes whose blocks hold about BLOCK elements."""
+    """Slices of rows and of prototypes. Each block of pairs has about BLOCK numbers."""
     width = max(1, min(len(w), BLOCK // (8 * h.shape[-1])))
     height = max(1, BLOCK // (width * h.shape[-1]))
     for j in range(0, len(w), width):

@@ -1,7 +1,9 @@
-"""The links from distances to logits, and their strength.
+"""The two links from distances to logits. Each has one number, its strength.
 
-harmonic   logit_v = -n log d(h, w_v)   so that p_v = d_v^-n / sum_j d_j^-n     (2502.01628, eq. 2)
-softmax    logit_v = -s d(h, w_v)       the same geometry without HarMax: its control
+    harmonic   logit_v = -n log d(h, w_v)   so p_v = d_v^-n / sum_j d_j^-n (2502.01628, eq. 2)
+    softmax    logit_v = -s d(h, w_v)       the control: the same distance without HarMax
+
+The strength is the exponent n of the harmonic link, or the scale s of the softmax link.
 """
 
 import math
@@ -17,9 +19,9 @@ from .distances import HEADS, resolve
 from .pairwise import paired_distance
 
 LINKS = ("harmonic", "softmax")
-CONTROL = "control"  # in place of a link where the head is a dot product
+CONTROL = "control"  # Stands in place of a link for a head that is a dot product.
 
-# Exponents n that go with the width C: name -> (C) -> n.
+# Exponents n that grow with the width C: name -> function from C to n.
 EXPONENTS: dict[str, Callable[[int], float]] = {
     "dim/4": lambda dim: dim / 4,
     "sqrt_dim": math.sqrt,
@@ -32,16 +34,22 @@ EXPONENTS: dict[str, Callable[[int], float]] = {
 def logits(
     log_d: Tensor, strength: float | Tensor, link: str, bias: Tensor | None = None
 ) -> Tensor:
-    """log d -> logits, with strength n or s. A control has its logits already, and no strength;
-    bias: (V,), a control's."""
+    """Turns log d (..., V) into logits (..., V).
+
+    strength: n or s. A control passes its logits in place of log d. It has no strength.
+    bias: (V,), for controls only.
+    """
     if link == CONTROL:
         return log_d if bias is None else log_d + bias
     return -strength * (log_d if link == "harmonic" else log_d.exp())
 
 
 def resolve_exponent(name: str, dim: int, exponent: float | str | Tensor | None = None) -> float:
-    """The exponent as a number, from a positive number, a key of `EXPONENTS`, or None for the
-    distance's default. ValueError otherwise."""
+    """The exponent n as a number.
+
+    exponent: a positive number, a key of `EXPONENTS`, or None for the default of the distance.
+    Raises: ValueError for anything else.
+    """
     exponent = HEADS[name].exponent if exponent is None else exponent
     n = exponent
     if isinstance(exponent, str) and exponent in EXPONENTS:
@@ -57,11 +65,13 @@ def resolve_exponent(name: str, dim: int, exponent: float | str | Tensor | None 
 def default_scale(
     name: str, dim: int, exponent: float | str | Tensor | None = None, **settings: Any
 ) -> float:
-    """The s at which `-s d` and `-n log d` have the same slope for a freshly initialised model: n
-    over the median distance between a layer-normalised state and a prototype of standard deviation
-    0.02. So that twins start from the same place."""
+    """The scale s with which both links start training alike.
+
+    s = n / median d, with d between layer-normalised states and prototypes of standard deviation
+    0.02, as in a new model. At that distance `-s d` and `-n log d` have the same slope.
+    """
     generator = torch.Generator().manual_seed(0)
-    # The device is named, for this may run inside torch.device("meta").
+    # The device is named because this may run inside torch.device("meta").
     h, w = (torch.randn(64, dim, generator=generator, device="cpu") for _ in range(2))
     options = {k: v for k, v in settings.items() if k in resolve(name)[0].options}
     typical = paired_distance(F.layer_norm(h, (dim,)), 0.02 * w, name, **options).median().item()
@@ -76,8 +86,11 @@ def resolve_strength(
     scale: float | Tensor | None = None,
     **settings: Any,
 ) -> tuple[str, float | Tensor]:
-    """-> (the link, or "control"; n or s as a number or tensor). settings: of the distance.
-    ValueError for what is no link or strength."""
+    """Returns the link, or "control" for a control, and the strength: a number or a 0-dim tensor.
+
+    settings: of the distance.
+    Raises: ValueError for an unknown link, or a strength that is not a positive number.
+    """
     if HEADS[name].is_control:
         return CONTROL, 1.0
     if link not in LINKS:

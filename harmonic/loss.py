@@ -1,23 +1,24 @@
 """HarMax in log space: logits and loss.
 
-    harmonic   logit_v = -n log d(h, w_v)   so that p_v = d_v^-n / sum_j d_j^-n (2502.01628, eq. 2)
-    softmax    logit_v = -s d(h, w_v)       the same geometry without HarMax: its control
+    harmonic   logit_v = -n log d(h, w_v)   so p_v = d_v^-n / sum_j d_j^-n (2502.01628, eq. 2)
+    softmax    logit_v = -s d(h, w_v)       the control: the same distance without HarMax
 
-Everything is float32 (float64 stays) whatever autocast says, except the operands of matrix products
-where `precision` says so. Nothing is clamped, smoothed or filled in; the only constant is the floor
-under the logarithm that `kernels.py` documents.
+All arithmetic is float32, also inside torch.autocast. float64 vectors stay float64. The one
+exception is `precision`, below. Nothing is clamped, smoothed or filled in. The only constant is the
+floor under the logarithm, which `kernels.py` explains.
 
-How a loss is computed is chosen by three arguments:
+Three arguments choose how a loss is computed:
 
-    impl       "auto": the fastest that the device and the distance have. "chunked": plain PyTorch
-               that holds a few chunks of rows, whatever N. "numba", "triton": the same with
-               compiled kernels, in float32 on a CPU and on CUDA. "dense": all logits, (N, V).
-    skip       Elementwise kernels leave out pairs whose slope |dL/draw| is below skip / V of the
-               target's. What is left out of a row adds up to less than `skip` of the target's.
-    precision  Of the matrix products (kernels l2 and dot): "float32"; "split", nearly as exact and
-               on a GPU several times faster; "autocast", torch.autocast's type inside it. "auto" is
-               split for distances and autocast for dot products on CUDA, float32 elsewhere. Norms,
-               logarithms and sums are always float32, and so is "dense". See `precision.py`.
+    impl       "auto": the fastest one for this device and distance. "chunked": plain PyTorch, with
+               a few chunks of rows in memory, however large N is. "numba" (CPU), "triton" (CUDA):
+               the same with compiled kernels, in float32. "dense": all logits at once, (N, V).
+    skip       Elementwise kernels skip pairs whose gradient |dL/draw| is below skip / V of the
+               target's. The skipped gradients of a row add up to less than `skip` of it.
+    precision  How heads with a matrix product multiply (kernels l2, l2_plus, dot and along).
+               "float32". "split": nearly as exact, and several times faster on a GPU. "autocast":
+               in the type of torch.autocast. "auto": on CUDA, split for distances and autocast for
+               dot products; elsewhere float32. Norms, logarithms, sums and impl="dense" are always
+               float32. See `precision.py`.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ from .links import logits, resolve_strength
 from .pairwise import check_vectors, draw_seed, exactly, fast_log_pairs, operands, together
 from .precision import choose_products
 
-IGNORE_INDEX = -100  # the target of a position without a loss, as in F.cross_entropy
+IGNORE_INDEX = -100  # This target marks a position without a loss, as in F.cross_entropy.
 REDUCTIONS = ("mean", "sum", "none")
 SKIP = 1e-6
 
@@ -49,20 +50,21 @@ def harmonic_logits(  # noqa: PLR0913
     training: bool = False,
     **settings: Any,
 ) -> Tensor:
-    """Logits whose log-softmax is HarMax: (..., C), (V, C) -> (..., V), float32 (float64 if h and w
-    are).
+    """The logits of all tokens; with the harmonic link their softmax is HarMax.
 
     Args:
-        name: a key of `DISTANCES`, or a control ("cross_entropy", "cosine_linear"), which ignores
-            exponent, link and scale.
-        exponent: n, the power of the distance (not of its square): a number, a 0-dim tensor, a key
-            of `EXPONENTS`, None = the default.
+        h: (..., C) hidden states.
+        w: (V, C) prototypes.
+        name: a key of `DISTANCES` or `CONTROLS`. Controls ignore exponent, link and scale.
+        exponent: n, the power of the distance (not of its square): a number, a 0-dim tensor or a
+            key of `EXPONENTS`. None: the default of the distance.
         link: "harmonic" (-n log d) or "softmax" (-s d).
-        scale: s; None = matched to the exponent by `default_scale`.
-        bias: (V,), for "cross_entropy" only; of a loss with padded rows: (rows,).
-        training: draws the noise of hamming_gumbel.
-        settings: the distance's options and trained parameters, see `distance`.
-    Raises: ValueError for unknown names, non-positive numbers, mismatched sizes.
+        scale: s of the softmax link: a number or a 0-dim tensor. None: `default_scale`.
+        bias: (V,), for "cross_entropy" only.
+        training: add the noise of hamming_gumbel.
+        settings: the options and trained parameters of the distance, see `distance`.
+    Returns: (..., V), float32, or float64 if h or w is.
+    Raises: ValueError for unknown names, numbers that are not positive, or sizes that do not match.
     """
     check_bias(bias, name, len(w), h.device)
     with exactly(h.device):
@@ -91,24 +93,25 @@ def harmonic_loss(  # noqa: PLR0913
     check_finite: bool = True,
     **settings: Any,
 ) -> Tensor:
-    """Negative log likelihood of the targets in nats, unsmoothed. The rest: `harmonic_logits`.
+    """The negative log likelihood of the targets in nats. It never holds all logits, except with
+    impl="dense". Arguments that are not listed here are those of `harmonic_logits`.
 
     Args:
-        h: (..., C) hidden states.
-        w: (V, C) prototypes.
-        targets: (...) integers in [0, V) or `ignore_index`.
+        h: (..., C) hidden states. w: (V, C) prototypes.
+        targets: (...) integers in [0, V), or `ignore_index`.
+        bias: (V,), or (rows,) if `rows` is given. For "cross_entropy" only.
         reduction: "mean" over the targets that are not ignored, "sum" or "none".
-        impl: auto, dense, chunked, numba or triton.
-        skip: gradients below this share of the target's, in sum, are left out; 0 = none.
-        precision: of matrix products: auto, float32, split or autocast.
-        rows: how many rows of w are prototypes, where the rest is padding; None: all.
-        check_finite: raise for vectors that are not finite; else the loss is NaN.
+        impl: "auto", "dense", "chunked", "numba" or "triton"; see the top of this file.
+        skip: the share of the target's gradient that may be skipped in a row; 0 skips nothing.
+        precision: "auto", "float32", "split" or "autocast", for matrix products.
+        rows: the first `rows` rows of w are prototypes, and the others are padding. None: all are.
+        check_finite: on a CPU, raise for vectors that are not finite. If False, the loss is NaN.
 
-    Returns: a scalar, or (...) for reduction="none"; float32 (float64 if h or w is). The mean over
-        no targets is 0 with zero gradients, so that a process without targets harms no other.
-    Raises: ValueError for unknown names, non-positive numbers, mismatched sizes, devices that
-        differ, integer vectors; on a CPU also for targets out of range and vectors that are not
-        finite (elsewhere the check would wait for the device: a NaN comes out).
+    Returns: a scalar, or (...) for reduction="none"; float32, or float64 if h or w is. The mean
+        over no targets is 0, with zero gradients.
+    Raises: ValueError for unknown names, bad numbers or sizes, different devices and integer
+        vectors. On a CPU also for targets out of range and vectors that are not finite; elsewhere
+        these give NaN, because a check would have to wait for the device.
     """
     distance, filled = resolve(name, **settings)
     link, strength = resolve_strength(name, w.shape[-1], link, exponent, scale, **settings)
@@ -116,14 +119,14 @@ def harmonic_loss(  # noqa: PLR0913
     check_how(impl, skip)
     check_bias(bias, name, rows, h.device)
     _check(h, w, targets, reduction, rows)
-    precision = "float32" if impl == "dense" else precision  # The others are compared with it.
-    products = choose_products(precision, distance.kernel, h.device)
+    precision = "float32" if impl == "dense" else precision  # Tests compare the others with it.
+    products = choose_products(precision, distance.multiplies, distance.has_products, h.device)
     options = {k: float(v) for k, v in settings.items() if k in HEADS[name].options}
     trained = distance.prepared(filled)
     how = (ignore_index, reduction, impl, float(skip), products, check_finite)
     spec = Spec(name, options, link, list(trained), rows, *how)
     states, prototypes = together(h.reshape(-1, h.shape[-1]), w)
-    if not isinstance(strength, Tensor):  # Filled there: a GPU need not wait for a copy.
+    if not isinstance(strength, Tensor):  # `full` does not wait for a GPU; a copy does.
         strength = torch.full((), strength, device=states.device)
     bias = None if bias is None else bias.to(states)
     tensors = (states, prototypes, targets.reshape(-1).long(), strength.to(states), bias)
@@ -133,7 +136,7 @@ def harmonic_loss(  # noqa: PLR0913
 
 
 def check_how(impl: str, skip: float) -> None:
-    """ValueError for no way to compute a loss."""
+    """Raises ValueError for an unknown `impl`, or a `skip` outside [0, 1)."""
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
     if not 0 <= skip < 1:
@@ -141,7 +144,7 @@ def check_how(impl: str, skip: float) -> None:
 
 
 def check_bias(bias: Tensor | None, name: str, rows: int, device: torch.device) -> None:
-    """ValueError for a bias that does not fit."""
+    """Raises ValueError for a bias that the head cannot have. rows: prototypes without padding."""
     if bias is None:
         return
     if name != "cross_entropy":
@@ -151,7 +154,7 @@ def check_bias(bias: Tensor | None, name: str, rows: int, device: torch.device) 
 
 
 def _check(h: Tensor, w: Tensor, targets: Tensor, reduction: str, rows: int) -> None:
-    """ValueError for arguments of `harmonic_loss` that it could not honour."""
+    """Raises ValueError for sizes, types or devices that do not go together."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}")
     check_vectors(h, w)

@@ -1,7 +1,7 @@
-"""The maps of the table: what happens to states and prototypes alike before a kernel compares them.
+"""The maps of the table. A map changes states and prototypes before a kernel compares them.
 
-A map takes vectors (..., C), a generator of noise or None, and its settings, and gives vectors
-(..., C).
+A map is a function of vectors (..., C), a random generator or None, and its settings. It returns
+vectors (..., C).
 """
 
 import math
@@ -12,23 +12,26 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .compiled import unit_vectors
+from .compiled import unit_vectors, untraced
 from .precision import FLOAT32, Products, inner_products
 
 
 @dataclass(frozen=True)
 class Map:
-    """A map and what is trained in it.
+    """A map and its trained parameters.
 
     function: (x, noise, **settings) -> mapped x, (..., C) -> (..., C). noise: a torch.Generator
-        while training, else None. settings: the distance's options that its kernel does not take,
-        and what `prepare` makes of the trained parameters.
-    parameters: (C) -> {name: initial tensor}.
-    prepare: (**parameters) -> the settings that the function takes in their place, computed once.
-    noisy: it draws noise while training.
-    cheap: a few operations a coordinate, so that it may be computed again to save memory.
-    multiplies: its function takes `products`, too: how to multiply matrices, see `precision.py`.
-    straight_through: its gradient is a surrogate's, not its derivative.
+        while training, else None. settings: the options of the distance that its kernel does not
+        take, and the result of `prepare`.
+    parameters: a function from C to {name: initial tensor}.
+    prepare: turns trained parameters into settings of the function, once for both operands.
+    noisy: whether it draws noise while training.
+    cheap: whether it takes only a few operations per coordinate. A cheap map is computed again
+        where that saves memory.
+    multiplies: whether the function also takes `products`, the way to multiply matrices; see
+        `precision.py`.
+    straight_through: whether the backward pass uses the gradient of a smooth function instead of
+        its own.
     """
 
     function: Callable[..., Tensor]
@@ -41,8 +44,10 @@ class Map:
 
 
 def unit(x: Tensor, order: int) -> Tensor:
-    """x over its norm of that order, at any scale of x without over- or underflow; a row of zeros
-    stays one."""
+    """x divided by its norm of this order: (..., C) -> (..., C). A row of zeros stays zero.
+
+    Nothing overflows or underflows, however large or small x is.
+    """
     size = x.detach().abs().amax(-1, keepdim=True)
     zero = size == 0
     # The result does not depend on the scale, so neither does its gradient.
@@ -54,7 +59,7 @@ def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
     return unit(x, 2) if torch.compiler.is_exporting() else _fast_unit(x)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+@untraced
 def _fast_unit(x: Tensor) -> Tensor:
     compiled = unit_vectors(x)
     return unit(x, 2) if compiled is None else compiled
@@ -69,8 +74,7 @@ def _soft(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
 
 
 def _gumbel(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
-    """Binary Gumbel-softmax: the difference of two Gumbel variables is logistic noise, added while
-    training only."""
+    """Binary Gumbel-softmax. Its noise, the difference of two Gumbel variables, is logistic."""
     if noise is not None:
         u = torch.rand(x.shape, generator=noise, dtype=x.dtype, device=x.device)
         x = x + torch.logit(u.clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps))
@@ -78,25 +82,24 @@ def _gumbel(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor
 
 
 def _hard(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
-    """1[x > 0] forward, the derivative of sigmoid(x / t) backward (straight-through)."""
+    """1[x > 0] in the forward pass, and the gradient of sigmoid(x / t) in the backward pass."""
     soft = torch.sigmoid(x / t)
     return (x > 0).to(x.dtype) + (soft - soft.detach())
 
 
-EPSILON_FULL = 1e-6  # in P = A A^T + eps I, keeps P positive definite whatever A becomes
+EPSILON_FULL = 1e-6  # In P = A A' + eps I: keeps P positive definite, whatever A becomes.
 
 
 def _positive(factor: Tensor | None = None) -> dict[str, Tensor]:
-    """Full Mahalanobis: -> L with P = L L' = A A' + eps I, from A. NaN where there is none, as for
-    an A that is not finite."""
+    """Full Mahalanobis: from A (C, C), the L of P = A A' + eps I = L L'. NaN if A is not finite."""
     if factor is None:
         return {}
     identity = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
     if torch.compiler.is_exporting():
-        # [A, sqrt(eps) I] is such an L, too, twice as wide; ONNX has no factorisation.
+        # ONNX has no factorisation. [A, sqrt(eps) I] is also such an L, but twice as wide.
         beside = math.sqrt(EPSILON_FULL) * identity.to(factor.dtype)
         return {"factor": torch.cat((factor, beside), 1)}
-    wide = factor.double()  # the factorisation needs the digits, not the distance
+    wide = factor.double()  # Only the factorisation needs float64.
     triangle, failed = torch.linalg.cholesky_ex(wide @ wide.T + EPSILON_FULL * identity)
     return {"factor": torch.where(failed > 0, math.nan, triangle).to(factor.dtype)}
 

@@ -1,22 +1,27 @@
-"""Matching a head to the softmax of a model that was trained with another one.
+"""Gives a head of a distance the predictions of a trained softmax of dot products.
 
-`match` gives a harmonic head prototypes and a strength with which it predicts what a softmax of dot
-products, `h . w + b`, predicts.
+`match` sets the prototypes and the strength of a head. The head then predicts what the source, a
+softmax of `h . w + b`, predicts.
 
-Distances of kernel l2 in closed form. All prototypes are put on a sphere around the origin, so that
-no norm penalty is left: one direction u, in which prototypes and states vary least, is given up,
-and prototype v becomes `a P w_v + K_v u`, P the projection away from u, with K_v such that all
-norms are equal (euclidean: `|.|^2 = R^2 - 2 a b_v`, which carries the bias). Then
+Distances of kernel l2 have a closed form. A squared distance is a dot product with a penalty on the
+norm of each prototype. So all prototypes are put on a sphere around the origin, where the penalty
+is the same for all. That uses up one direction u, in which prototypes and states vary least.
+Prototype v becomes `a P w_v + K_v u`. Here P projects away from u, a is a scale, and K_v makes all
+norms equal. For euclidean the squared norm is `R^2 - 2 a b_v`, which carries the bias.
+
+The logits are then, to first order, for euclidean (and mahalanobis at its start) and for cosine:
 
     -n/2 log(|h|^2 + R^2 - 2 a (h.w_v + b_v)) = const + n a / (|h|^2 + R^2) (h.w_v + b_v) + ...
     -n log(1 - h.w'_v / (|h| R)) = const + n a / (|h| R) h.w_v + ...
 
-(the first for euclidean, and mahalanobis at P = I; the second for cosine) are the source's logits
-as n grows, with `a n = |h|^2 + R^2` (euclidean; a large R makes light of states whose norms vary)
-or `a n = |h| R` (cosine; states of different norms get different temperatures). What is left out
-falls as z^2 / n for a logit z: the default n is where that costs NEAR nats. A larger one is nearer,
-until float32 rounds more off; a smaller one is less of a softmax, and bears larger steps in
-training. Other distances take `a w_v`, a and n fitted on some states.
+They are the logits of the source if `a n = |h|^2 + R^2` (euclidean) or `a n = |h| R` (cosine). The
+norm |h| differs between states, so their temperatures differ. For euclidean a large R hides that.
+
+The higher orders shrink as z^2 / n for a logit z. The default n is where they cost NEAR nats. A
+larger n matches better, until rounding in float32 costs more. A smaller n is less like a softmax,
+but tolerates larger steps in training.
+
+Other distances get the prototypes `a w_v`, with a and n fitted on some states.
 """
 
 import math
@@ -27,32 +32,30 @@ from torch import Tensor
 from .head import HarmonicHead
 from .pairwise import exactly, fast_log_pairs, operands
 
-NEAR = 1e-4  # nats: perplexity within 0.01 %
-EQUAL = 1e-6  # nats: the same but for rounding
-ROWS = 256  # states that are looked at: (ROWS, V) numbers are held
-# Pairs of a state and a prototype for which elementwise distances are computed at each trial of a
-# scale.
+NEAR = 1e-4  # Nats: perplexity within 0.01 %.
+EQUAL = 1e-6  # Nats: equal up to rounding.
+ROWS = 256  # States on which predictions are compared. Needs memory for (ROWS, V) numbers.
+# Pairs of state and prototype on which each scale of an elementwise distance is tried.
 PAIRS = 2**24
 
 
 @torch.no_grad()
 def match(head: HarmonicHead, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
-    """Gives `head` the prototypes and the strength with which it is nearest to softmax(h . w + b):
-    see above.
+    """Sets the prototypes and the strength of `head` so that it predicts softmax(h . w + b).
 
-    An exponent (softmax link: scale) that the head was given stays, and the prototypes are made for
-    it; else it is fitted.
+    If the head was created with an exponent (or, for the softmax link, a scale), that stays. Else
+    it is fitted.
 
     Args:
-        head: of a distance, with V rows; trained parameters of the distance should be at their
-            start. Changed in place.
-        states: (N, C) hidden states of real text, N >= 2, better several times C; predictions are
-            compared on ROWS of them.
-        weight: (V', C) the source's unembedding, V' <= V (rows beyond are padding). bias: (V',) or
-            None.
-    Returns: the mean KL divergence in nats of the head's predictions from the source's, over those
+        head: has V rows, and is changed in place. Trained parameters of its distance should still
+            have their initial values.
+        states: (N, C) hidden states of real text. N is at least 2, better several times C.
+            Predictions are compared on ROWS of them.
+        weight: (V', C), the output matrix of the source. V' <= V; the other rows are padding.
+        bias: (V',) or None.
+    Returns: the mean KL divergence KL(source || head) in nats over those states.
+    Raises: ValueError for sizes that do not match, values that are not finite, or fewer than 2
         states.
-    Raises: ValueError for mismatched sizes or fewer than 2 states.
     """
     rows = head.real_vocab_size
     shape = tuple(head.padded_prototypes().shape)
@@ -73,7 +76,7 @@ def match(head: HarmonicHead, states: Tensor, weight: Tensor, bias: Tensor | Non
     with exactly(states.device):
         h = _spread(states.float(), ROWS)
         w = weight[:rows].float()
-        w = w - w.mean(0)  # a logit the same for all tokens
+        w = w - w.mean(0)  # This changes all logits of a state by the same number.
         b = torch.zeros(rows, device=w.device) if bias is None else bias[:rows].float()
         b = b if bias is None else b - b.mean()
         z = h @ w.T + b
@@ -87,8 +90,10 @@ def match(head: HarmonicHead, states: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _constant(h: Tensor) -> Tensor:
-    """The vector whose products with the states h are nearest to 1 in least squares: it carries a
-    bias. The ridge keeps it short."""
+    """The vector c with h . c nearest to 1 for all states, by least squares with a ridge.
+
+    A prototype w + b c then has the logit h . w + b, nearly. The ridge keeps c short.
+    """
     second = (h.T @ h).cpu().double()
     second += 1e-2 * second.trace() / len(second) * torch.eye(len(second), dtype=second.dtype)
     solution: Tensor = torch.linalg.solve(second, h.sum(0).cpu().double())
@@ -103,14 +108,14 @@ def _spread(x: Tensor, count: int) -> Tensor:
 def _on_a_sphere(
     head: HarmonicHead, h: Tensor, w: Tensor, b: Tensor, z: Tensor, p: Tensor
 ) -> Tensor:
-    """The prototypes of the closed form, (V, C)."""
+    """The prototypes (V, C) of the closed form at the top of this file."""
     degree = head.distance.degree
     assert degree is not None  # Every distance of kernel l2 is homogeneous.
-    mean = (p * z).sum(-1)  # of the logit, for each state, over the source's own predictions
+    mean = (p * z).sum(-1)  # The mean logit of each state, over the predictions of the source.
     spread = ((p * z.square()).sum(-1) - mean.square()).clamp_min(1e-6).mean().sqrt().item()
     size = h.square().sum(-1)
     H = size.mean().item()
-    if degree == 0:  # cosine: the radius carries no bias
+    if degree == 0:  # The radius does not matter to cosine, so it cannot carry the bias.
         w = w + torch.outer(b, _constant(h))
     covariances = [
         m / m.trace().clamp_min(1e-30) for m in ((w.T @ w).cpu().double(), (h.T @ h).cpu().double())
@@ -118,18 +123,19 @@ def _on_a_sphere(
     u = torch.linalg.eigh(sum(covariances)).eigenvectors[:, 0].to(w)
     along = h @ u
 
-    # The exponent, of the distance and not of its square, of the harmonic head whose prototypes
-    # these are.
+    # The exponent of the harmonic head that has these prototypes. It belongs to d, not to d^2.
     n = float(head.strength) * max(1, degree) if head.given else None
     if n is not None and not head.is_harmonic:
-        n *= math.sqrt(2 * H) ** degree  # s d has the slope of n log d at the d of R = |h|
+        # With R = |h|, d is this root. There, s d and n log d have the same slope.
+        n *= math.sqrt(2 * H) ** degree
     if n is not None and degree == 0:
-        # The formulas are those of 1 - cos. A root of it has as much less of an exponent, and is
-        # 2^root at the typical cosine of 0.
+        # The formulas are those of x = 1 - cos, and d is (2 factor x)^root. At right angles x is 1,
+        # where n log d has the slope n root, and s d the slope s root (2 factor)^root.
         root = head.distance.root(**head.distance.kernel_options(head.options))
-        n *= root if head.is_harmonic else root * 2**root
+        n *= root if head.is_harmonic else root * (2 * head.distance.factor) ** root
     off = mean.square().mean().sqrt().item() * (2 if degree else 1)
-    # z^2 / n (cosine z^2 / 2n) moves logits by off / n a nat: KL (spread off / n)^2 / 2
+    # The term z^2 / n (cosine: z^2 / 2n) moves logits by off / n for each nat. That costs a KL of
+    # (spread off / n)^2 / 2.
     enough = spread * off / math.sqrt(2 * NEAR)
 
     projected = w - torch.outer(w @ u, u)
@@ -137,18 +143,18 @@ def _on_a_sphere(
     W = norms.max().item()
     if degree == 0:
         n = n or max(enough, 2 * math.sqrt(H * W))
-        radius = n / math.sqrt(H)  # over a
-        # their scale is free: with this one a step of the optimiser moves logits as far as it did
-        # in the source
+        radius = n / math.sqrt(H)  # R / a.
+        # The scale a of these prototypes is free. With a = 1 a step of the optimiser moves logits
+        # as far as in the source.
         return projected + torch.outer((radius**2 - norms).clamp_min(0).sqrt(), u)
     n = n or max(enough, 2 * (H + W))
-    # a makes the rest smallest: temperatures off by sd(|h|^2) / (a n), and (h.u) K_v / a, which
-    # differs from token to token
+    # Choose the a with the smallest error. Temperatures are off by sd(|h|^2) / (a n), and the term
+    # (h.u) K_v / a differs between tokens.
     scales = torch.logspace(-6, 6, 2401, dtype=torch.float64)
-    height = n / scales - H / scales.square()  # R^2 / a^2, of which W is the least
+    height = n / scales - H / scales.square()  # R^2 / a^2, which is at least W.
     tempered = spread**2 * size.var().item() / (scales * n).square()
     tilted = along.var().item() * norms.var().item() / 4 / height.clamp_min(1e-30)
-    beyond = 1e6 * (1 + 2 * W - height)  # Out of reach: as near as possible.
+    beyond = 1e6 * (1 + 2 * W - height)  # Impossible values: the nearest one has the least error.
     error = torch.where(height >= 2 * W, tempered + tilted, beyond)
     a = scales[error.argmin()].item()
     middle = along.mean().item()
@@ -158,14 +164,14 @@ def _on_a_sphere(
 
 
 def _logits_of_one(head: HarmonicHead, h: Tensor) -> Tensor:
-    """The head's logits at strength 1, largest of each row 0: (N, C) -> (N, V)."""
+    """The logits at strength 1, less the largest of each row: (N, C) -> (N, V)."""
     log_d = fast_log_pairs(operands(h, head.prototypes(), head.name, **head.geometry()))
     logits = -(log_d if head.is_harmonic else log_d.exp())
     return logits - logits.amax(-1, keepdim=True)
 
 
 def _fit_strength(head: HarmonicHead, h: Tensor, p: Tensor) -> float:
-    """Sets the strength that minimises KL(p || head) unless it was given -> that KL in nats."""
+    """Fits the strength unless the head was given one. Returns the mean KL(p || head) in nats."""
     entropy: float = -torch.special.xlogy(p, p).sum(-1).mean().item()
     if head.is_control:
         found: Tensor = head(h)
@@ -180,8 +186,10 @@ def _fit_strength(head: HarmonicHead, h: Tensor, p: Tensor) -> float:
 
 
 def nearest_strength(logits: Tensor, p: Tensor, start: float = 1.0) -> float:
-    """The factor s with which softmax(s logits) is nearest to p in mean KL divergence, which is
-    convex in s. logits, p: (N, V); start: where the search begins."""
+    """The factor s that minimises the mean KL(p || softmax(s logits)), which is convex in s.
+
+    logits, p: (N, V). start: where the search begins.
+    """
     target = (p * logits).sum(-1)
     s, low, high = start, 0.0, math.inf
     for _ in range(60):
@@ -199,8 +207,10 @@ def nearest_strength(logits: Tensor, p: Tensor, start: float = 1.0) -> float:
 
 
 def _fit_scale(head: HarmonicHead, h: Tensor, w: Tensor, p: Tensor) -> float:
-    """Prototypes a w with the a (and the strength) of the smallest KL, to 1/16 of log a -> that KL
-    in nats."""
+    """Sets prototypes a w, and the strength, with the smallest KL. Returns that KL in nats.
+
+    The search stops at a precision of 1/16 in log a.
+    """
 
     def error(log_a: float) -> float:
         head.padded_prototypes()[: len(w)] = math.exp(log_a) * w

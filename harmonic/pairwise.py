@@ -1,5 +1,4 @@
-"""Distances of all pairs and of paired rows: `distance`, `paired_distance`, `contributions`, and
-what they are made of."""
+"""Distances of all pairs and of paired rows: `distance`, `paired_distance` and `contributions`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,9 +15,10 @@ from .precision import FLOAT32, Products
 
 
 class Operands(NamedTuple):
-    """Both sides behind their distance's map: x (N, C) or (..., C), y (V, C) or (..., C).
+    """States and prototypes after the map of their distance.
 
-    u, v: the terms of the denominator, or None. options: of the kernel.
+    x: mapped states (N, C) or (..., C). y: mapped prototypes (V, C) or (..., C).
+    u, v: their terms of the denominator, (N,) and (V,), or None. options: of the kernel.
     """
 
     distance: Distance
@@ -30,7 +30,7 @@ class Operands(NamedTuple):
 
 
 def wide(x: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32: distances are never computed in less."""
+    """x in float32; float64 stays. ValueError for integers."""
     if not x.is_floating_point():
         raise ValueError(
             f"expected floating-point vectors, got {x.dtype} of shape {tuple(x.shape)}"
@@ -39,15 +39,17 @@ def wide(x: Tensor) -> Tensor:
 
 
 def together(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Both wide, and float64 if one of them is."""
+    """Both vectors in float32, or in float64 if one of them is."""
     h, w = wide(h), wide(w)
     return (h, w) if h.dtype == w.dtype else (h.double(), w.double())
 
 
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Distances inside are float32 and nothing less: no autocast, no TF32, no sums in float16,
-    whatever the caller has set."""
+    """Inside, arithmetic is full float32: no autocast, no TF32 and no sums in float16.
+
+    The caller's settings come back afterwards.
+    """
     if device.type == "cuda" and torch.backends.cuda.matmul.allow_fp16_accumulation:
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
         try:
@@ -70,7 +72,7 @@ def exactly(device: torch.device) -> Iterator[None]:
 
 
 def check_vectors(h: Tensor, w: Tensor, paired: bool = False) -> None:
-    """ValueError, which names the sizes, for operands that no distance is defined for."""
+    """Raises ValueError, with the sizes, for vectors that cannot be compared."""
     if h.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"h and w differ in their last dimension: {tuple(h.shape)} and {tuple(w.shape)}"
@@ -82,14 +84,16 @@ def check_vectors(h: Tensor, w: Tensor, paired: bool = False) -> None:
 
 
 def draw_seed(distance: Distance, training: bool) -> Tensor | None:
-    """The seed of a map's noise, from torch's own generator; None where there is none. h takes it,
-    w the next."""
+    """The seed of the map's noise, from torch's generator; None without noise.
+
+    States use this seed, and prototypes the next one.
+    """
     noisy = training and distance.map is not None and distance.map.noisy
     return torch.randint(2**62, (), device="cpu") if noisy else None
 
 
 def mapped(distance: Distance, x: Tensor, seed: int | None, settings: dict[str, Any]) -> Tensor:
-    """x behind the distance's map: (..., C) -> (..., C). settings: of the map."""
+    """Applies the map of a distance: (..., C) -> (..., C). settings: of the map."""
     if distance.map is None:
         return x
     noise = None if seed is None else torch.Generator(x.device).manual_seed(seed)
@@ -104,7 +108,7 @@ def map_both(
     settings: dict[str, Any],
     options: dict[str, Any],
 ) -> Operands:
-    """Both operands behind the map. settings: of the map; options: of the kernel."""
+    """Applies the map to both operands. settings: of the map. options: of the kernel."""
     x = mapped(distance, h, seed, settings)
     y = mapped(distance, w, None if seed is None else seed + 1, settings)
     if distance.denominator is None:
@@ -116,7 +120,7 @@ def map_both(
 def operands(
     h: Tensor, w: Tensor, name: str, training: bool = False, paired: bool = False, **settings: Any
 ) -> Operands:
-    """Everything that a kernel and its epilogue need, of states and prototypes."""
+    """Checks and maps states and prototypes. The result is all that kernel and epilogue need."""
     distance, settings = resolve(name, **settings)
     check_vectors(h, w, paired)
     h, w = together(h, w)
@@ -129,24 +133,24 @@ def operands(
 def log_distance(
     distance: Distance, raw: Tensor, u: Tensor | None, v: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Raw values and terms that broadcast against them -> log d; for a control, its logits."""
+    """Turns raw values into log d; for a control, into logits. u and v broadcast with `raw`."""
     if distance.logit is not None:
         return distance.logit(raw)
     log_d: Tensor = distance.root(**options) * (distance.factor * raw).log()
-    if distance.denominator is None or u is None or v is None:  # All three are there, or none.
+    if distance.denominator is None or u is None or v is None:  # Either all three exist, or none.
         return log_d
     return log_d - (u + v).abs().clamp_min(distance.denominator.floor).log()
 
 
 def log_pairs(both: Operands, products: Products = FLOAT32) -> Tensor:
-    """log d of all pairs of mapped operands: (N, V); for a control, its logits."""
+    """log d of all pairs, (N, V); for a control, its logits."""
     raw = pairs(both.x, both.y, both.distance.kernel, both.options, products)
     u = None if both.u is None else both.u[:, None]
     return log_distance(both.distance, raw, u, both.v, both.options)
 
 
 def fast_log_pairs(both: Operands) -> Tensor:
-    """The same, with a backend's kernel where there is one for tensors like these."""
+    """`log_pairs`, with a compiled kernel if there is one for these tensors."""
     if torch.compiler.is_exporting():
         return log_pairs(both)
     raw = raw_values(both.x, both.y, both.distance.kernel, both.options)
@@ -158,13 +162,15 @@ def fast_log_pairs(both: Operands) -> Tensor:
 
 
 def distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
-    """d(h, w) for all pairs: (..., C), (V, C) -> (..., V), in float32 (float64 if both are).
+    """The distances d(h, w) of all pairs.
 
     Args:
+        h: (..., C) hidden states.
+        w: (V, C) prototypes.
         name: a key of `DISTANCES`.
-        settings: the distance's options (p, a, t, q) and trained parameters (factor, theta); see
-            its row.
-    Raises: ValueError for an unknown name or setting, or mismatched sizes.
+        settings: the options (p, a, t, q) and trained parameters (factor, theta) of the distance.
+    Returns: (..., V), float32, or float64 if h or w is.
+    Raises: ValueError for an unknown name or setting, a control, or sizes that do not match.
     """
     if resolve(name, **settings)[0].is_control:
         raise ValueError(f"{name} is a control, not a distance")
@@ -174,7 +180,10 @@ def distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
 
 
 def paired_distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
-    """d of rows paired by broadcasting: (..., C), (..., C) -> (...). For a control: its logits."""
+    """The distances of rows that are paired by broadcasting: (..., C), (..., C) -> (...).
+
+    For a control, its logits. Settings and errors are those of `distance`.
+    """
     with exactly(h.device):
         both = operands(h, w, name, paired=True, **settings)
         raw = paired_values(both.x, both.y, both.distance.kernel, both.options)
@@ -184,11 +193,12 @@ def paired_distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
 
 @torch.no_grad()
 def contributions(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
-    """The share of each coordinate in a pair's distance: (..., C), (..., C) -> (..., C),
-    non-negative, adding up to 1.
+    """The share of each coordinate in the distance of a pair: (..., C), (..., C) -> (..., C).
 
-    Exact for the sums (l2 shares are of the square). The maximum gives all to one coordinate, the
-    smooth maximum its softmax weights. For a dot product the shares are of sum |h w|.
+    The shares of a pair are not negative and add up to 1. For distances that are sums they are
+    exact; those of l2 are shares of the squared distance. For the maximum, one coordinate has share
+    1. For the smooth maximum they are its softmax weights. For a dot product they are shares of
+    sum |h w|. Settings are those of `distance`.
     """
     with exactly(h.device):
         both = operands(h, w, name, paired=True, **settings)

@@ -1,17 +1,17 @@
-"""How exactly the head multiplies matrices: the inner products of the kernels l2 and dot, and the
-products of their gradients.
+"""How a head multiplies matrices: for inner products of states and prototypes, and for gradients.
 
     float32    operands as they are
     split      each operand is the sum of two half-precision parts, high and low:
                a.b = high.high + high.low + low.high
     autocast   operands rounded to autocast's type
 
-Sums are float32 in all three. A split product is three products on tensor cores. It is about as
-exact as one in float32 where sums are rounded to nearest (results/precision.csv); tensor cores cut
-off digits in their sums, which has not been measured. Inner products take parts in float16, with
-each row scaled by a power of two so that nothing over- or underflows: they keep 22 bits of a
-number. Slopes span many decades, so the products of gradients take parts in bfloat16: 16 bits, at
-any size.
+Sums are float32 in all three. A split product is three products on tensor cores. Where sums are
+rounded to nearest it is about as exact as a float32 product (results/precision.csv). Tensor cores
+truncate in their sums. The effect of that has not been measured.
+
+Inner products use float16 parts, which keep 22 bits of a number. Each row is scaled by a power of
+two, so nothing overflows or underflows. Gradients use bfloat16 parts, which keep 16 bits of numbers
+of any size, because slopes range over many orders of magnitude.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Whether torch.mm takes half-precision operands and gives float32 sums: from PyTorch 2.8 on, and on
-# CUDA only.
+# Whether torch.mm can return float32 for half-precision operands: PyTorch 2.8 or newer, and CUDA.
 HAS_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "") and not torch.version.hip
 PRECISIONS = ("auto", "float32", "split", "autocast")
 
 
 class Operand(NamedTuple):
-    """One side of the products of a chunk.
+    """One side of the products of a chunk, ready to multiply.
 
-    inner: (M, C), or the concatenated parts (M, 3C), for products of rows. unit: (M,), what a row
-    of `inner` has been divided by, or None.
+    inner: rows for inner products: (M, C), or the concatenated parts (M, 3C).
+    unit: (M,), the numbers that the rows of `inner` were divided by, or None.
     parts: (P, M, C), for the products with slopes, or None.
     """
 
@@ -41,8 +40,12 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class Products:
-    """A way to multiply. inner, slopes: the types of the operands of x.y, and of slopes and what
-    they are multiplied with."""
+    """A way to multiply matrices.
+
+    name: float32, split or autocast. parts: how many numbers an operand is split into.
+    inner: the type of both operands of inner products x.y.
+    slopes: the type of both operands of products of slopes with x or y, in the backward pass.
+    """
 
     name: str
     inner: torch.dtype
@@ -50,20 +53,20 @@ class Products:
     parts: int = 1
 
     def operand(self, x: Tensor, left: bool, needs_grad: bool) -> Operand:
-        """Rows x (M, C), float32, as the left or the right side of products."""
+        """Prepares rows x (M, C), float32, as the left or the right side of products."""
         parts = self.split(x, self.slopes) if needs_grad else None
         if self.parts == 1:
             if parts is not None and self.inner == self.slopes:
                 return Operand(parts[0], None, parts)
             return Operand(self.split(x, self.inner)[0], None, parts)
         exponent = torch.frexp(x.abs().amax(1)).exponent.clamp(-100, 120)
-        exponent = exponent - 15  # float16 ends at 2^16
-        unit = ((exponent + 127) << 23).view(torch.float32)  # 2^exponent, exactly
+        exponent = exponent - 15  # The largest float16 is below 2^16.
+        unit = ((exponent + 127) << 23).view(torch.float32)  # 2^exponent, exactly.
         high, low = self.split(x / unit[:, None], self.inner)
         return Operand(torch.cat((high, high, low) if left else (high, low, high), 1), unit, parts)
 
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x as a sum of numbers of this type: (...) -> (P, ...)."""
+        """x as a sum of P numbers of this type: (...) -> (P, ...)."""
         if self.parts == 1:
             return x.to(dtype)[None]
         high = x.to(dtype)
@@ -74,8 +77,7 @@ class Products:
         return self.multiply(x.inner, y.inner.T)
 
     def pull_left(self, slopes: Tensor, y: Tensor) -> Tensor:
-        """slopes @ y: parts (P, R, V), (P, V, C) -> (R, C). The product of the two low parts is
-        left out."""
+        """slopes @ y without the product of the two low parts: (P, R, V), (P, V, C) -> (R, C)."""
         total = self._pull_left(slopes, y[0])
         for i in range(1, len(y)):
             total = total + self._pull_left(slopes[: len(slopes) - i], y[i])
@@ -87,8 +89,7 @@ class Products:
         return product.view(*slopes.shape[:2], -1).sum(0)
 
     def pull_right(self, slopes: Tensor, x: Tensor) -> Tensor:
-        """slopes.T @ x: parts (P, R, V), (P, R, C) -> (V, C). The product of the two low parts is
-        left out."""
+        """slopes.T @ x without the product of the low parts: (P, R, V), (P, R, C) -> (V, C)."""
         total = self._pull_right(slopes, x[0])
         for i in range(1, len(x)):
             total.add_(self._pull_right(slopes[: len(slopes) - i], x[i]))
@@ -99,23 +100,23 @@ class Products:
         return self.multiply(slopes.reshape(-1, slopes.shape[2]).T, part.repeat(len(slopes), 1))
 
     def gradients(self, slopes: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """slopes @ y and slopes.T @ x: (R, V), (R, C), (V, C), all float32 -> (R, C), (V, C)."""
+        """slopes @ y (R, C) and slopes.T @ x (V, C), from float32 (R, V), (R, C) and (V, C)."""
         a, p, q = (self.split(t, self.slopes) for t in (slopes, x, y))
         return self.pull_left(a, q), self.pull_right(a, p)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, two matrices of one type -> float32. The caller has TF32 off."""
+        """a @ b in float32, of two matrices of one type. The caller has turned TF32 off."""
         if a.dtype in (torch.float32, torch.float64):
             return a @ b
         if a.device.type == "cuda" and HAS_OUT_DTYPE:
             return torch.mm(a, b, out_dtype=torch.float32)
         if self.parts > 1:
-            # Products of half-precision numbers are exact in float32: what tensor cores do.
+            # Products of two half-precision numbers are exact in float32, as on tensor cores.
             return a.float() @ b.float()
         return (a @ b).float()
 
     def encode(self) -> str:
-        """What `decode` reads."""
+        """A text that `decode` reads."""
         inner, slopes = (str(t).removeprefix("torch.") for t in (self.inner, self.slopes))
         return f"{self.name} {inner} {slopes} {self.parts}"
 
@@ -130,25 +131,32 @@ class Products:
 
 FLOAT32 = Products("float32", torch.float32, torch.float32)
 SPLIT = Products("split", torch.float16, torch.bfloat16, parts=2)
-BY_NAME = {"float32": FLOAT32, "split": SPLIT}  # "autocast" depends on its type
+BY_NAME = {"float32": FLOAT32, "split": SPLIT}  # "autocast" depends on torch.autocast's type.
 
 
-def choose_products(precision: str, kernel: str, device: torch.device) -> Products:
-    """The products of a head with this kernel of kernels.py.
+def choose_products(
+    precision: str, multiplies: bool, has_products: bool, device: torch.device
+) -> Products:
+    """How a head multiplies matrices.
 
-    auto: on CUDA split for l2, and for dot products autocast; elsewhere float32, which is as fast
-    as anything that exact on a CPU.
-    autocast: float32 outside of autocast. Slopes are never float16, which ends at 6e-8: they are
-    bfloat16 where the device has it, else float32. A GPU without bfloat16, or whose torch.mm gives
-    no float32, has no split. Raises: ValueError for an unknown precision.
+    Args:
+        precision: "float32", "split", "autocast" or "auto". On CUDA, "auto" is split for distances
+            and autocast for inner products. Elsewhere it is float32, which no other choice of this
+            accuracy beats on a CPU. "autocast" is float32 outside of torch.autocast.
+        multiplies, has_products: of the head's distance. One that does not multiply uses float32.
+
+    Slopes are never float16, whose smallest number is 6e-8. They are bfloat16 if the device has it,
+    else float32. "split" is float32 on a GPU without bfloat16, or without HAS_OUT_DTYPE.
+
+    Raises: ValueError for an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     if precision == "auto":
         if device.type != "cuda":
             return FLOAT32
-        precision = "autocast" if kernel == "dot" else "split"
-    if kernel not in ("l2", "dot"):
+        precision = "autocast" if has_products else "split"
+    if not multiplies:
         return FLOAT32
     has_bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "split":
@@ -168,7 +176,7 @@ class Multiply(torch.autograd.Function):
         ctx.save_for_backward(x, y)
         a, b = products.operand(x, True, False), products.operand(y, False, False)
         raw = products.inner_products(a, b)
-        if a.unit is None or b.unit is None:  # Both have units, or neither.
+        if a.unit is None or b.unit is None:  # Either both have units, or none.
             return raw
         return raw.mul_(a.unit[:, None]).mul_(b.unit)
 
@@ -179,6 +187,6 @@ class Multiply(torch.autograd.Function):
 
 
 def inner_products(x: Tensor, y: Tensor, products: Products) -> Tensor:
-    """x @ y.T by these products, differentiable: (N, C), (V, C) -> (N, V)."""
+    """x @ y.T, multiplied in this way, differentiable: (N, C), (V, C) -> (N, V)."""
     found: Tensor = Multiply.apply(x, y, products)  # type: ignore[no-untyped-call]  # torch
     return found

@@ -1,10 +1,14 @@
-"""Every formula as it is printed, one short function each: what the tests compare all else with.
+"""Every formula as the papers print it, one short function each. The tests compare all other code
+with these functions.
 
-A distance takes a state h and a prototype w, (..., C) and (..., C) that broadcast, and gives d,
-(...). They are slow, need memory for (N, V, C) where all pairs are asked for, and know no floors
-but those of the formulas: use them in float64. `distance(name)` finds one.
+A distance takes a state h and a prototype w, both (..., C), which broadcast. It returns d, (...).
+`distance(name)` finds the function of a head.
 
-A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01628 (the harmonic loss).
+The functions are simple, not fast. The distances of all pairs need memory for (N, V, C) numbers.
+They have no floors but those of the formulas, so use them in float64.
+
+Sources: A = arXiv 2603.10225 (non-Euclidean distance layers), B = arXiv 2502.01628 (the harmonic
+loss).
 """
 
 import math
@@ -13,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-EPSILON = 1e-6  # of mahalanobis' matrix
+EPSILON = 1e-6  # Keeps the matrix of `mahalanobis` positive definite.
 
 
 def euclidean(h: Tensor, w: Tensor) -> Tensor:
@@ -22,12 +26,12 @@ def euclidean(h: Tensor, w: Tensor) -> Tensor:
 
 
 def euclidean_squared(h: Tensor, w: Tensor) -> Tensor:
-    """The published code of A and B: sum (h - w)^2."""
+    """sum (h - w)^2, as in the published code of A and B."""
     return (h - w).square().sum(-1)
 
 
 def student_t(h: Tensor, w: Tensor) -> Tensor:
-    """sqrt(1 + sum (h - w)^2): -n log of it is -(n/2) log(1 + |h - w|^2)."""
+    """sqrt(1 + sum (h - w)^2). The logit is then -(n/2) log(1 + |h - w|^2), a t distribution's."""
     return (1 + (h - w).square().sum(-1)).sqrt()
 
 
@@ -43,7 +47,7 @@ def manhattan(h: Tensor, w: Tensor) -> Tensor:
 
 
 def minkowski(h: Tensor, w: Tensor, p: float = 1.5) -> Tensor:
-    """A, Minkowski: (sum |h - w|^p)^(1/p); the largest |h - w| for p = infinity."""
+    """A, Minkowski: (sum |h - w|^p)^(1/p). For p = infinity it is max |h - w|."""
     difference = (h - w).abs()
     return difference.amax(-1) if math.isinf(p) else difference.pow(p).sum(-1).pow(1 / p)
 
@@ -54,7 +58,7 @@ def chebyshev(h: Tensor, w: Tensor) -> Tensor:
 
 
 def chebyshev_smooth(h: Tensor, w: Tensor, a: float = 10.0) -> Tensor:
-    """A, Chebyshev: log(sum exp(a |h - w|)) / a, which is log(C) / a where h = w."""
+    """A, Chebyshev, smooth: log(sum exp(a |h - w|)) / a. At h = w it is log(C) / a, not 0."""
     return (a * (h - w).abs()).exp().sum(-1).log() / a
 
 
@@ -70,14 +74,15 @@ def hamming_soft(h: Tensor, w: Tensor, t: float = 1.0) -> Tensor:
 
 
 def hamming_gumbel(h: Tensor, w: Tensor, t: float = 1.0) -> Tensor:
-    """A, Hamming: `hamming_soft`, with logistic noise added to h and w while training (not
-    here)."""
+    """A, Hamming: `hamming_soft`. In training, logistic noise is added to h and w; not here."""
     return hamming_soft(h, w, t)
 
 
 def hamming_hard(h: Tensor, w: Tensor, t: float = 1.0) -> Tensor:
-    """A, Hamming: the number of coordinates whose signs differ. t is only in the surrogate
-    gradient, that of sigmoid(x / t)."""
+    """A, Hamming: the number of coordinates of which one is positive and the other is not.
+
+    t does not change the value. Training replaces the gradient of the step by sigmoid(x / t)'s.
+    """
     return ((h > 0) != (w > 0)).to(h.dtype).sum(-1)
 
 
@@ -93,14 +98,16 @@ def canberra_robust(h: Tensor, w: Tensor) -> Tensor:
 
 
 def canberra_weighted(h: Tensor, w: Tensor, q: float = 1.0) -> Tensor:
-    """A, Canberra: the mean of |h - w| / (|h| + |w|), weighted with (|h| + |w|)^q. q = 1 is
-    `bray_curtis_abs`."""
+    """A, Canberra: the mean of |h - w| / (|h| + |w|) with weights (|h| + |w|)^q.
+
+    q = 1 gives `bray_curtis_abs`.
+    """
     size = h.abs() + w.abs()
     return (size.pow(q) * (h - w).abs() / size).sum(-1) / size.pow(q).sum(-1)
 
 
 def bray_curtis(h: Tensor, w: Tensor) -> Tensor:
-    """A, Bray-Curtis: sum |h - w| / |sum (h + w)|, the denominator at least 0.001."""
+    """A, Bray-Curtis: sum |h - w| / max(|sum (h + w)|, 0.001)."""
     return (h - w).abs().sum(-1) / (h.sum(-1) + w.sum(-1)).abs().clamp_min(1e-3)
 
 
@@ -110,13 +117,13 @@ def bray_curtis_abs(h: Tensor, w: Tensor) -> Tensor:
 
 
 def bray_curtis_normalized(h: Tensor, w: Tensor) -> Tensor:
-    """A, Bray-Curtis: `bray_curtis_abs` of |h| / sum |h| and |w| / sum |w|."""
+    """A, Bray-Curtis: `bray_curtis_abs` of the vectors |h| / sum |h| and |w| / sum |w|."""
     a, b = (x.abs() / x.abs().sum(-1, keepdim=True) for x in (h, w))
     return bray_curtis_abs(a, b)
 
 
 def mahalanobis(h: Tensor, w: Tensor, factor: Tensor) -> Tensor:
-    """A, Mahalanobis: sqrt((h - w)' P (h - w)) with P = A A' + 1e-6 I. factor: A, (C, C)."""
+    """A, Mahalanobis: sqrt((h - w)' P (h - w)) with P = F F' + 1e-6 I. factor: F, (C, C)."""
     metric = factor @ factor.T + EPSILON * torch.eye(len(factor), dtype=factor.dtype)
     return (((h - w) @ metric) * (h - w)).sum(-1).sqrt()
 
@@ -127,35 +134,35 @@ def mahalanobis_diagonal(h: Tensor, w: Tensor, theta: Tensor) -> Tensor:
 
 
 def mahalanobis_cholesky(h: Tensor, w: Tensor, factor: Tensor) -> Tensor:
-    """A, Mahalanobis: |L' (h - w)|. factor: (C, C), of which L is the lower triangle."""
+    """A, Mahalanobis: |L' (h - w)|, with L the lower triangle of `factor` (C, C)."""
     length: Tensor = ((h - w) @ factor.tril()).norm(dim=-1)
     return length
 
 
 def cross_entropy(h: Tensor, w: Tensor) -> Tensor:
-    """The logit of the usual unembedding: h.w."""
+    """The logit of the usual output layer: h.w."""
     return (h * w).sum(-1)
 
 
 def cosine_linear(h: Tensor, w: Tensor) -> Tensor:
-    """The logit of A's code, "cosine simple": log((1 + cos(h, w)) / 2)."""
+    """The logit of "cosine simple" in A's code: log((1 + cos(h, w)) / 2)."""
     return ((2 - cosine(h, w)) / 2).log()
 
 
 def stablemax(h: Tensor, w: Tensor) -> Tensor:
-    """StableMax, 2501.04697: log s(h.w), with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below."""
+    """StableMax, 2501.04697: log s(h.w). s(x) is x + 1 for x >= 0 and 1 / (1 - x) for x < 0."""
     x = (h * w).sum(-1)
     return torch.where(x >= 0, x.clamp_min(0) + 1, 1 / (1 - x.clamp_max(0))).log()
 
 
 def cosine_scaled(h: Tensor, w: Tensor) -> Tensor:
-    """nGPT, 2410.01131: the scale of a token times the cosine; here the scale is |w|."""
+    """nGPT, 2410.01131: a scale for each token times cos(h, w). Here the scale is |w|."""
     logit: Tensor = w.norm(dim=-1) * (1 - cosine(h, w))
     return logit
 
 
 def distance(name: str) -> Callable[..., Tensor]:
-    """The function of a head; of a control it is the logit."""
+    """The function of a head: its distance or, for a control, its logit. KeyError for no head."""
     found: Callable[..., Tensor] | None = globals().get(name)
     if found is None:
         raise KeyError(f"harmonic/reference.py has no function {name}: add the formula there")
@@ -163,16 +170,18 @@ def distance(name: str) -> Callable[..., Tensor]:
 
 
 def probabilities(d: Tensor, n: float) -> Tensor:
-    """HarMax, B, eq. 2: d_v^-n / sum_j d_j^-n. d: (..., V), all positive."""
+    """HarMax, B, eq. 2: p_v = d_v^-n / sum_j d_j^-n. d: (..., V), all positive -> (..., V)."""
     return d.pow(-n) / d.pow(-n).sum(-1, keepdim=True)
 
 
 def harmonic_loss(d: Tensor, targets: Tensor, n: float) -> Tensor:
-    """B: -log p of the targets, in nats. d: (N, V), targets: (N,) -> (N,)."""
+    """B: the loss -log p_target of each row, in nats. d: (N, V), targets: (N,) -> (N,)."""
     return -probabilities(d, n).gather(-1, targets[:, None])[:, 0].log()
 
 
 def softmax_loss(d: Tensor, targets: Tensor, s: float) -> Tensor:
-    """-log softmax(-s d) of the targets, in nats: the link "softmax". d: (N, V), targets: (N,) ->
-    (N,)."""
+    """The loss of the link "softmax" in nats: -log softmax(-s d) at the targets.
+
+    d: (N, V), targets: (N,) -> (N,).
+    """
     return -(-s * d).log_softmax(-1).gather(-1, targets[:, None])[:, 0]

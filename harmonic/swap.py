@@ -1,5 +1,4 @@
-"""Where `integrations/transformers.py` was when models were saved whose folders import it from
-here."""
+"""The old name of `integrations/transformers.py`, which folders of older versions import."""
 
 from .integrations.transformers import Swapped, harmonic_class, load_swapped, swap_head
 

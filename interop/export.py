@@ -1,16 +1,15 @@
-"""A run as a folder in Hugging Face's format: configuration, safetensors, tokenizer, model card.
+"""Writes a run as a folder in Hugging Face's format: config, safetensors, tokenizer, model card.
 
     python -m interop.export out/run --to=DIR
 
-cross_entropy becomes transformers' own GPT2LMHeadModel, BertForMaskedLM, Qwen2ForCausalLM or
-Qwen3ForCausalLM. A harmonic head is kept by code in the folder:
-AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). `--init_from=DIR` reads either
-back.
+A cross_entropy model becomes transformers' own GPT2LMHeadModel, BertForMaskedLM, Qwen2ForCausalLM
+or Qwen3ForCausalLM. For a harmonic head the folder also holds code. You load it with
+AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). `--init_from=DIR` reads both.
 
     python -m interop.export out/run --to=DIR --linear
 
-writes an ordinary GPT-2 or Qwen whatever the head, without code: it ranks all tokens as the head
-does, where that ranking is linear in the hidden state (see `interop.linear`).
+This writes an ordinary GPT-2 or Qwen model, without code, that ranks all tokens as the head does.
+It works for heads whose ranking is linear in the hidden state (see `interop.linear`).
 """
 
 import json
@@ -36,7 +35,7 @@ from text.tokenizers import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 from training import checkpoint
 from training.telemetry import energy, read_metrics
 
-# Arguments of a head that are no part of what it computes.
+# Arguments of a head that do not change its logits.
 COMPUTING = ("impl", "skip", "precision", "init_std")
 
 
@@ -51,10 +50,10 @@ class ExportConfig:
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint"""
     linear: bool = False
-    """write an ordinary unembedding that ranks tokens as the head does, and no code"""
+    """write an ordinary output layer that ranks tokens as the head does, and no code"""
     dataset: str | None = None
-    """with linear: prepared data, a folder under data/ or a path, on whose validation text the
-    probabilities are fitted; null = where the run was trained"""
+    """with linear: fit the probabilities on the validation text of this prepared data (a folder
+    under data/, or a path); null = the data that the run was trained on"""
 
     def problems(self) -> list[str]:
         found = [] if len(self.run) == 1 else ["name one run's folder, such as out/run"]
@@ -72,7 +71,7 @@ class ExportConfig:
 
 
 def build(c: ModelConfig, tokenizer: Tokenizer) -> Any:
-    """transformers' model of a configuration, with fresh weights."""
+    """A model of transformers for this configuration, with new weights."""
     import transformers
 
     form = format_of(c)
@@ -91,11 +90,11 @@ def build(c: ModelConfig, tokenizer: Tokenizer) -> Any:
 
 
 def check_format(c: ModelConfig, form: Format) -> None:
-    """UserError for what transformers' model does not have."""
+    """Raises UserError for settings that the model of transformers does not support."""
     grouped = c.n_kv_head not in (0, c.n_head) or c.head_dim not in (0, c.n_embd // c.n_head)
     if grouped and not form.rotary:
         raise UserError(
-            f"transformers' {form.model_type} has neither n_kv_head={c.n_kv_head} nor"
+            f"transformers' {form.model_type} supports neither n_kv_head={c.n_kv_head} nor"
             f" head_dim={c.head_dim}"
         )
     if c.qk_norm and c.has_bias():
@@ -106,7 +105,7 @@ def check_format(c: ModelConfig, form: Format) -> None:
 
 @torch.no_grad()
 def model_of(model: Model, tokenizer: Tokenizer) -> Any:
-    """The same model as transformers', without padded rows."""
+    """The same model in transformers, without padded rows. UserError if that is impossible."""
     import transformers
 
     form = format_of(model.config)
@@ -121,18 +120,18 @@ def model_of(model: Model, tokenizer: Tokenizer) -> Any:
     made = build(c, tokenizer)
     lost, over = made.load_state_dict(tensors_of(model, c), strict=False)
     tied = {*made.all_tied_weights_keys, *made.all_tied_weights_keys.values()}
-    # Biases that this model does without start as zeros.
+    # Biases that this model does not have start as zeros.
     lost = [name for name in lost if name not in tied and not name.endswith("bias")]
     if lost or over:
         raise UserError(
-            f"transformers {transformers.__version__} has another {type(made).__name__}:"
+            f"transformers {transformers.__version__} has a different {type(made).__name__}:"
             f" {', '.join(lost + over)}"
         )
     return made.eval()
 
 
 def tensors_of(model: Model, c: ModelConfig) -> dict[str, torch.Tensor]:
-    """A model's weights by their names in transformers, with as many rows as `c` has."""
+    """The weights of a model by their names in transformers, with the number of rows in `c`."""
     form, own, found = format_of(c), checkpoint.own_weights(model), {}
     for name, where in layout(c).items():
         part = own[name].detach()
@@ -143,14 +142,16 @@ def tensors_of(model: Model, c: ModelConfig) -> dict[str, torch.Tensor]:
             found[trunk + theirs] = tensor
     if c.head != "cross_entropy":
         found[f"{form.head}.table"] = found.pop(f"{form.head}.weight")
-    if form.head_bias in found:  # A mask beyond the vocabulary is read, never predicted.
+    if form.head_bias in found:  # A mask token beyond the vocabulary is never predicted.
         found[form.head_bias][c.real_vocab_size :] = torch.finfo(torch.float32).min
     return found
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, c: ModelConfig, source: Path) -> None:
-    """The run's tokenizer as transformers': it adds no special tokens, as in training. source: the
-    folder with the tokenizer's file, where it has one."""
+    """Writes the tokenizer of a run for transformers. As in training, it adds no special tokens.
+
+    source: the folder that holds the file of a trained tokenizer.
+    """
     import transformers
 
     options = {}
@@ -217,7 +218,7 @@ Its probabilities are not the head's: the KL divergence is {kl:.2e} nats a token
 
 
 def about_head(head: HarmonicHead) -> str:
-    """What the card says of the unembedding."""
+    """What the model card says about the head."""
     logit = ""
     if not head.is_control:
         formula = "-n log d" if head.is_harmonic else "-s d"
@@ -233,9 +234,10 @@ def card(
     name: str,
     about: str,
 ) -> str:
-    """The model card: what it is, how it was trained, what came of it.
+    """The text of the model card: the model, its training and its results.
 
-    model: the one in the folder. about: what the card says of its head.
+    model: the one in the folder. about: what the card says about its head.
+    Raises: UserError if the run's environment.json cannot be read.
     """
     evaluated = [m for m in read_metrics(run) if "val_loss" in m and m["iter"] <= manifest["iter"]]
     last = evaluated[-1] if evaluated else {}
@@ -248,8 +250,8 @@ def card(
         environment = json.loads((run / "environment.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{run}/environment.json cannot be read ({error}): the model card tells what the run"
-            " was made with"
+            f"{run}/environment.json cannot be read ({error}), and the model card needs it: copy"
+            " it from the run again"
         ) from None
     form, documents, base = format_of(model.config), "", ""
     if stored["doc_mask"]:
@@ -277,7 +279,7 @@ def card(
 
 
 def consumed(used: dict[str, float] | None, country: str) -> str:
-    """Energy and emissions in words."""
+    """Energy and emissions in words, or `not measured`."""
     if used is None:
         return "not measured"
     return (
@@ -287,13 +289,12 @@ def consumed(used: dict[str, float] | None, country: str) -> str:
 
 
 def trust(c: ModelConfig) -> str:
-    """The argument of from_pretrained without which a folder's code does not run."""
+    """The argument of from_pretrained that lets the code in a folder run, if there is code."""
     return "" if c.head == "cross_entropy" else ", trust_remote_code=True"
 
 
 def validation_data(c: ExportConfig, stored: dict[str, Any]) -> Data:
-    """The data whose validation text a linear export is fitted on. UserError where there is
-    none."""
+    """The data on whose validation text a linear export is fitted. UserError if it is missing."""
     folder = data_folder(c.dataset or stored["dataset"])
     if not folder.is_dir():
         raise UserError(
@@ -304,8 +305,8 @@ def validation_data(c: ExportConfig, stored: dict[str, Any]) -> Data:
 
 
 def export(c: ExportConfig) -> None:
-    """Writes the folder of a run, whole or not at all, and says so."""
-    assert c.to is not None  # `problems` has asked for it
+    """Writes the folder completely or not at all, and prints how to load it."""
+    assert c.to is not None  # `problems` has checked it.
     run, to = Path(c.run[0]), Path(c.to)
     model, stored, manifest = checkpoint.load_run(run, "cpu", c.checkpoint)
     source = tokenizer_folder(run, stored["dataset"])

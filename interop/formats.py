@@ -1,6 +1,7 @@
-"""transformers' GPT-2, BERT, Qwen2 and Qwen3: where everything of model.py is in them.
+"""The formats of transformers' GPT-2, BERT, Qwen2 and Qwen3: what model.py's settings and tensors
+are called there.
 
-`interop.pretrained` reads models by this table, `interop.export` writes them by it.
+`interop.pretrained` reads models with this table, and `interop.export` writes them with it.
 """
 
 import sys
@@ -8,35 +9,40 @@ from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from base.errors import UserError
 from model import ModelConfig
 
-# transformers' name: that of model.py. Of two names for the same, the last one is written.
+# A name in transformers: the name in model.py. If two names mean the same, exports use the last.
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
 WRITTEN = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-# Rotary positions need no table, so a block size is a choice: at most this one by default.
+# Rotary positions have no table that limits the block size. By default it is at most this.
 ROTARY_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Format:
-    """One model of transformers.
+    """One kind of model of transformers.
 
-    Its config.json:
-        model_type: the type there. model: the class. arch, qk_norm: what it is in model.py.
-        keys: a key of ModelConfig -> a key there. dropouts: its keys for `dropout`.
-        activation_key: its key for the activation, None where there is only one. activation: the
-        published one. required: settings of which model.py has one value. constant: settings that
-        an export adds. repeated: keys that an export adds, each with the value of another one.
-        rotary: it has rotary positions, and with them grouped heads.
+    In its config.json:
+        model_type: its value there. model: the class.
+        arch, qk_norm: the settings of model.py for such a model.
+        keys: maps a key of ModelConfig to the key there. dropouts: the keys for `dropout`.
+        activation_key: the key for the activation; None if there is only one activation.
+        activation: the activation of the published models.
+        required: settings for which model.py supports only this value.
+        constant: settings that an export adds.
+        repeated: keys that an export adds, each with the value of another key.
+        rotary: whether it has rotary positions. Such models also have grouped heads.
     Its tensors:
-        trunk: in front of the names of all but the head. layers: in front of a block's number.
-        modules: a module of model.py -> its modules, without trunk, layers and number. Where ours
-        is several of theirs it is their rows, stacked. conv1d: matrices in blocks are transposed.
-        head, head_bias: the unembedding. transform: in front of what an encoder that was saved
-        without its head lacks.
+        trunk: prefix of all names except the head's. layers: prefix of the number of a block.
+        modules: maps a module of model.py to the module there, without these prefixes. If there are
+            several there, ours has their rows one below the other.
+        conv1d: whether the matrices of blocks are stored transposed.
+        head, head_bias: names of the output layer.
+        transform: prefix of the tensors that are missing if an encoder was saved without its head.
     Its tokens:
-        masked: it predicts masked tokens. tokenizer: the usual one, if there are so many rows as
-        `tokenizer_rows` has.
+        masked: whether it is a masked language model.
+        tokenizer: the tokenizer of models whose number of rows is in `tokenizer_rows`.
     """
 
     model_type: str
@@ -64,16 +70,16 @@ class Format:
 
     @property
     def auto_class(self) -> str:
-        """The class whose from_pretrained reads it."""
+        """The Auto class that loads it."""
         return "AutoModelForMaskedLM" if self.masked else "AutoModelForCausalLM"
 
     @property
     def task(self) -> str:
-        """Its pipeline."""
+        """The name of its pipeline."""
         return "fill-mask" if self.masked else "text-generation"
 
     def tokenizer_of(self, rows: int) -> str | None:
-        """The name of the tokenizer of a model with so many rows; None if unknown."""
+        """The name of the tokenizer of a model with this number of rows; None if unknown."""
         return self.tokenizer if rows in self.tokenizer_rows else None
 
     def longest(self, config: Any) -> int:
@@ -81,7 +87,7 @@ class Format:
         return getattr(config, self.keys["block_size"])
 
     def problems(self, config: Any) -> list[str]:
-        """What of transformers' configuration model.py does not do."""
+        """The settings of a configuration of transformers that model.py does not support."""
         found = [
             f"{key}={getattr(config, key)} (only {value})"
             for key, value in self.required.items()
@@ -97,7 +103,7 @@ class Format:
         return found
 
     def read(self, config: Any) -> dict[str, Any]:
-        """transformers' configuration -> the keys of ModelConfig that it determines."""
+        """The settings of ModelConfig that a configuration of transformers determines."""
         found: dict[str, Any] = {"arch": self.arch}
         found |= {ours: getattr(config, theirs) for ours, theirs in self.keys.items()}
         found["intermediate_size"] = found["intermediate_size"] or 0  # GPT-2's is None.
@@ -118,7 +124,7 @@ class Format:
         return found
 
     def write(self, c: ModelConfig) -> dict[str, Any]:
-        """The settings of transformers' configuration."""
+        """The settings of a configuration of transformers for this ModelConfig."""
         found = {theirs: getattr(c, ours) for ours, theirs in self.keys.items()}
         found[self.keys["intermediate_size"]] = c.mlp_width()
         found |= dict.fromkeys(self.dropouts, c.dropout)
@@ -266,5 +272,9 @@ FORMATS = {form.model_type: form for form in (GPT2, BERT, QWEN2, QWEN3)}
 
 
 def format_of(c: ModelConfig) -> Format:
-    """The format that a model of model.py is written in."""
-    return next(f for f in FORMATS.values() if (f.arch, f.qk_norm) == (c.arch, c.qk_norm))
+    """The format in which a model of model.py is exported. UserError for an architecture that
+    transformers does not have."""
+    for form in FORMATS.values():
+        if (form.arch, form.qk_norm) == (c.arch, c.qk_norm):
+            return form
+    raise UserError(f"arch={c.arch} has no format of transformers: see FORMATS in {__name__}")

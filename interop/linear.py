@@ -1,16 +1,18 @@
-"""Heads whose ranking of tokens is linear in the hidden state, as ordinary unembeddings.
+"""Ordinary output layers that rank tokens as a head does, if that ranking is linear in the state.
 
-The nearest prototype y of a mapped state x is the one with the largest `x . y - |y|^2 / 2`. Where
-the map is linear, x = M h, that is `h . (M' y) - |y|^2 / 2`: a row and a constant for each token.
-Where the map divides by the norm, as for cosine, all tokens share the norm of h, so the rows are
-the directions of the prototypes and there is no constant.
+The nearest prototype y of a mapped state x is the one with the largest `x . y - |y|^2 / 2`. For a
+linear map, x = M h, that is `h . (M' y) - |y|^2 / 2`: a row and a constant for each token. Cosine's
+map divides by the norm of h, which is the same for all tokens. There the rows are the directions of
+the prototypes, and there are no constants.
 
-GPT-2's unembedding has no place for the constants c, but its final LayerNorm has. Its output is
-`g x + b`, and the coordinates of x sum to zero. So, with C coordinates and a vector of ones 1,
+GPT-2's output layer has no bias for the constants c, but its final LayerNorm can hold them. The
+LayerNorm gives `g x + b`, and the coordinates of x sum to zero. With C coordinates, and 1 for the
+vector of ones, the scores are
 
-    W (g x + b) + c = W' (x + 1),   W' = W diag(g) + a 1^T,   a = (W b + c - W g) / C
+    W (g x + b) + c = W' (x + 1),   W' = W diag(g) + a 1^T,   a = (W b + c - W g) / C.
 
-is the same for a gain and a bias of ones. An RMSNorm has no such sum, and so no room for c.
+So the export has a LayerNorm whose gain and bias are ones, and the rows W'. In an RMSNorm the
+coordinates do not sum to zero, so it cannot hold c.
 """
 
 from dataclasses import fields, replace
@@ -33,32 +35,32 @@ from text.token_files import Data
 from training.data import split_problems, validation_windows
 from training.objective import batches_of
 
-STATES = 1024  # on which the scale is fitted: (STATES, V) probabilities are held
+STATES = 1024  # The scale is fitted on so many states. Needs memory for (STATES, V) probabilities.
 
 
 def ranks_linearly(row: Distance) -> bool:
-    """Whether a head orders tokens by linear functions of the hidden state."""
+    """Whether a head ranks tokens by linear functions of the hidden state."""
     linear_map = row.map in (None, UNIT, FULL, DIAGONAL, TRIANGULAR)
     return (row.has_squares or row.has_products) and linear_map
 
 
 def needs_constants(row: Distance) -> bool:
-    """Whether these functions have constants, `-|y|^2 / 2`."""
+    """Whether those linear functions have constants, `-|y|^2 / 2`."""
     return row.has_squares and row.map is not UNIT
 
 
 def is_dot_product(row: Distance) -> bool:
-    """Whether its logits are those of an ordinary unembedding already."""
+    """Whether the head is an ordinary output layer already."""
     return row is HEADS["cross_entropy"]
 
 
 def check_model(model: Model) -> None:
-    """UserError for a head or an architecture without a linear export."""
+    """Raises UserError for a head or an architecture without a linear export."""
     c, row = model.config, model.head.distance
     if not c.architecture.causal:
         raise UserError(
-            f"linear=true is for models that generate text, and arch={c.arch} fills masks. Export"
-            " it without linear=true"
+            f"linear=true is for models that generate text, and arch={c.arch} is a masked language"
+            " model. Export it without linear=true"
         )
     linear = [name for name, other in HEADS.items() if ranks_linearly(other)]
     if not ranks_linearly(row):
@@ -77,7 +79,7 @@ def check_model(model: Model) -> None:
 
 
 def linear_scores(head: HarmonicHead) -> tuple[Tensor, Tensor]:
-    """Rows W (V, C) and constants c (V,), float64: `W h + c` orders tokens as the head does."""
+    """Rows W (V, C) and constants c (V,), float64. `W h + c` ranks tokens as the head does."""
     row, settings = resolve(head.name, **head.geometry())
     settings = row.map_settings(settings)
     y = mapped(row, head.prototypes().double(), None, settings)
@@ -89,8 +91,10 @@ def linear_scores(head: HarmonicHead) -> tuple[Tensor, Tensor]:
 
 
 def fold(rows: Tensor, constants: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """The rows W' (V, C) for which a LayerNorm with a gain and a bias of ones gives the same
-    scores: see above."""
+    """The rows W' (V, C) that give the same scores after a LayerNorm whose gain and bias are ones.
+
+    rows: W (V, C). constants: c (V,). norm: the model's final LayerNorm.
+    """
     gain = norm.weight.to(rows.dtype)
     bias = torch.zeros_like(gain) if norm.bias is None else norm.bias.to(rows.dtype)
     a = (rows @ bias + constants - rows @ gain) / len(gain)
@@ -98,7 +102,7 @@ def fold(rows: Tensor, constants: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def plain_config(c: ModelConfig) -> ModelConfig:
-    """The configuration with an ordinary unembedding of its own."""
+    """The configuration with an ordinary output layer that is not tied to the embedding."""
     head: dict[str, Any] = {
         f.name: f.default for f in fields(ModelConfig) if HEAD_KEY.match(f.name)
     }
@@ -107,14 +111,13 @@ def plain_config(c: ModelConfig) -> ModelConfig:
 
 @torch.no_grad()
 def linearize(model: Model, data: Data) -> tuple[Model, float]:
-    """A model with an ordinary unembedding that orders all tokens as the model's head does.
+    """A model with an ordinary output layer that ranks all tokens as the model's head does.
 
-    Any positive factor on the unembedding gives the same order. The one that is taken brings the
-    probabilities nearest to the head's on STATES tokens of validation text.
+    Any positive factor on the output layer gives the same ranking. The factor is fitted so that the
+    probabilities are nearest to the head's on STATES tokens of validation text.
 
-    Returns: the new model, and the mean KL divergence of its predictions from the head's on that
-        text, in nats a token.
-    Raises: UserError for a head or an architecture that has no such unembedding.
+    Returns: the new model, and the mean KL(head || new model) on that text, in nats per token.
+    Raises: UserError for a head or an architecture that has no such output layer.
     """
     c = model.config
     check_model(model)
@@ -122,7 +125,7 @@ def linearize(model: Model, data: Data) -> tuple[Model, float]:
     rows, constants = linear_scores(model.head)
     config = plain_config(c)
     if needs_constants(model.head.distance):
-        # The final LayerNorm gets a bias, and so do all others: zeros.
+        # The final LayerNorm needs a bias. All other biases come with it, as zeros.
         config.bias = True
     made = Model(config).to(rows.device).eval()
     trunk = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
@@ -147,5 +150,5 @@ def linearize(model: Model, data: Data) -> tuple[Model, float]:
     scale = nearest_strength(linear, own.exp())
     made.head.weight[: len(rows)] = scale * rows
     kl = F.kl_div((scale * linear).log_softmax(-1), own, log_target=True, reduction="batchmean")
-    # Rounding may leave a KL of 0 slightly below it.
+    # Rounding may make a KL of 0 slightly negative.
     return made, max(0.0, kl.item())

@@ -1,14 +1,14 @@
-r"""Tasks for lm-evaluation-harness (PyPI lm_eval) from a prepared split.
+r"""Writes tasks for lm-evaluation-harness (PyPI lm_eval) from a prepared split.
 
-The likelihood of its documents, and a choice between endings.
+One task is the likelihood of the documents. The other is a choice between four endings.
 
     python -m interop.lm_eval wikitext2 --split=test --to=out/tasks
     lm_eval run --model hf --model_args pretrained=DIR,trust_remote_code=True \
         --tasks wikitext2_test,wikitext2_test_choice --include_path out/tasks
 
-DIR is a folder of `python -m interop.export`. The first task gives the word_perplexity,
-byte_perplexity and bits_per_byte that `python -m analysis.perplexity --documents` gives. The second
-asks how a paragraph goes on: after 24 words, which of four endings of 12 words is its own?
+DIR is a folder that `python -m interop.export` wrote. The first task gives word_perplexity,
+byte_perplexity and bits_per_byte, the same as `python -m analysis.perplexity --documents`. The
+second shows 24 words of a paragraph and asks which of four endings of 12 words continues it.
 """
 
 import json
@@ -25,7 +25,7 @@ from base.errors import UserError
 from base.files import write_whole
 from text.token_files import data_folder, documents_of, load_data
 
-# Words, words, choices: short enough for small models.
+# Words, words, and choices. They are short enough for small models.
 CONTEXT, ENDING, ENDINGS = 24, 12, 4
 
 LIKELIHOOD = {
@@ -54,9 +54,9 @@ class HarnessConfig:
     to: str | None = None
     """the folder to write the tasks to (harness: --include_path)"""
     questions: int = 200
-    """most questions of the choice"""
+    """the largest number of questions in the second task"""
     seed: int = 0
-    """draws the wrong endings"""
+    """determines which wrong endings are drawn"""
 
     def problems(self) -> list[str]:
         found = []
@@ -70,8 +70,7 @@ class HarnessConfig:
 
 
 def questions(texts: list[str], count: int, seed: int) -> list[dict[str, Any]]:
-    """At most `count` questions of paragraphs that are long enough, evenly spread over the
-    texts."""
+    """Makes at most `count` questions from long paragraphs, spread evenly over the texts."""
     rng = random.Random(seed)
     lines = "\n".join(texts).splitlines()
     chosen = [words for line in lines if len(words := line.split()) >= CONTEXT + ENDING]
@@ -91,7 +90,7 @@ def questions(texts: list[str], count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def write_task(folder: Path, name: str, rows: list[dict[str, Any]], how: dict[str, Any]) -> None:
-    """A task of the harness: its rows, and the file that describes it."""
+    """Writes a task: a file with its rows, and a YAML file that describes it."""
     file = folder / f"{name}.jsonl"
     write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     task = {

@@ -1,9 +1,10 @@
-"""Models that people already have: Hugging Face folders and hub names, nanoGPT's ckpt.pt, runs; and
-the swap of their heads.
+"""Reads existing models, and swaps their heads.
 
-`interop.formats` says which tensor of transformers is which of model.py. Weights come from
-safetensors. A pickle is read for nanoGPT's checkpoints alone, by PyTorch's loader that executes
-nothing.
+A model is a run, a folder in Hugging Face's format, a name on its hub, or nanoGPT's ckpt.pt.
+
+`interop.formats` maps the tensors of transformers to those of model.py. Weights come from
+safetensors. The only pickles that are read are nanoGPT's checkpoints. PyTorch's safe loader reads
+them and executes nothing.
 """
 
 import json
@@ -34,7 +35,7 @@ SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.in
 HUB = (
     "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "bert-base-uncased", "bert-large-uncased"
 )  # fmt: skip
-# Settings that a model's weights do not determine.
+# Settings that you may choose freely for a model with given weights.
 FREE = ModelConfig.free_settings() | {
     "block_size",
     "vocab_size",
@@ -43,16 +44,16 @@ FREE = ModelConfig.free_settings() | {
     "doc_mask",
     "eot_id",
 }
-# The keys that describe a head: what a swap changes.
+# Settings that describe the head. A swap changes them.
 HEAD_KEY = re.compile("(head|link|exponent|scale|learn_exponent|learn_scale)$|head_(?!dim)")
-TABLES = ("tokens.weight", "head.weight", "head.bias")  # a row for each token
-# What checkpoints hold besides: buffers of old versions, BERT's other heads.
+TABLES = ("tokens.weight", "head.weight", "head.bias")  # These have a row for each token.
+# Other tensors in checkpoints: buffers of old versions, and BERT's other heads.
 IGNORED = re.compile(
     r".*(\.attn\.(masked_)?bias|position_ids|inv_freq)"
     r"|pooler\..*"
     r"|cls\.(seq_relationship|predictions\.decoder\.bias).*"
 )
-LISTED = 12  # problems that one message lists
+LISTED = 12  # A message lists at most so many problems.
 
 
 # ---- names and layouts -------------------------------------------------------------------------
@@ -60,8 +61,11 @@ LISTED = 12  # problems that one message lists
 
 @dataclass
 class Tensor:
-    """One tensor of model.py in transformers' terms: its names, the rows of each, and whether they
-    are stored transposed (Conv1D)."""
+    """A tensor of model.py, and the tensors of transformers that it is made of.
+
+    names: of those tensors. rows: how many rows of ours each one has.
+    transposed: whether they are stored transposed (Conv1D).
+    """
 
     shape: tuple[int, ...]
     names: list[str]
@@ -69,12 +73,12 @@ class Tensor:
     transposed: bool
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each of theirs."""
+        """The shape of each tensor in transformers."""
         shapes = [(rows, *self.shape[1:]) for rows in self.rows]
         return [s[::-1] for s in shapes] if self.transposed else shapes
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Ours -> theirs by their names."""
+        """Our tensor -> the tensors of transformers, by name."""
         found = {}
         parts = tensor.split(self.rows) if len(self.rows) > 1 else [tensor]
         for name, part in zip(self.names, parts, strict=True):
@@ -82,15 +86,18 @@ class Tensor:
         return found
 
     def join(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Theirs, which it takes out of `tensors` -> ours."""
+        """The tensors of transformers -> our tensor. They are removed from `tensors`."""
         parts = [tensors.pop(n).float() for n in self.names]
         parts = [p.T if self.transposed else p for p in parts]
         return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def layout(config: ModelConfig, conv1d: bool = True) -> dict[str, Tensor]:
-    """Every tensor of a model: its name in model.py -> where it is in transformers, without the
-    trunk's prefix. conv1d: GPT-2's matrices are transposed (nanoGPT's are not)."""
+    """Maps the name of each tensor in model.py to its place in transformers, without the trunk's
+    prefix.
+
+    conv1d: whether GPT-2's matrices are stored transposed. nanoGPT's are not.
+    """
     form, width = format_of(config), config.attention_width()
     queries, keys = config.n_head * width, (config.n_kv_head or config.n_head) * width
     with torch.device("meta"):
@@ -124,11 +131,14 @@ def layout(config: ModelConfig, conv1d: bool = True) -> dict[str, Tensor]:
 def convert(
     tensors: dict[str, torch.Tensor], config: ModelConfig, where: str, conv1d: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Tensors under transformers' names -> weights of Model(config). UserError listing what is
-    missing, over, or of another shape."""
+    """Tensors with transformers' names -> weights of Model(config).
+
+    where: names the source in errors. conv1d: see `layout`.
+    Raises: UserError that lists tensors that are missing, unknown or of another shape.
+    """
     table, form = layout(config, conv1d), format_of(config)
     plain = {_plain_name(name, form): tensor for name, tensor in tensors.items()}
-    if config.tie_weights:  # the table lies where the input embedding is; a second copy is the same
+    if config.tie_weights:  # The input embedding is the table. A second copy has to be equal.
         head, tokens = f"{form.head}.weight", f"{form.modules['tokens']}.weight"
         if tokens in plain:
             first = plain.pop(tokens)
@@ -148,19 +158,19 @@ def convert(
 
 
 def _plain_name(name: str, form: Format) -> str:
-    """The name of a tensor as `layout` has it."""
+    """The name of a tensor as in `layout`."""
     name = name.removeprefix("_orig_mod.").removeprefix(form.trunk)
-    name = name.replace(f"{form.head}.table", f"{form.head}.weight")  # of a swapped model
+    name = name.replace(f"{form.head}.table", f"{form.head}.weight")  # A swapped model.
     name = re.sub(r"\.beta$", ".bias", name)
     return re.sub(r"\.gamma$", ".weight", name)
 
 
 def _misfits(tensors: dict[str, torch.Tensor], table: dict[str, Tensor], form: Format) -> list[str]:
-    """What is missing, over, or of another shape than the table says."""
+    """Problems with tensors that are missing, unknown, or of another shape than in the table."""
     expected = {n: s for t in table.values() for n, s in zip(t.names, t.shapes(), strict=True)}
     lost = [n for n in expected if n not in tensors]
     if form.transform is not None and all(n.startswith(form.transform) for n in lost):
-        lost = []  # An encoder alone: the head's transform starts anew.
+        lost = []  # The encoder was saved alone. The head's transform gets new weights.
     found = [f"{n} is missing" for n in lost]
     for name in tensors:
         if name not in expected and not IGNORED.fullmatch(name):
@@ -179,22 +189,22 @@ class Pretrained:
     """A model to start from."""
 
     name: str
-    settings: dict  # the keys of ModelConfig that it determines
-    longest: int  # the block size that it allows
-    tokenizer: str | None  # the name of its own, None if unknown
-    vocabulary: Path | None  # its tokenizer.json, where it has one
-    # ModelConfig -> its tensors by their names in model.py
+    settings: dict  # The settings of ModelConfig that it determines.
+    longest: int  # The largest block size that it allows.
+    tokenizer: str | None  # The name of its tokenizer; None if unknown.
+    vocabulary: Path | None  # Its tokenizer.json, if it has one.
+    # A function from a ModelConfig to the tensors, by their names in model.py.
     weights: Callable[[ModelConfig], dict[str, torch.Tensor]]
-    characters: str = ""  # those of the tokenizer char
+    characters: str = ""  # The characters of the tokenizer char.
 
     @property
     def head(self) -> str:
         return self.settings.get("head", "cross_entropy")
 
     def problems(self, config: ModelConfig) -> list[str]:
-        """What of a configuration contradicts it."""
+        """The settings of a configuration that contradict this model, in words."""
         free = {*FREE, "tie_weights"}
-        if config.head != self.head:  # which replaces all of it
+        if config.head != self.head:  # The swap replaces all settings of the head.
             free |= {key for key in self.settings if HEAD_KEY.match(key)}
         found = [
             f"{self.name} has {key}={value}, not {getattr(config, key)}"
@@ -211,8 +221,8 @@ class Pretrained:
             )
         if config.head != self.head and config.head_precision == "autocast":
             found.append(
-                "head_precision=autocast: a matched head lives on small differences of large"
-                " prototypes and needs float32"
+                "head_precision=autocast: a matched head needs float32, because its predictions"
+                " depend on small differences between large prototypes"
             )
         if self.head not in ("cross_entropy", config.head):
             found.append(
@@ -222,8 +232,10 @@ class Pretrained:
         return found
 
     def reads(self, data: Data) -> str | None:
-        """Why it cannot read the data's tokens, in words; None if it can. Where nothing tells, a
-        note on stderr."""
+        """Why the model cannot read the tokens of the data, in words; None if it can.
+
+        If the model's tokenizer is unknown, it prints a note on stderr.
+        """
         where = f"{data.folder} ({data.tokenizer})"
         if self.vocabulary:
             own = rust_vocabulary(self.vocabulary)
@@ -240,14 +252,13 @@ class Pretrained:
             return f"{self.name} has the tokenizer {self.tokenizer}, another than {where}"
         elif self.tokenizer is None:
             print(
-                f"note: nothing says which tokenizer {self.name} was trained with; it gets the"
-                f" tokens of {where}",
+                f"note: the tokenizer of {self.name} is unknown; it gets the tokens of {where}",
                 file=sys.stderr,
             )
         return None
 
     def load(self, config: ModelConfig) -> Model:
-        """Its model with its own head, and the block size, vocabulary and dropout of `config`."""
+        """The model with its own head. Block size, vocabulary and dropout are those of `config`."""
         own = ModelConfig(**self.settings)
         weights = self.weights(own)
         own = replace(own, **{key: getattr(config, key) for key in FREE})
@@ -258,10 +269,10 @@ class Pretrained:
                 more = (0, own.vocab_size - len(weights[name]))  # rows
                 columns = (0, 0) * (weights[name].dim() - 1)
                 weights[name] = F.pad(weights[name], columns + more)
-        with torch.device("meta"):  # No time and memory for numbers that are replaced.
+        with torch.device("meta"):  # Saves time and memory for weights that are replaced.
             model = Model(own)
         if new := [name for name in checkpoint.own_weights(model) if name not in weights]:
-            print(f"{self.name} has no {', '.join(new)}: they start anew", file=sys.stderr)
+            print(f"{self.name} has no {', '.join(new)}: they get new weights", file=sys.stderr)
             fresh = checkpoint.own_weights(Model(own))
             weights |= {name: fresh[name] for name in new}
         checkpoint.load_weights(model, weights, assign=True)
@@ -269,11 +280,12 @@ class Pretrained:
 
 
 def find(name: str) -> Pretrained:
-    """What `--init_from` names: a run's folder, a folder in Hugging Face's format, nanoGPT's
-    ckpt.pt, or a model on the hub.
+    """Finds the model that `--init_from` names.
 
-    Raises: UserError for what is none of them, cannot be reached, or is a model that model.py does
-        not have.
+    name: a run's folder, a folder in Hugging Face's format, nanoGPT's ckpt.pt, or a model on the
+        Hugging Face hub.
+    Raises: UserError for a name that is none of them, cannot be reached, or is a kind of model that
+        model.py does not support.
     """
     path = Path(name)
     if (path / "config.yaml").is_file():
@@ -300,12 +312,12 @@ def _download(name: str, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # network, hub, access, disk: each raises its own
+    except Exception as error:  # The network, the hub and the disk raise different errors.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(
-            f"init_from={name}: neither a local folder nor to be had from the Hugging Face hub"
-            f" ({type(error).__name__}: {reason}); "
-            "where the hub is out of reach, copy the model's folder here and name its path"
+            f"init_from={name}: there is no such local folder, and the Hugging Face hub gave none"
+            f" ({type(error).__name__}: {reason}). "
+            "Without the hub, copy the model's folder here and name its path"
         ) from None
 
 
@@ -329,7 +341,7 @@ def _from_run(path: Path) -> Pretrained:
 
 
 def _vocabulary(folder: Path) -> Path | None:
-    """The tokenizer.json of a folder, where it has one."""
+    """The tokenizer.json of a folder, or None."""
     return folder / BPE_FILE if (folder / BPE_FILE).is_file() else None
 
 
@@ -371,7 +383,7 @@ def _from_nanogpt(path: Path) -> Pretrained:
 
 
 def _from_folder(folder: Path, name: str, fetch: Callable[[], Path]) -> Pretrained:
-    """fetch: gets the weights and returns their folder."""
+    """A model in Hugging Face's format. fetch: gets the weights and returns their folder."""
     config = read_config(folder, name)
     form = FORMATS[config.model_type]
     settings, longest = settings_of(config, name)
@@ -390,8 +402,10 @@ def _from_folder(folder: Path, name: str, fetch: Callable[[], Path]) -> Pretrain
 
 
 def read_config(folder: Path, name: str) -> Any:
-    """A folder's config.json as transformers' configuration, defaults filled in. UserError for what
-    model.py does not have."""
+    """The config.json of a folder as a configuration of transformers, with defaults filled in.
+
+    Raises: UserError for a missing or wrong file, or a model that model.py does not support.
+    """
     try:
         stored = json.loads((folder / "config.json").read_bytes())
         kind = str(stored["model_type"]).removeprefix("harmonic_")
@@ -405,24 +419,26 @@ def read_config(folder: Path, name: str) -> Any:
     if kind not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(f"init_from={name} is a model of type {kind}: known are {known}")
-    from transformers import CONFIG_MAPPING  # takes seconds to import
+    from transformers import CONFIG_MAPPING  # Importing it takes seconds.
 
     try:
         return CONFIG_MAPPING[kind].from_dict({**stored, "model_type": kind})
-    except Exception as error:  # each configuration class validates in its own way
+    except Exception as error:  # Configuration classes raise different errors.
         raise UserError(
             f"init_from={name}: config.json is wrong ({' '.join(str(error).split())[:300]})"
         ) from None
 
 
 def settings_of(config: Any, name: str) -> tuple[dict[str, Any], int]:
-    """transformers' configuration -> (the keys of ModelConfig, the longest block size). UserError
-    listing what model.py does not do."""
+    """The settings of ModelConfig for a configuration of transformers, and the largest block size.
+
+    Raises: UserError that lists settings that model.py does not support.
+    """
     form = FORMATS[config.model_type]
     if wrong := form.problems(config):
         raise UserError(f"init_from={name}: model.py does not have {', '.join(wrong)}")
     settings = form.read(config)
-    head = dict(getattr(config, "harmonic", None) or {})  # an export of a harmonic head
+    head = dict(getattr(config, "harmonic", None) or {})  # An export of a harmonic head has this.
     if head:
         settings["head"] = head.pop("name", None)
         settings["real_vocab_size"] = head.pop("real_vocab_size", settings["vocab_size"])
@@ -432,8 +448,10 @@ def settings_of(config: Any, name: str) -> tuple[dict[str, Any], int]:
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files. UserError for a damaged file, a missing shard,
-    or a folder with pickles alone."""
+    """All tensors in the safetensors files of a folder.
+
+    Raises: UserError for a corrupt file, a missing file, or a folder that has only pickles.
+    """
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
@@ -460,8 +478,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def states(model: Model, data: Data, seed: int, batch_size: int) -> torch.Tensor:
-    """Hidden states of training text in front of a model's head: (N, C), at least 8 ROWS of
-    them."""
+    """Hidden states of training text, the input of the head: (N, C), N at least 8 * ROWS."""
     c, found = model.config, []
     batches, device = batches_of(data, c), model.tokens.weight.device
     windows = max(batch_size, -(-8 * ROWS // batches.objective.predicted(c.block_size)))
@@ -472,12 +489,12 @@ def states(model: Model, data: Data, seed: int, batch_size: int) -> torch.Tensor
 
 @torch.no_grad()
 def swap(model: Model, config: ModelConfig, states: torch.Tensor) -> float:
-    """Gives a model the head of `config`, with prototypes of its own that are matched to its
-    softmax (`harmonic.match`).
+    """Gives a model the head of `config`, matched to its old softmax (`harmonic.match`).
 
-    `config` is changed: it gets the exponent (or scale) that was found, and its head and input
-    embedding are not tied.
-    Returns: the KL divergence from the model's predictions on the states in nats per token.
+    The head gets its own prototypes, which are not tied to the input embedding. `config` changes
+    too: it gets the exponent or scale that was found.
+
+    Returns: the mean KL(old || new) of the predictions on the states, in nats per token.
     """
     config.tie_weights = False
     old = model.head

@@ -1,26 +1,26 @@
-"""Which head should I use? A short comparison of heads on your data, within your time.
+"""Compares heads on your data, within your time: which one should you use?
 
     python -m studies.advise --dataset=wiki --minutes=10
     python -m studies.advise my.yaml --heads=cosine,manhattan --seeds=5 --minutes=60
 
-A config is a YAML file given first, as for train.py, and flags of train.py override it. The default
-is the small model of configs/advise.yaml. cross_entropy always takes part, and so does the softmax
-twin of every head: the same distance without HarMax.
+As for train.py, start with a YAML config and override it with flags. The default is the small model
+of configs/advise.yaml. cross_entropy always takes part. So does the softmax twin of every head: the
+same distance without HarMax.
 
-1. Calibration: a few iterations of each head tell how many fit into the time.
-2. Sweep, one seed, half as long as the runs of step 3: each head with three learning rates, then
-   with half and twice its strength. These are equal grids. The best validation loss wins. A head
-   without an exponent sweeps the scale of its prototypes in its place.
-3. Final runs: the best setting of each head, with seeds that the sweep did not use. All heads see
-   the same tokens in the same order, so they are compared seed by seed.
+1. Calibration: each head trains for a few iterations. Their speed tells how many fit into the time.
+2. Sweep: each head trains with three learning rates, then with half and twice its strength. So all
+   heads have equally many settings. The lowest validation loss wins. A head without an exponent
+   sweeps the scale of its prototypes instead. There is one seed, and runs are half as long as in
+   step 3.
+3. Final runs: the best setting of each head trains with seeds that the sweep did not use. All heads
+   see the same tokens in the same order, so they are compared seed by seed.
 
-The study sets head, link, strength, seed, the number of iterations and the ends of the schedule
-itself, whatever the config says. The minutes are a plan: no run is stopped to keep them. Rows
-appear in out/advise/NAME.csv as runs end. Stop it with Ctrl-C and call it again to resume. A
-changed setting or other data begins anew.
+The study itself sets head, link, strength, seed, the number of iterations and the schedule. It
+ignores what the config says about them. The minutes are only a plan, and no run is stopped to keep
+them. Rows appear in out/advise/NAME.csv as runs end. Press Ctrl-C to stop, and call it again to
+resume. With other settings or data it starts again.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,7 +29,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,17 +48,17 @@ from training.config import TrainConfig
 from training.telemetry import read_metrics
 
 DEFAULT = "configs/advise.yaml"
-# Learning rates, times the config's; then strengths, times a head's default.
+# Factors of the config's learning rate, and factors of a head's default strength.
 RATES = (0.5, 1, 2)
 STRENGTHS = (0.5, 2)
 SETTINGS = len(RATES) + len(STRENGTHS)
 SWEEP_SEED, FIRST_SEED = 1337, 1338
-CALIBRATION = 20  # iterations
-# Iterations of a final run below which its ranking says little.
+CALIBRATION = 20  # Iterations.
+# With fewer iterations in a final run, the ranking says little.
 LEAST = 100
-# The part of the time that is planned: runs may take longer than the calibration promised.
+# The part of the time that is planned. Runs may be slower than the calibration.
 PLANNED = 0.9
-# Settings of train.py that the study sets itself.
+# Settings of train.py that the study itself sets.
 OF_A_HEAD = ("head", "link", "exponent", "scale", "learn_exponent", "learn_scale")
 OF_A_RUN = (
     "seed", "max_iters", "warmup_iters", "min_lr", "lr_decay_iters", "decay_iters", "eval_interval",
@@ -78,7 +77,7 @@ class AdviseConfig:
     """The comparison"""
 
     minutes: float = 10
-    """time for everything; the runs are made as long as fits"""
+    """minutes for the whole study; runs are as long as fits into them"""
     heads: str = "cosine,euclidean"
     """heads to compare with cross_entropy, each with its softmax twin"""
     seeds: int = 3
@@ -110,7 +109,7 @@ class AdviseConfig:
 
 @dataclass(frozen=True)
 class Head:
-    """A head and its link; None for one without."""
+    """A head and its link. A control has no link."""
 
     head: str
     link: str | None = None
@@ -121,14 +120,14 @@ class Speed:
     """How long a run takes."""
 
     fixed: float
-    """seconds besides its iterations: to start, to compile, to evaluate"""
+    """seconds to start, to compile and to evaluate"""
     iteration: float
-    """seconds of an iteration"""
+    """seconds for an iteration"""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The time of a study, from the speed of each head."""
+    """Predicts the time of a study from the speed of each head."""
 
     speeds: list[Speed]
     spent: float
@@ -137,7 +136,7 @@ class Costs:
     seeds: int
 
     def minutes(self, iterations: int) -> float:
-        """That must be given so that each final run has so many iterations."""
+        """The --minutes with which final runs have this many iterations."""
         seconds = self.spent
         for speed in self.speeds:
             seconds += SETTINGS * (speed.fixed + speed.iteration * iterations / 2)
@@ -145,14 +144,14 @@ class Costs:
         return seconds / self.workers / 60 / PLANNED
 
     def iterations(self, minutes: float) -> int:
-        """Of a final run, so that all fits into the minutes. Even, for the sweep has half of it."""
+        """The iterations of a final run that fit into the minutes. Even, as sweeps have half."""
         none = self.minutes(0)
         each = (self.minutes(1000) - none) / 1000
         return max(0, math.floor((minutes - none) / each / 2) * 2)
 
 
 class Study:
-    """The runs that are wanted, and what the table says of them."""
+    """The runs of a study, and the results that its table has so far."""
 
     def __init__(self, c: AdviseConfig, m: ModelConfig, t: TrainConfig, data: Data, table: Table):
         self.c, self.m, self.t, self.table = c, m, t, table
@@ -167,7 +166,7 @@ class Study:
             n: f"{n} softmax" for n, head in self.heads.items() if head.link == "harmonic"
         }
         self.dataset = data.folder.name
-        # What must be equal for two rows to be comparable, beside their key.
+        # Two rows are comparable only if all of this is equal. The rest is in their key.
         same = [dataclasses.asdict(m), dataclasses.asdict(t), c.workers, c.nproc_per_node]
         same += [data.tokenizer, *(split.identity() for split in data.splits.values())]
         self.setup = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:8]
@@ -176,12 +175,12 @@ class Study:
     def key(
         self, stage: str, name: str, iterations: int, setting: tuple[float, float], seed: int
     ) -> dict:
-        """A run's. setting: learning rate, and strength times the default."""
+        """The key of a run. setting: learning rate, and a factor of the default strength."""
         rate, strength = setting
         head, width = self.heads[name], self.m.n_embd
         std, exponent = self.m.head_init_std, ""
         if head.link is None:
-            # At the width of GPT-2 its 0.02. Narrower models need more for logits of the same size.
+            # At GPT-2's width it is 0.02, as there. Narrower models need more for equal logits.
             std = 0.02 * math.sqrt(768 / width) * strength
         else:
             exponent = f"{resolve_exponent(head.head, width) * strength:.6g}"
@@ -198,11 +197,12 @@ class Study:
         }
 
     def calibration(self) -> list[dict]:
+        """The keys of the calibration's runs."""
         setting = self.t.learning_rate, 1.0
         return [self.key("speed", name, CALIBRATION, setting, SWEEP_SEED) for name in self.heads]
 
     def speeds(self) -> dict[str, Speed]:
-        """Of each head, once the calibration is done."""
+        """The speed of each head. UserError if a run of the calibration was not finite."""
         found = {}
         for key in self.calibration():
             row = self.table.row(key)
@@ -217,12 +217,15 @@ class Study:
         return found
 
     def costs(self) -> Costs:
+        """The costs of this study, once the calibration is done."""
         spent = sum(float(self.table.row(key)["seconds"]) for key in self.calibration())
         return Costs(list(self.speeds().values()), spent, self.c.workers, self.c.seeds)
 
     def sweep(self, name: str, iterations: int) -> dict[tuple[float, float], float | None]:
-        """The settings that are known to be wanted by now -> their loss, None before it is known.
-        Three rates; then, once these are done, two strengths."""
+        """The settings that are known so far -> their loss, or None if they have not run.
+
+        They are three learning rates and, when these are done, two strengths.
+        """
 
         def loss(setting: tuple[float, float]) -> float | None:
             row = self.table.find(self.key("sweep", name, iterations // 2, setting, SWEEP_SEED))
@@ -235,7 +238,7 @@ class Study:
         return found
 
     def finals(self, name: str, iterations: int) -> list[dict]:
-        """The final runs of a head whose sweep is done. It has none where no setting was finite."""
+        """The final runs of a head whose sweep is done. None if no setting was finite."""
         found = self.sweep(name, iterations)
         best = _best(found)
         if found[best] == math.inf:
@@ -244,7 +247,10 @@ class Study:
         return [self.key("final", name, iterations, best, seed) for seed in seeds]
 
     def wanted(self, iterations: int) -> list[dict]:
-        """Keys of runs, most important first. No final run begins before the sweep is done."""
+        """The keys of all runs known so far, most important first.
+
+        Final runs are known only when the sweep of every head is done.
+        """
         sweeps = {name: self.sweep(name, iterations) for name in self.heads}
         found = []
         for name, losses in sweeps.items():
@@ -259,7 +265,7 @@ class Study:
         return found
 
     def training(self, key: dict) -> Training:
-        """The run of a key."""
+        """The run of train.py for a key."""
         head, iterations = self.heads[key["name"]], int(key["iterations"])
         flags = {
             "head": head.head,
@@ -276,11 +282,11 @@ class Study:
         return Training(key, flags)
 
     def losses(self, iterations: int, column: str = "val_loss") -> Losses:
-        """Of the final runs."""
+        """The losses of the final runs."""
         found = {}
         for name in self.heads:
             rows = [self.table.row(key) for key in self.finals(name, iterations)]
-            # A head without a finite setting has failed too.
+            # A head whose sweep had no finite setting counts as failed.
             found[name] = {row["seed"]: number(row[column]) for row in rows} or {"": math.inf}
         return found
 
@@ -292,7 +298,7 @@ def _best(losses: dict[tuple[float, float], float | None]) -> tuple[float, float
 
 
 def measure(run: Path, key: dict) -> dict:
-    """The other columns of a run that has ended. Its weights are deleted."""
+    """The result columns of a finished run. This deletes its checkpoints."""
     metrics = read_metrics(run)
     losses = [m["val_loss"] for m in metrics if "val_loss" in m]
     speeds = [m["tokens_per_s"] for m in metrics if "tokens_per_s" in m]
@@ -301,7 +307,7 @@ def measure(run: Path, key: dict) -> dict:
     return {
         "val_loss": f"{losses[-1]:.6f}",
         "half_loss": f"{losses[1]:.6f}",
-        # The first quarter is slower: it compiles.
+        # The first quarter includes compilation.
         "tokens_per_s": f"{statistics.median(speeds[len(speeds) // 4 :]):.5g}",
     }
 
@@ -310,6 +316,7 @@ def measure(run: Path, key: dict) -> dict:
 
 
 def speed_table(speeds: dict[str, Speed]) -> str:
+    """A line for each head: its speed."""
     rows = [
         {"head": name, "iteration": 1000 * speed.iteration, "fixed": speed.fixed}
         for name, speed in speeds.items()
@@ -319,7 +326,7 @@ def speed_table(speeds: dict[str, Speed]) -> str:
 
 
 def result_table(study: Study, iterations: int) -> str:
-    """A line for each head, best first."""
+    """A line for each head, the best first, with the differences to cross_entropy and twin."""
     losses = study.losses(iterations)
     found = differences(losses, study.twins)
     rows = []
@@ -365,7 +372,7 @@ def _loss(row: dict) -> float:
 
 
 def conclusion(study: Study, iterations: int, costs: Costs) -> str:
-    """The sentence that the study was made for, and what to know about it."""
+    """The conclusion of the study, and what limits it."""
     tokens = iterations * study.tokens
     where = f"after {tokens / 1e6:.2g} M tokens of {study.dataset} ({study.c.seeds} seeds)"
 
@@ -418,9 +425,9 @@ def draw(study: Study, iterations: int, path: Path) -> None:
 
 
 def configure(argv: list[str]) -> tuple[AdviseConfig, ModelConfig, TrainConfig, Data]:
-    """Reads file and flags. Sets back what each run sets itself.
+    """Reads the config file and the flags. Settings that the study sets get their defaults.
 
-    Raises: UserError for what is wrong with them, or with the data.
+    Raises: UserError if they, or the data, are wrong.
     """
     if not argv or argv[0].startswith("-"):
         argv = [DEFAULT, *argv]
@@ -433,22 +440,12 @@ def configure(argv: list[str]) -> tuple[AdviseConfig, ModelConfig, TrainConfig, 
     check(problems)
     m = dataclasses.replace(m, **{name: getattr(ModelConfig, name) for name in OF_A_HEAD})
     t = dataclasses.replace(t, **{name: getattr(TrainConfig, name) for name in OF_A_RUN})
-    # Runs side by side would each be charged for all.
+    # CodeCarbon would count the energy of all parallel runs for each of them.
     t.emissions = False
     for name in c.names():
         problems += dataclasses.replace(m, head=name).problems()
     check(problems)
     return c, m, t, load_data(data_folder(t.dataset), t.tokenizer)
-
-
-@contextlib.contextmanager
-def resumable(path: Path) -> Iterator[None]:
-    """Ctrl-C ends the study with a word on how to resume it, rather than with a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nstopped: {path} has the runs so far; call it again to resume", file=sys.stderr)
-        sys.exit(130)
 
 
 def main() -> None:
@@ -464,17 +461,16 @@ def main() -> None:
     )
 
     # Calibration.
-    with resumable(table.path):
-        complete_trainings(
-            how, table, lambda: [study.training(key) for key in study.calibration()], measure
-        )
+    complete_trainings(
+        how, table, lambda: [study.training(key) for key in study.calibration()], measure
+    )
     print(speed_table(study.speeds()))
     costs = study.costs()
     iterations = costs.iterations(c.minutes)
     if iterations < LEAST:
         raise UserError(
-            f"--minutes={c.minutes:g} suffices for final runs of {iterations} iterations, and fewer"
-            f" than {LEAST} say little: give it --minutes={math.ceil(costs.minutes(LEAST))}, or a"
+            f"--minutes={c.minutes:g} is enough for final runs of {iterations} iterations, and"
+            f" fewer than {LEAST} say little: use --minutes={math.ceil(costs.minutes(LEAST))}, a"
             " smaller model or fewer heads"
         )
     tokens = iterations * study.tokens
@@ -485,10 +481,9 @@ def main() -> None:
     )
 
     # Sweep and final runs.
-    with resumable(table.path):
-        complete_trainings(
-            how, table, lambda: [study.training(key) for key in study.wanted(iterations)], measure
-        )
+    complete_trainings(
+        how, table, lambda: [study.training(key) for key in study.wanted(iterations)], measure
+    )
     picture = table.path.with_suffix(".png")
     draw(study, iterations, picture)
     print(f"\n{result_table(study, iterations)}\n\n{conclusion(study, iterations, costs)}")

@@ -1,23 +1,24 @@
-"""The algorithmic tasks of the harmonic-loss paper (B), with every head of the language model:
-structure, data efficiency, grokking.
+"""The algorithmic tasks of the harmonic-loss paper (B, arXiv 2502.01628), with every head of the
+language model. They show structure, data efficiency and grokking.
 
     # results/algorithmic.csv gets a row for each seed; call it again to resume
     python -m studies.algorithmic
     python -m studies.algorithmic --models=decoder
     python -m studies.algorithmic --tasks=lattice --only=cosine
 
-Train and test share no example, nor one that says the same (x + y and y + x). All seeds of a head
-are one batch: torch.func computes the trunk for all of them at once. Each seed's head then takes
-its own loss, with the kernel that the language model uses. The stages are
-    sweep      learning rate x exponent. A head without an exponent sweeps the scale of its
-               embedding at the start. A grid for every head, then further settings (at most EDGES)
-               while the best lies on the edge. Judged by test examples, of seeds of its own.
-    main       every task and head with the setting that wins on addition, 20 seeds; a seed that
-               fails is counted, not dropped
-    fraction   accuracy against the share of examples trained on
-    grokking   addition modulo 113 from 30 % of the examples, long
-    decoder    addition modulo 31 with the language model's own decoder in place of the MLP: its
-               sweep, and its runs
+Training and test examples are different, also in meaning: x + y and y + x are on the same side. All
+seeds of a head are one batch, and torch.func computes their trunks together. Then each seed
+computes its own loss, with the kernels of the language model. These are the stages:
+
+    sweep      Learning rate x exponent. A head without an exponent sweeps the initial scale of its
+               embedding. Every head has a grid. Up to EDGES further settings follow while the best
+               one is on the edge. The score is the accuracy on test examples, with other seeds.
+    main       All tasks and heads, with the setting that is best on addition, 20 seeds. Seeds that
+               fail are counted, not dropped.
+    fraction   The accuracy for different shares of training examples.
+    grokking   Addition modulo 113 from 30 % of the examples, for longer.
+    decoder    Addition modulo 31 with the language model's decoder instead of the MLP: a sweep and
+               runs.
 """
 
 import itertools
@@ -51,26 +52,30 @@ from studies.search import Setting, number, search
 
 @dataclass(frozen=True)
 class Task:
+    """A task with a table of examples."""
+
     tokens: int
     """size of the vocabulary"""
     examples: Callable[[], list]
-    """-> all (input tokens, target token)"""
+    """returns all pairs (input tokens, target token)"""
     same: Callable[[tuple], tuple] = tuple
-    """inputs of one key say the same thing, so they stay on one side of the split"""
+    """maps inputs to a key; inputs with the same key mean the same, and stay on one side"""
     most: int = 10**9
-    """examples drawn for a seed, where there are more"""
+    """the most examples that a seed uses"""
 
 
 def unordered(x: tuple) -> tuple:
+    """A key that does not depend on the order of the inputs."""
     return tuple(sorted(x))
 
 
 def addition(p: int) -> list:
+    """(x, y) -> x + y modulo p."""
     return [((x, y), (x + y) % p) for x, y in itertools.product(range(p), repeat=2)]
 
 
 def lattice(side: int = 5) -> list:
-    """(a, b, c) -> d, the fourth corner of the parallelogram: d - c = b - a; b and c are not a."""
+    """(a, b, c) -> d, the fourth corner of a parallelogram: d - c = b - a, with b, c not a."""
     points = list(itertools.product(range(side), repeat=2))
     found = []
     for a, b, c in itertools.product(points, repeat=3):
@@ -81,14 +86,16 @@ def lattice(side: int = 5) -> list:
 
 
 def equivalence(count: int = 40, modulus: int = 5) -> list:
-    """(x, y) -> one of two further tokens: whether x = y modulo 5."""
+    """(x, y) -> one of two more tokens, which tells whether x = y modulo 5."""
     pairs = itertools.product(range(count), repeat=2)
     return [((x, y), count + (x % modulus == y % modulus)) for x, y in pairs]
 
 
 def family(people: int = 127) -> list:
-    """(person, relation) -> person in a complete binary tree; relations parent, grandparent,
-    sibling follow the people."""
+    """(person, relation) -> person, in a complete binary tree.
+
+    The tokens after the people are the relations: parent, grandparent and sibling.
+    """
     parents = [((i, people), _parent(i)) for i in range(1, people)]
     siblings = [((i, people + 2), i + 1 if i % 2 else i - 1) for i in range(1, people)]
     grandparents = [((i, people + 1), _parent(_parent(i))) for i in range(3, people)]
@@ -100,7 +107,7 @@ def _parent(person: int) -> int:
 
 
 def permutation(n: int = 4) -> list:
-    """(a, b) -> a after b, of all permutations of n things."""
+    """(a, b) -> the permutation that applies b and then a, for all permutations of n things."""
     every = list(itertools.permutations(range(n)))
     found = []
     for (i, a), (j, b) in itertools.product(enumerate(every), repeat=2):
@@ -119,8 +126,11 @@ TASKS = {
 
 
 def split(task: Task, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> (training examples (N, k + 1), test examples), rows of inputs and target: no key of `same`
-    is on both sides."""
+    """Splits examples. Returns training (N, k + 1) and test (M, k + 1) examples.
+
+    A row has k inputs and the target. No key of `same` is on both sides.
+    Raises: UserError if a side is empty.
+    """
     rng = np.random.default_rng(seed)
     by_key: dict[tuple, list[tuple]] = {}
     for x, y in task.examples():
@@ -143,7 +153,7 @@ def split(task: Task, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 def splits(task: Task, fraction: float, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for several seeds, cut to the shortest: (S, N, k + 1) and (S, M, k + 1)."""
+    """`split` for S seeds, cut to the shortest: (S, N, k + 1) and (S, M, k + 1)."""
     found = []
     for sides in zip(*(split(task, fraction, seed) for seed in seeds), strict=True):
         shortest = min(map(len, sides))
@@ -156,15 +166,15 @@ def splits(task: Task, fraction: float, seeds: list[int]) -> tuple[torch.Tensor,
 
 
 class Solver(nn.Module):
-    """Its forward does whatever functional_call is asked for, since that calls nothing else.
+    """A model whose forward has three uses, because functional_call can call nothing but forward.
 
     Token ids (N, k) -> hidden states (N, C). With targets (N,): hidden states -> the head's loss.
-    With logits: hidden states -> logits.
+    With logits=True: hidden states -> logits.
     """
 
     width: int
     std: float
-    """of the embedding at the start"""
+    """of the initial embedding"""
     decay: float
     head: HarmonicHead
 
@@ -180,11 +190,13 @@ class Solver(nn.Module):
 
 
 class MLP(Solver):
-    """B's: the tokens' embeddings (16 each), which are the prototypes too, one hidden layer of 100,
-    16 out."""
+    """B's MLP: embeddings of width 16, a hidden layer of 100, and 16 outputs.
+
+    The embeddings are also the prototypes.
+    """
 
     width = 16
-    # Of the embedding at the start: vectors of norm 1.
+    # Gives initial embeddings of norm 1.
     std = 0.25
     decay = 0.01
 
@@ -198,11 +210,11 @@ class MLP(Solver):
 
 
 class Decoder(Solver):
-    """The language model's GPT, one layer, 32 wide, tied; the answer is read at the last token."""
+    """The language model's GPT: one layer, width 32, tied. The last token gives the answer."""
 
     width = 32
     std = 0.02
-    # As studies of grokking have it (Power et al. 2022).
+    # As in studies of grokking (Power et al. 2022).
     decay = 1.0
 
     def __init__(self, tokens: int, inputs: int, name: str, init_std: float, **head: Any):
@@ -220,11 +232,11 @@ class Decoder(Solver):
 
     @property
     def head(self) -> HarmonicHead:  # type: ignore[override]  # nobody sets it
-        # A submodule of two names would confuse functional_call.
+        # A property, because functional_call cannot handle a submodule with two names.
         return self.model.head
 
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        # The kernel that torch.func batches.
+        # torch.func can batch only this kernel.
         with sdpa_kernel(SDPBackend.MATH):
             return self.model.hidden(idx)[:, -1]
 
@@ -233,11 +245,11 @@ MODELS: dict[str, type[Solver]] = {"mlp": MLP, "decoder": Decoder}
 
 
 class Stack:
-    """Models that are alike but for their weights and exponents, trained together."""
+    """Models that differ only in their weights and exponents, and are trained together."""
 
     def __init__(self, models: list[Solver]):
         self.models = models
-        # Of all models: each of shape (S, ...).
+        # The parameters of all models, each (S, ...).
         self.parameters, _ = stack_module_state(models)
         self.trunk = vmap(lambda p, x: functional_call(models[0], p, (x,)))
         weight = models[0].head.weight
@@ -245,11 +257,11 @@ class Stack:
         self.prototypes = self.parameters[table]
 
     def losses(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        """x: (S, N, k); y: (S, N). A loss for each model."""
+        """A loss for each model. x: (S, N, k), y: (S, N)."""
         return self._heads(x, lambda s: {"targets": y[s]})
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(S, N, k) -> (S, N, V)."""
+        """The logits of all models: (S, N, k) -> (S, N, V)."""
         return torch.stack(self._heads(x, lambda s: {"logits": True}))
 
     def _heads(self, x: torch.Tensor, options: Callable[[int], dict]) -> list[torch.Tensor]:
@@ -261,7 +273,7 @@ class Stack:
         return found
 
     def optimizer(self, rate: float) -> torch.optim.Optimizer:
-        """AdamW; only matrices decay."""
+        """AdamW. Only matrices decay."""
         decayed: list[torch.Tensor] = []
         others: list[torch.Tensor] = []
         for name, p in self.parameters.items():
@@ -275,7 +287,7 @@ class Stack:
 
     @torch.no_grad()
     def scores(self, examples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Examples (S, N, k + 1) -> accuracy and mean loss (S,), without a head's noise."""
+        """The accuracy (S,) and mean loss (S,) on examples (S, N, k + 1), without noise."""
         x, y = examples[..., :-1], examples[..., -1]
         for model in self.models:
             model.eval()
@@ -288,10 +300,10 @@ class Stack:
 
 @dataclass
 class Curves:
-    """What a batch of S seeds has learnt, at E evaluations."""
+    """The results of S seeds at E evaluations."""
 
     prototypes: torch.Tensor
-    """(S, V, C), at the end"""
+    """(S, V, C), after training"""
     steps: list[int]
     train: torch.Tensor
     """accuracy (E, S)"""
@@ -310,11 +322,12 @@ def train(
     every: int,
     keep: bool = False,
 ) -> Curves:
-    """Trains all models, each on its own examples, full batch.
+    """Trains all models with full batches, each on its own examples.
 
     Args:
-        data: (S, N, k + 1) training and (S, M, k + 1) test examples. every: steps between
-            evaluations. keep: the first one's prototypes over time too.
+        data: training (S, N, k + 1) and test (S, M, k + 1) examples.
+        every: steps between evaluations.
+        keep: whether to store the prototypes of the first model at each evaluation.
     """
     stack = Stack(models)
     optimizer = stack.optimizer(rate)
@@ -343,8 +356,7 @@ def train(
 
 
 def reached(steps: list[int], accuracy: torch.Tensor, level: float) -> list[float]:
-    """The first of the steps at which each seed's accuracy (E, S) is at least `level`; NaN where it
-    never is."""
+    """For each seed, the first step with an accuracy (E, S) of at least `level`, or NaN."""
     found = []
     for column in accuracy.T.tolist():
         passed = (step for step, value in zip(steps, column, strict=True) if value >= level)
@@ -354,21 +366,22 @@ def reached(steps: list[int], accuracy: torch.Tensor, level: float) -> list[floa
 
 # ---- the study ---------------------------------------------------------------------------------
 
-# hamming_hard has a surrogate's gradient; all the others are as in the language model. The twins of
-# some tell HarMax from the geometry. euclidean_squared, whose harmonic link is euclidean's, has its
-# softmax: cross-entropy with a temperature and a norm penalty.
-# Heads that are not the papers'.
+# These heads are not in the papers.
 OTHERS = ("student_t", "euclidean_normalized", "stablemax", "cosine_scaled")
 HEADS = [(name, "control") for name in CONTROLS if name not in OTHERS]
 HEADS += [(name, "harmonic") for name in DISTANCES if name not in ("euclidean_squared", *OTHERS)]
+# The softmax twins of some heads separate the effect of HarMax from that of the geometry. The twin
+# of euclidean_squared is cross-entropy with a temperature and a norm penalty. Its harmonic link is
+# left out, because it is euclidean's with another exponent.
 HEADS += [(name, "softmax") for name in ("euclidean", "euclidean_squared", "manhattan", "cosine")]
 FEW = [
     ("cross_entropy", "control"),
     *itertools.product(("euclidean", "manhattan", "cosine"), ("harmonic", "softmax")),
 ]
-# The grid. Multiples are of the width (the exponent), or of the model's std where a head has none.
+# The grid. A multiple is a factor of the width and gives the exponent. For a head without an
+# exponent it is a factor of the model's std.
 RATES, MULTIPLES = (3e-3, 1e-2, 3e-2), (1 / 16, 1 / 4, 1.0)
-# Beyond the grid.
+# Steps beyond the grid, and how many of them at most.
 RATE_STEP, MULTIPLE_STEP, EDGES = 10**0.5, 4, 6
 COLUMNS = [
     "stage", "task", "model", "head", "link", "multiple", "exponent", "scale", "init_std",
@@ -382,7 +395,7 @@ KEY = ("stage", "task", "model", "head", "link", "fraction")
 
 @dataclass(frozen=True)
 class Batch:
-    """Runs that are trained together: all seeds of a head, or its sweep."""
+    """Runs of one job: all seeds of a head, or its sweep."""
 
     stage: str
     task: str
@@ -392,7 +405,7 @@ class Batch:
     fraction: float
     steps: int
     seeds: int
-    """how many"""
+    """the number of seeds"""
 
     def key(self) -> Row:
         return {name: str(getattr(self, name)) for name in KEY}
@@ -403,23 +416,23 @@ class AlgorithmicConfig:
     """The algorithmic tasks"""
 
     out: str = "results/algorithmic.csv"
-    """the table; what it has is not repeated, with however many seeds and steps: name another one
-    for other settings"""
+    """the table; its rows are not computed again, even with other seeds or steps, so name another
+    table for other settings"""
     runs: str = "out/algorithmic"
-    """where curves and embeddings go, which the pictures are drawn of"""
+    """folder of the curves and embeddings, from which the pictures are drawn"""
     tasks: str = "addition lattice permutation"
-    """tasks of the main stage, with spaces between: also equivalence, family"""
+    """tasks of the main stage, separated by spaces; also equivalence and family"""
     models: str = "mlp"
-    """also decoder: the stage of that name and its sweep"""
+    """also decoder, for the stage of that name and its sweep"""
     only: str | None = None
-    """one head alone, such as cosine"""
+    """only this head, such as cosine"""
     seeds: int = 20
     """seeds of the main stage"""
     steps: int = 500
-    """steps of the main stage; the sweep of the MLP takes half, that of the decoder twice, grokking
-    and the decoder four times as many"""
+    """steps of the main stage; the MLP's sweep has half as many, the decoder's sweep twice, and
+    grokking and the decoder four times as many"""
     workers: int = 2
-    """processes, each on one CPU thread"""
+    """processes, each with one CPU thread"""
 
     def problems(self) -> list[str]:
         found = []
@@ -436,7 +449,7 @@ class AlgorithmicConfig:
 
 
 def batches(c: AlgorithmicConfig) -> list[Batch]:
-    """Everything, in order."""
+    """All batches of the study, in order."""
     few_seeds, decoders = max(1, c.seeds // 5), [h for h in FEW if h[0] != "manhattan"]
     found = [Batch("sweep", "addition", "mlp", *h, 0.8, c.steps // 2, 2) for h in HEADS]
     found += [Batch("sweep", "addition", "decoder", *h, 0.8, 2 * c.steps, 1) for h in decoders]
@@ -453,16 +466,21 @@ def batches(c: AlgorithmicConfig) -> list[Batch]:
 
 @torch.no_grad()
 def match_scale(head: HarmonicHead, h: torch.Tensor, exponent: float) -> None:
-    """Gives a softmax twin the scale whose slope is the exponent's at the median distance between
-    the states h (N, C) and the prototypes that its model starts with: the default is made for
-    layer-normalised states."""
+    """Sets the scale of a softmax twin so that both links have the same slope at the start.
+
+    The slopes are equal at the median distance between the states h (N, C) and the prototypes. The
+    default scale would assume layer-normalised states, which these models do not have.
+    """
     distances = distance(h, head.prototypes(), head.name, **head.geometry())
     head.set_strength(exponent / distances.median().item())
 
 
 def make(batch: Batch, multiple: float, seed: int) -> Solver:
-    """multiple: of the width, the exponent (a twin's scale matches it); where there is none, of the
-    model's std, init_std."""
+    """A new model. multiple: gives the exponent, as a factor of the width; see RATES.
+
+    A softmax twin gets the scale that matches this exponent. A control gets an init_std instead,
+    with the multiple as a factor of the model's std.
+    """
     task, kind = TASKS[batch.task], MODELS[batch.model]
     torch.manual_seed(seed)
     head: dict[str, Any] = {"name": batch.head, "init_std": kind.std}
@@ -485,7 +503,7 @@ def rows_of(
     evaluations: int = 50,
     keep: bool = False,
 ) -> tuple[list[dict], Curves]:
-    """Trains a run for each pair of a multiple and a seed -> its rows and its curves."""
+    """Trains one run for each pair of multiple and seed. Returns their rows and curves."""
     began = time.perf_counter()
     models = [make(batch, multiple, seed) for multiple, seed in zip(multiples, seeds, strict=True)]
     data = splits(TASKS[batch.task], batch.fraction, seeds)
@@ -515,7 +533,7 @@ def rows_of(
 
 
 def strengths(batch: Batch, multiple: float, model: Solver) -> dict:
-    """The columns of what a multiple stands for."""
+    """The columns that a multiple determines."""
     kind, control = MODELS[batch.model], batch.link == "control"
     return {
         "multiple": f"{multiple:.6g}",
@@ -526,7 +544,7 @@ def strengths(batch: Batch, multiple: float, model: Solver) -> dict:
 
 
 def sweep(batch: Batch) -> list[dict]:
-    """All settings of a head. Those of one learning rate are trained together."""
+    """Trains all settings of a head. Those with the same learning rate are trained together."""
     rows = []
 
     def costs(settings: list[Setting]) -> list[tuple[float, float]]:
@@ -545,14 +563,16 @@ def sweep(batch: Batch) -> list[dict]:
 
 
 def run(batch: Batch, chosen: tuple[float, float] | None, folder: str) -> list[dict]:
-    """A job: the sweep, or the seeds of the chosen (learning rate, multiple), whose curves are kept
-    in `folder`."""
+    """A job: a sweep, or all seeds of a head. The curves of the seeds are written to `folder`.
+
+    chosen: (learning rate, multiple) of the seeds.
+    """
     torch.set_num_threads(1)
     if batch.stage == "sweep":
         return sweep(batch)
     assert chosen is not None, "the sweep comes first"
     rate, multiple = chosen
-    # Not those of the sweep.
+    # The sweep used other seeds.
     seeds = [100 + i for i in range(batch.seeds)]
     multiples = [multiple] * batch.seeds
     rows, curves = rows_of(batch, rate, multiples, seeds, keep=batch.stage == "main")
@@ -569,18 +589,18 @@ def run(batch: Batch, chosen: tuple[float, float] | None, folder: str) -> list[d
 
 
 def curves_file(folder: str, key: Row) -> Path:
+    """Where a job writes its curves."""
     return Path(folder) / f"{run_name(key)}.pt"
 
 
 def cost(rows: list[dict]) -> tuple[float, float]:
-    """Of a setting's rows in a sweep: (less the mean test accuracy, the mean test loss), of which
-    the lowest is best."""
+    """The cost of a setting in a sweep: (minus the mean test accuracy, the mean test loss)."""
     accuracy = np.mean([float(r["test_accuracy"]) for r in rows])
     return -float(accuracy), float(np.mean([number(r["test_loss"]) for r in rows]))
 
 
 def swept(rows: list[Row]) -> dict[tuple, dict]:
-    """Of each sweep (model, head, link): its settings (multiple, learning rate) -> their costs."""
+    """The results of sweeps: (model, head, link) -> {(multiple, learning rate): cost}."""
     groups: dict[tuple, dict[Setting, list[Row]]] = {}
     for r in rows:
         if r["stage"] == "sweep":
@@ -594,7 +614,7 @@ def swept(rows: list[Row]) -> dict[tuple, dict]:
 
 
 def wanted(table: Table, c: AlgorithmicConfig) -> list[Job]:
-    """The jobs that can begin: a head waits for its model's sweep."""
+    """The jobs that can start. A head waits for its sweep with the same model."""
     sweeps = swept(table.rows)
     found = []
     for batch in batches(c):
@@ -608,7 +628,7 @@ def wanted(table: Table, c: AlgorithmicConfig) -> list[Job]:
 
 
 def choice(sweep: dict | None) -> tuple[float, float] | None:
-    """(learning rate, multiple) of the best setting of a sweep; None where it is not done."""
+    """The best (learning rate, multiple) of a sweep; None if it is not done."""
     if not sweep:
         return None
     multiple, rate = min(sweep, key=sweep.__getitem__)
@@ -616,7 +636,7 @@ def choice(sweep: dict | None) -> tuple[float, float] | None:
 
 
 def told(rows: list[dict]) -> str:
-    """What is printed of a job."""
+    """What is printed about a finished job."""
     good = sum(float(r["test_accuracy"]) >= 0.99 for r in rows)
     return f"{good} of {len(rows)} at 99 % of the test, {rows[0]['seconds']} s a run"
 

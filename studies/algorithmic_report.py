@@ -4,9 +4,9 @@ out/algorithmic.
     # prints Markdown; writes results/algorithmic*.png and .gif
     python -m studies.algorithmic_report
 
-A seed succeeds if it ever reaches 99 % of the test examples; those that do not are counted.
-Intervals of shares are Wilson's (95 %); medians of steps are over all seeds, failures last. A
-picture whose curves are missing is not drawn.
+A seed succeeds if it ever reaches 99 % of the test examples. Intervals of shares are Wilson's
+(95 %). Medians of steps are over all seeds, and the steps of a seed that fails are infinite. A
+picture is drawn only if its curves exist.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 
 from analysis import figures
 from analysis.geometry import principal
-from analysis.tables import Column, markdown
+from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
 from base.files import write_whole
@@ -38,7 +38,7 @@ from studies.algorithmic import (
     curves_file,
     swept,
 )
-from studies.intervals import wilson
+from studies.intervals import mean_and_half, wilson
 from studies.runner import Row, Table
 from studies.search import on_edge
 
@@ -69,14 +69,16 @@ class ReportConfig:
     table: str = "results/algorithmic.csv"
     """rows of studies.algorithmic"""
     runs: str = "out/algorithmic"
-    """its curves; what is missing there is left out of the pictures"""
+    """folder of its curves; missing ones are left out of the pictures"""
     out: str = "results/algorithmic"
-    """the pictures' names, before .png, _curves.png and .gif"""
+    """names of the pictures, without .png, _curves.png and .gif"""
 
 
 def median_step(rows: list[Row], key: str) -> float:
-    """The median over all seeds of the step at which a level was reached; infinite where half of
-    them never did."""
+    """The median, over all seeds, of the step at which a level was reached.
+
+    It is infinite if half of them never reached it.
+    """
     return float(np.median([float(r[key] or "inf") for r in rows]))
 
 
@@ -123,7 +125,7 @@ def main_table(rows: list[Row]) -> str:
 
 
 def gap_table(rows: list[Row]) -> str:
-    """Grokking: how long after the training set the test set is known."""
+    """Grokking: how many steps after the training examples the test examples are learnt."""
     runs = (
         ("grokking", "addition113", "MLP, p = 113, 30 %"),
         ("decoder", "addition", "decoder, p = 31, 80 %"),
@@ -171,13 +173,50 @@ def fraction_table(rows: list[Row]) -> str:
     return markdown(lines, [Column("head"), *shares])
 
 
+def fraction_twins(rows: list[Row]) -> str:
+    """Test accuracy less the softmax twin's, against the share of examples trained on."""
+    runs = [r for r in rows if r["stage"] == "fraction"]
+    shares = {f: f"{100 * float(f):.0f} %" for f in sorted({r["fraction"] for r in runs})}
+    return _less_twins(runs, "test_accuracy", "fraction", shares)
+
+
+def task_twins(rows: list[Row]) -> str:
+    """The share of the top 2 components less the softmax twin's, of each task."""
+    runs = [r for r in rows if r["stage"] == "main"]
+    return _less_twins(runs, "top2", "task", {r["task"]: r["task"] for r in runs})
+
+
+def _less_twins(runs: list[Row], measure: str, place: str, titles: dict[str, str]) -> str:
+    """Differences of a measure, paired by seed: a line for each of FEW that has a twin, a column
+    for each value of `place`."""
+    values = {}
+    for r in runs:
+        values[r["head"], r["link"], r[place], r["seed"]] = float(r[measure])
+    seeds = dict.fromkeys(r["seed"] for r in runs)
+    lines = []
+    for head in dict.fromkeys(name for name, link in FEW if link == "softmax"):
+        line = {"head": head}
+        for where in titles:
+            differences = []
+            for seed in seeds:
+                mine = values.get((head, "harmonic", where, seed))
+                twin = values.get((head, "softmax", where, seed))
+                if mine is not None and twin is not None:
+                    differences.append(mine - twin)
+            if differences:
+                line[where] = interval(*mean_and_half(differences), "+.2f")
+        lines.append(line)
+    columns = [Column(where, title) for where, title in titles.items()]
+    return markdown(lines, [Column("head"), *columns])
+
+
 # ---- pictures ----------------------------------------------------------------------------------
 
 
 def curves(
     folder: str, rows: list[Row], stage: str, task: str, head: str, link: str
 ) -> dict | None:
-    """What a batch kept, or None."""
+    """The stored curves of a batch, or None."""
     mine = select(rows, stage, task, head, link)
     if not mine:
         return None
@@ -186,7 +225,7 @@ def curves(
 
 
 def plane(axes: Axes, x: np.ndarray, names: Callable[[int], str], label: str) -> None:
-    """Points (M, 2) in colours of their order, all of them named."""
+    """Draws named points (M, 2). Their colours follow their order."""
     axes.scatter(x[:, 0], x[:, 1], c=range(len(x)), cmap="hsv" if len(x) == 31 else "viridis", s=14)
     small: dict[str, Any] = dict(
         fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points"
@@ -200,19 +239,22 @@ def plane(axes: Axes, x: np.ndarray, names: Callable[[int], str], label: str) ->
 
 
 def corner(i: int) -> str:
-    """The name of a point of the lattice."""
+    """The name of a lattice point."""
     return f"{i % 5},{i // 5}"
 
 
 def projected(table: torch.Tensor, onto: torch.Tensor | None = None) -> np.ndarray:
-    """Rows (V, C) on the top 2 principal components of `onto`, or of themselves: (V, 2)."""
+    """Projects rows (V, C) on the top 2 principal components of `onto`, or their own: (V, 2)."""
     onto = table if onto is None else onto
     _, _, directions = principal(onto)
     return ((table.double() - onto.double().mean(0)) @ directions[:, :2]).numpy()
 
 
 def draw_embeddings(c: ReportConfig, rows: list[Row], path: Path) -> None:
-    """Rows: tasks; columns: heads. Of each head the seed whose share of the top 2 is the median."""
+    """Draws embeddings: tasks as rows, heads as columns.
+
+    It shows the seed with the median share of variance in the top 2 components.
+    """
     tasks: dict[str, Callable[[int], str]] = {"addition": str, "lattice": corner}
     figure = figures.figure(1.75 * len(tasks), 1.6 * len(SHOWN))
     panels = figure.subplots(len(tasks), len(SHOWN), squeeze=False)
@@ -230,7 +272,7 @@ def draw_embeddings(c: ReportConfig, rows: list[Row], path: Path) -> None:
 
 
 def draw_curves(c: ReportConfig, rows: list[Row], path: Path) -> None:
-    """Grokking of the MLP and of the decoder; accuracy against the share trained on."""
+    """Draws grokking of MLP and decoder, and the accuracy for each share of training examples."""
     figure = figures.figure(4, 12)
     first, second, third = panels = figure.subplots(1, 3, sharey=True)
     for key, color in COLORS.items():
@@ -263,8 +305,7 @@ def draw_curves(c: ReportConfig, rows: list[Row], path: Path) -> None:
 
 
 def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
-    """The embedding of addition modulo 31 over training, on the principal components that it ends
-    with."""
+    """Animates the embedding of addition modulo 31, on its final principal components."""
     shown = {}
     for key in MOVING:
         kept = curves(c.runs, rows, "main", "addition", *key)

@@ -1,11 +1,11 @@
-"""The share of the logits' gradient that reaches the hidden state, along training, by head.
+"""How much of the gradient of the logits reaches the hidden state during training, for each head.
 
     make demo  # prepares data/wiki
-    python -m studies.bottleneck  # resumes; results/bottleneck.csv
+    python -m studies.bottleneck  # writes results/bottleneck.csv; call it again to resume
 
-Each head trains the demo's model in stages: to iteration 20, from there to 60, and so on. The
-schedule does not depend on the stages, so this is one run that is looked at five times. What a
-share is: analysis/bottleneck.py.
+Each head trains the demo's model to iteration 20, from there to 60, and so on. The schedule does
+not depend on these stages, so this is one run that is measured five times. analysis/bottleneck.py
+defines the share.
 """
 
 import subprocess
@@ -46,13 +46,13 @@ class BottleneckStudyConfig(TrainingConfig):
     config: str = "configs/demo.yaml"
     """model, data and budget of every run"""
     out: str = "results/bottleneck.csv"
-    """the table; heads that it has are not repeated"""
+    """the table; its heads are not trained again"""
     runs: str = "out/bottleneck"
-    """where the runs' folders go"""
+    """folder of the runs"""
 
 
 def stages(c: BottleneckStudyConfig, head: str, link: str) -> list[dict]:
-    """Trains a head stage by stage -> a row for each. UserError when training fails."""
+    """Trains a head stage by stage. Returns a row for each stage. UserError if training fails."""
     torch.set_num_threads(1)
     folder, rows = Path(c.runs) / f"{head}-{link}", []
     flags = dict(head=head, link=link, emissions=False, eval_interval=max(STAGES))

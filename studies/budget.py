@@ -218,6 +218,7 @@ def measure(run: Path, key: dict) -> dict:
     model, *_ = checkpoint.load_run(run)
     prototypes, steady = model.head.prototypes(), stability(metrics, 1.0)
     shape, folder = spectrum(prototypes), data_folder(key["dataset"])
+    seen = examine(model, load_data(folder), "val")
     speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     row = {
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
@@ -225,7 +226,7 @@ def measure(run: Path, key: dict) -> dict:
         "bits_per_byte": f"{losses[-1]['bits_per_byte']:.6f}",
         # Equally far apart, from before the first iteration.
         "val_losses": " ".join(f"{m['val_loss']:.4f}" for m in losses),
-        "ece": f"{calibration_error(examine(model, load_data(folder), 'val')):.5f}",
+        "ece": f"{calibration_error(seen['confidence'], seen['correct']):.5f}",
         "grad_norm_mean": f"{steady['mean']:.4g}",
         "grad_norm_cv": f"{steady['cv']:.4g}",
         "grad_spikes": f"{steady['spike_rate']:.4g}",

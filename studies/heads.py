@@ -1,30 +1,31 @@
-"""The study of heads: every distance with both links, and cross-entropy. All have the same model,
-the same tokens in the same order, and as many settings.
+"""The study of heads: every distance with both links, and cross-entropy.
+
+All heads have the same model, the same tokens in the same order, and equally many settings.
 
     python prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
     python prepare_openwebtext.py --source=imdb --tokenizer=bpe:4096 --out_dir=data/imdb_bpe
     # results/heads.csv gets a row for each run; call it again to resume
     python -m studies.heads
-    python -m studies.heads --config=configs/study_gpt2_124m.yaml --out=results/heads_gpt2.csv
-    --workers=1 --nproc_per_node=8
+    python -m studies.heads --config=configs/study_gpt2_124m.yaml --out=results/heads_gpt2.csv \\
+        --workers=1 --nproc_per_node=8
 
-Stage 1 sweeps learning rate and exponent of each family and link. A grid of 12 settings comes
-    first. While the winner lies on the edge of what was tried, the next setting beyond it follows
-    (at most EDGES). Then come ROUNDS of settings around the winner: other scales of the prototypes
-    at the start, and half steps of the exponent. cross_entropy and cosine_linear have no exponent
-    and sweep the scale of their prototypes in its place. A further variant of a family takes 4
-    settings around its family's winner.
-Stage 2 trains the winners for longer, with SEEDS seeds (variants: one). These are not stage 1's
-    seed. The losses of stages 2 to 4 are those of the test split, which decides nothing.
-Stage 3 takes the four best harmonic heads of stage 2, their softmax twins and cross_entropy
-    elsewhere: BERT, Qwen, and GPT on IMDB.
-Stage 4 changes one thing at a time (ABLATIONS) for the best head of each link and for
-    cross_entropy. It doubles the exponent of the four best heads of each link, with every seed.
-Stage 5 measures what a token costs: COST_ITERS iterations of stage 2's heads, one after another
-    with all threads. Nothing else may run on the machine.
+Stage 1 sweeps the learning rate and the exponent of each family and link, with one seed. It begins
+    with a grid of 12 settings. While the winner is on the edge of the grid, the next setting beyond
+    the edge follows (at most EDGES). Then come ROUNDS of settings around the winner: other initial
+    scales of the prototypes, and half steps of the exponent. cross_entropy and cosine_linear have
+    no exponent, and sweep the scale of their prototypes instead. Each further variant of a family
+    gets 4 settings around the winner of its family.
+Stage 2 trains the winners for longer with new seeds (SEEDS), and variants with one of them.
+Stage 3 trains the four best harmonic heads of stage 2, their softmax twins and cross_entropy with
+    other models and data: BERT, Qwen, and GPT on IMDB.
+Stage 4 changes one thing at a time (ABLATIONS), for the best head of each link and for
+    cross_entropy. For the four best heads of each link it doubles the exponent, with every seed.
+Stage 5 measures the cost of a token. The heads of stage 2 train for COST_ITERS iterations, one
+    after another, with all threads. Nothing else may run on the machine.
 
-The softmax twin sweeps the scales that have the same slope as the exponents at the start
-(`harmonic.default_scale`). euclidean_squared is swept under softmax alone (PENALTY).
+The losses of stages 2 to 4 are those of the test split, which is used for no decision. A softmax
+twin sweeps the scales that match the exponents at the start (`harmonic.default_scale`).
+euclidean_squared has only the softmax link (PENALTY).
 """
 
 import functools
@@ -63,7 +64,7 @@ FAMILIES = (
     "bray_curtis",
 )
 CONTROLS = ("cross_entropy", "cosine_linear")
-# A further variant: its head, its flags, its family.
+# Further variants: name -> (head, flags, family).
 VARIANTS = {
     "minkowski p=3": ("minkowski", {"head_p": 3.0}, "minkowski"),
     "mahalanobis_diagonal": ("mahalanobis_diagonal", {}, "mahalanobis"),
@@ -72,38 +73,38 @@ VARIANTS = {
     "hamming_hard": ("hamming_hard", {}, "hamming_soft"),
     "chebyshev_smooth": ("chebyshev_smooth", {}, "chebyshev"),
     "canberra_robust": ("canberra_robust", {}, "canberra"),
-    # With q = 1, which is bray_curtis_abs. No other q has a CPU kernel.
+    # With q = 1 it equals bray_curtis_abs. No other q has a CPU kernel.
     "canberra_weighted": ("canberra_weighted", {}, "canberra"),
     "bray_curtis_abs": ("bray_curtis_abs", {}, "bray_curtis"),
     "bray_curtis_normalized": ("bray_curtis_normalized", {}, "bray_curtis"),
 }
 FIRST = {(head, "") for head in (*CONTROLS, *FAMILIES, "euclidean_squared")}
 LINKS = ("harmonic", "softmax")
-# Squared distance under softmax is cross-entropy with a temperature and a norm penalty. Its
-# harmonic link is euclidean's at twice the n.
+# The softmax of a squared distance is cross-entropy with a temperature and a norm penalty. The
+# harmonic link of euclidean_squared is not needed: it is euclidean's with twice the n.
 PENALTY = ("euclidean_squared", "softmax")
 
-# Learning rates, times the config's: half a decade apart.
+# Factors of the config's learning rate, half a decade apart.
 RATES = (1 / 3, 1, 10 / 3)
-# Exponents, times n_embd.
+# The exponents, as factors of n_embd.
 MULTIPLES = (1 / 16, 1 / 4, 1, 4)
-# Scales of the prototypes at the start, for a head without an exponent; of the others in the grid.
+# Initial scales of the prototypes: for heads without an exponent, and for the others in the grid.
 STDS, STD = (0.01, 0.02, 0.05, 0.1), 0.02
-# Beyond an edge, and around a family's winner.
+# Steps beyond an edge, and around a winner.
 RATE_STEP, EXPONENT_STEP, STD_STEP = 10**0.5, 4, 2.0
 EDGES = 4
 
 
 @dataclass(frozen=True)
 class Move:
-    """From a winner to a setting around it: factors, and another scale of the prototypes."""
+    """A step from a winner to another setting: factors, and perhaps another init_std."""
 
     rate: float = 1.0
     second: float = 1.0
     std: float | None = None
 
 
-# Each round begins at the winner of everything before it.
+# Each round starts at the winner of all settings before it.
 ROUNDS = (
     [Move(std=0.005), Move(std=0.1)],
     [Move(second=EXPONENT_STEP**0.5), Move(second=1 / EXPONENT_STEP**0.5)],
@@ -116,9 +117,9 @@ CONTROL_ROUNDS = (
 )
 VARIANT_MOVES = [Move(rate, n) for rate in (1.0, RATE_STEP**-1) for n in (1.0, 0.5)]
 
-# Stage 1's seed, and those of the other stages.
+# The seed of stage 1, and those of the other stages.
 FIRST_SEED, SEEDS = 1337, (1338, 1339, 1340)
-# Of the test split, spread evenly.
+# The number of windows of the test split, spread evenly.
 TEST_WINDOWS = 640
 COST_ITERS = 50
 CHAMPIONS = 4
@@ -127,17 +128,17 @@ ELSEWHERE = ({"arch": "bert"}, {"arch": "qwen"}, {"dataset": "imdb_bpe"})
 
 @dataclass(frozen=True)
 class Ablation:
-    """One thing changed: flags, or a column of the winner's setting, times a factor."""
+    """One change: flags, or a factor for a column of the winner's setting."""
 
     flags: dict = field(default_factory=dict)
     column: str | None = None
     factor: float = 1.0
 
 
-# Stage 1's runs are short, so this is asked of all champions of stage 2.
+# Runs of stage 1 are short, so the exponent is tested again for all champions of stage 2.
 LONGER = "exponent x 2"
 ABLATIONS = {
-    # The norm that training clips at, 1, means something else to each head.
+    # Training clips gradients at a norm of 1, which affects each head differently.
     "no clipping": Ablation({"grad_clip": 0.0}),
     LONGER: Ablation(column="exponent", factor=2.0),
     "untied": Ablation({"tie_weights": False}),
@@ -167,20 +168,20 @@ class StudyConfig(TrainingConfig):
     """The study of heads"""
 
     out: str = "results/heads.csv"
-    """the table; runs that it has are not repeated"""
+    """the table; its runs are not repeated"""
     stages: str = "12345"
     """which stages to run"""
     long_iters: int = 600
     """iterations of stages 2 to 4"""
     only: str | None = None
-    """one head alone, such as cosine"""
+    """only this head, such as cosine"""
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.long_iters < 1 or self.long_iters % 10:
             found.append(
-                f"long_iters={self.long_iters} must be a multiple of 10: that many evaluations are"
-                " spread over a run"
+                f"long_iters={self.long_iters} must be a multiple of 10: a run is evaluated 10"
+                " times"
             )
         if not self.stages or set(self.stages) - set("12345"):
             found.append(f"stages={self.stages} is not made of 1, 2, 3, 4 and 5")
@@ -195,22 +196,24 @@ class StudyConfig(TrainingConfig):
 
 
 def loss(row: Row) -> float:
-    """A row's validation loss; what diverged is last."""
+    """The validation loss of a row. It is infinite if the run diverged."""
     return number(row["val_loss"])
 
 
 @dataclass
 class Sweep:
-    """Stage 1 of one head and link: which settings are wanted, given the results of earlier
-    ones. A setting is a dict of KEY, with the texts of the table."""
+    """Stage 1 of a head and link: the settings to run, given the results so far.
+
+    A setting is a dict with the columns of KEY, as texts.
+    """
 
     table: Table
     head: str
     link: str
     base: dict
-    """the study's config"""
+    """the config of the study"""
     flags: dict = field(default_factory=dict)
-    """a variant's"""
+    """the flags of a variant"""
     around: Row | None = None
     """the winner of a variant's family"""
 
@@ -220,11 +223,11 @@ class Sweep:
 
     @property
     def second(self) -> str:
-        """The column that is swept beside the learning rate."""
+        """The second column that is swept. The first is the learning rate."""
         return "init_std" if self.is_control else "exponent"
 
     def make(self, rate: float, second: float, std: float = STD) -> Row:
-        """second: the exponent, or a control's init_std."""
+        """A setting. second: the exponent, or the init_std of a control."""
         setting = {
             "stage": 1,
             "dataset": self.base["dataset"],
@@ -242,20 +245,22 @@ class Sweep:
         return {name: _text(setting.get(name)) for name in KEY}
 
     def moved(self, row: Row, move: Move) -> Row:
+        """The setting of a row after a move."""
         rate, second = self.place(row)
         std = float(row["init_std"]) if move.std is None else move.std
         return self.make(rate * move.rate, second * move.second, std)
 
     def place(self, row: Row) -> tuple[float, float]:
-        """-> learning rate, and exponent or init_std."""
+        """The learning rate of a row, and its exponent or init_std."""
         return float(row["learning_rate"]), float(row[self.second])
 
     def top(self, wanted: list[Row]) -> Row | None:
-        """The best of them, once all are done."""
+        """The best row of these settings; None if some have not run."""
         found = [row for setting in wanted if (row := self.table.find(setting))]
         return min(found, key=loss) if len(found) == len(wanted) else None
 
     def grid(self) -> list[Row]:
+        """The first 12 settings."""
         rates = [rate * float(self.base["learning_rate"]) for rate in RATES]
         seconds = [multiple * self.base["n_embd"] for multiple in MULTIPLES]
         if self.is_control:
@@ -263,7 +268,7 @@ class Sweep:
         return [self.make(rate, second) for rate, second in itertools.product(rates, seconds)]
 
     def next_beyond(self, top: Row, wanted: list[Row]) -> Row | None:
-        """The setting beyond the edge on which the winner lies; None where it lies inside."""
+        """The next setting beyond the edge, if the winner is on it; else None."""
         rate, second = self.place(top)
         tried = [self.place(row)[::-1] for key in wanted if (row := self.table.find(key))]
         step = STD_STEP if self.is_control else EXPONENT_STEP
@@ -271,7 +276,7 @@ class Sweep:
         return self.make(further[1], further[0]) if further else None
 
     def settings(self) -> list[Row]:
-        """All settings that are known to be wanted by now, done or not."""
+        """All settings known so far, done or not."""
         if self.around:
             return [self.moved(self.around, move) for move in VARIANT_MOVES]
         wanted = self.grid()
@@ -291,19 +296,19 @@ class Sweep:
         return wanted
 
     def winner(self) -> Row | None:
-        """The best row, once all are done."""
+        """The best row; None if some settings have not run."""
         return self.top(self.settings())
 
 
 def _text(value: object) -> str:
-    """A value as the table has it."""
+    """A value as a text of the table."""
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def sweeps(table: Table, base: dict) -> list[Sweep]:
-    """All of stage 1 that can begin: variants wait for their family's winner."""
+    """All sweeps of stage 1 that can start. Variants wait for the winner of their family."""
     families = {}
     for head, link in itertools.product(FAMILIES, LINKS):
         families[head, link] = Sweep(table, head, link, base)
@@ -316,13 +321,13 @@ def sweeps(table: Table, base: dict) -> list[Sweep]:
 
 
 class Plan:
-    """The settings of all stages, given the rows that are there."""
+    """The settings of all stages, given the rows of the table."""
 
     def __init__(self, table: Table, c: StudyConfig, base: dict):
-        """base: the study's config."""
+        """base: the config of the study."""
         self.table, self.c = table, c
         self.sweeps = [s for s in sweeps(table, base) if c.only in (None, s.head)]
-        # (head, its options if any, link) -> the sweep and its winner.
+        # (head, options if any, link) -> (sweep, winner).
         self.winners: dict[tuple, tuple[Sweep, Row]] = {}
         for s in self.sweeps:
             winner = s.winner()
@@ -330,9 +335,11 @@ class Plan:
                 self.winners[s.head, *s.flags.values(), s.link] = s, winner
 
     def settings(self) -> list[Row]:
-        """Every setting that is known to be wanted by now, done or not, in order: stages 1 and 2 of
-        the families, then of further variants, stages 3 and 4, the variants' softmax twins, and
-        stage 5."""
+        """All settings known so far, done or not, in order.
+
+        First come stages 1 and 2 of the families, then of further variants, then stages 3 and 4,
+        then the softmax twins of variants, and last stage 5.
+        """
         stages = {
             "1": self.stage_one,
             "2": self.stage_two,
@@ -375,7 +382,7 @@ class Plan:
         for name, ablation in ABLATIONS.items():
             rows = [*best, *best_twins] if name == LONGER else [best[0], best_twins[0]]
             if "exponent" not in name:
-                # cross_entropy has none.
+                # cross_entropy has no exponent.
                 rows.append(self.winners["cross_entropy", "control"][1])
             for row in rows:
                 changed: dict[str, object] = {}
@@ -392,8 +399,10 @@ class Plan:
 
     @functools.cached_property
     def champions(self) -> dict[str, list[Row]] | None:
-        """Link -> the best winners of stage 1 by their mean loss in stage 2. None as long as a run
-        of theirs, or cross_entropy's winner, is missing."""
+        """Link -> the CHAMPIONS best heads by their mean loss in stage 2.
+
+        None while one of these runs, or the winner of cross_entropy, is missing.
+        """
         families = list(itertools.product(FAMILIES, LINKS))
         if not self.winners.keys() >= {("cross_entropy", "control"), *families}:
             return None
@@ -413,12 +422,13 @@ class Plan:
         return found
 
     def again(self, row: Row, **changes: object) -> Row:
-        """The setting of a row for a long run, changed."""
+        """The setting of a row for a long run, with changes."""
         changes = {"seed": SEEDS[0], "iters": self.c.long_iters} | changes
         return {name: str(changes.get(name, row[name])) for name in KEY}
 
 
 def _turn(setting: Row) -> tuple:
+    """The place of a setting in the order of `Plan.settings`."""
     variant = (setting["head"], setting["p"]) not in FIRST
     late = variant and setting["link"] == "softmax"
     return setting["stage"] == "5", late, max(setting["stage"], "2"), variant
@@ -428,7 +438,7 @@ def _turn(setting: Row) -> tuple:
 
 
 def training(s: Row) -> Training:
-    """The run of a setting."""
+    """The run of train.py for a setting."""
     rate = s["learning_rate"]
     flags = {
         "dataset": s["dataset"],
@@ -457,7 +467,7 @@ def training(s: Row) -> Training:
 
 @torch.no_grad()
 def test_loss(model: Model, folder: Path) -> float:
-    """Nats a token on TEST_WINDOWS windows of the data's test split; NaN where it has none."""
+    """The loss in nats per token on TEST_WINDOWS windows of the test split; NaN without one."""
     data, m = load_data(folder), model.config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if "test" not in data.splits:
@@ -472,9 +482,9 @@ def test_loss(model: Model, folder: Path) -> float:
 
 @torch.no_grad()
 def measure(c: StudyConfig, run: Path, s: Row) -> dict:
-    """The columns of a run that has ended, but for those of its setting."""
+    """The result columns of a finished run."""
     if c.workers > 1:
-        # The test loss is computed beside another run.
+        # Another run uses the other threads.
         torch.set_num_threads(1)
     metrics = read_metrics(run)
     losses = [m for m in metrics if "val_loss" in m]
@@ -485,7 +495,7 @@ def measure(c: StudyConfig, run: Path, s: Row) -> dict:
     row = {
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
         "bits_per_byte": f"{losses[-1].get('bits_per_byte', math.nan):.6f}",
-        # Equally far apart, from before the first iteration.
+        # At equal intervals, starting before the first iteration.
         "val_losses": " ".join(f"{m['val_loss']:.4f}" for m in losses),
         "grad_norm_mean": f"{steady['mean']:.4g}",
         "grad_norm_cv": f"{steady['cv']:.4g}",
@@ -504,7 +514,10 @@ def measure(c: StudyConfig, run: Path, s: Row) -> dict:
 
 
 def costs(run: Path, metrics: list[dict], beside: int) -> dict:
-    """Speed and energy. CodeCarbon charges each of the runs side by side for the whole machine."""
+    """Speed and energy of a run. beside: how many runs ran in parallel.
+
+    CodeCarbon measures the whole machine for each parallel run, so energy is divided by `beside`.
+    """
     speed = statistics.median(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     row = {"tokens_per_s": f"{speed:.5g}"}
     used = energy(run)
@@ -521,7 +534,7 @@ def main() -> None:
     needed = ("n_embd", "learning_rate", "max_iters", "dataset", "arch")
     check([f"{c.config} has no {key}" for key in needed if key not in base])
     if "3" in c.stages:
-        # What is missing is told now, not after hours.
+        # Missing data is reported now, not after hours.
         for place in ELSEWHERE:
             if "dataset" in place:
                 load_data(data_folder(place["dataset"]))

@@ -1,21 +1,21 @@
-"""The tables and pictures of the study of heads, from results/heads.csv, as far as it has got.
+"""Tables and pictures of the study of heads, from the rows in results/heads.csv so far.
 
-    # prints Markdown; writes results/study.png and results/study_curves.png
+    # prints Markdown; writes results/study.png, study_curves.png and study_lowest.png
     python -m studies.heads_report
-    # two heads alone, paired by seed
+    # only two heads, paired by seed
     python -m studies.heads_report --compare=cosine/harmonic/4,euclidean/harmonic
 
-Stage 1: the best setting of each head and link so far, and the difference to its softmax twin: the
-    same geometry without HarMax.
+Stage 1: the best setting of each head and link so far, and the difference to its softmax twin, the
+    same distance without HarMax.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to
-    the twin, paired by seed. "energy to that loss" is what a head spends until it reaches
-    cross_entropy's final loss, as a share of what cross_entropy spends. Stage 5 has measured the
-    energy of a token.
-Stages 3 and 4: mostly one seed. Differences are to cross_entropy and to the twin in the same place,
-    and to the same head without the change.
+    the twin, paired by seed. "energy to that loss" is the energy that a head needs to reach the
+    final loss of cross_entropy, divided by the energy of cross_entropy. It uses the energy per
+    token that stage 5 measured.
+Stages 3 and 4: mostly one seed. Differences are to cross_entropy and to the twin with the same
+    model and data, and in stage 4 also to the same head without the change.
 
-The losses of stages 2 to 4 are those of the test split, which has decided nothing. A corpus without
-one has the validation loss.
+The losses of stages 2 to 4 are those of the test split, which is used for no decision. A corpus
+without a test split has the validation loss.
 """
 
 import itertools
@@ -50,10 +50,25 @@ from studies.search import Setting, number, on_edge
 from training.objective import objective_of
 
 BASELINE = ("cross_entropy", "control")
+# Heads that the page of results compares beside those of the tables, as --compare takes them.
+PAIRS = (
+    "mahalanobis/softmax,cosine/softmax",
+    "mahalanobis/harmonic,euclidean/harmonic",
+    "euclidean/harmonic,euclidean/softmax",
+    "euclidean/harmonic,cross_entropy/control",
+    "euclidean/harmonic/4,euclidean/softmax/4",
+    "cosine/harmonic,cosine/softmax",
+    "cosine/harmonic,cross_entropy/control",
+    "cosine/harmonic,euclidean/harmonic",
+    "cosine/harmonic/4,cosine/softmax",
+    "cosine/harmonic/4,cross_entropy/control",
+    "cosine/harmonic/4,euclidean/harmonic",
+    "cosine/harmonic/4,euclidean/harmonic/4",
+)
 COLORS = {"harmonic": figures.BLUE, "softmax": figures.ORANGE, "control": figures.GREY}
-# A head with its options, and its link.
+# The name of a head with its options, and its link.
 Key = tuple[str, str]
-# A mean and the half width of its interval.
+# A mean, and half the width of its interval.
 Pair = tuple[float, float]
 
 HEAD = [Column("name", "head"), Column("link")]
@@ -80,33 +95,34 @@ class ReportConfig:
     """The study's tables"""
 
     table: str = "results/heads.csv"
-    """the study's rows"""
+    """rows of studies.heads"""
     out: str = "results/study.png"
-    """the picture; the curves of stage 2 go beside it"""
+    """the picture; the curves of stage 2 are written beside it"""
     compare: str | None = None
-    """two heads, head/link or head/link/4 for stage 4's doubled exponent: their differences paired
-    by seed, and nothing else"""
+    """print only the differences of two heads, paired by seed; a head is head/link, or head/link/4
+    with the doubled exponent of stage 4"""
 
 
 # ---- rows --------------------------------------------------------------------------------------
 
 
 def name(row: Row) -> str:
+    """The name of a row's head with its options."""
     return row["head"] + "".join(f" {k}={row[k]}" for k in "pq" if row[k])
 
 
 def strength(row: Row) -> str:
-    """The exponent of a harmonic head, the scale of its twin."""
+    """The exponent of a harmonic head, or the scale of a softmax twin."""
     return {"harmonic": row["exponent"], "softmax": row["scale"]}.get(row["link"], "")
 
 
 def final(row: Row) -> float:
-    """A long run's loss: of the test split, if its corpus has one."""
+    """The loss of a long run, on the test split if its corpus has one."""
     return number(row["test_loss"]) if row["test_loss"] not in ("", "nan") else loss(row)
 
 
 def groups(rows: list[Row], stage: str) -> dict[Key, list[Row]]:
-    """The rows of a stage."""
+    """The rows of a stage by head and link."""
     found: dict[Key, list[Row]] = {}
     for row in rows:
         if row["stage"] == stage:
@@ -115,12 +131,15 @@ def groups(rows: list[Row], stage: str) -> dict[Key, list[Row]]:
 
 
 def by_seed(rows: list[Row]) -> dict[Key, dict[str, Row]]:
-    """Of stage 2: seed -> row."""
+    """The rows of stage 2: head and link -> seed -> row."""
     return {key: {r["seed"]: r for r in group} for key, group in groups(rows, "2").items()}
 
 
 def paired(runs: dict[str, Row], others: dict[str, Row]) -> Pair | None:
-    """Of the losses' differences; both: seed -> row. None without a seed in common."""
+    """The mean difference of losses, paired by seed. None without a common seed.
+
+    runs, others: seed -> row.
+    """
     differences = [final(r) - final(others[seed]) for seed, r in runs.items() if seed in others]
     return mean_and_half(differences) if differences else None
 
@@ -130,8 +149,10 @@ def shown(pair: Pair | None, form: str = "+.3f") -> str:
 
 
 def reached(row: Row, level: float) -> float:
-    """The iteration at which a run's validation loss is at `level`, between its evaluations by a
-    straight line; infinite if it never is."""
+    """The iteration at which a run's validation loss reaches `level`; infinite if it never does.
+
+    Between two evaluations it is interpolated linearly.
+    """
     values = [float(v) for v in row["val_losses"].split()]
     for i, (before, after) in enumerate(itertools.pairwise(values)):
         if before > level >= after:
@@ -140,8 +161,10 @@ def reached(row: Row, level: float) -> float:
 
 
 def best_settings(rows: list[Row]) -> list[dict]:
-    """Stage 1: the winner of each head and link, lowest loss first, with its difference to the twin
-    where both are there."""
+    """Stage 1: the winner of each head and link, the lowest loss first.
+
+    `harmax` is the difference to the softmax twin, or None.
+    """
     every = groups(rows, "1")
     winners = {key: min(group, key=loss) for key, group in every.items()}
     found = []
@@ -161,7 +184,7 @@ def best_settings(rows: list[Row]) -> list[dict]:
 
 
 def long_runs(rows: list[Row]) -> list[dict]:
-    """Stage 2: each head and link over its seeds, lowest loss first."""
+    """Stage 2: means of each head and link over its seeds, the lowest loss first."""
     every = by_seed(rows)
     for key, group in groups(rows, "2").items():
         if len(group) > len(every[key]):
@@ -197,9 +220,11 @@ def long_runs(rows: list[Row]) -> list[dict]:
 def _costs(
     runs: dict[str, Row], baseline: dict[str, Row], tokens: Row | None, base: Row | None
 ) -> dict:
-    """When a head's runs reach cross_entropy's losses, and what that costs.
+    """When the runs of a head reach the losses of cross_entropy, and what that costs.
 
-    Args: runs and baseline: seed -> row. tokens: the head's row of stage 5; base: cross_entropy's.
+    Args:
+        runs, baseline: seed -> row, of the head and of cross_entropy.
+        tokens, base: the rows of stage 5, of the head and of cross_entropy.
     """
     times = [reached(r, loss(baseline[seed])) for seed, r in runs.items() if seed in baseline]
     row: dict[str, Any] = {
@@ -220,6 +245,7 @@ def _costs(
 
 
 def stage_one(rows: list[Row]) -> str:
+    """The best setting of each head and link."""
     columns: Columns = [
         *HEAD,
         *SETTING,
@@ -231,8 +257,7 @@ def stage_one(rows: list[Row]) -> str:
 
 
 def edges(rows: list[Row]) -> str:
-    """How many of the sweeps, variants' aside, end with a winner on the edge of the learning rates
-    and exponents (or scales) tried."""
+    """How many winners are on the edge of the tried settings. Sweeps of variants do not count."""
     found = []
     for (_, link), group in groups(rows, "1").items():
         if len(group) >= len(RATES) * len(MULTIPLES):
@@ -246,7 +271,7 @@ def edges(rows: list[Row]) -> str:
 
 
 def stage_two(rows: list[Row]) -> str:
-    """Losses."""
+    """The losses of the long runs, and their differences."""
     columns: Columns = [
         *HEAD,
         *SETTING,
@@ -275,7 +300,7 @@ def stage_two(rows: list[Row]) -> str:
 
 
 def stage_two_training(rows: list[Row]) -> str:
-    """Gradients, prototypes and costs."""
+    """Gradients, prototypes and costs of the long runs."""
     columns: Columns = [
         *HEAD,
         *TRAINING,
@@ -288,8 +313,10 @@ def stage_two_training(rows: list[Row]) -> str:
 
 
 def p_values(rows: list[Row]) -> str:
-    """Stage 2, heads with several seeds: paired t-tests of the losses, corrected among those of one
-    kind."""
+    """Paired t-tests of the losses in stage 2, for heads with several seeds.
+
+    p-values are corrected (Holm) within each of the three kinds of comparison.
+    """
     every = {key: runs for key, runs in by_seed(rows).items() if len(runs) > 1}
     twins = {(head, link): (head, "softmax") for head, link in every if link == "harmonic"}
     kinds = {
@@ -319,8 +346,47 @@ def p_values(rows: list[Row]) -> str:
     return markdown(lines, columns)
 
 
+def pairs(rows: list[Row]) -> str:
+    """PAIRS: differences of the losses, of the gradient norm's variation and of the prototypes'
+    shape."""
+    measures = {"grad_norm_cv": "+.3f", "pca_components_90": "+.1f", "pca_top2": "+.3f"}
+    lines = []
+    for text in PAIRS:
+        a, b = _chosen(rows, text)
+        heads = [words.replace("/", ", ").replace(", 4", ", doubled") for words in text.split(",")]
+        line = {"a": heads[0].removesuffix(", control"), "b": heads[1].removesuffix(", control")}
+        line |= {"seeds": str(len(set(a) & set(b))), "loss": shown(paired(a, b))}
+        for measure, form in measures.items():
+            line[measure] = _difference(a, b, measure, form)
+        lines.append(line)
+    columns: Columns = [
+        Column("a", "head"),
+        Column("b", "less"),
+        "seeds",
+        Column("loss", "test loss"),
+        Column("grad_norm_cv", "CV of the gradient norm"),
+        Column("pca_components_90", "PCs for 90 %"),
+        Column("pca_top2", "top 2 PCs"),
+    ]
+    return markdown(lines, columns)
+
+
 def compared(rows: list[Row], text: str) -> str:
-    """Differences of two heads' losses and other measures, paired by seed."""
+    """The differences of two heads in loss and other measures, paired by seed.
+
+    text: the value of --compare.
+    Raises: UserError if it does not name two heads with a common seed.
+    """
+    a, b = _chosen(rows, text)
+    lines = [{"measure": "loss", "difference": shown(paired(a, b), "+.4f")}]
+    for column in TRAINING:
+        difference = _difference(a, b, column.key, "+.4g")
+        lines.append({"measure": column.key, "difference": difference})
+    return markdown(lines, ["measure", Column("difference", text.replace(",", " less "))])
+
+
+def _chosen(rows: list[Row], text: str) -> tuple[dict[str, Row], dict[str, Row]]:
+    """The runs of two heads that --compare names, seed -> row. UserError where none is paired."""
     second = [r for r in rows if r["stage"] == "2"]
     longer = [r for r in rows if r["stage"] == "4" and r["ablation"] == LONGER]
     chosen = []
@@ -332,17 +398,16 @@ def compared(rows: list[Row], text: str) -> str:
             f"compare={text}: name two heads that have a seed in common, such as"
             " cosine/harmonic,cross_entropy/control"
         )
-    a, b = chosen
-    lines = [{"measure": "loss", "difference": shown(paired(a, b), "+.4f")}]
-    for column in TRAINING:
-        values = [float(a[s][column.key]) - float(b[s][column.key]) for s in a if s in b]
-        difference = shown(mean_and_half(values), "+.4g")
-        lines.append({"measure": column.key, "difference": difference})
-    return markdown(lines, ["measure", Column("difference", text.replace(",", " less "))])
+    return chosen[0], chosen[1]
+
+
+def _difference(a: dict[str, Row], b: dict[str, Row], measure: str, form: str) -> str:
+    values = [float(a[s][measure]) - float(b[s][measure]) for s in a if s in b]
+    return shown(mean_and_half(values), form)
 
 
 def stage_three(rows: list[Row]) -> str:
-    """The best heads elsewhere, by place."""
+    """The best heads with other models and data."""
     places: dict[tuple[str, str], dict[Key, Row]] = {}
     for r in rows:
         if r["stage"] == "3":
@@ -357,7 +422,7 @@ def stage_three(rows: list[Row]) -> str:
             if link == "harmonic" and (head, "softmax") in losses:
                 line["less_twin"] = value - losses[head, "softmax"]
             if objective_of(r["arch"]).masked:
-                # Masked prediction has no likelihood of a text.
+                # Masked language modelling gives no likelihood of a text.
                 line["bits_per_byte"] = None
             lines.append(r | line)
     columns: Columns = [
@@ -373,8 +438,10 @@ def stage_three(rows: list[Row]) -> str:
 
 
 def stage_four(rows: list[Row]) -> str:
-    """One thing changed: the loss, less those of stage 2's unchanged runs with the same seeds: its
-    own, cross_entropy's, its twin's."""
+    """The losses with one change, and differences to stage 2 with the same seeds.
+
+    They are differences to the unchanged head, to cross_entropy and to the twin.
+    """
     every = by_seed(rows)
     found: dict[tuple[str, str, str], dict[str, Row]] = {}
     for r in rows:
@@ -420,8 +487,10 @@ STAGES = (
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Left, stage 1: a dot for every setting, the best ringed. Right, stage 2: means over seeds and
-    their intervals."""
+    """Draws stage 1 on the left, with a dot for each setting, and stage 2 on the right.
+
+    The best setting has a ring. Stage 2 shows means over seeds with intervals.
+    """
     best, long = best_settings(rows), long_runs(rows)
     heads = list(dict.fromkeys(r["name"] for r in best))
     height: dict[Key, float] = {}
@@ -475,15 +544,23 @@ def _draw_long_runs(axes: Axes, long: list[dict], height: dict[Key, float]) -> N
     )
 
 
-def draw_curves(rows: list[Row], path: Path) -> None:
-    """Stage 2: a panel for each head, validation loss less cross_entropy's with the same seed at
-    the same iteration, means over seeds. Heads that end near cross_entropy have a shaded panel
-    of a finer scale."""
+def draw_lowest(rows: list[Row], path: Path) -> None:
+    """Draws the curves of the four heads that end lowest."""
+    draw_curves(rows, path, most=4)
+
+
+def draw_curves(rows: list[Row], path: Path, most: int | None = None) -> None:
+    """Draws a panel for each head of stage 2: its validation loss minus that of cross_entropy.
+
+    Differences are for the same seed and iteration, averaged over seeds. Heads that end near
+    cross_entropy have a shaded panel with a finer scale.
+    """
     above = curves_above(rows)
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
+    heads = heads[:most]
     width = min(4, len(heads))
     height = math.ceil(len(heads) / width)
-    figure = figures.figure(1.75 * height)
+    figure = figures.figure(1.75 * height + 0.4)
     iterations = int(groups(rows, "2")[BASELINE][0]["iters"])
     x = np.linspace(0, iterations, 1 + len(above[BASELINE]))[1:]
     for i, head in enumerate(heads):
@@ -503,8 +580,10 @@ def draw_curves(rows: list[Row], path: Path) -> None:
 
 
 def curves_above(rows: list[Row]) -> dict[Key, np.ndarray]:
-    """Stage 2's validation losses less cross_entropy's, from the first evaluation after the start,
-    means over seeds. Runs that were stopped are left out."""
+    """The validation losses of stage 2 minus those of cross_entropy, averaged over seeds.
+
+    They begin at the first evaluation after the start. Runs that were stopped are left out.
+    """
     curves: dict[Key, dict[str, np.ndarray]] = {}
     for key, runs in by_seed(rows).items():
         for seed, r in runs.items():
@@ -537,6 +616,7 @@ def main() -> None:
     pictures: dict[Path, Callable] = {out: draw}
     if BASELINE in groups(rows, "2"):
         pictures[out.with_stem(f"{out.stem}_curves")] = draw_curves
+        pictures[out.with_stem(f"{out.stem}_lowest")] = draw_lowest
     for place, picture in pictures.items():
         picture(rows, place)
     print(f"wrote {' and '.join(map(str, pictures))}")

@@ -1,10 +1,12 @@
-"""Do Muon and AdamW agree about heads? The demo's model, three seeds, one learning rate for all.
+"""Compares Muon and AdamW for several heads: the demo's model, three seeds, one learning rate.
 
     make demo  # prepares data/wiki
-    python -m studies.optimizers  # resumes; results/optimizers.csv has a row for each run
+    # results/optimizers.csv gets a row for each run; call it again to resume
+    python -m studies.optimizers
 
-Muon's steps are scaled to AdamW's size (match_rms_adamw), so both take the demo's learning rate. It
-was chosen for neither of them, nor for any head: the table compares optimisers, not heads.
+Muon's steps are scaled to the size of AdamW's (match_rms_adamw), so both use the demo's learning
+rate. That rate was not tuned for an optimiser or a head. So the table compares optimisers, not
+heads.
 """
 
 import sys
@@ -37,12 +39,13 @@ class OptimizersConfig(TrainingConfig):
     config: str = "configs/demo.yaml"
     """model, data and budget of every run"""
     out: str = "results/optimizers.csv"
-    """the table; runs that it has are not repeated"""
+    """the table; its runs are not repeated"""
     runs: str = "out/optimizers"
-    """where the runs' folders go"""
+    """folder of the runs"""
 
 
 def settings() -> list[Training]:
+    """All runs of the study."""
     found = []
     for seed in SEEDS:
         for head, link in HEADS:
@@ -53,6 +56,7 @@ def settings() -> list[Training]:
 
 
 def measure(folder: Path, key: dict) -> dict:
+    """The result columns of a finished run."""
     metrics = read_metrics(folder)
     speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     losses = [m["val_loss"] for m in metrics if "val_loss" in m]
@@ -60,7 +64,7 @@ def measure(folder: Path, key: dict) -> dict:
 
 
 def summary(rows: list[Row]) -> str:
-    """A line for each head: both losses, and their difference, paired by seed."""
+    """A line for each head: both losses, and their difference paired by seed."""
     lines = []
     for head, link in HEADS:
         losses: dict[str, dict[str, float]] = {"adamw": {}, "muon": {}}

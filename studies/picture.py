@@ -1,12 +1,11 @@
-"""Draws what a distance head is: the plane of hidden states, coloured by the likeliest of six
-prototypes, for every family of distance.
+"""Draws the regions of six prototypes in a plane of hidden states, for every family of distance.
 
     # writes results/heads.png
     python -m studies.picture
 
-Colour says which prototype is likeliest, its strength how likely; the dots are the prototypes. A
-dot product can only cut the plane into cones from the origin; a distance gives each prototype a
-region around itself.
+Dots are prototypes. The colour of a point shows its most likely prototype, and a stronger colour
+means a higher probability. A dot product can only cut the plane into cones from the origin. A
+distance gives each prototype a region around itself.
 """
 
 from typing import Any
@@ -34,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def logits(plane: torch.Tensor, name: str) -> torch.Tensor:
-    """Points (H, W, 2) -> (H, W, 6)."""
+    """The logits of the six prototypes: points (H, W, 2) -> (H, W, 6)."""
     if name == "cross_entropy":
         return EXPONENT * harmonic_logits(plane, PROTOTYPES, name)
     settings = SETTINGS.get(name, {})
@@ -62,7 +61,7 @@ def main() -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(True)
-    # Not figures.save, whose 256 colours would show as bands.
+    # figures.save would reduce it to 256 colours, which show as bands.
     figure.savefig("results/heads.png", dpi=120)
     print("wrote results/heads.png")
 

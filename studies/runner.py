@@ -1,9 +1,10 @@
-"""Runs a study: the jobs that its table lacks, side by side, most important first. A row appears as
-soon as its job ends, so a study that was stopped or killed goes on where it was.
+"""Runs the jobs of a study that are not in its table yet, in parallel, most important first.
 
-A study says which jobs it wants (`Job`), and calls `complete`. A job is a function that returns
-rows. Where every job is a run of train.py, a study says which runs it wants (`Training`), what it
-measures in a run's folder, and calls `complete_trainings`.
+A row is written as soon as its job ends, so you can resume a study that was stopped or killed.
+
+A job (`Job`) is a function that returns rows. A study lists its jobs and calls `complete`. If every
+job is a run of train.py, it lists the runs (`Training`) and calls `complete_trainings`, with a
+function that measures a finished run.
 """
 
 import contextlib
@@ -26,26 +27,26 @@ from analysis.tables import append_csv, read_csv
 from base.errors import UserError
 
 Row = dict[str, str]
-# train.py's exit status where a loss is not finite.
+# The exit status of train.py if a loss is not finite.
 NOT_FINITE = 3
 
 
 class Table:
-    """Rows of texts in a CSV file, which need not exist yet."""
+    """A table in a CSV file, which may not exist yet. All values are texts."""
 
     def __init__(self, path: Path | str, columns: Sequence[str], key: Sequence[str]):
-        """key: the columns that say what was asked for. UserError for a file with other columns."""
+        """key: the columns that identify a job. UserError for a file with other columns."""
         self.path = Path(path)
         self.columns, self.key = list(columns), tuple(key)
         self.rows = read_csv(self.path, self.columns) if self.path.is_file() else []
         self.index = {self._values(row): row for row in self.rows}
 
     def find(self, key: dict) -> Row | None:
-        """The last row with the values of this key, or None."""
+        """The last row with this key, or None. key: may have other columns too."""
         return self.index.get(self._values(key))
 
     def row(self, key: dict) -> Row:
-        """The row with the values of this key, which is there. KeyError."""
+        """The last row with this key. KeyError if there is none."""
         return self.index[self._values(key)]
 
     def add(self, *rows: dict) -> None:
@@ -61,42 +62,42 @@ class Table:
 
 @dataclass(frozen=True)
 class Job:
-    """A call whose rows a table lacks. It runs in another process, so it must be picklable."""
+    """A function call that makes rows of a table. It must be picklable for another process."""
 
     key: dict
-    """columns that tell it apart; all its rows have them"""
+    """columns that identify the job; all its rows get them"""
     function: Callable[..., list[dict]]
     """returns the rows"""
     arguments: tuple = ()
     alone: bool = False
-    """nothing runs beside it, as for one that measures speed"""
+    """whether nothing may run at the same time, because the job measures speed"""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of train.py whose row a table lacks."""
+    """A run of train.py that makes a row of a table."""
 
     key: dict
-    """columns that tell it apart"""
+    """columns that identify the run"""
     flags: dict
-    """of train.py, besides --out_dir and --overwrite=True. A long run should have init_from="auto":
-    after a kill it goes on from its checkpoint"""
+    """flags of train.py, besides --out_dir and --overwrite=True. A long run should have
+    init_from="auto", so that it resumes from its checkpoint after a kill"""
     alone: bool = False
-    """nothing runs beside it, and it gets all threads"""
+    """whether nothing may run at the same time; then the run gets all threads"""
 
 
 @dataclass
 class TrainingConfig:
-    """What a study of runs of train.py takes on its command line."""
+    """The settings of a study whose jobs are runs of train.py."""
 
     config: str = "configs/study.yaml"
-    """model, data and budget of every run; what a run changes are its flags"""
+    """model, data and budget of every run, which the flags of a run override"""
     out: str = "results/study.csv"
-    """the table; runs that it has are not repeated"""
+    """the table; its runs are not repeated"""
     runs: str = "out/study"
-    """where the runs' folders go"""
+    """folder of the runs"""
     workers: int = 2
-    """runs side by side, each on one CPU thread"""
+    """runs at the same time, each with one CPU thread"""
     nproc_per_node: int = 1
     """processes of each run, for GPUs"""
 
@@ -109,14 +110,16 @@ class TrainingConfig:
 
 
 def commit() -> str:
-    """The short name of the commit that is checked out; empty outside git."""
+    """The short hash of the current git commit; empty outside of git."""
     words = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
 def run_name(key: dict) -> str:
-    """The name of a job's folder or file: the values of its key. All of a path is in it, so that
-    two data folders of one name are apart."""
+    """The name of a job's folder or file, from the values of its key.
+
+    Of a path it has all parts, because two data folders may have the same last part.
+    """
     parts = [str(value).strip("/").replace("/", "_") for value in key.values()]
     return "-".join(part for part in parts if part).replace(" ", "_")
 
@@ -127,20 +130,20 @@ def complete(
     workers: int,
     tell: Callable[[list[dict]], str],
 ) -> None:
-    """Runs the jobs that the table lacks, `workers` at a time.
+    """Runs the jobs that are not in the table, `workers` at a time.
 
-    When one fails, no other starts. Those that run are waited for, and their rows kept.
+    If a job fails, no other job starts. Running jobs are finished, and their rows are written.
 
     Args:
-        wanted: -> every job that is known by now, done or not, most important first. It is asked
-            again after each job, for what was found may decide about the next.
-        tell: (a job's rows) -> what is printed of them.
-    Raises: what the first job that failed has raised.
+        wanted: returns all jobs known so far, done or not, most important first. It is called again
+            after each job, because results may decide which jobs come next.
+        tell: turns the rows of a job into the text that is printed.
+    Raises: the exception of the first job that failed. Ctrl-C exits with status 130.
     """
     sha, progress = commit(), _Progress()
     running: dict[Future, Job] = {}
     faults: list[BaseException] = []
-    with _pool(workers) as pool:
+    with _resumable(table.path), _pool(workers) as pool:
         while True:
             known = wanted()
             todo = [job for job in known if not table.find(job.key)]
@@ -171,13 +174,13 @@ def complete_trainings(
     wanted: Callable[[], list[Training]],
     measure: Callable[[Path, dict], dict],
 ) -> None:
-    """Runs the runs of train.py that the table lacks.
+    """Does the runs of train.py that are not in the table.
 
     Args:
         wanted: as for `complete`.
-        measure: (a run's folder, its key) -> the other columns of its row, such as `val_loss`, but
-            for `seconds` and `commit`. It is called in another process, so it must be a function of
-            a module, or a partial of one.
+        measure: a function of a run's folder and key. It returns the result columns, such as
+            `val_loss`; `seconds` and `commit` are added. It is called in another process, so it
+            must be a function of a module, or a partial of one.
     """
 
     def jobs() -> list[Job]:
@@ -192,13 +195,15 @@ def complete_trainings(
 def train(
     c: TrainingConfig, training: Training, measure: Callable[[Path, dict], dict]
 ) -> list[dict]:
-    """Trains and measures: -> one row. A run that stopped at a loss that is not finite has only
-    its time. What the run prints is in FOLDER.log.
+    """Trains and measures a run. Returns one row. The output of the run is in FOLDER.log.
+    The time of a resumed run includes its earlier starts.
 
-    Raises: UserError with the end of the log, for a run that failed.
+    If the run stopped because a loss was not finite, the row has only its time.
+    Raises: UserError, with the end of the log, if the run failed.
     """
-    # torch takes seconds to import, and a worker need not have it.
+    # Imported here, because torch takes seconds to import.
     from training.distributed import launcher
+    from training.telemetry import clock, read_metrics
 
     folder = Path(c.runs) / run_name(training.key)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,10 +214,13 @@ def train(
     environment = dict(os.environ)
     if c.workers > 1 and not training.alone:
         environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    earlier, metrics = 0.0, folder / "metrics.jsonl"
+    if flags.get("init_from") == "auto" and metrics.is_file() and metrics.stat().st_size:
+        earlier = clock(read_metrics(folder), tokens=0)[-1][0]
     began = time.monotonic()
     with open(log, "w") as file:
         status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    row = {"seconds": f"{time.monotonic() - began:.1f}"}
+    row = {"seconds": f"{earlier + time.monotonic() - began:.1f}"}
     if status == NOT_FINITE:
         return [row]
     if status:
@@ -221,7 +229,7 @@ def train(
 
 
 class _Progress:
-    """A bar on a terminal, and a line for each job with the remaining time."""
+    """A progress bar on a terminal, and a line for each job with the remaining time."""
 
     def __init__(self) -> None:
         self.bar = tqdm(desc="runs", unit=" runs", disable=None)
@@ -231,7 +239,7 @@ class _Progress:
     def update(self, done: int, total: int) -> None:
         self.done, self.total = done, total
         self.bar.n, self.bar.total = done, total
-        # The speed is that of the jobs of this call alone.
+        # The speed counts only jobs of this call.
         self.bar.initial = done - self.finished
         self.bar.refresh()
 
@@ -245,7 +253,7 @@ class _Progress:
 
 
 def _startable(todo: list[Job], running: list[Job], workers: int) -> list[Job]:
-    """The next jobs that may start beside the running ones. None overtakes another."""
+    """The next jobs that may start now, in the order of `todo`."""
     found: list[Job] = []
     keys = [job.key for job in running]
     for job in todo:
@@ -260,9 +268,21 @@ def _startable(todo: list[Job], running: list[Job], workers: int) -> list[Job]:
 
 
 @contextlib.contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """Ctrl-C ends a study with a word on how to resume it, rather than with a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped: {path} has the rows so far; call it again to resume", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes. They end, with the runs of train.py that they have started, when this
-    process is interrupted or killed."""
+    """Worker processes. If this process is interrupted or killed, they end.
+
+    The runs of train.py that they have started end with them.
+    """
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, initializer=_begin_worker)
     try:
@@ -270,7 +290,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     except BaseException:
         for worker in multiprocessing.active_children():
             assert worker.pid is not None
-            # A worker that has just been started has no group yet.
+            # A worker that has just started has no process group yet.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGTERM)
             worker.terminate()
@@ -280,13 +300,13 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_worker() -> None:
-    """Puts a worker and all that it starts into a process group, so that they can be ended
-    together."""
+    """Puts a worker and all that it starts into one process group, to end them together."""
     os.setpgrp()
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
 
 
 def _end_with_the_runner() -> None:
+    """Waits until the parent process ends, and then ends the process group."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

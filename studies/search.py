@@ -1,24 +1,25 @@
-"""The search for the best setting of a head: a grid, then beyond its edge for as long as the best
-setting lies on it."""
+"""Searches for the best setting of a head: a grid, then beyond its edge while the best is there."""
 
 import math
 from collections.abc import Callable, Sequence
 
-# Numbers, such as an exponent and a learning rate.
+# The numbers of a setting, such as an exponent and a learning rate.
 Setting = tuple[float, ...]
 
 
 def number(text: str) -> float:
-    """A loss of a table. One that is not finite, or missing, is worse than any."""
+    """A loss in a table as a number. It is infinite if it is missing or not finite."""
     value = float(text or "nan")
     return value if math.isfinite(value) else math.inf
 
 
 def beyond(best: Setting, tried: Sequence[Setting], steps: Setting) -> Setting | None:
-    """The setting next to the best one, outside of those tried, along the first axis on which the
-    best lies on the edge. None where it lies inside.
+    """The next setting beyond the edge, if the best one is on an edge of the tried settings.
 
-    Args: steps: the factor to the next value of each axis.
+    It steps along the first axis on which the best one is on the edge. None if it is on no edge.
+
+    Args:
+        steps: for each axis, the factor from one value to the next.
     """
     for axis, step in enumerate(steps):
         line = [setting[axis] for setting in tried if _on_line(setting, best, axis)]
@@ -30,8 +31,10 @@ def beyond(best: Setting, tried: Sequence[Setting], steps: Setting) -> Setting |
 
 
 def on_edge(sweeps: list[dict], steps: Setting) -> str:
-    """How many winners still lie on the edge of what was tried; sweeps: dicts of settings -> their
-    costs."""
+    """A sentence that tells how many winners are still on the edge of the tried settings.
+
+    sweeps: a dict of setting -> cost for each sweep.
+    """
     count = 0
     for found in sweeps:
         winner = min(found, key=found.__getitem__)
@@ -45,8 +48,10 @@ def search(
     most: int,
     costs: Callable[[list[Setting]], list],
 ) -> None:
-    """Tries all settings of a grid, then goes beyond it for as long as the best lies on the edge:
-    `most` further settings at most. costs: (settings) -> the cost of each."""
+    """Tries all settings of a grid, and then settings beyond it while the best is on the edge.
+
+    most: the largest number of settings beyond the grid. costs: returns the cost of each setting.
+    """
     found = dict(zip(grid, costs(grid), strict=True))
     for _ in range(most):
         further = beyond(min(found, key=found.__getitem__), list(found), steps)
@@ -56,7 +61,7 @@ def search(
 
 
 def _on_line(setting: Setting, best: Setting, axis: int) -> bool:
-    """Whether a setting differs from the best on this axis alone."""
+    """Whether a setting differs from the best one only on this axis."""
     return all(
         i == axis or math.isclose(setting[i], best[i], rel_tol=1e-3) for i in range(len(best))
     )

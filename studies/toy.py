@@ -1,14 +1,16 @@
-"""The toys of the papers: prototypes alone, trained on separable points of the plane. Where do they
-go, and do they stay?
+"""The toy problems of the papers: only prototypes are trained, on separable points of a plane.
 
     # half a minute; writes results/toy.png and results/toy.csv
     python -m studies.toy
 
-Five points, one a class, and a circle of eight classes with twelve points each. A head with a
-finite minimiser brings its prototypes to the classes and rests there. Those of cross-entropy run
-outwards for ever, for a longer vector always has a lower loss. Of STARTS random starts the one with
-the lowest loss is shown, and the table counts those that separate the classes. In the plane a
-prototype of cosine cannot turn past the point of another class, where its distance would be 0.
+One toy has five points, one for each class. The other has eight classes on a circle, with twelve
+points each. They show where prototypes go, and whether they stop. If the loss of a head has a
+finite minimum, prototypes move to the classes and stop. Prototypes of cross-entropy grow forever,
+because a longer vector always has a lower loss.
+
+Each head has STARTS random starts. The picture shows the one with the lowest loss, and the table
+counts those that separate the classes. In a plane a cosine prototype cannot pass the direction of
+another class, because its distance would be 0 there.
 """
 
 import sys
@@ -22,7 +24,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from analysis import figures
-from analysis.tables import Column, cells, text, write_csv
+from analysis.tables import Column, cells, markdown, text, write_csv
 from analysis.theory import toy
 from base.command_line import cli, parse
 from harmonic import CONTROLS, DISTANCES
@@ -40,10 +42,10 @@ COLUMNS = [
     Column("to_centres", form=".3g"),
 ]
 CIRCLE = ("cross_entropy", "euclidean", "manhattan", "cosine", "bray_curtis_abs")
-# Of the plane that is drawn.
+# The plane is drawn from -EDGE to EDGE.
 EDGE = 1.7
 STARTS = 5
-# Of the curves that have a colour.
+# The colours of some curves. The others are grey.
 LINES = {
     "cross_entropy": figures.VERMILLION,
     "cosine_linear": figures.ORANGE,
@@ -59,7 +61,7 @@ class ToyConfig:
     """The toys"""
 
     out: str = "results/toy"
-    """names of the picture and the table, before .png and .csv"""
+    """names of the picture and the table, without .png and .csv"""
     steps: int = 2000
     """steps of Adam"""
 
@@ -68,7 +70,7 @@ class ToyConfig:
 
 
 def circle() -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight classes around the unit circle: (96, 2) points, (96,) classes."""
+    """Eight classes around the unit circle: points (96, 2) and classes (96,)."""
     g = torch.Generator().manual_seed(0)
     angle = torch.arange(8) * (2 * torch.pi / 8) + 0.2
     centres = torch.stack([angle.cos(), angle.sin()], 1)
@@ -77,12 +79,16 @@ def circle() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def centres(points: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean point of each class."""
     return torch.stack([points[targets == k].mean(0) for k in targets.unique()])
 
 
 def row(name: str, task: str, found: dict, middle: torch.Tensor) -> dict:
-    """growth: |W| at the end over |W| half-way. to_centres: the mean distance of a prototype to its
-    class's centre."""
+    """A row of the table.
+
+    growth: |W| at the end divided by |W| halfway. to_centres: the mean distance from prototypes to
+    the centres of their classes.
+    """
     norms = found["norms"]
     return {
         "toy": task,
@@ -95,9 +101,17 @@ def row(name: str, task: str, found: dict, middle: torch.Tensor) -> dict:
     }
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """All rows of toy.csv."""
+    return markdown(rows, COLUMNS)
+
+
 @torch.no_grad()
 def panel(axes: Axes, name: str, found: dict, targets: torch.Tensor) -> None:
-    """Decision regions (strength: probability), the points, the prototypes' paths."""
+    """Draws decision regions, the points, and the paths of prototypes.
+
+    A stronger colour means a higher probability.
+    """
     line = torch.linspace(-EDGE, EDGE, 160)
     plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
     p = found["head"].eval()(plane).softmax(-1)
@@ -126,7 +140,7 @@ def panel(axes: Axes, name: str, found: dict, targets: torch.Tensor) -> None:
 
 
 def curves(axes: Axes, runs: dict, title: str) -> None:
-    """|W| over the steps; a few heads in colours of their own, the others in grey."""
+    """Draws |W| over the steps. Some heads have their own colour, and the others are grey."""
     for name, found in runs.items():
         color = LINES.get(name)
         style: dict[str, Any] = dict(color="0.75", linewidth=0.8)
@@ -162,7 +176,7 @@ def draw(five: dict, around: dict, targets: torch.Tensor, path: Path) -> None:
 
 
 def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -> dict:
-    """The best of STARTS runs, and in `fits` how many of them put every point into its class."""
+    """The best of STARTS runs. `fits` tells how many of them classify every point correctly."""
     runs = [toy(name, steps, points, targets, seed) for seed in range(STARTS)]
     fits = [bool((r["head"].eval()(points).argmax(-1) == targets).all()) for r in runs]
     return min(runs, key=lambda r: r["losses"][-1]) | {"fits": sum(fits)}
@@ -170,7 +184,7 @@ def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], ToyConfig)
-    # Two threads wait for each other, over tensors this small.
+    # For such small tensors a second thread is slower.
     torch.set_num_threads(1)
     points, targets = circle()
     heads = [name for name in (*CONTROLS, *DISTANCES) if name not in ("euclidean_squared", *OTHERS)]

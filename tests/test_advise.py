@@ -175,7 +175,7 @@ def test_a_real_study_in_the_time_that_it_asked_for(tiny_data, tiny_config, tmp_
     words = ["-m", "studies.advise", tiny_config, f"--dataset={tiny_data}"]
     words += ["--heads=cosine_linear", f"--out={tmp_path / 'out'}"]
     done = script_here(*words, "--minutes=0.01")
-    assert done.returncode == 2 and "suffices for final runs of 0 iterations" in done.stderr
+    assert done.returncode == 2 and "is enough for final runs of 0 iterations" in done.stderr
     (minutes,) = re.findall(r"--minutes=(\d+)", done.stderr)
     done = script_here(*words, f"--minutes={minutes}")
     assert done.returncode == 0, done.stderr

@@ -316,7 +316,13 @@ def make_report(monkeypatch, out: Path, *words) -> Page:
     return page
 
 
-def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch):
+def marked(document: dict) -> set[str]:
+    """The columns of the summary that have a best value."""
+    columns, rows = document["summary"]["columns"], document["summary"]["rows"]
+    return {c for row in rows for c, cell in zip(columns, row, strict=True) if cell["best"]}
+
+
+def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch, capsys):
     page = make_report(
         monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/cosine", "--samples=2"
     )
@@ -368,6 +374,9 @@ def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch):
     )
     assert d["samples"][0]["runs"][0][0][0][1]  # some text
     assert not d["notes"] and "commit 0123456789 with changes" in d["environments"][0]
+    assert "run 2 of 2: cosine" in capsys.readouterr().err
+    # Half a minute is too short for a best energy, and long enough for a best time.
+    assert marked(d) >= {"minutes", "tokens/s"} and not marked(d) & {"kWh", "g CO₂e"}
     assert ("html", {"lang": "en"}) in page.elements
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html"]
 
@@ -429,13 +438,8 @@ def test_report_compares_bits_per_byte_only_between_tokenizers(home, tmp_path, m
         monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/other"
     ).document()
     assert any("only bits/byte may be compared" in note for note in d["notes"])
-    marked = {
-        d["summary"]["columns"][i]
-        for row in d["summary"]["rows"]
-        for i, c in enumerate(row)
-        if c["best"]
-    }
-    assert "bits/byte" in marked and not marked & {"best val loss", "final val loss", "perplexity"}
+    best = marked(d)
+    assert "bits/byte" in best and not best & {"best val loss", "final val loss", "perplexity"}
 
 
 def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch, capsys):
@@ -494,9 +498,11 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     def lead(rows):
         return summary.lead(runs, summaries, rows and {"best": 1, "rows": rows})
 
-    assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead(
-        [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
-    )
+    clear = [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
+    assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead(clear)
+    assert "This is one seed of each head" in lead(clear)
+    again = dataclasses.replace(runs[1], config=dataclasses.replace(runs[1].config, seed=2))
+    assert not summary.one_seed([*runs, again]) and summary.one_seed([*runs, runs[1]])
     assert "do not tell it apart from ce" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])
     assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]]).removeprefix(
         "cosine has the lowest validation loss, 5.000"
@@ -507,17 +513,16 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     run = shutil.copytree(home / "out/ce", tmp_path / "elsewhere")
     (run / "environment.json").write_text(json.dumps({"device": "another"}))
     d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
-    marked = {
-        d["summary"]["columns"][i]
-        for row in d["summary"]["rows"]
-        for i, c in enumerate(row)
-        if c["best"]
-    }
-    assert (
-        any("different machines" in note for note in d["notes"])
-        and not marked & {"kWh", "tokens/s", "minutes"}
-        and not d["radar"]
-    )
+    assert any("different machines" in note for note in d["notes"])
+    assert not marked(d) & {"kWh", "tokens/s", "minutes"} and not d["radar"]
+
+
+def test_energy_is_ranked_between_runs_that_are_long_enough(home):
+    runs = find_runs([home / "out/ce", home / "out/cosine"])
+    for minutes, ranked in ((summary.RANKED_MINUTES, True), (4.9, False), (None, False)):
+        summaries = [{"iterations": 4, "last_val_loss": 5.0, "minutes": m} for m in (30.0, minutes)]
+        agree = summary.agreement(runs, None, summaries, [{}, {}], [])
+        assert agree.work and agree.energy == ranked
 
 
 # what a user may get wrong

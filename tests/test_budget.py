@@ -1,11 +1,11 @@
-"""The plans of the budget study and of the study of optimisers."""
+"""The plans of the budget study and of the study of optimisers, and the report of the first."""
 
 from collections import Counter
 from dataclasses import replace
 
 from base.command_line import parse
 from model import ModelConfig
-from studies import budget, optimizers
+from studies import budget, budget_report, optimizers
 from studies.runner import Table
 from training.config import TrainConfig
 
@@ -28,7 +28,8 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
     main, controls = len(budget.HEADS), len(budget.CONTROLS)
     assert count == {
         "sweep": 3 * (main + controls), "2M": 5 * (main + controls),
-        "strength": 2 * (main + controls), "0.6M": 5 * main, "6M": 3 * main, "20M": 9, "wiki": 3 * main, "dropout": 3,
+        "strength": 2 * (main + controls), "0.6M": 5 * main, "6M": 3 * main, "20M": 9,
+        "wiki": 3 * main, "dropout": 3,
     }  # fmt: skip
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]
     assert seeds[: main + 1] == [1338] * main + [1339]  # seed by seed
@@ -52,6 +53,37 @@ def test_summaries_are_paired_by_seed():
         for seed, loss in zip("12", losses, strict=True)
     ]
     assert "-0.100 ± 0.000" in optimizers.summary(rows)
+
+
+def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
+    """cosine leads with three seeds, then with one; its twin diverges; the orders are opposite."""
+    rows = []
+
+    def add(stage: str, name: str, *losses: float):
+        for seed, loss in enumerate(losses):
+            rows.append(dict(stage=stage, name=name, seed=str(seed), test_loss=str(loss)))
+
+    add("0.6M", "cross_entropy", 5.4, 5.5, 5.6)
+    add("0.6M", "cosine", 5.3, 5.41, 5.49)
+    add("0.6M", "cosine softmax", 5.2, 5.3)
+    add("2M", "cross_entropy", 5.0)
+    add("2M", "cosine", 5.1)
+    add("2M", "cosine softmax", 5.2)
+    add("6M", "cosine softmax", "nan")
+    add("6M", "cosine", 4.9)
+    cosines = budget_report.normalised(rows)
+    assert "| cosine | cross_entropy | 0.6 M | 3 | -0.100 ± 0.025 | ahead |" in cosines
+    assert "| cosine | cross_entropy | 2 M | 1 | +0.100 | one seed |" in cosines
+    assert "| cosine | cross_entropy | 20 M | 0 | - | not run |" in cosines
+    links = budget_report.links(rows)
+    assert "| cosine | cosine softmax | 0.6 M | 2 | +0.105 ± 0.064 | behind |" in links
+    assert "| cosine | cosine softmax | 6 M | 1 | -inf | a run diverged |" in links
+    assert "| 0.6 M | 2 M | 3 | -1.00 |" in budget_report.ranks(rows)
+    assert "| 0.6 M | 20 M | 0 | not run |" in budget_report.ranks(rows)
+    progress = budget_report.progress(rows)
+    assert "13 of 199 runs are done" in progress and "| 0.6M | 8 | 35 |" in progress
+    budget_report.draw(rows, tmp_path / "budget.png")
+    assert (tmp_path / "budget.png").stat().st_size > 10_000
 
 
 def _single_spaced(text: str) -> str:

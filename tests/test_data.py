@@ -20,7 +20,7 @@ from training.data import (
     split_warnings,
     validation_windows,
 )
-from training.objective import MASKED_TOKENS, NEXT_TOKEN, Batches
+from training.objective import MASKED_LM, NEXT_TOKEN, Batches
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 1000, 4097])
@@ -99,7 +99,7 @@ def test_small_splits_have_a_window():
 
 def test_order_does_not_depend_on_processes_or_accumulation(tiny_data):
     data = load_data(tiny_data)
-    for objective in (NEXT_TOKEN, MASKED_TOKENS):
+    for objective in (NEXT_TOKEN, MASKED_LM):
         batches = Batches(data, objective, 16)
         whole = torch.cat([x for x, _ in batches.training(1, 3, range(6), 6, 6)])
         shares = (range(0, 2), range(2, 6))
@@ -133,10 +133,10 @@ def test_bert_noise():
     for key in range(300):
         window = rng.integers(1, 100, 128)
         window[::10] = 0
-        x, y = MASKED_TOKENS.pair(window, data, (key,))
+        x, y = MASKED_LM.pair(window, data, (key,))
         chosen = y != IGNORE_INDEX
         assert (
-            chosen.sum() == MASKED_TOKENS.predicted(128) == 19
+            chosen.sum() == MASKED_LM.predicted(128) == 19
             and (y[chosen] == window[chosen]).all()
             and (window[chosen] != 0).all()
         )
@@ -148,24 +148,24 @@ def test_bert_noise():
         )
     share = counts / counts.sum()
     assert abs(share - [0.8, 0.099, 0.101]).max() < 0.015
-    again = MASKED_TOKENS.pair(window, data, (299,))
+    again = MASKED_LM.pair(window, data, (299,))
     assert (
         (again[0] == x).all()
         and (again[1] == y).all()
-        and (MASKED_TOKENS.pair(window, data, (300,))[1] != y).any()
+        and (MASKED_LM.pair(window, data, (300,))[1] != y).any()
     )
 
 
 def test_masking_a_window_of_nothing_but_ends():
     data = Data(None, "x", 100, 0, 101, {})
-    assert (MASKED_TOKENS.pair(np.zeros(20, np.int64), data, (1,))[1] != IGNORE_INDEX).sum() == 3
+    assert (MASKED_LM.pair(np.zeros(20, np.int64), data, (1,))[1] != IGNORE_INDEX).sum() == 3
 
 
 def test_validation_noise_depends_on_the_window_alone(tiny_data):
     data = load_data(tiny_data)
     starts = [0, 16, 32, 48]
-    one = list(Batches(data, MASKED_TOKENS, 16).validation(starts, 4))[0]
-    two = list(Batches(data, MASKED_TOKENS, 16).validation(starts[2:], 1))
+    one = list(Batches(data, MASKED_LM, 16).validation(starts, 4))[0]
+    two = list(Batches(data, MASKED_LM, 16).validation(starts[2:], 1))
     assert torch.equal(one[0][2:], torch.cat([x for x, _ in two])) and torch.equal(
         one[1][2:], torch.cat([y for _, y in two])
     )
@@ -181,7 +181,7 @@ def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
     assert (
         data.vocab_size == 50257
         and data.splits["train"].tokens == 60
-        and MASKED_TOKENS.rows(data) == 50258
+        and MASKED_LM.rows(data) == 50258
     )
     assert data.splits["val"].bytes == 20 * len("Hello world")
 
@@ -206,8 +206,11 @@ def test_llm_c_header_is_skipped_and_checked(tmp_path):
     with pytest.raises(UserError, match="it holds the id 50,256, but bert has 30,522"):
         load_data(tmp_path, "bert")
     for changes, says in [
-        (dict(tokens=1201), "truncated or foreign: 3,424 bytes, its llm.c header says 3,426"),
-        (dict(tokens=-5), "truncated or foreign"),
+        (
+            dict(tokens=1201),
+            "truncated, or not a token file: 3,424 bytes, its llm.c header says 3,426",
+        ),
+        (dict(tokens=-5), "truncated, or not a token file"),
         (dict(version=2), "header of version 2"),
         (dict(magic=20240801, version=7, dtype=np.uint32), "llm.c's Llama 3 tokens"),
         (dict(magic=20240522), "llm.c's questions for an evaluation"),
@@ -257,7 +260,7 @@ def test_ids_of_another_width_or_tokenizer_are_named(tmp_path):
         with pytest.raises(UserError, match=says):
             load_data(tmp_path, tokenizer)
     (tmp_path / "train.bin").write_bytes(bytes(4001))
-    with pytest.raises(UserError, match="4,001 bytes are no whole number of uint16 ids"):
+    with pytest.raises(UserError, match="4,001 bytes are not a whole number of uint16 ids"):
         load_data(tmp_path, "gpt2")
     ids = np.concatenate((words, draw.integers(50257, 60000, 1)))  # one bad id, at the very end
     ids.astype(np.uint16).tofile(tmp_path / "train.bin")

@@ -10,7 +10,10 @@ import torch
 from conftest import ROOT, TINY, script
 
 from base.command_line import cli
+from base.errors import UserError
 from interop import export
+from interop.formats import format_of
+from model import ModelConfig
 from text.tokenizers import load_tokenizer, rust_tokenizer
 from training import checkpoint
 
@@ -210,7 +213,7 @@ def test_bad_input_is_refused(train, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(n_kv_head=1), "transformers' gpt2 has neither n_kv_head=1 nor head_dim=0"),
+        (dict(n_kv_head=1), "transformers' gpt2 supports neither n_kv_head=1 nor head_dim=0"),
         (dict(arch="qwen", qk_norm=True, bias=True), "qwen3 has no bias on Q, K and V alone"),
     ],
 )
@@ -218,6 +221,11 @@ def test_what_transformers_does_not_have_is_said(train, monkeypatch, capsys, set
     assert train(**settings)[0] == 0
     status, _, err = run_export(monkeypatch, capsys, "run", "--to=new")
     assert status == 2 and words in err
+
+
+def test_an_architecture_that_transformers_lacks_is_refused():
+    with pytest.raises(UserError, match="arch=neox has no format of transformers"):
+        format_of(ModelConfig(arch="neox"))
 
 
 TEXTS = [

@@ -31,6 +31,7 @@ BARE = [
 BARE += ["markupsafe", "fsspec", "filelock", "setuptools", "packaging"]
 
 
+@pytest.mark.slow
 def test_the_rehearsal(tmp_path, monkeypatch, capsys):
     """One step of each kind runs as on a GPU, and a second call finds its rows."""
     out = tmp_path / "gpu.csv"

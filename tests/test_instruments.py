@@ -386,9 +386,11 @@ def test_calibration_error_of_known_predictions():
         "correct": (g.uniform(size=n) < confidence).astype(float),
         "nll": confidence,
     }
-    assert calibration.calibration_error(honest) < 0.02
+    assert calibration.calibration_error(honest["confidence"], honest["correct"]) < 0.02
     boastful = {**honest, "correct": np.zeros(n)}
-    assert calibration.calibration_error(boastful) == pytest.approx(confidence.mean(), abs=1e-6)
+    assert calibration.calibration_error(
+        boastful["confidence"], boastful["correct"]
+    ) == pytest.approx(confidence.mean(), abs=1e-6)
 
 
 def test_bins_hold_every_token_once():
@@ -624,7 +626,8 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
                 assert gradients.measure(run)[0]["mean"] is None
             gradients.draw([run])
             assert tables.text(gradients.measure(run), gradients.COLUMNS)
-            agree = summary.Agreement(losses=True, bits=True, work=True, windows=True)
+            everything = dict(losses=True, bits=True, work=True, energy=True, windows=True)
+            agree = summary.Agreement(**everything)
             shown = summary.summary_table([summary.summarize(run, model, metrics)], agree)
             assert len(shown["rows"][0]) == len(summary.COLUMNS) and report.curves(metrics)
             theory.measure(run, model, run.data(), "val")
@@ -732,7 +735,7 @@ def test_no_token_has_no_calibration():
     names = ("nll", "position", "target", "confidence", "correct", "nearest")
     tokens = {name: np.zeros(0) for name in names}
     assert (
-        math.isnan(calibration.calibration_error(tokens))
+        math.isnan(calibration.calibration_error(tokens["confidence"], tokens["correct"]))
         and calibration.detail(tokens, np.zeros(5), 16) == []
     )
 

@@ -134,7 +134,7 @@ def test_a_linear_export_ranks_as_the_head(name, run_of, tiny_data, tmp_path, mo
             "for each token, -|w|^2 / 2, and RMSNorm has no room for it. Export it without"
             " linear=true. Heads without constants: euclidean_normalized, cosine, ",
         ),
-        (dict(head="cosine", arch="bert"), "arch=bert fills masks"),
+        (dict(head="cosine", arch="bert"), "arch=bert is a masked language model"),
     ],
 )
 def test_heads_without_a_linear_ranking_are_refused(

@@ -2,13 +2,16 @@
 
 import importlib.util
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import model as model_module
+from base.command_line import parse
 from harmonic import IGNORE_INDEX
 from model import (
     Model,
@@ -452,3 +455,42 @@ def test_every_parameter_is_in_one_group_and_prototypes_have_their_own():
 )
 def test_impossible_models_are_named(settings, words):
     assert any(words in p for p in ModelConfig(**{**SIZES, **settings}).problems())
+
+
+def test_an_architecture_is_added_as_the_docs_say(tmp_path, monkeypatch):
+    """The blocks of docs/add_an_architecture.md, put into model.py, make a model that trains and
+    generates."""
+    page = (ROOT / "docs/add_an_architecture.md").read_text()
+    entry, field, use, forward = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    source = (ROOT / "model.py").read_text()
+    block = "        self.norm_after = config.architecture.norm_after\n"
+    for before, added in (
+        ("ARCHITECTURES = {\n", entry),
+        ("    scaled_residual: bool = False\n", field),
+        (block, use),
+        ("        if self.norm_after:\n            x = self.norm1(x +", forward),
+    ):
+        assert source.count(before) == 1
+        whole = added + before if added is forward else before + added
+        source = source.replace(before, whole)
+    (tmp_path / "changed_model.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    changed = importlib.import_module("changed_model")
+
+    flags = [f"--{key}={value}" for key, value in SIZES.items()]
+    (config,) = parse(["--arch=neox", "--head=cosine", *flags], changed.ModelConfig)
+    torch.manual_seed(0)
+    model = changed.Model(config)
+    x = ids(4, 13)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(x[:, :-1], x[:, 1:])[1]
+        losses.append(loss.item())
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.5
+    cached, whole = (list(model.generate([[1, 2]], 20, cache=cache)) for cache in (True, False))
+    assert cached == whole and len(cached) == 20

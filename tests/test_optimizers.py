@@ -115,7 +115,7 @@ def test_samples_and_a_profile_change_nothing(train, tmp_path):
     assert "ui.perfetto.dev" in out
     assert json.load((tmp_path / "looked/profile/trace.json").open())["traceEvents"]
     status, _, err = train(arch="bert", out_dir="masks", sample_interval=3)
-    assert status == 2 and "fills masks" in err
+    assert status == 2 and "masked language model" in err
 
 
 def test_settings_of_a_resumed_run_that_its_state_does_not_fit(train):

@@ -494,7 +494,7 @@ def test_killed_preparation_leaves_nothing_finished(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
-@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("writes", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_interrupted_preparation_says_so(tmp_path, writes):
     # Some seconds of work even where this test is starved.
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(30000, length=600))
@@ -629,7 +629,7 @@ def test_bad_parquet(tmp_path):
     [
         ([], "name a --source: openwebtext, wiki"),
         (["--source=wkii"], "did you mean wiki"),
-        (["--source=wiki", "a.txt"], "wiki stands alone"),
+        (["--source=wiki", "a.txt"], "wiki cannot be combined with other sources"),
         (["--source=a.txt", "b.txt"], "several sources: name the --out_dir"),
         (["--source=wikitext2", "--val_fraction=0.1"], "official splits"),
         (["--source=wiki", "--column=extract"], "wiki has its own format"),

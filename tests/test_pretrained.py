@@ -366,7 +366,7 @@ def test_the_hub_out_of_reach_is_said(train, monkeypatch):
     status, _, err = train(init_from="Qwen/Qwen2.5-0.5B")
     assert (
         status == 2
-        and "Qwen/Qwen2.5-0.5B: neither a local folder nor to be had from the Hugging Face hub"
+        and "Qwen/Qwen2.5-0.5B: there is no such local folder, and the Hugging Face hub gave none"
         " (OSError: no route"
         in err
     )

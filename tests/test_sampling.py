@@ -213,7 +213,7 @@ def test_options_that_make_no_sense_together(sample, tmp_path):  # noqa: F811
     status, out, err = sample("gpt", "--json", "--explain")
     assert status == 2 and out == "" and "exclude each other" in err
     status, out, err = sample("bert", "--json", "--num_samples=3", "--start=the [MASK]")
-    assert status == 2 and out == "" and "2 problems" in err and "fills masks" in err
+    assert status == 2 and out == "" and "2 problems" in err and "masked language model" in err
     (tmp_path / "empty.txt").write_text("\n")
     status, out, err = sample("gpt", f"--prompts={tmp_path / 'empty.txt'}")
     assert status == 2 and out == "" and "has no prompts" in err

@@ -4,6 +4,7 @@ training here but for one tiny run."""
 import copy
 import functools
 import itertools
+import json
 import math
 
 import numpy as np
@@ -242,13 +243,17 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("status", [3, 2])
 def test_a_run_that_ends_early(tmp_path, monkeypatch, status):
-    """With status 3 it stopped at a loss that is not finite: its row has no losses."""
+    """With status 3 it stopped at a loss that is not finite: its row has no losses. Its time has
+    that of the start before."""
     monkeypatch.setattr(distributed, "launcher", lambda processes: ["-c", f"exit({status})"])
     c = heads.StudyConfig(runs=str(tmp_path))
-    training = runner.Training({"head": "cosine"}, {})
+    training = runner.Training({"head": "cosine"}, {"init_from": "auto"})
+    (tmp_path / "cosine").mkdir()
+    before = {"iter": 9, "elapsed_s": 1000.0, "tokens_per_s": 5.0}
+    (tmp_path / "cosine/metrics.jsonl").write_text(json.dumps(before) + "\n")
     if status == 3:
         (row,) = runner.train(c, training, heads.measure)
-        assert row.keys() == {"seconds"}
+        assert row.keys() == {"seconds"} and 1000 <= float(row["seconds"]) < 1300
     else:
         with pytest.raises(UserError, match="cosine ended with status 2"):
             runner.train(c, training, heads.measure)
@@ -272,6 +277,15 @@ def test_the_runner_adds_what_a_table_lacks(tmp_path, capsys):
     rows = pairs_table(tmp_path / "t.csv").rows
     assert [(r["a"], r["b"]) for r in rows] == [("1", "old"), ("2", "new 2")]
     assert "2: new 2 (2 of 2, 00:00 left)" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_study_with_a_word_on_how_to_resume_it(tmp_path, capsys):
+    def wanted() -> list[Job]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        runner.complete(pairs_table(tmp_path / "t.csv"), wanted, 1, lambda rows: "")
+    assert stop.value.code == 130 and "call it again to resume" in capsys.readouterr().err
 
 
 def test_who_may_run_beside_whom():
@@ -330,84 +344,83 @@ def test_bad_flags(flag, words):
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_report_of_known_rows():
-    empty = dict.fromkeys(heads.COLUMNS, "")
+def known(stage, head, link, value, seed=1):
+    """A row of the study."""
+    return dict.fromkeys(heads.COLUMNS, "") | {
+        "stage": stage,
+        "head": head,
+        "link": link,
+        "val_loss": str(value),
+        "val_losses": f"9 7 {value}",
+        "iters": "20",
+        "seed": str(seed),
+        "bits_per_byte": "2",
+        "exponent": "8",
+        "scale": "8",
+        "learning_rate": "0.001",
+    }
 
-    def row(stage, head, link, value, seed=1):
-        return {
-            **empty,
-            "stage": stage,
-            "head": head,
-            "link": link,
-            "val_loss": str(value),
-            "val_losses": f"9 7 {value}",
-            "iters": "20",
-            "seed": str(seed),
-            "bits_per_byte": "2",
-            "exponent": "8",
-            "scale": "8",
-            "learning_rate": "0.001",
-        }
 
+@pytest.fixture
+def known_rows():
+    """Stage 1: cosine, once without a finite loss, and its twin. Stage 2: cosine, half a nat below
+    cross_entropy with each of three seeds."""
     rows = [
-        row("1", "cosine", "harmonic", 6.0),
-        row("1", "cosine", "harmonic", "nan"),
-        row("1", "cosine", "softmax", 6.25),
+        known("1", "cosine", "harmonic", 6.0),
+        known("1", "cosine", "harmonic", "nan"),
+        known("1", "cosine", "softmax", 6.25),
     ]
-    first, second = heads_report.best_settings(rows)
-    assert (first["link"], first["harmax"], first["settings"]) == ("harmonic", -0.25, 2) and second[
-        "harmax"
-    ] is None
+    rows += [known("2", "cross_entropy", "control", 5 + s / 10, s) for s in range(3)]
+    return rows + [known("2", "cosine", "harmonic", 4.5 + s / 10, s) for s in range(3)]
+
+
+def test_the_best_settings_of_known_rows(known_rows):
+    first, second = heads_report.best_settings(known_rows[:3])
+    assert (first["link"], first["harmax"], first["settings"]) == ("harmonic", -0.25, 2)
+    assert second["harmax"] is None
+    assert "| cosine | harmonic | 8 |" in heads_report.stage_one(known_rows)
+
+
+def test_the_long_runs_of_known_rows(known_rows):
     with pytest.raises(UserError, match="several runs of cosine, softmax, with one seed"):
-        heads_report.long_runs([row("2", "cosine", "softmax", v) for v in (5.0, 5.1)])
-    rows += [row("2", "cross_entropy", "control", 5 + s / 10, s) for s in range(3)]
-    rows += [row("2", "cosine", "harmonic", 4.5 + s / 10, s) for s in range(3)]
-    best, _ = heads_report.long_runs(rows)
+        heads_report.long_runs([known("2", "cosine", "softmax", v) for v in (5.0, 5.1)])
+    best, _ = heads_report.long_runs(known_rows)
     # Paired: seeds cancel.
     assert best["name"] == "cosine" and best["above_ce"] == pytest.approx((-0.5, 0), abs=1e-9)
-    assert best["loss"] == pytest.approx(4.6)
+    assert best["loss"] == pytest.approx(4.6) and best["energy"] is None
     assert best["reached"] == pytest.approx(
         np.mean([10 + 10 * (7 - 5 - s / 10) / (7 - 4.5 - s / 10) for s in range(3)])
     )
-    assert (
-        math.isinf(heads_report.reached(rows[-1], 4.0)) and heads_report.reached(rows[-1], 8) == 5
-    )
+    assert math.isinf(heads_report.reached(known_rows[-1], 4.0))
+    assert heads_report.reached(known_rows[-1], 8) == 5
     assert best["half"] == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3), rel=1e-3)
     costs = [
-        row("5", *head, 9) | {"tokens_per_s": "100", "joules_per_token": j}
+        known("5", *head, 9) | {"tokens_per_s": "100", "joules_per_token": j}
         for head, j in ((("cosine", "harmonic"), "3"), (("cross_entropy", "control"), "2"))
     ]
-    assert heads_report.long_runs([*rows, *costs])[0]["energy"] == pytest.approx(
-        best["reached"] / 20 * 3 / 2
-    )
-    assert (
-        "| 100 | 3000.00 |" in heads_report.stage_two_training([*rows, *costs])
-        and best["energy"] is None
-    )
-    tested = [{**r, "val_loss": "1", "test_loss": r["val_loss"]} for r in rows]
+    with_costs = [*known_rows, *costs]
+    energy = heads_report.long_runs(with_costs)[0]["energy"]
+    assert energy == pytest.approx(best["reached"] / 20 * 3 / 2)
+    assert "| 100 | 3000.00 |" in heads_report.stage_two_training(with_costs)
+    tested = [{**r, "val_loss": "1", "test_loss": r["val_loss"]} for r in known_rows]
     assert heads_report.long_runs(tested)[0]["loss"] == pytest.approx(4.6)
-    place = {"arch": "bert", "dataset": "wikitext2"}
-    rows += [
-        row("3", h, link, v) | place
-        for h, link, v in (
-            ("cosine", "harmonic", 7),
-            ("cosine", "softmax", 7.5),
-            ("cross_entropy", "control", 8),
-        )
-    ]
-    assert (
-        "| bert | wikitext2 | cosine | harmonic | 7.0000 | - | -1.000 | -0.500 |"
-        in heads_report.stage_three(rows)
-    )
-    rows.append(row("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
-    assert (
-        "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 | - |"
-        in heads_report.stage_four(rows)
-    )
-    assert "| cosine | harmonic | 8 |" in heads_report.stage_one(
-        rows
-    ) and "-0.500 ± 0.000" in heads_report.stage_two(rows)
-    rows += [row("2", *heads.PENALTY, 4.6 + s / 10, s) for s in range(3)]
+
+
+def test_the_tables_of_known_rows(known_rows):
+    place, rows = {"arch": "bert", "dataset": "wikitext2"}, known_rows
+    for head, link, value in (
+        ("cosine", "harmonic", 7),
+        ("cosine", "softmax", 7.5),
+        ("cross_entropy", "control", 8),
+    ):
+        rows.append(known("3", head, link, value) | place)
+    shown = "| bert | wikitext2 | cosine | harmonic | 7.0000 | - | -1.000 | -0.500 |"
+    assert shown in heads_report.stage_three(rows)
+    rows.append(known("4", "cosine", "harmonic", 4.25, 0) | {"ablation": "untied"})
+    shown = "| cosine | harmonic | untied | 1 | 4.2500 | -0.250 | -0.750 | - |"
+    assert shown in heads_report.stage_four(rows)
+    assert "-0.500 ± 0.000" in heads_report.stage_two(rows)
+    rows += [known("2", *heads.PENALTY, 4.6 + s / 10, s) for s in range(3)]
     shown = (
         "| cosine | harmonic | 8 | - | 0.001 | 3 | 4.6000 ± 0.2484 | 99.5 | 2.0000 |"
         " -0.500 ± 0.000 | -0.100 ± 0.000 | - | 18 (3 of 3) |"
@@ -433,11 +446,15 @@ def test_comparisons_of_the_committed_rows():
 
 
 def test_the_pages_tables_are_those_of_the_rows():
-    """python -m studies.page writes them."""
-    text = (ROOT / "results/README.md").read_text()
-    assert page.filled(text, ROOT / "results") == text and len(
-        page.PLACE.findall(text)
-    ) == text.count("<!-- table: ") == len(page.TABLES)
+    """python -m studies.page writes them. Each table is on one page."""
+    shown = []
+    for path in (ROOT / "results").glob("*.md"):
+        text = path.read_text()
+        assert page.filled(text, ROOT / "results") == text, path.name
+        names = [found["name"] for found in page.PLACE.finditer(text)]
+        assert len(names) == text.count("<!-- table: "), path.name
+        shown += names
+    assert sorted(shown) == sorted(page.TABLES)
 
 
 def test_a_table_of_another_version_is_refused(tmp_path):

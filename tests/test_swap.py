@@ -224,7 +224,7 @@ def test_models_that_do_more_with_logits_are_refused():
     model = hugging_face("gpt2")
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(
-        ValueError, match="does more with logits than its unembedding: final_logit_softcapping"
+        ValueError, match="changes logits or loss after its output layer: final_logit_softcapping"
     ):
         swap_head(model, "cosine")
 
@@ -464,7 +464,7 @@ def test_a_fused_loss_of_a_library_is_the_heads_or_an_error(monkeypatch):
         patch.setattr(transformers.GPT2LMHeadModel, "forward", liger)
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
     model.forward = types.MethodType(liger, model)
-    with pytest.raises(AttributeError, match="Turn off the fused or chunked loss"):
+    with pytest.raises(AttributeError, match="If a fused or chunked loss asked for `weight`, turn it off"):
         model(input_ids=ids, labels=ids)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, script
+from conftest import ROOT, TINY, script, script_here
 from safetensors.torch import load_file
 
 from base.files import seal, sha256, unseal
@@ -34,10 +34,15 @@ from training.verify import history
 COMBINATIONS = [(d, link) for d in DISTANCES for link in ("harmonic", "softmax")] + [
     (c, "harmonic") for c in CONTROLS
 ]
+# Every head and link with one of the architectures in turn, the other pairs in the slow tests.
+EVERY_HEAD = [
+    pytest.param(arch, *pair, marks=[] if (turn + i) % 3 == 0 else pytest.mark.slow)
+    for turn, pair in enumerate(COMBINATIONS)
+    for i, arch in enumerate(("gpt", "bert", "qwen"))
+]
 
 
-@pytest.mark.parametrize("arch", ["gpt", "bert", "qwen"])
-@pytest.mark.parametrize(("head", "link"), COMBINATIONS)
+@pytest.mark.parametrize(("arch", "head", "link"), EVERY_HEAD)
 def test_every_head_trains(train, tmp_path, arch, head, link):
     status, out, err = train(arch=arch, head=head, link=link)
     assert status == 0, err
@@ -189,12 +194,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
         for k, v in {
             **TINY,
             "dataset": tiny_data,
-            "max_iters": 400,
+            "max_iters": 100,
             "eval_interval": 20,
             "head": "cosine",
         }.items()
     ]
-    whole = script("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
+    whole = script_here("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
@@ -218,12 +223,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
     )
     assert one == two
     assert [f.name for f in (tmp_path / "killed/ckpt").iterdir() if f.name.startswith(".")] == []
-    again = script(*command[1:])
-    assert again.returncode == 0 and "already trained to iteration 400" in again.stdout
+    again = script_here(*command[1:])
+    assert again.returncode == 0 and "already trained to iteration 100" in again.stdout
 
 
 @pytest.mark.parametrize(
-    ("arch", "processes", "batch", "accumulation"), [("gpt", 2, 4, 1), ("bert", 3, 1, 4)]
+    ("arch", "processes", "batch", "accumulation"),
+    [pytest.param("gpt", 2, 4, 1, marks=pytest.mark.slow), ("bert", 3, 1, 4)],
 )
 def test_processes_do_not_change_the_losses(
     tiny_data, tmp_path, arch, processes, batch, accumulation
@@ -241,7 +247,7 @@ def test_processes_do_not_change_the_losses(
         "eval_iters": 4 // batch,
     }
     flags = [f"--{k}={v}" for k, v in settings.items()]
-    assert script("train.py", *flags, f"--out_dir={tmp_path / 'one'}").returncode == 0
+    assert script_here("train.py", *flags, f"--out_dir={tmp_path / 'one'}").returncode == 0
     many = script(
         *launcher(processes), "train.py", *flags, f"--out_dir={tmp_path / 'many'}", "--backend=gloo"
     )
@@ -356,6 +362,7 @@ def test_tensorboard_and_wandb_ask_for_their_packages(train, tmp_path, monkeypat
     )
 
 
+@pytest.mark.slow
 def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
     """Both get every number of metrics.jsonl, the run's own files, and nothing is sent."""
     flags = [
@@ -569,13 +576,13 @@ SLOW = [
         {},
         dict(head="cosine", head_precision="split"),
         {},
-        "head_precision=split is only emulated without CUDA",
+        "without CUDA, head_precision=split is emulated",
     ),
     (
         dict(device="cuda"),
         dict(head="cosine", head_precision="float32"),
         {},
-        "head_precision=float32 keeps the head off the tensor cores",
+        "with head_precision=float32 the head does not use tensor cores",
     ),
 ]
 
@@ -591,7 +598,7 @@ SLOW = [
         ),
         (
             dict(head="cosine", link="softmax", head_precision="autocast"),
-            "bfloat16: distances are off by up to 4e-04 of themselves",
+            "bfloat16: distances have relative errors of up to 4e-04",
         ),
         (dict(head="cross_entropy", head_precision="autocast"), "multiplies in bfloat16"),
         (dict(head="manhattan"), None),
@@ -751,7 +758,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(train, 
         )
         assert (
             status == 0
-            and f"checkpoint run/ckpt/iter_000006 is damaged, {file}" in err
+            and f"checkpoint run/ckpt/iter_000006 is corrupt, {file}" in err
             and "using iter_000004" in err
         )
         assert history(tmp_path / "run") == history(tmp_path / "whole")
@@ -812,8 +819,17 @@ def start(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
     return process
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGUSR1, 1),
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_stops_with_a_checkpoint(tmp_path, tiny_data, number, processes):
     """The iteration in hand is finished and stored, whichever process the signal reaches."""
     process = start(tmp_path, tiny_data, processes)
@@ -918,7 +934,8 @@ SHARED |= {"eval_iters": 1, "batch_size": 2, "gradient_accumulation_steps": 3}
 
 def run_shared(data, out, processes=1, **more):
     words = [f"--{k}={v}" for k, v in {**SHARED, "dataset": data, "out_dir": out, **more}.items()]
-    done = script(*launcher(processes), "train.py", *words)
+    run = script if processes > 1 else script_here
+    done = run(*launcher(processes), "train.py", *words)
     assert done.returncode == 0, done.stderr
 
 
@@ -976,6 +993,7 @@ def test_a_sharded_head_equals_one_process(tiny_data, tmp_path, arch, head):
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
 
 
+@pytest.mark.slow
 def test_verify_resume(tiny_data, tmp_path):
     flags = [
         f"--{k}={v}"
@@ -1167,6 +1185,7 @@ def test_norms_are_exact():
     torch.testing.assert_close(norms(tensors).double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_more_processes_than_windows(tiny_data, tmp_path):
     settings = {**TINY, "dataset": tiny_data, "batch_size": 1, "out_dir": tmp_path / "run"}
     flags = [f"--{k}={v}" for k, v in settings.items()]

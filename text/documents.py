@@ -13,19 +13,19 @@ from base.errors import UserError
 from text.readers import Broken
 from text.tokenizers import well_formed
 
-NAMED = 3  # problems that the line about what was skipped names
+NAMED = 3  # The summary of what was skipped names so many problems.
 
 
 @dataclass
 class Tally:
-    """What became of the documents of a source.
+    """Counts of what happened to the documents of a source.
 
     Attributes:
         read: documents read.
-        duplicates, empty: how many of them were dropped as copies, or because they are empty.
-        files, records: files, and lines, rows or items, that cannot be read.
-        named: the problems of the first few of them.
-        how_split: how documents were given to the splits, in words.
+        duplicates, empty: documents dropped as copies, or because they were empty.
+        files: files that cannot be read. records: lines, rows or items that cannot be read.
+        named: the problems of the first few of those.
+        how_split: how documents were divided into splits, in words.
     """
 
     read: int = 0
@@ -37,7 +37,7 @@ class Tally:
     how_split: str = ""
 
     def skip(self, broken: Broken) -> None:
-        """Counts what cannot be read."""
+        """Counts a file or record that cannot be read."""
         self.files += broken.file
         self.records += not broken.file
         if len(self.named) < NAMED:
@@ -58,7 +58,7 @@ class Tally:
 
 
 def check_splits(splits: Container[str], tally: Tally) -> None:
-    """Raises a UserError when no document is left for train or val."""
+    """Raises a UserError if no document is left for train or val."""
     lost = [name for name in ("train", "val") if name not in splits]
     if lost:
         skipped = f"; {line}" if (line := tally.skipped_line()) else ""
@@ -77,11 +77,11 @@ def split_documents(
     """Yields (split, text) of every document that is kept.
 
     Args:
-        parts: the documents of each official split, or all of them under None.
-        fraction: part of the documents for validation; None for official splits, which are kept as
-            they are, copies and all.
-        limit: documents to read at most, of each official split; 0 for all.
-        tally: notes what is read and dropped, and how the documents are split.
+        parts: the documents of each official split, or all of them under the key None.
+        fraction: part of the documents for validation. None: the official splits, from which no
+            copies are dropped.
+        limit: the most documents to read from each of `parts`; 0 for all.
+        tally: counts what is read and dropped, and gets `how_split`.
     """
     parts = {split: itertools.islice(texts, limit or None) for split, texts in parts.items()}
     if fraction is not None:
@@ -100,9 +100,10 @@ def _split_by_hash(
 ) -> Iterator[tuple[str, str]]:
     """Yields (split, text) of (hash, text) pairs.
 
-    A document is in validation when its hash, as a fraction of the largest one, is below
-    `fraction`. If none is, the one with the smallest hash is. If all are, the one with the largest
-    hash is in training. Until both splits have a document, on average 1 / fraction of them wait.
+    A document goes to validation if its hash, divided by the largest possible one, is below
+    `fraction`. If no document does, the one with the smallest hash is moved there. If all do, the
+    one with the largest hash is moved to training. Documents wait in memory until both splits have
+    one. On average 1 / fraction of them wait.
     """
     tally.how_split = (
         f"by a hash of each document's text, about {fraction:g} of the documents to val"
@@ -130,7 +131,7 @@ def _split_by_hash(
 
 
 def unique_documents(texts: Iterable[str | None], tally: Tally) -> Iterator[tuple[bytes, str]]:
-    """Yields (hash of 16 bytes, text) of documents that are neither blank nor copies."""
+    """Yields (hash of 16 bytes, text) of all documents that are neither blank nor copies."""
     seen = set()
     for text in texts:
         tally.read += 1
@@ -147,11 +148,11 @@ def unique_documents(texts: Iterable[str | None], tally: Tally) -> Iterator[tupl
 
 
 def cut(text: str, fraction: float) -> tuple[str, str]:
-    """Cuts the last `fraction` of a text off -> (the text before it, the rest).
+    """Cuts a text in two. Returns (the text before the last `fraction`, the rest).
 
-    The cut is at a line end, or else a space, if there is one shortly before that point.
+    It cuts after a line end, or else after a space, if there is one shortly before that point.
 
-    Raises: UserError when a part has no text.
+    Raises: UserError if a part is blank.
     """
     at = max(1, min(len(text) - 1, round(len(text) * (1 - fraction))))
     for mark in ("\n", " "):

@@ -1,7 +1,7 @@
 """Token files of other projects: nanoGPT's characters, llm.c's header, ids of another width.
 
-Nothing here executes what a file says. meta.pkl is read as a list of instructions. Only those that
-build dictionaries of numbers and text are followed.
+No code in a file is executed. meta.pkl is read as a list of instructions, and only those that build
+dictionaries of numbers and texts are followed.
 """
 
 import pickletools
@@ -16,9 +16,9 @@ from base.errors import UserError
 NANOGPT_META = "meta.pkl"  # beside the token files of nanoGPT's shakespeare_char
 LLMC_HEADER = 256  # int32 numbers before the ids: magic number, version, count of tokens, zeros
 LLMC_GPT2, LLMC_LLAMA3, LLMC_EVAL = 20240520, 20240801, 20240522  # llm.c, dev/data/data_common.py
-LEAST_IDS = 32  # fewer ids do not show which width they have
-CHARACTERS_ONLY = 256  # only a vocabulary of characters or bytes has all its ids below this
-MANY_IDS = 1000  # among so many ids of ordinary text, some are words
+LEAST_IDS = 32  # Fewer ids do not show how wide they are.
+CHARACTERS_ONLY = 256  # Only vocabularies of characters or bytes have all ids below this.
+MANY_IDS = 1000  # In ordinary text, some of so many tokens are words.
 
 
 # ---- nanoGPT's meta.pkl --------------------------------------------------------------------------
@@ -32,7 +32,7 @@ MARK = object()
 
 
 def nanogpt_characters(path: Path) -> str:
-    """The characters in nanoGPT's meta.pkl, ordered by their ids. UserError for another file."""
+    """The characters in nanoGPT's meta.pkl, in the order of ids. UserError for another file."""
     try:
         meta = read_plain_pickle(path.read_bytes())
         names = meta["itos"]
@@ -50,9 +50,9 @@ def nanogpt_characters(path: Path) -> str:
 
 
 def read_plain_pickle(data: bytes) -> Any:
-    """The dictionaries, numbers and texts in a pickle, of which nothing is executed.
+    """The dictionaries, numbers and texts in a pickle. Nothing in it is executed.
 
-    Raises: ValueError when it holds anything else.
+    Raises: ValueError if it holds anything else.
     """
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
@@ -92,7 +92,7 @@ def _dictionary(name: str, stack: list) -> None:
 
 
 def _to_mark(stack: list) -> list:
-    """Removes the last mark and what lies above it from the stack -> what lay above it."""
+    """Removes the last mark and all above it from the stack. Returns what was above it."""
     at = max(i for i, value in enumerate(stack) if value is MARK)
     taken = stack[at + 1 :]
     del stack[at:]
@@ -108,7 +108,7 @@ def _pairs(values: list) -> dict:
 
 @dataclass
 class Layout:
-    """Where the ids are in a token file: their type, the bytes before the first, their count."""
+    """Where the ids are in a token file: their type, the bytes before them, and their number."""
 
     dtype: np.dtype
     offset: int
@@ -116,9 +116,9 @@ class Layout:
 
 
 def layout(path: Path, dtype: np.dtype) -> Layout:
-    """The layout of a token file of nanoGPT (ids of type `dtype`) or llm.c (its header says it).
+    """The layout of a token file of nanoGPT (ids of type `dtype`) or llm.c (from its header).
 
-    Raises: UserError for a file that is missing, empty, cut short, or of an unknown tokenizer.
+    Raises: UserError for a file that is missing, empty, truncated, or of an unknown tokenizer.
     """
     size = path.stat().st_size if path.is_file() else 0
     if size < dtype.itemsize:
@@ -134,8 +134,8 @@ def layout(path: Path, dtype: np.dtype) -> Layout:
     if magic == LLMC_GPT2:
         return _with_header(path, version, tokens, size)
     if size % dtype.itemsize:
-        what = f"{size:,} bytes are no whole number of {dtype.name} ids"
-        raise UserError(f"{path} is truncated or foreign: {what}")
+        what = f"{size:,} bytes are not a whole number of {dtype.name} ids"
+        raise UserError(f"{path} is truncated, or not a token file: {what}")
     return Layout(dtype, 0, size // dtype.itemsize)
 
 
@@ -147,7 +147,7 @@ def _with_header(path: Path, version: int, tokens: int, size: int) -> Layout:
     expected = found.offset + tokens * found.dtype.itemsize
     if size != expected or tokens < 1:
         what = f"{size:,} bytes, its llm.c header says {expected:,}"
-        raise UserError(f"{path} is truncated or foreign: {what}")
+        raise UserError(f"{path} is truncated, or not a token file: {what}")
     return found
 
 
@@ -157,17 +157,17 @@ def _with_header(path: Path, version: int, tokens: int, size: int) -> Layout:
 def ids_problem(
     ids: np.ndarray, dtype: np.dtype, tokenizer: str, vocab_size: int, trained: bool
 ) -> str | None:
-    """Why a sample of a file's ids is no text of a tokenizer, in words. None when it is.
+    """Why a sample of ids cannot be text of this tokenizer, in words. None if it can.
 
     Args:
         ids: pieces of the file, read as `dtype`. Each begins at a multiple of 4 ids.
-        trained: whether the tokenizer is trained on the text. A small one may have ids of
-            characters and bytes only.
+        trained: whether the tokenizer was trained on the text. A small one may have only ids of
+            characters and bytes.
     """
     if len(ids) < LEAST_IDS:
         return None
     if not ids[1::2].any() and ids[::2].any():
-        wider = 4 if not ids[2::4].any() else 2  # int64 is numpy's default
+        wider = 4 if not ids[2::4].any() else 2  # NumPy's default is int64.
         wide = f"uint{8 * wider * dtype.itemsize}"
         return (
             f"its ids are {wide} (every second {dtype.name} is 0), and {tokenizer} needs "

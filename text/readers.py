@@ -1,7 +1,7 @@
-"""The documents in one file of any kind: .txt, .jsonl, .json, .csv or .parquet, also compressed.
+"""Reads the documents in a file: .txt, .jsonl, .json, .csv or .parquet, also compressed.
 
-Every reader yields the texts of documents, and None for an empty one. It yields `Broken` for what
-cannot be read, and the caller decides whether that stops the work.
+Every reader yields the texts of documents, and None for an empty document. For a part that cannot
+be read it yields `Broken`. The caller decides whether to stop.
 """
 
 import bz2
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 # Names of a text column, tried in this order when none is given.
 COLUMNS = ["text", "content", "document", "article", "body", "extract", "review"]
 WHOLE_TEXT = 4 << 20  # bytes; a .txt file up to this is one document
-TEXT_PIECE = 64 << 10  # characters; a larger one is cut at the first blank line after each so many
-ZSTD_CHUNK = 16 << 10  # compressed bytes that are unpacked at once
+TEXT_PIECE = 64 << 10  # characters; larger files are cut at the next blank line after each piece
+ZSTD_CHUNK = 16 << 10  # compressed bytes to unpack at a time
 ZSTD_WINDOW = 1 << 31  # bytes; large dumps are packed with `zstd --long=31`
 
 
 @dataclass
 class Broken:
-    """What cannot be read, and why.
+    """A part of a file that cannot be read, and why.
 
     Attributes:
-        problem: names the file and the line, row or item.
-        file: whether it is a whole file or the rest of one. If not, it is one line, row or item.
+        problem: names the file, and the line, row or item.
+        file: whether it is a whole file, or the rest of one. If not, it is a line, row or item.
     """
 
     problem: str
@@ -51,13 +51,13 @@ Documents = Iterator[str | None | Broken]
 
 
 class Unreadable(Exception):
-    """Raised inside this file for what becomes a `Broken`."""
+    """An error inside this file that becomes a `Broken`."""
 
 
 def records(path: Path, column: str | None) -> Documents:
-    """The documents of one file. If the file breaks off, what came before is kept.
+    """The documents of one file. If its end cannot be read, the documents before are kept.
 
-    Raises: UserError only for what is not the file's fault, such as a missing package.
+    Raises: UserError only if the cause is not the file, such as a missing package.
     """
     kind = kind_of(path)
     assert kind is not None, path
@@ -71,7 +71,7 @@ def records(path: Path, column: str | None) -> Documents:
             file=True,
         )
     except OSError as error:
-        if error.errno is None:  # how gzip and bz2 report bytes that are not theirs
+        if error.errno is None:  # So gzip and bz2 report wrong bytes.
             yield Broken(f"{path} is corrupt: {one_line(error)}", file=True)
         else:
             yield Broken(f"{path}: {error.strerror}", file=True)
@@ -80,20 +80,20 @@ def records(path: Path, column: str | None) -> Documents:
 
 
 def kind_of(path: Path) -> str | None:
-    """`.jsonl` for a.jsonl and for A.JSONL.gz. None for a kind that is not read."""
+    """The kind of a file: `.jsonl` for a.jsonl and for A.JSONL.gz. None for an unknown kind."""
     inner = Path(path.stem) if compression_of(path) else path
     kind = inner.suffix.lower()
     return kind if kind in READERS else None
 
 
 def compression_of(path: Path) -> str | None:
-    """`.gz`, `.bz2`, `.xz` or `.zst` if the name ends so, else None."""
+    """`.gz`, `.bz2`, `.xz` or `.zst` if the name ends with it, else None."""
     suffix = path.suffix.lower()
     return suffix if suffix in COMPRESSED else None
 
 
 def plain_name(path: Path) -> str:
-    """A file's name without the endings that say how to read it: `b` for b.txt.gz."""
+    """The name of a file without its endings: `b` for b.txt.gz."""
     return Path(path.stem).stem if compression_of(path) else path.stem
 
 
@@ -108,7 +108,7 @@ def opened(path: Path) -> Opened:
 
 
 def as_text(path: Path) -> io.TextIOWrapper:
-    """UTF-8 text, decompressed, without its byte-order mark, line ends as they are."""
+    """A file for reading UTF-8 text, decompressed. Line ends stay as they are."""
     return io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline="")
 
 
@@ -118,7 +118,7 @@ def open_plain(path: Path) -> io.BufferedReader:
 
 
 def open_zstd(path: Path) -> io.BufferedReader:
-    """A .zst file. UserError without the package zstandard."""
+    """A .zst file. UserError if the package zstandard is missing."""
     try:
         import zstandard
     except ImportError:
@@ -129,18 +129,19 @@ def open_zstd(path: Path) -> io.BufferedReader:
 
 
 class ZstdFile(io.RawIOBase):
-    """The bytes of a .zst file of one or more frames. EOFError when it is cut short.
+    """Reads a .zst file of one or more frames. EOFError if it is truncated.
 
-    The package's own reader stops silently after the first frame, and when a file is cut short.
+    The package's own reader stops silently after the first frame, and at the end of a truncated
+    file.
     """
 
     def __init__(
         self, path: Path, decompressor: "zstandard.ZstdDecompressor", error: type[Exception]
     ):
         self.file, self.decompressor, self.error = open(path, "rb"), decompressor, error
-        self.frame: zstandard.ZstdDecompressionObj | None = None  # unpacks one frame
-        self.ready = b""  # unpacked bytes
-        self.left = b""  # bytes still to unpack
+        self.frame: zstandard.ZstdDecompressionObj | None = None  # Unpacks one frame.
+        self.ready = b""  # Unpacked bytes.
+        self.left = b""  # Bytes still to unpack.
 
     def readable(self) -> bool:
         return True
@@ -186,7 +187,7 @@ COMPRESSED = tuple(ending for ending in OPENERS if ending)
 
 
 def read_text(path: Path, column: str | None) -> Documents:
-    """A .txt file as one document, or in pieces when it is above WHOLE_TEXT bytes."""
+    """A .txt file as one document, or in pieces if it has more than WHOLE_TEXT bytes."""
     with opened(path) as file:
         start = file.read(WHOLE_TEXT + 1)
     if len(start) <= WHOLE_TEXT:
@@ -200,7 +201,7 @@ def read_text(path: Path, column: str | None) -> Documents:
 
 
 def read_jsonl(path: Path, column: str | None) -> Documents:
-    """On each line, a JSON text or an object with the text in `column`."""
+    """A JSON text on each line, or an object with the text in `column`."""
     with opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -212,7 +213,7 @@ def read_jsonl(path: Path, column: str | None) -> Documents:
 
 
 def read_json(path: Path, column: str | None) -> Documents:
-    """A JSON list of texts or objects, held in memory. Without `[` at its start, JSON lines."""
+    """A JSON list of texts or objects, read into memory. Without `[` at its start: JSON lines."""
     with opened(path) as file:
         start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if start != b"[":
@@ -220,7 +221,7 @@ def read_json(path: Path, column: str | None) -> Documents:
         return
     with opened(path) as file:
         items = parse_json(file.read(), path)
-    assert isinstance(items, list)  # it begins with [
+    assert isinstance(items, list)  # Its first character is [.
     for number, record in enumerate(items, 1):
         where = f"{path} item {number}"
         try:
@@ -231,14 +232,14 @@ def read_json(path: Path, column: str | None) -> Documents:
 
 def read_csv(path: Path, column: str | None) -> Documents:
     """The rows of a comma-separated file whose first line names the columns."""
-    csv.field_size_limit(2**31 - 1)  # Python's own limit is 128 KiB a field
+    csv.field_size_limit(2**31 - 1)  # Python's default limit is 128 KiB.
     with as_text(path) as file:
         rows = csv.reader(file, strict=True)
         try:
             names = next(rows, [])
             index = names.index(text_column(names, column, path))
             yield from _rows(rows, names, index, path)
-        except csv.Error as error:  # in the line of names
+        except csv.Error as error:  # The error is in the line of names.
             raise Unreadable(f"{path} line 1 is not CSV: {error}") from None
         except UnicodeDecodeError as error:
             what = f"{path} is not UTF-8 text, after line {rows.line_num}"
@@ -246,7 +247,7 @@ def read_csv(path: Path, column: str | None) -> Documents:
 
 
 def _rows(rows: "Reader", names: list[str], index: int, path: Path) -> Documents:
-    """The text of each remaining row of a csv.reader, and `Broken` for one that cannot be read."""
+    """The text of each remaining row of a csv.reader, or `Broken` for one that cannot be read."""
     while True:
         first = rows.line_num + 1
         try:
@@ -254,7 +255,7 @@ def _rows(rows: "Reader", names: list[str], index: int, path: Path) -> Documents
         except StopIteration:
             return
         except csv.Error as error:
-            # The next row begins after the lines that this one took.
+            # The next row begins after the lines of this one.
             lines = f"line {first} is"
             if rows.line_num > first:
                 lines = f"lines {first} to {rows.line_num} are"
@@ -278,7 +279,7 @@ def read_parquet(path: Path, column: str | None) -> Documents:
         if compression_of(path):
             file = stack.enter_context(on_disk(file))
         try:
-            # Opened here and not by pyarrow, which takes no file name that is not UTF-8.
+            # Not opened by pyarrow, which cannot open file names that are not UTF-8.
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)
             schema = parquet.schema_arrow
         except broken as error:
@@ -319,7 +320,7 @@ KINDS = tuple(READERS)
 
 
 def parse_json(data: bytes, where: str | Path) -> object:
-    """The value that `data` holds. Unreadable, naming `where`, when it is not JSON in UTF-8."""
+    """The value of a JSON text. Unreadable, with `where`, if it is not JSON in UTF-8."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -327,7 +328,7 @@ def parse_json(data: bytes, where: str | Path) -> object:
 
 
 def text_of(record: object, column: str | None, where: str) -> str | None:
-    """The text in one JSON record."""
+    """The text in one JSON record. Unreadable, with `where`, if it has none."""
     if isinstance(record, dict):
         column = text_column(list(record), column, where)
         record = record[column]
@@ -338,7 +339,7 @@ def text_of(record: object, column: str | None, where: str) -> str | None:
 
 
 def text_column(names: list[str], wanted: str | None, where: str | Path) -> str:
-    """`wanted`, or the first usual name of a text column. Unreadable if `names` has none."""
+    """`wanted`, or the first of COLUMNS that is in `names`. Unreadable if there is none."""
     for name in [wanted] if wanted else COLUMNS:
         if name in names:
             return name

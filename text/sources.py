@@ -1,6 +1,6 @@
-"""The files that --source names, what is wrong with them, and their documents.
+"""The files that --source names, problems with them, and their documents.
 
-A folder is searched once, however many links lead to it. What is left out is counted.
+A folder is searched only once, even if several links lead to it. Skipped files are counted.
 """
 
 import collections
@@ -16,8 +16,8 @@ from base.files import sha256
 from text.readers import COMPRESSED, KINDS, Broken, compression_of, kind_of, records
 
 SKIP_HINT = "--on_bad_file=skip leaves out what cannot be read"
-NOUNS = ("folder", "pipe", "socket", "device", "link", "file")  # reasons that have a plural
-SHOWN = 8  # reasons that the line about what is left out names; the others are counted together
+NOUNS = ("folder", "pipe", "socket", "device", "link", "file")  # These reasons have a plural.
+SHOWN = 8  # The summary of skipped files names so many reasons, and counts the others together.
 
 NOT_FILES = [
     (stat.S_ISFIFO, "named pipe"),
@@ -35,10 +35,10 @@ class Found:
     """The files that a source names, in the order in which they are read.
 
     Attributes:
-        files: one entry for each file, however many links lead to it.
-        left_out: how many files are left out for a reason, such as ".pdf" -> 2.
+        files: one entry for each file, even if several links lead to it.
+        left_out: reason -> how many files were skipped for it, such as ".pdf" -> 2.
         folders: real paths of all folders that were searched.
-        unreadable: a problem for each folder that may not be searched.
+        unreadable: a problem for each folder that cannot be searched.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -48,17 +48,17 @@ class Found:
 
 
 def find(source: list[str]) -> Found:
-    """The files that `source` names. Those of a folder are sorted by path.
+    """The files that `source` names. Those in a folder are sorted by path.
 
-    In a folder, hidden files and files of other kinds are left out. No file is opened, so that a
-    named pipe cannot block.
+    In a folder, hidden files and files of unknown kinds are skipped. No file is opened, so a named
+    pipe cannot block.
     """
     found = Found()
     known = set()
     for path in map(Path, source):
         inside = _search(path, found) if path.is_dir() else [(False, path, os.path.realpath(path))]
         kept = []
-        for _, file, real in sorted(inside):  # a file's own name before a link to it
+        for _, file, real in sorted(inside):  # The file itself comes before a link to it.
             if real not in known:
                 known.add(real)
                 kept.append(file)
@@ -69,12 +69,12 @@ def find(source: list[str]) -> Found:
 def _search(folder: Path, found: Found) -> list[tuple[bool, Path, str]]:
     """(reached by a link, path, real path) of each file to read in a folder.
 
-    What is left out is noted in `found`.
+    Skipped files are counted in `found`.
     """
     files: list[tuple[bool, Path, str]] = []
     waiting, links = [folder], list[Path]()
     while waiting or links:
-        linked = not waiting  # links come last, so that a folder keeps its own path
+        linked = not waiting  # Links are last, so a folder keeps its own path.
         links.sort()
         here = links.pop(0) if linked else waiting.pop()
         real = os.path.realpath(here)
@@ -102,7 +102,7 @@ def _search(folder: Path, found: Found) -> list[tuple[bool, Path, str]]:
 
 
 def _classify(entry: os.DirEntry) -> str:
-    """`folder`, `file`, or why an entry of a folder is left out."""
+    """`folder`, `file`, or the reason why an entry of a folder is skipped."""
     if entry.name.startswith("."):
         return "hidden folder" if entry.is_dir() else "hidden"
     try:
@@ -122,7 +122,7 @@ def _classify(entry: os.DirEntry) -> str:
 
 
 def left_out_line(left_out: collections.Counter) -> str:
-    """`left out 3 files: 2 .pdf, 1 hidden`, the most frequent first."""
+    """`left out 3 files: 2 .pdf, 1 hidden`, with the most frequent reason first."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = []
     for what, count in ordered[:SHOWN]:
@@ -144,20 +144,20 @@ def left_out_line(left_out: collections.Counter) -> str:
 def source_problems(
     source: list[str], corpora: list[str], column: str | None, skip: bool
 ) -> list[str]:
-    """What is wrong with files and folders, in words.
+    """Everything that is wrong with files and folders, in words.
 
-    Every file is opened and its first document read, so that all problems are named at once.
+    It reads the first document of every file, so that all problems are found at once.
 
     Args:
-        corpora: names of corpora, which are no files.
-        column: name of the text column, or None for a usual one.
-        skip: a file that cannot be read is no problem.
+        corpora: names of corpora, which are not files.
+        column: the text column; None for one of the usual names.
+        skip: whether to ignore files that cannot be read.
     """
     problems, good = [], []
     for name in source:
         problem = path_problem(name)
         if name in corpora and not os.path.exists(name):
-            problems.append(f"--source={name} stands alone, without files beside it")
+            problems.append(f"--source={name} cannot be combined with other sources")
         elif problem:
             hint = nearest(name, corpora) if problem.startswith("no file or folder") else ""
             problems.append(problem + hint)
@@ -172,7 +172,7 @@ def source_problems(
 
 
 def _unreadable(found: Found, named: set[Path], column: str | None) -> list[str]:
-    """A problem for each folder or file that cannot be read, or is `named` and empty."""
+    """A problem for each folder or file that cannot be read, and for each empty file in `named`."""
     problems = list(found.unreadable)
     for path in found.files:
         try:
@@ -191,7 +191,7 @@ def _unreadable(found: Found, named: set[Path], column: str | None) -> list[str]
 
 
 def path_problem(name: str) -> str | None:
-    """Why a path cannot be a source, in words; None for one that can. Opens nothing."""
+    """Why a path cannot be a source, in words; None if it can. No file is opened."""
     if not name:
         return "--source is empty: name a file or folder"
     path = Path(name)
@@ -217,12 +217,12 @@ def path_problem(name: str) -> str | None:
 
 
 def known_kinds() -> str:
-    """The kinds of files that can be read, for messages."""
+    """The kinds of files that can be read, in words."""
     return f"{', '.join(KINDS)}, also compressed ({', '.join(COMPRESSED)})"
 
 
 def special_file(mode: int) -> str | None:
-    """`named pipe`, `socket` or `device`. None for a regular file or a folder."""
+    """`named pipe`, `socket` or `device`; None for a regular file or a folder."""
     for test, name in NOT_FILES:
         if test(mode):
             return name
@@ -235,10 +235,10 @@ def special_file(mode: int) -> str | None:
 def read_files(
     found: Found, column: str | None, on_broken: Callable[[Broken], None] | None
 ) -> Iterator[str | None]:
-    """Yields the documents of files, and None for an empty one.
+    """Yields the documents of files, and None for an empty document.
 
     Args:
-        on_broken: is called with what cannot be read. None raises a UserError instead.
+        on_broken: is called for each part that cannot be read. None raises a UserError instead.
     """
     on_broken = on_broken or _stop
     for problem in found.unreadable:
@@ -256,17 +256,17 @@ def _stop(broken: Broken) -> None:
 
 
 def source_names(source: list[str]) -> str:
-    """The names of files and folders, links followed, without the folders that they are in."""
+    """The names of files and folders without their paths. Links are followed."""
     return " ".join(Path(os.path.realpath(name)).name for name in source)
 
 
 def contents_hash(found: Found) -> str:
-    """What tells these files from others: `sha256:` and a hash of their names and contents."""
+    """Identifies the files: `sha256:` and a hash of their names and contents."""
     total = hashlib.sha256()
     for path in found.files:
         try:
             digest = sha256(path)
         except OSError:
-            digest = "unreadable"  # Reading the file later says why.
+            digest = "unreadable"  # Reading the file later reports why.
         total.update(os.fsencode(f"{path.name} {digest}\n"))
     return f"sha256:{total.hexdigest()}"

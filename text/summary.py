@@ -1,4 +1,4 @@
-"""What a preparation prints at its end: sizes, how the text was split, and what was dropped."""
+"""The summary that a preparation prints: sizes, how the text was split, and what was dropped."""
 
 import collections
 from pathlib import Path
@@ -14,11 +14,11 @@ from text.tokenizers import Tokenizer
 def print_splits(
     splits: dict[str, dict], tally: Tally, fraction: float | None, left_out: collections.Counter
 ) -> None:
-    """Prints the size of each split, how they were made, and what was dropped and left out.
+    """Prints the size of each split, how the text was split, and what was dropped and skipped.
 
     Args:
         splits: as in meta.json.
-        fraction: part of the documents for validation; None for official splits.
+        fraction: the part of the documents for validation; None for official splits.
         left_out: as in `Found`.
     """
     for name, s in splits.items():
@@ -44,7 +44,7 @@ def print_splits(
 def print_warnings(
     splits: dict[str, dict], tokenizer: Tokenizer, fraction: float | None, out: Path
 ) -> None:
-    """Prints how many tokens are unknown, and whether val is too short to validate on."""
+    """Prints the number of unknown tokens, and a warning if val is too short."""
     if tokenizer.unk_id is not None:
         for name, split in splits.items():
             ids = np.memmap(out / split["file"], tokenizer.dtype, "r")

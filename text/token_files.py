@@ -1,6 +1,6 @@
-"""Reading token files: raw files of token ids, as nanoGPT writes them, with meta.json beside them.
+"""Reads token files: raw token ids, as nanoGPT writes them, with meta.json beside them.
 
-Each split is one file: train.bin, val.bin and, where a corpus has one, test.bin.
+Each split is one file: train.bin, val.bin and, if the corpus has one, test.bin.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from base.files import sha256, unseal, write_whole
 from text.foreign import NANOGPT_META, ids_problem, layout
 from text.tokenizers import TRAINED_FILES, Tokenizer, is_trained, load_tokenizer
 
-VERIFIED = ".verified.json"  # beside meta.json: the files that last matched their sha256
+VERIFIED = ".verified.json"  # Beside meta.json: the files that matched their sha256 last time.
 
-# A validation loss over fewer windows is mostly noise. The loss of a token varies by about 3 nats,
-# so 10 windows of 256 tokens, a small block_size, leave a standard error of 3 / sqrt(2560) = 0.06
-# nats. Preparation does not know the block_size and uses that product.
+# The loss over fewer windows is mostly noise. The loss of a token varies by about 3 nats. So 10
+# windows of 256 tokens, a small block_size, have a standard error of 3 / sqrt(2560) = 0.06 nats.
+# Preparation does not know the block_size, so it uses this product.
 FEW_WINDOWS = 10
 
 FEW_TOKENS = FEW_WINDOWS * 256
 
-LONGER = {  # how to prepare a longer split
+LONGER = {  # What makes a split longer.
     "train": "more documents",
     "val": "more documents or a larger --val_fraction",
 }
 
-SAMPLE = 1 << 16  # ids looked at in each of three places of a file that no meta.json describes
+SAMPLE = 1 << 16  # Without meta.json, so many ids are checked in each of three places of a file.
 
 
 @dataclass
@@ -38,9 +38,9 @@ class Split:
     """One token file.
 
     Attributes:
-        dtype: type of its ids.
-        bytes: UTF-8 bytes of the text behind it, for bits per byte.
-        sha256: of the file; None when no meta.json gives it.
+        dtype: the type of its ids.
+        bytes: the UTF-8 bytes of its text, for bits per byte.
+        sha256: of the file; None without meta.json.
         offset: bytes before the first id.
     """
 
@@ -52,12 +52,12 @@ class Split:
     offset: int = 0
 
     def identity(self) -> str:
-        """What tells it from other files: its sha256, or its length when that is not known."""
+        """Identifies the file: its sha256, or its length if that is unknown."""
         return self.sha256 or f"{self.tokens} tokens"
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids from `start`, int64."""
-        # Read, not memory-mapped: resident memory stays flat however long training runs.
+        # Not memory-mapped, so that resident memory does not grow during training.
         offset = self.offset + start * self.dtype.itemsize
         return np.fromfile(self.path, self.dtype, count, offset=offset).astype(np.int64)
 
@@ -90,17 +90,17 @@ def data_folder(dataset: str) -> Path:
 
 
 def tokenizer_folder(run: Path, dataset: str) -> Path:
-    """Where the file of a run's trained tokenizer lies: in the run, or else beside the data."""
+    """The folder with a run's trained tokenizer: the run's, or else that of the data."""
     copied = any((run / file).is_file() for file in TRAINED_FILES)
     return run if copied else data_folder(dataset)
 
 
 def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
-    """What meta.json says of a prepared folder.
+    """The description of a prepared folder, from its meta.json.
 
-    A folder of nanoGPT has no meta.json. Its files are read when you name their tokenizer.
+    A folder of nanoGPT has no meta.json. For such a folder, name the tokenizer.
 
-    Raises: UserError when the folder, meta.json or a token file is missing, wrong or truncated.
+    Raises: UserError if the folder, meta.json or a token file is missing, wrong or truncated.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -130,9 +130,9 @@ def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
 
 
 def documents_of(data: Data, split: str) -> Iterator[np.ndarray]:
-    """Yields the ids of each document of a split, int64, led by an end-of-text id.
+    """Yields the ids of each document of a split, int64, with an end-of-text id in front.
 
-    The end-of-text id that ends a document is left out, and so are empty documents.
+    The end-of-text id after a document is not part of it. Empty documents are skipped.
     """
     start, tokens = 0, data.splits[split].tokens
     ids = np.concatenate(([data.eot_id], data.splits[split].read(0, tokens), [data.eot_id]))
@@ -143,9 +143,9 @@ def documents_of(data: Data, split: str) -> Iterator[np.ndarray]:
 
 
 def verify(data: Data) -> None:
-    """Compares the token files with the sha256 in meta.json.
+    """Compares the token files with their sha256 in meta.json.
 
-    A file is read only at its first use and when it has changed since.
+    A file is read at its first use, and again if it has changed.
 
     Raises: UserError that names the file that differs.
     """
@@ -166,13 +166,13 @@ def verify(data: Data) -> None:
                 " folder again"
             )
     if now != known:
-        # On a disk that is full or read-only, the files are compared again the next time.
+        # If the disk is full or read-only, the files are compared again next time.
         with contextlib.suppress(OSError):
             write_whole(stamp, json.dumps(now))
 
 
 def _nearest_folder(folder: Path) -> str:
-    """`; did you mean X?` for a folder that is not there, from those beside it."""
+    """`; did you mean X?` for a missing folder, from the folders beside it."""
     if not folder.parent.is_dir():
         return ""
     there = [path.name for path in folder.parent.iterdir() if path.is_dir()]
@@ -180,7 +180,7 @@ def _nearest_folder(folder: Path) -> str:
 
 
 def _with_meta(folder: Path) -> Data:
-    """The data of a folder with meta.json. UserError when it or a token file is not right."""
+    """The data of a folder with meta.json. UserError if it or a token file is wrong."""
     again = "prepare the folder again with prepare_openwebtext.py --overwrite=true"
     try:
         data = _read_meta(folder)
@@ -191,13 +191,13 @@ def _with_meta(folder: Path) -> Data:
         expected = split.tokens * split.dtype.itemsize
         size = split.path.stat().st_size if split.path.is_file() else -1
         if size != expected:
-            state = "is missing" if size < 0 else f"is truncated or foreign: {size:,} bytes"
+            state = "is missing" if size < 0 else f"is truncated, or another file: {size:,} bytes"
             raise UserError(f"{split.path} {state}, meta.json says {expected:,}: {again}")
     return data
 
 
 def _read_meta(folder: Path) -> Data:
-    """What meta.json says. ValueError, KeyError, TypeError or AttributeError when it is wrong."""
+    """The content of meta.json. ValueError, KeyError, TypeError or AttributeError if wrong."""
     meta = unseal((folder / "meta.json").read_bytes())
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     splits = {}
@@ -219,9 +219,9 @@ def _read_meta(folder: Path) -> Data:
 
 
 def _without_meta(folder: Path, tokenizer: str) -> Data:
-    """The data of a folder that nanoGPT or llm.c made.
+    """The data of a folder from nanoGPT or llm.c.
 
-    Raises: UserError when its ids are not those of the tokenizer.
+    Raises: UserError if its ids are not those of the tokenizer.
     """
     if tokenizer != "char" and (folder / NANOGPT_META).is_file():
         raise UserError(
@@ -231,7 +231,7 @@ def _without_meta(folder: Path, tokenizer: str) -> Data:
     words = load_tokenizer(tokenizer, folder)
     splits = {name: _token_file(folder / f"{name}.bin", words) for name in ("train", "val")}
     val = splits["val"]
-    val.bytes = 0  # Bits per byte needs the bytes of val only.
+    val.bytes = 0  # Only bits per byte needs it, and only for val.
     for start in range(0, val.tokens, 2**16):
         ids = val.read(start, 2**16)
         val.bytes += len(words.decode(ids[ids != words.eot_id]).encode())
@@ -240,9 +240,9 @@ def _without_meta(folder: Path, tokenizer: str) -> Data:
 
 
 def _token_file(path: Path, words: Tokenizer) -> Split:
-    """A token file that no meta.json describes.
+    """A token file without meta.json.
 
-    Raises: UserError when it cannot be text of the tokenizer.
+    Raises: UserError if it cannot be text of the tokenizer.
     """
     found = layout(path, words.dtype)
     split = Split(path, found.dtype, found.tokens, 1, offset=found.offset)

@@ -1,6 +1,6 @@
-"""Writing token files: a folder of them appears whole or not at all.
+"""Writes token files. Their folder appears completely or not at all.
 
-The files are written into a hidden folder beside the final one, which takes its place by a rename.
+The files are written into a hidden folder, which is then renamed to the final one.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ SPLITS = ("train", "val", "test")
 def write_tokens(
     documents: Iterable[tuple[str, str, bytes]], dtype: np.dtype, folder: Path
 ) -> dict[str, dict]:
-    """Writes SPLIT.bin for every split of the documents -> meta.json's entry of each split.
+    """Writes SPLIT.bin for every split. Returns the entry of each split in meta.json.
 
     Args:
-        documents: (split, text, bytes in a token file) of each.
-        dtype: type of the ids.
+        documents: (split, text, bytes for the token file) of each document.
+        dtype: the type of the ids.
     """
     files, hashes = {}, {}
     splits: dict[str, dict[str, Any]] = {}
@@ -83,13 +83,13 @@ def write_meta(
 
 @contextlib.contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
-    """An empty hidden folder beside `out`, which is removed on any error.
+    """An empty hidden folder beside `out`. It is removed after any error.
 
-    Raises: UserError when another process is writing into it.
+    Raises: UserError if another process is writing into it.
     """
     folder = out.with_name(f".{out.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # ends with the process, however that ends
+    lock = os.open(folder, os.O_RDONLY)  # The lock ends with the process, even if it is killed.
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -107,7 +107,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Puts `folder` in the place of `out`, once all of it is on the disk."""
+    """Replaces `out` by `folder`, after flushing all its files to the disk."""
     for path in [*folder.iterdir(), folder]:
         fsync(path)
     old = out.with_name(f".{out.name}.old")
@@ -120,12 +120,12 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def is_prepared(out: Path, identity: dict, overwrite: bool) -> bool:
-    """Whether `out` holds this very preparation already.
+    """Whether `out` already holds this preparation.
 
     Args:
-        identity: the entries of meta.json that tell it from others.
-        overwrite: another preparation in `out` may be replaced.
-    Raises: UserError when `out` holds something that must not be replaced.
+        identity: the entries of meta.json that identify it.
+        overwrite: whether another preparation in `out` may be replaced.
+    Raises: UserError if `out` holds something that must not be replaced.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir={out} is a file: name another")
@@ -146,7 +146,7 @@ def is_prepared(out: Path, identity: dict, overwrite: bool) -> bool:
 
 
 def _is_same(out: Path, identity: dict) -> bool:
-    """Whether meta.json in `out` has these entries, and the files the size that it gives."""
+    """Whether meta.json in `out` has these entries, and all files have the size that it says."""
     try:
         meta = json.loads((out / "meta.json").read_bytes())
         size = np.dtype(meta["dtype"]).itemsize
@@ -155,4 +155,4 @@ def _is_same(out: Path, identity: dict) -> bool:
                 return False
         return all(meta[key] == value for key, value in identity.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # It is not a meta.json of this format, or its files are not there.
+        return False  # meta.json or a file is missing or wrong.

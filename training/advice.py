@@ -1,7 +1,6 @@
-"""Settings that are allowed but seldom meant: far slower here than another, or senseless beside
-each other.
+"""Notes about settings that are allowed, but slow on this machine, or of little sense together.
 
-Both functions return sentences that train.py prints as notes when it starts.
+train.py prints them when it starts.
 """
 
 import os
@@ -16,20 +15,21 @@ from text.token_files import Data
 from training.config import TrainConfig
 from training.data import split_warnings
 
-COMPILING = 30  # seconds that compiling a small model takes on a CPU: about 25 on 2 cores of a Xeon
-# Share of an iteration's time that compiling saves at best: an assumption, not a measurement
+COMPILING = 30  # Seconds to compile a small model on a CPU. Two cores of a Xeon took about 25.
+# The most that compiling saves of an iteration's time. This is assumed, not measured.
 SAVED = 0.2
-CPU_RATE = 2e10  # operations a second of a core in training: assumed, to the order of magnitude
+CPU_RATE = 2e10  # Operations per second of a core in training. A rough assumption.
 
 
 def slow_settings(
     model: ModelConfig, config: TrainConfig, device: str, dtype: str, flops: float
 ) -> list[str]:
-    """Settings that are legal but far slower on this machine than another one.
+    """Notes about settings that are far slower on this machine than others.
 
     Args:
-        device: cpu, cuda or mps. dtype: of the trunk, float32, bfloat16 or float16. flops: of the
-            whole run, over all processes.
+        device: cpu, cuda or mps.
+        dtype: of the trunk: float32, bfloat16 or float16.
+        flops: floating-point operations of the whole run, over all processes.
     """
     found = []
     if device == "cpu":
@@ -58,24 +58,25 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float) -> list[str]:
         found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")
     if config.compile and flops * SAVED / (CPU_RATE * threads) < COMPILING:
         found.append(
-            f"compiling takes about {COMPILING} s before the first iteration, which so short a"
-            " run may not repay: --compile=false"
+            f"compiling takes about {COMPILING} s before the first iteration. In such a short run"
+            " it may not pay: use --compile=false"
         )
     return found
 
 
 def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
-    found, kernel = [], HEADS[model.head].kernel
-    if kernel in ("dot", "l2"):
-        faster = kernel == "l2" or dtype != "float32"  # A dot product follows the trunk's type.
+    found, distance = [], HEADS[model.head]
+    if distance.multiplies:
+        # An inner product follows the trunk's type.
+        faster = not distance.has_products or dtype != "float32"
         if device == "cuda" and model.head_precision == "float32" and faster:
             found.append(
-                "head_precision=float32 keeps the head off the tensor cores: use"
+                "with head_precision=float32 the head does not use tensor cores: use"
                 " --head_precision=auto"
             )
         if device != "cuda" and model.head_precision == "split":
             found.append(
-                "head_precision=split is only emulated without CUDA, slower than float32: use"
+                "without CUDA, head_precision=split is emulated and slower than float32: use"
                 " --head_precision=auto"
             )
     if model.head_impl in ("dense", "chunked") and _is_compiled(model, device):
@@ -83,19 +84,21 @@ def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
             f"head_impl={model.head_impl} is slower than the compiled kernels and needs more"
             " memory: use --head_impl=auto"
         )
-    # The kernels dot and l2 skip nothing.
-    if model.head_skip == 0 and device == "cpu" and kernel not in ("dot", "l2"):
+    # Matrix products skip nothing.
+    if model.head_skip == 0 and device == "cpu" and not distance.multiplies:
         found.append(
-            "head_skip=0 computes gradients of pairs that do not matter to float32: the default"
-            " 1e-6 leaves them out"
+            "head_skip=0 computes gradients that are too small to matter in float32. The default"
+            " 1e-6 skips them"
         )
     return found
 
 
 def about_products(head: HarmonicHead) -> str | None:
-    """How the head multiplies matrices, in words, when called inside the run's autocast. None for a
-    distance without matrix products."""
-    if head.distance.kernel not in ("dot", "l2"):
+    """How the head multiplies matrices, in words. None for a distance without matrix products.
+
+    Call it inside the run's autocast, which it depends on.
+    """
+    if not head.distance.multiplies:
         return None
     products = head.products()
     if products.name == "split":
@@ -103,26 +106,28 @@ def about_products(head: HarmonicHead) -> str | None:
     what = f"head multiplies in {str(products.inner).removeprefix('torch.')}"
     if products.name != "autocast" or head.is_control:
         return what
-    # An inner product rounded to bfloat16 is off by up to 4e-4 |h| |w| (a twentieth of eps), so raw
-    # distances of vectors of one length by as much of themselves.
+    # In bfloat16 an inner product is off by up to 4e-4 |h| |w|, a twentieth of eps. If h and w are
+    # equally long, that is also the relative error of raw distances.
     distance, options = resolve(head.name, **head.options)
     power = float(head.strength) * distance.root(**distance.kernel_options(options))
     error = power * torch.finfo(products.inner).eps / 20
     if not head.is_harmonic:
         return (
-            f"{what}: distances are off by up to {error / power:.0e} of themselves."
+            f"{what}: distances have relative errors of up to {error / power:.0e}."
             " --head_precision=auto is nearly as exact as float32"
         )
     return (
         f"{what}: at n = {float(head.strength):.4g} the loss of a token is off by up to {error:.1g}"
-        " nats where prototypes are as long as"
+        " nats if prototypes are as long as"
         " states. --head_precision=auto is nearly as exact as float32"
     )
 
 
 def _is_compiled(model: ModelConfig, device: str) -> bool:
-    """Whether compiled kernels make the head faster on this device. The controls' dot product torch
-    computes as fast."""
+    """Whether compiled kernels make the head faster on this device.
+
+    For the dot product of controls they do not: PyTorch is as fast.
+    """
     distance, options = resolve(model.head, **model.head_options())
     if distance.kernel == "dot":
         return False
@@ -138,10 +143,10 @@ def _is_compiled(model: ModelConfig, device: str) -> bool:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers itself. True where torch cannot tell."""
+    """Whether this CPU has bfloat16 instructions. True if torch cannot tell."""
     try:
         has = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError):  # an older torch
+    except (AttributeError, RuntimeError):  # This torch is older.
         return True
     return has.get("architecture") != "x86_64" or bool(
         has.get("avx512_bf16") or has.get("amx_bf16")
@@ -149,12 +154,12 @@ def _multiplies_bfloat16() -> bool:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> list[str]:
-    """Numbers that another setting, or the data, makes senseless."""
+    """Notes about numbers that make no sense with another setting, or with the data."""
     c, found = config, split_warnings(data, model.block_size)
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     windows = (data.splits["val"].tokens - 1) // model.block_size
@@ -176,8 +181,8 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
         )
     if c.log_interval > c.max_iters > 0:
         found.append(
-            f"log_interval={c.log_interval} is beyond max_iters={c.max_iters}: no line tells of the"
-            " training"
+            f"log_interval={c.log_interval} is beyond max_iters={c.max_iters}: no line about"
+            " training is printed"
         )
     if c.min_lr is not None and c.min_lr > c.learning_rate:
         found.append(

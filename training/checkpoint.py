@@ -1,14 +1,14 @@
-"""Checkpoints: folders `ckpt/iter_000200/` that appear whole or not at all.
+"""Checkpoints: folders `ckpt/iter_000200/` that appear completely or not at all.
 
     model.safetensors         weights, tied ones once
-    train_state.safetensors   the optimiser's tensors, as `exp_avg/blocks.0.mlp.up.weight`
-    manifest.json             iteration, val_loss, counters, the sha256 of the other files and of
-                              itself
+    train_state.safetensors   tensors of the optimiser, such as `exp_avg/blocks.0.mlp.up.weight`
+    manifest.json             iteration, val_loss, counters, the sha256 of the other files, and a
+                              checksum of itself
 
-Nothing in them is pickled. A checkpoint is written aside, flushed to the disk and renamed, in the
-background of training. It holds whole weights and optimiser states, so any number of processes can
-resume from it. The newest two and the best are kept. If the newest is corrupt, the one before it is
-used.
+Nothing is pickled. A background thread writes a checkpoint under another name, flushes it to the
+disk and renames it. Weights and optimiser states are not sharded, so any number of processes can
+resume from them. The newest two checkpoints and the best one are kept. If the newest is corrupt,
+the one before it is used.
 """
 
 import math
@@ -34,7 +34,7 @@ WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "mani
 
 
 def own_weights(model: Model) -> dict[str, torch.Tensor]:
-    """A model's tensors by name, tied ones once."""
+    """The tensors of a model by name, tied ones once."""
     return {
         k: v
         for k, v in model.state_dict().items()
@@ -45,8 +45,10 @@ def own_weights(model: Model) -> dict[str, torch.Tensor]:
 def snapshot(
     model: Model, optimizer: torch.optim.Optimizer, keep: bool = True
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies of weights and optimiser state on the CPU, by file and name. All processes call it, to
-    put shards together; those that do not `keep` the result get nothing."""
+    """Copies weights and optimiser state to the CPU. Returns them by file and name.
+
+    All processes call it, because it gathers shards. Those without `keep` get empty results.
+    """
     names: dict[torch.Tensor, str] = {q: name for name, q in model.named_parameters()}
     state = {
         f"{key}/{names[q]}": v for q, values in optimizer.state.items() for key, v in values.items()
@@ -62,7 +64,7 @@ def snapshot(
 
 
 class Writer:
-    """Writes checkpoints of a run in a thread of low priority, one after the other."""
+    """Writes checkpoints of a run, one after the other, in a thread of low priority."""
 
     def __init__(self, out_dir: Path):
         self.out_dir = out_dir
@@ -72,30 +74,29 @@ class Writer:
     def save(
         self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict
     ) -> None:
-        """Begins to write a snapshot as the checkpoint of an iteration; `wait` for the one before
-        first.
+        """Starts to write a snapshot as the checkpoint of an iteration. Call `wait` before it.
 
-        A disk that is full or read-only does not stop training: stderr says so, `error` holds the
-        message until a later checkpoint is written, and the checkpoints that are there stay.
+        If the disk is full or read-only, training continues and earlier checkpoints stay. The error
+        is printed on stderr. `error` holds it until a later checkpoint is written.
         """
         what = (iteration, files, counters)
         self.thread = threading.Thread(target=self._write, args=what, daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Waits until nothing is being written."""
         if self.thread:
             self.thread.join()
 
     def _write(
         self, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict
     ) -> None:
-        if sys.platform == "linux":  # there a thread has a priority of its own
+        if sys.platform == "linux":  # Only there can a thread have its own priority.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             save(self.out_dir, iteration, files, counters)
             self.error = None
-        except Exception as error:  # whatever it is, training goes on and the exit status tells
+        except Exception as error:  # Training continues; the exit status reports it.
             reason = isinstance(error, OSError) and error.strerror or repr(error)
             self.error = (
                 f"the checkpoint of iteration {iteration} could not be written ({reason}); the last"
@@ -107,11 +108,13 @@ class Writer:
 def save(
     out_dir: Path, iteration: int, files: dict[str, dict[str, torch.Tensor]], counters: dict
 ) -> Path:
-    """Writes a checkpoint and removes those that are neither the newest two nor the best.
+    """Writes a checkpoint. Then only the newest two and the best are kept. Returns its folder.
 
     Args:
-        files: a `snapshot`. counters: what the manifest holds besides, as JSON, with `val_loss`
-            (None where there was no evaluation).
+        files: a `snapshot`.
+        counters: more entries of the manifest, of JSON types. `val_loss` is one of them; it is None
+            if there was no evaluation.
+    Raises: OSError if it cannot be written.
     """
     folder = out_dir / "ckpt" / f"iter_{iteration:06d}"
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -130,21 +133,21 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     kept = {*list(manifests(out_dir))[-2:], best(out_dir)}
-    # Checkpoints, and what killed runs left aside; nothing foreign.
+    # Removes old checkpoints and incomplete ones of killed runs, but no other files.
     for path in {*folders(out_dir), *folder.parent.glob(".iter_*")} - kept:
-        # What cannot be removed now is tried again at the next checkpoint.
+        # If this fails, the next checkpoint tries it again.
         shutil.rmtree(path, ignore_errors=True)
     return folder
 
 
 def folders(out_dir: Path) -> list[Path]:
-    """Checkpoints by name, oldest first, sound or not."""
+    """The folders of all checkpoints, oldest first. Some may be corrupt."""
     found = [p for p in (Path(out_dir) / "ckpt").glob("iter_*") if p.name[5:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def _manifest(folder: Path) -> dict:
-    """ValueError or OSError for one that is missing or damaged."""
+    """The manifest of a checkpoint. ValueError or OSError if it is missing or corrupt."""
     manifest = unseal((folder / MANIFEST).read_bytes())
     if missing := {"iter", "val_loss", "sha256"} - set(manifest):
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
@@ -152,24 +155,26 @@ def _manifest(folder: Path) -> dict:
 
 
 def manifests(out_dir: Path) -> dict[Path, dict]:
-    """The checkpoints with a sound manifest, oldest first: folder -> manifest."""
+    """The checkpoints with a valid manifest, oldest first: folder -> manifest."""
     found = {}
     for folder in folders(out_dir):
         try:
             found[folder] = _manifest(folder)
         except (OSError, ValueError):
-            continue  # `damage` says what is wrong with it, where it is wanted
+            continue  # `damage` tells what is wrong with it.
     return found
 
 
 def last(out_dir: Path) -> str:
-    """The name of the newest checkpoint with a sound manifest, or `none`."""
+    """The name of the newest checkpoint with a valid manifest, or `none`."""
     return next((f.name for f in reversed(manifests(out_dir))), "none")
 
 
 def damage(folder: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is: its manifest and the given files are
-    compared with their sha256."""
+    """What is wrong with a checkpoint, in words; None if it is good.
+
+    It compares the manifest with its checksum, and `files` with their sha256.
+    """
     try:
         manifest = _manifest(folder)
     except OSError as error:
@@ -186,8 +191,10 @@ def damage(folder: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> str | None:
 
 
 def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
-    """The newest checkpoint that is not damaged; stderr names those that are. UserError when there
-    is none."""
+    """The newest checkpoint that is not corrupt. A message on stderr names newer, corrupt ones.
+
+    Raises: UserError if there is no such checkpoint.
+    """
     found = folders(out_dir)
     bad: list[str] = []
     for folder in reversed(found):
@@ -195,10 +202,10 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
             if bad:
                 print(f"{'; '.join(bad)}: using {folder.name}", file=sys.stderr, flush=True)
             return folder
-        bad.append(f"checkpoint {folder} is damaged, {problem}")
+        bad.append(f"checkpoint {folder} is corrupt, {problem}")
     if bad:
         raise UserError(
-            f"no checkpoint can be used: {'; '.join(bad)}; begin again with --overwrite=true, or"
+            f"no checkpoint can be used: {'; '.join(bad)}; start again with --overwrite=true, or"
             " name another --out_dir"
         )
     there = "" if Path(out_dir).is_dir() else " (the folder does not exist)"
@@ -208,8 +215,7 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
 
 
 def set_aside(out_dir: Path, chosen: Path) -> None:
-    """Renames the checkpoints after the chosen one, which are damaged, so that nothing takes them
-    for good ones."""
+    """Renames the checkpoints after the chosen one, which are corrupt, to `damaged_...`."""
     for folder in folders(out_dir):
         if int(folder.name[5:]) > int(chosen.name[5:]):
             shutil.rmtree(folder.with_name(f"damaged_{folder.name}"), ignore_errors=True)
@@ -217,26 +223,25 @@ def set_aside(out_dir: Path, chosen: Path) -> None:
 
 
 def best(out_dir: Path) -> Path | None:
-    """The folder with the lowest validation loss."""
+    """The checkpoint with the lowest validation loss; None if there is none with a loss."""
     found = {f: m["val_loss"] for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
     return min(found, key=lambda f: (math.isnan(found[f]), found[f])) if found else None
 
 
 def read(folder: Path) -> tuple[dict, dict]:
-    """A checkpoint's (weights, manifest), not compared with their sha256 again: `newest` and
-    `damage` do that."""
+    """Reads (weights, manifest) of a checkpoint. `newest` and `damage` have compared its sha256."""
     return load_tensors(folder / WEIGHTS), _manifest(folder)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """What a safetensors file holds. UserError for one that is damaged or something else."""
+    """The tensors in a safetensors file. UserError if it is corrupt or another kind of file."""
     try:
         if _is_utf8(path):
             return load_file(path)
-        return load(path.read_bytes())  # the library maps no file whose name is not UTF-8
+        return load(path.read_bytes())  # The library cannot open a file whose name is not UTF-8.
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a safetensors file ({error}); it is refused, and nothing in it was"
+            f"{path} is not a safetensors file ({error}); it was not loaded, and nothing in it was"
             " executed"
         ) from None
 
@@ -250,8 +255,11 @@ def _is_utf8(path: Path) -> bool:
 
 
 def load_weights(model: Model, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
-    """Puts weights into a model. UserError listing what does not fit. assign: these tensors become
-    the model's parameters (the model may be on the meta device)."""
+    """Loads weights into a model.
+
+    assign: make these tensors the parameters of the model, which may be on the meta device.
+    Raises: UserError that lists what does not fit.
+    """
     own = own_weights(model)
     wrong = [f"{k} is missing" for k in own if k not in weights] + [
         f"{k} is not part of the model" for k in weights if k not in own
@@ -273,18 +281,20 @@ def load_weights(model: Model, weights: dict[str, torch.Tensor], assign: bool = 
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Puts a checkpoint's optimiser state into an optimiser; rates and decays stay as they are
-    configured now."""
+    """Loads the optimiser state of a checkpoint. Learning rates and decays stay as configured.
+
+    Raises: UserError if the state is not that of this model.
+    """
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _ in model.named_parameters()}
     for key, tensor in load_tensors(folder / STATE).items():
         kind, _, name = key.partition("/")
         if name not in states:
             raise UserError(
                 f"{folder / STATE} holds {key!r}, which is not part of the model: another version"
-                " wrote it; start from the weights "
-                f"alone with --init_from={folder.parent.parent} and another --out_dir"
+                " wrote it. Start from the weights only, "
+                f"with --init_from={folder.parent.parent} and another --out_dir"
             )
-        states[name][kind] = tensor.clone()  # the file is mapped: training must not hold on to it
+        states[name][kind] = tensor.clone()  # Not memory-mapped from the file.
     names = {q: name for name, q in model.named_parameters()}
     state = {}
     for i, q in enumerate(q for group in optimizer.param_groups for q in group["params"]):
@@ -300,8 +310,11 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path)
 
 
 def read_config(out_dir: Path) -> tuple[ModelConfig, TrainConfig]:
-    """A run's stored configuration, whatever version wrote it: a key that is no more is named and
-    ignored, one that was not yet known has its default. UserError for a value that is not valid."""
+    """The stored configuration of a run, of this version or another.
+
+    A note on stderr names settings that do not exist any more. New settings get their defaults.
+    Raises: UserError for a value that is not valid.
+    """
     path = out_dir / "config.yaml"
     try:
         model_config, config = parse(
@@ -323,12 +336,15 @@ def read_config(out_dir: Path) -> tuple[ModelConfig, TrainConfig]:
 def load_run(
     out_dir: str | Path, device: str = "cpu", which: str = "newest"
 ) -> tuple[Model, dict, dict]:
-    """A run's "newest" or "best" checkpoint for evaluation or sampling -> (model in eval mode, its
-    stored config, the manifest)."""
+    """Loads the "newest" or "best" checkpoint of a run, for evaluation or sampling.
+
+    Returns: the model in eval mode, the stored settings, and the manifest of the checkpoint.
+    Raises: UserError if there is no checkpoint, or it is corrupt.
+    """
     out_dir = Path(out_dir)
     folder = best(out_dir) if which == "best" else None
     if folder and (problem := damage(folder, (WEIGHTS,))):
-        raise UserError(f"the best checkpoint {folder} is damaged, {problem}: use the newest")
+        raise UserError(f"the best checkpoint {folder} is corrupt, {problem}: use the newest")
     folder = folder or newest(out_dir, (WEIGHTS,))
     model_config, config = read_config(out_dir)
     model = Model(model_config)

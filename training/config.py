@@ -1,4 +1,4 @@
-"""The settings of a run, beside those of its model (model.ModelConfig)."""
+"""The settings of a run. Those of its model are in model.ModelConfig."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ import typing
 
 
 def of_a_start(default: typing.Any) -> typing.Any:
-    """A setting that says how a run starts this time. It is no part of the run."""
+    """A setting of one start of a run. A resumed run does not take it over."""
     return dataclasses.field(default=default, metadata={"of_a_start": True})
 
 
@@ -17,12 +17,12 @@ class TrainConfig:
     dataset: str = "wiki"
     """a folder under data/, or a path"""
     tokenizer: str | None = None
-    """names the tokenizer of .bin files without meta.json (nanoGPT's own)"""
+    """the tokenizer of .bin files without meta.json, such as nanoGPT's"""
     batch_size: int = 12
-    """windows of a micro-batch; batch_size * gradient_accumulation_steps windows make an iteration,
-    whatever the number of processes"""
+    """windows in a micro-batch; an iteration has batch_size * gradient_accumulation_steps windows,
+    for any number of processes"""
     gradient_accumulation_steps: int = 1
-    """micro-batches of an iteration, over all processes together"""
+    """micro-batches in an iteration, over all processes together"""
     max_iters: int = 1000
     """iterations to train"""
     optimizer: typing.Literal["adamw", "muon"] = "adamw"
@@ -31,7 +31,8 @@ class TrainConfig:
     learning_rate: float = 6e-4
     """peak learning rate"""
     head_learning_rate: float | None = None
-    """peak learning rate of the prototypes (tied, of the embedding); null = learning_rate"""
+    """peak learning rate of the prototypes and of an embedding that is tied to them; null =
+    learning_rate"""
     lr_schedule: typing.Literal["cosine", "wsd", "constant"] = "cosine"
     """after the warm-up: a cosine down to min_lr; wsd (stable, then linear to min_lr over the last
     decay_iters iterations); or constant"""
@@ -46,65 +47,64 @@ class TrainConfig:
     weight_decay: float = 0.1
     """decay of weight matrices and embeddings"""
     prototype_decay: float | None = None
-    """decay of the prototypes, which it pulls to the origin; null = weight_decay"""
+    """decay of the prototypes, which pulls them to the origin; null = weight_decay"""
     beta1: float = 0.9
     """AdamW's beta1"""
     beta2: float = 0.95
     """AdamW's beta2"""
     grad_clip: float = 1.0
-    """clip the global gradient norm at this; 0 = never"""
+    """clip the norm of the whole gradient at this; 0 = do not clip"""
     eval_interval: int = 200
     """iterations between evaluations (and checkpoints)"""
     eval_iters: int = 20
-    """validation batches of batch_size windows: a fixed set, spread evenly over the split"""
+    """validation batches of batch_size windows: always the same ones, from all over the split"""
     log_interval: int = 10
     """iterations between console lines; metrics.jsonl has every iteration"""
     eval_only: bool = of_a_start(False)
     """evaluate once and stop"""
     init_from: str = of_a_start("scratch")
-    """scratch; resume (from out_dir's newest checkpoint); auto (resume if there is one); or
-    a model to start from, which is scratch with that --source"""
+    """scratch; resume (from the newest checkpoint in out_dir); auto (resume if there is one); or
+    a model to start from, as in --source"""
     source: str | None = of_a_start(None)
     """a model to start from: a name on the Hugging Face hub (gpt2, bert-base-uncased, OWNER/NAME),
-    a folder in its format, nanoGPT's ckpt.pt, a run's folder. Another --head than its own is
-    matched to the model's softmax"""
+    a folder in its format, nanoGPT's ckpt.pt, or a run's folder. If --head is not the model's own
+    head, the new head is matched to the model's softmax"""
     out_dir: str = of_a_start("out/run")
     """the run's folder"""
     overwrite: bool = of_a_start(False)
     """delete the run that out_dir holds"""
     new_data_order: bool = of_a_start(False)
-    """resume although batch_size, gradient_accumulation_steps, seed or the dataset differ: from
-    then on the windows come in another order, so some are read twice in this epoch and others not
-    at all"""
+    """resume with another batch_size, gradient_accumulation_steps, seed or dataset. The order of
+    windows changes, so some are read twice in this epoch and others not at all"""
     seed: int = 1337
     """determines weights, data order, noise and dropout"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of the trunk (autocast); auto = bfloat16 where a GPU has it, else float32.
-    Distances are float32 always"""
+    """precision of the trunk (autocast); auto = bfloat16 on a GPU that has it, else float32.
+    Distances are always float32"""
     compile: bool = True
-    """torch.compile the trunk (on a CPU this needs a C++ compiler)"""
+    """compile the trunk with torch.compile (on a CPU this needs a C++ compiler)"""
     backend: typing.Literal["auto", "nccl", "gloo"] = "auto"
-    """between processes: auto = nccl on GPUs, gloo on CPUs"""
+    """how processes communicate: auto = nccl on GPUs, gloo on CPUs"""
     parallel: typing.Literal["ddp", "fsdp"] = "ddp"
     """how processes share the model: ddp (each holds all of it) or fsdp (each holds a part of
     weights, gradients and optimiser)"""
     timeout: float = 600.0
-    """seconds that a process waits for another one before it gives up"""
+    """seconds that a process waits for another process before it gives up"""
     activation_checkpointing: bool = False
-    """compute each block's activations again in the backward pass: less memory, about a third more
-    time"""
+    """compute the activations of each block again in the backward pass: less memory, about a third
+    more time"""
     on_nan: typing.Literal["stop", "skip"] = "stop"
-    """a loss or gradient that is not finite: stop the run, or skip the step (this looks at every
-    step's norm, which a GPU waits for)"""
+    """if a loss or gradient is not finite: stop the run, or skip the step (skip is slower on a GPU,
+    because it reads the norm of every step)"""
     sample_interval: int = 0
     """iterations between samples of text, in the terminal and in metrics.jsonl; 0 = none"""
     profile: int = of_a_start(0)
-    """record a trace of this many iterations in out_dir/profile, on CUDA of memory too; 0 = none"""
+    """record a trace of this many iterations in out_dir/profile, and on CUDA of memory; 0 = none"""
     verify_resume: bool = of_a_start(False)
-    """instead of training: train some 20 iterations whole, and again killed and resumed, and say
-    whether they are equal bit for bit"""
+    """a test instead of training: train about 20 iterations in one go, and again killed and
+    resumed, and tell whether both are equal bit for bit"""
     tensorboard: bool = False
     """also log to TensorBoard, in out_dir/tensorboard"""
     wandb: bool = False
@@ -115,10 +115,10 @@ class TrainConfig:
     """ISO 3166 alpha-3 code of the country whose electricity is used, for kg CO2e"""
 
     def problems(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
+        """Everything that is wrong with the settings, one sentence each."""
         found = self._range_problems()
         if self.parallel == "fsdp" and self.dtype == "float16":
-            found.append("parallel=fsdp does not scale losses as dtype=float16 needs: use bfloat16")
+            found.append("parallel=fsdp lacks the loss scaling of dtype=float16: use bfloat16")
         if self.parallel == "fsdp" and self.optimizer == "muon":
             found.append(
                 "optimizer=muon needs whole matrices, and parallel=fsdp splits them: use"

@@ -1,8 +1,9 @@
 """The order in which training and validation read a split.
 
-A window is block_size tokens of a split (and one more, the last target). Which window a slot of a
-step reads is a pure function of (seed, step, slot): it does not depend on the number of processes,
-on accumulation, evaluation or resuming, and no shuffled array exists.
+A window is block_size tokens of a split, and one more for the last target. A slot is the place of a
+window in an iteration. The window of a slot is a pure function of (seed, step, slot). It does not
+depend on the number of processes, on accumulation, evaluation or resuming. There is no shuffled
+array.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from text.token_files import FEW_WINDOWS, LONGER, Data
 
 
 def split_problems(data: Data, block_size: int) -> list[str]:
-    """An error for each split that does not hold one window."""
+    """An error for each split that is shorter than a window."""
     problems = []
     for name in ("train", "val"):
         split = data.splits[name]
@@ -25,7 +26,7 @@ def split_problems(data: Data, block_size: int) -> list[str]:
 
 
 def split_warnings(data: Data, block_size: int) -> list[str]:
-    """A warning for each split of so few windows that its loss says little."""
+    """A warning for each split with so few windows that its loss is mostly noise."""
     warnings = []
     for name in ("train", "val"):
         split = data.splits[name]
@@ -40,14 +41,17 @@ def split_warnings(data: Data, block_size: int) -> list[str]:
 
 
 def hashed(*key: object) -> int:
-    """64 bits that depend on all parts of a key."""
+    """A 64-bit hash of a key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def permute(i: int, n: int, key: int) -> int:
-    """A keyed bijection of range(n), without a table: a four-round Feistel network on the next even
-    number of bits, walked until it lands inside (Black and Rogaway 2002, cycle walking)."""
-    # Halves of fewer than 4 bits mix badly: far from uniform in a chi-squared test.
+    """The place of i in a pseudo-random permutation of range(n), without a table.
+
+    It is a Feistel network of four rounds on an even number of bits, at least that of n - 1. The
+    network is applied until the result is below n (cycle walking, Black and Rogaway 2002).
+    """
+    # With halves of fewer than 4 bits a chi-squared test shows that orders are not uniform.
     half = max(4, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -63,11 +67,12 @@ def permute(i: int, n: int, key: int) -> int:
 
 
 def index(seed: int, step: int, slot: int, slots: int, tokens: int, block_size: int) -> int:
-    """First token of the window that `slot` (0..slots-1) of `step` reads, in a split of `tokens`
-    tokens.
+    """The first token of the window that `slot` reads at `step`.
 
-    Windows are drawn without replacement. Each epoch visits them in an order of its own, shifted by
-    an offset of its own, so that the borders of windows move.
+    slots: the number of windows in an iteration; slot is below it. tokens: of the split.
+
+    Windows are drawn without replacement. Each epoch has its own order of windows, and its own
+    offset, so that the borders of windows move.
     """
     windows = max(1, (tokens - 1) // block_size - 1)
     epoch, i = divmod(step * slots + slot, windows)
@@ -76,7 +81,7 @@ def index(seed: int, step: int, slot: int, slots: int, tokens: int, block_size: 
 
 
 def validation_windows(tokens: int, block_size: int, count: int) -> list[int]:
-    """First tokens of at most `count` windows spread evenly over a split: always the same ones."""
+    """The first tokens of at most `count` windows, spread evenly over a split."""
     windows = (tokens - 1) // block_size
     count = min(count, windows)
     return [i * windows // count * block_size for i in range(count)]

@@ -1,5 +1,7 @@
-"""Processes: one per device, started by torchrun; without torchrun, one. What they share, and how
-they stop together."""
+"""The processes of a run: what they share, and how they stop together.
+
+torchrun starts one process for each device. Without torchrun there is one process.
+"""
 
 import os
 import signal
@@ -24,13 +26,14 @@ from base.errors import UserError
 from model import Model
 
 T = TypeVar("T")
-# A DistributedDataParallel lives as long as its process: see `run`.
+# Keeps every DistributedDataParallel until its process ends; see `run`.
 _KEPT: list[DistributedDataParallel] = []
 
 
 @dataclass
 class Processes:
-    """rank of world processes, local_rank on this node, and the device they were given."""
+    """A process and its group: its rank among `world` processes, its rank on this machine
+    (local_rank), and its device."""
 
     rank: int
     local_rank: int
@@ -39,39 +42,43 @@ class Processes:
 
     @property
     def main(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def share(self, total: int) -> range:
-        """This process's part of range(total): contiguous, sizes differing by at most one."""
+        """This process's part of range(total). Parts are contiguous and differ by at most 1."""
         return range(self.rank * total // self.world, (self.rank + 1) * total // self.world)
 
     def reduce(self, values: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Adds (or takes the minimum of) a tensor over all processes."""
+        """The sum or minimum ("min") of a tensor over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[op])
         return values
 
     def barrier(self) -> None:
+        """Waits for all processes."""
         if self.world > 1:
             dist.barrier()
 
     def gather(self, value: T) -> list[T]:
-        """A small Python value of every process, by rank."""
+        """A small Python value of each process, in the order of ranks."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make()` returns in the main process, in all of them."""
+        """Calls `make()` in the main process, and returns its result in all processes."""
         value: list[Any] = [make() if self.main else None]
         if self.world > 1:
             dist.broadcast_object_list(value)
         return value[0]
 
     def wrap(self, model: Model, parallel: str) -> torch.nn.Module:
-        """The model whose gradients are those of all processes: DistributedDataParallel, or FSDP2's
-        fully_shard of blocks and root."""
+        """Wraps a model so that its gradients are those of all processes.
+
+        parallel: "ddp" (DistributedDataParallel) or "fsdp" (FSDP2's fully_shard).
+        """
         if self.world == 1:
             return model
         kind = self.device.split(":")[0]
@@ -90,8 +97,7 @@ class Processes:
 
 
 def synchronise(wrapped: torch.nn.Module, on: bool) -> None:
-    """Whether the next backward pass of a wrapped model adds its gradients up over the
-    processes."""
+    """Sets whether the next backward pass adds up gradients over the processes."""
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.require_backward_grad_sync = on
     elif isinstance(wrapped, FSDPModule):
@@ -99,13 +105,15 @@ def synchronise(wrapped: torch.nn.Module, on: bool) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that lies here; any other tensor itself."""
+    """The part of a sharded tensor that this process holds. Other tensors are returned as is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def launcher(processes: int, *torchrun: str) -> list[str]:
-    """The arguments between `python` and a script that start this many processes on this machine.
-    torchrun: more of torchrun's flags."""
+    """The arguments between `python` and a script that start `processes` processes here.
+
+    torchrun: more flags of torchrun.
+    """
     return (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
         if processes > 1
@@ -114,8 +122,7 @@ def launcher(processes: int, *torchrun: str) -> list[str]:
 
 
 def check_device(device: str) -> str:
-    """The device that `auto` stands for: cuda, mps or cpu. UserError for a device that is not
-    there."""
+    """The device to use; `auto` becomes cuda, mps or cpu. UserError for one that does not exist."""
     if device == "auto":
         return (
             "cuda"
@@ -146,9 +153,12 @@ def check_device(device: str) -> str:
 
 
 def start(device: str, backend: str, timeout: float) -> Processes:
-    """Joins the process group that torchrun describes in the environment (RANK, LOCAL_RANK,
-    WORLD_SIZE), if there is one. Processes that wait for another one longer than `timeout` seconds
-    give up."""
+    """Joins the process group that torchrun describes in the environment, if there is one.
+
+    torchrun sets RANK, LOCAL_RANK and WORLD_SIZE.
+    timeout: seconds that a process waits for another one before it gives up.
+    Raises: UserError for more processes than GPUs, or nccl without CUDA.
+    """
     rank, local_rank, world = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -174,17 +184,17 @@ def start(device: str, backend: str, timeout: float) -> Processes:
 
 
 def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """A part of torchrun's store that no earlier start of these processes has used.
+    """A new part of torchrun's key-value store, the same for all processes.
 
-    PyTorch 2.13's torchrun keeps its store when it restarts processes, and the new ones would
-    connect to the addresses of the dead. Its count of restarts tells starts apart on one machine
-    only: each machine has its own. So rank 0 opens a new part, and the others go by the number of
-    the part in which rank 0 answers them with the word they left there.
+    When PyTorch 2.13's torchrun restarts processes it keeps its store. The new processes would
+    connect to the addresses of dead ones. torchrun's count of restarts does not help, because each
+    machine has its own. So rank 0 opens a new part. Every other rank leaves a random word in the
+    newest part, and takes the part in which rank 0 has answered with that word.
     """
     if rank == 0:
         part = store.add("part", 1)
         for other in range(1, world):
-            word = store.get(f"{part}/here/{other}")  # waits for it
+            word = store.get(f"{part}/here/{other}")  # This waits for the other rank.
             store.set(f"{part}/answer/{other}", word.decode())
         return dist.PrefixStore(str(part), store)
     own, end = uuid.uuid4().hex, time.monotonic() + timeout
@@ -199,9 +209,11 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
 
 
 def run(main: Callable[[], object]) -> None:
-    """`cli(main)`. Under torchrun the process then ends at once, without taking its process groups
-    apart: PyTorch 2.13 can hang for ever there, for `~ProcessGroupGloo` joins a thread that waits
-    for the interpreter's lock while its caller holds that lock."""
+    """Runs `cli(main)`. Under torchrun the process then ends without destroying process groups.
+
+    Destroying them can hang forever in PyTorch 2.13. `~ProcessGroupGloo` holds the interpreter's
+    lock, and joins a thread that waits for that lock.
+    """
     if "RANK" not in os.environ:
         cli(main)
         return
@@ -210,7 +222,7 @@ def run(main: Callable[[], object]) -> None:
         try:
             main()
         except UserError as error:
-            # `cli` speaks for local rank 0.
+            # `cli` prints the error of local rank 0.
             if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
                 print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
             raise
@@ -229,23 +241,22 @@ def run(main: Callable[[], object]) -> None:
 
 
 class StopSignals:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 (SLURM and spot machines send them) into a stop after the
-    current step, on all processes alike.
+    """Makes all processes stop after the same step on Ctrl-C, SIGTERM or SIGUSR1.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. (Under torchrun only the first reaches the
-    processes.)
+    SLURM and spot machines send the last two. A second Ctrl-C raises KeyboardInterrupt at once.
+    Under torchrun only the first Ctrl-C reaches the processes.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, processes: Processes, timeout: float):
-        self.asked = 0  # the signal that came to this process
+        self.asked = 0  # The signal that this process received, or 0.
         self.group = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             if processes.world > 1
             else None
         )
-        self.pending: tuple[Any, torch.Tensor] | None = None  # a reduction, and what it fills
+        self.pending: tuple[Any, torch.Tensor] | None = None  # A running reduction and its result.
         self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
 
     def _ask(self, number: int, _: FrameType | None) -> None:
@@ -261,8 +272,10 @@ class StopSignals:
                 )
 
     def agreed(self) -> int:
-        """The signal that stops all processes now, or 0. Called once a step. With several processes
-        the answer is that of the step before, so that none waits for the others."""
+        """The signal that stops all processes now, or 0. Call it once per step.
+
+        With several processes the answer is one step old, so that no process waits for the others.
+        """
         if self.group is None:
             return self.asked
         answer = 0
@@ -275,5 +288,6 @@ class StopSignals:
         return answer
 
     def restore(self) -> None:
+        """Puts the earlier signal handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

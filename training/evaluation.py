@@ -1,4 +1,7 @@
-"""The validation loss of a run: the same windows at every evaluation, whatever the processes."""
+"""The validation loss of a run, over the same windows at every evaluation.
+
+The windows do not depend on the number of processes.
+"""
 
 import contextlib
 import math
@@ -14,13 +17,15 @@ from training.data import validation_windows
 from training.distributed import Processes
 from training.objective import batches_of
 
-STATES = 256  # show how far the head is from a softmax
-SAMPLED = 60  # tokens of a sample
+STATES = 256  # On these, evaluation measures how far the head is from a softmax.
+SAMPLED = 60  # Tokens in a sample of text.
 
 
 class Evaluation:
-    """The unsmoothed negative log likelihood of the fixed validation windows, summed over all
-    processes and divided once. Draws nothing from training's random state."""
+    """The negative log likelihood of the fixed validation windows, without label smoothing.
+
+    It is summed over all processes and divided once. The random state of training is not used.
+    """
 
     def __init__(
         self,
@@ -36,19 +41,22 @@ class Evaluation:
         self.windows = validation_windows(
             self.split.tokens, m.block_size, c.eval_iters * c.batch_size
         )
-        # Every process runs as many batches, for FSDP gathers weights from all in each.
+        # All processes run the same number of batches, because FSDP gathers weights from all.
         self.rounds = math.ceil(math.ceil(len(self.windows) / processes.world) / self.batch_size)
 
     def __call__(self, model: Model) -> dict[str, float]:
-        """val_loss (nats a token), perplexity, and bits_per_byte, kl_to_softmax and strength where
-        there are such."""
+        """Evaluates: val_loss in nats per token, perplexity, and more if the model has it.
+
+        Models that predict the next token have bits_per_byte. Harmonic heads of kernel l2 have
+        kl_to_softmax (`softmax_linearization_kl`). Heads that learn their strength have strength.
+        """
         model.eval()
         with torch.no_grad(), self.autocast:
             total = self._sums(model)
             kl = self._distance_from_a_softmax(model)
             learnt = None if model.head.log_strength is None else float(model.head.strength)
         if isinstance(model, FSDPModule):
-            # Without a backward pass nothing else frees the gathered weights.
+            # Frees the gathered weights. In training the backward pass does that.
             model.reshard()
         model.train()
         device = self.processes.device
@@ -56,7 +64,7 @@ class Evaluation:
         loss = (total[0] / total[1]).item()
         found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
         if not self.batches.objective.masked:
-            # the split's own tokens per byte: the windows are an even sample of it
+            # Uses the tokens per byte of the whole split, because windows are an even sample of it.
             found["bits_per_byte"] = loss / math.log(2) * self.split.tokens / self.split.bytes
         if kl is not None:
             found["kl_to_softmax"] = kl
@@ -65,7 +73,7 @@ class Evaluation:
         return found
 
     def _sums(self, model: Model) -> torch.Tensor:
-        """Of this process's windows: (loss, targets)."""
+        """The summed loss and the number of targets in this process's windows: (2,), float64."""
         share = self.processes.share(len(self.windows))
         batches = self.batches.validation(self.windows[share.start : share.stop], self.batch_size)
         length, total = self.m.block_size, torch.zeros(2, dtype=torch.float64)
@@ -83,19 +91,19 @@ class Evaluation:
         return softmax_linearization_kl(states, model.head)
 
 
-@torch.compiler.set_stance("force_eager")  # Contexts of every length: compiled blocks do not pay.
+@torch.compiler.set_stance("force_eager")  # Each length would be compiled again.
 def sample_text(
     model: Model, data: Data, autocast: contextlib.AbstractContextManager, seed: int
 ) -> str:
-    """SAMPLED tokens of a document that the model begins. All processes call it.
+    """Generates the first SAMPLED tokens of a document. All processes call it.
 
-    With one seed, samples of different iterations differ by the model alone. Training's random
-    state is not touched.
+    With the same seed, samples differ only because the model differs. The random state of training
+    is not used.
     """
     tokenizer = data.load_tokenizer()
     model.eval()
     if isinstance(model, FSDPModule):
-        # FSDP sets itself up in the root's first forward pass, and `generate` has none.
+        # FSDP initialises itself in the root's first forward pass, which `generate` does not call.
         with torch.no_grad(), autocast:
             model(torch.tensor([[tokenizer.start_id]], device=model.tokens.weight.device))
         model.unshard()

@@ -1,4 +1,4 @@
-"""The folder of a run, and everything that is written into it: metrics, checkpoints, energy."""
+"""The folder of a run, and what is written into it: metrics, checkpoints and energy."""
 
 import os
 import shutil
@@ -15,23 +15,23 @@ from training.telemetry import Emissions, Metrics, environment, write_environmen
 
 
 class RunFolder:
-    """Makes the folder of a run, or continues in it.
+    """Creates the folder of a run, or continues in it.
 
-    The main process alone writes metrics and checkpoints; one process of each machine measures
-    energy. The others may call the same methods.
+    Only the main process writes metrics and checkpoints. One process on each machine measures
+    energy. All processes may call all methods.
     """
 
     def __init__(self, run: Run, resumed: Path | None, changed: dict):
         """
         Args:
             resumed: the checkpoint that the run resumes from, or None.
-            changed: settings that are not those of the last start, for environment.json.
-        Raises: UserError where the folder cannot be written.
+            changed: settings that differ from the last start, for environment.json.
+        Raises: UserError if the folder cannot be written.
         """
         c, p = run.c, run.processes
         self.path = Path(c.out_dir)
-        self.metrics: Metrics | None = None  # in the main process alone
-        self.writer: checkpoint.Writer | None = None  # likewise
+        self.metrics: Metrics | None = None  # None outside of the main process.
+        self.writer: checkpoint.Writer | None = None  # The same.
         self.emissions: Emissions | None = None
         if p.main:
             try:
@@ -39,7 +39,7 @@ class RunFolder:
             except OSError as error:
                 message = f"out_dir={self.path} cannot be written: {error.strerror}"
                 raise UserError(message) from None
-        if c.emissions and p.local_rank == 0:  # one tracker a machine
+        if c.emissions and p.local_rank == 0:  # One tracker for each machine.
             node = int(os.environ.get("GROUP_RANK", 0))
             self.emissions = Emissions(self.path, c.emissions_country, node)
 
@@ -71,11 +71,14 @@ class RunFolder:
             self.metrics.write(record)
 
     def save(self, run: Run, loss: float | None) -> None:
-        """Takes a copy of everything and lets it be written while training continues. All processes
-        call it. loss: the validation loss, None where there was no evaluation."""
+        """Copies weights and optimiser state, and starts writing them as a checkpoint.
+
+        Training continues meanwhile. All processes call it.
+        loss: the validation loss; None if there was no evaluation.
+        """
         at = run.progress
         if self.writer:
-            self.writer.wait()  # before there is another copy
+            self.writer.wait()  # So that memory holds only one copy.
         files = checkpoint.snapshot(run.model, run.optimizer, keep=run.processes.main)
         if self.metrics is None or self.writer is None:
             return
@@ -93,8 +96,10 @@ class RunFolder:
             self.emissions.flush()
 
     def close(self, wait: bool) -> tuple[float, float] | None:
-        """Ends what is being written -> energy in kWh and emissions in kg, where measured. wait:
-        for a checkpoint that is being written."""
+        """Closes all files. Returns (kWh, kg CO2e), or None if energy was not measured.
+
+        wait: whether to wait for a checkpoint that is being written.
+        """
         if self.writer and wait:
             self.writer.wait()
         if self.metrics:
@@ -103,13 +108,13 @@ class RunFolder:
 
 
 def _clear(out_dir: Path, c: TrainConfig) -> None:
-    """Removes what an earlier run has left."""
+    """Removes the files of an earlier run."""
     if c.init_from == "auto" and (out_dir / "config.yaml").exists():
-        print(f"{out_dir} holds no checkpoint yet: beginning again")
+        print(f"{out_dir} holds no checkpoint yet: starting again")
     for name in ("ckpt", "tensorboard"):
         shutil.rmtree(out_dir / name, ignore_errors=True)
     for name in ("config.yaml", "metrics.jsonl"):
         (out_dir / name).unlink(missing_ok=True)
-    if c.init_from == "scratch":  # auto keeps what an earlier start of the same run has used
+    if c.init_from == "scratch":  # With auto, these belong to an earlier start of the same run.
         for path in (out_dir / "environment.json", *out_dir.glob("emissions*.csv*")):
             path.unlink(missing_ok=True)

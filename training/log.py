@@ -1,4 +1,4 @@
-"""What a run says while it trains: a line in the terminal, rows in metrics.jsonl."""
+"""What a run reports while it trains: lines in the terminal, and rows in metrics.jsonl."""
 
 import math
 import signal
@@ -16,35 +16,35 @@ from training.telemetry import duration, listed, peak_flops
 
 
 class NotFinite(Exception):
-    """A loss or gradient that is not finite: every process raises it at the same iteration."""
+    """A loss or gradient is not finite. All processes raise this at the same iteration."""
 
 
 class Log:
-    """Collects steps and writes them in groups, for each read from a GPU waits for it."""
+    """Collects steps and writes them in groups, because each read from a GPU waits for it."""
 
     def __init__(self, run: Run, folder: RunFolder):
         self.c, self.processes, self.gradients = run.c, run.processes, run.gradients
         self.work, self.folder, self.say = run.work, folder, run.say
         self.first = run.progress.iteration
-        self.scaled = run.scaler.is_enabled()  # float16: a gradient that overflows is no fault
+        self.scaled = run.scaler.is_enabled()  # With float16, a gradient may overflow.
         self.peak = peak_flops(self.processes.device)
         self.pending: list[Step] = []
         self.began = self.clock = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Time that was not spent on training does not count as such."""
+        """Restarts the clock of tokens_per_s. Call it after work that is not training."""
         self.clock = time.perf_counter()
 
     def flush(self, iteration: int) -> None:
-        """Moves the pending steps off the device, adds them up over the processes and writes them.
+        """Reads the pending steps from the device, sums them over processes and writes them.
 
-        Raises: NotFinite, with --on_nan=stop.
+        Raises: NotFinite if a loss or gradient is not finite, with --on_nan=stop.
         """
         if not self.pending:
             return
         rows = torch.stack([step.numbers() for step in self.pending])
         rows = rows.double().cpu() if rows.device.type == "mps" else rows.double()
-        own = rows[:, 0].tolist()  # waits for the device
+        own = rows[:, 0].tolist()  # This waits for the device.
         now = time.perf_counter()
         p = self.processes
         sums, least = p.reduce(rows[:, :2].contiguous()), p.reduce(rows[:, 2].contiguous(), "min")
@@ -63,7 +63,7 @@ class Log:
         self.pending, self.clock = [], time.perf_counter()
 
     def _record(self, iteration: int, step: Step, numbers: list[float]) -> dict[str, float]:
-        """The row of metrics.jsonl of a step; numbers: see `step.NAMES`."""
+        """The row of a step in metrics.jsonl. numbers: in the order of `step.NAMES`."""
         loss, distance, nearest, norm, norm_head, norm_trunk, radius = numbers
         record = {
             "iter": iteration,
@@ -82,7 +82,7 @@ class Log:
         return record
 
     def _check(self, record: dict, step: Step, loss: float, own: float) -> None:
-        """NotFinite for a loss or a gradient that is not; own: this process's part of the loss."""
+        """Raises NotFinite if the step is not finite. own: this process's part of the loss."""
         norm = record["grad_norm"]
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaled):
             return
@@ -120,7 +120,10 @@ def not_finite(iteration: int, what: str, gradients: list[str]) -> NotFinite:
 
 
 def introduce(run: Run, dtype: str, changed: dict) -> None:
-    """Says what is trained, and what a user may want to know of it."""
+    """Prints what is trained, and notes about its settings.
+
+    dtype: of the trunk. changed: settings that a resumed run changes, key -> [before, now].
+    """
     m, c, p, model, data = run.m, run.c, run.processes, run.model, run.data
     slots = c.batch_size * c.gradient_accumulation_steps
     processes = f"{p.world} process{'es' if p.world > 1 else ''} on {p.device}"
@@ -158,11 +161,13 @@ def conclude(
     stopped: int,
     strange: NotFinite | None,
 ) -> None:
-    """Says how the run ended, and exits where its status is not 0.
+    """Prints how the run ended. Exits if its status is not 0.
 
     Args:
-        seconds: it took. used: (kWh, kg CO2e) or None. stopped: the signal that stopped it, or 0.
-        strange: what was not finite.
+        seconds: how long it took.
+        used: (kWh, kg CO2e), or None if not measured.
+        stopped: the signal that stopped it, or 0.
+        strange: the error, if a loss or gradient was not finite.
     """
     out_dir = folder.path
     energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""

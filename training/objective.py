@@ -1,7 +1,8 @@
-"""What a model is trained to predict: the next token, or masked tokens. And the batches of either.
+"""What a model is trained to predict, the next token or masked tokens (masked language modelling),
+and the batches for it.
 
 An objective turns a window of tokens into inputs and targets. `objective_of` chooses it from the
-architecture: causal models predict the next token.
+architecture: causal models predict the next token, and others masked tokens.
 """
 
 from collections.abc import Iterator
@@ -17,34 +18,35 @@ from model import ARCHITECTURES, ModelConfig
 from text.token_files import Data, Split
 from training.data import hashed, index
 
-MASKED_SHARE = 0.15  # of a window's tokens that masked-language training predicts (BERT, 3.1)
+# The part of a window's tokens that BERT predicts (1810.04805, section 3.1).
+MASKED_SHARE = 0.15
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Objective(Protocol):
-    """What to predict.
+    """What a model predicts.
 
-    masked: masked tokens are predicted. Their losses are not the likelihood of a text, so there are
-        no bits per byte, and the model fills masks instead of generating text.
-    lookahead: tokens that are read behind the inputs of a window.
+    masked: whether it is masked language modelling. Its loss is not the likelihood of a text, so
+        there are no bits per byte. Such a model does not generate text.
+    lookahead: the number of tokens to read after the inputs of a window.
     """
 
     masked: bool
     lookahead: int
 
     def predicted(self, block_size: int) -> int:
-        """Tokens predicted in a window."""
+        """The number of tokens that are predicted in a window."""
 
     def rows(self, data: Data) -> int:
-        """Rows that the token table needs."""
+        """The number of rows that the token table needs."""
 
     def pair(self, window: np.ndarray, data: Data, key: tuple) -> tuple[np.ndarray, np.ndarray]:
-        """A window (T + lookahead,) -> (inputs (T,), targets (T,)); `key` determines the noise."""
+        """A window (T + lookahead,) -> inputs (T,) and targets (T,). key: determines the noise."""
 
 
 class NextToken:
-    """Each token from those before it."""
+    """Predicts each token from the tokens before it."""
 
     masked = False
     lookahead = 1
@@ -59,15 +61,19 @@ class NextToken:
         return window[:-1], window[1:]
 
 
-class MaskedTokens:
-    """BERT's: 15 % of the tokens from all others. Of these, 80 % become the mask, 10 % a random
-    token and 10 % stay. The end-of-text token is not chosen while others are left."""
+class MaskedLM:
+    """Masked language modelling: predicts 15 % of the tokens from all others, as BERT does
+    (1810.04805, section 3.1).
+
+    Of these, 80 % become the mask token, 10 % a random token, and 10 % stay. End-of-text tokens are
+    chosen last.
+    """
 
     masked = True
     lookahead = 0
 
     def predicted(self, block_size: int) -> int:
-        """The same number in each window, so that every window weighs the same."""
+        """The same number in each window, so that all windows have the same weight."""
         return max(1, round(MASKED_SHARE * block_size))
 
     def rows(self, data: Data) -> int:
@@ -88,18 +94,20 @@ class MaskedTokens:
         return x, y
 
 
-NEXT_TOKEN, MASKED_TOKENS = NextToken(), MaskedTokens()
+NEXT_TOKEN, MASKED_LM = NextToken(), MaskedLM()
 
 
 def objective_of(arch: str) -> Objective:
-    """The objective with which an architecture is trained."""
-    return NEXT_TOKEN if ARCHITECTURES[arch].causal else MASKED_TOKENS
+    """The objective of an architecture."""
+    return NEXT_TOKEN if ARCHITECTURES[arch].causal else MASKED_LM
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a data folder: int64 (inputs (B, T), targets (B, T)), T = block_size. A target
-    is IGNORE_INDEX where nothing is predicted."""
+    """The batches of a data folder: inputs (B, T) and targets (B, T), int64, with T = block_size.
+
+    A target is IGNORE_INDEX if nothing is predicted there.
+    """
 
     data: Data
     objective: Objective
@@ -108,8 +116,10 @@ class Batches:
     def training(
         self, seed: int, step: int, slots: range, total: int, size: int
     ) -> Iterator[Batch]:
-        """The micro-batches of this process's `slots` (of `total`) at a step, of at most `size`
-        windows each."""
+        """Yields the micro-batches of a step for this process.
+
+        slots: the slots of this process, of `total` in all. size: the most windows in one of them.
+        """
         split = self.data.splits["train"]
         for first in range(slots.start, slots.stop, size):
             part = range(first, min(first + size, slots.stop))
@@ -117,15 +127,19 @@ class Batches:
             yield self.read(split, starts, [(seed, step, s) for s in part])
 
     def validation(self, starts: list[int], size: int, split: str = "val") -> Iterator[Batch]:
-        """Batches of at most `size` of the windows at `starts`. The noise on masked windows depends
-        on the window alone."""
+        """Yields batches of at most `size` windows, which begin at `starts`.
+
+        The noise of a masked window depends only on the window.
+        """
         for first in range(0, len(starts), size):
             part = starts[first : first + size]
             yield self.read(self.data.splits[split], part, [("val", s) for s in part])
 
     def read(self, split: Split, starts: list[int], keys: list[tuple] | None = None) -> Batch:
-        """The windows at `starts`; `keys` determine the noise of each. UserError for an id beyond
-        the vocabulary."""
+        """Reads the windows that begin at `starts`. keys: determine the noise of each window.
+
+        Raises: UserError for an id beyond the vocabulary.
+        """
         data, pairs = self.data, []
         for start, key in zip(starts, keys or [()] * len(starts), strict=True):
             window = split.read(start, self.block_size + self.objective.lookahead)
@@ -140,5 +154,5 @@ class Batches:
 
 
 def batches_of(data: Data, config: ModelConfig) -> Batches:
-    """The batches with which a model is trained and evaluated."""
+    """The batches to train and evaluate a model."""
     return Batches(data, objective_of(config.arch), config.block_size)

@@ -1,6 +1,6 @@
 """The optimiser of a run: AdamW, or Muon for the trunk's matrices and AdamW for the rest.
 
-To add one, write a function like `_muon`, add it to `OPTIMIZERS`, and its name to
+To add an optimiser, write a function like `_muon`. Add it to `OPTIMIZERS`, and its name to
 `TrainConfig.optimizer`. A checkpoint stores each tensor of its state under the parameter's name.
 """
 
@@ -14,9 +14,10 @@ from training.config import TrainConfig
 
 
 def make_optimizer(model: Model, c: TrainConfig, device: str) -> torch.optim.Optimizer:
-    """The optimiser of --optimizer. device: cpu, cuda or mps; the first two have a fused AdamW.
+    """The optimiser that --optimizer names. device: cpu, cuda or mps.
 
-    Each group has a `rate`: its learning rate as a multiple of the run's.
+    Each group has a `rate`, its learning rate as a multiple of the run's. AdamW is fused on cpu and
+    cuda.
     """
     settings = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device in ("cuda", "cpu"))
     return OPTIMIZERS[c.optimizer](model, c, settings)
@@ -29,8 +30,11 @@ def _adamw(model: Model, c: TrainConfig, settings: dict[str, Any]) -> torch.opti
 
 
 def _muon(model: Model, c: TrainConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """Muon's steps are scaled by 0.2 sqrt(larger side), to the size of AdamW's (match_rms_adamw),
-    so both take the same learning rate and weight decay."""
+    """Muon for the trunk's matrices, and AdamW for the rest.
+
+    match_rms_adamw scales Muon's steps by 0.2 sqrt(larger side), to the size of AdamW's. So both
+    use the same learning rate and weight decay.
+    """
     matrices, *others = parameter_groups(model, c)
     muon = Muon([matrices], row_blocks(model), lr=c.learning_rate, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([group for group in others if group["params"]], **settings)
@@ -41,11 +45,11 @@ OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
 def parameter_groups(model: Model, c: TrainConfig) -> list[dict[str, Any]]:
-    """Matrices of the trunk, prototypes, embeddings, the rest.
+    """The groups of parameters: matrices of the trunk, prototypes, embeddings, and the rest.
 
-    Matrices and embeddings decay. Biases, norms, the exponent and Mahalanobis' parameters do not,
-    for decay would shrink the distance itself. Prototypes have a decay and a rate of their own; a
-    tied embedding is the prototypes.
+    Matrices and embeddings decay. The rest does not: biases, norms, the exponent, and the
+    parameters of mahalanobis, because decay would shrink the distance itself. Prototypes have their
+    own decay and rate. An embedding that is tied to them belongs to their group.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     matrices, embeddings, rest = [], [], []
@@ -75,7 +79,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def row_blocks(model: Model) -> dict[torch.Tensor, list[int]]:
-    """The weights that hold several matrices, one below the other: weight -> rows of each."""
+    """The weights that consist of several matrices, one below the other.
+
+    Returns: weight -> the number of rows of each matrix.
+    """
     blocks = {}
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -87,9 +94,9 @@ def row_blocks(model: Model) -> dict[torch.Tensor, list[int]]:
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon (2502.16982), to which the parts of a fused weight are matrices of their own.
+    """PyTorch's Muon (2502.16982) that treats each part of a fused weight as a matrix.
 
-    `rows` (see row_blocks) says how many rows each part has. State belongs to whole weights.
+    rows: the number of rows of each part; see `row_blocks`. The state belongs to complete weights.
     """
 
     def __init__(
@@ -116,7 +123,7 @@ class Muon(torch.optim.Muon):
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers as one: their groups and states in one list and one dict."""
+    """Several optimisers as one. They share one list of groups and one dict of states."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts

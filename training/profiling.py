@@ -1,15 +1,15 @@
-"""`--profile=N`: where the time and the memory of N iterations go."""
+"""`--profile=N` records where N iterations spend time and memory."""
 
 import sys
 from pathlib import Path
 
 import torch
 
-WAIT = 3  # iterations before the first that is recorded: compilation, caches, allocations
+WAIT = 3  # Iterations to skip first, because they compile, fill caches and allocate memory.
 
 
 class Profile:
-    """Records N iterations, after WAIT others, into files of a folder. N = 0: nothing."""
+    """Skips WAIT iterations, and records the next `iterations` into a folder. 0 records nothing."""
 
     def __init__(self, folder: Path, iterations: int, device: str):
         self.folder, self.iterations, self.done = folder, iterations, 0
@@ -17,7 +17,7 @@ class Profile:
         self.profiler: torch.profiler.profile | None = None
 
     def step(self) -> bool:
-        """To be called after each iteration -> whether files were written, which takes time."""
+        """Call it after each iteration. Returns whether it wrote files, which takes time."""
         self.done += 1
         if self.iterations and self.done == WAIT:
             self._start()
@@ -27,8 +27,7 @@ class Profile:
         return True
 
     def close(self) -> None:
-        """Writes what was recorded, if anything, and prints where. A full disk does not stop
-        training."""
+        """Writes what was recorded, and prints where. A full disk does not stop training."""
         if self.profiler is None:
             if self.iterations and self.done < WAIT:
                 print(f"no profile: it begins after {WAIT} iterations", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run as one record."""
+"""The parts of a run in one dataclass."""
 
 import contextlib
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from training.step import Gradients, Progress, Work
 
 @dataclass
 class Run:
-    """All that the loop of train.py needs.
+    """Everything that the loop of train.py needs.
 
-    wrapped: the model; its backward pass adds gradients up over the processes.
-    of_source: results of the model that the run starts from, where its head was swapped.
+    m, c: the configurations of the model and of training.
+    wrapped: the model, wrapped so that its backward pass adds up gradients over the processes.
+    of_source: results of the model that the run starts from, if its head was swapped.
     """
 
     m: ModelConfig
@@ -40,6 +41,6 @@ class Run:
     of_source: dict[str, float]
 
     def say(self, *words: object, **how: Any) -> None:
-        """Prints, in the main process."""
+        """Prints in the main process only."""
         if self.processes.main:
             print(*words, **how)

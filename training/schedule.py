@@ -6,11 +6,11 @@ from training.config import TrainConfig
 
 
 def learning_rate(iteration: int, c: TrainConfig) -> float:
-    """Linear warm-up to learning_rate, then the schedule.
+    """The learning rate of an iteration: a linear warm-up, then the schedule.
 
-    cosine: half a cosine down to min_lr, as nanoGPT's.
-    wsd: stable, then linear down to min_lr over the last decay_iters iterations.
-    constant: stable to the end.
+    cosine: half a cosine down to min_lr, as in nanoGPT.
+    wsd: constant, then linear down to min_lr over the last decay_iters iterations.
+    constant: constant to the end.
     """
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     low = c.learning_rate / 10 if c.min_lr is None else c.min_lr
@@ -28,8 +28,10 @@ def learning_rate(iteration: int, c: TrainConfig) -> float:
 
 
 def decay_iterations(c: TrainConfig) -> int:
-    """Iterations of the decay of wsd: where nothing is set, a fifth of the run, but never into the
-    warm-up."""
+    """The number of iterations in which wsd decays.
+
+    The default is a fifth of the run, and never begins before the end of the warm-up.
+    """
     if c.decay_iters is not None:
         return c.decay_iters
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters

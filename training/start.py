@@ -1,6 +1,6 @@
-"""How a run starts: what is asked for, whether it is possible, and what it resumes from.
+"""The start of a run: its settings, checks of them, and the checkpoint that it resumes from.
 
-Nothing here writes anything.
+Nothing here writes files.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from training.step import Progress
 from training.telemetry import check_loggers
 
 REORDERED = (
-    "another order of the data would read some windows twice in this epoch and others not at all;"
+    "in another data order it would read some windows twice in this epoch and others not at all;"
     " --new_data_order=true accepts that"
 )
 
@@ -36,11 +36,12 @@ REORDERED = (
 def configure(
     argv: list[str], find: Callable[[str], Any]
 ) -> tuple[ModelConfig, TrainConfig, dict | None, Any]:
-    """Reads file, flags and what there is to start from.
+    """Reads the config file, the flags, and the run or model to start from.
 
-    find: finds the weights that --init_from names, see `interop.pretrained.find`.
-    Returns: the model's configuration, the training's, the stored one of a run that is resumed or
-        None, and what `find` found or None.
+    find: finds the model that --init_from names; see `interop.pretrained.find`.
+    Returns: the configurations of model and training, the stored settings of a resumed run or None,
+        and the result of `find` or None.
+    Raises: UserError that lists everything that is wrong.
     """
     switches = {
         f.name for c in (ModelConfig, TrainConfig) for f in fields(c) if f.type in (bool, "bool")
@@ -51,7 +52,7 @@ def configure(
     start = given.get("source")
     if init_from not in (None, "scratch", "resume", "auto"):
         init_from, start = "scratch", init_from
-    # torchrun has restarted its processes (--max-restarts): resume the run if it began.
+    # If torchrun has restarted its processes (--max-restarts), resume the run that they began.
     if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):
         init_from = "auto"
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
@@ -62,11 +63,11 @@ def configure(
         base = source.settings
     if resume:
         if not checkpoint.folders(out_dir):
-            checkpoint.newest(out_dir)  # says so
+            checkpoint.newest(out_dir)  # Raises the UserError.
         base = known(
             read_yaml(out_dir / "config.yaml"), out_dir / "config.yaml", ModelConfig, TrainConfig
         )
-        base["out_dir"] = str(out_dir)  # the folder may have been copied or renamed since
+        base["out_dir"] = str(out_dir)  # The folder may have been moved.
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     config.init_from, config.source = init_from or "scratch", start or config.source
     if resume and base is not None:
@@ -79,7 +80,7 @@ def configure(
 def resume_problems(
     out_dir: Path, base: dict, model: ModelConfig, config: TrainConfig
 ) -> list[str]:
-    """Why a run with the stored configuration `base` cannot be resumed with this one."""
+    """Why a run with the stored settings `base` cannot be resumed with this configuration."""
     found = [
         f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}"
         for k, v in vars(model).items()
@@ -118,7 +119,7 @@ def resume_problems(
 
 
 def differences(base: dict, *configs: ModelConfig | TrainConfig) -> dict:
-    """What a resumed run sets otherwise than it did: key -> [before, now]."""
+    """The settings that a resumed run changes: key -> [before, now]."""
     found = {}
     for config in configs:
         for f in fields(config):
@@ -129,9 +130,11 @@ def differences(base: dict, *configs: ModelConfig | TrainConfig) -> dict:
 
 
 def begun_by_this_torchrun(out_dir: Path) -> bool:
-    """Whether out_dir holds a run that an earlier start of the same torchrun began. Its id is in
-    environment.json. Without --rdzv_id all have the id "none", so the number of restarts
-    decides."""
+    """Whether out_dir holds a run that an earlier start by the same torchrun began.
+
+    environment.json has torchrun's id. Without --rdzv_id the id is always "none". Then this is true
+    if torchrun has restarted its processes.
+    """
     identity = os.environ.get("TORCHELASTIC_RUN_ID")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     try:
@@ -142,14 +145,16 @@ def begun_by_this_torchrun(out_dir: Path) -> bool:
 
 
 def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
-    """Loads the data and fills in the vocabulary. UserError listing what does not fit."""
+    """Loads the data and sets the sizes of the vocabulary. UserError lists what does not fit."""
     data = load_data(data_folder(config.dataset), config.tokenizer)
-    config.tokenizer = data.tokenizer  # stored with the run, so that sampling knows it
+    config.tokenizer = data.tokenizer  # Stored with the run for sampling.
     rows = objective_of(model.arch).rows(data)
     problems = check_loggers(config.tensorboard, config.wandb)
     problems += split_problems(data, model.block_size)
     if config.sample_interval and objective_of(model.arch).masked:
-        problems.append(f"sample_interval: arch={model.arch} fills masks and writes no text")
+        problems.append(
+            f"sample_interval: arch={model.arch} is a masked language model and writes no text"
+        )
     if source and (problem := source.reads(data)):
         problems.append(problem)
     if model.real_vocab_size == 0 or (
@@ -157,7 +162,7 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     ):
         model.real_vocab_size = data.vocab_size
     if model.vocab_size == 0:
-        model.vocab_size = 64 * math.ceil(rows / 64)  # a multiple of 64 multiplies faster on GPUs
+        model.vocab_size = 64 * math.ceil(rows / 64)  # GPUs are faster with multiples of 64.
     if model.vocab_size < rows:
         problems.append(
             f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
@@ -175,7 +180,7 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
 
 
 def check_compiler(c: TrainConfig, device: str) -> None:
-    """UserError where compile=true lacks a compiler."""
+    """Raises UserError if compile=true has no C++ compiler."""
     if c.compile and device == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -190,7 +195,7 @@ def check_compiler(c: TrainConfig, device: str) -> None:
 
 
 def check_kernels(m: ModelConfig, device: str) -> None:
-    """UserError where --head_impl names kernels that this head or machine does not have."""
+    """Raises UserError if --head_impl names kernels that this head or machine does not have."""
     if m.head_impl in ("auto", "dense", "chunked"):
         return
     head = HarmonicHead(m.n_embd, 2, m.head, **m.head_arguments()).to(device)
@@ -201,7 +206,7 @@ def check_kernels(m: ModelConfig, device: str) -> None:
 
 
 def check_out_dir(c: TrainConfig) -> None:
-    """UserError for a folder that holds another run, or is none."""
+    """Raises UserError if out_dir holds another run, or is not a folder."""
     out_dir = Path(c.out_dir)
     holds_run = (out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()
     if c.init_from == "scratch" and not c.overwrite and holds_run:
@@ -217,7 +222,10 @@ def check_out_dir(c: TrainConfig) -> None:
 
 
 def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
-    """Joins the process group; each process takes its share of an iteration's windows."""
+    """Joins the process group. UserError if the processes cannot share an iteration's windows.
+
+    resume: whether this process found a run to resume. All processes must agree.
+    """
     p = distributed.start(device, c.backend, c.timeout)
     slots = c.batch_size * c.gradient_accumulation_steps
     if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
@@ -228,8 +236,8 @@ def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
         )
     if len(set(p.gather(resume))) > 1:
         raise UserError(
-            f"the processes do not see the same {c.out_dir}: it has to lie where all machines see"
-            " it"
+            f"the processes do not see the same {c.out_dir}: it must be on a disk that all"
+            " machines share"
         )
     return p
 
@@ -237,8 +245,10 @@ def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
 def precision(
     c: TrainConfig, p: Processes
 ) -> tuple[str, contextlib.AbstractContextManager, torch.amp.GradScaler]:
-    """-> (the name of the trunk's type, its autocast, the scaler of float16). Distances and weights
-    are float32."""
+    """The name of the trunk's type, its autocast, and the loss scaler of float16.
+
+    Distances and weights are float32.
+    """
     kind, dtype = p.device.split(":")[0], c.dtype
     if dtype == "auto":
         has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported()
@@ -252,9 +262,12 @@ def precision(
 def go_on(
     c: TrainConfig, data: Data, p: Processes, model: Model, scaler: torch.amp.GradScaler
 ) -> tuple[Progress, Path]:
-    """Loads the newest good checkpoint -> (where it was, its folder)."""
+    """Loads the newest good checkpoint. Returns its progress and its folder.
+
+    Raises: UserError if there is none, or if the run was trained on another file.
+    """
     out_dir = Path(c.out_dir)
-    folder = p.from_main(lambda: checkpoint.newest(out_dir))  # one choice for all processes
+    folder = p.from_main(lambda: checkpoint.newest(out_dir))  # All processes load the same one.
     weights, manifest = checkpoint.read(folder)
     checkpoint.load_weights(model, weights)
     if manifest["scaler"] and scaler.is_enabled():

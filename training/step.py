@@ -1,4 +1,4 @@
-"""One iteration as a record with names, and the norms of its gradients."""
+"""The results of an iteration, and the norms of its gradients."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,12 @@ from training.telemetry import norms
 
 @dataclass
 class Progress:
-    """Where a run is: what a checkpoint counts."""
+    """How far a run is.
+
+    iteration: iterations done. best_loss: the lowest validation loss. evaluated: the iteration of
+    the last evaluation, or -1. skipped, skipped_in_a_row: iterations without a step, because they
+    were not finite.
+    """
 
     iteration: int = 0
     best_loss: float = math.inf
@@ -25,12 +30,14 @@ class Progress:
 
 @dataclass
 class Step:
-    """What one iteration found. Tensors stay on the device until the log reads them.
+    """The results of an iteration. Tensors stay on the device until the log reads them.
 
-    Norms are zero until `Gradients.measure` fills them in.
-    Of this process: loss, the sum over targets; distance, the sum of d(h, w_target); nearest, the
-    smallest. Of all: norm, norm_head, norm_trunk of the gradient; squares (P,), of each parameter;
-    radius, the mean norm of prototypes. skipped: iterations of the run without a step, so far.
+    Of this process alone:
+        loss: the sum over targets. distance: the sum of d(h, w_target). nearest: the smallest one.
+    Of all processes, zero until `Gradients.measure` has computed them:
+        norm, norm_head, norm_trunk: of the gradient. squares (P,): squared norms of the gradient of
+        each parameter. radius: the mean norm of prototypes.
+    skipped: how many iterations of the run had no step so far.
     """
 
     loss: torch.Tensor
@@ -46,21 +53,21 @@ class Step:
 
     @staticmethod
     def begin(device: str) -> "Step":
-        """Sums of nothing."""
+        """The results before the first micro-batch: sums of 0."""
         zero = torch.zeros((), device=device)
         return Step(
             zero, zero, torch.full((), math.inf, device=device), zero, zero, zero, zero, zero
         )
 
     def add(self, loss: torch.Tensor, distances: torch.Tensor | None) -> None:
-        """A micro-batch: its summed loss, and d(h, w_target) of its targets where there is one."""
+        """Adds a micro-batch: its summed loss, and d(h, w_target) of its targets or None."""
         self.loss = self.loss + loss.detach()
         if distances is not None and len(distances):
             self.distance = self.distance + distances.sum()
             self.nearest = torch.minimum(self.nearest, distances.min())
 
     def numbers(self) -> torch.Tensor:
-        """(loss, distance, nearest, norm, norm_head, norm_trunk, radius): the order of NAMES."""
+        """The seven numbers in the order of NAMES: (7,), float32."""
         return torch.stack([getattr(self, name).float() for name in NAMES])
 
 
@@ -69,8 +76,7 @@ NAMES = ("loss", "distance", "nearest", "norm", "norm_head", "norm_trunk", "radi
 
 @dataclass
 class Work:
-    """What an iteration is: tokens and targets over all processes, floating-point operations of a
-    token."""
+    """The size of an iteration: tokens and targets over all processes, and operations per token."""
 
     tokens: int
     targets: int
@@ -95,10 +101,10 @@ class Gradients:
 
     @torch.no_grad()
     def measure(self, step: Step) -> None:
-        """Fills in the norms of a step."""
+        """Computes the norms of a step."""
         p, head = self.processes, self.model.head
         table = local(head.weight)
-        # rows that other processes hold
+        # The number of rows that processes of lower rank hold.
         before = p.rank * -(-len(head.weight) // p.world) if self.sharded else 0
         here = min(max(head.real_vocab_size - before, 0), len(table))
         radius = table[:here].norm(dim=-1).sum()

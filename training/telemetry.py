@@ -1,5 +1,4 @@
-"""What a run tells: metrics.jsonl, the console, TensorBoard and W&B, energy, MFU,
-environment.json."""
+"""Records of a run: metrics.jsonl, TensorBoard, W&B, energy, MFU and environment.json."""
 
 import csv
 import errno
@@ -19,8 +18,8 @@ import torch
 from base.errors import UserError
 from base.files import write_whole
 
-# Peak dense bf16 FLOP/s by the name torch.cuda.get_device_name gives (vendors' data sheets, without
-# sparsity)
+# Peak bf16 FLOP/s without sparsity, from the vendors' data sheets. Keys are parts of the name that
+# torch.cuda.get_device_name returns.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -40,8 +39,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: str) -> float | None:
-    """Peak FLOP/s of a CUDA device, None where the name is not known: no MFU rather than a wrong
-    one."""
+    """The peak bf16 FLOP/s of a CUDA device. None if it is unknown, so that no MFU is wrong."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -56,19 +54,21 @@ def peak_flops(device: str) -> float | None:
 
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of each tensor, float32 (n,). On a CPU, PyTorch's norm of 50,304 x 768
-    numbers is 0.3 % too small; row by row it is exact to rounding."""
+    """The Euclidean norm of each tensor: (n,), float32.
+
+    On a CPU, PyTorch's norm of 50,304 x 768 numbers is 0.3 % too small. Row by row it is exact, up
+    to rounding.
+    """
     if tensors[0].device.type == "cpu":
         return torch.stack([t.norm(dim=-1).norm() for t in tensors])
     return torch.stack(torch._foreach_norm(tensors))
 
 
 class Metrics:
-    """Appends one JSON object a line to metrics.jsonl, and mirrors it to TensorBoard and W&B where
-    wanted.
+    """Appends JSON lines to metrics.jsonl, and sends them to TensorBoard and W&B if wanted.
 
-    Opening at `iteration` drops the lines that a run from there writes again: later evaluations,
-    and the steps from it on.
+    iteration: where the run starts. Lines that it will write again are removed: steps from there
+    on, and later evaluations.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Metrics:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_whole(path, "".join(f"{line}\n" for line in lines if _stays(line, iteration)))
         self.file = open(path, "ab", buffering=0)
-        self.backlog = b""  # lines that a full disk did not take yet
+        self.backlog = b""  # Lines that wait, because the disk was full.
         self.board = self.wandb = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -96,8 +96,7 @@ class Metrics:
             self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config)
 
     def write(self, record: dict) -> None:
-        """A record with `iter`; a number that is not finite is written as its name, for JSON has
-        none."""
+        """Writes a record, which has `iter`. JSON has no NaN and infinity, so they become texts."""
         clean = {
             k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
@@ -111,7 +110,7 @@ class Metrics:
             self.wandb.log(numbers, step=record["iter"])
 
     def _append(self, line: bytes) -> None:
-        """A full disk loses no line and tears none: what does not fit waits for the next one."""
+        """Appends a line. If the disk is full, it waits in memory, and no line is cut in two."""
         warned = bool(self.backlog)
         self.backlog += line
         end = os.fstat(self.file.fileno()).st_size
@@ -133,8 +132,7 @@ class Metrics:
                 )
 
     def sync(self) -> None:
-        """Flushes the lines to the disk: a checkpoint's lines are there before the checkpoint
-        is."""
+        """Flushes the lines to the disk, so that a checkpoint is never newer than its lines."""
         self._append(b"")
         try:
             os.fsync(self.file.fileno())
@@ -146,6 +144,7 @@ class Metrics:
             )
 
     def close(self) -> None:
+        """Tries once more to write waiting lines, and closes everything."""
         self._append(b"")
         if self.backlog:
             print(
@@ -161,8 +160,7 @@ class Metrics:
 
 
 def _parsed(line: str) -> dict | None:
-    """The JSON object in a line; None for what is not one, such as the torn last line of a killed
-    run."""
+    """The JSON object in a line. None if it is not one, such as a killed run's last line."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -171,8 +169,10 @@ def _parsed(line: str) -> dict | None:
 
 
 def _stays(line: str, iteration: int) -> bool:
-    """Whether a line of metrics.jsonl is kept when a run is resumed at an iteration. A line of
-    another version, without `iter`, is kept."""
+    """Whether a line of metrics.jsonl stays when the run resumes at an iteration.
+
+    Lines without `iter`, of another version, stay.
+    """
     if (found := _parsed(line)) is None:
         return False
     at = found.get("iter")
@@ -182,7 +182,7 @@ def _stays(line: str, iteration: int) -> bool:
 
 
 def _number(value: object) -> float | int | None:
-    """A number of metrics.jsonl, where `nan` and `inf` are texts; None for anything else."""
+    """A number in metrics.jsonl, where NaN and infinity are texts. None for anything else."""
     if isinstance(value, int | float):
         return value
     if value in ("nan", "inf", "-inf"):
@@ -191,11 +191,12 @@ def _number(value: object) -> float | int | None:
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl that have `iter`, with all keys whose values are numbers.
+    """The lines of a run's metrics.jsonl that have `iter`, with all keys that have numbers.
 
-    A version of this project may write keys that another one does not know, so no key but `iter`
-    need be there. An incomplete last line is skipped with a note on stderr. Raises: UserError when
-    there are no lines, or when another line is broken.
+    Another version may have written other keys, so only `iter` is sure to be there. If the last
+    line is incomplete it is skipped, with a note on stderr.
+
+    Raises: UserError if there are no lines, or if another line is corrupt.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
@@ -220,11 +221,15 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 
 def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
-    """For each line of metrics.jsonl: seconds since the run's first step, evaluations included, and
-    seconds in steps alone. `elapsed_s` begins anew when a run is resumed; a step's seconds are its
-    share of its log interval. Ask `timed` first whether the lines have both.
+    """The time of each line of metrics.jsonl, as (seconds of the run, seconds in steps).
 
-    Args: tokens: of an iteration.
+    The first includes evaluations, and all starts of a resumed run, where `elapsed_s` begins at 0
+    again. The second is the sum of the steps, each as long as the average of its log interval. Ask
+    `timed` first whether the lines have these keys.
+
+    Args:
+        metrics: from `read_metrics`.
+        tokens: the number of tokens in an iteration.
     """
     found, elapsed, before, steps = [], 0.0, 0.0, 0.0
     for m in metrics:
@@ -237,13 +242,13 @@ def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
 
 
 def timed(metrics: list[dict]) -> bool:
-    """Whether each step says when it was and how fast, as `clock` needs it."""
+    """Whether each step has the keys that `clock` needs: its time and its speed."""
     steps = [m for m in metrics if "train_loss" in m]
     return bool(steps) and all("elapsed_s" in m and "tokens_per_s" in m for m in steps)
 
 
 def check_loggers(tensorboard: bool, wandb: bool) -> list[str]:
-    """Problems: a logger is wanted whose package is missing."""
+    """A problem for each logger that is wanted but whose package is missing."""
     wanted = {"tensorboard": tensorboard, "wandb": wandb}
     return [
         f"{name}=true needs the package: pip install {name}"
@@ -261,18 +266,17 @@ def _installed(package: str) -> bool:
 
 
 class Emissions:
-    """CodeCarbon's offline tracker on one node: energy in emissions.csv. CPUs without power
-    counters are estimated by it, and RAM too.
+    """Measures the energy of one machine with CodeCarbon, offline, into emissions.csv.
 
-    The row of this process is brought up to date at every `flush`, so that a killed run loses
-    little. CodeCarbon rewrites its whole file then, and moves a file with other columns out of
-    sight. So the file of an earlier start is renamed first: no row of it changes.
+    CodeCarbon estimates RAM, and CPUs without power counters. Each `flush` updates the row of this
+    start, so a killed run loses little. CodeCarbon then rewrites the whole file, and renames a file
+    with other columns. So the file of an earlier start is renamed first, and its rows never change.
     """
 
     def __init__(self, out_dir: Path, country: str, node: int = 0):
         from codecarbon import OfflineEmissionsTracker
 
-        out_dir.mkdir(parents=True, exist_ok=True)  # another node's disk may not have it yet
+        out_dir.mkdir(parents=True, exist_ok=True)  # On another machine's disk it may be missing.
         logging.getLogger("codecarbon").setLevel(logging.ERROR)
         file = out_dir / ("emissions.csv" if node == 0 else f"emissions_node{node}.csv")
         keep_earlier(file)
@@ -281,25 +285,25 @@ class Emissions:
             project_name=out_dir.name,
             output_dir=str(out_dir),
             output_file=file.name,
-            on_csv_write="update",  # one row, however often it is flushed
+            on_csv_write="update",  # One row, for any number of flushes.
             log_level="error",
             allow_multiple_runs=True,
         )
         self.tracker.start()
 
     def flush(self) -> None:
+        """Updates the row in the file."""
         self.tracker.flush()
 
     def stop(self) -> tuple[float, float] | None:
-        """-> (kWh, kg CO2e) of this process's start; None where CodeCarbon could not write them."""
+        """Stops measuring. Returns (kWh, kg CO2e) of this start, or None if CodeCarbon failed."""
         self.tracker.stop()
         data = getattr(self.tracker, "final_emissions_data", None)
         return (data.energy_consumed, data.emissions) if data else None
 
 
 def keep_earlier(file: Path) -> None:
-    """Renames `emissions.csv` of an earlier start to `emissions_start1.csv`, or to the next number
-    that is free."""
+    """Renames `emissions.csv` to `emissions_start1.csv`, or to the next free number."""
     if not file.is_file() or file.stat().st_size == 0:
         return
     number = 1
@@ -319,7 +323,7 @@ def _git(*words: str) -> str | None:
 
 
 def environment(device: str, world: int) -> dict:
-    """Versions, git commit, device and command line."""
+    """Versions, git commit, device and command line, as environment.json stores them."""
     versions = {
         p: importlib.metadata.version(p)
         for p in ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "codecarbon")
@@ -343,12 +347,12 @@ def environment(device: str, world: int) -> dict:
 
 
 def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict) -> None:
-    """Writes environment.json: what this start of the run has, and what its earlier starts had,
-    oldest first.
+    """Writes environment.json: the environments of this start and of earlier ones, oldest first.
 
     Args:
-        now: an `environment`. iteration: where this start begins. changed: settings that it
-            changes, key -> [before, now].
+        now: the `environment` of this start.
+        iteration: where this start begins.
+        changed: settings that it changes, key -> [before, now].
     """
     path, earlier = out_dir / "environment.json", []
     if path.is_file():
@@ -364,21 +368,21 @@ def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict) -
 
 
 def listed(items: list, most: int = 5) -> str:
-    """`a, b, c and 4 more`."""
+    """The items as `a, b, c and 4 more`, the first `most` of them by name."""
     return ", ".join(map(str, items[:most])) + (
         f" and {len(items) - most} more" if len(items) > most else ""
     )
 
 
 def duration(seconds: float) -> str:
-    """`3 s`, `4 min 10 s`, `2 h 5 min`."""
+    """Seconds in words: `3 s`, `4 min 10 s` or `2 h 5 min`."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"
     return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
-# What a run used: CodeCarbon's columns, and the unit that another version may put behind the name
+# CodeCarbon's columns, and the unit that some versions add to the name.
 ENERGY = {
     "energy_consumed": "kwh",
     "emissions": "kg",
@@ -387,14 +391,14 @@ ENERGY = {
     "ram_energy": "kwh",
     "duration": "s",
 }
-MEASURED = ("energy_consumed", "emissions")  # a file without these is not CodeCarbon's
+MEASURED = ("energy_consumed", "emissions")  # Every file of CodeCarbon has these.
 
 
 def _used(row: dict[str, str | None]) -> dict[str, float]:
-    """The quantities of ENERGY in a row of any version of CodeCarbon: a part that it lacks is 0, a
-    duration that it lacks is NaN.
+    """The quantities of ENERGY in a row of any version of CodeCarbon.
 
-    Raises: ValueError, saying what is wrong with the row.
+    A missing duration is NaN. Other missing parts are 0.
+    Raises: ValueError that tells what is wrong with the row.
     """
     if None in row:
         raise ValueError("more cells than the header")
@@ -408,7 +412,7 @@ def _used(row: dict[str, str | None]) -> dict[str, float]:
 
 
 def _rows_of(path: Path) -> list[dict[str, float]]:
-    """The rows of one file of CodeCarbon. UserError for a damaged one."""
+    """The rows of a file of CodeCarbon. UserError if it is corrupt."""
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         reader, rows = csv.DictReader(file), []
         for row in reader:
@@ -424,13 +428,14 @@ def _rows_of(path: Path) -> list[dict[str, float]]:
 
 
 def energy(run: Path) -> dict[str, float] | None:
-    """What a run used, by the keys of ENERGY: added up over all nodes and starts, whatever version
-    of CodeCarbon wrote them.
+    """The energy and emissions of a run, by the keys of ENERGY, or None if nothing was measured.
 
-    The duration is that of the node that ran longest, and NaN where a row has none. None where
-    nothing was measured. UserError for a damaged file. A node's starts lie in `emissions.csv`,
-    `emissions_start1.csv` and `emissions.csv.bak`, CodeCarbon's own copy of a file that had other
-    columns.
+    They are sums over all machines and starts. The duration is that of the machine that ran
+    longest, and NaN if a row has none. The starts of a machine are in `emissions.csv`,
+    `emissions_start1.csv` and so on, and in `emissions.csv.bak`, CodeCarbon's copy of a file with
+    other columns.
+
+    Raises: UserError if a file is corrupt.
     """
     nodes: dict[str, list[dict[str, float]]] = {}
     for path in sorted(run.glob("emissions*.csv*")):

@@ -1,5 +1,4 @@
-"""`--verify_resume`: does a run that is killed and resumed equal one that never was, bit for
-bit?"""
+"""`--verify_resume` tests that a killed and resumed run equals an uninterrupted one bit for bit."""
 
 import os
 import signal
@@ -18,13 +17,13 @@ from training import checkpoint
 from training.distributed import launcher
 from training.telemetry import read_metrics
 
-INTERVAL = 10  # iterations between checkpoints
-BEYOND = 3  # iterations after a checkpoint until the process is killed
-MEASURED = ("tokens_per_s", "elapsed_s", "mfu")  # of the clock, not of the training
+INTERVAL = 10  # Iterations between checkpoints.
+BEYOND = 3  # The process is killed so many iterations after a checkpoint.
+MEASURED = ("tokens_per_s", "elapsed_s", "mfu")  # These depend on the clock.
 
 
 def history(run: Path) -> list[dict]:
-    """A run's metrics without what the clock says. NaN, which equals nothing, is a text."""
+    """The metrics of a run without times and speeds. NaN is a text, so that it equals itself."""
     return [
         {k: "nan" if v != v else v for k, v in r.items() if k not in MEASURED}
         for r in read_metrics(run)
@@ -32,16 +31,17 @@ def history(run: Path) -> list[dict]:
 
 
 def verify_resume(argv: list[str], decay: int, source: str | None = None) -> None:
-    """Trains with the given settings and kills the process (SIGKILL) after a checkpoint; resumes it
-    for INTERVAL iterations; trains as many in one process; compares every line of metrics and the
-    bytes of weights and optimiser. Exits with status 1 when anything differs.
+    """Compares a killed and resumed run with an uninterrupted one, and prints the result.
 
-    Under torchrun on one machine the same number of processes is used.
+    The first run is killed (SIGKILL) after a checkpoint and resumed for INTERVAL iterations. The
+    second trains as many iterations without a stop. All lines of metrics, and the bytes of weights
+    and optimiser state, must be equal. Under torchrun both use the same number of processes.
 
     Args:
+        argv: the command line of train.py.
+        decay: the iteration at which the decay of the learning rate ends, as in the full run.
         source: the model to start from, if any.
-        decay: the iteration at which the learning rate's decay ends, which does not depend on how
-            long these runs are.
+    Raises: SystemExit with status 1 if anything differs, and UserError if a run fails.
     """
     processes, here = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != here:
@@ -49,7 +49,7 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None) -> Non
             "verify_resume compares on one machine: start it with torchrun --standalone"
         )
     if int(os.environ.get("RANK", 0)) > 0:
-        return  # the first process starts its own
+        return  # The first process starts the others itself.
     fixed = dict(
         eval_interval=INTERVAL,
         log_interval=1,
@@ -85,8 +85,11 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None) -> Non
 
 
 def train(command: list[str], out: Path, iterations: int | None, bar: tqdm) -> None:
-    """Trains in the folder `out` up to an iteration; None: kills training BEYOND iterations after a
-    checkpoint. UserError with the end of the output when training ends otherwise."""
+    """Trains in the folder `out` up to an iteration.
+
+    iterations: None kills training BEYOND iterations after a checkpoint.
+    Raises: UserError, with the end of the output, if training ends in another way.
+    """
     log = out.with_suffix(".log")
     words = [*command, f"--out_dir={out}", f"--max_iters={iterations or 10**9}"]
     torchrun = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -111,8 +114,7 @@ def train(command: list[str], out: Path, iterations: int | None, bar: tqdm) -> N
 
 
 def report(equal: dict[str, bool], a: list[dict], b: list[dict], steps: int) -> None:
-    """Prints which parts are equal, and where the metrics `a` and `b` of so many steps differ
-    first."""
+    """Prints which parts are equal, and the first difference of the metrics `a` and `b`."""
     for name, same in equal.items():
         what = f"{name} of {steps} iterations" if name == "metrics" else name
         print(f"{what}: {'bitwise equal' if same else 'DIFFERENT'}")
@@ -126,8 +128,7 @@ def report(equal: dict[str, bool], a: list[dict], b: list[dict], steps: int) -> 
 
 
 def compare(a: Path, b: Path) -> dict[str, bool]:
-    """Which parts of two runs are equal: the metrics, and the bytes of weights and optimiser in the
-    newest checkpoints."""
+    """Whether the metrics of two runs, and the files of their newest checkpoints, are equal."""
     ends = checkpoint.newest(a), checkpoint.newest(b)
     same = {
         name: sha256(ends[0] / name) == sha256(ends[1] / name)
@@ -137,24 +138,26 @@ def compare(a: Path, b: Path) -> dict[str, bool]:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to a process and everything it started: torchrun's processes have sessions of their
-    own."""
+    """Sends SIGKILL to a process and to all processes that it started.
+
+    Killing the process group is not enough, because torchrun starts new sessions.
+    """
     try:
         family = [
             process.pid,
             *(p.pid for p in psutil.Process(process.pid).children(recursive=True)),
         ]
     except psutil.NoSuchProcess:
-        family = []  # it has ended, and torchrun's processes with it
+        family = []  # It has ended, with all that it started.
     for pid in family:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            continue  # it was quicker
+            continue  # It has ended already.
     process.wait()
 
 
 def written(run: Path) -> int:
-    """Iterations that a run's metrics have lines of."""
+    """The number of iterations in a run's metrics.jsonl."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"train_loss") if path.is_file() else 0

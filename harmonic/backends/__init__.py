@@ -1,12 +1,12 @@
-"""What computes a loss, and the choice between those that can: `harmonic_loss` makes a `Problem`,
-`choose` finds a backend for it.
+"""Backends compute losses and gradients. `harmonic_loss` makes a `Problem`, and `choose` finds a
+backend for it.
 
-    chunked   plain PyTorch, any device and type: never holds more than a few chunks of rows
-    numba     compiled kernels for a CPU in float32
-    triton    compiled kernels for CUDA in float32
+    chunked   plain PyTorch, for any device and type; holds only a few chunks of rows
+    numba     compiled kernels for a CPU, in float32
+    triton    compiled kernels for CUDA, in float32
 
-A backend is imported when it is first looked at, so that importing `harmonic` starts neither Numba
-nor Triton.
+A backend is imported when it is first needed. So importing `harmonic` starts neither Numba nor
+Triton.
 """
 
 import functools
@@ -25,12 +25,14 @@ IMPLS = ("auto", "dense", "chunked", "numba", "triton")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a loss is, beside its tensors.
+    """The settings of a loss. Its tensors are in `Problem`.
 
-    name, options: of the distance, as in `resolve`. link: "harmonic", "softmax" or "control".
-    parameters: the names of the map's trained settings. rows: how many rows of the table are
-    prototypes; the rest is padding. products: how matrices are multiplied. ignore_index, reduction,
-    impl, skip, check_finite: see `harmonic_loss`.
+    name, options: of the distance, as in `resolve`.
+    link: "harmonic", "softmax" or "control".
+    parameters: the names of the trained settings of the map.
+    rows: the first `rows` rows of the table are prototypes, and the others are padding.
+    products: how matrices are multiplied.
+    ignore_index, reduction, impl, skip, check_finite: see `harmonic_loss`.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Spec:
     check_finite: bool
 
     def encode(self) -> str:
-        """One line that `decode` reads: an operator of PyTorch takes text, but no objects."""
+        """The spec as a line of text. An operator of PyTorch takes text, but no objects."""
         options = " ".join(f"{key}={value!r}" for key, value in self.options.items())
         plain = [
             self.name,
@@ -97,15 +99,16 @@ class Spec:
 
 @dataclass(frozen=True)
 class Problem:
-    """Losses to compute: the same for every backend.
+    """The losses to compute, in the same form for every backend.
 
     states: (N, C), prototypes: (V + padding, C), both float32 or both float64, on one device.
-    targets: (N,) int64, for a backend in [0, V).
-    strength: (), n or s; unused by a control. bias: (V,) or None, a control's. parameters: the
-    trained settings of the distance's map, in the order of `spec.parameters`. seed: (), of the
-    map's noise, or None. weights: (N,), of each loss in the sum that is differentiated; set before
-    a backend sees the problem.
-    finite: False where states or prototypes are known not to be finite.
+    targets: (N,) int64. When a backend gets the problem, all are in [0, V).
+    strength: (), n or s; a control does not use it.
+    bias: (V,) or None; for controls only.
+    parameters: the trained settings of the map, in the order of `spec.parameters`.
+    seed: (), for the noise of the map, or None.
+    weights: (N,). The gradients are those of sum(weights * losses). `autograd.py` sets them.
+    finite: False if states or prototypes are known not to be finite.
     """
 
     states: Tensor
@@ -126,12 +129,12 @@ class Problem:
 
     @functools.cached_property
     def kernel_options(self) -> dict[str, Any]:
-        """What the distance's kernel takes."""
+        """The options of the distance's kernel."""
         distance, options = resolve(self.spec.name, **self.spec.options)
         return distance.kernel_options(options)
 
     def map_settings(self, parameters: list[Tensor]) -> dict[str, Any]:
-        """What the distance's map takes, with these tensors as the trained ones."""
+        """The settings of the distance's map, with these trained parameters."""
         distance, options = resolve(self.spec.name, **self.spec.options)
         settings = distance.map_options(options)
         settings |= dict(zip(self.spec.parameters, parameters, strict=True))
@@ -141,14 +144,16 @@ class Problem:
 
     @property
     def padding(self) -> int:
-        """Rows behind the prototypes."""
+        """The number of rows after the prototypes."""
         return len(self.prototypes) - self.spec.rows
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of sum(weights * losses), with respect to the tensors of a problem; `bias` is None where it
-    has none."""
+    """The gradients of sum(weights * losses) with respect to the tensors of a problem.
+
+    Each has the shape of its tensor. `bias` is None if the problem has none.
+    """
 
     states: Tensor
     prototypes: Tensor
@@ -159,7 +164,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Result:
-    """losses: (N,), unweighted. gradients: None where they were not asked for."""
+    """losses: (N,), without weights. gradients: None if they were not asked for."""
 
     losses: Tensor
     gradients: Gradients | None
@@ -167,8 +172,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Backend:
-    """supports: (problem) -> None, or why it cannot compute it. loss: (problem, needs_grad) ->
-    Result."""
+    """A way to compute losses.
+
+    supports: (problem) -> None, or the reason why the backend cannot compute it.
+    loss: (problem, needs_grad) -> Result.
+    """
 
     name: str
     supports: Callable[[Problem], str | None]
@@ -176,8 +184,10 @@ class Backend:
 
 
 def choose(problem: Problem) -> Backend:
-    """The backend that `spec.impl` names, or with "auto" the fastest one that can. ValueError for
-    one that cannot."""
+    """The backend that `spec.impl` names, or for "auto" the fastest one that supports the problem.
+
+    Raises: ValueError if the named backend does not support it.
+    """
     from .chunked import BACKEND as chunked
 
     impl = problem.spec.impl

@@ -1,10 +1,9 @@
-"""The loss as one operator of PyTorch: what runs in a compiled or exported program as it does
-outside of one.
+"""The loss as one operator of PyTorch, so that compiled and exported programs can contain it.
 
-Every gradient is taken in the forward pass, while a chunk of rows is at hand. For the reductions
-"mean" and "sum" the upstream gradient is one number, so the gradients are ready up to that factor.
-For "none" it is a vector known only in the backward pass, which computes the chunks again; so does
-a second backward pass.
+The forward pass computes all gradients, while a chunk of rows is in memory. For the reductions
+"mean" and "sum" the backward pass only multiplies them by the upstream gradient, which is one
+number. For "none" the upstream gradient is a vector, so the backward pass computes the chunks
+again. A second backward pass does that too.
 """
 
 import contextlib
@@ -16,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import untraced
 from ..pairwise import exactly, map_both
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
 
 
 def evaluate(problem: Problem) -> Tensor:
-    """The reduced loss of a problem, differentiable once: a scalar, or (N,) for the reduction
-    "none"."""
+    """The loss of a problem, differentiable once: a scalar, or (N,) for reduction="none"."""
     if problem.spec.impl == "dense":
         losses: Tensor = _dense(problem)
         return losses
@@ -50,11 +49,13 @@ def evaluate(problem: Problem) -> Tensor:
     return found
 
 
-# Its checks look at values.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+# torch.compile cannot trace the checks, because they look at values.
+@untraced
 def _dense(problem: Problem) -> Tensor:
-    """The loss by way of all logits at once, (N, V), differentiated by PyTorch: what the backends
-    are compared with."""
+    """The loss from all logits (N, V) at once, with PyTorch's own gradients.
+
+    Tests compare the backends with it.
+    """
     problem = _weighed(problem)
     with exactly(problem.states.device):
         table = problem.prototypes[: problem.spec.rows]
@@ -66,7 +67,7 @@ def _dense(problem: Problem) -> Tensor:
     return losses if problem.spec.reduction == "none" else losses.sum()
 
 
-# The name has the module's, for an exported model has copies of these files.
+# The name contains the module's, because an exported model has its own copies of these files.
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::loss", mutates_args=())
 def _operator(  # noqa: PLR0913
     states: torch.Tensor,
@@ -80,9 +81,11 @@ def _operator(  # noqa: PLR0913
     spec: str,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """-> (the reduced loss; with needs_grad its gradients with respect to states, prototypes,
-    strength, bias where there is one, and parameters). upstream: what the weights of the losses are
-    multiplied by, () or (N,)."""
+    """Returns the loss and, with needs_grad, its gradients.
+
+    Gradients are in this order: states, prototypes, strength, bias if there is one, parameters.
+    upstream: the upstream gradient, () or (N,), which multiplies the weights of the losses.
+    """
     problem = Problem(
         states, prototypes, targets, strength, bias, list(parameters), seed, Spec.decode(spec)
     )
@@ -105,8 +108,10 @@ def _operator(  # noqa: PLR0913
 
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
-    """PyTorch runs an operator with its autograd switched off; chunks and maps are differentiated
-    by it, so this switches it on again."""
+    """Turns autograd on inside an operator, where PyTorch turns it off.
+
+    The backends use autograd to differentiate chunks and maps.
+    """
     included = torch._C._dispatch_tls_local_include_set()
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
@@ -116,11 +121,13 @@ def _recording() -> Iterator[None]:
 
 
 def _kept_rows(problem: Problem, needs_grad: bool) -> tuple[Tensor, Gradients | None]:
-    """-> (the reduced loss, its gradients). On a CPU a backend sees no rows without a weight: a
-    masked language model ignores most of its positions."""
+    """Returns the loss and its gradients. On a CPU, rows of weight 0 are not given to the backend.
+
+    This saves time for a masked language model, which ignores most positions.
+    """
     weights = problem.weights
     if not len(weights):
-        # There are no losses, but gradients, which are zeros: those of one row of weight 0.
+        # Without rows the gradients are zeros. One row of weight 0 gives them.
         states = problem.states.new_zeros(1, problem.states.shape[1])
         targets, weights = problem.targets.new_zeros(1), weights.new_zeros(1)
         row = replace(problem, states=states, targets=targets, weights=weights)
@@ -136,7 +143,7 @@ def _kept_rows(problem: Problem, needs_grad: bool) -> tuple[Tensor, Gradients | 
         return _run(problem, needs_grad)
     kept = weights.nonzero()[:, 0]
     if not len(kept):
-        kept = kept.new_zeros(1)  # of weight 0
+        kept = kept.new_zeros(1)  # A backend needs a row. This one has weight 0.
     part = replace(
         problem, states=problem.states[kept], targets=problem.targets[kept], weights=weights[kept]
     )
@@ -174,7 +181,10 @@ def _(  # noqa: PLR0913
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    """For the backward pass. Gradients are no saved tensors, for they are changed in place."""
+    """Saves what the backward pass needs.
+
+    The gradients are not saved tensors, because the backward pass changes them in place.
+    """
     *tensors, ctx.spec, _ = inputs
     states, prototypes, targets, strength, bias, parameters, seed, _ = tensors
     ctx.save_for_backward(states, prototypes, targets, strength, bias, seed, *parameters)
@@ -195,7 +205,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
         )
     else:
         for gradient in gradients:
-            gradient.mul_(upstream)  # In place: another table would be the largest thing here.
+            gradient.mul_(upstream)  # In place: a copy of the table's gradient would be large.
     dx, dy, dstrength, *others = gradients
     dbias = None if bias is None else others.pop(0)
     return dx, dy, None, dstrength, dbias, others, None, None, None, None
@@ -205,11 +215,10 @@ _operator.register_autograd(_backward, setup_context=_keep)
 
 
 def _weighed(problem: Problem) -> Problem:
-    """The problem with weights, with targets in [0, rows), and on a CPU with values that have been
-    looked at.
+    """The problem with weights, and with all targets in [0, rows). On a CPU it checks the values.
 
-    Where a target is ignored its weight is 0. A target that is neither ignored nor a prototype gets
-    the weight NaN: the loss shows it, without waiting for a device to say so.
+    An ignored target has weight 0. Any other target outside of [0, rows) has weight NaN. So the
+    loss is NaN, and nothing has to wait for the device.
     """
     targets, spec, dtype = problem.targets, problem.spec, problem.states.dtype
     finite = problem.states.device.type != "cpu" or check_values(problem)
@@ -223,15 +232,18 @@ def _weighed(problem: Problem) -> Problem:
 
 
 def check_values(problem: Problem) -> bool:
-    """ValueError for a target out of range or a vector that is not finite; without `check_finite`:
-    -> whether all are."""
+    """Whether all vectors are finite.
+
+    Raises: ValueError for a target out of range and, with `check_finite`, for a vector that is not
+        finite.
+    """
     targets, rows, ignored = problem.targets, problem.spec.rows, problem.spec.ignore_index
     bad = (targets != ignored) & ((targets < 0) | (targets >= rows))
     if bad.any():
         first = targets[bad][0].item()
         raise ValueError(f"target {first} is outside [0, {rows}) and is not ignore_index={ignored}")
     for name, values in (("h", problem.states), ("w", problem.prototypes[:rows])):
-        # The sum settles it in one pass.
+        # If the sum is finite, so is every value. That takes one pass.
         if values.detach().sum().isfinite() or values.isfinite().all():
             continue
         if not problem.spec.check_finite:

@@ -1,4 +1,4 @@
-"""The loss in plain PyTorch, a chunk of rows at a time: on any device, in float32 or float64."""
+"""The loss in plain PyTorch, one chunk of rows at a time. Any device, float32 or float64."""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ from ..pairwise import Operands, log_pairs
 from . import Backend, Problem, Result
 from .mapped import Sides
 
-# About CHUNK logits at a time, 8 MiB of floats that stay in cache from one elementwise pass to the
-# next, but at least CHUNK_ROWS rows, for each chunk also adds once to the (V, C) gradient.
+# A chunk has about CHUNK logits, 8 MiB, which stay in cache from one elementwise pass to the next.
+# It has at least CHUNK_ROWS rows, because each chunk also adds to the whole (V, C) gradient.
 CHUNK = 2**21
 CHUNK_ROWS = 256
 
@@ -18,16 +18,18 @@ CHUNK_ROWS = 256
 def token_losses(
     problem: Problem, both: Operands, strength: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """The loss of each row of mapped operands, differentiable: (N,)."""
+    """The loss of each row of mapped operands, differentiable: (N,). targets: (N,)."""
     found = logits(log_pairs(both, problem.spec.products), strength, problem.spec.link, bias)
     return F.cross_entropy(found, targets, reduction="none")
 
 
 def supports(problem: Problem) -> str | None:
+    """None: it computes every loss."""
     return None
 
 
 def loss(problem: Problem, needs_grad: bool) -> Result:
+    """See `Backend`."""
     sides = Sides(problem)
     x, targets, weights = sides.states.whole(), problem.targets, problem.weights
     losses = x.new_empty(len(x))
@@ -58,7 +60,7 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
         for place in (dy, dv, dstrength, dbias):
             if place is not None:
                 gradient = next(gradients)
-                if gradient is not None:  # a control uses no strength
+                if gradient is not None:  # A control does not use the strength.
                     place += gradient
     if not needs_grad:
         return Result(losses, None)

@@ -1,5 +1,4 @@
-"""States and prototypes behind their distance's map, and the way of gradients back through it: what
-all backends begin and end with."""
+"""The first and last step of every backend: the map of the distance, and its backward pass."""
 
 from collections.abc import Iterator
 
@@ -10,16 +9,16 @@ from torch import Tensor
 from ..pairwise import mapped
 from . import Gradients, Problem, Result
 
-# Numbers of a table that are mapped at a time: on a CPU 4 MiB, large enough for threads to share,
-# small enough for a cache; on a GPU 256 MiB, for each slice costs about ten launches.
+# How many numbers are mapped at a time. On a CPU 4 MiB: enough to share between threads, and small
+# enough for a cache. On a GPU 256 MiB, because each slice costs about ten kernel launches.
 MAP = {"cpu": 2**20, "cuda": 2**26}
 
 
 class Mapped:
-    """Vectors (M, C) behind their distance's map, a block of rows at a time.
+    """Vectors (M, C) after the map of their distance, one block of rows at a time.
 
-    A cheap map is computed whenever a block is asked for, so that a mapped copy of the prototypes
-    never exists; others once.
+    A cheap map is computed each time a block is needed, so a mapped copy of the prototypes never
+    exists. Other maps are computed once.
     """
 
     def __init__(self, problem: Problem, x: Tensor, seed: int | None, padding: int = 0):
@@ -27,7 +26,7 @@ class Mapped:
         self.x = x.detach().contiguous()
         self.parameters = [t.detach() for t in problem.parameters]
         numbers = MAP["cuda" if x.device.type == "cuda" else "cpu"]
-        self.rows = -(-numbers // x.shape[1])  # of a slice
+        self.rows = -(-numbers // x.shape[1])  # Rows of a slice.
         self.shift: Tensor | None = None
         self.buffer: Tensor | None = None
         self.kept: Tensor | None = None
@@ -45,12 +44,15 @@ class Mapped:
         return mapped(self.problem.distance, x, seed, self.problem.map_settings(parameters))
 
     def _slices(self) -> list[slice]:
-        """Of about MAP numbers; the last may have three rows more, for a kernel's tile has four."""
+        """Slices of about MAP numbers.
+
+        The last one may have up to three rows more, so that it fills a tile of four rows.
+        """
         starts = [*range(0, max(1, len(self.x) - 3), self.rows), len(self.x)]
         return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (the index of the first row, the mapped rows less `shift`)."""
+        """Yields blocks as (index of the first row, mapped rows). `shift` is subtracted, if set."""
         if self.kept is not None and self.shift is None:
             yield 0, self.kept
             return
@@ -60,22 +62,22 @@ class Mapped:
             else:
                 block = self.kept[s]
             yield s.start, block if self.shift is None else block - self.shift
-            del block  # The next one is made in its memory.
+            del block  # Its memory serves the next block.
 
     def whole(self) -> Tensor:
-        """All of it: (M, C)."""
+        """All mapped rows: (M, C)."""
         if self.kept is not None:
             return self.kept
         return torch.cat([block for _, block in self.blocks()])
 
     def new_gradient(self) -> Tensor:
-        """An empty (M, C) for the gradient, with room for the padding behind it."""
+        """An empty (M, C) for the gradient. Zeros for the padding follow it in memory."""
         self.buffer = self.x.new_empty(len(self.x) + self.padding, self.x.shape[1])
         self.buffer[len(self.x) :] = 0
         return self.buffer[: len(self.x)]
 
     def padded(self, gradient: Tensor) -> Tensor:
-        """The gradient with zeros for the padding."""
+        """The gradient with zeros for the padding: (M + padding, C)."""
         if self.buffer is not None:
             return self.buffer
         return F.pad(gradient, (0, 0, 0, self.padding)) if self.padding else gradient
@@ -89,10 +91,12 @@ class Mapped:
         return torch.cat([denominator.terms(part) for part in parts])
 
     def pull(self, gradient: Tensor, of_terms: Tensor | None) -> list[Tensor]:
-        """Turns the gradient with respect to the mapped vectors (M, C), and their terms (M,), into
-        that with respect to x, in place.
+        """The backward pass of the map.
 
-        Returns: the gradients with respect to the trained parameters."""
+        gradient: with respect to the mapped vectors (M, C). In place, it becomes that of x.
+        of_terms: with respect to their terms of the denominator (M,), or None.
+        Returns: the gradients of the trained parameters.
+        """
         distance, denominator = self.problem.distance, self.problem.distance.denominator
         found = [torch.zeros_like(t) for t in self.parameters]
         if distance.map is None and of_terms is None:
@@ -111,8 +115,10 @@ class Mapped:
 
 
 class Sides:
-    """Both sides of a problem behind the map. u, v: the terms of the denominator, (N,) and (V,), or
-    None."""
+    """States and prototypes of a problem after the map.
+
+    u, v: their terms of the denominator, (N,) and (V,), or None.
+    """
 
     def __init__(self, problem: Problem):
         table = problem.prototypes[: problem.spec.rows]
@@ -132,8 +138,11 @@ class Sides:
         dstrength: Tensor,
         dbias: Tensor | None,
     ) -> Result:
-        """Losses (N,) and the gradients with respect to mapped states, mapped prototypes, u, v,
-        strength and bias -> a backend's result."""
+        """Makes the result of a backend.
+
+        losses: (N,). The others are gradients with respect to mapped states, mapped prototypes, u,
+        v, strength and bias.
+        """
         through_h, through_w = self.states.pull(dx, du), self.prototypes.pull(dy, dv)
         parameters = [a + b for a, b in zip(through_h, through_w, strict=True)]
         gradients = Gradients(dx, self.prototypes.padded(dy), dstrength, dbias, parameters)

@@ -1,24 +1,27 @@
-"""The head on a CPU, compiled by Numba: raw values, loss and slopes, gradients.
+"""The loss on a CPU, compiled by Numba. It has three templates:
 
-Three templates do it, and every kernel is them with its own *term* (what a coordinate adds to the
-raw value) and *slope* (the derivatives of the term with respect to x and y) put in:
+    forward    A tile of 4 states x 4 prototypes keeps 16 sums in registers, while it loops over the
+               coordinates. The results are raw values.
+    epilogue   A row of raw values becomes its loss, then dL/draw, within a core's cache. This step
+               is the same for all kernels.
+    backward   The same tile adds slope * dL/draw to 4 rows of dx and 4 rows of dy, in one pass over
+               memory.
 
-    forward    a tile of 4 states x 4 prototypes keeps 16 accumulators in registers while it walks
-               the coordinates
-    epilogue   a row of raw values becomes its loss, then dL/draw, in a core's cache (the same for
-               all kernels)
-    backward   the same tile adds slope * dL/draw to 4 rows of dx and 4 rows of dy, in one pass over
-               memory
+A kernel puts two functions into the templates. Its *term* is what one coordinate adds to the raw
+value. Its *slope* is the derivative of the term with respect to x and to y. Two kernels, l2 and
+dot, use matrix products instead of forward and backward. The maximum (linf) has its own backward
+template, because only one coordinate of a pair has a gradient.
 
-l2 and dot take matrix products for the first and the last. The maximum (linf) has a backward
-template of its own: only one coordinate of a pair has a gradient. In the backward pass a thread
-owns a range of prototypes, hence its rows of dy; of dx each has its own share, added up at the end.
-Nothing of size (N, V, C) exists, and of size (N, V) only a chunk of rows. Sums are reassociated, as
-any SIMD sum is, so the compiler may not assume that values are finite: a NaN comes out as one.
-Compiled code is cached on disk, beside this file or in Numba's own cache folder.
+In the backward pass each thread owns a range of prototypes, and so their rows of dy. Each thread
+has its own copy of dx. The copies are added up at the end. Nothing of size (N, V, C) exists, and
+only a chunk of rows of (N, V).
 
-Floor, per (pair, coordinate), in vector operations: |x - y| takes 3 (subtract, absolute, add), its
-gradient 5 (subtract, sign, compare with 0, two additions); sqrt and division take as long as 10.
+The compiler may reorder sums, as SIMD needs, but may not assume that values are finite. So a NaN
+stays a NaN. Compiled code is cached on disk, beside this file or in Numba's own cache folder.
+
+Least cost of each pair and coordinate, in vector operations: |x - y| takes 3 (subtract, absolute
+value, add). Its gradient takes 5 (subtract, sign, compare with 0, two additions). A square root or
+a division takes as long as 10.
 """
 
 import math
@@ -41,9 +44,9 @@ from ..precision import FLOAT32, Multiply
 from . import Backend, Problem, Result
 from .mapped import Sides
 
-# Fastmath, less the flags that allow to assume away NaN and infinity
+# Numba's fastmath without the flags that assume that there is no NaN and no infinity.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-# 1/0 is infinity, not an exception that keeps a loop from being vectorised
+# With NumPy's error model 1/0 is infinity. An exception would prevent vectorised loops.
 OPTIONS = {"fastmath": FAST, "error_model": "numpy"}
 f32 = np.float32
 
@@ -53,11 +56,10 @@ def _inlined(function):
 
 
 def _parallel(function):
-    """Compiled when it is first called, and kept on the disk where there is a folder that can be
-    written."""
+    """Compiles a parallel function at its first call, and caches it on disk if that is possible."""
     try:
         return njit(parallel=True, cache=True, **OPTIONS)(function)
-    except RuntimeError:  # Numba finds no such folder: neither this one nor the user's own
+    except RuntimeError:  # Numba can write neither beside this file nor in its own cache folder.
         return njit(parallel=True, **OPTIONS)(function)
 
 
@@ -65,8 +67,10 @@ _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 
 
 def _operation(build):
-    """A float32 function for Numba, of one or two numbers, that is the LLVM code `build(builder,
-    x[, y])` makes."""
+    """A float32 function for Numba, of one or two numbers, from LLVM code.
+
+    build: (builder, x) or (builder, x, y) -> the LLVM value.
+    """
 
     def code(context, b, signature, arguments):
         return build(b, *arguments)
@@ -78,25 +82,25 @@ def _operation(build):
 
 @_operation
 def _greater(b, x, y):
-    """The greater of two numbers that are not NaN; Python's max is not vectorised."""
+    """The larger of two numbers that are not NaN. Python's max would not be vectorised."""
     function = b.module.declare_intrinsic(
         "llvm.maxnum", [_FLOAT], ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT])
     )
     return b.call(function, (x, y), fastmath=("nnan", "nsz"))
 
 
-# exp and log, for Numba's own are calls that keep a loop from being vectorised
+# exp and log. Numba's own are function calls, which prevent vectorised loops.
 
 
 @_operation
 def _times_power_of_two(b, m, k):
-    """m 2^k for m in [0.5, 2) and an integral float k in -126..126."""
+    """m 2^k, for m in [0.5, 2) and a float k that is a whole number in -126..126."""
     return b.bitcast(b.add(b.bitcast(m, _INT), b.shl(b.fptosi(k, _INT), _INT(23))), _FLOAT)
 
 
 @_operation
 def _exponent(b, x):
-    """floor(log2 x) of a normal positive x, as a float."""
+    """floor(log2 x) as a float, for a positive x that is not subnormal."""
     return b.sitofp(b.sub(b.lshr(b.bitcast(x, _INT), _INT(23)), _INT(127)), _FLOAT)
 
 
@@ -108,21 +112,23 @@ def _mantissa(b, x):
 
 @_operation
 def _turned(b, s, d):
-    """s with its sign changed where d is negative: one operation in a vectorised loop."""
+    """s, or -s if d is negative. It is one operation in a vectorised loop."""
     sign = b.and_(b.bitcast(d, _INT), _INT(0x80000000))
     return b.bitcast(b.xor(b.bitcast(s, _INT), sign), _FLOAT)
 
 
 @_operation
 def _over(b, x, y):
-    """x / y for finite numbers, to 3 units in the last place: an estimate of 1 / y and a step of
-    Newton's method where vectors have it."""
+    """x / y for finite numbers, to 3 units in the last place.
+
+    Where the CPU can, it is an estimate of 1 / y and one step of Newton's method.
+    """
     return b.fdiv(x, y, flags=("ninf", "arcp", "nsz", "contract", "reassoc"))
 
 
 @_inlined
 def _signed(s, d):
-    """s sign(d), 0 where d is 0."""
+    """s * sign(d), which is 0 for d = 0."""
     return _turned(s, d) if d != f32(0) else f32(0)
 
 
@@ -143,8 +149,8 @@ def _fit(function, low, high, degree):
     )
 
 
-_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _fit(np.exp2, -0.5, 0.5, 6)  # to 3e-9; degree 5: 1e-7
-# log(1 + f) = f + f^2 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], which keeps small f exact
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _fit(np.exp2, -0.5, 0.5, 6)  # Error 3e-9; degree 5: 1e-7.
+# log(1 + f) = f + f^2 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1]. This form is exact for small f.
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = _fit(
     lambda f: np.where(
         abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2
@@ -162,8 +168,10 @@ _LOG2_E, _LN2_HIGH, _LN2_LOW = (
 
 @_inlined
 def _exp(x):
-    """exp(x) for x <= 88, to 2 units in the last place and 1e-38; exp of less than -87 is 1e-38. A
-    NaN is lost."""
+    """exp(x) for x <= 88, to 2 units in the last place. Below x = -87 it is 1e-38.
+
+    A NaN does not stay a NaN.
+    """
     t = _greater(x * _LOG2_E, f32(-126))
     k = np.rint(t)
     f = t - k
@@ -193,23 +201,27 @@ def _log1p(x):
 
 @_inlined
 def _log(x):
-    """log(x) of a normal positive x, to 1e-7 absolutely and a few units in the last place far from
-    1."""
+    """log(x), for a positive x that is not subnormal.
+
+    The error is 1e-7 near x = 1, and a few units in the last place elsewhere.
+    """
     k, m = _exponent(x), _mantissa(x)
     high = m > f32(1.4142135)
     k, m = (k + f32(1) if high else k), (m * f32(0.5) if high else m)
     return _log_with(k, m - f32(1))
 
 
-# the templates
+# The templates
 #
-# Their names `add`, `put` and `pull` are open: `_compile` below puts `_add`, `_put` and `_pull` in
-# for them, and in those a kernel's own `term`, `slope`, `join` and `end`.
+# They call `add`, `put` and `pull`, which are not defined here. `_compile` below fills in `_add`,
+# `_put` and `_pull`. Those in turn call the `term`, `slope`, `join` and `end` of a kernel.
 
 
 def _forward(x, y, raw, first, p):
-    """raw[:, first:] of states x (R, C) and prototypes y (B, C); at least 4 of each. A last tile
-    that is not whole starts earlier."""
+    """Computes raw[:, first:] from states x (R, C) and prototypes y (B, C), R and B at least 4.
+
+    The last tile starts earlier if fewer than 4 are left. p: the number of the kernel.
+    """
     R, C, B = x.shape[0], x.shape[1], y.shape[0]
     for tile in prange((B + 3) // 4):
         j = min(4 * tile, B - 4)
@@ -238,7 +250,7 @@ def _forward(x, y, raw, first, p):
 
 
 def _backward(x, y, raw, s, first, dx, dy, p):
-    """Adds to dx (threads, R, C) and dy (B, C) what the slopes s[:, first:] = dL/draw give."""
+    """Adds the gradients from slopes s[:, first:] = dL/draw to dx (threads, R, C) and dy (B, C)."""
     threads, R, C, B = dx.shape[0], x.shape[0], x.shape[1], y.shape[0]
     for t in prange(threads):
         stop = (t + 1) * (B // 4) // threads * 4 if t < threads - 1 else B
@@ -246,7 +258,7 @@ def _backward(x, y, raw, s, first, dx, dy, p):
             j = min(low, B - 4)
             y0, y1, y2, y3 = y[j], y[j + 1], y[j + 2], y[j + 3]
             g0, g1, g2, g3 = dy[j], dy[j + 1], dy[j + 2], dy[j + 3]
-            done = low - j  # columns of this tile that the one before has served
+            done = low - j  # The tile before has served this many columns of this tile.
             j += first
             for tall in range(0, R, 4):
                 i = min(tall, R - 4)
@@ -281,8 +293,10 @@ def _backward(x, y, raw, s, first, dx, dy, p):
 
 
 def _backward_maximum(x, y, raw, s, first, dx, dy, p):
-    """The gradient of a maximum goes to one coordinate that attains it: the tile looks for it
-    again, then each pair adds there."""
+    """`_backward` for a maximum, whose gradient goes to one coordinate that has the maximum.
+
+    The tile finds that coordinate again. Then each pair adds its gradient there.
+    """
     threads, R, C, B = dx.shape[0], x.shape[0], x.shape[1], y.shape[0]
     for t in prange(threads):
         stop = (t + 1) * (B // 4) // threads * 4 if t < threads - 1 else B
@@ -294,7 +308,7 @@ def _backward_maximum(x, y, raw, s, first, dx, dy, p):
                 if _largest(s0) == 0:
                     continue
                 x0, r0 = x[i], _four(raw[i], j + first)
-                a = (f32(0), f32(0), f32(0), f32(0))  # the place, counted from 1
+                a = (f32(0), f32(0), f32(0), f32(0))  # The coordinate, counted from 1.
                 for c in range(C):
                     a = _later(a, x0[c], (y0[c], y1[c], y2[c], y3[c]), f32(c + 1), r0)
                 for k in range(4):
@@ -307,8 +321,11 @@ def _backward_maximum(x, y, raw, s, first, dx, dy, p):
 
 @_parallel
 def _recompute_near(raw, first, x, y, xx, yy, near):
-    """Inner products become squared distances, in place: |x|^2 + |y|^2 - 2 x.y, and sum (x - y)^2
-    where that cancels."""
+    """Turns inner products into squared distances, in place.
+
+    They are |x|^2 + |y|^2 - 2 x.y, or sum (x - y)^2 if that is less than `near` times its first two
+    terms.
+    """
     for i in prange(x.shape[0]):
         row, own, count = raw[i, first : first + y.shape[0]], xx[i], 0
         for j in range(row.size):
@@ -331,8 +348,10 @@ HARMONIC, SOFTMAX, CONTROL = 0, 1, 2
 
 @njit(**OPTIONS)
 def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
-    """A row of raw values -> e with logit = -n root log e (harmonic; up to a constant) or -s e
-    (softmax, control); -> (min e, any NaN)."""
+    """Turns a row of raw values into e. Returns (the smallest e, whether there is a NaN).
+
+    The logit is -n root log e plus a constant (harmonic), -s e (softmax) or -e (control).
+    """
     if link == CONTROL:
         for j in range(e.size):
             e[j] = -(raw[j] + bias[j])
@@ -361,8 +380,10 @@ def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
 
 @njit(**OPTIONS)
 def _probabilities(e, p, nearest, strength, link, root):
-    """-> (sum exp(logit - max logit), sum of that times (max logit - logit) / strength); the terms
-    of the first in p."""
+    """Fills p with exp(logit - largest logit). Returns (sum of p, sum of p * far).
+
+    far is (largest logit - logit) / strength.
+    """
     total, moment = f32(0), f32(0)
     if link == HARMONIC:
         inverse = f32(1) / nearest
@@ -382,7 +403,7 @@ def _probabilities(e, p, nearest, strength, link, root):
 
 @njit(**OPTIONS)
 def _slopes(raw, e, p, slope, y, weight, total, own, low, strength, link, root, skip):
-    """dL/draw of a row; those below `skip` of the target's are 0."""
+    """Computes dL/draw of a row. Those below `skip` times the target's are set to 0."""
     share = weight / total
     if link == CONTROL:
         for j in range(e.size):
@@ -412,7 +433,7 @@ def _slopes(raw, e, p, slope, y, weight, total, own, low, strength, link, root, 
 
 @njit(**OPTIONS)
 def _sum_slopes(slope, sums):
-    """Adds a row of slopes to the sums of the columns -> the sum of the row."""
+    """Adds a row of slopes to the column sums. Returns the sum of the row."""
     total = f32(0)
     for j in range(slope.size):
         total += slope[j]
@@ -422,7 +443,7 @@ def _sum_slopes(slope, sums):
 
 @njit(**OPTIONS)
 def _sum_terms(e, p, y, weight, total, u, v, sums, strength, link, floor):
-    """The same for the derivative with respect to u + v, the denominator of e."""
+    """`_sum_slopes` for the derivative with respect to u + v, whose size divides e."""
     whole, share = f32(0), weight / total
     for j in range(e.size):
         both = u + v[j]
@@ -458,12 +479,14 @@ def _epilogue(
     numbers,
     needs_grad,
 ):
-    """Chunk of raw values (R, >= V) -> losses (R,) and, into `slope`, the derivatives of sum(weight
-    losses) with respect to them.
+    """Turns a chunk of raw values (R, V or more) into losses (R,) and slopes.
 
-    numbers: strength, root, factor, floor of the denominator, skip. Sums of slopes (or of the
-        derivatives of u + v): row_sums (R,), and sums (threads, V) to which each thread adds.
-        strengths (R,): the derivative with respect to n or s.
+    slope: gets the derivatives of sum(weight * losses) with respect to raw values.
+    row_sums (R,), sums (threads, V): get the sums of slopes over columns and rows. For a distance
+        with a denominator they are sums of derivatives with respect to u + v. Each thread adds to
+        its own row of `sums`.
+    strengths (R,): gets the derivative with respect to n or s.
+    numbers: strength, root, factor, floor of the denominator, skip / V.
     """
     strength, root, factor, floor, skip = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     threads, R, V = sums.shape[0], targets.size, low.size
@@ -493,8 +516,8 @@ def _epilogue(
                     row_sums[i] = _sum_slopes(into, sums[t])
 
 
-# terms and slopes: term(x, y, p, r) -> float; slope(x, y, s, p, r) -> s dterm/dx, s dterm/dy. p is
-# the kernel's number (power, a, floor), r the raw value.
+# Terms and slopes: term(x, y, p, r) -> float; slope(x, y, s, p, r) -> s dterm/dx, s dterm/dy. p is
+# the number of the kernel (power, a or floor), and r the raw value.
 
 
 def _l1_term(x, y, p, r):
@@ -512,7 +535,7 @@ def _half_term(x, y, p, r):
 
 def _half_slope(x, y, s, p, r):
     d = x - y
-    # Unbounded at 0, where the sign is 0
+    # The derivative is infinite at d = 0. There the sign, and so the slope, is 0.
     g = _signed(s * f32(0.5) / math.sqrt(_greater(abs(d), f32(1e-30))), d)
     return g, -g
 
@@ -552,7 +575,7 @@ def _power_slope(x, y, s, p, r):
 
 
 def _lse_term(x, y, p, r):
-    return _exp(p * (abs(x - y) - r))  # r is the maximum, computed before
+    return _exp(p * (abs(x - y) - r))  # r is the maximum, which was computed before.
 
 
 def _lse_slope(x, y, s, p, r):
@@ -566,15 +589,17 @@ def _canberra_term(x, y, p, r):
 
 
 def _canberra_slope(x, y, s, p, r):
-    """d/dx |x-y| / (|x|+|y|) is 2 |y| / (|x|+|y|)^2 sign(x-y) where x and y have one sign, else 0;
-    half of it where one is 0."""
+    """The derivative of |x-y| / (|x|+|y|) in x is sign(x-y) |y| / (|x|+|y|)^2 times a factor.
+
+    The factor 1 + sign(x) sign(y) is 2 for equal signs, 0 for opposite ones, and 1 if x or y is 0.
+    """
     inverse = _over(f32(1), _greater(abs(x) + abs(y), p))
     g = _signed(s * inverse * (f32(1) + _sign(x) * _sign(y)), x - y)
     return g * (abs(y) * inverse), -g * (abs(x) * inverse)
 
 
 def _canberra_floored_slope(x, y, s, p, r):
-    """The same, but +-1/p where the denominator is the floor p."""
+    """`_canberra_slope`, but 1/p or -1/p where the denominator is the floor p."""
     size = abs(x) + abs(y)
     inverse = _over(f32(1), _greater(size, p))
     g, k = _signed(s * inverse, x - y), (f32(1) + _sign(x) * _sign(y)) * inverse
@@ -582,7 +607,7 @@ def _canberra_floored_slope(x, y, s, p, r):
     return g * (k * abs(y) if within else f32(1)), -g * (k * abs(x) if within else f32(1))
 
 
-# putting them in
+# Filling in the templates
 
 
 def _sum(a, b):
@@ -608,8 +633,10 @@ def _four(row, j):
 
 @_inlined
 def _four_slopes(row, j, done, whole):
-    """Four slopes, 0 for the first `done` columns, and for a row that the tile before has
-    served."""
+    """Four slopes: 0 in the first `done` columns, and all 0 unless `whole`.
+
+    These rows and columns were served by the tile before.
+    """
     zero = f32(0)
     return (
         row[j] if whole and done < 1 else zero,
@@ -631,7 +658,7 @@ def _largest(a):
 
 @_inlined
 def _later(a, x, z, c, r):
-    """a, or c where the difference attains r."""
+    """c where the difference has reached the maximum r, else a."""
     return (
         _greater(a[0], c if abs(x - z[0]) >= r[0] else f32(0)),
         _greater(a[1], c if abs(x - z[1]) >= r[1] else f32(0)),
@@ -663,8 +690,7 @@ def _pull(x, z, s, p, r):
 
 
 def _with(template, name, **functions):
-    """The template with these functions in place of the names it leaves open; named, so that each
-    has its place in Numba's cache."""
+    """The template with these functions filled in, under a name of its own for Numba's cache."""
     made = types.FunctionType(
         template.__code__, {**globals(), **functions}, f"{template.__name__}_{name}"
     )
@@ -673,7 +699,7 @@ def _with(template, name, **functions):
 
 
 def _compile(name, term, slope, join=_sum, end=_same, backward=_backward):
-    """-> (forward, backward) of a kernel."""
+    """Returns the compiled (forward, backward) of a kernel."""
     functions = {
         "term": _inlined(term),
         "slope": _inlined(slope),
@@ -685,7 +711,7 @@ def _compile(name, term, slope, join=_sum, end=_same, backward=_backward):
     return tuple(_parallel(_with(f, name, **functions)) for f in (_forward, backward))
 
 
-# (kernel, its power p, or None) -> forward and backward
+# (kernel, its power p, or None) -> (forward, backward).
 COMPILED = {
     ("lp", 1.0): _compile("l1", _l1_term, _l1_slope),
     ("lp", 0.5): _compile("half", _half_term, _half_slope),
@@ -700,8 +726,10 @@ COMPILED = {
 
 
 class Threads:
-    """Whether Numba's threads have been started, and whether they were lost because this process is
-    a fork of the one that has them."""
+    """The state of Numba's threads.
+
+    started: they run in this process. lost: this process is a fork of one in which they run.
+    """
 
     started = lost = False
 
@@ -709,35 +737,39 @@ class Threads:
 def _after_fork():
     if Threads.started:
         Threads.started, Threads.lost = False, True
-        # Its threads are lost too, and it would wait for them; DataLoader's workers do the same
+        # PyTorch's threads are lost too, and it would wait for them. DataLoader does the same.
         torch.set_num_threads(1)
 
 
-if hasattr(os, "register_at_fork"):  # everywhere but on Windows, which does not fork
+if hasattr(os, "register_at_fork"):  # Windows has no fork.
     os.register_at_fork(after_in_child=_after_fork)
 
 
 def usable() -> bool:
-    """Whether this process may run compiled kernels: OpenMP ends a fork of a process in which it
-    has run."""
+    """Whether this process may run compiled kernels.
+
+    It may not if it was forked after they ran, because OpenMP would then end the process.
+    """
     if Threads.lost:
         warnings.warn(
-            "this process was forked after Numba's kernels had run: it computes without them, on"
-            " one thread."
-            " Start processes with the method 'spawn' for the full speed",
+            "this process was forked after Numba's kernels had run, so it computes without them,"
+            " on one thread."
+            " For full speed, start processes with the method 'spawn'",
             stacklevel=1,
         )
     return not Threads.lost
 
 
 def find(kernel: str, options: dict):
-    """-> (forward, backward, number) of a kernel with these options, or None where none is compiled
-    or may be run."""
+    """Returns (forward, backward, number) of a kernel with these options.
+
+    None if there is no compiled kernel, or if this process may not run it.
+    """
     if options.get("weighted") or not usable():
         return None
     if kernel == "canberra":
         floor = options.get("floor", 0.0)
-        # 0 / 1e-37 = 0, as in scipy
+        # With this floor 0/0 is 0, as in SciPy.
         return *COMPILED["canberra", "floor" if floor else None], max(floor, 1e-37)
     if kernel == "lp":
         p = float(options.get("p", 1.0))
@@ -747,15 +779,17 @@ def find(kernel: str, options: dict):
 
 
 def pairs(x: np.ndarray, y: np.ndarray, raw: np.ndarray, first: int, kernel: str, found):
-    """Raw values of all pairs into raw[:, first:]."""
-    if kernel == "lse":  # shifted by the maximum, as any log-sum-exp
+    """Writes the raw values of all pairs into raw[:, first:]."""
+    if kernel == "lse":  # As in any log-sum-exp, the maximum is subtracted first.
         COMPILED["linf", None][0](x, y, raw, first, f32(0))
     found[0](x, y, raw, first, f32(found[2]))
 
 
 class Pairs(torch.autograd.Function):
-    """Raw values of all pairs: float32 CPU tensors (N, C), (V, C), and what `find` gave -> (N,
-    V)."""
+    """Raw values of all pairs, from float32 CPU tensors (N, C), (V, C) -> (N, V).
+
+    found: what `find` returned.
+    """
 
     @staticmethod
     def forward(ctx, h, w, kernel, found):
@@ -771,7 +805,7 @@ class Pairs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
         h, w, raw = ctx.saved_tensors
-        # Padded pairs have no gradient
+        # Rows that were added to fill a tile have no gradient.
         slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()
         shares, dw = h.new_zeros(follow_torch(h.numel() * len(w)), *h.shape), torch.zeros_like(w)
         ctx.found[1](
@@ -789,8 +823,10 @@ class Pairs(torch.autograd.Function):
 
 @_inlined
 def _inverse_norm(row):
-    """-> (1 over the Euclidean norm of row * scale, scale): scale is 1 unless squares would over-
-    or underflow. A row of zeros: 1."""
+    """Returns (1 / the Euclidean norm of row * scale, scale).
+
+    scale is 1 unless squares would overflow or underflow. For a row of zeros both are 1.
+    """
     total = f32(0)
     for c in range(row.size):
         total += row[c] * row[c]
@@ -809,7 +845,10 @@ def _inverse_norm(row):
 
 @_parallel
 def _unit(x, out, inverse):
-    """Rows over their Euclidean norms; `inverse` of the norms. A row of zeros stays one."""
+    """Writes the rows divided by their Euclidean norms to `out`, and 1 / norm to `inverse`.
+
+    A row of zeros stays zero.
+    """
     for i in prange(x.shape[0]):
         over, scale = _inverse_norm(x[i])
         inverse[i] = over * scale
@@ -819,6 +858,7 @@ def _unit(x, out, inverse):
 
 @_parallel
 def _pull_unit(out, inverse, slope, dx):
+    """The backward pass of `_unit`: removes the part of each slope along its row."""
     for i in prange(out.shape[0]):
         along = f32(0)
         for c in range(out.shape[1]):
@@ -828,8 +868,10 @@ def _pull_unit(out, inverse, slope, dx):
 
 
 class Unit(torch.autograd.Function):
-    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (...,
-    C)."""
+    """Float32 vectors divided by their Euclidean norms: (..., C) -> (..., C).
+
+    Forward and backward are one pass over memory each.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -851,22 +893,25 @@ class Unit(torch.autograd.Function):
 
 
 def at_least_four(x: torch.Tensor) -> torch.Tensor:
-    """x contiguous, with rows of zeros added to make a tile; x itself where nothing is to do."""
+    """x, contiguous, with rows of zeros added if it has fewer than the 4 rows of a tile."""
     return F.pad(x, (0, 0, 0, 4 - len(x))) if len(x) < 4 else x.contiguous()
 
 
-# Additions below which one thread is faster: Numba's OpenMP and torch's are two, whose waiting
-# threads hold up each other.
+# Below this many additions, use one thread. Numba and torch have separate OpenMP pools, and idle
+# threads of one slow down the other.
 ALONE = 2**20
 
 
 def follow_torch(work: int) -> int:
-    """Numba takes torch's number of threads, or one for little work; torch keeps it, though
-    starting Numba's threads sets OpenMP's number, which is torch's."""
+    """Sets Numba's number of threads to torch's, or to 1 for little work. Returns that number.
+
+    Starting Numba's threads changes the number of OpenMP's, which is torch's. So torch's is set
+    again. work: the number of additions.
+    """
     if Threads.lost:
         raise RuntimeError(
-            "what was computed before this process was forked cannot be differentiated in it:"
-            " compute it again here"
+            "a loss from before the fork has no backward pass in a forked process:"
+            " compute the loss again here"
         )
     Threads.started = True
     threads = torch.get_num_threads()
@@ -878,13 +923,15 @@ def follow_torch(work: int) -> int:
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
-    """The same memory as an array. `x.numpy()` would mark it as not resizable, and FSDP2 has to
-    free tables of prototypes."""
+    """The same memory as a NumPy array.
+
+    `x.numpy()` would mark the memory as not resizable, and FSDP2 has to free tables of prototypes.
+    """
     return np.from_dlpack(x.detach())
 
 
-# A chunk of rows has at most CHUNK raw values: 80 MiB, or two of half of it where raw values are
-# needed beside their slopes.
+# A chunk of rows has at most CHUNK raw values, 80 MiB. If slopes need memory of their own beside
+# raw values, each of the two has half of that.
 CHUNK = 20 * 2**20
 
 
@@ -892,7 +939,7 @@ LINKS = {"harmonic": HARMONIC, "softmax": SOFTMAX, CONTROL_NAME: CONTROL}
 
 
 def supports(problem: Problem) -> str | None:
-    """None, or why there is no kernel for it."""
+    """None, or the reason why there is no kernel for the problem."""
     distance = problem.distance
     if problem.states.dtype != torch.float32 or problem.states.device.type != "cpu":
         return f"needs a CPU and float32 (h is {problem.states.dtype} on {problem.states.device})"
@@ -911,12 +958,13 @@ def supports(problem: Problem) -> str | None:
 
 
 class _Work:
-    """The two sides of a problem, and what all its chunks share.
+    """The two sides of a problem, and the memory that all its chunks share.
 
-    raw, slope: room for the raw values of a chunk and for their slopes, one memory where the raw
-        values are not needed again.
-    xx, yy: the sizes of states (N,) and prototypes (V,) that floors are relative to; own_low, low:
-        their shares in the floor.
+    raw, slope: for the raw values of a chunk and for their slopes. Both are the same memory if the
+        raw values are not needed again.
+    xx, yy: `value(x, 0)` of states (N,) and prototypes (V,), which floors are relative to.
+    own_low, low: what states (N,) and prototypes (V,) add to the floor.
+    shares: the part of each thread in dx.
     """
 
     def __init__(self, problem: Problem, needs_grad: bool):
@@ -939,7 +987,7 @@ class _Work:
         self._measure()
         self.dx = torch.zeros(N, C) if needs_grad else None
         self.dy = self.y.new_gradient() if needs_grad else None
-        self.shares = None  # of each thread in dx
+        self.shares = None
         if needs_grad and not self.matmul:
             self.dy.zero_()
             self.shares = torch.empty(self.threads, max(self.rows, 4), C)
@@ -954,9 +1002,9 @@ class _Work:
             self.yy[first : first + len(block)] = self._sizes(block)
             if self.kernel == "l2":
                 middle += block.sum(0) / len(self.y)
-            block = None  # The next one is made in its memory.
-        # Vectors with a large common part would lose their differences in the products; l2 does not
-        # change when it is taken off.
+            block = None  # Its memory serves the next block.
+        # If all vectors have a large common part, products would lose their differences.
+        # Subtracting it does not change l2.
         if self.kernel == "l2" and middle.square().sum() > self.yy.mean() / 2:
             self.y.shift, self.x = middle, self.x - middle
             self.xx, self.yy = (
@@ -972,21 +1020,21 @@ class _Work:
         return sizes(self.kernel, x, **self.problem.kernel_options)
 
     def _low(self, of_rows):
-        """One operand's share in the floor of the raw values, never 0: (M,) -> (M,)."""
+        """What one operand adds to the floor of the raw values, never 0: (M,) -> (M,)."""
         info = torch.finfo(of_rows.dtype)
         power = KERNELS[self.kernel].power(**self.problem.kernel_options)
         return (of_rows * info.eps**power).clamp_min(info.tiny)
 
 
 def loss(problem: Problem, needs_grad: bool) -> Result:
-    """See `Backend`. Each chunk of rows goes forward and backward while it is in cache."""
+    """See `Backend`. Each chunk of rows does forward and backward while it is in cache."""
     work = _Work(problem, needs_grad)
     for i in range(0, len(work.x), work.rows):
         part = slice(i, min(i + work.rows, len(work.x)))
         _measure_pairs(work, part)
         _turn_into_slopes(work, part)
         if needs_grad:
-            work.slope[part.stop - i : 4] = 0  # rows that only fill a tile
+            work.slope[part.stop - i : 4] = 0  # These rows only fill a tile.
             if work.matmul:
                 _pull_products(work, part)
             else:
@@ -994,12 +1042,12 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
     if not needs_grad:
         return Result(work.losses, None)
     sums = work.sums.sum(0)
-    if work.kernel == "l2":  # of |x|^2 + |y|^2 - 2 x.y, the product is in dx and dy
+    if work.kernel == "l2":  # So far dx and dy have only the gradient of x.y.
         torch.addcmul(-2 * work.dx, work.x, work.row_sums[:, None], value=2, out=work.dx)
         for first, block in work.y.blocks():
             into = work.dy[first : first + len(block)]
             into.mul_(-2).addcmul_(block, sums[first : first + len(block), None], value=2)
-    work.raw = work.slope = work.shares = None  # What follows needs memory of its own.
+    work.raw = work.slope = work.shares = None  # Frees their memory for what follows.
     terms = work.sides.u is not None
     du, dv = (work.row_sums, sums) if terms else (None, None)
     dbias = None if problem.bias is None else sums
@@ -1007,7 +1055,7 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
 
 
 def _measure_pairs(work: _Work, part: slice):
-    """Raw values of a chunk of rows and all prototypes, into `work.raw`."""
+    """Writes the raw values of a chunk of rows and all prototypes to `work.raw`."""
     own, n = work.x[part], part.stop - part.start
     padded = at_least_four(own)
     for first, block in work.y.blocks():
@@ -1034,7 +1082,7 @@ def _measure_pairs(work: _Work, part: slice):
 
 
 def _turn_into_slopes(work: _Work, part: slice):
-    """Raw values of a chunk -> its losses, and what is left of it in the backward pass."""
+    """Turns the raw values of a chunk into its losses, and into slopes for the backward pass."""
     problem, sides, V = work.problem, work.sides, len(work.y)
     distance = problem.distance
     floor = distance.denominator.floor if distance.denominator else np.finfo(f32).tiny
@@ -1062,7 +1110,7 @@ def _turn_into_slopes(work: _Work, part: slice):
 
 
 def _pull_products(work: _Work, part: slice):
-    """Slopes of a chunk -> their products with prototypes and states, added to dx and dy."""
+    """Adds the products of a chunk's slopes with prototypes and states to dx and dy."""
     own, n = work.x[part], part.stop - part.start
     for first, block in work.y.blocks():
         here = slice(first, first + len(block))
@@ -1078,7 +1126,7 @@ def _pull_products(work: _Work, part: slice):
 
 
 def _pull_elementwise(work: _Work, part: slice):
-    """Slopes of a chunk -> dx of its rows, and their share of dy."""
+    """Turns the slopes of a chunk into dx of its rows, and adds their gradients to dy."""
     V, padded = len(work.y), at_least_four(work.x[part])
     work.shares.zero_()
     for first, block in work.y.blocks():

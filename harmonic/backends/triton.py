@@ -1,34 +1,37 @@
-"""The loss and all its gradients on a CUDA device: Triton kernels for every distance, a chunk of
-rows at a time.
+"""The loss and its gradients on a CUDA device: Triton kernels for every distance.
 
-A chunk holds the raw values of its pairs once, R rows x V prototypes, and turns them in place into
-slopes:
+Rows are processed in chunks. A chunk holds the raw values of its pairs, R rows x V prototypes, and
+turns them in place into slopes dL/draw:
 
-    torch.mm    the matmul family: inner products
-    _tile       a block of pairs: raw values, logits, and the block's share of each row's
-                log-sum-exp
-    _slopes     raw -> dL/draw, with the sums over rows and over prototypes that the small gradients
-                are made of
-    torch.mm    the matmul family: dL/draw -> dx and dy
-    _gradient   elementwise kernels: dL/draw -> dx; with the operands exchanged, for every term is
-                symmetric -> dy
+    torch.mm    For l2 and dot: inner products.
+    _tile       A block of pairs: raw values, logits, and the block's part of each row's
+                log-sum-exp.
+    _slopes     Raw values to dL/draw, and their sums over rows and over prototypes. The gradients
+                of strength, bias and denominator are made of those sums.
+    torch.mm    For l2 and dot: dL/draw to dx and dy.
+    _gradient   For all other kernels: dL/draw to dx. The same template gives dy, with x and y
+                exchanged, because every term is symmetric.
 
-A kernel is a *term* `t(x, y, p)`, added up over coordinates, and its *slope*, which adds a dt/dx to
-a total; both are put into these templates when they are compiled, so a new kernel is two functions
-and a row of `_find`. p is the kernel's only number: a power, a sharpness, a floor or a sign.
+A kernel is a *term* t(x, y, p), summed over coordinates, and a *slope*, which adds a * dt/dx to a
+total. Both are put into the templates at compile time. So a new kernel is two functions and a row
+of `_find`. p is the only number of a kernel: a power, a sharpness, a floor or a sign.
 
-Precision. Everything is float32 but the operands of matrix products, which precision.py rounds or
-takes apart; they too add up in float32. For l2 a large offset that all vectors share is taken off
-first, for it would cost the products their last digits. Logits are taken relative to the row's
-nearest prototype: with exponents of hundreds, log d itself would have lost the digits that the
-logarithm of a ratio keeps. For the same reason sums over coordinates, rows and prototypes are added
-up in slices. A block of l2 that holds a pair whose difference cancels is computed from the
-differences, and so are its gradients (see kernels.py). A NaN passes through. No atomics: the result
-is the same in every run.
+Precision:
 
-Checked against float64 on an H200, and in Triton's interpreter; `benchmarks.gpu_compile` lists
-every variant's registers and spills. Blocks, warps and unrolling were chosen there by timing
-(LOG.md); lse, square and powers without a name have been unrolled less since.
+- Everything is float32, except the operands of matrix products, which precision.py rounds or
+  splits. Their sums are float32 too.
+- Logits are relative to the nearest prototype of the row. With exponents of hundreds, log d itself
+  would lose digits that the logarithm of a ratio keeps.
+- Sums over coordinates, rows and prototypes are added up in slices, for the same reason.
+- For l2, a large offset that all vectors share is subtracted first. It would cost the products
+  their last digits.
+- If the difference of a pair cancels, l2 computes its block from the differences, and the gradients
+  too (see kernels.py).
+- A NaN stays a NaN. There are no atomics, so every run gives the same result.
+
+The kernels were compared with float64 on an H200 and in Triton's interpreter. Block sizes, warps
+and unrolling were chosen by timing on the H200 (LOG.md). lse, square and unnamed powers are
+unrolled less since then. `benchmarks.gpu_compile` lists the registers and spills of every variant.
 """
 
 import math
@@ -46,15 +49,15 @@ from ..precision import FLOAT32
 from . import Backend, Problem, Result
 from .mapped import Sides
 
-# Pairs of a chunk, 512 MiB of raw values (twice that for linf, lse, and l2 and dot with slopes in
-# two parts). At most 2^16 rows, so that few prototypes do not mean a huge chunk.
+# Pairs of a chunk: 512 MiB of raw values. linf and lse need twice that, and so do l2 and dot with
+# split slopes. A chunk has at most 2^16 rows, so that it stays small for few prototypes.
 CHUNK = 2**27
 CHUNK_ROWS = 2**16
-# A program's block is BLOCK rows x BLOCK prototypes (in `_gradient`: x BLOCK coordinates), 8 to 32
-# of them a thread. Sums are added up in slices of as many, some steps of which are written out, so
-# that loads run ahead.
+# The block of a program is BLOCK rows x BLOCK prototypes (in `_gradient`, BLOCK coordinates), 8 to
+# 32 numbers for each thread. Sums are added up in slices of BLOCK. Some of their steps are
+# unrolled, so that loads are issued early.
 BLOCK = 64
-MOST_BLOCKS = 65_535  # of a launch, along prototypes
+MOST_BLOCKS = 65_535  # CUDA's limit for a launch, along prototypes.
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -63,28 +66,32 @@ def _log1p_remainder(f):
     return np.where(abs(f) < 1e-4, -0.5 + f / 3, (np.log1p(f) - f) / np.where(f == 0, 1, f) ** 2)
 
 
-# The polynomial through its values at Chebyshev's nodes of [-1/4, 1/2], constant first; and log 2 /
-# 2^23.
+# The polynomial through the values at the Chebyshev nodes of [-1/4, 1/2], constant first.
 L0, L1, L2, L3, L4, L5, L6, L7, L8 = (
     tl.constexpr(float(c))
     for c in np.polynomial.Chebyshev.interpolate(_log1p_remainder, 8, [-0.25, 0.5])
     .convert(kind=np.polynomial.Polynomial)
     .coef
 )
-LOG_2 = tl.constexpr(math.log(2) / 2**23)
+LOG_2 = tl.constexpr(math.log(2) / 2**23)  # `_log1p` has k times 2^23.
 
 
-# terms and slopes
+# Terms and slopes
 #
-# A term reduces to t(x, y, p); a slope adds a dt/dx to a total. Where they can they use additions
-# and multiply-adds alone: a GPU does twice as many of them in a cycle as comparisons, selections
-# and maxima, and eight times as many as roots, exponentials and reciprocals.
+# A term is t(x, y, p). A slope adds a * dt/dx to a total. They use only additions and multiply-adds
+# where possible. In a cycle a GPU does twice as many of these as comparisons, selections and
+# maxima, and eight times as many as roots, exponentials and reciprocals.
+#
+# kept: a second number of the pair, which some slopes need. c: the coordinate, as a float.
 
 
 @triton.jit
 def _step(d):
-    """0, 1/2 or 1 where d is negative, 0 or positive: one multiply-add, for saturation is free. Of
-    a NaN: 0; a carries the NaN."""
+    """0, 1/2 or 1 where d is negative, 0 or positive.
+
+    This is one multiply-add, because clamping to [0, 1] is free. For a NaN it is 0; the slope `a`
+    is NaN then.
+    """
     return tl.clamp(tl.fma(d, 2.0**127, 0.5), 0.0, 1.0)
 
 
@@ -100,7 +107,7 @@ def _l1_term(x, y, p):
 
 @triton.jit
 def _l1_slope(total, x, y, a, kept, c, p):
-    """Without -a, which sign = 2 step - 1 has besides: the host takes off the sum of all a."""
+    """Adds 2 a step. The slope is a sign = 2 a step - a; the host subtracts the sum of all a."""
     return tl.fma(2.0 * a, _step(x - y), total)
 
 
@@ -129,7 +136,7 @@ def _half_term(x, y, p):
 def _half_slope(total, x, y, a, kept, c, p):
     d = x - y
     r = _inverse_root(d)
-    return tl.fma(0.5 * a, d * r * r * r, total)  # unbounded at 0, where d is 0
+    return tl.fma(0.5 * a, d * r * r * r, total)  # 0 at d = 0, not infinite.
 
 
 @triton.jit
@@ -174,23 +181,26 @@ def _power_slope(total, x, y, a, kept, c, p):
 
 @triton.jit
 def _maximum_slope(total, x, y, a, kept, c, p):
-    """The gradient of a maximum goes to the coordinate that attains it (the first, if several do):
-    `kept`. a has the sign of the difference there; p: 1, or -1 where x and y are exchanged."""
+    """The gradient of a maximum goes to the first coordinate that has it, `kept`.
+
+    a has the sign of the difference there. p is 1, or -1 if x and y are exchanged.
+    """
     return tl.fma(p * a, tl.clamp(1.0 - tl.abs(kept - c), 0.0, 1.0), total)
 
 
 @triton.jit
 def _smooth_slope(total, x, y, a, kept, c, p):
-    """A share of the softmax over coordinates, from the pair's value `kept` = log sum exp(p |x -
-    y|) / p."""
+    """The softmax weight of a coordinate. `kept` is the value log sum exp(p |x - y|) / p."""
     d = x - y
     return tl.fma(a * _sign(d), tl.exp(p * (tl.abs(d) - kept)), total)
 
 
 @triton.jit
 def _inverse(x):
-    """1 / x by the one instruction that hardware has for it; the division operator, right for every
-    exponent, takes ten."""
+    """1 / x, for positive x, as the square of 1 / sqrt(x).
+
+    The division operator, which is right for every exponent, takes ten instructions.
+    """
     r = tl.rsqrt(x)
     return r * r
 
@@ -205,17 +215,19 @@ def _canberra_slope(total, x, y, a, kept, c, p):
     d = x - y
     size = tl.abs(x) + tl.abs(y)
     inverse = _inverse(tl.maximum(size, p))
-    # Below the floor p the denominator is constant
+    # Below the floor p the denominator is constant.
     ratio = tl.where(size >= p, tl.abs(d) * inverse, 0.0)
     return tl.fma(a * inverse, tl.fma(-ratio, _sign(x), _sign(d)), total)
 
 
 class Recipe(NamedTuple):
-    """How these templates make a kernel of kernels.py.
+    """How the templates make a kernel of kernels.py.
 
-    mode: how a block of raw values is made: "dot", "l2", "sum", "linf" or "lse". term, slope, p:
-        see above. exchanged: the factor of p where x and y are exchanged. remainder: whether the
-        slope leaves -a to the host. unroll: steps written out, as many as registers do for.
+    mode: how a block of raw values is computed: "dot", "l2", "sum", "linf" or "lse".
+    term, slope, p: see the top of this file.
+    exchanged: p is multiplied by this if x and y are exchanged.
+    remainder: whether the host has to subtract the sum of all a from the slopes.
+    unroll: how many steps are unrolled. It is limited by registers.
     """
 
     mode: str
@@ -228,11 +240,10 @@ class Recipe(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What turns raw values into logits, beside the operands.
+    """The settings that turn raw values into logits.
 
-    d = (factor raw)^root / max(|u + v|, floor), without the denominator where there are no terms u,
-    v; logit = -n log d (link
-    "harmonic"), -s d ("softmax"), raw + bias ("control": the dot product of cross-entropy).
+    d = (factor raw)^root / max(|u + v|, floor); without terms u, v there is no denominator.
+    logit = -n log d for the link "harmonic", -s d for "softmax" and raw + bias for "control".
     options: of the kernel.
     """
 
@@ -245,6 +256,7 @@ class Epilogue(NamedTuple):
 
 
 def _find(epilogue) -> Recipe | None:
+    """The recipe of a kernel, or None if there is none for all of its options."""
     kernel, options = epilogue.kernel, dict(epilogue.options)
     if kernel == "lp":
         p = float(options.pop("p", 1.0))
@@ -259,7 +271,7 @@ def _find(epilogue) -> Recipe | None:
     elif kernel == "lse":
         found = Recipe("lse", _l1_term, _smooth_slope, float(options.pop("a", 10.0)), unroll=1)
     elif kernel == "canberra":
-        # 0 / 1e-30 = 0, as in scipy
+        # With this floor 0/0 is 0, as in SciPy.
         found = Recipe(
             "sum", _canberra_term, _canberra_slope, max(options.pop("floor", 0.0), 1e-30)
         )
@@ -289,8 +301,10 @@ def _epilogue(problem: Problem) -> Epilogue:
 
 
 def supports(problem: Problem) -> str | None:
-    """None, or why there is no kernel for it. An option that no kernel here reads, such as
-    canberra's q, says no."""
+    """None, or the reason why there is no kernel for the problem.
+
+    An option that no kernel here knows, such as canberra's q, is a reason.
+    """
     x = problem.states
     if x.dtype != torch.float32 or (x.device.type != "cuda" and not INTERPRETED):
         return f"needs CUDA and float32 (h is {x.dtype} on {x.device})"
@@ -317,21 +331,19 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
     return sides.result(losses, *gradients) if needs_grad else Result(losses, None)
 
 
-# blocks of raw values
+# Blocks of raw values
 #
-# x and y are (blocks, C, BLOCK): R rows or V prototypes, and zeros up to whole blocks. So
-# neighbouring threads read neighbouring numbers, a step over a coordinate is a constant, and
-# whatever N and V these loads need no mask and are aligned. What is kept of pairs is in whole
-# blocks too.
+# x and y are (blocks, C, BLOCK): R rows or V prototypes, filled up with zeros to full blocks. So
+# neighbouring threads read neighbouring numbers, and the step to the next coordinate is a constant.
+# For any N and V, loads are aligned and need no mask. Tensors of pairs have full blocks too.
 
 
 @triton.jit
 def _zeros(x, rows, columns):
-    """Zeros for a block of sums, spread over the threads as a block that is loaded would be: 8 rows
-    x 4 neighbouring columns for each.
+    """Zeros for a block of sums, in the thread layout of a loaded block.
 
-    The compiler's own choice is 32 x 1, of which a step over a coordinate reads 33 numbers instead
-    of 12. Nothing is loaded from x.
+    A thread then has 8 rows x 4 neighbouring columns, and reads 12 numbers for each coordinate. The
+    compiler's own choice is 32 x 1, which reads 33. Nothing is really loaded from x.
     """
     return tl.load(
         x + 4 * rows[:, None] + columns[None, :], (rows < 0)[:, None] & (columns < 0)[None, :], 0.0
@@ -354,8 +366,10 @@ def _sum(x, y, rows, columns, C, p, TERM: tl.constexpr, BLOCK: tl.constexpr, UNR
 
 @triton.jit
 def _maximum(x, y, rows, columns, C, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """-> (the largest difference, with its sign; the first coordinate that has it). A NaN is passed
-    over."""
+    """Returns (the largest difference with its sign, the first coordinate that has it).
+
+    A NaN is skipped.
+    """
     inner = tl.arange(0, BLOCK)
     best = _zeros(x, rows, columns)
     at = tl.zeros_like(best)
@@ -371,8 +385,10 @@ def _maximum(x, y, rows, columns, C, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def _smooth(x, y, rows, columns, C, p, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """log sum exp(p |x - y|) / p: the maximum first, then the sum, which is cheaper than an
-    exponential more for a running maximum."""
+    """log sum exp(p |x - y|) / p, in two passes: the maximum, then the sum.
+
+    That is cheaper than one pass with a running maximum, which needs one exponential more.
+    """
     inner = tl.arange(0, BLOCK)
     top, at = _maximum(x, y, rows, columns, C, BLOCK, UNROLL)
     top = tl.abs(top)
@@ -389,12 +405,12 @@ def _smooth(x, y, rows, columns, C, p, BLOCK: tl.constexpr, UNROLL: tl.constexpr
     return top + tl.log(total) / p
 
 
-# from raw values to logits
+# From raw values to logits
 
 
 @triton.jit
 def _sizes(rows, columns, size_x, size_y, R, V):
-    """The raw values of each row and each prototype to 0, added."""
+    """value(x, 0) + value(y, 0) for a block of pairs, which floors are relative to."""
     return (
         tl.load(size_x + rows, rows < R, 0.0)[:, None]
         + tl.load(size_y + columns, columns < V, 0.0)[None, :]
@@ -403,24 +419,24 @@ def _sizes(rows, columns, size_x, size_y, R, V):
 
 @triton.jit
 def _above(raw, rows, columns, size_x, size_y, R, V, epsilon):
-    """raw where it exceeds the floor, else the floor; `kernels.above` for a block."""
+    """`kernels.above` for a block: raw values, raised to the floor."""
     low = tl.maximum(epsilon * _sizes(rows, columns, size_x, size_y, R, V), TINY)
     return tl.where(raw < low, low, raw)
 
 
 @triton.jit
 def _rank_one(rows, columns, u, v, R, V):
-    """u_i + v_j; for a control v is its bias and u None."""
+    """u_i + v_j for a block of pairs. For a control u is None, and v is the bias."""
     terms = tl.load(v + columns, columns < V, 0.0)[None, :]
     return terms if u is None else tl.load(u + rows, rows < R, 0.0)[:, None] + terms
 
 
 @triton.jit
 def _level(raw, terms, factor, floor, LINK: tl.constexpr, ROOT: tl.constexpr):
-    """A number per pair, small where the logit is large; `_fall` makes differences of logits of it.
+    """A number for each pair that is small where the logit is large.
 
-    control: minus the logit. softmax: d. harmonic: d^(1/root) / factor, for constants cancel in a
-        ratio and roots only lose digits.
+    control: minus the logit. softmax: d. harmonic: d^(1/root) / factor, because constants cancel in
+    a ratio and roots lose digits. `_fall` turns two levels into a difference of logits.
     """
     if LINK == "control":
         level = -raw if terms is None else -(raw + terms)
@@ -443,18 +459,17 @@ def _level(raw, terms, factor, floor, LINK: tl.constexpr, ROOT: tl.constexpr):
 @triton.jit
 def _denominator(terms, floor):
     size = tl.abs(terms)
-    return tl.where(size < floor, floor, size)  # this order lets a NaN through
+    return tl.where(size < floor, floor, size)  # In this order a NaN stays a NaN.
 
 
 @triton.jit
 def _log1p(t):
-    """log(1 + t) for t > -0.2, to about 1e-7 of itself: 20 instructions without a branch, where an
-    exact division and a logarithm take 35.
+    """log(1 + t) for t > -0.2, with a relative error of about 1e-7.
 
-    1 + t = 2^k (1 + f) with f in [-1/4, 1/2), and log(1 + f) = f + f^2 P(f), which keeps a small f
-    exact.
+    1 + t = 2^k (1 + f) with f in [-1/4, 1/2), and log(1 + f) = f + f^2 P(f). This form is exact for
+    small f. It takes 20 instructions and no branch. A division and a logarithm take 35.
     """
-    # Times 2^23; 0x3F400000 is 3/4
+    # k times 2^23. 0x3F400000 is 3/4.
     k = ((1.0 + t).to(tl.int32, bitcast=True) - 0x3F400000) & ~0x7FFFFF
     scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2^-k
     f = tl.fma(t, scale, scale - 1.0)
@@ -465,11 +480,13 @@ def _log1p(t):
 
 @triton.jit
 def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
-    """The logit at `level` minus the logit at the row's `best`, for a strength of 1. n multiplies
-    an error here by hundreds."""
+    """The logit at `level` minus the logit at `best`, for a strength of 1.
+
+    It has to be exact, because n multiplies its error by hundreds.
+    """
     if LINK == "harmonic":
-        # Farther than 1e38 times the nearest is as far: the probability is 0. `_log1p` ends there;
-        # a NaN stays one.
+        # The ratio is limited to 1e38, where the probability is 0 and `_log1p` still works. A NaN
+        # stays a NaN.
         ratio = tl.minimum((level - best) * (1.0 / best), 1e38, propagate_nan=tl.PropagateNan.ALL)
         fall = -ROOT * _log1p(ratio)
     else:
@@ -479,7 +496,7 @@ def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
 
 @triton.jit
 def _inner(place, rows, columns, unit_x, unit_y, R, V):
-    """A block of inner products, times what the operands were divided by (None: nothing)."""
+    """A block of inner products, multiplied by the units of both operands if they have units."""
     product = tl.load(place)
     if unit_x is not None:
         product *= (
@@ -497,16 +514,16 @@ def _tile(
     ROOT: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A block of pairs. Per row it leaves the smallest level and the sum of exp(logit - the logit
-    there), and the target's level.
+    """Computes a block of pairs: its raw values, and its part of each row's log-sum-exp.
 
-    raw: for dot and l2 it comes with the inner products, which stay; for linf it is the difference
-        with its sign. raw (but for those two) and kept, what some slopes need of a pair, are None
-        where no gradient is wanted.
-
-    l2 marks in `near` the blocks that hold a pair whose difference cancels. A second launch, in
-    mode "near", does these again from the differences and leaves the raw values. One kernel for
-    both would need twice the registers, and have half as many threads at work.
+    best, total: for each row of the block, the smallest level, and the sum of exp(logit - logit at
+        that level). target_level: the level of the target, if it is in this block.
+    raw: gets the raw values. For linf these are differences with their sign. For dot and l2 it
+        already holds the inner products, and they stay. None if no gradient is wanted.
+    kept: gets a second number of each pair, which some slopes need, or None.
+    near: l2 marks the blocks here that have a pair whose difference cancels. A second launch, in
+        mode "near", computes these blocks from the differences and writes their raw values. One
+        kernel for both would need twice the registers, so half as many threads would run.
     """
     if MODE == "near":
         if tl.load(near + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) == 0:
@@ -531,7 +548,7 @@ def _tile(
     elif MODE == "linf":
         value, at = _maximum(x, y, rows, columns, C, BLOCK, UNROLL)
         size = _sizes(rows, columns, size_x, size_y, R, V)
-        value = tl.where(size == size, value, size)  # a NaN
+        value = tl.where(size == size, value, size)  # Puts back a NaN, which the maximum skipped.
     else:
         value = _smooth(x, y, rows, columns, C, p, BLOCK, UNROLL)
     if raw is not None and MODE != "dot" and MODE != "l2":
@@ -569,14 +586,15 @@ def _slopes(
     R, V, epsilon, factor, floor, MODE: tl.constexpr, LINK: tl.constexpr, ROOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """raw -> A = dL/draw, and the block's sums over its columns of (A, dL/d(u + v), dL/dstrength),
-    over its rows of the first two:
-    those that somebody needs.
+    """Turns a block of raw values into slopes A = dL/draw, and computes sums of gradients.
 
-    For a control u + v is the bias. high, low: None, and A is written over raw; or A for a matrix
-    product, in one part or two. near: None but for l2, whose other blocks hold inner products. A of
-    a marked block is written over raw, for `_gradient`; its parts and its share in the sums of A
-    are 0.
+    over_columns: gets the sums over columns of A, dL/d(u + v) and dL/dstrength. over_rows: gets the
+        sums over rows of the first two. Sums that nobody needs are not written. For a control, v
+        is the bias, and u is None.
+    high, low: get A for a matrix product, in one part (low is None) or two. If high is None, A
+        overwrites raw.
+    near: for l2, the marks of `_tile`; else None. Blocks without a mark hold inner products. In a
+        marked block A overwrites raw, for `_gradient`. Its high, low and sums of A get zeros.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     rows = i * BLOCK + tl.arange(0, BLOCK)
@@ -603,13 +621,13 @@ def _slopes(
     n = tl.load(strength)
     share = tl.exp(n * fall) * tl.load(inverse_total + rows, rows < R, 1.0)[:, None]
     hit = columns[None, :] == tl.load(targets + rows, rows < R, -1)[:, None]
-    # DL/dlogit
+    # dL/dlogit
     g = tl.load(weight + rows, rows < R, 0.0)[:, None] * (share - tl.where(hit, 1.0, 0.0))
     if LINK == "control":
         a, e = g, g
     else:
         by_log = -n * g if LINK == "harmonic" else -n * g * level  # dL/dlog d
-        # No gradient below the floor
+        # Below the floor there is no gradient.
         a = tl.where(found < value, 0.0, ROOT * by_log * _inverse(value))
         e = tl.zeros_like(a)
         if u is not None:
@@ -646,11 +664,12 @@ def _gradient(
     OTHER: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """out += sum over y's K rows of slope(x, y): for BLOCK of x's M rows and BLOCK coordinates.
+    """Adds to `out` the sum of slope(x, y) over the K rows of y.
 
-    y: (blocks of coordinates, K, BLOCK). OWN, OTHER: the strides of `slopes` and `kept` from one
-        row of x, of y, to the next.
-    near: take only the blocks marked there; near_own, near_other: its strides.
+    A program does BLOCK of the M rows of x, and BLOCK coordinates.
+    y: (blocks of coordinates, K, BLOCK).
+    OWN, OTHER: the strides of `slopes` and `kept` along the rows of x and of y.
+    near: if given, only the blocks that it marks count. near_own, near_other: its strides.
     """
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -665,7 +684,7 @@ def _gradient(
         if near is None:
             wanted = True
         else:
-            if start % (BLOCK * BLOCK) == 0:  # as many flags at once: mostly none is set
+            if start % (BLOCK * BLOCK) == 0:  # Reads BLOCK marks at once. Mostly none is set.
                 blocks = start // BLOCK + tl.arange(0, BLOCK)
                 some = tl.max(tl.load(near + blocks * near_other, blocks * BLOCK < K, 0), 0)
             wanted = some > 0
@@ -673,7 +692,7 @@ def _gradient(
                 wanted = tl.load(near + start // BLOCK * near_other) > 0
         if wanted:
             part = _zeros(out, own, c)
-            pairs = own.to(tl.int64) * OWN + start * OTHER  # a chunk has fewer than 2^31
+            pairs = own.to(tl.int64) * OWN + start * OTHER  # A chunk has fewer than 2^31 pairs.
             a_at, y_at = slopes + pairs, y + start * BLOCK + tl.arange(0, BLOCK)
             if kept is not None:
                 k_at = kept + pairs
@@ -698,13 +717,15 @@ def _gradient(
     tl.store(out + place, total, inside)
 
 
-# unit vectors: a program has a row, of WIDTH >= C numbers
+# Unit vectors. Each program has one row, of WIDTH >= C numbers.
 
 
 @triton.jit
 def _unit(x, out, inverse, C, WIDTH: tl.constexpr):
-    """A row over its Euclidean norm, at any scale without over- or underflow; a row of zeros stays
-    one. inverse: 1 / norm, of zeros 1."""
+    """Divides a row by its Euclidean norm, without overflow or underflow. Zeros stay zeros.
+
+    inverse: gets 1 / norm, or 1 for a row of zeros.
+    """
     row = tl.program_id(0)
     c = tl.arange(0, WIDTH)
     place = row.to(tl.int64) * C + c
@@ -719,7 +740,7 @@ def _unit(x, out, inverse, C, WIDTH: tl.constexpr):
 
 @triton.jit
 def _pull_unit(out, inverse, slope, dx, C, WIDTH: tl.constexpr):
-    """dL/dx of a row from dL/d(x / |x|): what is across to it, over the norm."""
+    """dL/dx of a row from dL/d(x / |x|): the part at right angles to x, divided by |x|."""
     row = tl.program_id(0)
     c = tl.arange(0, WIDTH)
     place = row.to(tl.int64) * C + c
@@ -728,14 +749,14 @@ def _pull_unit(out, inverse, slope, dx, C, WIDTH: tl.constexpr):
     tl.store(dx + place, tl.load(inverse + row) * (s - along * direction), c < C)
 
 
-# the host
+# On the host
 
 
 def launch(kernel, grid: tuple, warps: int, registers: int | None = None, **arguments):
-    """Every kernel is started here, so that a tool can list them.
+    """Starts a kernel. All starts are here, so that a tool can list the kernels.
 
-    registers: the most that a thread may have. Without a limit ptxas aims for round occupancies and
-        spills a few registers for one.
+    registers: the most that a thread may use. Without a limit ptxas aims for certain occupancies,
+        and spills a few registers to reach one.
     """
     with torch.cuda.device_of(next(t for t in arguments.values() if isinstance(t, torch.Tensor))):
         kernel[grid](num_warps=warps, maxnreg=registers, **arguments)
@@ -743,17 +764,19 @@ def launch(kernel, grid: tuple, warps: int, registers: int | None = None, **argu
 
 @torch.no_grad()
 def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, products=FLOAT32):
-    """The loss of each row, and the gradients of sum(weight * loss).
+    """Computes the loss of each row, and the gradients of sum(weight * loss).
 
     Args:
-        x: (N, C), y: (V, C), mapped operands. u: (N,), v: (V,), their rank-one terms, or None. All
-            float32 and contiguous.
-        strength: a 0-dim tensor, positive; a control ignores it. bias: (V,) or None, a control's.
-        targets: (N,) int64 in [0, V). weight: (N,), 0 for ignored rows.
-        epilogue: what makes logits of raw values; there must be a recipe for it.
+        x: (N, C), y: (V, C), mapped operands, float32 and contiguous.
+        u: (N,), v: (V,), their terms of the denominator, or None. Also float32 and contiguous.
+        strength: a positive 0-dim tensor; a control ignores it.
+        bias: (V,) or None; for controls only.
+        targets: (N,) int64 in [0, V).
+        weight: (N,), 0 for ignored rows.
+        epilogue: turns raw values into logits. `_find` must have a recipe for it.
         products: how l2 and dot multiply matrices.
-    Returns: losses (N,), unweighted; gradients by (x, y, u, v, strength, bias), None for those that
-        are None or with needs_grad=False.
+    Returns: losses (N,) without weights, and the gradients of (x, y, u, v, strength, bias). A
+        gradient is None if its tensor is None, or without needs_grad.
     """
     recipe = _find(epilogue)
     mode, control = recipe.mode, epilogue.link == "control"
@@ -796,7 +819,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         )
     blocks = triton.cdiv(V, BLOCK)
     chunks = max(1, triton.cdiv(N, max(BLOCK, min(CHUNK // V, CHUNK_ROWS))))
-    chunk = BLOCK * max(1, triton.cdiv(N, BLOCK * chunks))  # all about as large
+    chunk = BLOCK * max(1, triton.cdiv(N, BLOCK * chunks))  # Chunks are about equal.
     matmul = mode in ("l2", "dot")
     raw = x.new_empty(chunk, blocks * BLOCK) if needs_grad and not matmul else None
     kept = torch.empty_like(raw) if needs_grad and mode in ("linf", "lse") else None
@@ -814,14 +837,14 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         if mode != "dot":
             level["size_x"] = k.value(xs, zero, **epilogue.options)
         near = x.new_empty(grid, dtype=torch.int32) if mode == "l2" else None
-        # If a target is no prototype
+        # `own` stays NaN for a target that is not a prototype.
         best, total, own = (
             x.new_empty(blocks, R),
             x.new_empty(blocks, R),
             x.new_full((R,), torch.nan),
         )
         if matmul:
-            # What holds the last chunk's: freed before there is another
+            # Frees the raw values of the last chunk before there are new ones.
             raw = slopes = operands = sums = None
             left = products.operand(_whole(xs), left=True, needs_grad=needs_grad)
             level["unit_x"] = left.unit
@@ -880,7 +903,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             dx[s].sub_(across[0][:, None])
             dy.sub_(down[0][:, None])
         if matmul:
-            # L2: d/dx of sum A (x - y)^2 = 2 (rowsum(A) x - A y)
+            # For l2, d/dx of sum A (x - y)^2 is 2 (rowsum(A) x - A y).
             factor = 1 if mode == "dot" else -2
             dx[s].add_(products.pull_left(slopes, right.parts)[:R], alpha=factor)
             dy.add_(products.pull_right(slopes, left.parts)[:V], alpha=factor)
@@ -891,8 +914,10 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
 
 
 def _without_offset(x, y):
-    """x and y less the mean of y where that is most of their length, which l2 does not depend on.
-    Nothing waits for the device."""
+    """Subtracts the mean of y from x and y if it is most of their length. This does not change l2.
+
+    The decision is made on the device, so nothing waits for it.
+    """
     middle = y.mean(0)
     large = middle.square().sum() > y.square().sum(1).mean() / 2
     middle = torch.where(large, middle, 0.0)
@@ -900,18 +925,22 @@ def _without_offset(x, y):
 
 
 def _empty_slopes(raw, parts, in_place):
-    """Room for the slopes of raw values (R, V), to be multiplied with `parts` (P, V, C): (P, R, V).
-    in_place: over `raw` if they fit."""
+    """Memory (P, R, V) for the slopes of raw values (R, V), which multiply `parts` (P, V, C).
+
+    in_place: use the memory of `raw`, if the types are the same.
+    """
     if in_place and parts.dtype == raw.dtype:
         return raw[None]
     return raw.new_empty(len(parts), *raw.shape, dtype=parts.dtype)
 
 
 class Unit(torch.autograd.Function):
-    """Float32 vectors over their Euclidean norms, one pass over memory each way: (..., C) -> (...,
-    C)."""
+    """Float32 vectors divided by their Euclidean norms: (..., C) -> (..., C).
 
-    WIDEST = 2**14  # numbers of a row that a program can hold
+    Forward and backward are one pass over memory each.
+    """
+
+    WIDEST = 2**14  # The longest row that a program can hold.
 
     @staticmethod
     def forward(ctx, x):
@@ -954,17 +983,17 @@ class Unit(torch.autograd.Function):
 
 
 def _whole(x):
-    """(M, C) -> (M rounded up to whole blocks, C), zeros beyond M."""
+    """Appends rows of zeros up to full blocks: (M, C) -> (a multiple of BLOCK, C)."""
     return F.pad(x, (0, 0, 0, -len(x) % BLOCK)) if len(x) % BLOCK else x
 
 
 def _across(x):
-    """(M, C) -> (blocks, C, BLOCK), zeros beyond M."""
+    """Blocks of rows, with zeros beyond M: (M, C) -> (blocks, C, BLOCK)."""
     return _whole(x).view(-1, BLOCK, x.shape[1]).transpose(1, 2).contiguous()
 
 
 def _by_coordinates(x):
-    """(M, C) -> (blocks of coordinates, M, BLOCK), zeros beyond C."""
+    """Blocks of coordinates, with zeros beyond C: (M, C) -> (blocks, M, BLOCK)."""
     return (
         (F.pad(x, (0, -x.shape[1] % BLOCK)) if x.shape[1] % BLOCK else x)
         .view(len(x), -1, BLOCK)
@@ -974,7 +1003,7 @@ def _by_coordinates(x):
 
 
 def _difference(level, best, epilogue):
-    """`_fall` for torch."""
+    """`_fall` in PyTorch."""
     return (
         -epilogue.root * ((level - best) / best).log1p()
         if epilogue.link == "harmonic"
@@ -983,9 +1012,9 @@ def _difference(level, best, epilogue):
 
 
 def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
-    """Adds the gradients of all pairs to dx and dy; where blocks are marked `near`, theirs only.
+    """Adds the gradients of all pairs to dx and dy. If `near` is given, of marked blocks only.
 
-    y_c: y `_by_coordinates`.
+    y_c: the result of `_by_coordinates(y)`.
     """
     (R, C), V, W = x.shape, len(y), slopes.shape[1]
     rows, columns, coordinates = (triton.cdiv(n, BLOCK) for n in (R, V, C))

@@ -1,1 +1,1 @@
-"""Other libraries whose models take a head."""
+"""Heads in other libraries: models of transformers, and search with faiss."""

@@ -1,12 +1,12 @@
-"""Nearest-prototype decoding with faiss: an index finds each state's nearest prototypes, and only
-those get logits.
+"""Nearest-prototype decoding with faiss. An index finds the prototypes nearest to a state, and only
+these get logits.
 
     nearest = NearestHead(head, candidates=512)
     ids, logits = nearest.candidates(h)  # (N, C) -> (N, 512), (N, 512)
     logits = nearest(h)  # (N, C) -> (N, V), -inf for every other token
 
-The index searches in the head's own distance, so that the nearest prototypes are the likeliest
-tokens. The logits of the candidates are the head's own. Install faiss with: pip install faiss-cpu
+The index searches with the distance of the head, so the nearest prototypes are the most likely
+tokens. The candidates get exact logits. Install faiss with: pip install faiss-cpu
 """
 
 import math
@@ -33,30 +33,30 @@ METRICS = {
     "dot": "METRIC_INNER_PRODUCT",
     "along": "METRIC_INNER_PRODUCT",
 }
-LINKS_OF_GRAPH = 32  # of each prototype in an HNSW graph, faiss' default
-# Stands for a coordinate of exactly 0, for faiss' Canberra distance has no rule for 0 / 0.
+LINKS_OF_GRAPH = 32  # Links of each prototype in an HNSW graph; the default of faiss.
+# Replaces a coordinate of exactly 0, because the Canberra distance of faiss does not define 0 / 0.
 TINY = 1e-30
 
 
 def metric(distance: Distance, options: dict[str, Any]) -> str | None:
-    """The name of faiss' metric for a head's row of the table; None where faiss has none.
+    """The name of the faiss metric for a distance; None if faiss has none.
 
     options: of the kernel.
     """
     if distance.denominator is not None:
-        # faiss divides by sum |h + w|. That is sum |h| + sum |w| for vectors without negative
-        # numbers, which `_searchable` makes. The signed sum of bray_curtis it cannot be.
+        # faiss divides by sum |h + w|. For vectors without negative numbers, which `_searchable`
+        # makes, that is sum |h| + sum |w|. It is never the signed sum of bray_curtis.
         same = distance.denominator is DISTANCES["bray_curtis_abs"].denominator
         return "METRIC_BrayCurtis" if same else None
     if distance.kernel == "lp" and options.get("p", 1.0) == 1.0:
         return "METRIC_L1"
     if distance.kernel == "canberra" and options:
-        return None  # A floor or weights, neither of which faiss has.
+        return None  # faiss has no floor and no weights.
     return METRICS.get(distance.kernel)
 
 
 def supported() -> list[str]:
-    """The names of the heads that can be searched with their default options."""
+    """The names of the heads that faiss can search, with their default options."""
     found = []
     for name in HEADS:
         distance, settings = resolve(name)
@@ -66,19 +66,20 @@ def supported() -> list[str]:
 
 
 class NearestHead:
-    """A head in evaluation mode, frozen as it is now, that gives logits to the nearest prototypes
-    alone.
+    """A frozen copy of a head that gives logits only to the nearest prototypes.
 
-    It keeps a copy of the mapped table, and faiss another one. An index takes long to build, so it
-    is not built again when the head's tensors change: calls are refused then, as far as
-    `prepared.fingerprint` notices. `bounds` has the `mass_bound` of every state that it was called
-    with.
+    It holds one copy of the mapped table, and faiss holds another. `bounds` lists the `mass_bound`
+    of every state that it was called with. An index takes long to build, so it is not built again
+    after the head's weights have changed: a call raises an error then, as far as
+    `prepared.fingerprint` notices.
 
     Args:
-        head: the head. candidates: how many prototypes get a logit.
+        head: the head, as in evaluation.
+        candidates: how many prototypes get a logit.
         index: "flat" compares all prototypes and finds the nearest ones exactly. "hnsw" searches a
-            graph: it finds most of them, and the graph takes long to build.
-    Raises: ImportError where faiss is missing; ValueError for a head without a metric in faiss.
+            graph. It finds most of them, and the graph takes long to build.
+    Raises: ImportError if faiss is not installed. ValueError for a head without a metric in faiss,
+        an unknown index or candidates < 1.
     """
 
     @torch.no_grad()
@@ -113,17 +114,18 @@ class NearestHead:
         self.bounds: list[float] = []
 
     def _mapped(self, x: Tensor) -> Tensor:
-        """On the CPU, in float32, behind the distance's map: (..., C) -> (..., C)."""
+        """Applies the map of the distance, on the CPU in float32: (..., C) -> (..., C)."""
         return mapped(self.distance, wide(x.detach()).float().cpu(), None, self.map_settings)
 
     def _searchable(self, x: Tensor, last: Tensor | None) -> Any:
-        """Mapped vectors (N, C) as faiss' metric takes them, a NumPy array.
+        """Mapped vectors (N, C) in the form that the faiss metric needs, as a NumPy array.
 
-        last: (N,), one more coordinate for a head with a bias: the bias of a prototype, 1 of a
-        state.
+        last: (N,), one more coordinate for a head with a bias. For prototypes it is the bias, and
+        for states it is 1. None for other heads.
         """
         if self.metric == "METRIC_BrayCurtis":
-            # |h - w| stays the sum of both parts' differences, and no part has a sign.
+            # The positive and the negative part of each coordinate. The sum of their differences is
+            # still |h - w|, and neither is negative.
             x = torch.cat((x.relu(), (-x).relu()), -1)
         elif self.metric == "METRIC_Canberra":
             x = torch.where(x == 0, TINY, x)
@@ -145,7 +147,7 @@ class NearestHead:
             index.metric_arg = self.options.get("p", 0.0)
         else:
             index = faiss.IndexHNSWFlat(table.shape[1], LINKS_OF_GRAPH, which)
-            index.hnsw.efSearch = 2 * self.count  # More than it returns, or it finds too few.
+            index.hnsw.efSearch = 2 * self.count  # With fewer it would find too few.
             faiss.downcast_index(index.storage).metric_arg = self.options.get("p", 0.0)
         index.add(table)
         return index
@@ -154,8 +156,10 @@ class NearestHead:
     def candidates(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest prototypes and their exact logits: (N, C) -> ids (N, k), logits (N, k).
 
-        Nearest first. Where the graph found fewer than k, the last ids are -1 and their logits
-        -inf. Needs memory for N k C numbers. RuntimeError where the head has changed.
+        The nearest is first. If the graph found fewer than k, the last ids are -1 and their logits
+        -inf. Needs memory for N * k * C numbers.
+
+        Raises: RuntimeError if the head's weights have changed.
         """
         if fingerprint(self.head.tensors()) != self.made_of:
             raise RuntimeError(
@@ -178,18 +182,19 @@ class NearestHead:
         return ids.to(h.device), found.to(h.device)
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Logits of all tokens, -inf for those that are no candidates: (N, C) -> (N, V)."""
+        """Logits of all tokens, -inf for all but the candidates: (N, C) -> (N, V)."""
         ids, found = self.candidates(h)
         self.bounds += self.mass_bound(found).tolist()
         every = found.new_full((len(found), self.vocab_size), -math.inf)
-        # The largest one counts: an id of -1 must not overwrite token 0.
+        # "amax", because an id of -1 must not overwrite token 0.
         return every.scatter_reduce(-1, ids.clamp_min(0), found, "amax")
 
     def mass_bound(self, found: Tensor) -> Tensor:
-        """At most this probability is left out: logits of candidates (N, k) -> (N,), float64.
+        """An upper bound of the probability of all tokens that are not candidates.
 
-        No other token is nearer than the farthest candidate, so the V - k others have at most V - k
-        times its weight. With "hnsw" this is an estimate: the graph may have missed near ones.
+        found: logits of candidates (N, k) -> (N,), float64. No other token is nearer than the
+        farthest candidate. So the V - k others together have at most V - k times its weight. With
+        "hnsw" the bound is an estimate, because the graph may have missed near prototypes.
         """
         found = found.double()
         real = found > -math.inf

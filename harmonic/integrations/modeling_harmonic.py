@@ -1,9 +1,9 @@
 """The classes of a model with a harmonic head: the logit of token v is -n log d(h, w_v).
 
-A folder that `save_pretrained` or `python -m interop.export` writes holds a copy of this file, and
-`from_pretrained(FOLDER, trust_remote_code=True)` runs it. The head comes from the package
-`harmonic` where that is installed, with compiled kernels. Elsewhere the package's own files are
-imported, whose text is in harmonic_files.py.
+`save_pretrained` and `python -m interop.export` copy this file into the folder of a model. Then
+`from_pretrained(FOLDER, trust_remote_code=True)` runs it. If the package `harmonic` is installed,
+the head comes from there, with compiled kernels. If not, the head comes from harmonic_files.py,
+which holds the text of the package's files.
 """
 
 import importlib
@@ -17,13 +17,13 @@ from typing import Any
 try:
     from harmonic.integrations import transformers as heads
 except ImportError:
-    # transformers copies a folder's files one by one and knows no packages inside it. So the
-    # package travels as text, and becomes a package inside this module.
+    # transformers copies the files of a folder one by one, and supports no packages inside it. So
+    # the package is stored as text, and is imported as a package inside this module.
     from .harmonic_files import FILES  # type: ignore[import-not-found]  # an export has it
 
-    # typeshed's two classes disagree about `source_to_code`, which is not used.
+    # The two base classes have different types for `source_to_code`, which is not used.
     class Importer(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):  # type: ignore[misc]
-        """Imports `harmonic.loss` as a part of this module, from the text of harmonic/loss.py."""
+        """Imports, for example, `harmonic.loss` inside this module from harmonic/loss.py's text."""
 
         def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
             inside = name.startswith(f"{__name__}.harmonic") and self._file(name) in FILES
@@ -42,7 +42,7 @@ except ImportError:
             return "\n".join(FILES[file]).encode()
 
     sys.meta_path.append(Importer())
-    __path__: list[str] = []  # Python imports parts of packages only, and this makes it one.
+    __path__: list[str] = []  # Makes this module a package, so that it can have submodules.
     heads = importlib.import_module(f"{__name__}.harmonic.integrations.transformers")
 
 

@@ -1,13 +1,13 @@
-"""A harmonic head in a model of transformers: `swap_head` puts it in, `save_pretrained` writes it,
-`load_swapped` reads it.
+"""Harmonic heads in models of transformers. `swap_head` puts a head into a model, `save_pretrained`
+writes the model, and `load_swapped` reads it.
 
-A swapped model gets a class of its own, such as HarmonicGPT2LMHeadModel, a subclass of its old one.
-Its forward takes the labels out of the call and runs the old forward. Where that asks the head for
-logits, the head computes the loss of the labels, chunk by chunk. The labels reach the head in a
-`_Request`: no module keeps anything of a call, so a copied, wrapped or sharded head works as well.
+A swapped model gets a subclass of its old class, such as HarmonicGPT2LMHeadModel. Its forward takes
+the labels out of the call and runs the old forward. When that asks the head for logits, the head
+also computes the loss of the labels, chunk by chunk. The labels reach the head in a `_Request`. No
+module stores anything of a call, so a copied, wrapped or sharded head works too.
 
-The prototypes are the head's `table`. There is no `weight`: libraries multiply hidden states by a
-`weight` without a word.
+The prototypes are the head's `table`. It has no `weight`, because some libraries would silently
+multiply hidden states by a `weight`.
 """
 
 import copy
@@ -32,25 +32,26 @@ from ..head import HarmonicHead
 from ..loss import IGNORE_INDEX
 from ..match import match
 
-PREFIX = "harmonic_"  # in front of transformers' model type, in the config.json of a swapped model
-# What some models do with logits afterwards, or add to their loss
+PREFIX = "harmonic_"  # Begins the model type in the config.json of a swapped model.
+# Settings of models that change their logits afterwards, or add something to their loss.
 MORE_WITH_LOGITS = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
     "output_multiplier", "output_router_logits",
 )  # fmt: skip
-# Their tables were called `weight`
+# Names of heads whose table was called `weight` in folders of older versions.
 HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")
 AUTO = "transformers.models.auto.configuration_auto"
-ENTROPY_ROWS = 256  # states whose logits are held at a time for TRL's metrics
+ENTROPY_ROWS = 256  # For TRL's metrics, so many rows of logits are in memory at a time.
 
 
 @dataclass
 class _Request:
-    """What one call of a model asks its head for, and what the head found.
+    """What one call of a model asks its head to compute, and the result.
 
-    labels: (B, T). shift: they are those of the next position. count: of targets in all
-    micro-batches, or None. each: the log-probability of every label is wanted, as by TRL.
-    found: the loss, or what TRL reads.
+    labels: (B, T). shift: whether position t predicts the label of t + 1.
+    count: the number of targets in all micro-batches, or None.
+    each: whether TRL wants the log-probability of every label.
+    found: the result: the loss, or the output that TRL reads.
     """
 
     labels: torch.Tensor
@@ -60,19 +61,19 @@ class _Request:
     found: object = None
 
 
-# The request of the call that runs now. An argument would be plainer, but between the two stands
-# transformers' forward, which calls its head with the hidden states alone: `lm_head(h)`. A context
-# variable belongs to a call, not to a module. So DataParallel's threads do not see each other's,
-# FSDP and PEFT may put another module around the head, and nothing is left when a call fails.
+# The request of the current call. An argument would be simpler, but transformers' forward calls its
+# head with nothing but hidden states: `lm_head(h)`. A context variable belongs to a call, not to a
+# module. So threads of DataParallel do not see each other's request, FSDP and PEFT may wrap the
+# head in another module, and a failed call leaves nothing behind.
 _request: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
 class ModelHead(HarmonicHead):
-    """The head inside a transformers model: while there is a request it computes the loss where the
-    model asks for logits."""
+    """The head inside a transformers model. If there is a request, it also computes the loss when
+    the model asks for logits."""
 
     padded = False
-    exact = False  # its table is float32 and has to stay it, for it is no input embedding
+    exact = False  # Whether the table is float32 and has to stay so; not if it is tied.
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -81,10 +82,9 @@ class ModelHead(HarmonicHead):
     def __getattr__(self, name):
         if name == "weight":
             raise AttributeError(
-                f"a {self.name} head has no `weight` that hidden states may be multiplied by:"
-                " `head(h)` gives its logits,"
-                " `head.loss(h, labels)` its loss, and `head.table` its prototypes. Turn off the"
-                " fused or chunked loss that asks for it"
+                f"a {self.name} head has no `weight` to multiply hidden states by."
+                " Use `head(h)` for logits, `head.loss(h, labels)` for the loss and `head.table`"
+                " for the prototypes. If a fused or chunked loss asked for `weight`, turn it off"
             )
         return super().__getattr__(name)
 
@@ -93,7 +93,7 @@ class ModelHead(HarmonicHead):
 
     @property
     def real_vocab_size(self) -> int:
-        """Rows that are tokens: all, unless the head was made with padding."""
+        """The number of rows that are tokens: all rows, unless the head was made with padding."""
         return self._rows if self.padded else len(self.table)
 
     @real_vocab_size.setter
@@ -106,8 +106,8 @@ class ModelHead(HarmonicHead):
             return super().forward(h)
         if self.exact and self.table.dtype in (torch.float16, torch.bfloat16):
             warnings.warn(
-                f"the prototypes of this {self.name} head arrive as {self.table.dtype}, in which a"
-                " matched head is not exact."
+                f"the prototypes of this {self.name} head are {self.table.dtype} here. A matched"
+                " head needs float32 to be exact."
                 " With FSDP2, shard the head first, by itself and without a param_dtype",
                 stacklevel=1,
             )
@@ -118,7 +118,7 @@ class ModelHead(HarmonicHead):
             request.found = self._score(states, labels, request.count)
         elif request.count is None:
             request.found = self.loss(states, labels)
-        else:  # Trainer's: targets of all micro-batches together
+        else:  # Trainer divides by the number of targets in all micro-batches.
             count = torch.as_tensor(request.count, device=h.device).clamp(min=1)
             request.found = self.loss(states, labels, reduction="sum") / count
         if self.training or request.each:
@@ -126,7 +126,7 @@ class ModelHead(HarmonicHead):
         return super().forward(h)
 
     def _score(self, h, labels, count):
-        """What TRL's trainers read for each label: see `trl.trainer.utils.FusedCausalLMOutput`."""
+        """The output that TRL's trainers read; see `trl.trainer.utils.FusedCausalLMOutput`."""
         kept = labels != IGNORE_INDEX
         log_p = -self.loss(h, labels, reduction="none")
         entropy, top = torch.zeros_like(log_p), torch.zeros_like(kept)
@@ -151,8 +151,7 @@ class ModelHead(HarmonicHead):
 
     @torch.no_grad()
     def resized(self, table: torch.Tensor, tokens: int) -> "ModelHead":
-        """The same head with another table (V', C), of which, if it is padded, the first `tokens`
-        rows are tokens."""
+        """The same head with another table (V', C). If it is padded, `tokens` rows are tokens."""
         new = copy.copy(self)
         new._parameters, new._modules = dict(self._parameters), dict(self._modules)
         new.table = (
@@ -171,29 +170,27 @@ class ModelHead(HarmonicHead):
 def swap_head(
     model: Any, name: str, *, match_to: torch.Tensor | None = None, **arguments: Any
 ) -> HarmonicHead:
-    """Replaces the unembedding of a transformers causal or masked language model, and its loss, by
-    a harmonic head.
+    """Puts a harmonic head into a causal or masked language model of transformers.
 
-    `model(input_ids)` gives the head's logits, so that `generate` and pipelines work unchanged.
-    `model(input_ids, labels=labels)` computes the loss chunk by chunk; while training it gives no
-    logits, which never exist. `save_pretrained` writes it, `load_swapped` reads it, and so does
-    `AutoModelForCausalLM.from_pretrained` where `harmonic` was imported.
+    `model(input_ids)` gives the logits of the head, so `generate` and pipelines work unchanged.
+    `model(input_ids, labels=labels)` computes the loss chunk by chunk. In training it returns no
+    logits, because they are never computed. `save_pretrained` writes the model, and `load_swapped`
+    reads it. After `import harmonic`, `AutoModelForCausalLM.from_pretrained` reads it too.
 
     Args:
-        model: such as GPT2LMHeadModel, Qwen2ForCausalLM, BertForMaskedLM (transformers 5); changed
-            in place.
+        model: such as GPT2LMHeadModel, Qwen2ForCausalLM or BertForMaskedLM, of transformers 5. Its
+            output layer is replaced in place.
         name: a key of `DISTANCES` or `CONTROLS`.
-        match_to: token ids (B, T) of real text: the head is matched to the model's own on their
-            states (`match`) and gets prototypes of its own, in float32 whatever the model is. None:
-            the prototypes are the model's unembedding as it is, tied where it was, which is for
-            training from the start.
-        arguments: of `HarmonicHead` (exponent, link, impl, ...), and the distance's options (p, a,
-            t, q).
-    Returns: the head, which is the model's output embedding now; `model.config.harmonic` remembers
-        how it was made.
-    Raises: ValueError for a model without an unembedding, for encoder-decoders, for models that
-        change their logits afterwards or add a loss of their own, and whatever HarmonicHead could
-        not honour.
+        match_to: token ids (B, T) of real text. The head is matched to the predictions of the model
+            on this text (see `match`), and gets its own prototypes in float32. None: the rows of
+            the model's output matrix become the prototypes, tied if they were tied. That is for
+            training from scratch.
+        arguments: of `HarmonicHead` (exponent, link, impl, ...), and the options of the distance
+            (p, a, t, q).
+    Returns: the head, now the output embedding of the model. `model.config.harmonic` stores its
+        settings.
+    Raises: ValueError for a model without an output layer, an encoder-decoder, a model that changes
+        its logits afterwards or adds a loss, or arguments that `HarmonicHead` does not accept.
     """
     old = model.get_output_embeddings()
     _check_model(model, old, match_to)
@@ -224,8 +221,10 @@ def swap_head(
 
 
 def _own_config(model):
-    """A configuration that no other model shares. Its class is the one of the folder; in memory
-    other libraries go by the plain type."""
+    """A configuration that no other model shares, of the class that its folder will name.
+
+    In memory its model type is the plain one, because other libraries depend on that.
+    """
     shared = model.config
     config = copy.copy(shared)
     if not shared.__class__.model_type.startswith(PREFIX):
@@ -238,24 +237,23 @@ def _own_config(model):
 
 
 def _check_model(model, old, match_to):
-    """ValueError for a model whose head cannot be swapped."""
+    """Raises ValueError for a model whose head cannot be swapped."""
     name, config = type(model).__name__, model.config
     if old is None or config.is_encoder_decoder:
-        raise ValueError(f"{name} is not a causal or masked language model with an unembedding")
+        raise ValueError(f"{name} is not a causal or masked language model with an output layer")
     if not hasattr(model, "get_expanded_tied_weights_keys"):
         raise ValueError("swap_head needs transformers 5")
     values = {key: getattr(config, key, None) for key in MORE_WITH_LOGITS}
     if more := [key for key, value in values.items() if value is True or value not in (None, 0, 1)]:
-        raise ValueError(f"{name} does more with logits than its unembedding: {', '.join(more)}")
+        raise ValueError(f"{name} changes logits or loss after its output layer: {', '.join(more)}")
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(
-            f"the head of this model is {old.name} already: a head is matched to a dot product's"
+            f"the head of this model is {old.name} already: match_to needs a dot product's head"
         )
 
 
 def _retie(model, head: ModelHead, where: str):
-    """Tells transformers the names of the head's tensors: which of them are tied, and which stay
-    float32 when a folder is loaded."""
+    """Tells transformers which tensors of the head are tied, and which stay float32 at loading."""
     tied = {}
     for name, source in (model._tied_weights_keys or {}).items():
         if name == f"{where}.weight":
@@ -270,13 +268,12 @@ def _retie(model, head: ModelHead, where: str):
         and not tied_now
         and (head.table.is_meta or head.table.dtype == torch.float32)
     )
-    if not head.is_control:  # a matched head lives on small differences of large prototypes
+    if not head.is_control:  # The predictions of a matched head depend on small differences.
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), where}
 
 
 class Swapped:
-    """In front of a class of transformers: its unembedding becomes the head that `config.harmonic`
-    describes."""
+    """The first base class of a swapped model. It swaps in the head of `config.harmonic`."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -285,7 +282,7 @@ class Swapped:
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         plain = _plain(cls)
-        if plain is not object:  # many libraries look at what a model's forward takes
+        if plain is not object:  # Many libraries look at the signature of a model's forward.
 
             @functools.wraps(plain.forward)
             def forward(self, *arguments, **given):
@@ -294,7 +291,7 @@ class Swapped:
             cls.forward = forward
 
     def forward(self, *arguments: Any, **given: Any) -> Any:
-        """The plain model's, but for the labels, of which the head computes the loss."""
+        """The forward of the plain model. The head computes the loss of the labels."""
         plain = super().forward
         if arguments:
             bound = inspect.signature(plain).bind(*arguments, **given).arguments
@@ -319,8 +316,10 @@ class Swapped:
         return request.found if each else _with_loss(output, request.found, self.training)
 
     def __setattr__(self, name, value):
-        """TRL's trainers put a forward on a model that multiplies by the head's weight: the one
-        above does in its stead."""
+        """Ignores the forward that TRL's trainers set, which multiplies by the head's weight.
+
+        `forward` above does its job.
+        """
         if name == "forward" and "fused_lm_head" in getattr(
             getattr(value, "__code__", None), "co_varnames", ()
         ):
@@ -329,8 +328,10 @@ class Swapped:
             super().__setattr__(name, value)
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
-        """For resize_token_embeddings: input embedding and prototypes get the same number of rows;
-        old rows keep their values."""
+        """For resize_token_embeddings: resizes the input embedding and the prototypes.
+
+        Both get the same number of rows. Old rows keep their values.
+        """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         new = self._get_resized_embeddings(
             embedding, new_num_tokens, pad_to_multiple_of, mean_resizing
@@ -350,21 +351,22 @@ class Swapped:
         return new
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """transformers'. The folder's config.json names a type of its own, so that no plain class
-        loads it without a word."""
+        """As in transformers. config.json gets a model type of its own.
+
+        So no plain class can silently load the folder.
+        """
         head = self.get_output_embeddings()
         if not head.is_control:
             self.config.harmonic[head.strength_name] = torch.as_tensor(head.strength).item()
-        # The classes in folders of earlier versions have files of their own: transformers copies
-        # those.
+        # A class that came from a folder of an older version has its own file, which transformers
+        # copies.
         if type(self).__reduce_ex__ is _reduce and options.get("is_main_process", True):
             _add_code(self, Path(save_directory))
         super().save_pretrained(save_directory, **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *arguments: Any, **options: Any) -> Any:
-        """transformers'. Folders written before the prototypes had a name of their own are read,
-        too."""
+        """As in transformers. It also reads folders of versions whose table was called `weight`."""
         options.setdefault(
             "key_mapping", {f"{name}.weight": f"{name}.table" for name in HEADS_BEFORE}
         )
@@ -372,9 +374,11 @@ class Swapped:
 
 
 def _resized_table(table, rows: int):
-    """Prototypes for `rows` tokens: (V, C) -> (rows, C). New ones lie in the direction of the mean
-    of all, as far from the origin as they are on average: the mean itself would be nearer to every
-    state than any of them."""
+    """Prototypes for `rows` tokens: (V, C) -> (rows, C).
+
+    New ones have the direction of the mean prototype and the average length. The mean itself is
+    shorter, so it would be nearer to every state than any old prototype.
+    """
     if rows <= len(table):
         return table.detach()[:rows].clone()
     mean = table.detach().mean(0)
@@ -385,8 +389,10 @@ def _resized_table(table, rows: int):
 
 
 def _check_temperature(forward):
-    """TRL closes over the temperature of its log-probabilities, which a harmonic head does not
-    have. ValueError for one that is not 1."""
+    """Raises ValueError if TRL's forward has a temperature other than 1.
+
+    A harmonic head scores labels at temperature 1.
+    """
     temperature = inspect.getclosurevars(forward).nonlocals["temperature"]
     if temperature != 1.0:
         raise ValueError(
@@ -396,8 +402,7 @@ def _check_temperature(forward):
 
 
 def _with_loss(output, loss, training: bool):
-    """A model's output with the head's loss in front; while training without the logits, which were
-    none."""
+    """The output of a model with the head's loss in front. In training it has no logits."""
     if isinstance(output, tuple):
         return (loss, *(output[1:] if training else output))
     rest = {k: v for k, v in output.items() if k != "loss" and not (k == "logits" and training)}
@@ -409,7 +414,7 @@ def _with_loss(output, loss, training: bool):
 
 @functools.cache
 def harmonic_class(plain: type) -> type:
-    """The class of a swapped model: `Swapped` in front of a class of transformers."""
+    """The class of a swapped model, with the bases `Swapped` and `plain`."""
     members = {
         "__module__": __name__,
         "__reduce_ex__": _reduce,
@@ -420,8 +425,11 @@ def harmonic_class(plain: type) -> type:
 
 
 class _Config:
-    """In front of a configuration: it has the plain type in memory, which PEFT and others go by,
-    and its own in a folder."""
+    """The first base class of the configuration of a swapped model.
+
+    In memory the model type is the plain one, which PEFT and other libraries need. In a folder it
+    is the harmonic one.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "model_type": self.model_type}
@@ -445,17 +453,19 @@ def _harmonic_config(plain: type) -> type:
 
 
 def _stay_unregistered(cls, auto_class=None):
-    """For transformers, which copies the file of a registered class into each folder that is saved:
-    `_add_code` writes these folders' code."""
+    """Does nothing, in place of transformers' `register_for_auto_class`.
+
+    transformers would copy the file of a registered class into each folder. `_add_code` does that.
+    """
 
 
 def _plain(kind: type, front: type = Swapped) -> type:
-    """The class of transformers behind a swapped model's, or its configuration's."""
+    """The class of transformers that follows `front` among the base classes of `kind`."""
     return kind.__mro__[kind.__mro__.index(front) + 1]
 
 
 def _reduce(model, protocol):
-    """Pickles, copies and sends a swapped model by its plain class, which can be imported."""
+    """Pickles a swapped model by its plain class, which can be imported."""
     return _made, (harmonic_class, _plain(type(model))), model.__dict__
 
 
@@ -469,7 +479,7 @@ def _made(make, plain: type):
 
 
 def __getattr__(name: str):
-    """The classes by their names, for whoever pickles a class itself."""
+    """Finds Harmonic classes by name, for code that pickles a class itself."""
     if name.startswith("Harmonic"):
         import transformers
 
@@ -485,7 +495,7 @@ def __getattr__(name: str):
 
 # ---- folders -----------------------------------------------------------------------------------
 
-# What a folder's code needs: all but the compiled kernels, which the installed package brings.
+# The files that a folder needs. Compiled kernels are only in the installed package.
 SOURCES = (
     "__init__.py", "compiled.py", "distances.py", "head.py", "kernels.py", "links.py", "loss.py",
     "maps.py", "match.py", "pairwise.py", "precision.py", "prepared.py",
@@ -498,8 +508,8 @@ def write_code(folder: Path) -> None:
     """Writes the files that `from_pretrained(folder, trust_remote_code=True)` runs: a copy of
     modeling_harmonic.py, and the text of this package."""
     package = __package__.rpartition(".")[0]
-    # Through the package's loader, for in a process that has loaded such a folder there are no
-    # files of the package.
+    # The package's loader reads them. If the package itself was imported from such a folder, it has
+    # no files.
     texts = {f"harmonic/{name}": pkgutil.get_data(package, name).decode() for name in SOURCES}
     folder.mkdir(parents=True, exist_ok=True)
     modelling = texts["harmonic/integrations/modeling_harmonic.py"]
@@ -513,15 +523,14 @@ def write_code(folder: Path) -> None:
 
 
 def _add_code(model, folder: Path) -> None:
-    """Puts the code of a model's class into its folder, and the names of its classes into its
-    config."""
+    """Writes the code of a model's class into its folder, and the class names into its config."""
     import transformers
 
     plain = _plain(type(model))
-    if getattr(transformers, plain.__name__, None) is not plain:  # a class that a user wrote
+    if getattr(transformers, plain.__name__, None) is not plain:  # The user wrote this class.
         return
     write_code(folder)
-    kind = harmonic_class(plain)  # without FSDP's part of the name
+    kind = harmonic_class(plain)  # Without the prefix that FSDP adds.
     auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForMaskedLM"
     model.config.auto_map = {
         "AutoConfig": f"modeling_harmonic.{kind.config_class.__name__}",
@@ -530,15 +539,17 @@ def _add_code(model, folder: Path) -> None:
 
 
 def load_swapped(folder: str | Path, **arguments: Any) -> Any:
-    """A model that `swap_head` changed and `save_pretrained` wrote.
+    """Loads a model that `swap_head` changed and `save_pretrained` wrote.
 
-    Args: folder: as for from_pretrained, and so are the arguments.
-    Raises: ValueError for a path without a folder, or a model whose head was not swapped.
+    Args:
+        folder: a folder or a name on the hub, as for from_pretrained.
+        arguments: as for from_pretrained.
+    Raises: ValueError for a folder that does not exist, or a model whose head was not swapped.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     path = Path(folder)
-    # Else it may be OWNER/NAME on the hub
+    # OWNER/NAME may be a name on the hub.
     if not path.is_dir() and (len(path.parts) != 2 or path.parent.is_dir()):
         raise ValueError(f"no folder {folder}")
     stored, _ = PreTrainedConfig.get_config_dict(folder, **arguments)
@@ -559,14 +570,13 @@ def _stored_class(stored: dict, config: type) -> type:
     name = stored["architectures"][0].removeprefix("Harmonic")
     if hasattr(transformers, name):
         return getattr(transformers, name)
-    # An export has names of its own
+    # `interop.export` writes class names of its own.
     auto = next(key for key in stored["auto_map"] if key != "AutoConfig")
     return getattr(transformers, auto)._model_mapping[config]
 
 
 class _Types(dict):
-    """transformers' model types that others have added: there is a `harmonic_X` for every X that it
-    has itself."""
+    """The table of additional model types in transformers, with a `harmonic_X` for every type X."""
 
     def __init__(self, mapping):
         super().__init__(mapping._extra_content)
@@ -603,8 +613,10 @@ def _add_types(module):
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Adds the types when transformers' table is imported: importing `harmonic` need not import
-    transformers, which takes a second."""
+    """Adds the types when transformers' table is imported.
+
+    So `import harmonic` does not have to import transformers, which takes a second.
+    """
 
     looking = False
 
@@ -627,7 +639,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
         return spec
 
 
-# And not a copy in the folder of an exported model
+# Not in the copy of this file that an exported model has.
 if __name__ == "harmonic.integrations.transformers":
     if AUTO in sys.modules:
         _add_types(sys.modules[AUTO])
@@ -641,7 +653,10 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def _states(model, unembedding, ids):
-    """What a model's unembedding sees of token ids: (N, C). It is not computed itself."""
+    """The hidden states (N, C) that reach the output layer of a model for token ids.
+
+    The output layer itself is not computed.
+    """
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(
             "match_to: expected token ids of real text, a tensor of integers (texts, length)"

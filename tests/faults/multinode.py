@@ -1,12 +1,11 @@
-"""Two machines, as network namespaces with their own addresses and a cable between them: trains,
-cuts the cable, puts it back.
+"""Trains on two simulated machines, and interrupts the network between them.
 
     sudo python -m tests.faults.multinode          # about two minutes; writes results/multinode.txt
 
-Each side runs `torchrun --nnodes=2` as on two real machines, with the rendezvous over c10d; what
-they share is the folder of the run. In mid-run the link between them goes down for longer than
---timeout. Then it is put back, and the run has to end like one that a single process did alone: the
-same losses to 1e-4.
+The machines are network namespaces with their own addresses. Each runs `torchrun --nnodes=2`, as
+on two real machines, with the rendezvous over c10d. They share the folder of the run. During the
+run the link between them goes down for longer than --timeout, and comes up again. In the end the
+losses must equal those of a single process, up to 1e-4 nats.
 """
 
 import os
@@ -36,14 +35,15 @@ class MultinodeConfig:
     cut_at: int = 100
     """iteration at which the link goes down"""
     cut_seconds: float = 30.0
-    """how long it stays down"""
+    """seconds that the link stays down"""
     timeout: float = 10.0
-    """train.py's --timeout"""
+    """--timeout of train.py"""
     out: str = "results/multinode.txt"
-    """what happened and when"""
+    """the report, with times"""
 
 
 def ip(*words: str) -> None:
+    """Runs the command `ip`. UserError if it fails."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
         raise UserError(
@@ -52,7 +52,7 @@ def ip(*words: str) -> None:
 
 
 class Network:
-    """Two namespaces, node0 and node1, whose eth0 are the ends of one cable."""
+    """Two network namespaces, node0 and node1. Their devices eth0 are connected."""
 
     def __enter__(self):
         self.remove()
@@ -78,7 +78,7 @@ class Network:
 
 
 class Report:
-    """Lines of what happened, each with the seconds since the start."""
+    """A list of events, each with the seconds since the start."""
 
     def __init__(self):
         self.lines: list[str] = []
@@ -90,13 +90,13 @@ class Report:
 
 
 def start_nodes(training: list[str], home: Path) -> dict[str, subprocess.Popen]:
-    """torchrun on every node. training: train.py and its flags."""
+    """Starts torchrun on every node. training: train.py and its flags."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint={NODES['node0']}:29500", "--rdzv_id=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
     nodes = {}
     for i, (node, address) in enumerate(NODES.items()):
-        # Namespaces share their host's name, so each node is told who it is.
+        # Namespaces share a host name, so each node has to be told which one it is.
         here = [f"--rdzv_conf=is_host={int(i == 0)}", f"--local_addr={address}"]
         words = ["ip", "netns", "exec", node, *launcher, *here, "--max-restarts=3", *training]
         with (home / f"{node}.log").open("w") as log:
@@ -111,7 +111,7 @@ def cut_and_wait(
     network: Network,
     report: Report,
 ) -> bool:
-    """Takes the link down in mid-run and puts it back -> whether training then ended well."""
+    """Takes the link down during the run, and up again. Returns whether training ended well."""
     first = nodes["node0"]
     if not wait_until(lambda: written(run) >= c.cut_at, first):
         raise UserError(f"training ended before iteration {c.cut_at}")
@@ -130,7 +130,7 @@ def cut_and_wait(
         f"link up again; metrics stand at iteration {stood}, the newest checkpoint at {kept}"
     )
     if not wait_until(lambda: newest_iteration(run) > stood, first):
-        raise UserError("training did not go on after the link was back")
+        raise UserError("training did not continue after the link was back")
     after = time.monotonic() - cut - c.cut_seconds
     report.tell(
         f"training has passed iteration {stood} again, {after:.0f} s after the link was back"
@@ -141,7 +141,7 @@ def cut_and_wait(
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    """Of the losses of two runs, in nats."""
+    """The largest difference of the losses of two runs, in nats."""
     found = 0.0
     for one, other in zip(history(a), history(b), strict=True):
         for key in ("train_loss", "val_loss"):
@@ -151,7 +151,7 @@ def largest_difference(a: Path, b: Path) -> float:
 
 
 def stop(nodes: dict[str, subprocess.Popen], home: Path) -> None:
-    """Ends what still runs, and prints the telling lines of each node's log."""
+    """Kills all nodes, and prints the relevant lines of their logs."""
     for name, node in nodes.items():
         node.kill()
         for text in (home / f"{name}.log").read_text().splitlines():

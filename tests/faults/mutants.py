@@ -1,13 +1,13 @@
-"""Puts small faults into the code, one at a time, and looks whether a test notices.
+"""Mutation testing: puts small faults into the code, one at a time, and checks that a test fails.
 
-    # 60 faults, the same ones for the same seed; adds to results/mutants.csv what is missing
+    # 60 faults, the same for the same seed; adds missing rows to results/mutants.csv
     python -m tests.faults.mutants
     python -m tests.faults.mutants --count=10 --seed=1 --out=mutants.csv
 
-A fault is an operator, a comparison, a constant or a condition that is changed in a function of
-harmonic/, model.py or training/. The tests of its room run on a copy of the tree until one fails. A
-fault that survives is either one that changes nothing that matters, or a test that is missing: read
-the row. The table says which test noticed, so two versions of the tests can be compared.
+A fault changes an operator, a comparison, a constant or a condition in a function of harmonic/,
+model.py or training/. The tests for that file run on a copy of the repository until one fails. If
+none fails, either the fault does not matter or a test is missing: read the row. The table names the
+test that failed, so you can compare two versions of the tests.
 """
 
 import ast
@@ -28,14 +28,14 @@ from base.command_line import cli, parse
 from base.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# A file, or the files of a folder -> the tests that speak of it, the likeliest first.
+# A file, or the files in a folder -> their tests. The tests most likely to fail come first.
 ROOMS = {
     "harmonic/backends": ["tests/harmonic"],
     "harmonic": ["tests/harmonic", "tests/test_swap.py"],
     "model.py": ["tests/test_model.py", "tests/test_sample.py", "tests/test_train.py"],
     "training": ["tests/test_data.py", "tests/test_optimizers.py", "tests/test_train.py"],
 }
-# Compiled for a GPU only, or text for a person.
+# Code that only a GPU runs, or that makes text for a person.
 LEFT_OUT = ("triton.py", "advice.py", "profiling.py", "modeling_harmonic.py")
 COLUMNS = ["seed", "number", "file", "line", "fault", "noticed_by", "seconds"]
 SWAPPED = {
@@ -50,13 +50,13 @@ class MutantsConfig:
     """How many faults"""
 
     count: int = 60
-    """faults"""
+    """number of faults"""
     seed: int = 0
-    """which ones"""
+    """chooses the faults"""
     limit: float = 900.0
-    """seconds for the tests of a fault; a fault that makes them hang is noticed"""
+    """seconds for the tests of a fault; if they take longer, the fault counts as noticed"""
     out: str = "results/mutants.csv"
-    """the table; faults that it has are not tried again"""
+    """the table; its faults are not tried again"""
 
     def problems(self) -> list[str]:
         return [] if self.count > 0 else [f"count={self.count} must be at least 1"]
@@ -64,7 +64,7 @@ class MutantsConfig:
 
 @dataclass
 class Mutant:
-    """A changed expression: where it stands (bytes start to end), and what stands there now."""
+    """A fault: an expression, at bytes start to end of a file, and the text that replaces it."""
 
     file: str
     line: int
@@ -75,13 +75,13 @@ class Mutant:
 
     @property
     def source(self) -> str:
-        """The file with the fault."""
+        """The text of the file with the fault."""
         data = (ROOT / self.file).read_bytes()
         return (data[: self.start] + self.text.encode() + data[self.end :]).decode()
 
 
 def changed(node: ast.AST) -> ast.AST | None:
-    """A copy of an expression with one fault; None for one that gets none."""
+    """A copy of an expression with one fault; None if it is not a kind that gets one."""
     new = copy.deepcopy(node)
     if isinstance(new, ast.Compare) and len(new.ops) == 1 and type(new.ops[0]) in SWAPPED:
         new.ops = [SWAPPED[type(new.ops[0])]()]
@@ -101,7 +101,7 @@ def changed(node: ast.AST) -> ast.AST | None:
 
 
 def mutants_of(path: Path) -> list[Mutant]:
-    """All faults that a file can get."""
+    """All possible faults of a file."""
     source = path.read_text()
     lines = source.splitlines(keepends=True)
     offsets = [0]
@@ -112,7 +112,7 @@ def mutants_of(path: Path) -> list[Mutant]:
         if not isinstance(function, ast.FunctionDef):
             continue
         nodes = [inner for statement in function.body for inner in ast.walk(statement)]
-        # Python 3.11 does not know the places of expressions inside an f-string.
+        # Python 3.11 does not tell the positions of expressions in an f-string.
         texts = {id(i) for n in nodes if isinstance(n, ast.JoinedStr) for i in ast.walk(n)}
         for node in nodes:
             if not isinstance(node, ast.expr) or id(node) in texts:
@@ -128,7 +128,7 @@ def mutants_of(path: Path) -> list[Mutant]:
 
 
 def chosen(count: int, seed: int) -> list[Mutant]:
-    """Faults spread over the rooms: as many from each, whatever its length."""
+    """Chooses faults, equally many from each of ROOMS."""
     rng, rooms = random.Random(seed), []
     taken: set[Path] = set()
     for room in ROOMS:
@@ -144,7 +144,7 @@ def chosen(count: int, seed: int) -> list[Mutant]:
 
 
 def noticed_by(mutant: Mutant, tree: Path, limit: float) -> str:
-    """The first test that fails with a fault in the tree; empty when all pass."""
+    """The first test that fails with this fault; empty if all pass."""
     path = tree / mutant.file
     original = path.read_text()
     path.write_text(mutant.source)

@@ -1,21 +1,21 @@
-"""Breaks real runs in every way that runs break, and looks at what is left.
+"""Damages real training runs in many ways, and checks how they recover.
 
-    # all of it, about 40 minutes on 2 cores; adds to results/faults.csv what is missing
+    # everything, about 40 minutes on 2 cores; adds missing rows to results/faults.csv
     python -m tests.faults.storm
     python -m tests.faults.storm --only=kills --trials=10
 
-kills     SIGKILL at random moments, half of them while a checkpoint is being written; one process,
-          and two under torchrun
-damage    a bit flipped, a file cut short or missing, in the newest checkpoint and in train.bin,
+kills     SIGKILL at random moments, half of them while a checkpoint is being written, with one
+          process and with two under torchrun
+damage    a flipped bit, a truncated file or a missing file, in the newest checkpoint, train.bin,
           val.bin and meta.json
-disk      a disk that fills up in mid-run (and is emptied again), a folder that turns read-only, one
-          that was read-only before
-clock     the time of day jumps by a day to and fro while training; files from the future
-hang      a process that stops answering, under torchrun --max-restarts
+disk      a disk that is full during the run (and has room again later), a folder that becomes
+          read-only, and one that is read-only from the start
+clock     a clock that jumps by a day forward and back during the run, and files from the future
+hang      a process that stops responding, under torchrun --max-restarts
 
-Every run is compared in the end with one that nothing happened to: the same metrics, line by line,
-    and the same bytes of weights and optimiser. A row says what was tried, what happened, how many
-    iterations were done again, and whether all was as it should be.
+In the end every run is compared with an undisturbed one. Metrics must be equal line by line, and
+weights and optimiser state byte by byte. A row tells what was tried, what happened, how many
+iterations were repeated, and whether the result is right.
 """
 
 import os
@@ -42,8 +42,8 @@ from training import checkpoint
 from training.distributed import launcher
 from training.verify import compare, history, kill_all, written
 
-INTERVAL = 5  # iterations between checkpoints
-BATCH = 10  # kills of a run, before it is ended and compared
+INTERVAL = 5  # Iterations between checkpoints.
+BATCH = 10  # Kills of a run before it is finished and compared.
 COLUMNS = [
     "fault",
     "processes",
@@ -66,13 +66,13 @@ class StormConfig:
     """What to break"""
 
     only: Literal["kills", "damage", "disk", "clock", "hang"] | None = None
-    """one kind of fault; null = all"""
+    """only this kind of fault; null = all"""
     trials: int | None = None
-    """how many of each; null = 50 kills for each number of processes, 100 damages"""
+    """number of trials; null = 50 kills for each number of processes, and 100 damaged files"""
     dataset: str = "data/wiki"
     """a prepared folder"""
     out: str = "results/faults.csv"
-    """the table; rows that it has are not tried again"""
+    """the table; its trials are not repeated"""
 
     def problems(self) -> list[str]:
         found = []
@@ -87,7 +87,8 @@ class StormConfig:
 class Trial:
     """A row of the table: what was tried and what happened.
 
-    done_again: iterations, None where they do not count. as_it_should: whether all was.
+    done_again: the number of repeated iterations; None if it does not matter.
+    as_it_should: whether the result is right.
     """
 
     fault: str
@@ -105,7 +106,7 @@ class Trial:
 
 
 class Table:
-    """results/faults.csv, one row a trial, written as each ends."""
+    """results/faults.csv. It gets a row as soon as a trial ends."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -119,7 +120,7 @@ class Table:
         )
 
     def drop(self, fault: str, processes: int, trials: range):
-        """Forgets the rows of a batch that was not ended."""
+        """Removes the rows of a batch that was not finished."""
         gone = {(fault, str(processes), str(t)) for t in trials}
         self.rows = [r for r in self.rows if (r["fault"], r["processes"], r["trial"]) not in gone]
         tables.write_csv(self.path, self.rows, COLUMNS)
@@ -137,14 +138,14 @@ def command(
     torchrun: Sequence[str] = (),
     **flags: Any,
 ) -> list[str]:
-    """The words that train a run, or resume it. torchrun: its flags, for several processes."""
+    """The command that trains or resumes a run. torchrun: flags of torchrun."""
     run = dict(dataset=dataset, max_iters=max_iters, init_from="auto", out_dir=out)
     given = [f"--{key}={value}" for key, value in {**TINY, **run, **flags}.items()]
     return [sys.executable, *launcher(processes, *torchrun), "train.py", *given]
 
 
 def begin(words: list[str], log: Path, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """Starts a command whose output goes to the end of a log."""
+    """Starts a command. Its output is appended to a log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("a") as file:
         return subprocess.Popen(
@@ -153,7 +154,7 @@ def begin(words: list[str], log: Path, env: dict[str, str] | None = None) -> sub
 
 
 def finish(words: list[str], log: Path, env: dict[str, str] | None = None) -> int:
-    """Runs a command to its end -> its exit status."""
+    """Runs a command to its end. Returns its exit status."""
     process = begin(words, log, env)
     try:
         return process.wait(900)
@@ -169,14 +170,14 @@ def workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
             if rank := child.environ().get("RANK"):
                 found[int(rank)] = child
         except psutil.NoSuchProcess:
-            continue  # it has ended meanwhile
+            continue  # It has ended in the meantime.
     return found
 
 
 def wait_until(
     condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 300
 ) -> bool:
-    """Waits for a condition -> whether it came true before the process ended."""
+    """Waits for a condition. Returns whether it became true before the process ended."""
     end = time.monotonic() + seconds
     while not condition():
         if process and process.poll() is not None:
@@ -188,7 +189,7 @@ def wait_until(
 
 
 def newest_iteration(run: Path) -> int:
-    """Of the checkpoints that are sound."""
+    """The iteration of the newest checkpoint that is not corrupt, or 0."""
     sound = [
         m["iter"] for f, m in checkpoint.manifests(run).items() if checkpoint.damage(f) is None
     ]
@@ -196,13 +197,15 @@ def newest_iteration(run: Path) -> int:
 
 
 def differences(a: Path, b: Path) -> str:
-    """What differs between two runs that should be one, in words; empty when nothing does."""
+    """The parts of two runs that differ, in words; empty if none do."""
     return "; ".join(f"{part} differ" for part, same in compare(a, b).items() if not same)
 
 
 def kills(c: StormConfig, table: Table, home: Path) -> None:
-    """Batches of kills of one run, which is then ended and compared; a batch without its comparison
-    is begun anew."""
+    """Runs batches of kills. A batch kills one run several times, finishes it and compares it.
+
+    A batch that was interrupted before the comparison starts again.
+    """
     total = c.trials or 50
     for processes in (1, 2):
         for batch, first in enumerate(range(0, total, BATCH)):
@@ -215,8 +218,7 @@ def kills(c: StormConfig, table: Table, home: Path) -> None:
 def kill_and_compare(
     c: StormConfig, table: Table, home: Path, processes: int, batch: int, trials: range
 ) -> None:
-    """Kills one run as often as there are trials, ends it, and compares it with one that was never
-    killed."""
+    """Kills a run once for each trial, finishes it, and compares it with an undisturbed run."""
     home.mkdir()
     run, whole, log = home / "killed", home / "whole", home / "log"
     rng = random.Random(f"{processes} {batch}")
@@ -232,7 +234,7 @@ def kill_and_compare(
         if processes == 1 or rng.random() < 0.5:
             who = "all processes"
             kill_all(process)
-        else:  # one of them: torchrun must end the other
+        else:  # Only one of them is killed. torchrun must end the other.
             rank, victim = rng.choice(list(workers(process).items()))
             who = f"rank {rank}"
             victim.kill()
@@ -259,7 +261,7 @@ def kill_and_compare(
 
 
 def spoil(path: Path, how: str, rng: random.Random) -> str:
-    """Damages a file -> what was done."""
+    """Damages a file. Returns what was done, in words."""
     content = bytearray(path.read_bytes())
     if how == "missing":
         path.unlink()
@@ -275,6 +277,7 @@ def spoil(path: Path, how: str, rng: random.Random) -> str:
 
 
 def damage(c: StormConfig, table: Table, home: Path) -> None:
+    """Damages one file in each trial, and resumes the run."""
     trials = [t for t in range(c.trials or 100) if not table.has("damage", 1, t)]
     if not trials:
         return
@@ -300,7 +303,7 @@ def damage(c: StormConfig, table: Table, home: Path) -> None:
         if status == 0:
             wrong = differences(run, whole)
             happened = wrong or "of no consequence, bitwise equal"
-            if not wrong and "is damaged" in text:
+            if not wrong and "is corrupt" in text:
                 happened, again = "reported, the checkpoint before used, bitwise equal", INTERVAL
             good = not wrong
         else:
@@ -314,7 +317,7 @@ def damage(c: StormConfig, table: Table, home: Path) -> None:
 
 
 class Disk:
-    """A file system of a few megabytes in memory. UserError where this user may not mount one."""
+    """A small file system in memory. UserError if this user is not allowed to mount one."""
 
     def __init__(self, path: Path, megabytes: float):
         self.path = path
@@ -339,25 +342,26 @@ class Disk:
 
 
 def steps(run: Path) -> list[dict]:
-    """The metrics of its iterations, without those of evaluations."""
+    """The metrics of a run's iterations, without evaluations."""
     return [r for r in history(run) if "train_loss" in r]
 
 
 def stop_and_compare(
     c: StormConfig, process: subprocess.Popen, run: Path, whole: Path, log: Path
 ) -> str:
-    """SIGTERM to a run, and what differs then from one that nothing happened to."""
+    """Stops a run with SIGTERM. Returns how it differs from an undisturbed run, in words."""
     process.send_signal(signal.SIGTERM)
     status, end = process.wait(60), newest_iteration(run)
     finish(command(whole, c.dataset, end), log)
     same = compare(run, whole)
-    # Of the metrics only iterations are compared: the whole run evaluates at its end besides.
+    # Only iterations are compared, because the undisturbed run also evaluates at its end.
     same["metrics"] = steps(run) == steps(whole)
     found = [f"{part} differ" for part, equal in same.items() if not equal]
     return "; ".join(found if status == 143 else [f"exit status {status}", *found])
 
 
 def disk(c: StormConfig, table: Table, home: Path) -> None:
+    """Runs the three trials of disk faults."""
     if not table.has("full disk", 1, 0):
         table.add(full_disk(c, home))
     if not table.has("read-only out_dir", 1, 0):
@@ -367,8 +371,9 @@ def disk(c: StormConfig, table: Table, home: Path) -> None:
 
 
 def full_disk(c: StormConfig, home: Path) -> Trial:
+    """Fills the disk during a run, and enlarges it later."""
     began, log = time.monotonic(), home / "full.log"
-    # Room for three checkpoints (the newest two and the best are kept) and some of a fourth.
+    # Room for three checkpoints (the newest two and the best one) and a part of a fourth.
     with Disk(home / "small", 11) as small:
         run, ballast = small.path / "run", small.path / "ballast"
         process = begin(command(run, c.dataset, 100_000), log)
@@ -391,6 +396,7 @@ def full_disk(c: StormConfig, home: Path) -> Trial:
 
 
 def read_only_disk(c: StormConfig, home: Path) -> Trial:
+    """Starts a run on a read-only disk."""
     began, log = time.monotonic(), home / "ro.log"
     with Disk(home / "ro", 50) as small:
         small.remount("ro")
@@ -402,6 +408,7 @@ def read_only_disk(c: StormConfig, home: Path) -> Trial:
 
 
 def read_only_folder(c: StormConfig, home: Path) -> Trial:
+    """Makes the folder of checkpoints read-only during a run, and writable again later."""
     began, log, run = time.monotonic(), home / "immutable.log", home / "immutable"
     folder = str(run / "ckpt")
     process = begin(command(run, c.dataset, 100_000), log)
@@ -424,13 +431,13 @@ def read_only_folder(c: StormConfig, home: Path) -> Trial:
 
 
 def fill(path: Path) -> None:
-    """Takes what is left of a disk."""
+    """Writes a file until the disk is full."""
     with path.open("wb", buffering=0) as file:
         try:
             while file.write(b"\0" * 4096):
                 pass
         except OSError:
-            return  # full: that was the aim
+            return  # The disk is full.
 
 
 JUMPS = """
@@ -443,6 +450,7 @@ time.time = jumping
 
 
 def clock(c: StormConfig, table: Table, home: Path) -> None:
+    """Trains with a clock that jumps, and resumes with files of wrong dates."""
     if table.has("clock", 1, 0):
         return
     began, log, run, whole = time.monotonic(), home / "log", home / "clock", home / "clock whole"
@@ -461,13 +469,14 @@ def clock(c: StormConfig, table: Table, home: Path) -> None:
 
 
 def hang(c: StormConfig, table: Table, home: Path) -> None:
+    """Suspends each of two processes once."""
     for rank in range(2):
         if not table.has("hang", 2, rank):
             table.add(suspend(c, home, rank))
 
 
 def suspend(c: StormConfig, home: Path, rank: int) -> Trial:
-    """SIGSTOP to one of two processes."""
+    """Suspends one of two processes with SIGSTOP, so that torchrun has to restart them."""
     log, run, whole = (home / f"hang{rank}{part}" for part in (".log", "", " whole"))
     process = begin(command(run, c.dataset, 200, 2, ["--max-restarts=1"], timeout=10), log)
     wait_until(lambda: newest_iteration(run) >= 2 * INTERVAL, process)
@@ -487,7 +496,7 @@ def suspend(c: StormConfig, home: Path, rank: int) -> Trial:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of docs/reliability.md: a line for each kind of fault."""
+    """The table in docs/reliability.md, with a line for each kind of fault."""
     kinds = {}
     for row in rows:
         kinds.setdefault((row["fault"], row["processes"]), []).append(row)

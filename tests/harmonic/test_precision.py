@@ -141,10 +141,20 @@ def test_split_products_are_as_exact_as_float32(name, impl):
                 "cosine_linear": "float32",
                 "euclidean": "split",
                 "cosine": "split",
+                "student_t": "split",
                 "manhattan": "float32",
             },
         ),
-        (7, True, {"cross_entropy": "autocast", "euclidean": "float32", "manhattan": "float32"}),
+        (
+            7,
+            True,
+            {
+                "cosine_scaled": "autocast",
+                "cross_entropy": "autocast",
+                "euclidean": "float32",
+                "manhattan": "float32",
+            },
+        ),
     ],
 )
 def test_precision_auto(capability, autocast, expected, monkeypatch):
@@ -153,9 +163,10 @@ def test_precision_auto(capability, autocast, expected, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
     for name, kind in expected.items():
-        chosen = choose_products("auto", HEADS[name].kernel, torch.device("cuda"))
+        made_of = HEADS[name].multiplies, HEADS[name].has_products
+        chosen = choose_products("auto", *made_of, torch.device("cuda"))
         assert chosen.name == kind
-        assert choose_products("auto", HEADS[name].kernel, torch.device("cpu")).name == "float32"
+        assert choose_products("auto", *made_of, torch.device("cpu")).name == "float32"
         if kind == "autocast":  # slopes are too small for float16
             assert chosen.slopes == (torch.bfloat16 if capability >= 8 else torch.float32)
     with pytest.raises(ValueError, match="unknown precision 'half'"):

@@ -1,7 +1,7 @@
 """Tokenizers by name: gpt2, qwen, bert, char, and bpe:N.
 
-The first three are published vocabularies. The last two are trained on the training split, and
-their file lies beside the token files.
+The first three are published vocabularies. The last two are trained on the training split. Their
+file is beside the token files.
 """
 
 import re
@@ -39,7 +39,7 @@ from text.tokenizers.published import (
 from text.tokenizers.tokenizer import EOT, MASK, Tokenizer, well_formed
 
 if TYPE_CHECKING:
-    # At run time it is imported where it is used: training on token files does not need it.
+    # At run time it is imported only where it is used. Training on token files does not need it.
     from tokenizers import Tokenizer as RustTokenizer
 
 __all__ = [
@@ -70,12 +70,13 @@ class Kind:
     """What can be done with one kind of tokenizer.
 
     Attributes:
-        load: makes the Tokenizer. That of a trained kind takes (name, folder), that of a published
-            vocabulary takes nothing.
-        rust: makes the same as one of the package tokenizers, from the same arguments as `load`.
-        file: the trained tokenizer's file, beside the token files. None for a published vocabulary.
-        train: makes the file from (texts, folder), or with a size from (texts, vocab_size, folder).
-        copy: copies the file from the folder of token files into that of a run.
+        load: makes the Tokenizer. For a trained kind its arguments are (name, folder). For a
+            published vocabulary it has none.
+        rust: makes the same tokenizer as one of the package tokenizers. Arguments as for `load`.
+        file: the file of a trained tokenizer, beside the token files. None for a published one.
+        train: makes that file. Its arguments are (texts, folder), or (texts, vocab_size, folder) if
+            the name has a size.
+        copy: copies that file from the folder of token files into the folder of a run.
     """
 
     load: Callable[..., Tokenizer]
@@ -122,7 +123,7 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
     """The tokenizer called `name`.
 
     Args:
-        folder: where the file of a trained tokenizer lies, beside the token files.
+        folder: holds the file of a trained tokenizer, beside the token files.
     Raises: UserError for an unknown name, a vocabulary that cannot be downloaded, or a missing or
         corrupt file.
     """
@@ -133,19 +134,19 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
 def rust_tokenizer(name: str, folder: Path | None = None) -> "RustTokenizer":
     """The tokenizer called `name` as one of the package tokenizers, which transformers reads.
 
-    It gives the same ids. Raises UserError as `load_tokenizer`, and for char, which has none.
+    It gives the same ids. Raises: UserError as `load_tokenizer`, and always for char.
     """
     kind = _kind(name)
     return kind.rust(name, folder) if kind.file else kind.rust()
 
 
 def is_trained(name: str) -> bool:
-    """Whether a tokenizer is trained on the training split and lies beside the token files."""
+    """Whether a tokenizer is trained on the training split."""
     return tokenizer_file(name) is not None
 
 
 def tokenizer_file(name: str) -> str | None:
-    """The file, beside the token files, of a trained tokenizer. None for any other name."""
+    """The name of a trained tokenizer's file, beside the token files. None for other names."""
     kind = TOKENIZERS.get(name.partition(":")[0])
     return kind.file if kind else None
 
@@ -162,9 +163,9 @@ def train_tokenizer(name: str, texts: Iterable[str], folder: Path) -> None:
 
 
 def copy_tokenizer(name: str, data: Path, run: Path) -> None:
-    """Copies a trained tokenizer from the folder of its token files into that of a run.
+    """Copies a trained tokenizer from the folder of its token files into the folder of a run.
 
-    So the run can be sampled from on any machine.
+    So you can sample from the run on any machine.
     """
     if is_trained(name) and (copy := _kind(name).copy):
         copy(data, run)

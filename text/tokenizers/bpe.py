@@ -9,18 +9,18 @@ from base.files import write_whole
 from text.tokenizers.tokenizer import EOT, MASK, Tokenizer, well_formed
 
 if TYPE_CHECKING:
-    # At run time it is imported where it is used: training on token files does not need it.
+    # At run time it is imported only where it is used. Training on token files does not need it.
     from tokenizers import Tokenizer as RustTokenizer
 
-BPE_FILE = "tokenizer.json"  # beside the token files
-BPE_MINIMUM = 256 + 2  # every byte, and the two special tokens
+BPE_FILE = "tokenizer.json"  # Beside the token files.
+BPE_MINIMUM = 256 + 2  # All bytes and the two special tokens.
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Trains a byte-level BPE on texts and saves it as tokenizer.json in `folder`.
 
-    The same texts in any order give the same file. It has fewer than `vocab_size` tokens when the
-    texts have fewer pairs to merge. Memory grows with the number of distinct words.
+    The same texts in any order give the same file. It has fewer than `vocab_size` tokens if the
+    texts do not have enough pairs to merge. Memory grows with the number of different words.
     """
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -41,7 +41,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
 def load_bpe(name: str, folder: Path | None) -> Tokenizer:
     """The byte-level BPE that `train_bpe` saved in `folder`.
 
-    Raises: UserError when the file is missing or is not a byte-level BPE.
+    Raises: UserError if the file is missing or is not a byte-level BPE.
     """
     if folder is None:
         raise UserError(f"tokenizer {name} lies beside its token files: name their folder")
@@ -58,17 +58,17 @@ def load_bpe(name: str, folder: Path | None) -> Tokenizer:
         pieces = {}
         for token, i in vocab.items():
             pieces[i] = token.encode() if i in specials else bytes(byte_of[c] for c in token)
-    except Exception as error:  # the package raises plain Exception for a file it cannot read
+    except Exception as error:  # The package raises a plain Exception for a wrong file.
         raise UserError(
             f"tokenizer {name}: {path} is not a byte-level BPE tokenizer ({error})"
         ) from None
-    rust.encode_special_tokens = True  # `<|endoftext|>` in a text is text
+    rust.encode_special_tokens = True  # A written `<|endoftext|>` is plain text.
     return Tokenizer(name, len(vocab), *specials, rust_encoder(rust), pieces.__getitem__)
 
 
 def rust_bpe(name: str, folder: Path | None) -> "RustTokenizer":
     """The same as one of the package tokenizers, which transformers reads."""
-    load_bpe(name, folder)  # raises a UserError that says what is wrong
+    load_bpe(name, folder)  # Raises a UserError if something is wrong.
     assert folder is not None
     return rust_from_file(Path(folder) / BPE_FILE)
 
@@ -79,7 +79,7 @@ def copy_bpe(data: Path, run: Path) -> None:
 
 
 def rust_from_file(path: Path) -> "RustTokenizer":
-    """The tokenizer of the package tokenizers in a file."""
+    """Reads a tokenizer of the package tokenizers from a file."""
     from tokenizers import Tokenizer as RustTokenizer
 
     # The package itself cannot open a file whose name is not UTF-8.
@@ -87,18 +87,18 @@ def rust_from_file(path: Path) -> "RustTokenizer":
 
 
 def rust_vocabulary(tokenizer: "RustTokenizer | Path") -> dict[str, int]:
-    """Token -> id, of a tokenizer of the package tokenizers or of its file.
+    """The ids of all tokens, of a tokenizer of the package tokenizers or its file.
 
-    Raises: UserError when the file holds no tokenizer.
+    Raises: UserError if the file holds no tokenizer.
     """
     try:
         return (rust_from_file(tokenizer) if isinstance(tokenizer, Path) else tokenizer).get_vocab()
-    except Exception as error:  # the package raises plain Exception for a file it cannot read
+    except Exception as error:  # The package raises a plain Exception for a wrong file.
         raise UserError(f"{tokenizer} is not a tokenizer ({error})") from None
 
 
 def rust_encoder(rust: "RustTokenizer") -> Callable[[list[str]], list[list[int]]]:
-    """The function from texts to lists of ids of a tokenizer of the package tokenizers."""
+    """A function from texts to lists of ids, by a tokenizer of the package tokenizers."""
 
     def encode_texts(texts: list[str]) -> list[list[int]]:
         return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
@@ -109,7 +109,7 @@ def rust_encoder(rust: "RustTokenizer") -> Callable[[list[str]], list[list[int]]
 def byte_of_character() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for (GPT-2's table).
 
-    A printable byte stands for itself. The others follow from U+0100 on.
+    Printable bytes stand for themselves. The others are the characters from U+0100 on.
     """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]

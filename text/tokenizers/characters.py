@@ -10,19 +10,19 @@ from base.files import seal, unseal, write_whole
 from text.foreign import NANOGPT_META, nanogpt_characters
 from text.tokenizers.tokenizer import EOT, Tokenizer, well_formed
 
-CHAR_FILE = "characters.json"  # beside the token files
+CHAR_FILE = "characters.json"  # Beside the token files.
 UNKNOWN = "\ufffd"
 
 
 @dataclass
 class Characters:
-    """A vocabulary of characters: an id is a place in `characters`, then comes the end-of-text id.
+    """A vocabulary of characters. An id is a place in `characters`. The end-of-text id is next.
 
     Attributes:
-        characters: each once, sorted.
-        unknown: whether one more token stands for characters that the training text does not have.
-            It shows as U+FFFD.
-        start_id: begins a text that has no prompt. None means the end-of-text token.
+        characters: each character once, sorted.
+        unknown: whether one more token stands for all characters that are not in the training text.
+            It decodes to U+FFFD.
+        start_id: begins a text without a prompt. None means the end-of-text token.
     """
 
     characters: str
@@ -57,7 +57,7 @@ class Characters:
 
 
 def train_char(texts: Iterable[str], folder: Path) -> None:
-    """Saves the characters of texts as characters.json in `folder`. Their order does not matter."""
+    """Saves the characters of all texts as characters.json in `folder`."""
     characters: set[str] = set()
     for text in texts:
         characters.update(well_formed(text))
@@ -78,7 +78,7 @@ def rust_char(name: str, folder: Path | None) -> NoReturn:
 
 
 def copy_char(data: Path, run: Path) -> None:
-    """Writes the characters in the folder of token files into that of a run."""
+    """Copies the characters from the folder of token files into the folder of a run."""
     save_characters(read_characters(data), run)
 
 
@@ -88,12 +88,12 @@ def save_characters(vocabulary: Characters, folder: Path) -> None:
 
 
 def read_characters(folder: Path | None) -> Characters:
-    """The vocabulary of char in `folder`: characters.json, or else nanoGPT's meta.pkl.
+    """The vocabulary of char in `folder`, from characters.json or else from nanoGPT's meta.pkl.
 
-    nanoGPT's text has no end-of-text token, so that token is never trained. A text without a prompt
-    begins with a new line there.
+    nanoGPT's text has no end-of-text token, so that token is never trained. Therefore a text
+    without a prompt begins with a line break.
 
-    Raises: UserError when neither file is there, or the file is corrupt.
+    Raises: UserError if both files are missing, or the file is corrupt.
     """
     if folder is None:
         raise UserError("tokenizer char lies beside its token files: name their folder")
@@ -107,7 +107,7 @@ def read_characters(folder: Path | None) -> Characters:
 
 
 def _read_file(path: Path) -> Characters:
-    """The vocabulary in characters.json. UserError when it is corrupt."""
+    """The vocabulary in characters.json. UserError if it is corrupt."""
     try:
         vocabulary = Characters(**unseal(path.read_bytes()))
         count = len(vocabulary.characters)

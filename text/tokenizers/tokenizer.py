@@ -1,4 +1,4 @@
-"""What every tokenizer is: a function from text to ids, and one from an id to its bytes."""
+"""The type of all tokenizers: a function from text to ids, and one from an id to its bytes."""
 
 import codecs
 from collections.abc import Callable, Iterable
@@ -13,25 +13,25 @@ EOT, MASK = "<|endoftext|>", "<|mask|>"
 class Tokenizer:
     """Text to ids and back.
 
-    Special tokens that are written in a document, such as `<|endoftext|>` or `[SEP]`, are text
-    there: they become ordinary tokens. Only in a prompt (`encode_prompt`) is the end-of-text token
-    a special one, as in nanoGPT.
+    If a document contains the name of a special token, such as `<|endoftext|>` or `[SEP]`, that is
+    plain text and becomes ordinary tokens. In a prompt (`encode_prompt`) the name of the
+    end-of-text token becomes that token, as in nanoGPT.
 
     Attributes:
-        name: as given to `load_tokenizer`, such as `bpe:4096`.
-        vocab_size: number of ids, those of special tokens included: 0 <= id < vocab_size.
+        name: as in `load_tokenizer`, such as `bpe:4096`.
+        vocab_size: the number of ids, with special tokens: 0 <= id < vocab_size.
         eot_id: ends every document.
-        mask_id: hides a token in masked training. It is never a token of ordinary text. BERT and
-            bpe:N have a mask token. For the others it is `vocab_size`, the first row that a padded
-            embedding table adds, so a model that masks needs at least vocab_size + 1 rows.
-        encode_texts: maps a list of texts to a list of lists of ids.
-        token_bytes: maps an id in [0, vocab_size) to its bytes.
-        leading_space: the space before a word belongs to the word's token, and the first space of
-            a text is not shown (WordPiece).
-        unk_id: stands for what the vocabulary cannot write (BERT's [UNK]). None when the vocabulary
-            can write everything.
-        start_id: begins a text that has no prompt. -1 stands for `eot_id`.
-        eot_text: how a prompt writes the end-of-text token.
+        mask_id: replaces hidden tokens in masked training. It never stands for text. BERT and bpe:N
+            have a mask token. For the others it is `vocab_size`, a row after the vocabulary. So a
+            masked model needs at least vocab_size + 1 rows.
+        encode_texts: a function from a list of texts to a list of lists of ids.
+        token_bytes: a function from an id in [0, vocab_size) to its bytes.
+        leading_space: whether the token of a word begins with a space (WordPiece). The first space
+            of a text is not shown.
+        unk_id: stands for text that the vocabulary cannot write (BERT's [UNK]). None if it can
+            write everything.
+        start_id: begins a text without a prompt. -1 stands for `eot_id`.
+        eot_text: how the end-of-text token is written in a prompt.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """The type of ids in a token file: uint16, or uint32 when the vocabulary needs it."""
+        """The type of ids in a token file: uint16, or uint32 if the vocabulary needs it."""
         return np.dtype("<u4" if self.vocab_size > 65535 else "<u2")
 
     def encode(self, text: str) -> list[int]:
@@ -59,11 +59,11 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text. A lone surrogate counts as U+FFFD."""
+        """The ids of each text. Lone surrogates are replaced by U+FFFD."""
         return self.encode_texts([well_formed(text) for text in texts])
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt: as `encode`, but `eot_text` in it is the end-of-text token."""
+        """The ids of a prompt, in which `eot_text` becomes the end-of-text token."""
         pieces = self.encode_batch(text.split(self.eot_text))
         ids = pieces[0]
         for piece in pieces[1:]:
@@ -73,22 +73,22 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids.
 
-        Bytes that are not UTF-8 show as U+FFFD. An id without a token, such as a padded row, shows
-        as `<|50300|>`.
+        Bytes that are not UTF-8 become U+FFFD. An id without a token, such as that of a padded row,
+        becomes `<|50300|>`.
         """
         stream = self.stream_decoder()
         return "".join(stream(i) for i in ids) + stream(None)
 
     def decode_token(self, id: int) -> str:
-        """One token for display, with the space that it starts with."""
+        """The text of one token for display, with its leading space."""
         return self.bytes_of(id).decode("utf-8", errors="replace")
 
     def stream_decoder(self) -> "StreamDecoder":
-        """Decodes ids one after the other."""
+        """A decoder that takes ids one by one."""
         return StreamDecoder(self)
 
     def bytes_of(self, id: int) -> bytes:
-        """The bytes of any id, also of one without a token."""
+        """The bytes of an id. An id without a token gives `<|id|>`."""
         id = int(id)
         if 0 <= id < self.vocab_size:
             return self.token_bytes(id)
@@ -96,11 +96,11 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time, for text that is shown while it is generated.
+    """Turns ids into text one by one, for text that is shown while it is generated.
 
-    Call it with an id to get the text that is complete by then, and with None to get the rest. The
-    pieces joined are `Tokenizer.decode(ids)`. The bytes of a character may be spread over several
-    tokens: it comes with the last of them.
+    Call it with an id to get the text that is complete, and with None at the end to get the rest.
+    All pieces together are `Tokenizer.decode(ids)`. If a character consists of several tokens, it
+    comes with the last of them.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -121,7 +121,7 @@ class StreamDecoder:
 def well_formed(text: str) -> str:
     """`text` with U+FFFD in place of lone surrogates.
 
-    JSON and command lines can contain lone surrogates. UTF-8 cannot.
+    JSON and command lines can contain lone surrogates, but UTF-8 cannot.
     """
     try:
         text.encode("utf-8")

@@ -1,0 +1,247 @@
+"""Does a model know when it is wrong? Calibration before and after temperature scaling, and the
+detection of text from another domain.
+
+    python -m analysis.confidence out/a out/b --other="[imdb]"
+
+ece: the expected calibration error (analysis/calibration.py). temperature: which logits are divided
+by, the one with the least loss on every other window; ece_scaled is that of the windows between
+(Guo et al. 2017, arXiv 1706.04599, section 4.2). For a harmonic head it divides the exponent.
+
+auroc: how well a score tells windows of the run's own text from windows of another corpus, which is
+encoded with the run's tokenizer: 1 always, 0.5 never, below 0.5 the wrong way round. Scores are
+means over a window's tokens: `max`, the largest probability (Hendrycks and Gimpel 2017, arXiv
+1610.02136); `energy`, logsumexp of the logits (Liu et al. 2020, arXiv 2010.03759); `nearest`, the
+distance to the nearest prototype, which only a distance head has; `loss`, which needs the targets.
+All but `max` and `energy` are negated.
+Intervals are bootstraps of windows, 95 %.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.optimize import minimize_scalar
+from scipy.stats import mannwhitneyu
+
+from analysis import figures, tables
+from analysis.calibration import calibration_error
+from analysis.runs import (
+    AnalysisConfig,
+    Run,
+    about,
+    default_out,
+    find_runs,
+    head_styles,
+    publish,
+    windows,
+)
+from analysis.tables import Column
+from base.command_line import cli, parse
+from base.errors import check
+from model import Model
+from text.token_files import Data, data_folder, load_data
+from text.tokenizers import same_tokens
+
+DRAWS = 500
+SCORES = ("max", "energy", "nearest", "loss")
+
+
+@dataclass
+class ConfidenceConfig(AnalysisConfig):
+    """Calibration and detection"""
+
+    other: list[str] = field(default_factory=list)
+    """prepared data of other domains, folders under data/ or paths; their tokenizer may be another
+    one"""
+    windows: int = 64
+    """windows of each text, spread evenly over its split"""
+    split: Literal["val", "test"] = "val"
+    """whose windows"""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """which checkpoint of each run"""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.windows < 4:
+            found.append(f"windows={self.windows} must be at least 4")
+        return found
+
+
+@dataclass
+class Scored:
+    """What a model says of windows: logits (B T, V) and targets (B T,), and each score (B,)."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    scores: dict[str, np.ndarray]
+
+
+def own_windows(data: Data, split: str, length: int, most: int) -> torch.Tensor:
+    """At most `most` windows of a split: (B, length + 1)."""
+    tokens = data.splits[split]
+    found = [tokens.read(start, length + 1) for start in windows(data, split, length, most)]
+    return torch.from_numpy(np.stack(found))
+
+
+def encoded_windows(data: Data, own: Data, split: str, length: int, most: int) -> torch.Tensor:
+    """The same of other data, encoded with the tokenizer of `own`."""
+    theirs, words = data.load_tokenizer(), own.load_tokenizer()
+    if same_tokens(theirs, words):
+        return own_windows(data, split, length, most)
+    found = []
+    # Twice as many of their tokens should be enough for a window; shorter ones are left out.
+    for ids in own_windows(data, split, 2 * length, most).tolist():
+        mine = words.encode(theirs.decode(ids))[: length + 1]
+        if len(mine) == length + 1:
+            found.append(torch.tensor(mine))
+    return torch.stack(found)
+
+
+@torch.inference_mode()
+def score(model: Model, x: torch.Tensor) -> Scored:
+    """x: windows (B, T + 1)."""
+    head, parts, sizes = model.head, [], []
+    scores: dict[str, list[float]] = {name: [] for name in SCORES}
+    for window in x:
+        logits = head(model.hidden(window[None, :-1])[0]).double()
+        log_p = logits.log_softmax(-1)
+        parts.append(logits.float())
+        sizes.append(len(logits))
+        scores["max"].append(log_p.amax(-1).exp().mean().item())
+        scores["energy"].append(logits.logsumexp(-1).mean().item())
+        scores["loss"].append(log_p.gather(1, window[1:, None]).mean().item())
+        if not head.is_control:
+            nearest = -logits.amax(-1) / float(head.strength)
+            nearest = nearest.exp() if head.is_harmonic else nearest
+            scores["nearest"].append(-nearest.mean().item())
+    arrays = {name: np.array(values) for name, values in scores.items() if values}
+    return Scored(torch.cat(parts), x[:, 1:].flatten(), arrays)
+
+
+def interval(statistic: Callable[..., float], *groups: np.ndarray) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a statistic of groups, each drawn anew by itself."""
+    rng = np.random.default_rng(0)
+    found = [
+        statistic(*(group[rng.integers(0, len(group), len(group))] for group in groups))
+        for _ in range(DRAWS)
+    ]
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def auroc(own: np.ndarray, other: np.ndarray) -> float:
+    """The probability that a window of one's own scores higher, ties counted half."""
+    return float(mannwhitneyu(own, other).statistic / (len(own) * len(other)))
+
+
+def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """What logits (N, V) are divided by for the least loss, from 1/8 to 8."""
+
+    def loss(log_t: float) -> float:
+        return torch.nn.functional.cross_entropy(logits / math.exp(log_t), targets).item()
+
+    found = minimize_scalar(loss, bounds=(-math.log(8), math.log(8)), method="bounded")
+    return math.exp(found.x)
+
+
+def error_of_windows(both: np.ndarray) -> float:
+    """The calibration error of windows' tokens: confidence and whether it was right (B, T, 2)."""
+    return calibration_error(both[..., 0].ravel(), both[..., 1].ravel())
+
+
+def calibration(scored: Scored, count: int) -> dict[str, float]:
+    """count: windows."""
+    logits = scored.logits.view(count, -1, scored.logits.shape[-1])
+    targets = scored.targets.view(count, -1)
+    row = {"temperature": best_temperature(logits[::2].flatten(0, 1), targets[::2].flatten())}
+    for name, divisor in (("ece", 1.0), ("ece_scaled", row["temperature"])):
+        confidence, choice = (logits[1::2] / divisor).softmax(-1).max(-1)
+        correct = (choice == targets[1::2]).float()
+        both = torch.stack([confidence, correct], -1).numpy()
+        row[name] = error_of_windows(both)
+        row[f"{name}_low"], row[f"{name}_high"] = interval(error_of_windows, both)
+    return row
+
+
+def measure(run: Run, model: Model, data: Data, c: ConfidenceConfig) -> list[dict]:
+    """A row of calibration, and one for each other text and score."""
+    length = model.config.block_size
+    x = own_windows(data, c.split, length, c.windows)
+    own = score(model, x)
+    rows: list[dict] = [{**about(run), **calibration(own, len(x))}]
+    for name in c.other:
+        other = load_data(data_folder(name))
+        found = score(model, encoded_windows(other, data, c.split, length, c.windows))
+        for kind, values in own.scores.items():
+            pair = values, found.scores[kind]
+            low, high = interval(auroc, *pair)
+            rows.append(
+                {**about(run), "other": other.folder.name, "score": kind}
+                | {"auroc": auroc(*pair), "auroc_low": low, "auroc_high": high}
+            )
+    return rows
+
+
+def draw(runs: list, rows: list[dict]) -> Figure:
+    """ECE before and after scaling, and the AUROC of each score, for each run."""
+    others = list(dict.fromkeys(r["other"] for r in rows if "other" in r))
+    figure = figures.figure(3.4)
+    axes = figure.subplots(1, 1 + len(others), squeeze=False)[0]
+    for place, (run, style) in enumerate(zip(runs, head_styles(runs), strict=True)):
+        mine = [r for r in rows if r["run"] == run.name]
+        for i, key in enumerate(("ece", "ece_scaled")):
+            value = mine[0][key]
+            spread = [[value - mine[0][f"{key}_low"]], [mine[0][f"{key}_high"] - value]]
+            axes[0].errorbar(i + 0.1 * place, value, spread, fmt="o", color=style["color"])
+        for panel, other in zip(axes[1:], others, strict=True):
+            found = [r for r in mine if r.get("other") == other]
+            for r in found:
+                at = SCORES.index(r["score"]) + 0.1 * place
+                spread = [[r["auroc"] - r["auroc_low"]], [r["auroc_high"] - r["auroc"]]]
+                panel.errorbar(at, r["auroc"], spread, fmt="o", color=style["color"])
+        axes[0].plot([], [], "o", color=style["color"], label=run.name)
+    axes[0].set_xticks([0, 1], ["as it is", "scaled"])
+    axes[0].set_ylabel("expected calibration error")
+    axes[0].legend(fontsize="small")
+    for panel, other in zip(axes[1:], others, strict=True):
+        panel.set_xticks(range(len(SCORES)), SCORES)
+        panel.axhline(0.5, color="grey", lw=0.8)
+        panel.set_ylabel(f"AUROC against {other}")
+    return figure
+
+
+def main() -> None:
+    (c,) = parse(sys.argv[1:], ConfidenceConfig, words="runs")
+    runs = find_runs(c.runs, dataset=c.dataset)
+    check(
+        [
+            f"{run.path}: bert predicts masked tokens, and no next one"
+            for run in runs
+            if run.objective.masked
+        ]
+    )
+    out = default_out(c, runs, "confidence")
+    rows = []
+    for run in runs:
+        model, _ = run.load(which=c.checkpoint)
+        rows += measure(run, model, run.data(), c)
+    numbers = ["temperature", "ece", "ece_low", "ece_high", "ece_scaled"]
+    numbers += ["ece_scaled_low", "ece_scaled_high"]
+    calibrated = [r for r in rows if "ece" in r]
+    print(
+        tables.text(calibrated, ["run", "head", "link", *(Column(n, form=".3f") for n in numbers)])
+    )
+    if c.other:
+        columns = [Column(key, form=".3f") for key in ("auroc", "auroc_low", "auroc_high")]
+        detected = [r for r in rows if "auroc" in r]
+        print(tables.text(detected, ["run", "head", "link", "other", "score", *columns]))
+    publish(rows, out, lambda: draw(runs, rows))
+
+
+if __name__ == "__main__":
+    cli(main)

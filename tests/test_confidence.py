@@ -1,0 +1,68 @@
+"""Calibration after scaling, and the detection of other text."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from test_analysis import call, home  # noqa: F401  (a fixture)
+
+from analysis import confidence
+
+
+def test_auroc_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    own, other = rng.normal(0.5, 1, 40).round(1), rng.normal(0, 1, 30).round(1)
+    labels = np.r_[np.ones(40), np.zeros(30)]
+    assert confidence.auroc(own, other) == pytest.approx(
+        roc_auc_score(labels, np.r_[own, other]), abs=1e-12
+    )
+    low, high = confidence.interval(confidence.auroc, own, other)
+    assert low < confidence.auroc(own, other) < high
+
+
+def test_the_temperature_of_overconfident_logits_is_found():
+    """Targets drawn from the softmax of logits; the model's are three times as large."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(20_000, 7)
+    targets = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    assert confidence.best_temperature(3 * logits, targets) == pytest.approx(3, rel=0.1)
+    scored = confidence.Scored(3 * logits, targets, {})
+    row = confidence.calibration(scored, 40)
+    assert row["ece"] > 0.1 > 0.03 > row["ece_scaled"]
+    assert row["ece_low"] <= row["ece"] <= row["ece_high"]
+
+
+def test_the_table(home, monkeypatch, capsys, tmp_path):  # noqa: F811
+    """The other text has a tokenizer of its own; scores are a loop's over tokens."""
+    out, runs = tmp_path / "c.csv", [home / "out" / name for name in ("ce", "cosine")]
+    words = [f"--other=[{home / 'data' / 'other'}]", "--windows=4", f"--out={out}"]
+    call(confidence.main, monkeypatch, *runs, *words)
+    assert "nearest" in capsys.readouterr().out and out.with_suffix(".png").stat().st_size > 5000
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["score"] for r in rows if r["run"] == "ce"] == ["", "max", "energy", "loss"]
+    cosine = [r for r in rows if r["run"] == "cosine"]
+    assert [r["score"] for r in cosine] == ["", "max", "energy", "nearest", "loss"]
+    assert all(0 <= float(r["auroc"]) <= 1 for r in rows if r["auroc"])
+    (run,) = confidence.find_runs([str(home / "out" / "cosine")])
+    model, _ = run.load()
+    x = confidence.own_windows(run.data(), "val", 16, 4)
+    found = confidence.score(model, x)
+    h = model.hidden(x[:1, :-1])[0]
+    distances = torch.cdist(
+        torch.nn.functional.normalize(h, dim=-1),
+        torch.nn.functional.normalize(model.head.prototypes(), dim=-1),
+    )
+    assert found.scores["nearest"][0] == pytest.approx(
+        -model.head.distance.factor * (distances**2).amin(1).mean().item(), rel=1e-3
+    )
+    assert found.scores["loss"][0] == pytest.approx(-model.head.loss(h, x[0, 1:]).item(), rel=1e-4)
+    assert math.isfinite(found.scores["energy"].sum())
+
+
+def test_bert_is_refused(home, monkeypatch):  # noqa: F811
+    with pytest.raises(Exception, match="bert predicts masked tokens"):
+        call(confidence.main, monkeypatch, home / "out" / "bert")
