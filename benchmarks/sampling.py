@@ -1,7 +1,7 @@
 """Measures how fast `Model.generate` samples 512 tokens, compared with nanoGPT's method.
 
-    python -m benchmarks.sampling                 # about 5 minutes on one core
-    python -m benchmarks.sampling --model=demo    # a few seconds
+    python -m benchmarks.sampling                 # ten minutes or so on one core
+    python -m benchmarks.sampling --model=demo    # less than a minute
 
 For each token, nanoGPT's `generate` computes the complete context again. With a harmonic head it
 also computes everything that depends only on prototypes. Weights are random and float32, because
