@@ -464,7 +464,9 @@ def test_a_fused_loss_of_a_library_is_the_heads_or_an_error(monkeypatch):
         patch.setattr(transformers.GPT2LMHeadModel, "forward", liger)
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
     model.forward = types.MethodType(liger, model)
-    with pytest.raises(AttributeError, match="If a fused or chunked loss asked for `weight`, turn it off"):
+    with pytest.raises(
+        AttributeError, match="If a fused or chunked loss asked for `weight`, turn it off"
+    ):
         model(input_ids=ids, labels=ids)
 
 
