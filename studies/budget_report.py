@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 from analysis import figures
 from analysis.tables import Column, Columns, interval, markdown
 from base.command_line import cli, parse
-from studies.budget import COLUMNS, HEADS, KEY, Plan, summary
+from studies.budget import ALL, COLUMNS, HEADS, KEY, RATES, Plan, summary
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table
 from studies.search import number
@@ -39,6 +39,7 @@ NORMALISED = [("cosine", BASELINE), ("cosine softmax", BASELINE)]
 TWINS = [(head, f"{head} softmax") for head in HEADS if f"{head} softmax" in HEADS]
 # Ranks of fewer heads say nothing.
 FEWEST = 3
+NOTHING = "No runs yet."
 
 # Seed -> test loss.
 Losses = dict[str, float]
@@ -77,8 +78,6 @@ def differences(rows: list[Row], stage: str, head: str, other: str) -> list[floa
 
 def verdict(found: list[float]) -> str:
     """What differences between a head and another one say about the head; below 0 is better."""
-    if not found:
-        return "not run"
     mean, half = mean_and_half(found)
     if not math.isfinite(mean):
         return "a run diverged"
@@ -102,16 +101,32 @@ def progress(rows: list[Row]) -> str:
     return f"{len(rows)} of {planned.total()} runs are done.\n\n{table}"
 
 
+def rates(rows: list[Row]) -> str:
+    """The validation loss of the sweep at each learning rate. The smallest chooses the rate."""
+    lines = []
+    for name in ALL:
+        mine = [row for row in rows if (row["stage"], row["name"]) == ("sweep", name)]
+        found = {f"{float(row['learning_rate']):g}": number(row["val_loss"]) for row in mine}
+        if found:
+            best = min(found, key=lambda rate: found[rate]) if len(found) == len(RATES) else None
+            lines.append({"head": name, **found, "best": best})
+    if not lines:
+        return NOTHING
+    columns = [Column(f"{rate:g}", unit="nats", form=".4f") for rate in RATES]
+    return markdown(lines, ["head", *columns, "best"])
+
+
 def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
-    """A line for each pair of heads and each budget."""
+    """A line for each pair of heads and each budget that has runs."""
     lines = []
     for head, other in pairs:
         for stage, budget in BUDGETS.items():
-            found = differences(rows, stage, head, other)
-            line = {"head": head, "less": other, "tokens": budget, "seeds": len(found)}
-            if found:
+            if found := differences(rows, stage, head, other):
+                line = {"head": head, "less": other, "tokens": budget, "seeds": len(found)}
                 line["difference"] = interval(*mean_and_half(found))
-            lines.append(line | {"verdict": verdict(found)})
+                lines.append(line | {"verdict": verdict(found)})
+    if not lines:
+        return NOTHING
     columns: Columns = ["head", "less", "tokens", "seeds", Column("difference", unit="nats")]
     return markdown(lines, [*columns, "verdict"])
 
@@ -132,15 +147,15 @@ def ranks(rows: list[Row]) -> str:
     lines = []
     for stage in later:
         both = [h for h in HEADS if losses(rows, first, h) and losses(rows, stage, h)]
-        line = {"early": BUDGETS[first], "late": BUDGETS[stage], "heads": len(both)}
-        line["correlation"] = "not run"
         if len(both) >= FEWEST:
             means = [
                 [np.mean(list(losses(rows, s, head).values())) for head in both]
                 for s in (first, stage)
             ]
-            line["correlation"] = f"{spearmanr(*means).statistic:+.2f}"
-        lines.append(line)
+            line = {"early": BUDGETS[first], "late": BUDGETS[stage], "heads": len(both)}
+            lines.append(line | {"correlation": f"{spearmanr(*means).statistic:+.2f}"})
+    if not lines:
+        return NOTHING
     columns = [Column("early", "order after"), Column("late", "and after"), Column("heads")]
     return markdown(lines, [*columns, Column("correlation", "Spearman's correlation")])
 
@@ -189,6 +204,7 @@ def main() -> None:
     rows = Table(c.table, COLUMNS, KEY).rows
     tables = {
         "Runs": progress,
+        "Learning rates": rates,
         "Test losses": summary,
         "Do cosines keep their lead over cross_entropy?": normalised,
         "Does the harmonic link differ from its softmax twin?": links,

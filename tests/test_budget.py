@@ -74,12 +74,18 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     cosines = budget_report.normalised(rows)
     assert "| cosine | cross_entropy | 0.6 M | 3 | -0.100 ± 0.025 | ahead |" in cosines
     assert "| cosine | cross_entropy | 2 M | 1 | +0.100 | one seed |" in cosines
-    assert "| cosine | cross_entropy | 20 M | 0 | - | not run |" in cosines
+    assert "20 M" not in cosines and budget_report.normalised([]) == budget_report.NOTHING
     links = budget_report.links(rows)
     assert "| cosine | cosine softmax | 0.6 M | 2 | +0.105 ± 0.064 | behind |" in links
     assert "| cosine | cosine softmax | 6 M | 1 | -inf | a run diverged |" in links
     assert "| 0.6 M | 2 M | 3 | -1.00 |" in budget_report.ranks(rows)
-    assert "| 0.6 M | 20 M | 0 | not run |" in budget_report.ranks(rows)
+    assert "20 M" not in budget_report.ranks(rows)
+    sweep = [
+        dict(stage="sweep", name="cosine", learning_rate=rate, val_loss=loss)
+        for rate, loss in (("0.0015", "5.2"), ("0.003", "5.1"), ("0.006", "nan"))
+    ]
+    assert "| cosine | 5.2000 | 5.1000 | inf | 0.003 |" in budget_report.rates(sweep)
+    assert "| cosine | 5.2000 | - | - | - |" in budget_report.rates(sweep[:1])
     progress = budget_report.progress(rows)
     assert "13 of 199 runs are done" in progress and "| 0.6M | 8 | 35 |" in progress
     budget_report.draw(rows, tmp_path / "budget.png")
