@@ -28,8 +28,12 @@ HEADS = (
     ("euclidean", "harmonic"),
     ("euclidean", "softmax"),
 )
+OPTIMIZERS = ("adamw", "muon")
 KEY = ("head", "link", "optimizer", "seed")
-COLUMNS = [*KEY, "val_loss", "tokens_per_s", "seconds", "commit"]
+COLUMNS = [*KEY, "val_loss", "commit"]
+
+# Seed -> validation loss.
+Losses = dict[str, float]
 
 
 @dataclass
@@ -49,39 +53,55 @@ def settings() -> list[Training]:
     found = []
     for seed in SEEDS:
         for head, link in HEADS:
-            for optimizer in ("adamw", "muon"):
+            for optimizer in OPTIMIZERS:
                 key = dict(head=head, link=link, optimizer=optimizer, seed=seed)
                 found.append(Training(key, {**key, "emissions": False}))
     return found
 
 
 def measure(folder: Path, key: dict) -> dict:
-    """The result columns of a finished run."""
-    metrics = read_metrics(folder)
-    speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
-    losses = [m["val_loss"] for m in metrics if "val_loss" in m]
-    return {"val_loss": f"{losses[-1]:.6f}", "tokens_per_s": f"{speeds[len(speeds) // 2]:.5g}"}
+    losses = [m["val_loss"] for m in read_metrics(folder) if "val_loss" in m]
+    return {"val_loss": f"{losses[-1]:.6f}"}
 
 
 def summary(rows: list[Row]) -> str:
-    """A line for each head: both losses, and their difference paired by seed."""
+    """A line for each head: both losses, and differences paired by seed: between the optimisers,
+    to cross_entropy and to the softmax twin under each of them."""
+    losses: dict[tuple[str, str, str], Losses] = {}
+    for row in rows:
+        mine = losses.setdefault((row["head"], row["link"], row["optimizer"]), {})
+        mine[row["seed"]] = number(row["val_loss"])
     lines = []
     for head, link in HEADS:
-        losses: dict[str, dict[str, float]] = {"adamw": {}, "muon": {}}
-        for row in rows:
-            if (row["head"], row["link"]) == (head, link):
-                losses[row["optimizer"]][row["seed"]] = number(row["val_loss"])
-        adamw, muon = losses["adamw"], losses["muon"]
-        differences = [muon[seed] - adamw[seed] for seed in muon if seed in adamw]
-        if not differences:
+        adamw, muon = (losses.get((head, link, name), {}) for name in OPTIMIZERS)
+        if not set(adamw) & set(muon):
             continue
-        line: dict[str, object] = {"head": head, "link": link, "seeds": len(differences)}
-        for name, found in losses.items():
+        line: dict[str, object] = {"head": head, "link": link, "seeds": len(set(adamw) & set(muon))}
+        line["difference"] = difference(muon, adamw)
+        for name, found in zip(OPTIMIZERS, (adamw, muon), strict=True):
             line[name], _ = mean_and_half(list(found.values()))
-        line["difference"] = interval(*mean_and_half(differences))
+            baseline = losses.get((*HEADS[0], name), {})
+            if head != HEADS[0][0] and set(found) & set(baseline):
+                line[f"{name}_less"] = difference(found, baseline)
+            twin = losses.get((head, "softmax", name), {})
+            if link == "harmonic" and set(found) & set(twin):
+                line[f"{name}_twin"] = difference(found, twin)
         lines.append(line)
-    form = [Column(name, unit="nats", form=".4f") for name in ("adamw", "muon")]
-    return markdown(lines, ["head", "link", "seeds", *form, Column("difference", unit="nats")])
+    return markdown(
+        lines,
+        [
+            *("head", "link", "seeds"),
+            *(Column(name, unit="nats", form=".4f") for name in OPTIMIZERS),
+            Column("difference", "muon less adamw"),
+            *(Column(f"{name}_less", f"{name}, less cross_entropy") for name in OPTIMIZERS),
+            *(Column(f"{name}_twin", f"{name}, less its twin") for name in OPTIMIZERS),
+        ],
+    )
+
+
+def difference(found: Losses, other: Losses) -> str:
+    """The mean difference of the seeds that both have, with its interval."""
+    return interval(*mean_and_half([found[seed] - other[seed] for seed in found if seed in other]))
 
 
 def main() -> None:

@@ -48,11 +48,16 @@ def test_summaries_are_paired_by_seed():
     ]
     assert "| 2M | cosine | 2 | 5.0000 | -0.1000 | 0.0000 |" in _single_spaced(budget.summary(rows))
     rows = [
-        dict(head="cosine", link="softmax", optimizer=optimizer, seed=seed, val_loss=loss)
-        for optimizer, losses in (("adamw", (5.0, 5.2)), ("muon", (4.9, 5.1)))
+        dict(head=head, link=link, optimizer=optimizer, seed=seed, val_loss=loss)
+        for head, link, optimizer, losses in (
+            ("cross_entropy", "harmonic", "adamw", (5.5, 5.7)),
+            ("cosine", "softmax", "adamw", (5.0, 5.2)),
+            ("cosine", "softmax", "muon", (4.9, 5.1)),
+        )
         for seed, loss in zip("12", losses, strict=True)
     ]
-    assert "-0.100 ± 0.000" in optimizers.summary(rows)
+    shown = "| cosine | softmax | 2 | 5.1000 | 5.0000 | -0.100 ± 0.000 | -0.500 ± 0.000 |"
+    assert shown in optimizers.summary(rows)
 
 
 def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
