@@ -567,7 +567,7 @@ class Block(nn.Module):
         return x
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(x) if self.training else x
+        return self.dropout(x) if self.dropout.training else x
 
 
 class Model(nn.Module):
@@ -953,7 +953,7 @@ class Sampler:
     def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """A token for each row of logits: (B, V) -> (B,)."""
         largest = logits.amax(-1, keepdim=True)
-        if not math.isfinite(largest.sum().item()):
+        if not math.isfinite(largest.float().sum().item()):
             raise RuntimeError("logits are not finite: the model's weights have diverged")
         if self.temperature == 0:
             return logits.argmax(-1)

@@ -13,7 +13,8 @@ means over a window's tokens: `max`, the largest probability (Hendrycks and Gimp
 1610.02136); `energy`, logsumexp of the logits (Liu et al. 2020, arXiv 2010.03759); `nearest`, the
 distance to the nearest prototype, which only a distance head has; `loss`, which needs the targets.
 All but `max` and `energy` are negated.
-Intervals are bootstraps of windows, 95 %.
+Intervals are basic bootstraps of windows, 95 %: twice the estimate less the quantiles. Drawing
+windows anew makes the calibration error larger, and this takes that off again.
 """
 
 import math
@@ -42,12 +43,13 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import check
+from base.errors import UserError, check
 from model import Model
 from text.token_files import Data, data_folder, load_data
-from text.tokenizers import same_tokens
+from text.tokenizers import Tokenizer, same_tokens
 
 DRAWS = 500
+LEAST = 4  # windows
 SCORES = ("max", "energy", "nearest", "loss")
 
 
@@ -59,7 +61,8 @@ class ConfidenceConfig(AnalysisConfig):
     """prepared data of other domains, folders under data/ or paths; their tokenizer may be another
     one"""
     windows: int = 64
-    """windows of each text, spread evenly over its split"""
+    """windows of each text, spread evenly over its split; the logits of one's own are held, so a
+    large vocabulary wants fewer"""
     split: Literal["val", "test"] = "val"
     """whose windows"""
     checkpoint: Literal["newest", "best"] = "newest"
@@ -67,51 +70,78 @@ class ConfidenceConfig(AnalysisConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.windows < 4:
-            found.append(f"windows={self.windows} must be at least 4")
+        if self.windows < LEAST:
+            found.append(f"windows={self.windows} must be at least {LEAST}")
         return found
 
 
 @dataclass
 class Scored:
-    """What a model says of windows: logits (B T, V) and targets (B T,), and each score (B,)."""
+    """What a model says of windows.
 
-    logits: torch.Tensor
+    logits: (B, T, V), where they were asked for. targets: (B, T). scores: (B,) each.
+    """
+
+    logits: torch.Tensor | None
     targets: torch.Tensor
     scores: dict[str, np.ndarray]
 
 
 def own_windows(data: Data, split: str, length: int, most: int) -> torch.Tensor:
-    """At most `most` windows of a split: (B, length + 1)."""
+    """At most `most` windows of a split: (B, length + 1). UserError for fewer than LEAST."""
     tokens = data.splits[split]
     found = [tokens.read(start, length + 1) for start in windows(data, split, length, most)]
-    return torch.from_numpy(np.stack(found))
+    return _stacked(found, data)
 
 
 def encoded_windows(data: Data, own: Data, split: str, length: int, most: int) -> torch.Tensor:
-    """The same of other data, encoded with the tokenizer of `own`."""
+    """The same of other data, encoded with the tokenizer of `own`: (B, length + 1)."""
     theirs, words = data.load_tokenizer(), own.load_tokenizer()
+    starts = windows(data, split, length, most)
     if same_tokens(theirs, words):
         return own_windows(data, split, length, most)
     found = []
-    # Twice as many of their tokens should be enough for a window; shorter ones are left out.
-    for ids in own_windows(data, split, 2 * length, most).tolist():
-        mine = words.encode(theirs.decode(ids))[: length + 1]
-        if len(mine) == length + 1:
-            found.append(torch.tensor(mine))
-    return torch.stack(found)
+    for start in starts:
+        # A window of ours may need many of their tokens, as of single characters.
+        for count in (2 * length, 8 * length, 32 * length):
+            ids = data.splits[split].read(start, count)
+            mine = encoded(ids, theirs, words)[: length + 1]
+            if len(mine) == length + 1:
+                found.append(np.array(mine))
+                break
+    return _stacked(found, data)
+
+
+def encoded(ids: np.ndarray, theirs: Tokenizer, words: Tokenizer) -> list[int]:
+    """Tokens of one tokenizer as those of another. A boundary of documents stays one."""
+    found: list[int] = []
+    for i, part in enumerate(np.split(ids, np.flatnonzero(ids == theirs.eot_id))):
+        if i:
+            found.append(words.eot_id)
+        found += words.encode(theirs.decode(part[part != theirs.eot_id].tolist()))
+    return found
+
+
+def _stacked(found: list[np.ndarray], data: Data) -> torch.Tensor:
+    if len(found) < LEAST:
+        raise UserError(
+            f"{data.folder} has {len(found)} windows that are long enough, and {LEAST} are needed:"
+            " prepare a longer split"
+        )
+    return torch.from_numpy(np.stack(found))
 
 
 @torch.inference_mode()
-def score(model: Model, x: torch.Tensor) -> Scored:
+def score(model: Model, x: torch.Tensor, keep_logits: bool = False) -> Scored:
     """x: windows (B, T + 1)."""
-    head, parts, sizes = model.head, [], []
+    head, kept = model.head, []
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
     for window in x:
-        logits = head(model.hidden(window[None, :-1])[0]).double()
+        logits = head(model.hidden(window[None, :-1])[0])
+        if keep_logits:
+            kept.append(logits.float())
+        logits = logits.double()
         log_p = logits.log_softmax(-1)
-        parts.append(logits.float())
-        sizes.append(len(logits))
         scores["max"].append(log_p.amax(-1).exp().mean().item())
         scores["energy"].append(logits.logsumexp(-1).mean().item())
         scores["loss"].append(log_p.gather(1, window[1:, None]).mean().item())
@@ -120,18 +150,19 @@ def score(model: Model, x: torch.Tensor) -> Scored:
             nearest = nearest.exp() if head.is_harmonic else nearest
             scores["nearest"].append(-nearest.mean().item())
     arrays = {name: np.array(values) for name, values in scores.items() if values}
-    return Scored(torch.cat(parts), x[:, 1:].flatten(), arrays)
+    return Scored(torch.stack(kept) if kept else None, x[:, 1:], arrays)
 
 
 def interval(statistic: Callable[..., float], *groups: np.ndarray) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a statistic of groups, each drawn anew by itself."""
+    """The 95 % interval of a statistic from 0 to 1 by the basic bootstrap (Davison and Hinkley
+    1997, eq. 5.6). Each group is drawn anew by itself."""
     rng = np.random.default_rng(0)
     found = [
         statistic(*(group[rng.integers(0, len(group), len(group))] for group in groups))
         for _ in range(DRAWS)
     ]
-    low, high = np.quantile(found, (0.025, 0.975))
-    return float(low), float(high)
+    low, high = 2 * statistic(*groups) - np.quantile(found, (0.975, 0.025))
+    return float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
 
 
 def auroc(own: np.ndarray, other: np.ndarray) -> float:
@@ -154,15 +185,12 @@ def error_of_windows(both: np.ndarray) -> float:
     return calibration_error(both[..., 0].ravel(), both[..., 1].ravel())
 
 
-def calibration(scored: Scored, count: int) -> dict[str, float]:
-    """count: windows."""
-    logits = scored.logits.view(count, -1, scored.logits.shape[-1])
-    targets = scored.targets.view(count, -1)
+def calibration(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """The temperature of every other window, and the errors of those between: (B, T, V), (B, T)."""
     row = {"temperature": best_temperature(logits[::2].flatten(0, 1), targets[::2].flatten())}
     for name, divisor in (("ece", 1.0), ("ece_scaled", row["temperature"])):
         confidence, choice = (logits[1::2] / divisor).softmax(-1).max(-1)
-        correct = (choice == targets[1::2]).float()
-        both = torch.stack([confidence, correct], -1).numpy()
+        both = torch.stack([confidence, (choice == targets[1::2]).float()], -1).numpy()
         row[name] = error_of_windows(both)
         row[f"{name}_low"], row[f"{name}_high"] = interval(error_of_windows, both)
     return row
@@ -172,8 +200,10 @@ def measure(run: Run, model: Model, data: Data, c: ConfidenceConfig) -> list[dic
     """A row of calibration, and one for each other text and score."""
     length = model.config.block_size
     x = own_windows(data, c.split, length, c.windows)
-    own = score(model, x)
-    rows: list[dict] = [{**about(run), **calibration(own, len(x))}]
+    own = score(model, x, keep_logits=True)
+    assert own.logits is not None
+    rows: list[dict] = [{**about(run), **calibration(own.logits, own.targets)}]
+    own.logits = None  # They are large.
     for name in c.other:
         other = load_data(data_folder(name))
         found = score(model, encoded_windows(other, data, c.split, length, c.windows))
@@ -196,14 +226,16 @@ def draw(runs: list, rows: list[dict]) -> Figure:
         mine = [r for r in rows if r["run"] == run.name]
         for i, key in enumerate(("ece", "ece_scaled")):
             value = mine[0][key]
-            spread = [[value - mine[0][f"{key}_low"]], [mine[0][f"{key}_high"] - value]]
-            axes[0].errorbar(i + 0.1 * place, value, spread, fmt="o", color=style["color"])
+            axes[0].plot(i + 0.1 * place, value, "o", color=style["color"])
+            axes[0].vlines(
+                i + 0.1 * place, mine[0][f"{key}_low"], mine[0][f"{key}_high"], style["color"]
+            )
         for panel, other in zip(axes[1:], others, strict=True):
             found = [r for r in mine if r.get("other") == other]
             for r in found:
                 at = SCORES.index(r["score"]) + 0.1 * place
-                spread = [[r["auroc"] - r["auroc_low"]], [r["auroc_high"] - r["auroc"]]]
-                panel.errorbar(at, r["auroc"], spread, fmt="o", color=style["color"])
+                panel.plot(at, r["auroc"], "o", color=style["color"])
+                panel.vlines(at, r["auroc_low"], r["auroc_high"], style["color"])
         axes[0].plot([], [], "o", color=style["color"], label=run.name)
     axes[0].set_xticks([0, 1], ["as it is", "scaled"])
     axes[0].set_ylabel("expected calibration error")

@@ -14,6 +14,7 @@ same_best: the share of tokens whose likeliest prediction stays.
 """
 
 import copy
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -119,6 +120,8 @@ def compare(
     rows: list[dict] = [{"bits": "full", "tokens": tokens, "loss": windowed[None].mean()}]
     for bits in heads:
         change = difference(windowed[bits], windowed[None])
+        if len(windowed[bits]) < 2:
+            change.low = change.high = math.nan  # One window has no spread.
         kl, same = (sums[bits] / tokens).tolist()
         rows.append(
             {"bits": bits, "tokens": tokens, "loss": windowed[bits].mean()}

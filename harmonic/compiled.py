@@ -5,31 +5,11 @@ Distances and backends both import this file, so it imports neither.
 
 import functools
 import importlib
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Arguments = ParamSpec("Arguments")
-Found = TypeVar("Found")
-
-
-def untraced(function: Callable[Arguments, Found]) -> Callable[Arguments, Found]:
-    """A function that torch.compile calls and does not trace. torch.compiler.disable does the same,
-    but imports the compiler at once, which takes longer than all else that `import harmonic`
-    does."""
-
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Found:
-        if torch.compiler.is_compiling():
-            disable: Any = torch.compiler.disable  # Untyped in torch.
-            found: Found = disable(function)(*args, **kwargs)
-            return found
-        return function(*args, **kwargs)
-
-    return call
 
 
 @functools.cache
@@ -50,7 +30,7 @@ def _numba_for(x: Tensor) -> ModuleType | None:
 
 
 # torch.compile cannot trace this, because it looks at values.
-@untraced
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def raw_values(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], y_is_finite: bool = False
 ) -> Tensor | None:

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import untraced
 from .maps import unit
 from .precision import FLOAT32, Products, inner_products
 
@@ -230,7 +229,7 @@ def _exported(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Ten
 
 # torch.compile cannot trace this well: the blocks are a Python loop, and which pairs of l2 cancel
 # depends on the data.
-@untraced
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _pairs(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], products: Products
 ) -> Tensor:

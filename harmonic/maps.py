@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .compiled import unit_vectors, untraced
+from .compiled import unit_vectors
 from .precision import FLOAT32, Products, inner_products
 
 
@@ -59,7 +59,7 @@ def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
     return unit(x, 2) if torch.compiler.is_exporting() else _fast_unit(x)
 
 
-@untraced
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _fast_unit(x: Tensor) -> Tensor:
     compiled = unit_vectors(x)
     return unit(x, 2) if compiled is None else compiled

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMPARED = 16
 
 
-def fingerprint(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+def fingerprint(tensors: list[Tensor]) -> tuple[Any, ...]:
     """What differs after the tensors have changed: of each its address, PyTorch's count of changes
     in place, and COMPARED of its numbers, evenly spread.
 
@@ -28,13 +28,18 @@ def fingerprint(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
     tensors that were made in inference mode. A change of a few rows that is not counted stays
     unnoticed.
     """
-    found = []
-    for tensor in tensors:
-        flat = tensor.reshape(-1)
-        numbers = flat[:: max(1, flat.numel() // COMPARED)].tolist()
-        changes = 0 if tensor.is_inference() else tensor._version
-        found.append((tensor.data_ptr(), changes, numbers))
-    return found
+    counted = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    # One copy from the device for all of them. As bytes, for NaN does not equal itself.
+    numbers = torch.cat([_some(t.detach()).double() for t in tensors]).cpu()
+    return *counted, numbers.numpy().tobytes()
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """At most COMPARED numbers of a tensor, evenly spread: their places are computed, so that a
+    table that is not contiguous is not copied."""
+    count = min(COMPARED, tensor.numel())
+    places = torch.arange(count, device=tensor.device) * tensor.numel() // max(1, count)
+    return tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor[None]
 
 
 class PreparedHead:

@@ -6,18 +6,18 @@
 
 The list of runs is in order of priority. Wherever it is stopped, what is done is a smaller study:
 
-    sweep        2 M tokens, seed 1337: each head with the same three learning rates. The rate with
-                 the best validation loss is the head's at every budget. The exponent, or the scale
-                 of a twin, is what `studies.heads` found.
-    0.6M, 2M     three other seeds
+    sweep        2 M tokens, seed 1337: each head with the same three learning rates; then, at the
+                 best of them, with half and twice its strength. The strength is the exponent, the
+                 exponent to which a twin's scale is matched, or for heads without one the size of
+                 the first prototypes. While the best setting is on the edge of what was tried, the
+                 next one beyond it is tried, at most MOST times. The lowest validation loss wins,
+                 and its setting is the head's at every budget.
+    0.6M, 2M     three other seeds, which no earlier study has used
     6M, 20M      the first of these seeds; 20 M, which are 6.5 epochs, for the first three heads
     sweep, 2M    the same for CONTROLS, which tell tail, normalisation and distance apart
     6M, 20M      the two other seeds
     0.6M, 2M     two more seeds
     wiki         2 M tokens of another corpus, three seeds
-    strength     as the sweep, at the best rate, with half and twice the exponent or scale, or for
-                 heads without one the size of the first prototypes. It changes no other run: it
-                 tells how much a comparison hangs on them.
     dropout      20 M tokens with dropout 0.1, one seed of the first three heads
 
 Runs of one seed see the same tokens in the same order, so heads are compared pair by pair. The loss
@@ -41,15 +41,15 @@ from base.command_line import cli, parse
 from studies.heads import test_loss
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import number
+from studies.search import beyond, number
 from text.token_files import data_folder, load_data
 from training import checkpoint
 from training.telemetry import read_metrics
 
 RATES = (1.5e-3, 3e-3, 6e-3)
-SWEEP_SEED, SEEDS = 1337, (1338, 1339, 1340, 1341, 1342)
+SWEEP_SEED, SEEDS = 1337, (2001, 2002, 2003, 2004, 2005)
+MOST = 2  # settings of a head beyond the edge
 TOKENS = 1024  # an iteration
-CHOICES = ("sweep", "strength")  # stages that never look at the test split
 FEW = 3  # heads that are trained longest, and seeds of long runs
 KEY = (
     "stage", "dataset", "tokens", "name", "exponent", "init_std", "learning_rate", "dropout", "seed"
@@ -131,7 +131,6 @@ class Plan:
         found += self.runs("0.6M", 0.6, late, HEADS)
         found += self.runs("2M", 2.0, late, ALL)
         found += self.runs("wiki", 2.0, early, HEADS, dataset="wiki")
-        found += [key for name in ALL for key in self.strengths(name)]
         found += self.runs("dropout", 20.0, first, few, dropout=0.1)
         return found
 
@@ -139,15 +138,34 @@ class Plan:
         return all(self.table.find(key) for key in keys)
 
     def sweep(self, names: Iterable[str]) -> list[dict]:
-        return [{**base(name), "learning_rate": rate} for name in names for rate in RATES]
+        """The settings of these heads that are to be tried, as far as they are known by now."""
+        return [key for name in names for key in self.tried(name)]
+
+    def tried(self, name: str) -> list[dict]:
+        """Learning rates, then strengths at the best rate, then what lies beyond an edge."""
+        found = [{**base(name), "learning_rate": rate} for rate in RATES]
+        if not self.done(found):
+            return found
+        best, column = min(found, key=self.loss), strength(name)
+        found += [{**best, column: best[column] * factor} for factor in (0.5, 2)]
+        for _ in range(MOST):
+            if not self.done(found):
+                break
+            settings = [(key[column], key["learning_rate"]) for key in found]
+            best = min(found, key=self.loss)
+            further = beyond((best[column], best["learning_rate"]), settings, (2, 2), fewest=2)
+            if further is None:
+                break
+            found.append({**best, column: further[0], "learning_rate": further[1]})
+        return found
 
     def winner(self, name: str) -> dict:
         """The setting with the best validation loss of a head's sweep, which is done."""
+        return min(self.tried(name), key=self.loss)
 
-        def loss(key: dict) -> float:
-            return number(self.table.row(key)["val_loss"])
-
-        return min(self.sweep([name]), key=loss)
+    def loss(self, key: dict) -> float:
+        """The validation loss of a run that the table has."""
+        return number(self.table.row(key)["val_loss"])
 
     def runs(
         self,
@@ -164,15 +182,14 @@ class Plan:
             for name in names
         ]
 
-    def strengths(self, name: str) -> list[dict]:
-        """A head's best setting with half and with twice its strength."""
-        best = self.winner(name)
-        column = "init_std" if ALL[name].exponent is None else "exponent"
-        return [{**best, "stage": "strength", column: best[column] * factor} for factor in (0.5, 2)]
+
+def strength(name: str) -> str:
+    """The column of a head's strength."""
+    return "init_std" if ALL[name].exponent is None else "exponent"
 
 
 def base(name: str) -> dict:
-    """The key of a head's run in the sweep; `Plan.sweep` sets its learning rate."""
+    """The key of a head's run in the sweep; `Plan.tried` sets its learning rate."""
     exponent = ALL[name].exponent
     return {
         "stage": "sweep",
@@ -211,7 +228,7 @@ def training(key: dict) -> Training:
 
 @torch.no_grad()
 def measure(run: Path, key: dict) -> dict:
-    """The other columns of a run that has ended. Its weights stay, but for those of CHOICES."""
+    """The other columns of a run that has ended. Its weights stay, but for those of the sweep."""
     torch.set_num_threads(1)
     metrics = read_metrics(run)
     losses = [m for m in metrics if "val_loss" in m]
@@ -236,7 +253,7 @@ def measure(run: Path, key: dict) -> dict:
         "strength": "" if model.head.is_control else f"{float(model.head.strength):.6g}",
         "tokens_per_s": f"{speeds[len(speeds) // 2]:.5g}",
     }
-    chooses = key["stage"] in CHOICES
+    chooses = key["stage"] == "sweep"
     if not chooses:
         row["test_loss"] = f"{test_loss(model, folder):.6f}"
     for checkpoint_folder in checkpoint.folders(run)[: None if chooses else -1]:
@@ -248,7 +265,7 @@ def summary(rows: list[Row]) -> str:
     """A line for each stage and head: the mean test loss, and the difference to cross_entropy's,
     paired by seed."""
     cells = []
-    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] not in CHOICES):
+    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] != "sweep"):
         here = [row for row in rows if row["stage"] == stage]
         base = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == "cross_entropy"}
         for name in ALL:

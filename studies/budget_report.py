@@ -5,8 +5,8 @@
 
 Three questions: Do cosines keep their lead over cross_entropy with more tokens? Does the harmonic
 link differ from its softmax twin? Does the order of heads after 0.6 M tokens predict the later
-ones? Differences are of test losses, paired by seed, with 95 % intervals (Student's t). They are
-not corrected for their number.
+ones? Differences are of test losses, paired by seed, with 95 % intervals (Student's t). The
+p-values of a table are corrected for their number (Holm), the intervals are not.
 """
 
 import math
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_1samp
 
 from analysis import figures
 from analysis.tables import Column, Columns, interval, markdown
 from base.command_line import cli, parse
-from studies.budget import ALL, COLUMNS, HEADS, KEY, RATES, Plan, summary
-from studies.intervals import mean_and_half
+from studies.budget import ALL, COLUMNS, HEADS, KEY, RATES, Plan, base, strength, summary
+from studies.intervals import holm, mean_and_half
 from studies.runner import Row, Table
-from studies.search import number
+from studies.search import number, on_edge
 
 BASELINE = "cross_entropy"
 # Stages that train longer and longer on one corpus, and their millions of tokens.
@@ -38,7 +38,7 @@ BUDGETS |= {"dropout": "20 M, dropout 0.1", "wiki": "2 M of wiki"}
 NORMALISED = [("cosine", BASELINE), ("cosine softmax", BASELINE)]
 TWINS = [(head, f"{head} softmax") for head in HEADS if f"{head} softmax" in HEADS]
 # Ranks of fewer heads say nothing.
-FEWEST = 3
+FEWEST = 5
 NOTHING = "No runs yet."
 
 # Seed -> test loss.
@@ -56,10 +56,11 @@ class BudgetReportConfig:
 
 
 class _AllDone(Table):
-    """A table in which every run is found, so that the plan lists all of its runs."""
+    """A table in which every run is found, so that the plan lists all of its runs. The setting in
+    the middle is the best of each sweep, so none goes on beyond an edge."""
 
     def find(self, key: dict) -> Row:
-        return {"val_loss": "0"}
+        return {"val_loss": "0" if key == {**base(key["name"]), "learning_rate": RATES[1]} else "1"}
 
     row = find
 
@@ -76,14 +77,15 @@ def differences(rows: list[Row], stage: str, head: str, other: str) -> list[floa
     return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
 
 
-def verdict(found: list[float]) -> str:
-    """What differences between a head and another one say about the head; below 0 is better."""
-    mean, half = mean_and_half(found)
+def verdict(found: list[float], p: float | None) -> str:
+    """What differences between a head and another one say about the head; below 0 is better. p:
+    corrected; None for fewer than two differences."""
+    mean, _ = mean_and_half(found)
     if not math.isfinite(mean):
         return "a run diverged"
-    if len(found) == 1:
+    if p is None:
         return "one seed"
-    if abs(mean) <= half:
+    if p > 0.05:
         return "not told apart"
     return "ahead" if mean < 0 else "behind"
 
@@ -92,43 +94,69 @@ def verdict(found: list[float]) -> str:
 
 
 def progress(rows: list[Row]) -> str:
-    """How many runs of each stage are done, and how many there will be."""
+    """How many runs of each stage are done, and how many there will be at least."""
     planned = Counter(key["stage"] for key in Plan(_AllDone("", COLUMNS, KEY)).settings())
     done = Counter(row["stage"] for row in rows)
     lines = [{"stage": s, "done": done[s], "planned": n} for s, n in planned.items()]
-    columns = [Column("stage"), Column("done", "runs done"), Column("planned", "runs planned")]
+    columns = [
+        Column("stage"),
+        Column("done", "runs done"),
+        Column("planned", "runs planned, at least"),
+    ]
     table = markdown(lines, columns)
     return f"{len(rows)} of {planned.total()} runs are done.\n\n{table}"
 
 
-def rates(rows: list[Row]) -> str:
-    """The validation loss of the sweep at each learning rate. The smallest chooses the rate."""
-    lines = []
+def settings(rows: list[Row]) -> str:
+    """The best setting of each head's sweep so far, by validation loss."""
+    lines, sweeps = [], []
     for name in ALL:
         mine = [row for row in rows if (row["stage"], row["name"]) == ("sweep", name)]
-        found = {f"{float(row['learning_rate']):g}": number(row["val_loss"]) for row in mine}
-        if found:
-            best = min(found, key=lambda rate: found[rate]) if len(found) == len(RATES) else None
-            lines.append({"head": name, **found, "best": best})
+        if mine:
+            best = min(mine, key=lambda row: number(row["val_loss"]))
+            lines.append({**best, "tried": len(mine), "strength": best[strength(name)]})
+            sweeps.append(
+                {
+                    (float(r[strength(name)]), float(r["learning_rate"])): number(r["val_loss"])
+                    for r in mine
+                }
+            )
     if not lines:
         return NOTHING
-    columns = [Column(f"{rate:g}", unit="nats", form=".4f") for rate in RATES]
-    return markdown(lines, ["head", *columns, "best"])
+    columns: Columns = [
+        Column("name", "head"),
+        Column("tried", "settings tried"),
+        Column("learning_rate", "learning rate"),
+        Column("strength", "n (else the size of prototypes)"),
+        Column("val_loss", unit="nats", form=".4f"),
+    ]
+    return f"{markdown(lines, columns)}\n\n{on_edge(sweeps, (2, 2))}"
 
 
 def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     """A line for each pair of heads and each budget that has runs."""
+    found = {
+        (head, other, budget): some
+        for head, other in pairs
+        for stage, budget in BUDGETS.items()
+        if (some := differences(rows, stage, head, other))
+    }
+    tests = {
+        key: float(ttest_1samp(values, 0).pvalue)
+        for key, values in found.items()
+        if len(values) > 1 and np.isfinite(values).all()
+    }
+    corrected = holm(tests)
     lines = []
-    for head, other in pairs:
-        for stage, budget in BUDGETS.items():
-            if found := differences(rows, stage, head, other):
-                line = {"head": head, "less": other, "tokens": budget, "seeds": len(found)}
-                line["difference"] = interval(*mean_and_half(found))
-                lines.append(line | {"verdict": verdict(found)})
+    for key, values in found.items():
+        head, other, budget = key
+        line = {"head": head, "less": other, "tokens": budget, "seeds": len(values)}
+        line |= {"difference": interval(*mean_and_half(values)), "p": corrected.get(key)}
+        lines.append(line | {"verdict": verdict(values, corrected.get(key))})
     if not lines:
         return NOTHING
     columns: Columns = ["head", "less", "tokens", "seeds", Column("difference", unit="nats")]
-    return markdown(lines, [*columns, "verdict"])
+    return markdown(lines, [*columns, Column("p", "p, Holm", ".3f"), "verdict"])
 
 
 def normalised(rows: list[Row]) -> str:
@@ -146,11 +174,11 @@ def ranks(rows: list[Row]) -> str:
     first, *later = TOKENS
     lines = []
     for stage in later:
-        both = [h for h in HEADS if losses(rows, first, h) and losses(rows, stage, h)]
+        both = [name for name in HEADS if _shared(rows, first, stage, name)]
         if len(both) >= FEWEST:
             means = [
-                [np.mean(list(losses(rows, s, head).values())) for head in both]
-                for s in (first, stage)
+                [np.mean(values) for values in order]
+                for order in zip(*(_shared(rows, first, stage, name) for name in both), strict=True)
             ]
             line = {"early": BUDGETS[first], "late": BUDGETS[stage], "heads": len(both)}
             lines.append(line | {"correlation": f"{spearmanr(*means).statistic:+.2f}"})
@@ -158,6 +186,15 @@ def ranks(rows: list[Row]) -> str:
         return NOTHING
     columns = [Column("early", "order after"), Column("late", "and after"), Column("heads")]
     return markdown(lines, [*columns, Column("correlation", "Spearman's correlation")])
+
+
+def _shared(
+    rows: list[Row], early: str, late: str, name: str
+) -> tuple[list[float], list[float]] | None:
+    """The losses of a head in two stages, of the seeds that both have; None without such seeds."""
+    first, later = losses(rows, early, name), losses(rows, late, name)
+    seeds = [seed for seed in first if seed in later]
+    return ([first[s] for s in seeds], [later[s] for s in seeds]) if seeds else None
 
 
 # ---- the figure --------------------------------------------------------------------------------
@@ -204,7 +241,7 @@ def main() -> None:
     rows = Table(c.table, COLUMNS, KEY).rows
     tables = {
         "Runs": progress,
-        "Learning rates": rates,
+        "Settings": settings,
         "Test losses": summary,
         "Do cosines keep their lead over cross_entropy?": normalised,
         "Does the harmonic link differ from its softmax twin?": links,

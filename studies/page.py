@@ -43,7 +43,7 @@ TABLES = {
     "stage 3": (heads, "heads.csv", heads_report.stage_three),
     "stage 4": (heads, "heads.csv", heads_report.stage_four),
     "budget runs": (budget, "budget.csv", budget_report.progress),
-    "budget rates": (budget, "budget.csv", budget_report.rates),
+    "budget settings": (budget, "budget.csv", budget_report.settings),
     "budget": (budget, "budget.csv", budget.summary),
     "budget cosines": (budget, "budget.csv", budget_report.normalised),
     "budget links": (budget, "budget.csv", budget_report.links),

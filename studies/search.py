@@ -13,16 +13,21 @@ def number(text: str) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def beyond(best: Setting, tried: Sequence[Setting], steps: Setting) -> Setting | None:
+def beyond(
+    best: Setting, tried: Sequence[Setting], steps: Setting, fewest: int = 1
+) -> Setting | None:
     """The next setting beyond the edge, if the best one is on an edge of the tried settings.
 
     It steps along the first axis on which the best one is on the edge. None if it is on no edge.
 
     Args:
         steps: for each axis, the factor from one value to the next.
+        fewest: a line of fewer settings along an axis has no edge.
     """
     for axis, step in enumerate(steps):
         line = [setting[axis] for setting in tried if _on_line(setting, best, axis)]
+        if len(line) < fewest:
+            continue
         if best[axis] == max(line):
             return (*best[:axis], best[axis] * step, *best[axis + 1 :])
         if best[axis] == min(line):

@@ -43,6 +43,8 @@ def test_an_index_of_other_weights_is_refused():
     head, h = make("manhattan", {})
     nearest = NearestHead(head, K)
     nearest(h)
+    head.set_strength(32)  # The order of neighbours does not depend on it.
+    torch.testing.assert_close(nearest.candidates(h)[1], head(h).topk(K).values)
     head.load_state_dict(head.state_dict())
     with pytest.raises(RuntimeError, match="make a new NearestHead"):
         nearest(h)

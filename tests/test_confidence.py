@@ -10,6 +10,8 @@ from sklearn.metrics import roc_auc_score
 from test_analysis import call, home  # noqa: F401  (a fixture)
 
 from analysis import confidence
+from base.errors import UserError
+from text.token_files import load_data
 
 
 def test_auroc_is_that_of_scikit_learn():
@@ -29,10 +31,9 @@ def test_the_temperature_of_overconfident_logits_is_found():
     logits = 2 * torch.randn(20_000, 7)
     targets = torch.multinomial(logits.softmax(-1), 1)[:, 0]
     assert confidence.best_temperature(3 * logits, targets) == pytest.approx(3, rel=0.1)
-    scored = confidence.Scored(3 * logits, targets, {})
-    row = confidence.calibration(scored, 40)
+    row = confidence.calibration(3 * logits.view(40, 500, 7), targets.view(40, 500))
     assert row["ece"] > 0.1 > 0.03 > row["ece_scaled"]
-    assert row["ece_low"] <= row["ece"] <= row["ece_high"]
+    assert row["ece_low"] <= row["ece"] <= row["ece_high"] and 0 <= row["ece_scaled_low"]
 
 
 def test_the_table(home, monkeypatch, capsys, tmp_path):  # noqa: F811
@@ -61,6 +62,19 @@ def test_the_table(home, monkeypatch, capsys, tmp_path):  # noqa: F811
     )
     assert found.scores["loss"][0] == pytest.approx(-model.head.loss(h, x[0, 1:]).item(), rel=1e-4)
     assert math.isfinite(found.scores["energy"].sum())
+
+
+def test_the_same_text_with_another_tokenizer_is_no_other_domain(home):  # noqa: F811
+    """Boundaries of documents stay boundaries, and no window is left out for its length."""
+    own, other = (load_data(home / "data" / name) for name in ("small", "other"))
+    theirs, words = other.load_tokenizer(), own.load_tokenizer()
+    texts = ["The king of the sea", "was a dark day."]
+    ids = np.array([i for text in texts for i in (*theirs.encode(text), theirs.eot_id)])
+    expected = [i for text in texts for i in (*words.encode(text), words.eot_id)]
+    assert confidence.encoded(ids, theirs, words) == expected
+    assert len(confidence.encoded_windows(other, own, "val", 16, 4)) == 4
+    with pytest.raises(UserError, match="windows that are long enough"):
+        confidence.own_windows(own, "test", 16, 4)
 
 
 def test_bert_is_refused(home, monkeypatch):  # noqa: F811

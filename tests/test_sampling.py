@@ -10,6 +10,7 @@ from test_model import build
 from test_sample import runs, sample  # noqa: F401
 
 from harmonic import HEADS, HarmonicHead
+from harmonic.prepared import fingerprint
 from model import ModelConfig, Texts
 from sample import Explainer, write, write_json
 from sample import Texts as ShownTexts
@@ -76,6 +77,17 @@ def test_a_prepared_head_follows_its_weights(change, learnt):
     after = score(h)
     assert torch.equal(after, head(h).detach().to(after))
     assert change == "float64" or not torch.equal(after, before)
+
+
+def test_the_fingerprint_of_tensors():
+    """NaN equals itself, and every place of a small or transposed tensor counts."""
+    small = [torch.tensor(3.0), torch.tensor([torch.nan, 1.0]), torch.zeros(0)]
+    assert fingerprint(small) == fingerprint(small)
+    table = torch.randn(4, 3)
+    for view in (table, table.T):
+        before = fingerprint([view])
+        table.data[2, 1] += 1
+        assert fingerprint([view]) != before
 
 
 def test_a_text_of_weights_that_change_ends():

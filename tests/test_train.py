@@ -196,7 +196,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
             "dataset": tiny_data,
             "max_iters": 100,
             "eval_interval": 20,
-            "head": "cosine",
+            # No head with kernels of Numba: the process that compiles them differs in last bits.
+            "head": "cross_entropy",
+            "dropout": 0.1,
         }.items()
     ]
     whole = script_here("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")

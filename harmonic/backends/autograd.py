@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import untraced
 from ..pairwise import exactly, map_both
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
@@ -50,7 +49,7 @@ def evaluate(problem: Problem) -> Tensor:
 
 
 # torch.compile cannot trace the checks, because they look at values.
-@untraced
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _dense(problem: Problem) -> Tensor:
     """The loss from all logits (N, V) at once, with PyTorch's own gradients.
 

@@ -103,7 +103,6 @@ class NearestHead:
             for k, v in distance.map_settings(settings).items()
         }
         self.link = CONTROL if distance.is_control else head.link
-        self.strength = torch.as_tensor(head.strength).item()
         bias = None if head.bias is None else head.bias[: head.real_vocab_size]
         self.bias = None if bias is None else bias.detach().float().cpu()
         with exactly(torch.device("cpu")):
@@ -177,7 +176,8 @@ class NearestHead:
                 u, v = (self.distance.denominator.terms(z) for z in (x[:, None], y))
             log_d = log_distance(self.distance, raw, u, v, self.options)
             bias = None if self.bias is None else self.bias[rows]
-            found = logits(log_d, self.strength, self.link, bias)
+            strength = torch.as_tensor(self.head.strength).item()
+            found = logits(log_d, strength, self.link, bias)
         found = found.masked_fill(ids < 0, -math.inf)
         return ids.to(h.device), found.to(h.device)
 

@@ -338,7 +338,7 @@ def test_linf_ties():
 
 
 @runs
-@pytest.mark.parametrize("epilogue", ONE_LINK, ids=repr)
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=repr)
 def test_nan_is_not_hidden(epilogue):
     x, y, *others = arguments(epilogue, 5, 9, 6)
     x[2, 3] = torch.nan
