@@ -35,6 +35,7 @@ $(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
 
 # Preparation and training go on from what is there: a second `make demo` only samples again and prints where the report is.
 demo: $(VENV)/installed data/wiki/meta.json
+	@echo "Two trainings, a few minutes each. You may stop at any time: make demo goes on where it was."
 	$(RUN) train.py configs/demo.yaml --head=cross_entropy --out_dir=out/demo/cross_entropy --init_from=auto
 	$(RUN) train.py configs/demo.yaml --head=cosine --out_dir=out/demo/cosine --init_from=auto
 	$(RUN) sample.py --out_dir=out/demo/cross_entropy --start="The city of" --max_new_tokens=60

@@ -285,7 +285,8 @@ def examine(
     run: Run, data: Data | None, texts: list[tuple[str, str]], c: ReportConfig, device: str
 ) -> Entry:
     """Loads a run's best checkpoint and looks at it. texts: the excerpts to continue."""
-    metrics, (model, _), m = read_metrics(run.path), run.load(device, "best"), run.model_config
+    metrics, m = read_metrics(run.path), run.model_config
+    model, manifest = run.load(device, "best")
     size = (
         f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, context {m.block_size},"
         f" {model.parameter_count() / 1e6:.2f} M parameters"
@@ -295,6 +296,11 @@ def examine(
         return entry
     entry.map = prototype_map(model, data)
     try:
+        if manifest["val_loss"] is None:
+            raise UserError(
+                f"its only checkpoint, of iteration {manifest['iter']}, has no evaluation, and its"
+                " loss in the table is that of an earlier iteration"
+            )
         entry.losses = window_losses(model, data)
     except UserError as error:
         # A split that is too short to score does not keep anyone from the curves.

@@ -458,6 +458,20 @@ def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch,
     ).document()["samples"]
 
 
+def test_a_checkpoint_without_an_evaluation_is_not_compared(home, tmp_path, monkeypatch):
+    """A run that was stopped: the loss in the table is not that of its weights."""
+    run = shutil.copytree(home / "out" / "ce", tmp_path / "stopped")
+    model, _ = find_runs([str(run)])[0].load()
+    weights = checkpoint.snapshot(model, torch.optim.AdamW(model.parameters()))
+    shutil.rmtree(run / "ckpt")
+    checkpoint.save(run, 3, weights, {"val_loss": None})
+    words = [run, home / "out" / "cosine", "--samples=0"]
+    d = make_report(monkeypatch, tmp_path / "r.html", *words).document()
+    assert any("stopped is not compared" in note and "no evaluation" in note for note in d["notes"])
+    place = d["summary"]["columns"].index("above the best (95 %)")
+    assert not any("(" in str(row[place]) for row in d["summary"]["rows"])
+
+
 def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):
     run = shutil.copytree(home / "out" / "ce", tmp_path / "ce")
     lines = read_metrics(run)

@@ -44,7 +44,14 @@ def print_splits(
 def print_warnings(
     splits: dict[str, dict], tokenizer: Tokenizer, fraction: float | None, out: Path
 ) -> None:
-    """Prints the number of unknown tokens, and a warning if val is too short."""
+    """Prints the number of unknown tokens, a note if a trained BPE has fewer tokens than were asked
+    for, and a warning if val is too short."""
+    wanted = tokenizer.name.partition(":")[2]
+    if wanted and tokenizer.vocab_size < int(wanted):
+        print(
+            f"note: {tokenizer.name} has {tokenizer.vocab_size} tokens, because the training text"
+            " has no more pairs to merge"
+        )
     if tokenizer.unk_id is not None:
         for name, split in splits.items():
             ids = np.memmap(out / split["file"], tokenizer.dtype, "r")
