@@ -78,7 +78,7 @@ def tiny_data(tmp_path_factory):
 
     source.write_text("".join(json.dumps({"text": t}) + "\n" for t in text(300)))
     out = folder / "tiny"
-    done = script(
+    done = script_here(
         "prepare_openwebtext.py",
         f"--source={source}",
         "--tokenizer=bpe:300",

@@ -196,8 +196,9 @@ def test_the_committed_table_belongs_to_this_plan():
     assert len({tuple(r[k] for k in heads.KEY) for r in table.rows}) == len(table.rows)
 
 
-def test_a_run_of_the_study(tiny_data, tmp_path):
-    """One setting, trained and written; started again, it is not repeated."""
+@pytest.fixture
+def small_study(tiny_data, tmp_path):
+    """-> the study's settings, its measure, an empty table and a setting."""
     config = tmp_path / "study.yaml"
     sizes = dict(
         arch="gpt",
@@ -217,25 +218,34 @@ def test_a_run_of_the_study(tiny_data, tmp_path):
         "".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in sizes.items())
     )
     c = heads.StudyConfig(config=str(config), runs=str(tmp_path / "runs"))
-    measure = functools.partial(heads.measure, c)
     table = table_of(tmp_path / "table.csv")
     s = heads.Sweep(table, "cosine", "softmax", read_yaml(c.config)).make(1e-3, 4.0)
+    return c, functools.partial(heads.measure, c), table, s
+
+
+@pytest.mark.slow
+def test_a_run_that_measures_a_cost(small_study):
+    c, measure, _, s = small_study
+    s |= {"stage": "5", "seed": "1338", "iters": "10"}
+    (cost,) = runner.train(c, heads.training(s), measure)
+    watts = float(cost["joules_per_token"]) * float(cost["tokens_per_s"])
+    assert 1 < watts < 2000 and float(cost["tokens_per_s"]) > 50 and "test_loss" not in cost
+
+
+def test_a_run_of_the_study(small_study, tiny_data, tmp_path):
+    """One setting, trained and written; started again, it is not repeated."""
+    c, measure, table, s = small_study
     (row,) = runner.train(c, heads.training(s), measure)
     table.add({**s, **row})
     row = table.find(s)
     assert 4 < float(row["val_loss"]) < 7 and float(row["scale"]) > 1 and row["iters"] == "3"
     assert 1 < float(row["effective_rank"]) <= 16 and float(row["seconds"]) > 0
+    assert row["joules_per_token"] == ""
     folder = tmp_path / "runs" / runner.run_name(s)
     model, *_ = checkpoint.load_run(folder)
     # Looked at in stage 2; these data have none.
     assert row["test_loss"] == "" and math.isnan(heads.test_loss(model, tiny_data))
     assert table_of(tmp_path / "table.csv").find(s)["head"] == "cosine"
-    (cost,) = runner.train(
-        c, heads.training({**s, "stage": "5", "seed": "1338", "iters": "10"}), measure
-    )
-    watts = float(cost["joules_per_token"]) * float(cost["tokens_per_s"])
-    assert 1 < watts < 2000 and float(cost["tokens_per_s"]) > 50
-    assert "test_loss" not in cost and row["joules_per_token"] == ""
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="has no metrics.jsonl"):
         measure(folder, s)

@@ -959,7 +959,7 @@ def one_process(tiny_data, tmp_path_factory):
             {"parallel": "fsdp", "activation_checkpointing": True, "compile": True},
             marks=pytest.mark.slow,
         ),
-        {"parallel": "ddp", "activation_checkpointing": True},
+        pytest.param({"parallel": "ddp", "activation_checkpointing": True}, marks=pytest.mark.slow),
     ],
 )
 def test_every_way_to_share_a_model_equals_one_process(tiny_data, tmp_path, one_process, flags):

@@ -401,16 +401,16 @@ def test_in_the_interpreter(which):
 
 @compiles
 @pytest.mark.parametrize(
-    "turn, arch",
+    "turn, turns, arch",
     [
-        (0, 90),
+        (0, 24, 90),
         *(
-            pytest.param(turn, (90, 80, 100)[turn % 3], marks=pytest.mark.slow)
-            for turn in range(1, 6)
+            pytest.param(turn, 6, (90, 80, 100)[turn % 3], marks=pytest.mark.slow)
+            for turn in range(6)
         ),
     ],
 )
-def test_compiles(turn, arch):
+def test_compiles(turn, turns, arch):
     """The kernels of a training step, softmax link aside, for the architectures in turn; the
     benchmark does all for all of them."""
     gpu_compile = pytest.importorskip("benchmarks.gpu_compile")
@@ -418,7 +418,7 @@ def test_compiles(turn, arch):
         (name, work) for name, work in gpu_compile.variants().items() if "softmax" not in name[1]
     ]
     step = [(name, work) for name, work in step if name[0] != "tile" or "+raw" in name[1]]
-    for name, work in step[turn::6]:
+    for name, work in step[turn::turns]:
         found = gpu_compile.compiled(*work, arch)
         assert max(found["spill_stores"], found["spill_loads"]) <= SPILLED, (name, found)
 
