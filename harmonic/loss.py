@@ -93,8 +93,8 @@ def harmonic_loss(  # noqa: PLR0913
     check_finite: bool = True,
     **settings: Any,
 ) -> Tensor:
-    """The negative log likelihood of the targets in nats. It never holds all logits, except with
-    impl="dense". Arguments that are not listed here are those of `harmonic_logits`.
+    """The negative log likelihood of the targets in nats, without all logits at once (but for
+    impl="dense"). Arguments that are not listed here are those of `harmonic_logits`.
 
     Args:
         h: (..., C) hidden states. w: (V, C) prototypes.
@@ -103,8 +103,8 @@ def harmonic_loss(  # noqa: PLR0913
         reduction: "mean" over the targets that are not ignored, "sum" or "none".
         impl: "auto", "dense", "chunked", "numba" or "triton"; see the top of this file.
         skip: the share of the target's gradient that may be skipped in a row; 0 skips nothing.
-        precision: "auto", "float32", "split" or "autocast", for matrix products.
-        rows: the first `rows` rows of w are prototypes, and the others are padding. None: all are.
+        precision: of matrix products: "auto", "float32", "split" or "autocast".
+        rows: only the first `rows` rows of w are prototypes. None: all are.
         check_finite: on a CPU, raise for vectors that are not finite. If False, the loss is NaN.
 
     Returns: a scalar, or (...) for reduction="none"; float32, or float64 if h or w is. The mean

@@ -62,6 +62,12 @@ def prepare(folder: Path, vocab_size: int = 300, repeat: int = 1) -> Path:
     return folder
 
 
+def evaluation(iteration: int, loss: float, bits: float, kl: float) -> dict:
+    """The line of an evaluation in metrics.jsonl."""
+    found = {"iter": iteration, "val_loss": loss, "perplexity": math.exp(loss)}
+    return found | {"bits_per_byte": bits, "kl_to_softmax": kl}
+
+
 def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
     """A run's folder as train.py leaves it, with random weights and made-up metrics."""
     folder.mkdir(parents=True)
@@ -89,15 +95,7 @@ def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
     checkpoint.save(folder, 2, checkpoint.snapshot(model, optimizer), {"val_loss": 1.0})
     torch.nn.init.normal_(model.head.weight, std=0.6)
     checkpoint.save(folder, iterations, checkpoint.snapshot(model, optimizer), {"val_loss": 2.0})
-    lines = [
-        {
-            "iter": 0,
-            "val_loss": 6.0,
-            "perplexity": math.exp(6),
-            "bits_per_byte": 4.0,
-            "kl_to_softmax": 0.03,
-        }
-    ]
+    lines = [evaluation(0, 6.0, 4.0, 0.03)]
     for i in range(iterations):
         lines.append(
             {
@@ -109,15 +107,7 @@ def make_run(folder: Path, data: Path, iterations: int = 4, **settings) -> Path:
                 "elapsed_s": 6.0 * (i + 1),
             }
         )
-    lines.append(
-        {
-            "iter": iterations,
-            "val_loss": 5.0,
-            "perplexity": math.exp(5),
-            "bits_per_byte": 3.0,
-            "kl_to_softmax": 0.04,
-        }
-    )
+    lines.append(evaluation(iterations, 5.0, 3.0, 0.04))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "emissions.csv").write_text(
         "duration,emissions,energy_consumed\n30,0.001,0.002\n30,0.002,0.003\n"
