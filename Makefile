@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 
 help:
 	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
-	@echo "make test       the tests (6 to 12 minutes on 2 cores)"
+	@echo "make test       the tests (5 to 7 minutes on 2 cores)"
 	@echo "make test-slow  those that take long: lm-evaluation-harness, a storm of faults, kernels for other GPUs (some ten minutes)"
 	@echo "make lint       ruff and mypy; make format fixes what it can"
 	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"

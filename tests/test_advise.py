@@ -176,7 +176,7 @@ def test_a_real_study_in_the_time_that_it_asked_for(tiny_data, tiny_config, tmp_
     words += ["--heads=cosine_linear", f"--out={tmp_path / 'out'}"]
     done = script_here(*words, "--minutes=0.01")
     assert done.returncode == 2 and "is enough for final runs of 0 iterations" in done.stderr
-    (minutes,) = re.findall(r"--minutes=(\d+)", done.stderr)
+    (minutes,) = re.findall(r"use --minutes=(\d+)", done.stderr)
     done = script_here(*words, f"--minutes={minutes}")
     assert done.returncode == 0, done.stderr
     assert "cosine_linear" in done.stdout and (tmp_path / "out" / "tiny.png").is_file()
