@@ -88,8 +88,9 @@ def test_an_analysis_takes_the_place_of_the_data(trained, call, tmp_path, name):
     assert done.returncode == 0 and (tmp_path / f"{name}.csv").exists(), done.stderr
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", READERS)
-def test_settings_of_another_version(trained, call, tmp_path, name):
+def test_settings_of_another_version(trained, call, tmp_path, name, every):
     """One that is no more is ignored, one that was not yet known has its default, one that is no
     longer valid is named: each kind by a resumed run, one of them by each other reader in turn."""
     copy(trained, tmp_path, warp_speed=9, beta2=None, head_skip=None, emissions_country=None)
@@ -97,7 +98,7 @@ def test_settings_of_another_version(trained, call, tmp_path, name):
     assert done.returncode == 0, done.stderr
     kinds = [("head", "hyperbolic"), ("n_layer", "three"), ("head_p", 3)]
     turn = list(READERS).index(name)
-    for key, value in kinds if name == "resume" else kinds[turn % 3 :][:1]:
+    for key, value in kinds if every or name == "resume" else kinds[turn % 3 :][:1]:
         shutil.rmtree(tmp_path / "exported", ignore_errors=True)
         copy(trained, tmp_path, **{key: value})
         done = call(*READERS[name])
