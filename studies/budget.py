@@ -6,19 +6,22 @@
 
 The list of runs is in order of priority. Wherever it is stopped, what is done is a smaller study:
 
-    sweep        2 M tokens, seed 1337: each head with the same three learning rates; then, at the
-                 best of them, with half and twice its strength. The strength is the exponent, the
-                 exponent to which a twin's scale is matched, or for heads without one the size of
-                 the first prototypes. While the best setting is on the edge of what was tried, the
-                 next one beyond it is tried, at most MOST times. The lowest validation loss wins,
-                 and its setting is the head's at every budget.
-    0.6M, 2M     three other seeds, which no earlier study has used
-    6M, 20M      the first of these seeds; 20 M, which are 6.5 epochs, for the first three heads
-    sweep, 2M    the same for CONTROLS, which tell tail, normalisation and distance apart
-    6M, 20M      the two other seeds
-    0.6M, 2M     two more seeds
-    wiki         2 M tokens of another corpus, three seeds
-    dropout      20 M tokens with dropout 0.1, one seed of the first three heads
+    LONG heads   cross_entropy, cosine and its twin
+        sweep        2 M tokens, seed 1337: the same three learning rates; then, at the best of them,
+                     half and twice the head's strength. The strength is the exponent, the exponent
+                     to which a twin's scale is matched, or for heads without one the size of the
+                     first prototypes. While the best setting is on the edge of what was tried, the
+                     next one beyond it is tried, at most MOST times. The lowest validation loss
+                     wins, and its setting is the head's at every budget.
+        0.6M, 2M     three other seeds, which no earlier study has used
+        6M, 20M      the first of these seeds; 20 M are 6.5 epochs
+    other HEADS  the same, but for 20M
+    CONTROLS     sweep and 2M. They tell tail, normalisation and distance apart
+    then for all
+        6M, 20M      the two other seeds
+        0.6M, 2M     two more seeds
+        wiki         2 M tokens of another corpus, three seeds
+        dropout      20 M tokens with dropout 0.1, one seed of the LONG heads
 
 Runs of one seed see the same tokens in the same order, so heads are compared pair by pair. The loss
 that is reported is that of the test split, which decides nothing.
@@ -50,7 +53,7 @@ RATES = (1.5e-3, 3e-3, 6e-3)
 SWEEP_SEED, SEEDS = 1337, (2001, 2002, 2003, 2004, 2005)
 MOST = 2  # settings of a head beyond the edge
 TOKENS = 1024  # an iteration
-FEW = 3  # heads that are trained longest, and seeds of long runs
+FEW = 3  # seeds of long runs
 KEY = (
     "stage", "dataset", "tokens", "name", "exponent", "init_std", "learning_rate", "dropout", "seed"
 )  # fmt: skip
@@ -91,6 +94,7 @@ CONTROLS = {
     "IsoMax+": Head("euclidean_normalized", "softmax", 32, learn_scale=True),
 }
 ALL = {**HEADS, **CONTROLS}
+LONG = ("cross_entropy", "cosine", "cosine softmax")  # trained longest
 
 
 @dataclass
@@ -113,25 +117,31 @@ class Plan:
 
     def settings(self) -> list[dict]:
         """Keys of runs, most important first. What needs a sweep is listed once that is done."""
-        found = self.sweep(HEADS)
+        first, early, late = SEEDS[:1], SEEDS[:FEW], SEEDS[FEW:]
+        others = [name for name in HEADS if name not in LONG]
+        found = self.sweep(LONG)
         if not self.done(found):
             return found
-        first, early, late = SEEDS[:1], SEEDS[:FEW], SEEDS[FEW:]
-        few = list(HEADS)[:FEW]
-        found += self.runs("0.6M", 0.6, early, HEADS)
-        found += self.runs("2M", 2.0, early, HEADS)
-        found += self.runs("6M", 6.0, first, HEADS)
-        found += self.runs("20M", 20.0, first, few)
+        found += self.runs("0.6M", 0.6, early, LONG)
+        found += self.runs("2M", 2.0, early, LONG)
+        found += self.runs("6M", 6.0, first, LONG)
+        found += self.runs("20M", 20.0, first, LONG)
+        found += self.sweep(others)
+        if not self.done(found):
+            return found
+        found += self.runs("0.6M", 0.6, early, others)
+        found += self.runs("2M", 2.0, early, others)
+        found += self.runs("6M", 6.0, first, others)
         found += self.sweep(CONTROLS)
         if not self.done(found):
             return found
         found += self.runs("2M", 2.0, early, CONTROLS)
         found += self.runs("6M", 6.0, early[1:], HEADS)
-        found += self.runs("20M", 20.0, early[1:], few)
+        found += self.runs("20M", 20.0, early[1:], LONG)
         found += self.runs("0.6M", 0.6, late, HEADS)
         found += self.runs("2M", 2.0, late, ALL)
         found += self.runs("wiki", 2.0, early, HEADS, dataset="wiki")
-        found += self.runs("dropout", 20.0, first, few, dropout=0.1)
+        found += self.runs("dropout", 20.0, first, LONG, dropout=0.1)
         return found
 
     def done(self, keys: list[dict]) -> bool:
