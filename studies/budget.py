@@ -7,7 +7,7 @@
 The list of runs is in order of priority. Wherever it is stopped, what is done is a smaller study:
 
     LONG heads   cross_entropy, cosine and its twin
-        sweep        2 M tokens, seed 1337: the same three learning rates; then, at the best of them,
+        sweep        2 M tokens, seed 1337: the same three learning rates; then, at the best one,
                      half and twice the head's strength. The strength is the exponent, the exponent
                      to which a twin's scale is matched, or for heads without one the size of the
                      first prototypes. While the best setting is on the edge of what was tried, the
