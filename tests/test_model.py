@@ -366,6 +366,24 @@ def test_attention_written_out_is_no_less_exact():
 
 
 def test_bfloat16_on_a_cpu_compiles_the_attention_written_out():
+    """It is in the graph that a compiler gets, instead of PyTorch's own kernel."""
+    model, x, y = build("gpt"), ids(2, 12), ids(2, 12, seed=1)
+    found = []
+
+    def backend(graph, inputs):
+        found.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch.compiler.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = model(x, y)[1].item()
+        model.compile_blocks(backend=backend)
+        assert model(x, y)[1].item() == pytest.approx(eager, abs=0.01)
+    assert "softmax" in found[0] and "scaled_dot_product" not in found[0]
+
+
+@pytest.mark.slow
+def test_inductor_compiles_bfloat16_on_a_cpu():
     model, x, y = build("gpt"), ids(2, 12), ids(2, 12, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         eager = model(x, y)[1].item()

@@ -309,7 +309,13 @@ def test_autocast_trains(train, tmp_path, dtype):
     assert full != half and full == pytest.approx(half, abs=0.02)
 
 
-def test_compiled_training_equals_eager(train, tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_equals_eager(train, tmp_path, monkeypatch, backend):
+    """Without the C++ compiler in the quick run: it takes most of a minute."""
+    compile_blocks = Model.compile_blocks
+    monkeypatch.setattr(
+        Model, "compile_blocks", lambda model, **kw: compile_blocks(model, **kw, backend=backend)
+    )
     for flag in (True, False):
         status, _, err = train(compile=flag, max_iters=5, head="cosine", out_dir=f"c{flag}")
         assert status == 0, err
@@ -825,9 +831,9 @@ def start(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
     ("number", "processes"),
     [
         (signal.SIGTERM, 2),
-        (signal.SIGUSR1, 1),
         (signal.SIGINT, 1),
         pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
     ],

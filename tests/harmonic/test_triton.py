@@ -166,7 +166,17 @@ def test_losses_and_gradients(epilogue, terms):
 
 
 @runs
-@pytest.mark.parametrize("epilogue", ONE_LINK, ids=repr)
+@pytest.mark.parametrize(
+    "epilogue",
+    # The powers differ in their terms only, which test_losses_and_gradients compares.
+    [
+        pytest.param(
+            e, marks=pytest.mark.slow if e.kernel == "lp" and e.options.get("p") != 2.5 else []
+        )
+        for e in ONE_LINK
+    ],
+    ids=repr,
+)
 def test_blocks_and_chunks(epilogue, monkeypatch):
     """Several blocks each way, none of them full, and several chunks, the last of them short; the
     terms of one, the bias of the other."""
