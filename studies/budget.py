@@ -44,14 +44,14 @@ from base.command_line import cli, parse
 from studies.heads import test_loss
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import beyond, number
+from studies.search import Setting, beyond, number
 from text.token_files import data_folder, load_data
 from training import checkpoint
 from training.telemetry import read_metrics
 
 RATES = (1.5e-3, 3e-3, 6e-3)
 SWEEP_SEED, SEEDS = 1337, (2001, 2002, 2003, 2004, 2005)
-MOST = 2  # settings of a head beyond the edge
+MOST = 3  # settings of a head beyond the edge
 TOKENS = 1024  # an iteration
 FEW = 3  # seeds of long runs
 KEY = (
@@ -161,9 +161,9 @@ class Plan:
         for _ in range(MOST):
             if not self.done(found):
                 break
-            settings = [(key[column], key["learning_rate"]) for key in found]
             best = min(found, key=self.loss)
-            further = beyond((best[column], best["learning_rate"]), settings, (2, 2), fewest=2)
+            settings = [(key[column], key["learning_rate"]) for key in found]
+            further = next_setting((best[column], best["learning_rate"]), settings)
             if further is None:
                 break
             found.append({**best, column: further[0], "learning_rate": further[1]})
@@ -191,6 +191,16 @@ class Plan:
             for seed in seeds
             for name in names
         ]
+
+
+def next_setting(best: Setting, tried: list[Setting]) -> Setting | None:
+    """What lies beyond the edge that the best (strength, learning rate) is on; None if on none.
+
+    The strengths tried at the best rate decide, and then the rates tried at any strength.
+    """
+    strengths = [setting for setting in tried if setting[1] == best[1]]
+    rates = [(best[0], rate) for _, rate in tried]
+    return beyond(best, list({*strengths, *rates}), (2, 2), fewest=2)
 
 
 def strength(name: str) -> str:

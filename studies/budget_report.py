@@ -23,10 +23,21 @@ from scipy.stats import spearmanr, ttest_1samp
 from analysis import figures
 from analysis.tables import Column, Columns, interval, markdown
 from base.command_line import cli, parse
-from studies.budget import ALL, COLUMNS, HEADS, KEY, RATES, Plan, base, strength, summary
+from studies.budget import (
+    ALL,
+    COLUMNS,
+    HEADS,
+    KEY,
+    RATES,
+    Plan,
+    base,
+    next_setting,
+    strength,
+    summary,
+)
 from studies.intervals import holm, mean_and_half
 from studies.runner import Row, Table
-from studies.search import number, on_edge
+from studies.search import Setting, number
 
 BASELINE = "cross_entropy"
 # Stages that train longer and longer on one corpus, and their millions of tokens.
@@ -109,18 +120,13 @@ def progress(rows: list[Row]) -> str:
 
 def settings(rows: list[Row]) -> str:
     """The best setting of each head's sweep so far, by validation loss."""
-    lines, sweeps = [], []
+    lines, edges = [], 0
     for name in ALL:
         mine = [row for row in rows if (row["stage"], row["name"]) == ("sweep", name)]
         if mine:
             best = min(mine, key=lambda row: number(row["val_loss"]))
             lines.append({**best, "tried": len(mine), "strength": best[strength(name)]})
-            sweeps.append(
-                {
-                    (float(r[strength(name)]), float(r["learning_rate"])): number(r["val_loss"])
-                    for r in mine
-                }
-            )
+            edges += next_setting(_setting(best), [_setting(row) for row in mine]) is not None
     if not lines:
         return NOTHING
     columns: Columns = [
@@ -130,7 +136,12 @@ def settings(rows: list[Row]) -> str:
         Column("strength", "n (else the size of prototypes)"),
         Column("val_loss", unit="nats", form=".4f"),
     ]
-    return f"{markdown(lines, columns)}\n\n{on_edge(sweeps, (2, 2))}"
+    found = f"{edges} of {len(lines)} lie on the edge of what was tried so far."
+    return f"{markdown(lines, columns)}\n\n{found}"
+
+
+def _setting(row: Row) -> Setting:
+    return float(row[strength(row["name"])]), float(row["learning_rate"])
 
 
 def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
@@ -228,12 +239,14 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def _line(axes: Axes, found: dict[str, list[float]], label: str, style: dict) -> None:
-    """Means over seeds; the band is their 95 % interval, where there are two seeds or more."""
+    """Means over seeds; the bars are their 95 % intervals, where there are two seeds or more."""
     run = {TOKENS[stage]: mean_and_half(values) for stage, values in found.items() if values}
-    means = np.array([mean for mean, _ in run.values()])
-    halves = np.array([half for _, half in run.values()])
-    axes.plot(list(run), means, marker="o", markersize=3, label=label, **style)
-    axes.fill_between(list(run), means - halves, means + halves, color=style["color"], alpha=0.12)
+    if not run:
+        return
+    means, halves = (np.array(numbers) for numbers in zip(*run.values(), strict=True))
+    axes.errorbar(
+        list(run), means, halves, marker="o", markersize=3, capsize=2, label=label, **style
+    )
 
 
 def main() -> None:

@@ -22,12 +22,16 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
     for key in done:
         head = budget.ALL[key["name"]]
         if key["stage"] != "sweep":
-            assert key["learning_rate"] == 4 * max(budget.RATES)  # two steps beyond the edge
+            assert key["learning_rate"] == 8 * max(budget.RATES)  # three steps beyond the edge
             assert key["exponent"] == (head.exponent or "")
+    # A rate at the edge is left at the best strength too, where no other rate was tried.
+    tried = [(16, 1e-3), (16, 2e-3), (16, 4e-3), (8, 1e-3), (32, 1e-3), (64, 1e-3)]
+    assert budget.next_setting((32, 1e-3), tried) == (32, 5e-4)
+    assert budget.next_setting((32, 1e-3), [*tried, (32, 5e-4)]) is None
     count = Counter(key["stage"] for key in done)
     main, controls = len(budget.HEADS), len(budget.CONTROLS)
     assert count == {
-        "sweep": 7 * (main + controls), "2M": 5 * (main + controls), "0.6M": 5 * main,
+        "sweep": 8 * (main + controls), "2M": 5 * (main + controls), "0.6M": 5 * main,
         "6M": 3 * main, "20M": 9, "wiki": 3 * main, "dropout": 3,
     }  # fmt: skip
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]
