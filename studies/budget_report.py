@@ -82,10 +82,25 @@ def losses(rows: list[Row], stage: str, head: str) -> Losses:
     return {str(row["seed"]): number(row["test_loss"]) for row in mine}
 
 
-def differences(rows: list[Row], stage: str, head: str, other: str) -> list[float]:
-    """Of test losses, one for each seed that both heads have."""
+def paired(rows: list[Row], stage: str, head: str, other: str) -> Losses:
+    """The difference of test losses of each seed that both heads have."""
     mine, theirs = losses(rows, stage, head), losses(rows, stage, other)
-    return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    return {seed: mine[seed] - theirs[seed] for seed in mine if seed in theirs}
+
+
+def differences(rows: list[Row], stage: str, head: str, other: str) -> list[float]:
+    """The differences of `paired` without their seeds."""
+    return list(paired(rows, stage, head, other).values())
+
+
+def change(rows: list[Row], stage: str, head: str, other: str) -> list[float]:
+    """How much a difference has grown since the fewest tokens, of each seed that both stages have;
+    nothing for another corpus."""
+    first = next(iter(TOKENS))
+    if stage == first or stage not in TOKENS:
+        return []
+    early, late = (paired(rows, s, head, other) for s in (first, stage))
+    return [late[seed] - early[seed] for seed in late if seed in early]
 
 
 def verdict(found: list[float], p: float | None) -> str:
@@ -147,9 +162,9 @@ def _setting(row: Row) -> Setting:
 def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     """A line for each pair of heads and each budget that has runs."""
     found = {
-        (head, other, budget): some
+        (head, other, stage): some
         for head, other in pairs
-        for stage, budget in BUDGETS.items()
+        for stage in BUDGETS
         if (some := differences(rows, stage, head, other))
     }
     tests = {
@@ -160,14 +175,17 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     corrected = holm(tests)
     lines = []
     for key, values in found.items():
-        head, other, budget = key
-        line = {"head": head, "less": other, "tokens": budget, "seeds": len(values)}
+        head, other, stage = key
+        line = {"head": head, "less": other, "tokens": BUDGETS[stage], "seeds": len(values)}
         line |= {"difference": interval(*mean_and_half(values)), "p": corrected.get(key)}
+        if since := change(rows, stage, head, other):
+            line["change"] = interval(*mean_and_half(since))
         lines.append(line | {"verdict": verdict(values, corrected.get(key))})
     if not lines:
         return NOTHING
     columns: Columns = ["head", "less", "tokens", "seeds", Column("difference", unit="nats")]
-    return markdown(lines, [*columns, Column("p", "p, Holm", ".3f"), "verdict"])
+    more = [Column("p", "p, Holm", ".3f"), "verdict", Column("change", "change since 0.6 M")]
+    return markdown(lines, [*columns, *more])
 
 
 def normalised(rows: list[Row]) -> str:

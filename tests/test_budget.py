@@ -86,14 +86,15 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     add("6M", "cosine", 4.9)
     cosines = budget_report.normalised(rows)
     # Of two tests, the p-value of 0.003 counts twice.
-    assert "| cosine | cross_entropy | 0.6 M | 3 | -0.100 ± 0.025 | 0.007 | ahead |" in cosines
-    assert "| cosine | cross_entropy | 2 M | 1 | +0.100 | - | one seed |" in cosines
+    assert "| cosine | cross_entropy | 0.6 M | 3 | -0.100 ± 0.025 | 0.007 | ahead | - |" in cosines
+    assert "| cosine | cross_entropy | 2 M | 1 | +0.100 | - | one seed | +0.200 |" in cosines
     assert "20 M" not in cosines and budget_report.normalised([]) == budget_report.NOTHING
     links = budget_report.links(rows)
     assert (
-        "| cosine | cosine softmax | 0.6 M | 2 | +0.110 ± 0.127 | 0.058 | not told apart |" in links
+        "| cosine | cosine softmax | 0.6 M | 2 | +0.110 ± 0.127 | 0.058 | not told apart | - |"
+        in links
     )
-    assert "| cosine | cosine softmax | 6 M | 1 | -inf | - | a run diverged |" in links
+    assert "| cosine | cosine softmax | 6 M | 1 | -inf | - | a run diverged | -inf |" in links
     assert "| 0.6 M | 2 M | 5 | -1.00 |" in budget_report.ranks(rows)
     assert "20 M" not in budget_report.ranks(rows)
     sweep = [
