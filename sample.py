@@ -156,10 +156,12 @@ def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
 
 
 class Explainer:
-    """Collects, for each row, lines that say why each token came: called by Model.generate with
-    (hidden states, tokens)."""
+    """Collects lines for each row that say why each token was chosen.
 
-    nearest, coordinates = 5, 4  # prototypes and coordinates shown
+    `Model.generate` calls it at each step with (hidden states (B, C), tokens (B,)).
+    """
+
+    nearest, coordinates = 5, 4  # How many prototypes and coordinates are shown.
 
     def __init__(self, model: Model, tokenizer: Tokenizer, rows: int):
         self.head, self.tokenizer = model.head, tokenizer
@@ -172,7 +174,22 @@ class Explainer:
             self.share = f"of d^{power:g}"
         else:
             self.share = "of d"
+        # The maximum of chebyshev is at one coordinate, which decides alone.
         self.only = 1 if row.kernel == "linf" else self.coordinates
+
+    def legend(self) -> str:
+        """What the lines below a text mean, in sentences."""
+        value, what = "d", "d, the distance of its prototype from the hidden state"
+        if self.head.is_control:
+            value, what = "logit", "its logit"
+        width = self.head.weight.shape[1]
+        return (
+            f"Each token below has {what}, and p, its probability before temperature, top_k and"
+            " top_p.\n"
+            f"nearest shows the {self.nearest} likeliest tokens, each with its {value} and its p.\n"
+            f"coordinates shows which of the {width} coordinates of the two vectors contribute most"
+            f" to {value}, and the share of each."
+        )
 
     def __call__(self, h: torch.Tensor, tokens: torch.Tensor) -> None:
         head = self.head
@@ -209,7 +226,7 @@ class Explainer:
 def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
     """Prints each prompt with its masks replaced by the likeliest tokens, and the candidates of
     each mask."""
-    for ids in prompts:
+    for number, ids in enumerate(prompts):
         if len(ids) > model.config.block_size:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's block_size is"
@@ -222,8 +239,10 @@ def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]])
         print(tokenizer.decode([next(choices) if i == tokenizer.mask_id else i for i in ids]))
         explainer = Explainer(model, tokenizer, len(h))
         explainer(h, p.argmax(-1))
-        for number, lines in enumerate(explainer.lines, 1):
-            print(f"  mask {number}\n{lines[0]}")
+        if number == 0:
+            print(explainer.legend())
+        for mask, lines in enumerate(explainer.lines, 1):
+            print(f"  mask {mask}\n{lines[0]}")
         print("---------------")
 
 
@@ -273,11 +292,13 @@ def write(
 
 
 def show(text: str, texts: Texts, row: int, explainer: Explainer | None) -> None:
-    """Prints a text, or the rest of it, and what stands below it."""
+    """Prints a text, or the rest of it, and below it a rule or the explanation of its tokens."""
     with tqdm.external_write_mode():
         print(text)
         if explainer:
-            print("\n".join(["", *explainer.lines[row][: len(texts.tokens[row])]]), flush=True)
+            legend = [explainer.legend()] if row == 0 else []
+            lines = explainer.lines[row][: len(texts.tokens[row])]
+            print("\n".join(["", *legend, *lines]), flush=True)
         else:
             print("---------------", flush=True)
 

@@ -14,9 +14,15 @@ Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient is not f
 """
 
 import math
+import os
 import signal
 import sys
 import time
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    if "--help" not in sys.argv and "-h" not in sys.argv:
+        # The imports below take seconds. Say something before them.
+        print("loading PyTorch and the model's code", file=sys.stderr, flush=True)
 
 import torch
 

@@ -52,6 +52,8 @@ MAPS, MAP_POINTS = 6, 1500
 PROMPTS, PROMPT_CHARACTERS, TRUTH_CHARACTERS = 2, 80, 240
 # Enough for both with any tokenizer of words or their parts.
 EXCERPT_TOKENS = 160
+# Stands between two documents of an excerpt. Each run reads its own end-of-text token there.
+BOUNDARY = "<|endoftext|>"
 # bert predicts every seventh token (`how_sampled` says so), about the share that it learns on.
 MASK_EVERY = 7
 
@@ -164,13 +166,18 @@ def prototype_map(model: Model, data: Data) -> dict:
 
 
 def excerpts(data: Data) -> list[tuple[str, str]]:
-    """Places of the validation text, evenly spread -> (prompt, how it goes on), each from the start
-    of a word where there are words."""
+    """Takes PROMPTS excerpts, evenly spread over the validation text.
+
+    Returns: (prompt, how the text goes on) of each. BOUNDARY stands between two documents. Prompts
+        begin with a whole word, if the text has spaces.
+    """
     val, words = data.splits["val"], data.load_tokenizer()
     found = []
     for i in range(PROMPTS):
         ids = val.read((2 * i + 1) * val.tokens // (2 * PROMPTS), EXCERPT_TOKENS)
-        text = words.decode(ids[ids != data.eot_id]).strip("\ufffd")
+        documents = np.split(ids, np.flatnonzero(ids == data.eot_id))
+        texts = [words.decode(part[part != data.eot_id]) for part in documents]
+        text = BOUNDARY.join(texts).strip("\ufffd")
         text = text[text.find(" ") + 1 :]
         cut = text.rfind(" ", 0, PROMPT_CHARACTERS)
         cut = cut if cut > 0 else min(PROMPT_CHARACTERS, len(text) // 2)
@@ -178,11 +185,16 @@ def excerpts(data: Data) -> list[tuple[str, str]]:
     return found
 
 
+def excerpt_ids(words: Tokenizer, text: str) -> list[int]:
+    """The ids of an excerpt, with the tokenizer's end-of-text token at each BOUNDARY."""
+    return words.encode_prompt(text.replace(BOUNDARY, words.eot_text))
+
+
 def continuations(
     model: Model, words: Tokenizer, eot_id: int, texts: list[tuple[str, str]], c: ReportConfig
 ) -> list[list[list]]:
     """What a run writes: for each excerpt `c.samples` texts, each a list of pieces [kind, text]."""
-    prompts = [words.encode(prompt) or [eot_id] for prompt, _ in texts]
+    prompts = [excerpt_ids(words, prompt) or [eot_id] for prompt, _ in texts]
     rows = [p for p in prompts for _ in range(c.samples)]
     steps = model.generate(
         rows, c.max_new_tokens, temperature=c.temperature, top_k=c.top_k, seed=c.seed
@@ -204,7 +216,7 @@ def predicted_tokens(
     found: list[list[list]] = []
     for prompt, truth in texts:
         ids = torch.tensor(
-            words.encode(prompt + truth)[: model.config.block_size],
+            excerpt_ids(words, prompt + truth)[: model.config.block_size],
             dtype=torch.long,
             device=model.tokens.weight.device,
         )
