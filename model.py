@@ -712,8 +712,8 @@ class Model(nn.Module):
         """Token ids (B, T) -> final hidden states (B, T, C).
 
         Args:
-            positions: (T,) or (B, T). None = from 0, or after the cache. With doc_mask and no cache,
-                None = from the start of each document, and `mask` is made too.
+            positions: (T,) or (B, T). None = from 0, or those after the cache. With doc_mask and
+                without a cache, None = from the start of each document, and `mask` is made too.
             mask: which pairs of tokens may attend; None = all, or in a causal model each token to
                 itself and those before it.
             cache: keys and values of earlier tokens. This call appends its own.
