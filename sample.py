@@ -149,7 +149,7 @@ def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
             prompt = prompt.replace(mask, MASKS[0])
         if MASKS[0] not in prompt:
             raise UserError(
-                "a bert predicts masked tokens and does not continue a text: put [MASK] into"
+                "a bert is a masked language model and does not continue a text: put [MASK] into"
                 " --start, as in --start='The film was [MASK].'"
             )
         pieces = [tokenizer.encode_prompt(piece) for piece in prompt.split(MASKS[0])]
@@ -384,8 +384,8 @@ def refuse_writing(c: SampleConfig) -> None:
     problems = []
     if not c.start and not c.prompts:
         problems.append(
-            "a bert predicts masked tokens and does not continue a text: give a prompt with [MASK],"
-            " as in --start='The film was [MASK].'"
+            "a bert is a masked language model and does not continue a text: give a prompt with"
+            " [MASK], as in --start='The film was [MASK].'"
         )
     for flag, asked in (
         ("num_samples", c.num_samples > 1),

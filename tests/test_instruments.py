@@ -272,7 +272,7 @@ def test_the_target_is_reached_by_all_that_learnt(home, capsys):  # noqa: F811
     ]
     assert emissions.target_of(runs, series, "val_loss") == 5.5
     assert "bert never fell below its first loss" in capsys.readouterr().err
-    with pytest.raises(UserError, match="there is no loss to reach"):
+    with pytest.raises(UserError, match="there is no default target"):
         emissions.target_of(runs[2:], series[2:], "val_loss")
 
 
