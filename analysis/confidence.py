@@ -3,20 +3,20 @@ scaling, and how well it detects text from another domain.
 
     python -m analysis.confidence out/a out/b --other="[imdb]"
 
-ece         the expected calibration error (analysis/calibration.py), on every second window
-temperature the number that divides the logits, with the least loss on the other windows. For a
-            harmonic head this divides the exponent
-ece_scaled  ece at that temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2)
-auroc       how well a score tells windows of the run's own text from windows of another corpus,
-            which is encoded with the run's tokenizer: 1 = always, 0.5 = as well as chance, below
-            0.5 = the score is higher on the other corpus
+ece           the expected calibration error (analysis/calibration.py), on every second window
+temperature   the number that divides the logits, with the least loss on the other windows. For a
+              harmonic head it divides the exponent
+ece_scaled    ece at that temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2)
+auroc         how well a score tells windows of the run's own text from windows of another corpus,
+              which is encoded with the run's tokenizer: 1 = always, 0.5 = as well as chance, below
+              0.5 = the score is higher on the other corpus
 
 Scores are means over the tokens of a window:
 
-max         the largest probability (Hendrycks and Gimpel 2017, arXiv 1610.02136)
-energy      the logsumexp of the logits (Liu et al. 2020, arXiv 2010.03759)
-nearest     minus the distance to the nearest prototype, for distance heads only
-loss        minus the loss, which needs the targets
+max           the largest probability (Hendrycks and Gimpel 2017, arXiv 1610.02136)
+energy        the logsumexp of the logits (Liu et al. 2020, arXiv 2010.03759)
+nearest       minus the distance to the nearest prototype, for distance heads only
+loss          minus the loss, which needs the targets
 
 _low and _high are ends of 95 % intervals. They are basic bootstraps of windows: twice the estimate
 minus the quantiles. Drawing windows again makes the calibration error larger on average, and this

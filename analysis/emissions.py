@@ -132,9 +132,11 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
     with torch.device("meta"):
         predicted = run.objective.predicted(c.block_size) / c.block_size
         calculated = Model(c).flops_per_token(predicted)
-    reached = between = outside = None
+    reached = between = outside = joules = None
     if key is not None and target is not None:
         reached = time_to(target, evaluations(run, metrics, key))
+    if rate is not None and steps is not None and tokens:
+        joules = rate * steps * 3.6e6 / tokens
     if elapsed is not None and steps is not None:
         between = elapsed - steps
     if used and whole is not None and elapsed is not None:
@@ -150,9 +152,7 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
         "kwh_gpu": spent.get("gpu_energy"),
         "kwh_ram": spent.get("ram_energy"),
         "kg_co2e": spent.get("emissions"),
-        "joules_per_token": rate * steps * 3.6e6 / tokens
-        if rate is not None and steps is not None and tokens
-        else None,
+        "joules_per_token": joules,
         "mflop_per_token": calculated / 1e6,
         "mflop_counted": counted_flops(c) / 1e6,
         "target": target,
@@ -249,11 +249,10 @@ def main() -> None:
         target = target_of(runs, metrics, key)
     rows = [measure(run, ms, key, target) for run, ms in zip(runs, metrics, strict=True)]
     print(tables.text(rows, COLUMNS))
-    print(
-        f"target: {target:.4f} {UNITS[key]}"
-        if key
-        else "no target: the losses of these runs cannot be compared"
-    )
+    if key:
+        print(f"target: {target:.4f} {UNITS[key]}")
+    else:
+        print("no target: the losses of these runs cannot be compared")
     publish(rows, out, lambda: draw(runs, metrics, rows, key or "val_loss"))
 
 

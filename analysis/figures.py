@@ -99,7 +99,7 @@ def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]
 
 
 def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
-    """Writes a PNG completely or not at all. 256 colours need a fifth of the bytes of all."""
+    """Writes a PNG completely or not at all. Its palette of 256 colours saves four fifths."""
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     picture = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)

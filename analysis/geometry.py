@@ -172,11 +172,9 @@ def parallelogram(
         found[name] = mean(second - first)
         for _ in range(shuffles):
             null.append(mean(second[rng.sample(range(len(second)), len(second))] - first))
-    return (
-        (sum(found.values()) / len(found), sum(null) / len(null), found)
-        if found
-        else (math.nan, math.nan, found)
-    )
+    if not found:
+        return math.nan, math.nan, found
+    return sum(found.values()) / len(found), sum(null) / len(null), found
 
 
 def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -13,8 +13,9 @@ lm-evaluation-harness does. Words and bytes are counted as there, so word_perple
 byte_perplexity and bits_per_byte can be compared with its results (`interop.lm_eval` makes the
 task).
 
-With --detail a table follows of the loss by position, frequency, confidence and distance to the
-nearest prototype (`analysis.calibration`), and the first table gets the calibration error (ECE).
+With --detail the table has the calibration error (ECE) too. A second CSV file and picture have the
+loss by position, frequency, confidence and distance to the nearest prototype
+(`analysis.calibration`).
 
 With --corpus the text of another prepared folder is scored too, encoded with the run's own
 tokenizer, and the run's own text in the same way: each document alone, in bits per byte. These are
@@ -364,15 +365,10 @@ def main() -> None:
     device = check_device(c.device)
     out = default_out(c, runs, "perplexity")
     data = [run.data() for run in runs]
-    check(
-        list(
-            dict.fromkeys(
-                p
-                for r, d in zip(runs, data, strict=True)
-                for p in problems(r.model_config, d, c.split, c.stride, c.documents)
-            )
-        )
-    )
+    found: list[str] = []
+    for run, d in zip(runs, data, strict=True):
+        found += problems(run.model_config, d, c.split, c.stride, c.documents)
+    check(list(dict.fromkeys(found)))  # Runs on the same data have the same problems.
     other = load_data(data_folder(c.corpus)) if c.corpus else None
     if c.corpus and (masked := [run.name for run in runs if run.objective.masked]):
         raise UserError(

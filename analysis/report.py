@@ -234,17 +234,13 @@ def predicted_tokens(
         masked[hidden] = words.mask_id
         guesses = ids.clone()
         guesses[hidden] = model(masked[None])[0][0, hidden].argmax(-1)
-        names = [
-            (words.decode_token(g), words.decode_token(t))
-            for g, t in zip(guesses, ids, strict=True)
-        ]
-        kinds = [
-            "given" if m != words.mask_id else "right" if g == t else "wrong"
-            for m, g, t in zip(masked, guesses, ids, strict=True)
-        ]
-        found.append(
-            [[[kind, guess, true] for kind, (guess, true) in zip(kinds, names, strict=True)]]
-        )
+        pieces = []
+        for seen, guess, true in zip(masked.tolist(), guesses.tolist(), ids.tolist(), strict=True):
+            kind = "given"
+            if seen == words.mask_id:
+                kind = "right" if guess == true else "wrong"
+            pieces.append([kind, words.decode_token(guess), words.decode_token(true)])
+        found.append([pieces])
     return found
 
 

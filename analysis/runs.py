@@ -94,11 +94,10 @@ class AnalysisConfig:
     trained on"""
 
     def problems(self) -> list[str]:
-        return (
-            [f"out={self.out} must end in .csv"]
-            if self.out is not None and not self.out.endswith(".csv")
-            else []
-        )
+        """Everything that is wrong with the flags, one sentence each."""
+        if self.out is None or self.out.endswith(".csv"):
+            return []
+        return [f"out={self.out} must end in .csv"]
 
 
 def find_runs(folders: list[str], weights: bool = True, dataset: str | None = None) -> list[Run]:
