@@ -192,14 +192,14 @@ class Explainer:
         """What the lines below a text mean, in sentences."""
         value, what = "d", "d, the distance of its prototype from the hidden state"
         if self.head.is_control:
-            value, what = "logit", "its logit"
+            value, what = "the logit", "its logit"
         width = self.head.weight.shape[1]
         return (
-            f"Each token below has {what}, and p, its probability before temperature, top_k and"
-            " top_p.\n"
-            f"nearest shows the {self.nearest} likeliest tokens, each with its {value} and its p.\n"
-            f"coordinates shows which of the {width} coordinates of the two vectors contribute most"
-            f" to {value}, and the share of each."
+            f"Each token below is shown with {what}, and with p, its probability before"
+            " temperature, top_k and top_p.\n"
+            f"nearest shows the {self.nearest} likeliest tokens in the same way.\n"
+            f"coordinates shows which of the {width} coordinates of hidden state and prototype"
+            f" contribute most to {value}, and the share of each."
         )
 
     def __call__(self, h: torch.Tensor, tokens: torch.Tensor) -> None:
