@@ -44,16 +44,18 @@ class Architecture:
 
     causal: a token sees itself and what is before it. Otherwise it sees the whole window, and the
         model is trained by masked language modelling.
-    norm: (width, with a bias) -> a normalisation layer.
+    norm: a function (width, whether it has a bias) -> a normalisation layer.
     norm_after: norms stand after each residual sum, and one after the embedding. Otherwise they
         stand before attention and MLP, and one before the head.
     rotary: positions are rotations of queries and keys. Otherwise they are a learned embedding.
-    gated: the MLP is SwiGLU. Otherwise it has one activation, `gelu`: its `approximate` in PyTorch.
+    gated: the MLP is SwiGLU. Otherwise its activation is a GELU.
+    gelu: the `approximate` of PyTorch's GELU, "none" or "tanh".
     out_bias: the output projection of attention has a bias too.
     token_types: an embedding of two kinds of tokens is added.
     transform: a linear layer, a GELU and a norm stand before the head.
     head_bias: the dot product of the cross-entropy head has a bias.
-    scaled_residual: weights back into the residual stream begin smaller, by sqrt(2 n_layer).
+    scaled_residual: the layers that add to the residual stream start with weights that are divided
+        by sqrt(2 n_layer).
     """
 
     causal: bool
@@ -94,16 +96,16 @@ ARCHITECTURES = {
 }
 
 
-# Two kinds of settings have a mark in their field's metadata, for other files to ask for.
+# Fields of ModelConfig carry two kinds of marks in their metadata, which other files read.
 
 
 def free(default: Any) -> Any:
-    """A setting that is no part of the weights: a checkpoint can be resumed with another value."""
+    """A setting that does not change what the weights mean. A run can resume with another value."""
     return field(default=default, metadata={"free": True})
 
 
 def head_option(name: str) -> Any:
-    """A setting that is the option `name` of some distances; None leaves it at its default."""
+    """A setting that is the option `name` of some distances. None means the option's default."""
     return field(default=None, metadata={"head_option": name})
 
 
@@ -122,7 +124,7 @@ class ModelConfig:
     n_embd: int = 768
     """width"""
     head_dim: int = 0
-    """width of an attention head; 0 = n_embd / n_head (Qwen3 models have their own)"""
+    """width of an attention head; 0 = n_embd / n_head (Qwen3 models have other widths)"""
     intermediate_size: int = 0
     """width inside the MLP; 0 = 4 n_embd (gpt, bert) or 8/3 n_embd rounded up to a multiple of 64
     (qwen)"""
@@ -132,70 +134,74 @@ class ModelConfig:
     block_size: int = 1024
     """longest context, in tokens"""
     vocab_size: int = 0
-    """rows of the token table; 0 = the data's vocabulary (and its mask token) rounded up to a
-    multiple of 64"""
+    """rows of the token table; 0 = the vocabulary of the data (with the mask token, for bert),
+    rounded up to a multiple of 64"""
     real_vocab_size: int = 0
-    """ids below this are tokens, rows above are padding without probability; 0 = from the data"""
+    """ids below this are tokens. Rows from here on are padding and have no probability. 0 = the
+    vocabulary of the data"""
     dropout: float = free(0.0)
     """dropout of embeddings, attention and residual branches"""
     label_smoothing: float = 0.0
-    """share of the target spread over all tokens while training (an ablation: it materialises the
-    logits); evaluation never smooths"""
+    """share of each target's probability that training spreads over all tokens (an ablation, which
+    holds all logits in memory); evaluation never smooths"""
     bias: bool | None = None
     """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was
     published"""
     doc_mask: bool = False
-    """tokens attend within their own document only, and positions restart there. On CUDA by
-    FlexAttention, which skips blocks that share no document; on a CPU, or with dropout in training,
-    by a dense mask, which is slower and needs T x T numbers a window"""
+    """tokens attend only to their own document, and positions restart where it begins. On CUDA this
+    is FlexAttention, which skips blocks that share no document. On a CPU, or if training has
+    dropout, it is a dense mask: slower, with block_size^2 numbers for each window"""
     eot_id: int | None = None
-    """doc_mask: the token that begins a document; null = the data's"""
+    """for doc_mask: the token that begins a document; null = the end-of-text token of the data"""
     tie_weights: bool = True
-    """prototypes and input embedding are one table"""
+    """use one table for the prototypes and the input embedding"""
     qk_norm: bool = False
     """qwen: RMSNorm on queries and keys (Qwen3)"""
     rope_theta: float = 1e6
     """qwen: base of the rotary frequencies (1e6 in Qwen2)"""
     head: Literal[*HEADS] = "cross_entropy"  # type: ignore[valid-type]
-    """distance of the head, or a control"""
+    """the head: a distance, or a control without a distance, such as cross_entropy"""
     link: Literal["harmonic", "softmax"] = "harmonic"
-    """logits from distances: harmonic (-n log d), or its twin softmax (-s d)"""
+    """how a distance d becomes a logit: harmonic (-n log d) or softmax (-s d)"""
     exponent: float | Literal[*EXPONENTS] | None = None  # type: ignore[valid-type]
-    """n, the power of the distance; dim is n_embd; null = the distance's default"""
+    """n of the harmonic link, the power of the distance; dim is n_embd; null = the distance's
+    default"""
     scale: float | None = None
-    """s of the softmax link; null = matched to the exponent at initialisation"""
+    """s of the softmax link; null = as steep at the start as the exponent would be"""
     learn_exponent: bool = False
-    """train log n"""
+    """train the exponent, as log n"""
     learn_scale: bool = False
-    """train log s"""
+    """train the scale, as log s"""
     head_p: float | None = head_option("p")
-    """minkowski: p (1.5)"""
+    """minkowski: p; null = 1.5"""
     head_a: float | None = head_option("a")
-    """chebyshev_smooth: sharpness a (10)"""
+    """chebyshev_smooth: sharpness a; null = 10"""
     head_t: float | None = head_option("t")
-    """hamming_*: temperature t (1)"""
+    """hamming_soft, hamming_gumbel, hamming_hard: temperature t; null = 1"""
     head_q: float | None = head_option("q")
-    """canberra_weighted: power q (1)"""
+    """canberra_weighted: power q; null = 1"""
     head_init_std: float = 0.02
-    """standard deviation of the prototypes at the start; tied, of the embedding (GPT-2's 0.02)"""
+    """standard deviation of the prototypes at the start, and so of an embedding that is tied to
+    them (0.02 in GPT-2)"""
     head_impl: Literal["auto", "dense", "chunked", "numba", "triton"] = free("auto")
-    """how the loss is computed: dense materialises all logits, chunked does not, numba (CPU) and
-    triton are compiled; auto = the fastest"""
+    """how the loss is computed: dense holds all logits in memory; chunked holds a chunk of rows;
+    numba (CPU) and triton (CUDA) are compiled kernels; auto = the fastest that is available"""
     head_skip: float = free(1e-6)
-    """elementwise distances skip gradients that add up to less than this share of the target's; 0 =
-    skip none"""
+    """distances without matrix products, such as manhattan, skip tokens whose gradients together
+    are less than this share of the target's gradient; 0 = skip none"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
-    """matrix products of the head: float32, split (two half-precision parts, nearly exact) or
-    autocast (the trunk's dtype); auto = on a GPU split for distances and autocast for cross_entropy
-    and cosine_linear, else float32"""
+    """precision of the head's matrix products: float32; split (two half-precision parts, nearly as
+    exact as float32); autocast (the dtype of the trunk). auto on a GPU = split for distances, and
+    autocast for cross_entropy and cosine_linear; auto elsewhere = float32"""
 
     @classmethod
     def free_settings(cls) -> set[str]:
-        """The settings that are no part of the weights."""
+        """The names of the `free` settings, with which a run can resume at another value."""
         return {f.name for f in fields(cls) if "free" in f.metadata}
 
     @property
     def architecture(self) -> Architecture:
+        """The entry of ARCHITECTURES that `arch` names."""
         return ARCHITECTURES[self.arch]
 
     def attention_width(self) -> int:
@@ -203,7 +209,7 @@ class ModelConfig:
         return self.head_dim or self.n_embd // self.n_head
 
     def gelu(self) -> str:
-        """GELU's `approximate` in PyTorch."""
+        """The `approximate` of PyTorch's GELU."""
         if self.activation is None:
             return self.architecture.gelu
         return "tanh" if self.activation == "gelu_tanh" else "none"
@@ -217,14 +223,15 @@ class ModelConfig:
         return 4 * self.n_embd
 
     def has_bias(self) -> bool:
-        """Whether linear layers and norms have biases; qwen's queries, keys and values alone."""
+        """Whether linear layers and norms have biases. In qwen only Q, K and V can have them."""
         return not self.qk_norm if self.bias is None else self.bias
 
     def norm(self, width: int) -> nn.Module:
+        """A new normalisation layer of the architecture."""
         return self.architecture.norm(width, self.has_bias())
 
     def head_options(self) -> dict[str, float]:
-        """The options of the head's distance that are set."""
+        """The options of the head's distance that are not None, by the distance's names."""
         marked = {
             f.metadata["head_option"]: f.name for f in fields(self) if "head_option" in f.metadata
         }
@@ -249,7 +256,7 @@ class ModelConfig:
         )
 
     def problems(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
+        """Everything that is wrong with the settings, one sentence each."""
         if found := self._size_problems():
             return found
         return self._trunk_problems() + self._head_problems()
@@ -313,7 +320,10 @@ class ModelConfig:
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Rotary positions, halves layout: x (B, H, T, D), rope = cos and sin (B or 1, 1, T, D/2)."""
+    """Rotates x (B, H, T, D) by its positions. Coordinate i is paired with i + D/2.
+
+    rope: cosines and sines, (B or 1, 1, T, D/2) each.
+    """
     cos, sin = (r.to(x.dtype) for r in rope)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -323,8 +333,10 @@ class KVCache:
     """Keys and values of the tokens seen so far: buffers (B, key/value heads, size, D), one for
     each layer.
 
-    size: how many tokens fit; None = block_size. The weights must stay as they are: keys and values
-    that were computed with others are not noticed.
+    batch: B. size: how many tokens fit; None = block_size.
+
+    The weights must not change while a cache is in use. It does not notice that its keys and values
+    come from older weights.
     """
 
     def __init__(
@@ -344,7 +356,7 @@ class KVCache:
         self.length = 0
 
     def select(self, rows: torch.Tensor) -> "KVCache":
-        """A cache whose row r is this one's row rows[r]."""
+        """A new cache. Its row r is a copy of row rows[r] of this cache."""
         chosen = copy.copy(self)
         chosen.keys = [keys[rows] for keys in self.keys]
         chosen.values = [values[rows] for values in self.values]
@@ -353,8 +365,10 @@ class KVCache:
     def extend(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores k, v (B, H, T, D) behind what is there -> all keys and values so far. The model
-        advances `length` after a pass."""
+        """Appends k and v of a layer, (B, key/value heads, T, D). Returns all that it has so far.
+
+        The model advances `length` after all layers.
+        """
         keys, values = self.keys[layer], self.values[layer]
         begin, count = self.length, k.shape[2]
         # A step of sampling is many small operations. `narrow` is the quickest way to slice.
@@ -366,10 +380,11 @@ class KVCache:
 def causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int = 64
 ) -> torch.Tensor:
-    """Scaled dot-product attention written out for blocks of queries, (B, H, T, D) each. Compiled,
-    it spares a CPU a third of the time of
-    PyTorch's own kernel in bfloat16. Scores are rounded to bfloat16, as products are; probabilities
-    are kept for the backward pass, so it is for short contexts."""
+    """Causal scaled dot-product attention, `rows` queries at a time: (B, H, T, D) each.
+
+    When compiled, it takes a third less time in bfloat16 on a CPU than PyTorch's own kernel. Scores
+    are rounded to bfloat16. The backward pass keeps all probabilities, so it is for short contexts.
+    """
     parts = []
     for i in range(0, q.shape[2], rows):
         end = min(i + rows, q.shape[2])
@@ -380,11 +395,13 @@ def causal_attention(
 
 
 def uses_flex_attention(config: ModelConfig, idx: torch.Tensor, training: bool) -> bool:
-    """Whether attention within the documents of `idx` (B, T) is FlexAttention under a block mask.
-    Otherwise the mask is dense."""
+    """Whether attention within the documents of `idx` (B, T) uses FlexAttention and a block mask.
+
+    Otherwise it uses a dense mask.
+    """
     # On a CPU FlexAttention has no backward pass.
     has_kernel = idx.is_cuda and importlib.util.find_spec("triton") is not None
-    # It has no dropout.
+    # FlexAttention has no dropout.
     drops = training and config.dropout > 0
     # Narrower heads have no kernel. Wider ones may not fit into shared memory.
     fits = 16 <= config.attention_width() <= 256
@@ -432,8 +449,11 @@ def document_block_mask(number: torch.Tensor, causal: bool) -> BlockMask:
 
 
 def listed_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen key blocks (B, 1, query blocks, key blocks) -> how many each query block has, and all
-    indices, the chosen first."""
+    """Lists chosen key blocks, given as booleans (B, 1, query blocks, key blocks).
+
+    Returns: how many each query block has (B, 1, query blocks), and the indices of all key blocks
+        with the chosen ones first (B, 1, query blocks, key blocks).
+    """
     chosen = chosen.int()
     indices = chosen.argsort(dim=-1, descending=True, stable=True).int()
     return chosen.sum(-1, dtype=torch.int32), indices
@@ -441,20 +461,21 @@ def listed_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Any]:
-    """FlexAttention as one kernel. Outside of a compiled block it would compute all scores
-    first."""
+    """FlexAttention compiled to one kernel. Without compilation it holds all scores in memory."""
     return torch.compile(flex_attention)
 
 
 def block_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask
 ) -> torch.Tensor:
-    """FlexAttention of q (B, H, T, D) to k, v (B, key/value heads, T, D), which groups of q's heads
-    share."""
+    """FlexAttention: q (B, H, T, D), k and v (B, key/value heads, T, D) -> (B, H, T, D).
+
+    Each key/value head is shared by a group of query heads.
+    """
     attend = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         attend = compiled_flex_attention()
-    # Under autocast a norm leaves q and k in float32. FlexAttention wants one dtype.
+    # Under autocast a norm leaves q and k in float32, but FlexAttention needs one dtype.
     return attend(
         q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -498,12 +519,12 @@ class Attention(nn.Module):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None
     ) -> torch.Tensor:
-        """q (B, H, T, D) to k, v (B, key/value heads, T or more, D) -> (B, H, T, D)."""
+        """Attention: q (B, H, T, D), k and v (B, key/value heads, T or more, D) -> (B, H, T, D)."""
         if isinstance(mask, BlockMask):
             return block_attention(q, k, v, mask)
         T = q.shape[2]
         causal = self.causal and mask is None
-        # An `if`, for with a dynamic T `causal and T > 1` is a symbol and not a bool.
+        # This is an `if`, because with a dynamic T `causal and T > 1` is a symbol and not a bool.
         if T == 1:
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
@@ -571,11 +592,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A trunk and a head.
+    """A language model: a trunk (everything up to the hidden states) and a head.
 
-    Weights begin as in GPT-2 and BERT: every matrix and embedding N(0, 0.02^2), the prototypes
-    N(0, head_init_std^2), biases 0, norms 1. With `scaled_residual`, weights back into the residual
-    stream are divided by sqrt(2 n_layer) (GPT-2, section 2.3).
+    Weights start as in GPT-2 and BERT: every matrix and embedding N(0, 0.02^2), the prototypes
+    N(0, head_init_std^2), biases 0, norms 1. With `scaled_residual`, the layers that add to the
+    residual stream have weights divided by sqrt(2 n_layer) (GPT-2, section 2.3).
     """
 
     def __init__(self, config: ModelConfig):
@@ -604,7 +625,7 @@ class Model(nn.Module):
             self.tokens.weight = self.head.weight
 
     def _initialise(self) -> None:
-        """All weights but the head's, which has its own way."""
+        """Initialises all weights except those of the head, which initialises itself."""
         config = self.config
         for name, p in self.named_parameters():
             if name.startswith("head."):
@@ -620,20 +641,26 @@ class Model(nn.Module):
                 nn.init.zeros_(p)
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile of each block. They are alike: one compilation serves all."""
+        """Compiles each block. Blocks have the same code, so one compilation serves all.
+
+        options: of torch.compile.
+        """
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
 
     def parameter_count(self) -> int:
+        """The number of parameters. Tied ones count once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, predicted: float = 1.0) -> float:
-        """Floating-point operations per token of forward + backward: 6 per weight that multiplies,
-        12 n_layer H D T for attention (PaLM, arXiv 2204.02311, appendix B). The head counts as a
-        matmul whatever its distance, so that MFU compares like with like.
+        """Floating-point operations per token, forward and backward.
 
-        Args:
-            predicted: share of the tokens that the head sees: 1, or that of the masked ones.
+        They are 6 for each weight that multiplies, and 12 n_layer H D T for attention (PaLM, arXiv
+        2204.02311, appendix B). The head counts as one matrix product for every distance, so that
+        the MFU of different heads can be compared.
+
+        predicted: the share of the tokens that the head sees. It is less than 1 if only masked
+            tokens are predicted.
         """
         c = self.config
         ends = [m for m in (self.head, self.transform) if m is not None]
@@ -646,8 +673,12 @@ class Model(nn.Module):
         return 6 * (trunk + predicted * head) + attention
 
     def documents(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | BlockMask]:
-        """Ids (B, T) -> the position of each in its document (B, T), and which pairs may attend:
-        FlexAttention's mask or (B, 1, T, T)."""
+        """Finds the documents in ids (B, T).
+
+        Returns: the position of each token in its document (B, T), and the mask of pairs that may
+            attend: a BlockMask for FlexAttention, or booleans (B, 1, T, T).
+        Raises: ValueError if eot_id is None.
+        """
         T, causal = idx.shape[1], self.config.architecture.causal
         if self.config.eot_id is None:
             raise ValueError("doc_mask needs eot_id")
@@ -662,8 +693,7 @@ class Model(nn.Module):
         return positions, mask[:, None]
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (T,) or (B, T) -> the cosines and sines of their rotations, (1 or B, 1, T,
-        D / 2) each."""
+        """Positions (T,) or (B, T) -> cosines and sines for `rotate`, (1 or B, 1, T, D/2) each."""
         D = self.config.attention_width()
         half = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
         frequency = self.config.rope_theta ** (-half / D)
@@ -681,7 +711,15 @@ class Model(nn.Module):
     ) -> torch.Tensor:
         """Token ids (B, T) -> final hidden states (B, T, C).
 
-        recompute: keep no activations within a block, but compute them again in the backward pass.
+        Args:
+            positions: (T,) or (B, T). None = from 0, or those after the cache. With doc_mask and
+                without a cache, None = from the start of each document, and `mask` is made too.
+            mask: which pairs of tokens may attend; None = all, or in a causal model each token to
+                itself and those before it.
+            cache: keys and values of earlier tokens. This call appends its own.
+            token_types: (B, T) of 0 and 1, for bert; None = all 0.
+            recompute: do not keep the activations of blocks, and compute them again in the backward
+                pass.
         """
         T = idx.shape[1]
         if self.config.doc_mask and positions is None and cache is None:
@@ -712,7 +750,7 @@ class Model(nn.Module):
         return x
 
     def hidden(self, idx: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """What the head sees: (B, T) -> (B, T, C)."""
+        """The states that the head sees: ids (B, T) -> (B, T, C). arguments: see `trunk`."""
         x = self.trunk(idx, **arguments)
         if self.transform is not None:
             x = self.transform(x)
@@ -726,16 +764,17 @@ class Model(nn.Module):
         with_distance: bool = False,
         recompute: bool = False,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Ids (B, T) -> (logits of all tokens (B, T, real_vocab_size), None).
-
-        With targets (B, T), which are IGNORE_INDEX where nothing is predicted: -> (None, loss in
-        nats), and the logits never exist.
+        """Computes logits, or a loss without ever holding all logits.
 
         Args:
+            idx: token ids (B, T).
+            targets: (B, T), IGNORE_INDEX where nothing is predicted. None = compute logits.
             reduction: "mean", "sum" or "none" of the losses.
-            with_distance: return a third value, d(h, w_target) of the targets (N,), without a
-                gradient; None for a head without a distance.
+            with_distance: also return d(h, w_target) of the N targets, without a gradient.
             recompute: see `trunk`.
+        Returns: without targets (logits (B, T, real_vocab_size), None), and with targets
+            (None, loss in nats). With `with_distance` a third value follows: (N,), or None if the
+            head has no distance.
         """
         if targets is None:
             return self.head(self.hidden(idx)), None
@@ -752,7 +791,7 @@ class Model(nn.Module):
         return None, loss
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-        """Of hidden states x (..., C); smoothed where that is asked for and the model trains."""
+        """The loss in nats of states x (..., C). label_smoothing applies in training mode only."""
         smoothing = self.config.label_smoothing if self.training else 0.0
         if not smoothing:
             return self.head.loss(x, targets, reduction=reduction)
@@ -772,30 +811,32 @@ class Model(nn.Module):
         head: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **sampling: Any,
     ) -> Iterator[list[int]]:
-        """Yields the next token of every prompt, a list of ints a step.
+        """Continues prompts. Each step yields the next token of every prompt as a list of ints.
 
-        Row r draws from its own generator seeded `seed + r`, so a row's text does not depend on its
-        neighbours. When a row's context reaches block_size, its older half is dropped and positions
-        start again, with the cache and without it. A prompt that several rows share is computed
-        once. The weights must not change meanwhile, for keys and values are of the old ones: what
-        PyTorch counts as a change in place is an error (fused optimisers and `.data` are not
-        counted).
+        Row r draws from its own generator with the seed `seed + r`, so the text of a row does not
+        depend on other rows. When the context of a row reaches block_size, its older half is
+        dropped and positions start again, with the cache and without it. A prompt that several rows
+        share is computed once.
+
+        The weights must not change between steps, because cached keys and values would be stale.
+        A change in place that PyTorch counts raises an error. It does not count changes by fused
+        optimisers or through `.data`.
 
         Args:
-            prompts: lists of ids of any lengths >= 1; shorter ones are padded on the left and
+            prompts: lists of ids, each with at least one. Shorter ones are padded on the left and
                 masked.
-            cache: keep keys and values (one token a step) or recompute the context each step: same
-                text, slower.
-            explain: called with (hidden states (B, C), tokens (B,)) a step.
-            head: gives the logits in the model's head's place: (B, C) -> (B, V).
+            cache: keep keys and values, so that a step computes one token. False computes the whole
+                context in each step: the text is the same, but slower.
+            explain: called in each step with (hidden states (B, C), tokens (B,)).
+            head: computes the logits instead of the model's head: (B, C) -> (B, V).
             sampling: temperature, top_k, top_p: see Sampler.
-        Raises: ValueError for a masked language model and for an empty prompt. RuntimeError if
-            logits are not finite or the weights have changed.
+        Raises: ValueError for a masked language model or an empty prompt. RuntimeError if logits
+            are not finite or the weights have changed.
         """
         if not self.config.architecture.causal:
             raise ValueError(f"{self.config.arch} is a masked language model: it does not generate")
         if not prompts or not all(prompts):
-            raise ValueError("a prompt is empty: each needs a token at least")
+            raise ValueError("a prompt is empty: each needs at least one token")
         device, sampler = self.tokens.weight.device, Sampler(**sampling)
         score = self.head.prepared() if head is None else head
         generators = [torch.Generator(device).manual_seed(seed + r) for r in range(len(prompts))]
@@ -805,7 +846,9 @@ class Model(nn.Module):
         changes = sum(p._version for p in weights)
         for step in range(max_new_tokens):
             if sum(p._version for p in weights) != changes:
-                raise RuntimeError("the weights have changed since this text began: begin it anew")
+                raise RuntimeError(
+                    "the weights have changed since this text began: call generate again"
+                )
             moved = texts.begin_contexts()
             if store is not None and not moved:
                 h = self.trunk(*texts.last(1), cache=store)[:, -1]
@@ -819,8 +862,11 @@ class Model(nn.Module):
     def _read(
         self, texts: "Texts", first: bool, cache: bool
     ) -> tuple[torch.Tensor, KVCache | None]:
-        """Whole contexts -> (the last state of each row (B, C), a cache of them or None)."""
-        # At first, rows with one prompt have one context.
+        """Computes whole contexts. Returns the last state of each row (B, C), and a new cache.
+
+        first: whether this is the first step. cache: False returns None instead of a cache.
+        """
+        # In the first step, rows with the same prompt have the same context.
         rows, of_row = texts.different() if first else (None, None)
         context, positions, mask = texts.whole(rows)
         store = None
@@ -841,10 +887,13 @@ class Model(nn.Module):
 
 
 class Texts:
-    """A batch of texts that grow, and the part of each that fits into the model's context.
+    """A batch of growing texts, and the part of each that fits into the model's context.
 
-    ids (B, room): shorter prompts are padded on the left, by `pad` tokens each. The first `length`
-    columns are written. `starts`: where the context of each row begins.
+    ids: (B, room). Shorter prompts are padded on the left.
+    pad: the number of padding tokens of each row.
+    length: the number of columns that are written so far.
+    starts: the column where the context of each row begins.
+    new: the number of tokens that may be added.
     """
 
     def __init__(
@@ -859,7 +908,7 @@ class Texts:
         ]
         self.ids = torch.tensor(padded, device=device)
         self.columns = torch.arange(self.room, device=device)
-        # With doc_mask: the last place where a document begins.
+        # With doc_mask: the column where the last document of each row begins.
         self.document = [0] * len(prompts)
         if config.doc_mask:
             for row, (pad, prompt) in enumerate(zip(self.pad, prompts, strict=True)):
@@ -868,7 +917,7 @@ class Texts:
         self.starts: list[int] = []
 
     def add(self, tokens: torch.Tensor) -> list[int]:
-        """Appends the next token of each row (B,) -> the tokens."""
+        """Appends the next token of each row, (B,). Returns them as ints."""
         self.ids[:, self.length] = tokens
         listed: list[int] = tokens.tolist()
         if self.config.doc_mask:
@@ -879,12 +928,12 @@ class Texts:
         return listed
 
     def begin_contexts(self) -> bool:
-        """Finds where contexts begin -> whether one begins elsewhere than before."""
+        """Finds where the contexts begin. Returns whether one has moved since the last call."""
         size, before = self.config.block_size, self.starts
         half = max(1, size // 2)
         self.starts = []
         for pad, document in zip(self.pad, self.document, strict=True):
-            # A context begins with its document.
+            # A context contains nothing before its document.
             begin = max(pad, document)
             too_many = max(0, self.length - begin - size)
             self.starts.append(begin + math.ceil(too_many / half) * half)
@@ -893,17 +942,20 @@ class Texts:
         self.first = min(self.starts)
         self.alike = self.first == max(self.starts)
         self.begin = torch.tensor(self.starts, device=self.ids.device)[:, None]
-        # Columns of pads are seen by no token of a text. (B, 1, 1, columns)
+        # Which columns a token may see: those of its context. (B, 1, 1, columns)
         self.in_text = (self.columns >= self.begin)[:, None, None]
         return True
 
     def longest(self) -> int:
-        """How many tokens the contexts may hold until the texts are whole."""
+        """The most tokens that a context can reach before the texts are complete."""
         return min(self.config.block_size, self.room - self.first)
 
     def different(self) -> tuple[list[int] | None, torch.Tensor | None]:
-        """-> (a row for each different prompt, which of them each row has); None, None where no
-        two rows have the same prompt."""
+        """Finds rows with the same prompt.
+
+        Returns: one row for each different prompt, and the index into these for each row (B,).
+            (None, None) if all prompts are different.
+        """
         found: dict[tuple[int, ...], int] = {}
         numbers = [found.setdefault(tuple(prompt), len(found)) for prompt in self.prompts]
         if len(found) == len(numbers):
@@ -912,8 +964,12 @@ class Texts:
         return rows, torch.tensor(numbers, device=self.ids.device)
 
     def last(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The last `count` tokens of each row (B, count) -> (they, their positions, which keys they
-        see: (B, 1, count, keys), or None for all before them)."""
+        """The last `count` tokens of each row.
+
+        Returns: their ids (B, count), their positions (count,) or (B, count), and the mask of keys
+            that they may see (B, 1, count, keys). The mask is None if all contexts begin in the
+            same column: then each token sees itself and all before it.
+        """
         end = self.length
         ids, here = self.ids[:, end - count : end], self.columns[end - count : end]
         if self.alike:
@@ -921,14 +977,14 @@ class Texts:
         seen = self.in_text[..., self.first : end]
         if count > 1:
             keys = self.columns[self.first : end]
-            # A pad sees itself, for a softmax over nothing is not a number.
+            # A padding token sees itself, because a softmax over nothing is NaN.
             seen = (seen | (keys == here[:, None])) & (keys <= here[:, None])
         return ids, (here - self.begin).clamp_min(0), seen
 
     def whole(
         self, rows: list[int] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`last` of the whole contexts, of these rows; None = all."""
+        """The whole contexts of some rows (None = all rows), in the form that `last` returns."""
         ids, positions, mask = self.last(self.length - self.first)
         if rows is None:
             return ids, positions, mask
@@ -965,19 +1021,21 @@ class Sampler:
             before = ordered.cumsum(-1) - ordered
             outside = before >= self.top_p * ordered.sum(-1, keepdim=True)
             p = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(outside, 0.0))
-        # What torch.multinomial draws: the first of exponential clocks to ring. A clock is its
-        # token's own, so that rounding errors of other tokens do not change the choice.
+        # As in torch.multinomial, each token has an exponential clock, and the first to ring is
+        # drawn. Each clock depends on its own token only, so rounding errors of other tokens do not
+        # change the choice.
         return p.div_(exponential_clocks(p, generators)).argmax(-1)
 
 
 def exponential_clocks(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """Exponential numbers in the shape of p (B, V), row r drawn from generators[r]."""
+    """Random numbers of the exponential distribution, (B, V) like p. Row r uses generators[r]."""
     if p.device.type != "cpu":
         clocks = torch.empty_like(p)
         for row, generator in zip(clocks, generators, strict=True):
             row.exponential_(1, generator=generator)
         return clocks
-    # The same numbers as exponential_, which takes its logarithms one by one on a CPU.
+    # These are the numbers of `exponential_`, which is slow on a CPU: it takes one logarithm at a
+    # time.
     u = torch.empty_like(p, dtype=torch.float64)
     for row, generator in zip(u, generators, strict=True):
         row.uniform_(generator=generator)
@@ -988,6 +1046,6 @@ def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th largest number of each row: (B, V) -> (B, 1)."""
     if x.device.type != "cpu":
         return x.topk(k, -1).values[:, -1:]
-    # NumPy selects with vector instructions, in an eighth of the time of topk.
+    # NumPy selects with vector instructions, and takes an eighth of the time of topk.
     place = x.shape[-1] - k
     return torch.from_numpy(np.partition(x.detach().numpy(), place, -1)[:, place : place + 1])

@@ -5,16 +5,16 @@
     python prepare_openwebtext.py --source=input.txt --tokenizer=char
     python prepare_openwebtext.py --source=a.txt b.jsonl.gz folder/ --out_dir=data/mine
 
-A token file holds raw little-endian ids: uint16, or uint32 when the vocabulary is above 65,535. The
+A token file holds raw little-endian ids: uint16, or uint32 if the vocabulary is above 65,535. The
 end-of-text id follows every document. Empty documents and exact copies are dropped. A hash of a
 document's text decides which split it is in. So the files do not depend on the number of processes,
-and adding documents moves none from split to split. (A small corpus may have to lend one document
-to a split that would be empty.)
+and adding documents moves none from split to split. (In a small corpus a split could be empty. Then
+it gets one document of the other split.)
 
-The files appear together, by one rename, when all is done. Documents are read one at a time: a
-parquet file by row groups, a .json list whole. Only two things in memory grow with the corpus:
-the hashes that find copies (about 100 bytes a document, 0.8 GB for the 8 million documents of
-OpenWebText) and, while bpe:N is trained, its distinct words.
+The files appear together, by one rename, when all is done. Documents are read one at a time, with
+two exceptions: a parquet file is read by row groups, and a .json list at once. Only two things in
+memory grow with the corpus: the hashes that find copies (about 100 bytes a document, 0.8 GB for the
+8 million documents of OpenWebText) and, while bpe:N is trained, its distinct words.
 """
 
 import os
@@ -53,21 +53,23 @@ class PrepareConfig:
     the characters of the training split (a character that only the validation split has becomes one
     unknown token, which shows as U+FFFD)"""
     out_dir: str | None = None
-    """folder of the token files; data/NAME by default, NAME that of the source"""
+    """folder of the token files; by default data/NAME, named after the source"""
     num_proc: int = os.cpu_count() or 1
     """processes that encode; the files do not depend on it"""
     val_fraction: float | None = None
-    """part of the documents that goes to val.bin, at least one document; 0.0005 for openwebtext as
-    in nanoGPT, else 0.05. A single document is cut in two at a line end"""
+    """share of the documents that goes to val.bin, at least one document. By default 0.0005 for
+    openwebtext, as in nanoGPT, and 0.05 for other text. A single document is cut in two at a line
+    end"""
     streaming: bool = False
     """read openwebtext over the network while encoding, instead of downloading it first (24 GB, and
     40 GB unpacked). Files are always streamed"""
     overwrite: bool = False
     """replace another preparation in out_dir"""
     max_documents: int = 0
-    """read this many documents at most, of each official split; 0 reads all"""
+    """read at most this many documents (of each split, if the corpus has official ones); 0 = all"""
     column: str | None = None
-    """name of the text in .csv, .json, .jsonl and .parquet; by default text or a usual name"""
+    """the column or key that holds the text in .csv, .json, .jsonl and .parquet files; by default
+    text, or another usual name"""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """what to do when something cannot be read (not UTF-8, corrupt, no such column): stop and name
     it, or skip the file or line and count it. If a file breaks off, what came before is kept"""
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Reads, encodes and writes one corpus, and prints what came of it."""
+    """Reads, encodes and writes one corpus, and prints a summary."""
     start = time.perf_counter()
 
     # Find the source, and whether this very preparation is there already.
@@ -159,7 +161,7 @@ def prepare(config: PrepareConfig) -> None:
         return
 
     with partial_folder(out) as folder:
-        # Choose the tokenizer. One of the text's own is trained on the training split first.
+        # Choose the tokenizer. bpe:N and char are first trained on the training split.
         if is_trained(config.tokenizer):
             documents = read(config, found, Tally())
             texts = (text for split, text in documents if split == "train")
@@ -188,7 +190,7 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def read(config: PrepareConfig, found: Found, tally: Tally) -> Iterator[tuple[str, str]]:
-    """Yields (split, text) of every document to encode, and notes in `tally` what is read."""
+    """Yields (split, text) of every document to encode, and counts in `tally` what is read."""
     parts: Mapping[str | None, Iterable[str | None]]
     if config.corpus:
         parts = config.corpus.read(config.streaming)

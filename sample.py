@@ -1,5 +1,6 @@
-"""Continues a text with a trained run, or predicts masked tokens with a BERT. Explains which
-prototypes and coordinates decided.
+"""Continues a text with a trained run, or predicts masked tokens with a BERT.
+
+With --explain it shows which prototypes and coordinates decided each token.
 
     python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100
     python sample.py --out_dir=out/l1 --start="The" --temperature=0.8 --top_k=200 --seed=1
@@ -33,7 +34,7 @@ from text.tokenizers import Tokenizer, load_tokenizer
 from training import checkpoint
 from training.distributed import check_device
 
-MASKS = ("[MASK]", "<|mask|>")  # how a prompt writes the mask, whatever the tokenizer
+MASKS = ("[MASK]", "<|mask|>")  # A prompt may write the mask in both ways, for any tokenizer.
 
 
 @dataclass
@@ -43,16 +44,16 @@ class SampleConfig:
     out_dir: str = "out/run"
     """the run's folder; its newest checkpoint is used"""
     start: list[str] = field(default_factory=list)
-    """prompts: --start="The" "A second one"; FILE:prompt.txt reads one from a file (UTF-8; line
-    ends become \\n); none = the start of a document. <|endoftext|> ([SEP] for bert) in a prompt is
-    the end-of-text token"""
+    """prompts, as in --start="The" "A second one". FILE:prompt.txt reads one prompt from a file
+    (UTF-8; line ends become \\n). Without a prompt the model begins a document. <|endoftext|> in a
+    prompt ([SEP] for bert) is the end-of-text token"""
     prompts: str = ""
-    """a file with one prompt a line (UTF-8); empty lines are skipped. These come after the
-    prompts of start"""
+    """a file with one prompt a line (UTF-8); empty lines are skipped. Prompts of --start come
+    first"""
     num_samples: int = 1
     """texts for each prompt"""
     max_new_tokens: int = 200
-    """tokens to add; beyond block_size the older half of the context is dropped"""
+    """tokens to add. When a text reaches block_size, the older half of the context is dropped"""
     stop_at_eot: bool = False
     """end a text at the end-of-text token, which is not shown"""
     temperature: float = 0.8
@@ -64,18 +65,21 @@ class SampleConfig:
     seed: int = 1337
     """the same seed gives the same text"""
     explain: bool = False
-    """for each new token: its nearest prototypes, and the coordinates that carry its distance"""
+    """print for each new token the nearest prototypes, and the coordinates that contribute most to
+    its distance"""
     json: bool = False
-    """print one JSON object a line for each text, and nothing else on stdout: prompt, text (what
-    was added), tokens (its ids), finish_reason (eot or length)"""
+    """print one line of JSON for each text, and nothing else on stdout. Its keys: prompt, text
+    (what was added), tokens (the ids of text), finish_reason (eot or length)"""
     ann: bool = False
-    """give logits to the nearest prototypes alone, which faiss finds (pip install faiss-cpu)"""
+    """compute logits for the nearest prototypes only, which faiss finds (pip install faiss-cpu)"""
     ann_candidates: int = 512
     """how many prototypes get a logit with --ann"""
     ann_index: Literal["flat", "hnsw"] = "flat"
-    """flat finds the nearest exactly; hnsw most of them, and it takes minutes to build"""
+    """flat finds exactly the nearest prototypes. hnsw finds most of them, and takes longer to
+    build"""
     cache: bool = True
-    """keep keys and values; false recomputes the context at each token (same text, slower)"""
+    """keep the keys and values of attention; false computes the context again for each token, which
+    gives the same text and is slower"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -96,19 +100,22 @@ class SampleConfig:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} is not in (0, 1]")
         if self.json and self.explain:
-            found.append("json=true and explain=true exclude each other: JSON has the texts alone")
+            found.append(
+                "json=true and explain=true exclude each other: the JSON has no explanations"
+            )
         return found
 
 
 def read_prompt(text: str) -> str:
-    """`FILE:path` -> the file's text; anything else is the prompt itself."""
+    """The prompt that a text stands for: the contents of a file for `FILE:path`, else the text."""
     return read_text(text[5:], f"--start={text}") if text.startswith("FILE:") else text
 
 
 def read_text(name: str, flag: str) -> str:
-    """The text of a file that the command line's `flag` names.
+    """Reads a UTF-8 file. A byte-order mark is dropped, and line ends become `\\n`.
 
-    A byte-order mark is dropped and line ends become `\\n`. UserError for what is not a text file.
+    flag: the flag that names the file, for error messages.
+    Raises: UserError if it cannot be read or is not UTF-8 text.
     """
     path = Path(name)
     try:
@@ -121,14 +128,18 @@ def read_text(name: str, flag: str) -> str:
         raise UserError(f"{flag}: not UTF-8 text") from None
     if "\0" in prompt:
         raise UserError(
-            f"{flag}: it holds NUL characters, so it is no UTF-8 text: perhaps UTF-16; save"
-            " it as UTF-8"
+            f"{flag}: it holds NUL characters, so it is not UTF-8 text but perhaps UTF-16: save it"
+            " as UTF-8"
         )
     return prompt
 
 
 def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
-    """Ids of a prompt; `[MASK]` becomes the mask id where `masked`."""
+    """The ids of a prompt.
+
+    masked: replace `[MASK]` by the tokenizer's mask token.
+    Raises: UserError if the prompt has no tokens, unknown characters, or (masked) no mask.
+    """
     if not prompt:
         raise UserError(
             "the prompt is empty: give --start=TEXT, or leave --start out to begin a document"
@@ -138,8 +149,8 @@ def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
             prompt = prompt.replace(mask, MASKS[0])
         if MASKS[0] not in prompt:
             raise UserError(
-                "a bert is a masked language model and continues no text: put [MASK] into --start,"
-                " as in --start='The film was [MASK].'"
+                "a bert is a masked language model and does not continue a text: put [MASK] into"
+                " --start, as in --start='The film was [MASK].'"
             )
         pieces = [tokenizer.encode_prompt(piece) for piece in prompt.split(MASKS[0])]
         ids = [i for piece in pieces for i in (*piece, tokenizer.mask_id)][:-1]
@@ -156,10 +167,12 @@ def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
 
 
 class Explainer:
-    """Collects, for each row, lines that say why each token came: called by Model.generate with
-    (hidden states, tokens)."""
+    """Collects lines for each row that say why each token was chosen.
 
-    nearest, coordinates = 5, 4  # prototypes and coordinates shown
+    `Model.generate` calls it at each step with (hidden states (B, C), tokens (B,)).
+    """
+
+    nearest, coordinates = 5, 4  # How many prototypes and coordinates are shown.
 
     def __init__(self, model: Model, tokenizer: Tokenizer, rows: int):
         self.head, self.tokenizer = model.head, tokenizer
@@ -172,7 +185,22 @@ class Explainer:
             self.share = f"of d^{power:g}"
         else:
             self.share = "of d"
+        # The maximum of chebyshev is at one coordinate, which decides alone.
         self.only = 1 if row.kernel == "linf" else self.coordinates
+
+    def legend(self) -> str:
+        """What the lines below a text mean, in sentences."""
+        value, what = "d", "d, the distance of its prototype from the hidden state"
+        if self.head.is_control:
+            value, what = "the logit", "its logit"
+        width = self.head.weight.shape[1]
+        return (
+            f"Each token below is shown with {what}, and with p, its probability before"
+            " temperature, top_k and top_p.\n"
+            f"nearest shows the {self.nearest} likeliest tokens in the same way.\n"
+            f"coordinates shows which of the {width} coordinates of hidden state and prototype"
+            f" contribute most to {value}, and the share of each."
+        )
 
     def __call__(self, h: torch.Tensor, tokens: torch.Tensor) -> None:
         head = self.head
@@ -207,13 +235,15 @@ class Explainer:
 
 
 def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
-    """Prints each prompt with its masks replaced by the likeliest tokens, and the candidates of
-    each mask."""
-    for ids in prompts:
+    """Prints each prompt with its masks replaced by the likeliest tokens, and explains each mask.
+
+    prompts: lists of ids. Raises: UserError if one is longer than block_size.
+    """
+    for number, ids in enumerate(prompts):
         if len(ids) > model.config.block_size:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, the model's block_size is"
-                f" {model.config.block_size}"
+                f"the prompt has {len(ids)} tokens, and the model's block_size is"
+                f" {model.config.block_size}: shorten the prompt"
             )
         x = torch.tensor([ids], device=model.tokens.weight.device)
         h = model.hidden(x)[0, (x[0] == tokenizer.mask_id).nonzero()[:, 0]].float()
@@ -222,13 +252,18 @@ def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]])
         print(tokenizer.decode([next(choices) if i == tokenizer.mask_id else i for i in ids]))
         explainer = Explainer(model, tokenizer, len(h))
         explainer(h, p.argmax(-1))
-        for number, lines in enumerate(explainer.lines, 1):
-            print(f"  mask {number}\n{lines[0]}")
+        if number == 0:
+            print(explainer.legend())
+        for mask, lines in enumerate(explainer.lines, 1):
+            print(f"  mask {mask}\n{lines[0]}")
         print("---------------")
 
 
 class Texts:
-    """The texts of all rows while they grow. With an `eot_id`, a row ends at that token."""
+    """The texts of all rows while they grow.
+
+    eot_id: the token that ends a text; None if nothing does.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]], eot_id: int | None):
         self.eot_id = eot_id
@@ -236,12 +271,12 @@ class Texts:
         self.texts = [
             "".join(map(stream, ids)) for stream, ids in zip(self.streams, prompts, strict=True)
         ]
-        # What was added, the last token included.
+        # The ids that were added, with the end-of-text token.
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.ended = [False] * len(prompts)
 
     def add(self, tokens: list[int]) -> list[str]:
-        """Takes the next token of each row -> what each text gains by it."""
+        """Adds the next token of each row. Returns what each text gains: "" if it has ended."""
         pieces = [""] * len(tokens)
         for row, token in enumerate(tokens):
             if not self.ended[row]:
@@ -252,14 +287,18 @@ class Texts:
         return pieces
 
     def whole(self, row: int) -> str:
-        """A complete text, with what it still held back: half a character at its end."""
+        """A complete text. It ends with what the decoder still holds, such as half a character."""
         return self.texts[row] + self.streams[row](None)
 
 
 def write(
     texts: Texts, steps: Iterator[list[int]], explainer: Explainer | None, total: int
 ) -> None:
-    """Prints the texts as `steps` yields their tokens: one text token by token, several whole."""
+    """Prints the texts while `steps` yields the tokens of each step.
+
+    A single text appears token by token. Of several, each appears when it is complete.
+    total: the number of steps at most.
+    """
     if len(texts.texts) == 1:
         shown = texts.texts[0]
         print(shown, end="", flush=True)
@@ -273,17 +312,19 @@ def write(
 
 
 def show(text: str, texts: Texts, row: int, explainer: Explainer | None) -> None:
-    """Prints a text, or the rest of it, and what stands below it."""
+    """Prints a text, or the rest of it, and below it a rule or the explanation of its tokens."""
     with tqdm.external_write_mode():
         print(text)
         if explainer:
-            print("\n".join(["", *explainer.lines[row][: len(texts.tokens[row])]]), flush=True)
+            legend = [explainer.legend()] if row == 0 else []
+            lines = explainer.lines[row][: len(texts.tokens[row])]
+            print("\n".join(["", *legend, *lines]), flush=True)
         else:
             print("---------------", flush=True)
 
 
 def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
-    """Prints a line of JSON for each text."""
+    """Prints a line of JSON for each text, as soon as it and all texts before it are complete."""
     prompts = list(texts.texts)
     for row in complete(texts, steps, total):
         line = {
@@ -297,7 +338,7 @@ def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
 
 
 def complete(texts: Texts, steps: Iterator[list[int]], total: int) -> Iterator[int]:
-    """Adds tokens -> the row of each text, as soon as it and all texts before it are complete."""
+    """Adds tokens. Yields the row of each text as soon as it and all before it are complete."""
     row, rows = 0, len(texts.ended)
     for _ in grow(texts, steps, total, progress=True):
         while row < rows and texts.ended[row]:
@@ -309,7 +350,7 @@ def complete(texts: Texts, steps: Iterator[list[int]], total: int) -> Iterator[i
 def grow(
     texts: Texts, steps: Iterator[list[int]], total: int, progress: bool
 ) -> Iterator[list[str]]:
-    """Adds tokens until all texts are whole -> what each text gains, a step at a time."""
+    """Adds tokens until all texts are complete. Yields what each text gains in a step."""
     hidden = not progress or not sys.stderr.isatty()
     with tqdm(total=total, unit="token", disable=hidden, leave=False) as bar:
         for tokens in steps:
@@ -320,14 +361,14 @@ def grow(
 
 
 def read_prompts(c: SampleConfig, tokenizer: Tokenizer, masked: bool) -> list[list[int]]:
-    """The ids of every prompt. UserError that lists all that is wrong with them."""
+    """The ids of every prompt. UserError lists everything that is wrong with them."""
     problems, prompts, starts = [], [], list(c.start)
     if c.prompts:
         lines = [
             line for line in read_text(c.prompts, f"--prompts={c.prompts}").split("\n") if line
         ]
         if not lines:
-            raise UserError(f"--prompts={c.prompts}: it has no prompts")
+            raise UserError(f"--prompts={c.prompts}: the file has no prompts")
         starts += lines
     for text in starts:
         try:
@@ -339,12 +380,12 @@ def read_prompts(c: SampleConfig, tokenizer: Tokenizer, masked: bool) -> list[li
 
 
 def refuse_writing(c: SampleConfig) -> None:
-    """UserError, in one message, for settings that a masked language model has no use for."""
+    """Raises one UserError for all settings that mean nothing to a masked language model."""
     problems = []
     if not c.start and not c.prompts:
         problems.append(
-            "a bert is a masked language model and continues no text: give"
-            " --start='The film was [MASK].'"
+            "a bert is a masked language model and does not continue a text: give a prompt with"
+            " [MASK], as in --start='The film was [MASK].'"
         )
     for flag, asked in (
         ("num_samples", c.num_samples > 1),
@@ -358,7 +399,7 @@ def refuse_writing(c: SampleConfig) -> None:
 
 
 def nearest_head(head: HarmonicHead, c: SampleConfig) -> NearestHead:
-    """The head of --ann. UserError where faiss is missing or has no metric for the head."""
+    """The head of --ann. UserError if faiss is missing or has no metric for the head."""
     began = time.perf_counter()
     try:
         nearest = NearestHead(head, c.ann_candidates, c.ann_index)
@@ -370,11 +411,12 @@ def nearest_head(head: HarmonicHead, c: SampleConfig) -> NearestHead:
 
 
 def print_bounds(nearest: NearestHead, kind: str) -> None:
+    """Prints how much probability --ann left out. kind: whether these are bounds or estimates."""
     bounds = nearest.bounds
     mean = sum(bounds) / len(bounds)
     print(
-        f"probability without a candidate: {kind} {mean:.2g} on average, {max(bounds):.2g} in the"
-        " worst step",
+        f"probability of the tokens that --ann left out: {kind} {mean:.2g} on average,"
+        f" {max(bounds):.2g} in the worst step",
         file=sys.stderr,
     )
 
@@ -403,8 +445,9 @@ def main() -> None:
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
             print(
-                f"note: {longest} tokens exceed block_size={model.config.block_size}: the context"
-                " slides, the oldest half is forgotten",
+                f"note: a text of {longest} tokens does not fit into"
+                f" block_size={model.config.block_size}: the context slides, and its older half is"
+                " dropped each time it is full",
                 file=sys.stderr,
             )
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
@@ -421,7 +464,7 @@ def main() -> None:
             top_p=c.top_p,
         )
         began = time.perf_counter()
-        shown = rows if prompts else [[] for _ in rows]  # a document's start is not shown
+        shown = rows if prompts else [[] for _ in rows]  # The start token is not shown.
         texts = Texts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None)
         if c.json:
             write_json(texts, steps, c.max_new_tokens)

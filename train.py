@@ -8,15 +8,25 @@
 Start with a YAML config, then override any setting with --key=value. docs/training.md describes the
 run's folder.
 
-Exit status: 0 trained; 2 bad input, nothing lost; 3 a loss or gradient is not finite; 4 trained,
-    but the last checkpoint could not be written; 130, 138, 143 stopped by Ctrl-C, SIGUSR1, SIGTERM,
-    with a checkpoint of the last iteration (a second Ctrl-C: without).
+Exit status:
+    0               the run is trained
+    2               the input is wrong; nothing is lost
+    3               a loss or gradient is not finite
+    4               the run is trained, but its last checkpoint could not be written
+    130, 138, 143   stopped by Ctrl-C, SIGUSR1 or SIGTERM, with a checkpoint of the last iteration;
+                    a second Ctrl-C stops at once, without a checkpoint
 """
 
 import math
+import os
 import signal
 import sys
 import time
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    if "--help" not in sys.argv and "-h" not in sys.argv:
+        # The imports below take seconds. Say something before them.
+        print("loading PyTorch and the model's code", file=sys.stderr, flush=True)
 
 import torch
 
@@ -48,7 +58,7 @@ from training.start import (
 from training.step import Gradients, Progress, Step, Work
 from training.verify import verify_resume
 
-MOST_SKIPPED = 100  # iterations in a row, with --on_nan=skip
+MOST_SKIPPED = 100  # With --on_nan=skip, so many skipped iterations in a row stop the run.
 
 
 def main() -> None:
@@ -71,7 +81,7 @@ def main() -> None:
     dtype, autocast, scaler = precision(c, p)
     evaluate = Evaluation(data, m, c, p, autocast)
 
-    # The model: new, the source's, or the newest checkpoint's.
+    # The model: a new one, that of --source, or that of the newest checkpoint.
     torch.manual_seed(c.seed)
     model, of_source = make_model(m, c, data, p, source, evaluate)
     progress, resumed = Progress(), None
@@ -80,7 +90,7 @@ def main() -> None:
         if progress.iteration >= c.max_iters and not c.eval_only:
             done = f"{c.out_dir} is already trained to iteration {progress.iteration}"
             if p.main:
-                print(f"{done}; raise --max_iters to go on")
+                print(f"{done}; raise --max_iters to train longer")
             return
     model.to(p.device)
     if c.compile:
@@ -116,7 +126,11 @@ def make_model(
     source: pretrained.Pretrained | None,
     evaluate: Evaluation,
 ) -> tuple[Model, dict]:
-    """-> (the model at its start, the source's own results where its head was swapped)."""
+    """Makes the model that training starts from.
+
+    Returns: the model, and the validation results of `source` with its own head. These are empty if
+        there is no source, or if it keeps its head.
+    """
     if not source:
         return Model(m), {}
     model = source.load(m)
@@ -126,21 +140,24 @@ def make_model(
     found = {f"source_{k}": v for k, v in found.items() if k in ("val_loss", "perplexity")}
     states = pretrained.states(model.eval(), data, c.seed, c.batch_size)
     kl = pretrained.swap(model, m, states)
-    with torch.no_grad():  # one choice for all processes
+    with torch.no_grad():  # All processes take the head that the main one has fitted.
         model.head.weight.copy_(p.from_main(lambda: model.head.weight.detach().cpu()))
         model.head.set_strength(p.from_main(lambda: float(model.head.strength)))
     if p.main:
         print(
-            f"{source.name} as it is: val loss {found['source_val_loss']:.4f}, perplexity"
+            f"{source.name} with its own head: val loss {found['source_val_loss']:.4f}, perplexity"
             f" {found['source_perplexity']:.4g}\n"
-            f"its head swapped for {model.head.extra_repr()}, not tied: KL {kl:.2g} nats a"
-            " token on training text"
+            f"its head swapped for {model.head.extra_repr()}, not tied to the embedding: KL"
+            f" divergence from the old head {kl:.2g} nats a token on training text"
         )
     return model, found
 
 
 def train(run: Run, folder: RunFolder) -> None:
-    """The loop: to max_iters, or until a signal or a number that is not finite. Then exits."""
+    """The training loop. It ends at max_iters, at a signal, or if a loss or gradient is not finite.
+
+    Raises: SystemExit if the exit status is not 0.
+    """
     c, p, at = run.c, run.processes, run.progress
     log = Log(run, folder)
     profile = Profile(folder.path / "profile", c.profile if p.main else 0, p.device)
@@ -220,14 +237,14 @@ def iterate(run: Run) -> Step:
 
 
 def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
-    """Without waiting, where the device allows it."""
+    """Copies a tensor to the device. On CUDA it does not wait for the copy."""
     if device.startswith("cuda"):
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
-    """A checkpoint without an evaluation, where there are iterations that none has."""
+    """Saves a checkpoint without an evaluation, if the newest one lacks iterations."""
     at = run.progress
     if at.iteration not in (at.evaluated, log.first):
         log.flush(at.iteration)
@@ -235,7 +252,7 @@ def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
 
 
 def report(run: Run, folder: RunFolder, log: Log) -> None:
-    """What is due before an iteration: an evaluation with a checkpoint, a sample of text."""
+    """Does what is due before an iteration: prints a sample of text, evaluates and saves."""
     c, at = run.c, run.progress
     due = at.iteration % c.eval_interval == 0 or at.iteration == c.max_iters
     due = due and at.iteration != at.evaluated
@@ -253,7 +270,7 @@ def report(run: Run, folder: RunFolder, log: Log) -> None:
 
 
 def evaluate_and_save(run: Run, folder: RunFolder) -> None:
-    """Evaluates, says so, and saves a checkpoint; at iteration 0 there is nothing to save."""
+    """Evaluates, prints the results, and saves a checkpoint unless this is iteration 0."""
     at = run.progress
     found = run.evaluate(run.model)
     if at.iteration == 0:

@@ -2,11 +2,12 @@
 
     python -m analysis.bottleneck out/a out/b
 
-The loss of a token wants its V logits to move along g = p - y, but a hidden state has C < V
-coordinates: its changes move the logits in the C directions of the head's Jacobian J alone. The
-share is |P g| / |g|, P the projection onto the columns of J: 1 where the state can follow, 0 where
-nothing of g arrives (2603.10145, which finds 0.01 to 0.05 for the dot product of large models). For
-a dot product J is the table of prototypes. For a distance it depends on the state.
+The gradient of a token's loss with respect to its V logits is g = p - y. But a hidden state has
+only C < V coordinates, so it can move the logits only along the C columns of the head's Jacobian J.
+The share is |P g| / |g|, where P projects onto these columns. It is 1 if the state can follow the
+gradient completely, and 0 if nothing of it arrives. Paper 2603.10145 finds 0.01 to 0.05 for the dot
+product of large models. For a dot product J is the table of prototypes. For a distance J depends on
+the state.
 """
 
 import math
@@ -38,9 +39,9 @@ class BottleneckConfig(AnalysisConfig):
     """The gradient that reaches the hidden state"""
 
     tokens: int = 64
-    """tokens of the split that are looked at, spread evenly"""
+    """how many tokens of the split to measure, spread evenly over it"""
     split: Literal["val", "test"] = "val"
-    """whose tokens"""
+    """the split to take tokens from"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
 
@@ -52,10 +53,10 @@ class BottleneckConfig(AnalysisConfig):
 
 
 def jacobian(head: HarmonicHead, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of one state and their derivatives: (C,) -> (V,), (V, C), in float64."""
+    """The logits of one state h (C,), and their derivatives: (V,) and (V, C), in float64."""
     w = head.prototypes().detach().double()
     settings = {k: v.double() if torch.is_tensor(v) else v for k, v in head.geometry().items()}
-    # A copy of the state for each prototype: the gradient of the sum has a row for each logit.
+    # With a copy of the state for each prototype, one backward pass of the sum gives all rows.
     copies = h.double().expand(len(w), -1).clone().requires_grad_()
     with torch.enable_grad():
         value = paired_distance(copies, w, head.name, **settings)
@@ -69,18 +70,19 @@ def jacobian(head: HarmonicHead, h: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def gradient_shares(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """|P g| / |g| of each token: (N, C), (N,) -> (N,)."""
+    """|P g| / |g| of each token: states h (N, C), targets (N,) -> (N,), from 0 to 1."""
     shares = []
     for state, target in zip(h, targets, strict=True):
         logits, rows = jacobian(head, state)
         if head.bias is not None:
             logits = logits + head.bias[: len(logits)].double()
-        # g = (1 - p_y) (q - e_y) with q the softmax of the others. The factor does not change the
-        # share, and would be rounded away for a confident token.
+        # g = (1 - p_y) (q - e_y), where q is the softmax of the other logits. The factor 1 - p_y
+        # does not change the share. It is left out, because it rounds to 0 for a confident token.
         logits[target] = -math.inf
         g = logits.softmax(-1)
         g[target] = -1
-        # P = J (J'J)^+ J'. The rank may be less than C: no change of cosine's radius does anything.
+        # P = J (J'J)^+ J'. A pseudo-inverse, because the rank may be less than C: cosine does not
+        # depend on the length of the state.
         inverse = torch.linalg.pinv(rows.T @ rows, rtol=1e-12, hermitian=True)
         arriving = rows.T @ g
         shares.append((arriving @ inverse @ arriving).clamp_min(0).sqrt() / g.norm())

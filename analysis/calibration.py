@@ -1,9 +1,10 @@
-"""Where a model's loss comes from: by position, by frequency of the token, by confidence, by
-distance to the nearest prototype.
+"""Which tokens a model's loss comes from: by their position, their frequency, the model's
+confidence, and the distance to the nearest prototype.
 
-Part of `python -m analysis.perplexity --detail`. A distance head offers a confidence for nothing:
-how near the nearest prototype is. The expected calibration error is the mean of |accuracy -
-confidence| over BINS bins of the largest probability, weighted by their tokens (Guo et al. 2017).
+`python -m analysis.perplexity --detail` uses this. In a distance head, the distance to the nearest
+prototype is a measure of confidence that needs no extra computation. The expected calibration error
+puts tokens into BINS bins of the largest probability. It is the mean of |accuracy - confidence|
+over the bins, weighted by their numbers of tokens (Guo et al. 2017).
 """
 
 import math
@@ -22,9 +23,12 @@ BINS, TOKENS, ROWS = 15, 32768, 256
 
 @torch.inference_mode()
 def examine(model: Model, data: Data, split: str, tokens: int = TOKENS) -> dict[str, np.ndarray]:
-    """About `tokens` tokens of a split, in windows side by side -> arrays of one number a token:
-    nll (nats), position, target, confidence (largest probability), correct, nearest (distance to
-    the nearest prototype; NaN for a control)."""
+    """Measures about `tokens` tokens of a split, in windows side by side.
+
+    Returns: arrays (N,) with a number for each token. nll: its loss in nats. position: in its
+        window. target: its id. confidence: the largest probability. correct: 1 if that is the
+        target, else 0. nearest: the distance to the nearest prototype, NaN for a control.
+    """
     head, found = model.head, []
     for h, y, kept in predictions(model, data, split, tokens):
         where = torch.arange(kept.shape[1]).expand(len(kept), -1)[kept]
@@ -57,7 +61,10 @@ def examine(model: Model, data: Data, split: str, tokens: int = TOKENS) -> dict[
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """The expected calibration error of tokens, 0 to 1: (N,), (N,) -> NaN of no token."""
+    """The expected calibration error of N tokens, from 0 to 1. NaN if there are none.
+
+    confidence: (N,), the largest probability. correct: (N,), 1 if it was right, else 0.
+    """
     if not len(confidence):
         return math.nan
     place = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
@@ -66,8 +73,12 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 
 def bins_of(tokens: dict[str, np.ndarray], by: str, edges: np.ndarray) -> list[dict]:
-    """Means over the tokens whose `by` lies in [edges[i], edges[i + 1]); the last bin has its upper
-    edge too. Empty bins are left out."""
+    """Means over the tokens of each bin. Empty bins are left out.
+
+    A bin has the tokens whose value of `by` lies in [edges[i], edges[i + 1]). The last bin includes
+    its upper edge.
+    tokens: from `examine`. by: one of its keys. Returns: a row for each bin.
+    """
     place = np.clip(np.searchsorted(edges, tokens[by], "right") - 1, 0, len(edges) - 2)
     rows = []
     for i in range(len(edges) - 1):
@@ -94,7 +105,10 @@ def bins_of(tokens: dict[str, np.ndarray], by: str, edges: np.ndarray) -> list[d
 
 
 def detail(tokens: dict[str, np.ndarray], counts: np.ndarray, block_size: int) -> list[dict]:
-    """Rows for all four questions. counts: how often each token occurs in the training text."""
+    """Rows of `bins_of` by position, frequency, confidence and nearest distance.
+
+    tokens: from `examine`. counts (V,): how often each token occurs in the training text.
+    """
     tokens = {**tokens, "frequency": counts[tokens["target"].astype(int)].astype(float)}
     powers = 2 ** np.arange(math.ceil(math.log2(block_size)) + 1)
     rows = bins_of(
@@ -114,7 +128,7 @@ def detail(tokens: dict[str, np.ndarray], counts: np.ndarray, block_size: int) -
 
 
 def draw(rows: list[dict]) -> Figure:
-    """Four panels: loss by position, frequency, distance; the reliability diagram."""
+    """Four panels: the loss by position, frequency and distance, and a reliability diagram."""
     figure = figures.figure(5.4)
     panels = figure.subplots(2, 2)
     labels = {
@@ -142,15 +156,14 @@ def draw(rows: list[dict]) -> Figure:
 
 
 def _curve(by: str, rows: list[dict]) -> tuple[list, list]:
-    """What is plotted of one run's bins: x and y."""
+    """The x and y of a panel's curve, from the bins of one run."""
     if by == "confidence":
         return [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
     losses = [row["nll"] for row in rows]
     if by == "nearest":
-        # Distances of different heads have nothing in common, so their tenths are compared.
+        # Distances of different heads have different units, so x is the tenth of the tokens.
         return list(range(1, len(rows) + 1)), losses
     if by == "position":
-        # A bin goes up to the position before the next one's first; zero does not show on a
-        # logarithmic axis.
+        # x is the last position in the bin. A logarithmic axis cannot show 0, so that is 0.5.
         return [max(row["to"] - 1, 0.5) for row in rows], losses
     return [max(row["to"], 0.5) for row in rows], losses

@@ -1,10 +1,10 @@
-"""Paired comparison of runs: the same windows of text under each, their differences, an interval
-and a p-value.
+"""Compares runs on the same windows of text: the mean difference of their losses, its interval and
+its p-value.
 
-Windows of one text differ far more from one another than two heads do on one window, so the
-differences are what is compared. The interval is a bootstrap of the windows, the p-value a
-sign-flip permutation test. Both speak of this text and these two trained models: that another seed
-might turn the result they cannot know.
+Losses of two windows differ far more than losses of two heads on one window. So the differences on
+each window are compared. The interval is a bootstrap over windows, and the p-value is that of a
+sign-flip permutation test. Both hold for this text and these two trained models. They do not cover
+training again with another seed.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,10 @@ WINDOWS, DRAWS = 256, 10_000
 
 @dataclass
 class Difference:
-    """`mean` nats a token by which a run is worse than the best one, its 95 % interval and
-    p-value."""
+    """How many nats a token one run is worse than another.
+
+    mean: over windows. low, high: its 95 % interval. p: the p-value of no difference.
+    """
 
     mean: float
     low: float
@@ -33,8 +35,10 @@ class Difference:
 
 @torch.inference_mode()
 def window_losses(model: Model, data: Data, split: str = "val") -> np.ndarray:
-    """The mean negative log likelihood of each of at most WINDOWS windows, spread over a split, in
-    nats a token."""
+    """The mean loss of each window, in nats a token: (windows,).
+
+    There are at most WINDOWS windows, spread evenly over the split.
+    """
     c, found = model.config, []
     tokens = WINDOWS * objective_of(c.arch).predicted(c.block_size)
     for h, y, kept in predictions(model, data, split, tokens):
@@ -46,7 +50,10 @@ def window_losses(model: Model, data: Data, split: str = "val") -> np.ndarray:
 
 
 def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Difference:
-    """Of paired losses (N,): a - b."""
+    """The difference a - b of the losses of the same N windows, (N,) each.
+
+    seed: of the bootstrap and the permutations.
+    """
     d, rng = a - b, np.random.default_rng(seed)
     mean = d.mean()
     means = d[rng.integers(0, len(d), (DRAWS, len(d)))].mean(1)
@@ -58,6 +65,9 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Difference:
 
 
 def compare(losses: list[np.ndarray]) -> tuple[int, list[Difference]]:
-    """Window losses of each run -> (the index of the best, the difference of each to it)."""
+    """Compares each run with the best one. losses: the window losses of each run, (N,) each.
+
+    Returns: the index of the run with the lowest mean, and the difference of each run to it.
+    """
     best = int(np.argmin([x.mean() if np.isfinite(x).all() else np.inf for x in losses]))
     return best, [difference(x, losses[best]) for x in losses]

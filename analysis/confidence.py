@@ -1,20 +1,26 @@
-"""Does a model know when it is wrong? Calibration before and after temperature scaling, and the
-detection of text from another domain.
+"""Does a model know when it is wrong? Measures its calibration before and after temperature
+scaling, and how well it detects text from another domain.
 
     python -m analysis.confidence out/a out/b --other="[imdb]"
 
-ece: the expected calibration error (analysis/calibration.py). temperature: which logits are divided
-by, the one with the least loss on every other window; ece_scaled is that of the windows between
-(Guo et al. 2017, arXiv 1706.04599, section 4.2). For a harmonic head it divides the exponent.
+ece           the expected calibration error (analysis/calibration.py), on every second window
+temperature   the number that divides the logits, with the least loss on the other windows. For a
+              harmonic head it divides the exponent
+ece_scaled    ece at that temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2)
+auroc         how well a score tells windows of the run's own text from windows of another corpus,
+              which is encoded with the run's tokenizer: 1 = always, 0.5 = as well as chance, below
+              0.5 = the score is higher on the other corpus
 
-auroc: how well a score tells windows of the run's own text from windows of another corpus, which is
-encoded with the run's tokenizer: 1 always, 0.5 never, below 0.5 the wrong way round. Scores are
-means over a window's tokens: `max`, the largest probability (Hendrycks and Gimpel 2017, arXiv
-1610.02136); `energy`, logsumexp of the logits (Liu et al. 2020, arXiv 2010.03759); `nearest`, the
-distance to the nearest prototype, which only a distance head has; `loss`, which needs the targets.
-All but `max` and `energy` are negated.
-Intervals are basic bootstraps of windows, 95 %: twice the estimate less the quantiles. Drawing
-windows anew makes the calibration error larger, and this takes that off again.
+Scores are means over the tokens of a window:
+
+max           the largest probability (Hendrycks and Gimpel 2017, arXiv 1610.02136)
+energy        the logsumexp of the logits (Liu et al. 2020, arXiv 2010.03759)
+nearest       minus the distance to the nearest prototype, for distance heads only
+loss          minus the loss, which needs the targets
+
+_low and _high are ends of 95 % intervals. They are basic bootstraps of windows: twice the estimate
+minus the quantiles. Drawing windows again makes the calibration error larger on average, and this
+form of the interval corrects for it.
 """
 
 import math
@@ -49,7 +55,7 @@ from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer, same_tokens
 
 DRAWS = 500
-LEAST = 4  # windows
+LEAST = 4  # The fewest windows of a text.
 SCORES = ("max", "energy", "nearest", "loss")
 
 
@@ -58,13 +64,13 @@ class ConfidenceConfig(AnalysisConfig):
     """Calibration and detection"""
 
     other: list[str] = field(default_factory=list)
-    """prepared data of other domains, folders under data/ or paths; their tokenizer may be another
-    one"""
+    """prepared data of other domains: folders under data/, or paths. They may have another
+    tokenizer"""
     windows: int = 64
-    """windows of each text, spread evenly over its split; the logits of one's own are held, so a
-    large vocabulary wants fewer"""
+    """how many windows of each text to score, spread evenly over its split. All logits of the run's
+    own text are held in memory, so use fewer with a large vocabulary"""
     split: Literal["val", "test"] = "val"
-    """whose windows"""
+    """the split to take windows from"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
 
@@ -77,9 +83,9 @@ class ConfidenceConfig(AnalysisConfig):
 
 @dataclass
 class Scored:
-    """What a model says of windows.
+    """The scores of B windows.
 
-    logits: (B, T, V), where they were asked for. targets: (B, T). scores: (B,) each.
+    logits: (B, T, V), or None if they were not kept. targets: (B, T). scores: name -> (B,).
     """
 
     logits: torch.Tensor | None
@@ -88,21 +94,24 @@ class Scored:
 
 
 def own_windows(data: Data, split: str, length: int, most: int) -> torch.Tensor:
-    """At most `most` windows of a split: (B, length + 1). UserError for fewer than LEAST."""
+    """Reads at most `most` windows of a split: (B, length + 1). UserError for fewer than LEAST."""
     tokens = data.splits[split]
     found = [tokens.read(start, length + 1) for start in windows(data, split, length, most)]
     return _stacked(found, data)
 
 
 def encoded_windows(data: Data, own: Data, split: str, length: int, most: int) -> torch.Tensor:
-    """The same of other data, encoded with the tokenizer of `own`: (B, length + 1)."""
+    """Reads windows of other data, encoded with the tokenizer of `own`: (B, length + 1).
+
+    Raises: UserError for fewer than LEAST windows.
+    """
     theirs, words = data.load_tokenizer(), own.load_tokenizer()
     starts = windows(data, split, length, most)
     if same_tokens(theirs, words):
         return own_windows(data, split, length, most)
     found = []
     for start in starts:
-        # A window of ours may need many of their tokens, as of single characters.
+        # A window may need many tokens of the other tokenizer, such as single characters.
         for count in (2 * length, 8 * length, 32 * length):
             ids = data.splits[split].read(start, count)
             mine = encoded(ids, theirs, words)[: length + 1]
@@ -113,7 +122,7 @@ def encoded_windows(data: Data, own: Data, split: str, length: int, most: int) -
 
 
 def encoded(ids: np.ndarray, theirs: Tokenizer, words: Tokenizer) -> list[int]:
-    """Tokens of one tokenizer as those of another. A boundary of documents stays one."""
+    """Encodes ids of the tokenizer `theirs` with the tokenizer `words`. Ends of texts stay."""
     found: list[int] = []
     for i, part in enumerate(np.split(ids, np.flatnonzero(ids == theirs.eot_id))):
         if i:
@@ -133,7 +142,7 @@ def _stacked(found: list[np.ndarray], data: Data) -> torch.Tensor:
 
 @torch.inference_mode()
 def score(model: Model, x: torch.Tensor, keep_logits: bool = False) -> Scored:
-    """x: windows (B, T + 1)."""
+    """Scores windows x (B, T + 1): T inputs, and the targets one token later."""
     head, kept = model.head, []
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
     for window in x:
@@ -154,8 +163,8 @@ def score(model: Model, x: torch.Tensor, keep_logits: bool = False) -> Scored:
 
 
 def interval(statistic: Callable[..., float], *groups: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a statistic from 0 to 1 by the basic bootstrap (Davison and Hinkley
-    1997, eq. 5.6). Each group is drawn anew by itself."""
+    """The 95 % interval of a statistic between 0 and 1, by the basic bootstrap (Davison and Hinkley
+    1997, eq. 5.6). Each group of windows is drawn again separately."""
     rng = np.random.default_rng(0)
     found = [
         statistic(*(group[rng.integers(0, len(group), len(group))] for group in groups))
@@ -166,12 +175,15 @@ def interval(statistic: Callable[..., float], *groups: np.ndarray) -> tuple[floa
 
 
 def auroc(own: np.ndarray, other: np.ndarray) -> float:
-    """The probability that a window of one's own scores higher, ties counted half."""
+    """The probability that a window of `own` scores higher than one of `other`. Ties count half.
+
+    own, other: the scores of windows, (N,) and (M,).
+    """
     return float(mannwhitneyu(own, other).statistic / (len(own) * len(other)))
 
 
 def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """What logits (N, V) are divided by for the least loss, from 1/8 to 8."""
+    """The temperature from 1/8 to 8 with the least loss of logits (N, V) and targets (N,)."""
 
     def loss(log_t: float) -> float:
         return torch.nn.functional.cross_entropy(logits / math.exp(log_t), targets).item()
@@ -181,12 +193,15 @@ def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def error_of_windows(both: np.ndarray) -> float:
-    """The calibration error of windows' tokens: confidence and whether it was right (B, T, 2)."""
+    """The expected calibration error of windows. both: (B, T, 2), confidence and correctness."""
     return calibration_error(both[..., 0].ravel(), both[..., 1].ravel())
 
 
 def calibration(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    """The temperature of every other window, and the errors of those between: (B, T, V), (B, T)."""
+    """Fits the temperature on every second window. Measures the errors on the windows between them.
+
+    logits: (B, T, V). targets: (B, T). Returns: the columns of the first table.
+    """
     row = {"temperature": best_temperature(logits[::2].flatten(0, 1), targets[::2].flatten())}
     for name, divisor in (("ece", 1.0), ("ece_scaled", row["temperature"])):
         confidence, choice = (logits[1::2] / divisor).softmax(-1).max(-1)
@@ -197,13 +212,13 @@ def calibration(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]
 
 
 def measure(run: Run, model: Model, data: Data, c: ConfidenceConfig) -> list[dict]:
-    """A row of calibration, and one for each other text and score."""
+    """The rows of a run: one of calibration, and one for each other text and score."""
     length = model.config.block_size
     x = own_windows(data, c.split, length, c.windows)
     own = score(model, x, keep_logits=True)
     assert own.logits is not None
     rows: list[dict] = [{**about(run), **calibration(own.logits, own.targets)}]
-    own.logits = None  # They are large.
+    own.logits = None  # Frees their memory.
     for name in c.other:
         other = load_data(data_folder(name))
         found = score(model, encoded_windows(other, data, c.split, length, c.windows))
@@ -218,7 +233,7 @@ def measure(run: Run, model: Model, data: Data, c: ConfidenceConfig) -> list[dic
 
 
 def draw(runs: list, rows: list[dict]) -> Figure:
-    """ECE before and after scaling, and the AUROC of each score, for each run."""
+    """Panels of the ECE before and after scaling, and of the AUROC of each score for each text."""
     others = list(dict.fromkeys(r["other"] for r in rows if "other" in r))
     figure = figures.figure(3.4)
     axes = figure.subplots(1, 1 + len(others), squeeze=False)[0]
@@ -252,7 +267,7 @@ def main() -> None:
     runs = find_runs(c.runs, dataset=c.dataset)
     check(
         [
-            f"{run.path}: bert predicts masked tokens, and no next one"
+            f"{run.path}: bert predicts masked tokens, and this analysis needs the next token"
             for run in runs
             if run.objective.masked
         ]

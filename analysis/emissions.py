@@ -1,16 +1,19 @@
-"""What a run cost: time, energy by part, emissions, work, and how much of each it took to reach a
-loss.
+"""What a run cost: its time, its energy by part, its emissions, its operations, and the time and
+energy until it reached a loss.
 
     python -m analysis.emissions out/a out/b --target=5.0
 
-Energy and emissions are CodeCarbon's (estimates where a machine has no counters), added up over
-nodes and starts. Steps, evaluations and the rest (start-up, and what follows the last step) are
-given as shares of the run's time; energy is taken to be spent evenly over it. Joules per token, and
-time and energy to the target, are those of steps alone. FLOPs per token are calculated (6 per
-weight that multiplies, and attention) and counted by torch, forward and backward; both take the
-head as one product whatever its distance. The target is a validation loss in nats a token, in bits
-per byte where the runs' tokenizers differ; null takes the highest of the runs' best ones, which all
-of them reached. Where it lies between evaluations it is interpolated.
+Energy and emissions come from CodeCarbon, summed over machines and starts. Without power counters
+they are estimates. steps, evaluation and start_end (start-up, and what follows the last step) are
+shares of the run's time. Energy is taken to be spent evenly over that time. Joules per token, and
+time and energy to the target, count steps only.
+
+FLOPs per token, forward and backward, are calculated (6 for each weight that multiplies, plus
+attention) and counted by torch. Both count the head as one matrix product for every distance.
+
+The target is a validation loss in nats a token, or in bits per byte if the runs have different
+tokenizers. By default it is the highest of the runs' best losses, which all runs reached. If a run
+reached it between two evaluations, the time is interpolated.
 """
 
 import math
@@ -49,13 +52,15 @@ class EmissionsConfig(AnalysisConfig):
     """Energy and emissions"""
 
     target: float | None = None
-    """a validation loss in nats a token (bits a byte where tokenizers differ); null = the highest
-    of the runs' best ones"""
+    """the validation loss to reach, in nats a token (bits per byte if tokenizers differ); null =
+    the highest of the runs' best losses"""
 
 
 def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, float]]:
-    """(seconds in steps before it, loss) of each evaluation; none where the run does not say how
-    long its steps took."""
+    """(seconds in steps before it, loss) of each evaluation.
+
+    It is empty if the run did not record the times of its steps. key: val_loss or bits_per_byte.
+    """
     if not timed(metrics):
         return []
     return [
@@ -66,8 +71,10 @@ def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, fl
 
 
 def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
-    """Seconds until the loss first reaches the target, linear between evaluations; None where it
-    never does."""
+    """Seconds until the loss first reaches the target. None if it never does.
+
+    points: from `evaluations`. Between two of them the loss is interpolated linearly.
+    """
     for (t0, a), (t1, b) in zip([*points[:1], *points], points, strict=False):
         if b <= target:
             return t1 if a <= target or a == b else t0 + (t1 - t0) * (a - target) / (a - b)
@@ -75,10 +82,12 @@ def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
 
 
 def counted_flops(c: ModelConfig) -> float:
-    """FLOPs of a token, forward and backward, by torch's counter: the trunk, and one product of the
-    head's states and prototypes."""
+    """FLOPs per token, forward and backward, as torch counts them.
+
+    They are those of the trunk, and of one matrix product of the head's states and prototypes.
+    """
     predicted = objective_of(c.arch).predicted(c.block_size)
-    # The counter does not know the fused attention of a CPU.
+    # The counter does not know the fused attention kernel of a CPU.
     attention = sdpa_kernel(SDPBackend.MATH)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, attention:
         model = Model(c)
@@ -90,8 +99,10 @@ def counted_flops(c: ModelConfig) -> float:
 def times(
     run: Run, metrics: list[dict], used: dict | None
 ) -> tuple[float | None, float | None, float | None]:
-    """Seconds of the whole run, of its steps with evaluations, and of its steps alone; None for
-    what was not recorded."""
+    """Seconds of the whole run, of its steps and evaluations, and of its steps only.
+
+    used: from `telemetry.energy`, or None. Returns: None for what was not recorded.
+    """
     elapsed = steps = None
     if timed(metrics):
         elapsed, steps = clock(metrics, run.tokens_per_iteration())[-1]
@@ -102,26 +113,30 @@ def times(
 
 
 def share(part: float | None, whole: float | None) -> float | None:
-    """part / whole, None where one is not known."""
+    """part / whole. None if one of them is not known, or the whole is 0."""
     return part / whole if part is not None and whole else None
 
 
 def measure(run: Run, metrics: list[dict], key: str | None, target: float | None) -> dict:
-    """The row of a run. key: of the loss that is to reach the target; None where losses may not be
-    compared."""
+    """The row of a run, with the keys of COLUMNS.
+
+    key: the loss that is to reach the target, val_loss or bits_per_byte; None if losses cannot be
+        compared.
+    """
     used, c = energy(run.path), run.model_config
     tokens = run.tokens_per_iteration() * sum("train_loss" in m for m in metrics)
     whole, elapsed, steps = times(run, metrics, used)
-    spent: dict[str, float] = used or {}  # nothing where nothing was measured
+    spent: dict[str, float] = used or {}
     kwh = spent.get("energy_consumed")
-    # kWh a second
-    rate = share(kwh, whole)
+    rate = share(kwh, whole)  # in kWh per second
     with torch.device("meta"):
         predicted = run.objective.predicted(c.block_size) / c.block_size
         calculated = Model(c).flops_per_token(predicted)
-    reached = between = outside = None
+    reached = between = outside = joules = None
     if key is not None and target is not None:
         reached = time_to(target, evaluations(run, metrics, key))
+    if rate is not None and steps is not None and tokens:
+        joules = rate * steps * 3.6e6 / tokens
     if elapsed is not None and steps is not None:
         between = elapsed - steps
     if used and whole is not None and elapsed is not None:
@@ -137,9 +152,7 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
         "kwh_gpu": spent.get("gpu_energy"),
         "kwh_ram": spent.get("ram_energy"),
         "kg_co2e": spent.get("emissions"),
-        "joules_per_token": rate * steps * 3.6e6 / tokens
-        if rate is not None and steps is not None and tokens
-        else None,
+        "joules_per_token": joules,
         "mflop_per_token": calculated / 1e6,
         "mflop_counted": counted_flops(c) / 1e6,
         "target": target,
@@ -149,7 +162,7 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
 
 
 def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str) -> Figure:
-    """Validation loss over the time in steps, and energy by part."""
+    """Two panels: the validation loss over the time in steps, and the energy by part."""
     figure = figures.figure(3.0)
     left, right = figure.subplots(1, 2)
     for run, lines, style in zip(runs, metrics, head_styles(runs), strict=True):
@@ -194,8 +207,10 @@ COLUMNS = (
 
 
 def target_of(runs: list[Run], metrics: list[list[dict]], key: str) -> float:
-    """The highest of the runs' lowest losses, of those that fell below where they began; UserError
-    where none did."""
+    """The highest of the runs' lowest losses.
+
+    Runs whose loss never fell are left out, with a note on stderr. UserError if none is left.
+    """
     losses = [[m[key] for m in ms if key in m] for ms in metrics]
     lowest = [min((v for v in values if math.isfinite(v)), default=math.inf) for values in losses]
     learnt = [low for low, values in zip(lowest, losses, strict=True) if values and low < values[0]]
@@ -203,13 +218,14 @@ def target_of(runs: list[Run], metrics: list[list[dict]], key: str) -> float:
         if not values or not low < values[0]:
             print(
                 f"note: {run.name}"
-                f" {'never fell below its first loss' if values else 'has no evaluation'}: no"
-                " target",
+                f" {'never fell below its first loss' if values else 'has no evaluation'}, so it"
+                " does not count for the target",
                 file=sys.stderr,
             )
     if not learnt:
         raise UserError(
-            "no run's validation loss ever fell: there is no loss to reach, name one: --target=5.0"
+            "no run's validation loss ever fell, so there is no default target: name one, such as"
+            " --target=5.0"
         )
     return max(learnt)
 
@@ -223,7 +239,7 @@ def main() -> None:
     try:
         warning = caution(runs, [run.data() for run in runs]) if len(runs) > 1 else None
     except UserError as error:
-        warning = f"{error}; nobody checked that the losses may be compared"
+        warning = f"{error}; so it was not checked whether the losses can be compared"
     if warning:
         print(f"note: {warning}", file=sys.stderr)
         everywhere = all(any("bits_per_byte" in m for m in ms) for ms in metrics)
@@ -233,9 +249,10 @@ def main() -> None:
         target = target_of(runs, metrics, key)
     rows = [measure(run, ms, key, target) for run, ms in zip(runs, metrics, strict=True)]
     print(tables.text(rows, COLUMNS))
-    print(
-        f"target: {target:.4f} {UNITS[key]}" if key else "no target: the losses may not be compared"
-    )
+    if key:
+        print(f"target: {target:.4f} {UNITS[key]}")
+    else:
+        print("no target: the losses of these runs cannot be compared")
     publish(rows, out, lambda: draw(runs, metrics, rows, key or "val_loss"))
 
 

@@ -7,9 +7,9 @@ For each run: the nearest prototypes under the run's own distance, the coordinat
 most to each of these distances, and a map of the prototypes on their first two principal
 components. A dot-product head has no distance: its nearest prototypes have the largest logit.
 
-The page is `explorer.html` beside this file with one JSON document put into it: it needs no network
-and no other file. Everything it shows is computed here. `--tokens` bounds both the tokens that you
-can look up and the prototypes that can be near them.
+The page is `explorer.html` beside this file, with one JSON document put into it. It needs no
+network and no other file. Everything it shows is computed here. `--tokens` limits which tokens you
+can look up, and which prototypes can be their neighbours.
 """
 
 import base64
@@ -32,9 +32,9 @@ from text.tokenizers import Tokenizer, load_tokenizer, same_tokens
 from training.distributed import check_device
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
-# Neighbours of a token that the page holds, and coordinates of each pair.
+# The page holds so many neighbours of each token, and coordinates of each pair.
 NEIGHBOURS, COORDINATES = 20, 4
-# Numbers of a chunk of distances: 64 MiB of float32.
+# The size of a chunk of distances: 64 MiB of float32.
 CHUNK = 2**24
 
 
@@ -45,10 +45,10 @@ class ExplorerConfig:
     runs: list[str] = field(default_factory=list)
     """run folders; they need the same tokenizer"""
     out: str = "explorer.html"
-    """the page"""
+    """the file of the page"""
     dataset: str | None = None
-    """prepared data of all runs, a folder under data/ or a path; null = where each run was
-    trained"""
+    """prepared data of all runs: a folder under data/, or a path; null = the data that each run was
+    trained on"""
     tokens: int = 20_000
     """how many tokens the page has, the most frequent first; 0 = all"""
     checkpoint: Literal["newest", "best"] = "newest"
@@ -77,13 +77,15 @@ class Neighbours:
 
 @torch.inference_mode()
 def neighbours(head: HarmonicHead, table: torch.Tensor, bar: tqdm) -> Neighbours:
-    """Looks for the neighbours of each prototype among the others of a table (N, C), a chunk of
-    rows at a time. bar: counts the rows."""
+    """Finds the nearest neighbours of each prototype among the others of a table (N, C).
+
+    It works on a chunk of rows at a time. bar: counts the rows.
+    """
     count, dim = table.shape
     kept, largest = min(NEIGHBOURS, count - 1), min(COORDINATES, dim)
     settings, parts = head.geometry(), []
     for rows in torch.arange(count, device=table.device).split(max(1, CHUNK // count)):
-        # With an exponent of 1 the logit of a distance head is -log d.
+        # With an exponent of 1, the logit of a distance head is -log d.
         logits = harmonic_logits(table[rows], table, head.name, exponent=1.0, **settings)
         logits[torch.arange(len(rows)), rows] = -torch.inf
         best, places = logits.topk(kept)
@@ -96,18 +98,20 @@ def neighbours(head: HarmonicHead, table: torch.Tensor, bar: tqdm) -> Neighbours
 
 
 def packed(x: torch.Tensor, dtype: str) -> str:
-    """Numbers as the page reads them: the bytes of a little-endian array in base64."""
+    """The bytes of an array in base64, as the page reads them. dtype: little-endian, as "<u2"."""
     return base64.b64encode(x.numpy().astype(dtype).tobytes()).decode()
 
 
 def fractions(x: torch.Tensor, top: int) -> torch.Tensor:
-    """Numbers in [0, 1] as whole numbers up to `top`."""
+    """Numbers in [0, 1], rounded to whole numbers from 0 to `top`."""
     return (x * top).round().clamp(0, top)
 
 
 def prototype_map(table: torch.Tensor, chosen: torch.Tensor) -> dict:
-    """The chosen rows of all prototypes (V, C) on the first two principal components of all. Each
-    axis runs from the least place, 0, to the greatest, 65,535."""
+    """The chosen prototypes on the first two principal components of all prototypes.
+
+    table: all of them, (V, C). chosen: rows of it. Each axis is scaled to 0..65,535.
+    """
     rows, variance, directions = principal(table)
     plane = rows[chosen] @ directions[:, :2]
     low, high = plane.amin(0), plane.amax(0)
@@ -121,7 +125,7 @@ def prototype_map(table: torch.Tensor, chosen: torch.Tensor) -> dict:
 
 
 def measure_of(head: HarmonicHead) -> str:
-    """What nearest means, in sentences."""
+    """What "nearest" means for a head, in sentences for the page."""
     distance = head.distance
     if head.is_control:
         text = (
@@ -142,7 +146,10 @@ def measure_of(head: HarmonicHead) -> str:
 
 
 def describe(run: Run, head: HarmonicHead, chosen: torch.Tensor, bar: tqdm) -> dict:
-    """What the page holds of a run. chosen: the tokens of the page."""
+    """The part of the JSON document about one run. chosen: the tokens of the page.
+
+    Raises: UserError if a prototype is not finite.
+    """
     table = head.prototypes().detach().float()
     if not table.isfinite().all():
         raise UserError(f"{run.path} has prototypes that are not finite: the training diverged")
@@ -157,15 +164,14 @@ def describe(run: Run, head: HarmonicHead, chosen: torch.Tensor, bar: tqdm) -> d
         "neighbours": packed(found.places, "<u2" if len(chosen) <= 2**16 else "<u4"),
         "values": packed(found.values, "<f4"),
         "coordinates": packed(found.coordinates, "<u2"),
-        # The root spreads small shares, which most are, over the 256 steps of a byte.
+        # Most shares are small. Their square root makes better use of the 256 values of a byte.
         "shares": packed(fractions(found.shares.sqrt(), 255), "u1"),
         "map": prototype_map(table.cpu(), chosen),
     }
 
 
 def one_tokenizer(runs: list[Run], data: list[Data]) -> Tokenizer:
-    """The tokenizer of all runs. UserError where they have different ones: an id would be another
-    token in each."""
+    """The tokenizer of all runs. UserError if they differ, because ids mean other tokens then."""
     words = [
         load_tokenizer(d.tokenizer, tokenizer_folder(run.path, str(d.folder)))
         for run, d in zip(runs, data, strict=True)
@@ -180,8 +186,10 @@ def one_tokenizer(runs: list[Run], data: list[Data]) -> Tokenizer:
 
 
 def collect(runs: list[Run], c: ExplorerConfig, device: str) -> dict:
-    """Everything the page shows, as one JSON document. Its arrays have a row for each token of the
-    page, and neighbours are named by such a row."""
+    """Everything that the page shows, as one JSON document.
+
+    Its arrays have a row for each token of the page. A neighbour is given as the number of its row.
+    """
     data = [run.data() for run in runs]
     words = one_tokenizer(runs, data)
     vocab_size = min([words.vocab_size, *(run.model_config.real_vocab_size for run in runs)])
@@ -190,7 +198,7 @@ def collect(runs: list[Run], c: ExplorerConfig, device: str) -> dict:
     documents = []
     with tqdm(total=len(runs) * len(chosen), desc="tokens", unit="", disable=None) as bar:
         for run in runs:
-            # One run's model is in memory at a time.
+            # Only one model is in memory at a time.
             model, _ = run.load(device, c.checkpoint)
             documents.append(describe(run, model.head, chosen, bar))
     return {

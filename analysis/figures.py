@@ -1,8 +1,8 @@
-"""The one style of figures: readable at the width of a README, in colours that colour-blind eyes
-tell apart.
+"""The style of all figures. They can be read at the width of a README, and colour-blind readers can
+tell their colours apart.
 
-A head has the same colour in every figure: its family's, in a shade of its own. Its link is the
-style of the line.
+A head has the same colour in every figure. Heads of one family have shades of one colour. The style
+of a line shows the link.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,12 @@ from PIL import Image
 from base.files import write_whole
 from harmonic import HEADS
 
-# A README shows a picture about 800 px wide. At 8 inches that is 100 px an inch, so text of 9
+# A README shows a picture about 800 px wide. With 8 inches this is 100 px an inch, so text of 9
 # points is 12 px high.
 WIDTH = 8.0
 DPI = 200
 
-# Okabe and Ito's colours, but for black, and with yellow darkened so that a line of it shows on
-# white.
+# The colours of Okabe and Ito without black. Yellow is darker, so that a line shows on white.
 BLUE = "#0072b2"
 VERMILLION = "#d55e00"
 GREEN = "#009e73"
@@ -48,7 +47,7 @@ FAMILIES = {
     "canberra": VERMILLION,
     "bray": OLIVE,
 }
-# How far the colours of a family's heads go towards white, or towards black where negative.
+# How far the shades of a family go towards white, or towards black if negative.
 SHADES = (0.0, 0.45, -0.4, 0.7)
 # A control has no link.
 LINES = {"harmonic": "-", "softmax": "--", None: "-"}
@@ -72,20 +71,23 @@ matplotlib.rcParams.update(
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure, sizes in inches. Its text fits a README's width if it is WIDTH wide."""
+    """An empty figure. height and width are in inches; text has the right size at WIDTH."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def head_color(name: str) -> str:
-    """The colour of a head: a shade of its family's."""
+    """The colour of a head, a shade of its family's colour."""
     family = _family(name)
     relatives = [other for other in HEADS if _family(other) == family]
     return _shaded(family, relatives.index(name) if name in relatives else 0)
 
 
 def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
-    """`color` and `linestyle` of the lines of heads, each a name and a link (None for a control). A
-    further line of the same head and link, as of another run, has another shade."""
+    """The `color` and `linestyle` of each line of a figure.
+
+    heads: the head's name and link of each line; the link of a control is None. If several lines
+    have the same head and link, such as two runs, each has another shade.
+    """
     styles = []
     seen: list[tuple[str, str | None]] = []
     for name, link in heads:
@@ -97,7 +99,7 @@ def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]
 
 
 def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
-    """Writes a PNG whole or not at all. Its 256 colours need a fifth of the bytes."""
+    """Writes a PNG completely or not at all. Its palette of 256 colours saves four fifths."""
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     picture = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)

@@ -1,15 +1,22 @@
-"""The shape of what a model has learnt: prototypes, input embedding and last hidden states, each
-beside what chance would give.
+"""The shape of what a model has learnt: its prototypes, input embedding and last hidden states, and
+beside each what chance gives.
 
     python -m analysis.geometry out/a out/b --words="king city"
 
-For each: share of variance in the top 2 and top 5 principal components, components for 90 %,
-    effective rank, participation ratio, isotropy (mean cosine of two rows), the correlation of a
-    row's norm with its token's frequency, and the parallelogram loss of word relations. Under each
-    is what chance gives: the same norms of rows in random directions, and in another order beside
-    the frequencies. For the parallelograms there is a second null, the same words in shuffled
-    pairs. With several runs: linear CKA of their hidden states, layer by layer, on the same text,
-    beside that of states in another order. `--words` prints nearest prototypes.
+top2, top5            share of the variance in the first 2 and 5 principal components
+for 90 %              number of principal components that hold 90 % of the variance
+effective_rank        exp(entropy) of the singular values, which are divided by their sum
+participation         participation ratio of the variances v: (sum v)^2 / sum v^2
+mean_cosine           mean cosine of two rows: 0 if directions are spread evenly
+radius                mean norm of a row
+radius_frequency      rank correlation of a row's norm with the frequency of its token
+parallelogram         loss of word relations such as man : woman = king : queen, 0 if they are exact
+(shuffled)            the same loss with the second words of each relation shuffled
+
+Each row is followed by a row named "chance". It has the same norms in random directions, and in
+random order for radius_frequency. With several runs, a second table has the linear CKA of their
+hidden states on the same text, layer by layer. Its "chance" has the states of one run in another
+order. `--words` prints the nearest prototypes of words.
 """
 
 import itertools
@@ -45,7 +52,7 @@ from text.tokenizers import Tokenizer
 from training.distributed import check_device
 from training.objective import NEXT_TOKEN, Batches
 
-# Hidden states that are looked at.
+# So many hidden states are measured.
 STATES = 4096
 
 
@@ -54,18 +61,21 @@ class GeometryConfig(AnalysisConfig):
     """Geometry"""
 
     words: str | None = None
-    """words, with spaces between, whose nearest prototypes are printed"""
+    """words, separated by spaces, whose nearest prototypes to print"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     split: Literal["val", "test"] = "val"
-    """the text that hidden states are taken of"""
+    """the split whose text gives the hidden states"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
 
 def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows (M, C) -> (centred rows, variances of the principal components, largest first, their
-    directions in columns), float64."""
+    """The principal components of rows x (M, C), in float64.
+
+    Returns: the centred rows (M, C), the variances of the components (C,), largest first, and their
+        directions as columns (C, C).
+    """
     x = x.detach().cpu().double()
     x = x - x.mean(0)
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
@@ -73,10 +83,11 @@ def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def spectrum(x: torch.Tensor) -> dict:
-    """Principal components of the rows of x (M, C): shares of variance of the top 2 and top 5,
-    components for 90 %, effective rank exp(entropy of the normalised singular values) (Roy and
-    Vetterli 2007), participation ratio (sum v)^2 / sum v^2 of the variances v. NaN where x is not
-    finite."""
+    """Measures of the principal components of rows x (M, C).
+
+    Returns: top2, top5, components_90, effective_rank (Roy and Vetterli 2007) and
+        participation_ratio, as at the top of this file. NaN if x is not finite.
+    """
     if not x.isfinite().all():
         return dict.fromkeys(
             ("top2", "top5", "components_90", "effective_rank", "participation_ratio"), math.nan
@@ -94,14 +105,16 @@ def spectrum(x: torch.Tensor) -> dict:
 
 
 def mean_cosine(x: torch.Tensor) -> float:
-    """The mean cosine of two different rows: 0 for directions spread evenly, 1 for one direction
-    (Ethayarajh 2019)."""
+    """The mean cosine of two different rows of x (M, C) (Ethayarajh 2019).
+
+    It is 0 if directions are spread evenly, and 1 if all are the same.
+    """
     unit = torch.nn.functional.normalize(x.detach().cpu().double(), dim=-1)
     return ((unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))).item()
 
 
 def matched_null(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Rows of the same norms in random directions."""
+    """Rows with the same norms as x (M, C), in random directions."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(noise, dim=-1) * x.detach().cpu().norm(
         dim=-1, keepdim=True
@@ -109,18 +122,21 @@ def matched_null(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's."""
+    """Spearman's rank correlation of a (N,) and b (N,)."""
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
 def word_ids(tokenizer: Tokenizer, word: str) -> int:
-    """The token of a word inside a text, or the last one of its tokens."""
+    """The token of a word that follows a space. If it has several tokens, the last one."""
     return tokenizer.encode(f" {word}")[-1]
 
 
 def token_pairs(tokenizer: Tokenizer, relation: str) -> list[tuple[int, int]]:
-    """The pairs of a relation as tokens, without those of which a token stands for an earlier word
-    too ("est" of "largest", "smallest")."""
+    """The pairs of a relation as tokens.
+
+    A pair is left out if both words have one token, or if an earlier pair has one of its tokens in
+    the same place, such as "est" for "largest" and "smallest".
+    """
     kept: list[tuple[int, int]] = []
     for pair in pairs(relation):
         first, second = (word_ids(tokenizer, word) for word in pair)
@@ -132,12 +148,14 @@ def token_pairs(tokenizer: Tokenizer, relation: str) -> list[tuple[int, int]]:
 def parallelogram(
     x: torch.Tensor, tokenizer: Tokenizer, shuffles: int = 20
 ) -> tuple[float, float, dict]:
-    """2502.01628's |E_i + E_n - E_j - E_m| / sigma on the top 2 principal components, sigma the
-    root of their variance: the mean over all pairs of pairs of a relation (`token_pairs`), and over
-    relations. NaN where no relation has two pairs.
+    """The parallelogram loss of prototypes x (V, C), as in 2502.01628.
 
-    Returns: (the loss, the same with each relation's second words shuffled, the loss of each
-        relation).
+    It is |E_i + E_n - E_j - E_m| / sigma on the first 2 principal components, where sigma is the
+    root of their variance. This is averaged over all pairs of pairs of a relation, and then over
+    relations.
+
+    Returns: the loss; the loss with the second words of each relation shuffled; the loss of each
+        relation. The first two are NaN if no relation has two pairs.
     """
     rows, variance, directions = principal(x)
     plane = rows @ directions[:, :2] / variance[:2].sum().sqrt()
@@ -154,32 +172,34 @@ def parallelogram(
         found[name] = mean(second - first)
         for _ in range(shuffles):
             null.append(mean(second[rng.sample(range(len(second)), len(second))] - first))
-    return (
-        (sum(found.values()) / len(found), sum(null) / len(null), found)
-        if found
-        else (math.nan, math.nan, found)
-    )
+    if not found:
+        return math.nan, math.nan, found
+    return sum(found.values()) / len(found), sum(null) / len(null), found
 
 
 def linear_cka(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Linear centred kernel alignment of two sets of states of the same tokens, (N, C), (N, C')
-    (Kornblith et al. 2019): 1 where one is a rotation and scaling of the other."""
+    """Linear centred kernel alignment of states a (N, C) and b (N, C') of the same tokens.
+
+    It is 1 if one is a rotation and scaling of the other (Kornblith et al. 2019).
+    """
     a, b = (x.cpu().double() - x.cpu().double().mean(0) for x in (a, b))
     return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())).item()
 
 
 @torch.inference_mode()
 def layers(model: Model, data: Data, split: str) -> list[torch.Tensor]:
-    """Hidden states of the split's text at the output of each block, and last what the head sees:
-    [(N, C)], N about STATES."""
+    """Hidden states of a split's text: a list of (N, C), with N about STATES.
+
+    There is one entry for the output of each block, and a last one for what the head sees.
+    """
     c = model.config
-    seen: list[list[torch.Tensor]] = []  # of each batch
+    seen: list[list[torch.Tensor]] = []  # The states of each batch.
     starts = windows(data, split, c.block_size, STATES // c.block_size)
     hooks = [
         block.register_forward_hook(lambda _, __, out: seen[-1].append(out))
         for block in model.blocks
     ]
-    # Text as it is, without masks.
+    # A BERT reads the text without masks here.
     for x, _ in Batches(data, NEXT_TOKEN, c.block_size).validation(starts, 16, split):
         seen.append([])
         seen[-1].append(model.hidden(x.to(model.tokens.weight.device)))
@@ -200,8 +220,10 @@ def frequency(data: Data) -> torch.Tensor:
 
 
 def measure(run: Run, model: Model, data: Data, states: torch.Tensor) -> list[dict]:
-    """Rows of a run: the prototypes, the input embedding where it is another, the hidden states,
-    and their null models."""
+    """The rows of a run: prototypes, input embedding (if not tied) and hidden states.
+
+    Each is followed by its row of chance. states: (N, C), those that the head sees.
+    """
     tokenizer, counts, rows = data.load_tokenizer(), frequency(data), []
     real = model.head.prototypes().detach().cpu()
     what = {"prototypes": real}
@@ -236,8 +258,11 @@ def measure(run: Run, model: Model, data: Data, states: torch.Tensor) -> list[di
 
 
 def similarity(runs: list[Run], states: list[list[torch.Tensor]]) -> list[dict]:
-    """Linear CKA of each two runs, layer by layer, and with the states of one in another order; of
-    what the heads see alone where the runs have not as many layers."""
+    """Rows with the linear CKA of each two runs, layer by layer, and its value by chance.
+
+    If two runs have different numbers of layers, only what their heads see is compared.
+    states: of each run, from `layers`.
+    """
     rows = []
     for (a, x), (b, y) in itertools.combinations(zip(runs, states, strict=True), 2):
         order = torch.randperm(len(x[0]), generator=torch.Generator().manual_seed(0))
@@ -256,8 +281,10 @@ def similarity(runs: list[Run], states: list[list[torch.Tensor]]) -> list[dict]:
 
 
 def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int = 6) -> str:
-    """The nearest prototypes of each word's prototype, by the head's own distance (a control: by
-    cosine)."""
+    """A table of the nearest prototypes of each word, by the head's own distance.
+
+    For a control they are nearest by cosine.
+    """
     w, rows = model.head.prototypes().detach(), []
     for word in words:
         i = word_ids(tokenizer, word)
@@ -273,7 +300,7 @@ def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int 
 
 
 def coverage(data: Data) -> str:
-    """How many of the relations' words a tokenizer knows, in a sentence."""
+    """A sentence on how many words of the relations have tokens of their own."""
     tokenizer = data.load_tokenizer()
     every = [pair for name in RELATIONS for pair in pairs(name)]
     kept = sum(len(token_pairs(tokenizer, name)) for name in RELATIONS)
@@ -286,8 +313,11 @@ def coverage(data: Data) -> str:
 
 
 class Labels:
-    """Words at points of a panel. One that would cover an earlier word moves up or down to the
-    nearest room, and a thin line leads to its point."""
+    """Writes words at points of a panel.
+
+    A word that would cover an earlier one moves up or down to the nearest free place. A thin line
+    then joins it to its point.
+    """
 
     # A letter's width and a line's height as shares of the panel, at 8 points and 5 inches.
     LETTER, LINE = 0.012, 0.026
@@ -299,6 +329,7 @@ class Labels:
         self.taken: list[tuple[float, float, float]] = []
 
     def add(self, point: list[float], word: str, color: str) -> None:
+        """Writes a word at a point (x, y)."""
         x, y = point
         line = self.LINE * self.height
         steps = (sign * step * line / 4 for step in itertools.count() for sign in (1, -1))
@@ -319,8 +350,10 @@ class Labels:
 
 
 def draw(maps: list[tuple]) -> Figure:
-    """The prototypes on their first two principal components: grey points, relations as arrows with
-    their words. maps: for each run its name, prototypes (V, C) and tokenizer."""
+    """Maps of prototypes on their first two principal components, with relations as arrows.
+
+    maps: for each run its name, prototypes (V, C) and tokenizer.
+    """
     figure = figures.figure(5.0 * len(maps))
     panels = figure.subplots(len(maps), squeeze=False)[:, 0]
     shown = ("country: capital", "man: woman", "one: many")
@@ -387,7 +420,11 @@ def main() -> None:
         for run, d in zip(runs, data, strict=True)
     }
     if len(alike) > 1:
-        print("note: no CKA: the runs' data, tokenizers or block_size differ", file=sys.stderr)
+        print(
+            "note: hidden states are not compared (CKA), because the runs have different data,"
+            " tokenizers or block_size",
+            file=sys.stderr,
+        )
     elif len(runs) > 1:
         cka = similarity(runs, states)
         print(tables.text(cka, CKA_COLUMNS))

@@ -1,14 +1,21 @@
-"""How steady training was: gradient norms before clipping, head and trunk apart, loss spikes, and
-the growth of the prototypes.
+"""How steady training was: gradient norms of head and trunk, loss spikes, and the growth of the
+prototypes.
 
     python -m analysis.gradients out/a out/b
 
-"Gradient stability" has no definition in the papers. Here, over the steps after the first tenth:
-mean and coefficient of variation (standard deviation over mean), the spike rate (share of steps
-whose norm is above SPIKE times the median of the WINDOW steps before), the clip rate (share of
-steps whose norm is above grad_clip) and loss spikes (share of steps whose loss is SPIKE robust
-standard deviations above that median). Growth is the exponent a in `mean |w| ~ iterations^a` over
-the second half: 0 where the prototypes have stopped growing.
+The papers do not define "gradient stability". These are the measures here, over all steps but the
+first tenth. Norms are those before clipping.
+
+mean          mean of the gradient norms
+cv            coefficient of variation: standard deviation divided by mean
+spike_rate    share of steps whose norm is above 3 times the median of the 50 steps before
+clip_rate     share of steps whose norm is above grad_clip
+loss_spikes   share of steps whose loss is 3 robust standard deviations above the median of the 50
+              steps before
+radius_start  mean norm of the prototypes at the first step
+radius_end    mean norm of the prototypes at the last step
+growth        the exponent a in `mean |w| ~ iterations^a`, fitted to the second half of the run. It
+              is 0 if the prototypes have stopped growing
 """
 
 import math
@@ -25,6 +32,8 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from training.telemetry import read_metrics
 
+# A spike is above SPIKE times the median of the WINDOW steps before. SKIP is the share of steps at
+# the start that are left out.
 SPIKE, WINDOW, SKIP = 3.0, 50, 0.1
 PARTS = {"all": "grad_norm", "head": "grad_norm_head", "trunk": "grad_norm_trunk"}
 
@@ -40,7 +49,7 @@ def series(metrics: list[dict], key: str) -> np.ndarray:
 
 
 def medians_before(values: np.ndarray) -> np.ndarray:
-    """The median of the WINDOW values before each; infinite for the first."""
+    """The median of the WINDOW values before each value: (N,) -> (N,). The first is infinite."""
     first = [np.median(values[:i]) if i else math.inf for i in range(min(WINDOW, len(values)))]
     rest = (
         np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW)[:-1], axis=1)
@@ -51,11 +60,12 @@ def medians_before(values: np.ndarray) -> np.ndarray:
 
 
 def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") -> dict:
-    """-> mean, cv, spike_rate, clip_rate of a run's gradient norms; NaN where it has none.
+    """The mean, cv, spike_rate and clip_rate of a run's gradient norms. NaN if it has none.
 
     Args:
-        metrics: lines of metrics.jsonl. clip: grad_clip, 0 = never. key: grad_norm, grad_norm_head
-            or grad_norm_trunk.
+        metrics: from `read_metrics`.
+        clip: the run's grad_clip; 0 = no clipping.
+        key: grad_norm, grad_norm_head or grad_norm_trunk.
     """
     norms = series(metrics, key)
     start = int(len(norms) * SKIP)
@@ -72,19 +82,20 @@ def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") ->
 
 
 def loss_spikes(metrics: list[dict]) -> float:
-    """Share of steps whose training loss is far above the median of those before; 1.4826 times the
-    median deviation is a robust sd."""
+    """The share of steps whose training loss is far above the median of the steps before."""
     losses = series(metrics, "train_loss")
     above = losses - medians_before(losses)
-    start = max(1, int(len(losses) * SKIP))  # the first has none before it
+    start = max(1, int(len(losses) * SKIP))  # No step comes before the first one.
     rest = above[start:]
-    scale = 1.4826 * np.median(np.abs(rest - np.median(rest))) if len(rest) else math.nan
-    return float((rest > SPIKE * scale).mean()) if len(rest) else math.nan
+    if not len(rest):
+        return math.nan
+    # 1.4826 times the median deviation estimates a standard deviation, whatever the outliers.
+    deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))
+    return float((rest > SPIKE * deviation).mean())
 
 
 def growth(metrics: list[dict]) -> dict:
-    """The prototypes' mean norm at the start and at the end, and the exponent of its growth over
-    the second half."""
+    """radius_start, radius_end and growth of a run; None if it did not record the radius."""
     radius = series(metrics, "prototype_radius")
     if not len(radius):
         return dict.fromkeys(("radius_start", "radius_end", "growth"))
@@ -98,8 +109,10 @@ def growth(metrics: list[dict]) -> dict:
 
 
 def measure(run: Run) -> list[dict]:
-    """Three rows of a run: all parameters, the head's, the trunk's. None for what its metrics.jsonl
-    does not have."""
+    """The rows of a run: all parameters, those of the head, and those of the trunk.
+
+    A value is None if metrics.jsonl does not have it. Raises: UserError for a run without steps.
+    """
     metrics = read_metrics(run.path)
     if not any("train_loss" in m or "grad_norm" in m for m in metrics):
         raise UserError(f"{run.path}/metrics.jsonl has no steps: train the run first")
@@ -124,8 +137,11 @@ def measure(run: Run) -> list[dict]:
 
 
 def smooth(values: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
-    """At most `points` pieces of a curve: the steps in their middle, and each one's median, lowest
-    and highest tenth."""
+    """Cuts a curve (N,) into at most `points` pieces.
+
+    Returns: arrays with a number for each piece: its middle `step`, its `median`, and the 10 % and
+        90 % quantiles `low` and `high`.
+    """
     pieces = np.array_split(np.arange(len(values)), min(points, len(values)))
     low, median, high = np.array([np.quantile(values[p], (0.1, 0.5, 0.9)) for p in pieces]).T
     return {
@@ -137,7 +153,7 @@ def smooth(values: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
 
 
 def draw(runs: list[Run]) -> Figure:
-    """Gradient norms of head and trunk, and the prototypes' radius, over the steps."""
+    """Panels of the gradient norms of head and trunk, and of the mean norm of prototypes."""
     figure = figures.figure(2.8)
     titles = {
         "grad_norm_head": "gradient norm, head",

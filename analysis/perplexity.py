@@ -1,21 +1,25 @@
-"""The likelihood of a whole split under each run, in nats per token, perplexity and bits per byte.
+"""The loss of a whole split under each run, in nats per token, perplexity and bits per byte.
 
     python -m analysis.perplexity out/a out/b --split=test
 
-A window of block_size tokens slides over the split by `stride`; each window scores the tokens that
-the one before it did not reach. So every token but the first is scored once, and has at least
-block_size - stride tokens of context where there are so many before it. A smaller stride gives more
-context, a lower loss and a longer run. bert predicts masked tokens, in windows side by side with
-fixed noise.
+A window of block_size tokens slides over the split by `stride` tokens. Each window scores the
+tokens that the window before it did not reach. So every token but the first is scored once. It has
+at least block_size - stride tokens of context, unless it is nearer to the start of the split. A
+smaller stride gives more context, a lower loss and a longer computation. bert predicts masked
+tokens instead, in windows side by side; the same tokens are masked each time.
 
 With --documents each document is scored alone, behind an end-of-text token, as
-lm-evaluation-harness does; its words and bytes are counted as there, so that word_perplexity,
-byte_perplexity and bits_per_byte are its own (`interop.lm_eval` makes the task).
+lm-evaluation-harness does. Words and bytes are counted as there, so word_perplexity,
+byte_perplexity and bits_per_byte can be compared with its results (`interop.lm_eval` makes the
+task).
 
-With --detail some tokens are looked at one by one: calibration, and the loss by position, frequency
-and distance to the nearest prototype (`analysis.calibration`). With --corpus another prepared
-folder's text is scored too, encoded by the run's own tokenizer, and the run's own text in the same
-way, each document alone: bits per byte out of distribution and in it.
+With --detail the table has the calibration error (ECE) too. A second CSV file and picture have the
+loss by position, frequency, confidence and distance to the nearest prototype
+(`analysis.calibration`).
+
+With --corpus the text of another prepared folder is scored too, encoded with the run's own
+tokenizer, and the run's own text in the same way: each document alone, in bits per byte. These are
+the columns other_documents (out of distribution) and own_documents (in distribution).
 """
 
 import itertools
@@ -45,7 +49,7 @@ from training.data import validation_windows
 from training.distributed import check_device
 from training.objective import NEXT_TOKEN, Batches, batches_of, objective_of
 
-# Inputs and targets, (B, T) each.
+# Inputs and targets: int64, (B, T) each.
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -54,19 +58,20 @@ class PerplexityConfig(AnalysisConfig):
     """Perplexity"""
 
     split: Literal["val", "test"] = "val"
-    """which split of the runs' data"""
+    """the split of the runs' data to score"""
     stride: int = 0
-    """tokens between windows, at most block_size; 0 = block_size // 2, with documents block_size;
-    bert does not use it"""
+    """tokens from one window to the next, at most block_size; 0 = block_size // 2 (with documents:
+    block_size). bert does not use it"""
     documents: bool = False
-    """score each document alone, in windows side by side: what lm-evaluation-harness measures"""
+    """score each document alone, in windows side by side, as lm-evaluation-harness does"""
     detail: bool = False
-    """also calibration and the loss by position, frequency and distance, into _detail.csv and
-    .png"""
+    """also measure calibration, and the loss by position, frequency, confidence and distance. They
+    are written to ..._detail.csv and ..._detail.png"""
     corpus: str | None = None
-    """a folder under data/, or a path: other text to score, in bits per byte"""
+    """other text to score, in bits per byte: a folder under data/, or a path"""
     corpus_bytes: int = 1_000_000
-    """how much of it, and of the run's own split beside it: documents spread evenly"""
+    """about how many bytes of the corpus, and of the run's own split, to score: documents spread
+    evenly"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     batch_size: int = 16
@@ -85,14 +90,14 @@ class PerplexityConfig(AnalysisConfig):
 
 
 def default_stride(config: ModelConfig, documents: bool = False) -> int:
-    """Of a user who names none."""
+    """The stride that --stride=0 stands for, in tokens."""
     return config.block_size if documents else max(1, config.block_size // 2)
 
 
 def problems(
     config: ModelConfig, data: Data, split: str, stride: int, documents: bool = False
 ) -> list[str]:
-    """Why a split cannot be scored, in words; empty if it can."""
+    """Why a split cannot be scored, one sentence each. Empty if it can."""
     if split not in data.splits:
         return [f"{data.folder} has no split {split}"]
     masked = objective_of(config.arch).masked
@@ -103,22 +108,22 @@ def problems(
         )
     if not masked and stride > config.block_size:
         found.append(
-            f"stride={stride} is longer than block_size={config.block_size}: tokens would be left"
-            " out"
+            f"stride={stride} is longer than block_size={config.block_size}, which would leave"
+            " tokens out"
         )
     if masked and documents:
         found.append(
-            "documents=true: bert predicts masked tokens, which give no likelihood of a document"
+            "documents=true: bert predicts masked tokens, which gives no loss of a whole document"
         )
     return found
 
 
 def sliding_windows(tokens: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Windows over a split of `tokens` tokens: yields (start, skip), where a window's first `skip`
-    targets belong to earlier windows.
+    """Yields (start, skip) of each window over a split of `tokens` tokens.
 
-    A window reads min(block_size, tokens - 1) inputs from `start`, and its targets are one further
-    on. The last one ends with the split.
+    A window reads min(block_size, tokens - 1) inputs from `start` on, and its targets one token
+    later. Its first `skip` targets were scored by earlier windows. The last window ends with the
+    split.
     """
     length = min(block_size, tokens - 1)
     last, reached = tokens - 1 - length, 0
@@ -130,8 +135,10 @@ def sliding_windows(tokens: int, block_size: int, stride: int) -> Iterator[tuple
 def sliding_batches(
     data: Data, split: str, block_size: int, stride: int, batch_size: int
 ) -> Iterator[Batch]:
-    """The sliding windows in batches: yields (inputs, targets), int64 (B, T) each, targets of
-    earlier windows being IGNORE_INDEX."""
+    """Yields the sliding windows of a split in batches (inputs, targets), int64 (B, T) each.
+
+    Targets that earlier windows scored are IGNORE_INDEX.
+    """
     tokens = data.splits[split].tokens
     windows = sliding_windows(tokens, block_size, stride)
     while part := list(itertools.islice(windows, batch_size)):
@@ -145,11 +152,9 @@ def sliding_batches(
 def document_batches(
     documents: Iterable[np.ndarray], eot_id: int, block_size: int, stride: int, batch_size: int
 ) -> Iterator[Batch]:
-    """The sliding windows of each document in batches: yields (inputs, targets), int64 (B, T) each,
-    short ones filled up behind.
+    """Yields the sliding windows of each document in batches (inputs, targets), int64 (B, T) each.
 
-    Args:
-        documents: as from `documents_of`.
+    Short windows are padded at the end. documents: as from `documents_of`.
     """
     # A single token predicts nothing.
     windows = (
@@ -179,12 +184,15 @@ def likelihood(
     progress: str | None = None,
     documents: bool = False,
 ) -> tuple[float, int]:
-    """The negative log likelihood of a split, added up in float64 -> (nats, tokens scored).
+    """The negative log likelihood of a split, summed in float64.
 
     Args:
-        stride: tokens between windows, in 1..block_size; 0 = block_size // 2. bert does not use it.
-        progress: name of the progress bar on stderr (shown on terminals only); None = no bar.
+        stride: tokens from one window to the next, 1 to block_size; 0 = `default_stride`. bert does
+            not use it.
+        batch_size: windows computed at once.
+        progress: name of the progress bar, which only a terminal shows; None = no bar.
         documents: score each document alone.
+    Returns: the sum in nats, and the number of tokens scored.
     Raises: UserError for a stride beyond block_size, an unknown split, or one too short to score.
     """
     c = model.config
@@ -212,7 +220,7 @@ def likelihood(
         for x, y in batches:
             x, y = x.to(device), y.to(device)
             kept = y != IGNORE_INDEX
-            # (tokens scored,): logits are never held
+            # (tokens scored,). The logits are never held in memory.
             losses = model.head.loss(model.hidden(x)[kept], y[kept], reduction="none")
             nats += losses.cpu().double().sum()
             scored += len(losses)
@@ -226,7 +234,7 @@ def likelihood(
 
 
 def measure(run: Run, data: Data, other: Data | None, c: PerplexityConfig, device: str) -> dict:
-    """One row of the results; `other`: the corpus' data."""
+    """The row of a run. other: the data of --corpus, or None."""
     model, manifest = run.load(device, c.checkpoint)
     row = _scores(run, model, manifest, data, c)
     if other:
@@ -239,8 +247,10 @@ def measure(run: Run, data: Data, other: Data | None, c: PerplexityConfig, devic
 
 @torch.inference_mode()
 def _by_document(model: Model, data: Data, source: Data, split: str, c: PerplexityConfig) -> float:
-    """Bits per byte of the documents of a split of `source`, each alone, in the tokens of the run's
-    `data`."""
+    """Bits per byte of documents of a split of `source`, each scored alone.
+
+    They are encoded with the tokenizer of `data`, the run's own data.
+    """
     own, words = data.load_tokenizer(), source.load_tokenizer()
     every = max(1, source.splits[split].bytes // c.corpus_bytes)
     texts = [
@@ -277,14 +287,13 @@ def _scores(run: Run, model: Model, manifest: dict, data: Data, c: PerplexityCon
         "tokens": scored,
         "nats_per_token": nats / scored,
         "perplexity": torch.tensor(nats / scored, dtype=torch.float64).exp().item(),
-        # the first token, which nothing predicts, is charged the mean: the same formula as in
-        # training
+        # Nothing predicts the first token, so it counts with the mean, as in training.
         "bits_per_byte": None
         if masked
         else nats / scored / math.log(2) * split.tokens / split.bytes,
     }
     if c.documents:
-        # As lm-evaluation-harness counts.
+        # Words and bytes are counted as in lm-evaluation-harness.
         words = data.load_tokenizer()
         texts = [words.decode(ids[1:]) for ids in documents_of(data, c.split)]
         length = sum(len(text.encode()) for text in texts)
@@ -305,7 +314,7 @@ COLUMNS = (
     Column("nats_per_token", "nats/token", ".4f"),
     Column("perplexity", form=",.2f"),
     Column("bits_per_byte", "bits/byte", ".4f"),
-    # These are there with --documents, --corpus and --detail.
+    # Only --documents, --corpus and --detail give these.
     Column("byte_perplexity", form=".4f"),
     Column("word_perplexity", form=",.2f"),
     Column("own_documents", form=".4f"),
@@ -317,7 +326,7 @@ COLUMNS = (
 def details(
     runs: list[Run], data: list[Data], c: PerplexityConfig, device: str, out: Path
 ) -> list[float]:
-    """Writes the details of all runs beside `out` -> the calibration error of each."""
+    """Writes the tables of --detail beside `out`. Returns the calibration error of each run."""
     rows, errors = [], []
     for run, d in zip(runs, data, strict=True):
         model, _ = run.load(device, c.checkpoint)
@@ -332,8 +341,7 @@ def details(
 
 
 def draw(rows: list[dict]) -> Figure:
-    """A bar for each run: bits per byte, or nats per token where a run has none. Shorter is
-    better."""
+    """A bar for each run: bits per byte, or nats per token if a run has no bits per byte."""
     if all(row["bits_per_byte"] is not None for row in rows):
         key, label = "bits_per_byte", "bits per byte"
     else:
@@ -357,19 +365,14 @@ def main() -> None:
     device = check_device(c.device)
     out = default_out(c, runs, "perplexity")
     data = [run.data() for run in runs]
-    check(
-        list(
-            dict.fromkeys(
-                p
-                for r, d in zip(runs, data, strict=True)
-                for p in problems(r.model_config, d, c.split, c.stride, c.documents)
-            )
-        )
-    )
+    found: list[str] = []
+    for run, d in zip(runs, data, strict=True):
+        found += problems(run.model_config, d, c.split, c.stride, c.documents)
+    check(list(dict.fromkeys(found)))  # Runs on the same data have the same problems.
     other = load_data(data_folder(c.corpus)) if c.corpus else None
     if c.corpus and (masked := [run.name for run in runs if run.objective.masked]):
         raise UserError(
-            f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which give no"
+            f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which gives no"
             " likelihood of a text"
         )
     if warning := caution(runs, data, c.split):

@@ -2,15 +2,17 @@
 
     python -m analysis.quantization out/a out/b --bits="[8,4,3]"
 
-The prototypes are rounded, the rest of the model is not: states are those of the full model, also
-where token embeddings are tied to the prototypes. Numbers of a group of coordinates share one
-scale, |largest| / (2^(bits - 1) - 1), and each is rounded to the nearest multiple of it (symmetric
-absmax quantisation, Dettmers et al. 2022, arXiv 2208.07339, section 2). A distance sees the error
-of a prototype in any direction, a dot product only along the state.
+Only the prototypes are rounded. Hidden states are those of the full model, even if its embedding is
+tied to the prototypes. A group of coordinates shares one scale, |largest| / (2^(bits - 1) - 1), and
+each coordinate is rounded to the nearest multiple of it (symmetric absmax quantisation, Dettmers et
+al. 2022, arXiv 2208.07339, section 2). An error of a prototype in any direction changes a distance.
+Only an error along the state changes a dot product.
 
-loss: nats a token. increase: over the loss of the full prototypes, with a 95 % interval of the
-paired differences of windows. kl: of the full head's probabilities to the rounded one's, in nats.
-same_best: the share of tokens whose likeliest prediction stays.
+loss        nats a token with rounded prototypes
+increase    loss minus the loss with full prototypes
+low, high   the 95 % interval of increase, from paired differences of windows
+kl          KL divergence from the full head's probabilities to the rounded head's, in nats a token
+same_best   share of tokens whose likeliest prediction stays the same
 """
 
 import copy
@@ -41,7 +43,7 @@ from harmonic import HarmonicHead
 from model import Model
 from text.token_files import Data
 
-ROWS = 512  # states whose logits are held at a time
+ROWS = 512  # Logits of so many states are held at a time.
 
 
 @dataclass
@@ -49,13 +51,13 @@ class QuantizationConfig(AnalysisConfig):
     """Heads with rounded prototypes"""
 
     bits: list[int] = field(default_factory=lambda: [8, 6, 4, 3])
-    """bits of a coordinate"""
+    """bits of each coordinate, 2 to 16: the head is measured with each of these"""
     group: int | None = None
-    """coordinates that share a scale, such as 32; null = all of a prototype"""
+    """how many coordinates share a scale, such as 32; null = all coordinates of a prototype"""
     tokens: int = 16384
-    """tokens of the split, in windows spread evenly"""
+    """how many tokens of the split to score, in windows spread evenly over it"""
     split: Literal["val", "test"] = "val"
-    """whose tokens"""
+    """the split to take tokens from"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
 
@@ -70,9 +72,10 @@ class QuantizationConfig(AnalysisConfig):
 
 
 def rounded(w: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """Every number as the nearest of 2^bits - 1 multiples of its group's scale: (V, C) -> (V, C).
+    """Rounds each number to the nearest of 2^bits - 1 multiples of its scale: (V, C) -> (V, C).
 
-    group: coordinates that share a scale; the last group of a row may be smaller. None: the row.
+    group: how many coordinates of a row share a scale; the last group may be smaller. None = the
+        whole row.
     """
     most = 2 ** (bits - 1) - 1
     parts = []
@@ -83,7 +86,7 @@ def rounded(w: Tensor, bits: int, group: int | None = None) -> Tensor:
 
 
 def with_rounded_prototypes(head: HarmonicHead, bits: int, group: int | None) -> HarmonicHead:
-    """A copy of a head. Its strength, bias and map are not rounded."""
+    """A copy of a head with rounded prototypes. Its strength, bias and map are not rounded."""
     copied = copy.deepcopy(head)
     with torch.no_grad():
         copied.weight.copy_(rounded(copied.weight, bits, group))
@@ -94,7 +97,7 @@ def with_rounded_prototypes(head: HarmonicHead, bits: int, group: int | None) ->
 def compare(
     model: Model, data: Data, c: QuantizationConfig
 ) -> list[dict[str, float | int | str | None]]:
-    """A row for the full head, and one for each number of bits."""
+    """The rows of a run: one for the full head, and one for each number of bits."""
     heads = {bits: with_rounded_prototypes(model.head, bits, c.group) for bits in c.bits}
     losses: dict[int | None, list[Tensor]] = {key: [] for key in (None, *heads)}
     sums = {bits: torch.zeros(2, dtype=torch.float64) for bits in heads}
@@ -132,7 +135,7 @@ def compare(
 
 
 def draw(runs: list, rows: list[dict]) -> Figure:
-    """The increase of the loss against bits."""
+    """The increase of the loss by bits, with its intervals. rows: of all runs."""
     figure = figures.figure(3.4)
     axes = figure.subplots()
     for run, style in zip(runs, head_styles(runs), strict=True):

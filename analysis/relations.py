@@ -1,5 +1,7 @@
-"""Pairs of words in fourteen relations, for the parallelogram loss: common ones, which a small
-vocabulary mostly holds."""
+"""Pairs of words in fourteen relations, for the parallelogram loss of `analysis.geometry`.
+
+The words are common ones, so most of them are in a small vocabulary.
+"""
 
 RELATIONS = {
     "country: capital": "France:Paris England:London Germany:Berlin Italy:Rome Spain:Madrid"
@@ -34,7 +36,7 @@ RELATIONS = {
 
 
 def pairs(relation: str) -> list[tuple[str, str]]:
-    """The words of one relation, pair by pair."""
+    """The pairs of words of a relation, by its name in RELATIONS."""
     found = []
     for pair in RELATIONS[relation].split():
         first, second = pair.split(":")

@@ -1,5 +1,4 @@
-"""Writes one HTML page that compares finished runs: results, curves, samples and what was
-different.
+"""Writes one HTML page that compares finished runs: results, curves, samples, different settings.
 
     python -m analysis.report out/a out/b --out=report.html
 
@@ -42,17 +41,18 @@ from training.distributed import check_device
 from training.telemetry import read_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# Most points of a curve that the page holds. Each knows the least, mean and greatest value of the
-# iterations behind it.
+# The most points of a curve. Each has the lowest, mean and highest value of its iterations.
 POINTS = 1000
-# Maps of the best runs, and the prototypes on one: those of the most frequent tokens.
+# The page has maps of so many of the best runs, with the prototypes of so many frequent tokens.
 MAPS, MAP_POINTS = 6, 1500
-# Excerpts of the validation text that every run continues. Of each, the characters that the runs
-# see, and those that show how the text really goes on.
+# Every run continues so many excerpts of the validation text. It sees the first characters of an
+# excerpt. The rest shows how the text really goes on.
 PROMPTS, PROMPT_CHARACTERS, TRUTH_CHARACTERS = 2, 80, 240
-# Enough for both with any tokenizer of words or their parts.
+# So many tokens are enough for an excerpt, if tokens are words or parts of words.
 EXCERPT_TOKENS = 160
-# bert predicts every seventh token (`how_sampled` says so), about the share that it learns on.
+# Stands between two documents of an excerpt. Each run reads its own end-of-text token there.
+BOUNDARY = "<|endoftext|>"
+# bert predicts every seventh token here. That is about the share that it predicts in training.
 MASK_EVERY = 7
 
 
@@ -64,7 +64,7 @@ class Chart:
     title: str
     unit: str = ""
     noisy: bool = False
-    """enough to be smoothed"""
+    """whether the page smooths it"""
 
 
 CHARTS = (
@@ -93,12 +93,12 @@ class ReportConfig:
     runs: list[str] = field(default_factory=list)
     """run folders"""
     out: str = "report.html"
-    """file of the page"""
+    """the file of the page"""
     dataset: str | None = None
-    """prepared data of all runs, a folder under data/ or a path; null = where each run was
-    trained"""
+    """prepared data of all runs: a folder under data/, or a path; null = the data that each run was
+    trained on"""
     samples: int = 1
-    """texts that each run writes for each of two prompts; 0 = none"""
+    """how many texts each run writes for each of two prompts; 0 = none"""
     max_new_tokens: int = 60
     """tokens of a sample"""
     temperature: float = 0.8
@@ -120,8 +120,12 @@ class ReportConfig:
 
 
 def thin(points: list[tuple[int, float]]) -> dict:
-    """A curve of at most POINTS points: x, mean y, and lo and hi where a point stands for several.
-    One that is not finite shows."""
+    """Reduces a curve to at most POINTS points.
+
+    points: (x, y) in the order of x.
+    Returns: x and the mean y of each point. If points stand for several, also the lowest (lo) and
+        highest y (hi). A mean that is not finite stays so.
+    """
     size = math.ceil(len(points) / POINTS)
     buckets = [points[i : i + size] for i in range(0, len(points), size)]
     values = [[y for _, y in b] for b in buckets]
@@ -137,7 +141,7 @@ def thin(points: list[tuple[int, float]]) -> dict:
 
 
 def curves(metrics: list[dict]) -> dict:
-    """metrics key -> curve, for the keys of CHARTS that the run has."""
+    """The curves of a run: key of metrics.jsonl -> curve, for the keys of CHARTS that it has."""
     found = {}
     for chart in CHARTS:
         points = [(m["iter"], m[chart.key]) for m in metrics if chart.key in m]
@@ -147,8 +151,8 @@ def curves(metrics: list[dict]) -> dict:
 
 
 def prototype_map(model: Model, data: Data) -> dict:
-    """The prototypes of the MAP_POINTS most frequent tokens on the first two principal components
-    of all of them."""
+    """The prototypes of the MAP_POINTS most frequent tokens, on the first two principal components
+    of all prototypes."""
     rows, variance, directions = principal(model.head.prototypes())
     words, share = data.load_tokenizer(), variance / variance.sum()
     tokens = frequency(data)[: len(rows)].argsort(descending=True)[:MAP_POINTS]
@@ -164,13 +168,18 @@ def prototype_map(model: Model, data: Data) -> dict:
 
 
 def excerpts(data: Data) -> list[tuple[str, str]]:
-    """Places of the validation text, evenly spread -> (prompt, how it goes on), each from the start
-    of a word where there are words."""
+    """Takes PROMPTS excerpts, evenly spread over the validation text.
+
+    Returns: (prompt, how the text goes on) of each. BOUNDARY stands between two documents. Prompts
+        begin with a whole word, if the text has spaces.
+    """
     val, words = data.splits["val"], data.load_tokenizer()
     found = []
     for i in range(PROMPTS):
         ids = val.read((2 * i + 1) * val.tokens // (2 * PROMPTS), EXCERPT_TOKENS)
-        text = words.decode(ids[ids != data.eot_id]).strip("\ufffd")
+        documents = np.split(ids, np.flatnonzero(ids == data.eot_id))
+        texts = [words.decode(part[part != data.eot_id]) for part in documents]
+        text = BOUNDARY.join(texts).strip("\ufffd")
         text = text[text.find(" ") + 1 :]
         cut = text.rfind(" ", 0, PROMPT_CHARACTERS)
         cut = cut if cut > 0 else min(PROMPT_CHARACTERS, len(text) // 2)
@@ -178,11 +187,16 @@ def excerpts(data: Data) -> list[tuple[str, str]]:
     return found
 
 
+def excerpt_ids(words: Tokenizer, text: str) -> list[int]:
+    """The ids of an excerpt, with the tokenizer's end-of-text token at each BOUNDARY."""
+    return words.encode_prompt(text.replace(BOUNDARY, words.eot_text))
+
+
 def continuations(
     model: Model, words: Tokenizer, eot_id: int, texts: list[tuple[str, str]], c: ReportConfig
 ) -> list[list[list]]:
-    """What a run writes: for each excerpt `c.samples` texts, each a list of pieces [kind, text]."""
-    prompts = [words.encode(prompt) or [eot_id] for prompt, _ in texts]
+    """What a run writes after each excerpt: c.samples texts, each a list of pieces [kind, text]."""
+    prompts = [excerpt_ids(words, prompt) or [eot_id] for prompt, _ in texts]
     rows = [p for p in prompts for _ in range(c.samples)]
     steps = model.generate(
         rows, c.max_new_tokens, temperature=c.temperature, top_k=c.top_k, seed=c.seed
@@ -199,12 +213,15 @@ def continuations(
 def predicted_tokens(
     model: Model, words: Tokenizer, texts: list[tuple[str, str]]
 ) -> list[list[list]]:
-    """What bert predicts for masked tokens: for each excerpt one text of pieces [kind, text,
-    truth], kind being given, right or wrong."""
+    """What bert predicts for the masked tokens of each excerpt.
+
+    Returns: for each excerpt one text, a list of pieces [kind, text, truth]. kind is "given" for a
+        token that bert sees, else "right" or "wrong".
+    """
     found: list[list[list]] = []
     for prompt, truth in texts:
         ids = torch.tensor(
-            words.encode(prompt + truth)[: model.config.block_size],
+            excerpt_ids(words, prompt + truth)[: model.config.block_size],
             dtype=torch.long,
             device=model.tokens.weight.device,
         )
@@ -217,23 +234,18 @@ def predicted_tokens(
         masked[hidden] = words.mask_id
         guesses = ids.clone()
         guesses[hidden] = model(masked[None])[0][0, hidden].argmax(-1)
-        names = [
-            (words.decode_token(g), words.decode_token(t))
-            for g, t in zip(guesses, ids, strict=True)
-        ]
-        kinds = [
-            "given" if m != words.mask_id else "right" if g == t else "wrong"
-            for m, g, t in zip(masked, guesses, ids, strict=True)
-        ]
-        found.append(
-            [[[kind, guess, true] for kind, (guess, true) in zip(kinds, names, strict=True)]]
-        )
+        pieces = []
+        for seen, guess, true in zip(masked.tolist(), guesses.tolist(), ids.tolist(), strict=True):
+            kind = "given"
+            if seen == words.mask_id:
+                kind = "right" if guess == true else "wrong"
+            pieces.append([kind, words.decode_token(guess), words.decode_token(true)])
+        found.append([pieces])
     return found
 
 
 def read_environment(run: Run) -> dict:
-    """A run's environment.json, empty where it has none. UserError for one that is not a JSON
-    object."""
+    """A run's environment.json, or {} if it has none. UserError if it is not a JSON object."""
     path = run.path / "environment.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -241,14 +253,14 @@ def read_environment(run: Run) -> dict:
         found = None
     if not isinstance(found, dict):
         raise UserError(
-            f"{path} is not JSON with keys and values: delete it, and the page leaves the machine"
-            " out"
+            f"{path} is not JSON with keys and values: delete it. The page will not name the"
+            " run's machine then"
         )
     return found
 
 
 def differences(runs: list[Run]) -> list[dict]:
-    """Configuration keys that are not the same in all runs, but for their folders."""
+    """The settings that differ between runs, except out_dir, with the value of each run."""
     configs = [dataclasses.asdict(r.model_config) | dataclasses.asdict(r.config) for r in runs]
     texts = {
         k: ["null" if c[k] is None else str(c[k]) for c in configs]
@@ -259,32 +271,35 @@ def differences(runs: list[Run]) -> list[dict]:
 
 
 def together(values: list[str]) -> str:
-    """The distinct values, in order."""
+    """The distinct values as one text, in the order of their first appearance."""
     return " | ".join(dict.fromkeys(values))
 
 
 @dataclass
 class Entry:
-    """What the page holds of one run."""
+    """What the page has of one run."""
 
     summary: dict
     curves: dict
     model: str
-    """its size in words"""
+    """the size of its model, in words"""
     map: dict | None = None
-    """None where the run's data was not found"""
+    """its map of prototypes; None if the run's data was not found"""
     losses: np.ndarray | None = None
-    """of validation windows (windows,); None likewise, and for a split that is too short"""
+    """its losses of validation windows, (windows,); None if the data is missing or too short"""
     samples: list = field(default_factory=list)
-    """empty where there is no excerpt, as without data"""
+    """what it writes after each excerpt; empty if there are no excerpts"""
     note: str | None = None
-    """what could not be done, in a sentence"""
+    """a sentence on what could not be done"""
 
 
 def examine(
     run: Run, data: Data | None, texts: list[tuple[str, str]], c: ReportConfig, device: str
 ) -> Entry:
-    """Loads a run's best checkpoint and looks at it. texts: the excerpts to continue."""
+    """Loads a run's best checkpoint and measures what the page shows. texts: from `excerpts`.
+
+    data: None if it was not found.
+    """
     metrics, m = read_metrics(run.path), run.model_config
     model, manifest = run.load(device, "best")
     size = (
@@ -298,12 +313,12 @@ def examine(
     try:
         if manifest["val_loss"] is None:
             raise UserError(
-                f"its only checkpoint, of iteration {manifest['iter']}, has no evaluation, and its"
+                f"its only checkpoint, of iteration {manifest['iter']}, has no evaluation, so its"
                 " loss in the table is that of an earlier iteration"
             )
         entry.losses = window_losses(model, data)
     except UserError as error:
-        # A split that is too short to score does not keep anyone from the curves.
+        # The page still has the curves if the split is too short to score.
         entry.note = f"{run.name} is not compared window by window: {error}"
         print(f"note: {entry.note}", file=sys.stderr)
     if texts:
@@ -316,7 +331,7 @@ def examine(
 
 
 def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
-    """Everything the page shows, as one JSON document."""
+    """Everything that the page shows, as one JSON document."""
     notes: list[str] = []
     data: list[Data] | None = None
     texts: list[tuple[str, str]] = []
@@ -324,11 +339,11 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         data = [run.data() for run in runs]
         texts = excerpts(data[0]) if c.samples else []
     except UserError as error:
-        # Curves can be looked at where the data is not.
+        # The page still has the curves if the data is missing.
         notes.append(f"No samples: {error}")
         print(f"note: {notes[0]}", file=sys.stderr)
 
-    # One run's model and metrics are in memory at a time.
+    # Only one model is in memory at a time.
     entries = []
     for i, run in enumerate(runs):
         print(f"run {i + 1} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
@@ -365,21 +380,21 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
             {"prompt": prompt, "truth": truth, "runs": [entry.samples[i] for entry in entries]}
             for i, (prompt, truth) in enumerate(texts)
         ],
-        "sampling": how_sampled(runs, c),
+        "sampling": how_sampled(runs, texts, c),
         "differences": differences(runs),
         "environments": [" · ".join(describe(e)) for e in environments],
     }
 
 
 def maps(entries: list[Entry]) -> list[dict]:
-    """The maps of the MAPS best runs that have one, in the runs' order."""
+    """The maps of the MAPS best runs that have one, in the order of the runs."""
     mapped = {i: entry.map for i, entry in enumerate(entries) if entry.map}
     best = sorted(mapped, key=lambda i: entries[i].summary["best_val_loss"])[:MAPS]
     return [{"run": i, **mapped[i]} for i in sorted(best)]
 
 
 def corpora(runs: list[Run], data: list[Data] | None) -> list[str]:
-    """On what each run was trained, in words."""
+    """The data that each run was trained on, in words."""
     if data is None:
         return [run.config.dataset for run in runs]
     return [
@@ -388,9 +403,11 @@ def corpora(runs: list[Run], data: list[Data] | None) -> list[str]:
     ]
 
 
-def how_sampled(runs: list[Run], c: ReportConfig) -> str:
-    """What the samples are, in sentences."""
-    text = "The best checkpoint of each run."
+def how_sampled(runs: list[Run], texts: list[tuple[str, str]], c: ReportConfig) -> str:
+    """How the samples were made, in sentences. texts: from `excerpts`."""
+    text = "Samples come from the best checkpoint of each run."
+    if any(BOUNDARY in prompt + truth for prompt, truth in texts):
+        text += f" {BOUNDARY} stands where one document of the text ends and the next begins."
     if any(not r.objective.masked for r in runs):
         text += (
             f" Text is drawn at temperature {c.temperature} from the {c.top_k} likeliest tokens,"
@@ -398,14 +415,14 @@ def how_sampled(runs: list[Run], c: ReportConfig) -> str:
         )
     if any(r.objective.masked for r in runs):
         text += (
-            " bert sees the text with every seventh token masked and predicts it. Struck out is the"
-            " text's own token where the two differ."
+            " bert sees the text with every seventh token masked, and predicts these tokens. If a"
+            " prediction is wrong, the text's own token follows it, struck out."
         )
     return text
 
 
 def describe(environment: dict) -> list[str]:
-    """An environment.json in a few words."""
+    """The versions, commit, platform and command of an environment.json, one text each."""
     versions = [f"{k} {v}" for k, v in (environment.get("versions") or {}).items()]
     commit = environment.get("git_commit")
     git = (

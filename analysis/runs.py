@@ -1,4 +1,4 @@
-"""What the analysis scripts share: opening finished runs, saying what may be compared, and writing
+"""What the analysis scripts share: they open finished runs, check what can be compared, and write
 results."""
 
 import os
@@ -24,8 +24,10 @@ from training.objective import Objective, batches_of, objective_of
 
 @dataclass
 class Run:
-    """A finished run. `name`: its folder's name, or its path where another run's folder has the
-    same name."""
+    """A finished run.
+
+    name: the name of its folder. If two runs have folders of the same name, it is the path.
+    """
 
     path: Path
     name: str
@@ -34,9 +36,11 @@ class Run:
 
     @property
     def objective(self) -> Objective:
+        """What its model is trained to predict."""
         return objective_of(self.model_config.arch)
 
     def tokens_per_iteration(self) -> int:
+        """The number of tokens that an iteration trains on."""
         return (
             self.config.batch_size
             * self.config.gradient_accumulation_steps
@@ -44,8 +48,10 @@ class Run:
         )
 
     def data(self) -> Data:
-        """The data it was trained on. UserError when it is not there, as for a run's folder that
-        was copied from another machine."""
+        """The data that it was trained on.
+
+        Raises: UserError if the data is not on this machine, or has another tokenizer.
+        """
         folder = data_folder(self.config.dataset)
         if not folder.is_dir():
             raise UserError(
@@ -58,47 +64,49 @@ class Run:
             own = load_tokenizer(data.tokenizer, self.path)
             if not same_tokens(own, data.load_tokenizer()):
                 raise UserError(
-                    f"{folder} has another {data.tokenizer} than {self.path}: its ids stand for"
-                    " other tokens; name the data that the run was trained on, or prepare the text"
+                    f"{folder} has another {data.tokenizer} than {self.path}, so its ids stand for"
+                    " other tokens: name the data that the run was trained on, or prepare the text"
                     " with the run's tokenizer"
                 )
         return data
 
     def load(self, device: str = "cpu", which: str = "newest") -> tuple[Model, dict]:
-        """The newest or best checkpoint -> (model in eval mode, float32; its manifest). UserError
-        for a damaged one."""
+        """Loads the "newest" or "best" checkpoint.
+
+        Returns: the model in eval mode and float32, and the manifest of the checkpoint.
+        Raises: UserError if the checkpoint is corrupt.
+        """
         model, _, manifest = checkpoint.load_run(self.path, device, which)
         return model, manifest
 
 
 @dataclass
 class AnalysisConfig:
-    """What every analysis that writes a table takes."""
+    """The flags of every analysis that writes a table."""
 
     runs: list[str] = field(default_factory=list)
     """run folders"""
     out: str | None = None
-    """the CSV file, with the picture (.png) beside it; null = named after the analysis, in the
-    first run's parent folder"""
+    """the CSV file to write; the picture (.png) is written beside it. null = a file named after the
+    analysis, in the parent folder of the first run"""
     dataset: str | None = None
-    """prepared data of all runs, a folder under data/ or a path; null = where each run was
-    trained"""
+    """prepared data of all runs: a folder under data/, or a path; null = the data that each run was
+    trained on"""
 
     def problems(self) -> list[str]:
-        return (
-            [f"out={self.out} must end in .csv"]
-            if self.out is not None and not self.out.endswith(".csv")
-            else []
-        )
+        """Everything that is wrong with the flags, one sentence each."""
+        if self.out is None or self.out.endswith(".csv"):
+            return []
+        return [f"out={self.out} must end in .csv"]
 
 
 def find_runs(folders: list[str], weights: bool = True, dataset: str | None = None) -> list[Run]:
-    """Opens run folders, without loading anything.
+    """Opens the folders of runs. It reads their settings, and loads no weights.
 
     Args:
-        weights: a run needs a checkpoint. dataset: where the prepared data of all runs lies, if not
-            where they were trained.
-    Raises: UserError listing every folder that is not such a run.
+        weights: whether each run must have a checkpoint.
+        dataset: the prepared data of all runs; None = the data that each run was trained on.
+    Raises: UserError that lists every folder that is not such a run.
     """
     if not folders:
         raise UserError("name one run's folder or more, such as out/run")
@@ -128,8 +136,10 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
 
 
 def windows(data: Data, split: str, block_size: int, most: int) -> list[int]:
-    """First tokens of at most `most` windows side by side, spread evenly over a split. UserError
-    where there is none."""
+    """The first tokens of at most `most` windows, spread evenly over a split without overlap.
+
+    Raises: UserError if the split is missing or shorter than a window.
+    """
     if split not in data.splits:
         raise UserError(f"{data.folder} has no split {split}: it has {', '.join(data.splits)}")
     tokens = data.splits[split].tokens
@@ -144,12 +154,13 @@ def windows(data: Data, split: str, block_size: int, most: int) -> list[int]:
 def predictions(
     model: Model, data: Data, split: str, tokens: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What a model predicts in windows side by side, spread evenly over a split, about `tokens`
-    predicted tokens in all.
+    """Runs a model on windows that are spread evenly over a split without overlap.
 
-    Yields for each batch of windows: hidden states (N, C) and targets (N,) on the model's device,
-    and which tokens of the windows they belong to: (B, T), bool, on the CPU.
-    Raises: UserError for a split that is missing or shorter than a window.
+    tokens: about how many tokens to predict in all.
+    Yields for each batch of windows: the hidden states (N, C) and targets (N,) of the predicted
+        tokens, on the model's device, and which tokens of the windows these are: (B, T), bool, on
+        the CPU.
+    Raises: UserError if the split is missing or shorter than a window.
     """
     c, device = model.config, model.tokens.weight.device
     batches = batches_of(data, c)
@@ -161,16 +172,18 @@ def predictions(
 
 
 def texts_differ(data: list[Data], split: str = "val") -> bool:
-    """Whether a split is of other text for some: texts of one length in bytes are taken to be the
-    same."""
+    """Whether a split has different texts. Texts with equal numbers of bytes count as the same."""
     return len({d.splits[split].bytes for d in data}) > 1
 
 
 def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None:
-    """What keeps the losses of runs from being compared, as a sentence; None when nothing does."""
+    """Why the losses of runs cannot be compared, as a sentence. None if they can.
+
+    Raises: UserError if a run's data has no such split.
+    """
     if len({run.objective.masked for run in runs}) > 1:
         return (
-            "bert predicts masked tokens and the others predict the next one: their losses may"
+            "bert predicts masked tokens and the others predict the next token: their losses may"
             " not be compared"
         )
     if lacking := [d for d in data if split not in d.splits]:
@@ -182,8 +195,8 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
     }
     if texts_differ(data, split):
         return (
-            "the runs have different data: only bits/byte may be compared, and it speaks of"
-            " different texts"
+            "the runs have different data: only bits/byte may be compared, and a difference may"
+            " come from the texts"
         )
     if len(tokens) > 1:
         return "the runs have different tokenizers: only bits/byte may be compared"
@@ -191,7 +204,7 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
 
 
 def writable(path: Path) -> Path:
-    """`path`, if a file can be written there. UserError otherwise."""
+    """Returns `path` if a file can be written there. Raises UserError if not."""
     if path.is_dir():
         raise UserError(f"--out={path} is a folder: name a file")
     if not path.parent.is_dir():
@@ -208,7 +221,7 @@ def head_styles(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def publish(rows: list[dict], out: Path, draw: Callable[[], Figure]) -> None:
-    """Writes the CSV file and beside it the picture that `draw` makes, and says so."""
+    """Writes the CSV file `out`, and beside it the picture that `draw` makes. Prints both names."""
     write_csv(out, rows)
     picture = out.with_suffix(".png")
     figures.save(draw(), picture)
@@ -216,11 +229,14 @@ def publish(rows: list[dict], out: Path, draw: Callable[[], Figure]) -> None:
 
 
 def about(run: Run) -> dict:
-    """What every table begins with."""
+    """The first columns of every table: run, head and link (None for a control)."""
     c = run.model_config
     return {"run": run.name, "head": c.head, "link": None if HEADS[c.head].is_control else c.link}
 
 
 def default_out(c: AnalysisConfig, runs: list[Run], name: str) -> Path:
-    """Where an analysis writes: --out, or NAME.csv in the first run's parent folder."""
+    """The CSV file of an analysis: --out, or NAME.csv in the parent folder of the first run.
+
+    Raises: UserError if it cannot be written.
+    """
     return writable(Path(c.out) if c.out else runs[0].path.parent / f"{name}.csv")

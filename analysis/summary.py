@@ -1,4 +1,4 @@
-"""The report's table of runs: the values of each, what may be compared between them, and the best
+"""The report's table of runs: the values of each run, which of them can be compared, and the best
 of each column."""
 
 import math
@@ -20,12 +20,12 @@ from training.telemetry import clock, energy, listed, timed
 
 @dataclass(frozen=True)
 class Score(Column):
-    """A column that may have a best value."""
+    """A column whose best value is marked."""
 
     best: Callable | None = None
-    """min or max"""
+    """min or max: which value is the best"""
     needs: str = ""
-    """the field of Agreement that must hold for the best to be marked"""
+    """the field of Agreement that must be true; else no value is marked"""
 
 
 COLUMNS = (
@@ -42,40 +42,46 @@ COLUMNS = (
     Score("tokens_per_s", "tokens/s", ",.0f", best=max, needs="work"),
     Score("minutes", form=".1f", best=min, needs="work"),
 )
-# The papers' three axes and their measures; less is better.
+# The three axes of the papers and the measure of each. Less is better.
 AXES = {"performance": "bits_per_byte", "interpretability": "components", "sustainability": "kwh"}
 
-# Energy is ranked between runs of at least so many minutes. In a shorter run start-up, compilation
-# and evaluation weigh too much.
+# Energy is ranked only if all runs took at least so many minutes. In a shorter run much of it goes
+# to start-up, compilation and evaluation.
 RANKED_MINUTES = 5.0
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Which values of the runs may be compared."""
+    """Which values of the runs can be compared."""
 
     losses: bool
+    """losses in nats per token"""
     bits: bool
     """bits per byte"""
     work: bool
-    """time and speed, and the energy of runs that are long enough"""
+    """time and speed: the runs did the same work on the same machine"""
     energy: bool
-    """work, and every run is long enough"""
+    """energy: as `work`, and every run is long enough"""
     windows: bool
     """losses of the same windows, one by one"""
     notes: list[str] = field(default_factory=list)
-    """why not, in sentences"""
+    """sentences on what cannot be compared, and why"""
 
 
 def short(value: float, digits: int = 5) -> float | str:
-    """A number as the page's JSON holds it: rounded to some significant digits, or the name of one
-    that is not finite."""
+    """A number for the page's JSON, rounded to `digits` significant digits.
+
+    JSON has no NaN and infinity, so these become texts such as "nan".
+    """
     return float(f"{value:.{digits}g}") if math.isfinite(value) else repr(value)
 
 
 def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
-    """The values of a run: the keys of COLUMNS, `energy` and `last_val_loss`. None where there is
-    none."""
+    """The values of a run: the keys of COLUMNS, `energy` and `last_val_loss`.
+
+    A value is None if the run does not have it. metrics: from `read_metrics`.
+    Raises: UserError if the run has no evaluation.
+    """
     evaluations = [m for m in metrics if "val_loss" in m]
     if not evaluations:
         raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
@@ -113,13 +119,19 @@ def agreement(
     environments: list[dict],
     losses: list[np.ndarray],
 ) -> Agreement:
-    """What may be compared. data: None where it was not found; losses: of each run's windows, those
-    of some runs where the others have none."""
+    """Decides what can be compared between runs.
+
+    Args:
+        data: of each run; None if it was not found.
+        summaries: of each run, from `summarize`.
+        environments: the environment.json of each run.
+        losses: the window losses of the runs that have them.
+    """
     warning = None
     if data:
         warning = caution(runs, data)
     elif len(runs) > 1:
-        warning = "The runs' data was not found: nobody checked that losses may be compared"
+        warning = "The runs' data was not found, so it is unknown whether losses can be compared"
     blocks = {r.model_config.block_size for r in runs}
     windows = {(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}
     objectives = {r.objective.masked for r in runs}
@@ -136,15 +148,15 @@ def agreement(
         notes.append(warning[0].upper() + warning[1:] + ".")
     if len(work) > 1:
         notes.append(
-            "The runs have not seen the same number of tokens: more training lowers a loss, and"
-            " energy and time are not ranked."
+            "The runs have not trained on the same number of tokens. More training lowers a loss."
+            " Energy and time are not ranked."
         )
     if len(machines) > 1:
         notes.append("The runs ran on different machines: energy and time are not ranked.")
     if len(windows) > 1:
         notes.append(
-            "The runs have different validation windows (block_size, eval_iters or batch_size):"
-            " small differences in loss mean nothing."
+            "The runs have different validation windows (block_size, eval_iters or batch_size),"
+            " so small differences in loss mean nothing."
         )
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
     same_work = len(work) == len(machines) == 1
@@ -159,7 +171,7 @@ def agreement(
 
 
 def summary_table(summaries: list[dict], agree: Agreement) -> dict:
-    """The summary as texts, the best of each column marked where its values may be compared."""
+    """The summary as texts. The best of a column is marked if its values can be compared."""
     rows = [
         [{"text": "–" if text == "-" else text, "best": False} for text in line]
         for line in tables.cells(summaries, COLUMNS)
@@ -179,8 +191,11 @@ def summary_table(summaries: list[dict], agree: Agreement) -> dict:
 
 
 def paired(summaries: list[dict], losses: list[np.ndarray]) -> dict | None:
-    """Puts differences to the best run, on the same windows, into the summaries -> what a picture
-    of them needs. None of a single run."""
+    """Compares all runs with the best one on the same windows.
+
+    Sets `difference` in each summary. Returns: the best run's index, the number of windows, and the
+        mean, low and high difference of each run, for a picture. None for a single run.
+    """
     if len(losses) < 2:
         return None
     best, found = compare(losses)
@@ -199,15 +214,17 @@ def paired(summaries: list[dict], losses: list[np.ndarray]) -> dict | None:
 
 
 def energy_parts(used: dict) -> dict:
-    """Wh of the processor, GPUs, memory, and what CodeCarbon's file does not assign."""
+    """The energy in Wh of CPU, GPUs and memory, and the rest that CodeCarbon does not assign."""
     parts = {k: used[f"{k}_energy"] for k in ("cpu", "gpu", "ram")}
     parts["rest"] = max(0.0, used["energy_consumed"] - sum(parts.values()))
     return {k: short(1000 * kwh) for k, kwh in parts.items()}
 
 
 def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
-    """The papers' three axes, 0 to 10, 10 the best of this page: best / value. None where they may
-    not be compared."""
+    """The scores of each run on the three axes of the papers, from 0 to 10.
+
+    A score is 10 * best / value, so the best run has 10. None if runs cannot be compared.
+    """
     if len(summaries) < 2 or not (agree.losses and agree.bits and agree.work):
         return None
     values = [[s[key] for key in AXES.values()] for s in summaries]
@@ -224,14 +241,17 @@ def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
 
 
 def one_seed(runs: list[Run]) -> bool:
-    """Whether no head, with its link, has runs of two seeds."""
+    """Whether each pair of head and link has only one seed."""
     heads = {(r.model_config.head, r.model_config.link) for r in runs}
     seeds = {(r.model_config.head, r.model_config.link, r.config.seed) for r in runs}
     return len(seeds) == len(heads)
 
 
 def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> str:
-    """The result in a sentence; none where runs may not be compared. differences: of `paired`."""
+    """The result in a sentence or two. Empty if the runs cannot be compared.
+
+    differences: from `paired`.
+    """
     if not any(math.isfinite(s["best_val_loss"]) for s in summaries):
         return "No run has a finite validation loss."
     if len(runs) == 1:
@@ -252,12 +272,12 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
         " nats/token"
     )
     if alike := [name for _, low, name in others if low <= 0]:
-        text = f"{text}, but these windows do not tell it apart from {listed(alike, 3)}."
+        text = f"{text}, but on these windows its difference to {listed(alike, 3)} is within noise."
     elif not others:
         text = f"{text}."
     else:
         mean, _, name = others[0]
         text = f"{text}, {mean:.3f} below {name}."
     if one_seed(runs):
-        text += " This is one seed of each head; another seed may change the order."
+        text += " This is one seed of each head. Another seed may change the order."
     return text

@@ -1,7 +1,7 @@
 """The one writer of tables: aligned text for a terminal, Markdown, and CSV files.
 
-Rows are dicts. A value that a row lacks, that is None or that is an empty text shows as "-". A
-measured NaN shows as "nan": a loss that diverged must not look like one that nobody measured.
+Rows are dicts. A value that is missing, None or an empty text shows as "-". NaN shows as "nan",
+because a loss that diverged must not look like one that was not measured.
 """
 
 import csv
@@ -25,26 +25,27 @@ class Column:
     """One column of a table, and how its numbers look."""
 
     key: str
-    """of the row's dict"""
+    """the key in the dict of a row"""
     title: str = ""
-    """what the reader sees; empty = the key"""
+    """the title that the reader sees; empty = the key"""
     form: str = ""
-    """the format of numbers, such as ".4f"; for numbers in texts too, as a CSV file has them"""
+    """the format of numbers, such as ".4f". It also applies to texts that are numbers, as a CSV
+    file has them"""
     unit: str = ""
-    """added to the title: "title, unit" """
+    """a unit that is added to the title, as "title, unit" """
 
 
 Columns = Sequence[Column | str]
 
 
 def cells(rows: Sequence[dict], columns: Columns) -> list[list[str]]:
-    """The rows as texts, without titles."""
+    """The cells of each row as texts, without titles."""
     columns = _columns(columns)
     return [[_cell(row.get(column.key), column.form) for column in columns] for row in rows]
 
 
 def text(rows: Sequence[dict], columns: Columns) -> str:
-    """Aligned text for a terminal. A column is aligned right where all its cells are numbers."""
+    """The table as aligned text for a terminal. Columns of numbers are aligned right."""
     body = cells(rows, columns)
     lines = [_titles(columns), *body]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -60,7 +61,7 @@ def text(rows: Sequence[dict], columns: Columns) -> str:
 
 
 def markdown(rows: Sequence[dict], columns: Columns) -> str:
-    """A table for GitHub. A column is aligned right where all its cells are numbers."""
+    """The table in GitHub's Markdown. Columns of numbers are aligned right."""
     body = cells(rows, columns)
     titles = _titles(columns)
     rules = ["---:" if number else "---" for number in _are_numbers(body, len(titles))]
@@ -73,29 +74,35 @@ def markdown(rows: Sequence[dict], columns: Columns) -> str:
 
 
 def interval(mean: float, half: float, form: str = "+.3f") -> str:
-    """A mean and the half width of its interval, as "+0.012 ± 0.003". A NaN half, as of one value
-    alone, is left out."""
+    """A mean and the half width of its interval, such as "+0.012 ± 0.003".
+
+    If half is NaN, as for a single value, only the mean is given.
+    """
     if math.isnan(half):
         return format(mean, form)
     return f"{mean:{form}} ± {half:{form.removeprefix('+')}}"
 
 
 def write_csv(path: Path | str, rows: Sequence[dict], columns: Columns | None = None) -> None:
-    """Writes the file whole or not at all. columns: what is written, and in which order; None =
-    every key, in order of appearance. A cell that a row lacks stays empty."""
+    """Writes a CSV file completely or not at all. A value that a row lacks gives an empty cell.
+
+    columns: which columns to write, in this order. None = every key, in order of appearance.
+    """
     if columns is None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
     write_whole(Path(path), _csv(rows, columns, header=True))
 
 
 def append_csv(path: Path | str, rows: Sequence[dict], columns: Columns) -> None:
-    """Adds rows to the end of a file in one write, flushed to the disk; a file that is new or empty
-    gets a header first."""
+    """Appends rows to a CSV file in one write, and flushes it to the disk.
+
+    A new or empty file gets a header first.
+    """
     path = Path(path)
     old = path.read_bytes() if path.is_file() else b""
     added = _csv(rows, columns, header=not old)
     if old and not old.endswith(b"\n"):
-        # An editor left out the end of the last line.
+        # An editor has removed the line break at the end of the file.
         added = "\r\n" + added
     with path.open("a", newline="", encoding="utf-8") as file:
         file.write(added)
@@ -104,17 +111,18 @@ def append_csv(path: Path | str, rows: Sequence[dict], columns: Columns) -> None
 
 
 def read_csv(path: Path | str, columns: Columns | None = None) -> list[dict[str, str]]:
-    """The rows of a file as texts. columns: what the file must have; None = anything.
+    """The rows of a CSV file, with texts as values.
 
-    Raises: UserError for other columns, or for a line that is cut off.
+    columns: those that the file must have. None = any.
+    Raises: UserError for other columns, or for a line with too few or too many cells.
     """
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         header, rows = reader.fieldnames, []
         if columns is not None and header not in (None, [c.key for c in _columns(columns)]):
             raise UserError(
-                f"{path} has other columns ({', '.join(header)}): it is of another version; move it"
-                " away"
+                f"{path} has other columns ({', '.join(header)}): another version wrote it; move"
+                " it away"
             )
         for row in reader:
             if None in row or None in row.values():
@@ -156,7 +164,7 @@ def _parsed(value: str) -> int | float | str:
 
 
 def _are_numbers(body: list[list[str]], count: int) -> list[bool]:
-    """Which of `count` columns hold numbers alone."""
+    """Which of the `count` columns hold only numbers."""
     return [all(NUMBER.fullmatch(line[i]) for line in body) for i in range(count)]
 
 

@@ -1,16 +1,23 @@
-"""What the theory of harmonic loss speaks of, measured: margins, terms of its bound, nearness to a
-softmax, minimisers.
+"""Measures what the theory of harmonic loss is about: margins, the terms of its bound, how near a
+head is to a softmax, and where prototypes go.
 
     python -m analysis.theory out/a out/b
 
-Over validation tokens. The margin of a token is rho = d(h, w_y) / min over j != y of d(h, w_j):
-below 1 where it is predicted, and `p_y >= 1 / (1 + (V - 1) rho^n)` (harmonic link). gamma = min
-over j != y of d_j - d_y, of the tokens that are predicted; for a head without a distance it is the
-difference of logits. The bound's term is R |W|_F / (gamma sqrt N), R the largest |h| and N the
-tokens predicted in training, repeats included (2603.10225's PAC-Bayes bound): it changes under
-scaling, though a loss of a homogeneous distance does not. The picture shows the margins, the KL to
-the linearised softmax over training, and a toy: five separable points, for which a distance head
-has a finite minimiser.
+All numbers are over validation tokens. y is the right token of a state h, and d_j = d(h, w_j).
+
+predicted    share of tokens whose likeliest prediction is right
+rho_5 ...    the margin d_y / (smallest d_j of the others), at five quantiles of the tokens. Below 1
+             the prediction is right. With the harmonic link, p_y >= 1 / (1 + (V - 1) rho^n)
+gamma_5 ...  (smallest d_j of the others) - d_y at the 5 % and 50 % quantiles of the tokens that are
+             predicted right. For a head without a distance it is the difference of the logits
+R, |W|       the largest |h|, and the Frobenius norm of the prototypes
+bound_5 ...  R |W| / (gamma sqrt N), the term of the PAC-Bayes bound of 2603.10225. N is the number
+             of tokens predicted in training, with repeats. Scaling h and w changes this term, but
+             not the loss of a homogeneous distance
+bound holds  share of tokens for which the bound on p_y above holds
+
+The picture shows the margins, the KL to the linearised softmax over training, and a toy: with five
+separable points a distance head has a finite minimiser.
 """
 
 import math
@@ -40,7 +47,7 @@ from text.token_files import Data
 from training.distributed import check_device
 from training.telemetry import read_metrics
 
-# Validation tokens that are looked at, and how many of them at a time.
+# How many validation tokens are measured, and how many of them at a time.
 TOKENS, ROWS = 4096, 256
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TOY = ("cross_entropy", "euclidean", "manhattan", "cosine")
@@ -53,15 +60,14 @@ class TheoryConfig(AnalysisConfig):
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     split: Literal["val", "test"] = "val"
-    """whose tokens"""
+    """the split to take tokens from"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
 
 @torch.no_grad()
 def states_of(model: Model, data: Data, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and targets of about TOKENS tokens, evenly spread over a split: (N, C),
-    (N,)."""
+    """Hidden states (N, C) and targets (N,) of about TOKENS tokens, spread evenly over a split."""
     states, targets, _ = zip(*predictions(model, data, split, TOKENS), strict=True)
     return torch.cat(states), torch.cat(targets)
 
@@ -70,7 +76,10 @@ def states_of(model: Model, data: Data, split: str) -> tuple[torch.Tensor, torch
 def margins(
     head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> (rho, NaN for a control; gamma; p_y), each (N,)."""
+    """rho, gamma and p_y of each token, (N,) each. rho is NaN for a control.
+
+    h: (N, C). targets: (N,).
+    """
     rho, gamma, p = [], [], []
     for x, y in zip(h.split(ROWS), targets.split(ROWS), strict=True):
         logits = head(x)
@@ -88,7 +97,7 @@ def margins(
 
 
 def measure(run: Run, model: Model, data: Data, split: str) -> tuple[dict, torch.Tensor]:
-    """-> (the row of a run, its margins)."""
+    """The row of a run, and the margin rho of each token (N,)."""
     h, targets = states_of(model, data, split)
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0
@@ -109,7 +118,7 @@ def measure(run: Run, model: Model, data: Data, split: str) -> tuple[dict, torch
             size * norm / (value * math.sqrt(trained)) if value and trained else None
         )
     if model.head.is_harmonic:
-        # The bound is a theorem, so a share below 1 is a fault of the code.
+        # The bound is a theorem, so a share below 1 means that the code is wrong.
         least = 1 / (
             1 + (model.head.real_vocab_size - 1) * rho.double() ** float(model.head.strength)
         )
@@ -126,14 +135,15 @@ def toy(
     targets: torch.Tensor | None = None,
     seed: int = 0,
 ) -> dict:
-    """Prototypes of separable classes trained on the loss alone, from N(0, 0.1^2), n = 4, Adam.
+    """Trains only the prototypes of a head on fixed points, with Adam, from N(0, 0.1^2), at n = 4.
 
     Args:
-        points: (N, C) of classes `targets` (N,); by default five classes, one point each, on a
-            sphere of radius 1 in 8 dimensions.
+        name: the head.
+        points: (N, C), of the classes `targets` (N,). The default is five classes with one point
+            each, on the unit sphere in 8 dimensions.
         seed: of the start.
-    Returns: the norm |W|_F and the loss of each step; the points; the head; the path of the
-        prototypes (steps + 1, classes, C).
+    Returns: norms and losses, with |W|_F and the loss of each step; points; head; path, the
+        prototypes of each step (steps + 1, classes, C).
     """
     torch.manual_seed(seed)
     if points is None or targets is None:
@@ -163,7 +173,10 @@ def toy(
 
 
 def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
-    """Margins (`found`: those of each run), KL to the softmax over training, the toy."""
+    """Panels of the margins, the KL to the softmax over training, and the toy.
+
+    found: rho of each run.
+    """
     figure = figures.figure(3.0)
     left, middle, right = figure.subplots(1, 3)
     for run, rho, style in zip(runs, found, head_styles(runs), strict=True):

@@ -125,4 +125,4 @@ def test_sampling_writes_the_same_text(tiny_data, tmp_path):
     exact = script_here("sample.py", *words)
     nearest = script_here("sample.py", *words, "--ann", "--ann_candidates=60")
     assert nearest.returncode == 0 and nearest.stdout == exact.stdout
-    assert "probability without a candidate: at most 0." in nearest.stderr
+    assert "probability of the tokens that --ann left out: at most 0." in nearest.stderr

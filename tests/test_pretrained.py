@@ -254,7 +254,8 @@ def test_training_starts_from_it_and_reports_both_numbers(train, gpt2, tmp_path)
     status, out, err = train(init_from=gpt2[0], head="euclidean", **{**SIZES, "block_size": 16})
     assert status == 0, err
     assert (
-        "as it is: val loss" in out and "its head swapped for euclidean, harmonic link, n = " in out
+        "with its own head: val loss" in out
+        and "its head swapped for euclidean, harmonic link, n = " in out
     )
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["iter"] == 0 and abs(first["val_loss"] - first["source_val_loss"]) < 0.05
@@ -269,7 +270,7 @@ def test_training_starts_from_it_and_reports_both_numbers(train, gpt2, tmp_path)
         "run/config.yaml", out_dir="again", **{k: None for k in (*SIZES, "dataset")}
     )
     # The folder holds what starts it again.
-    assert status == 0 and "as it is: val loss" in again, err
+    assert status == 0 and "with its own head: val loss" in again, err
     assert json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])[
         "val_loss"
     ] == pytest.approx(first["val_loss"], abs=0.1)

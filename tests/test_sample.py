@@ -209,6 +209,9 @@ def test_explain(sample):
     status, out, _ = sample("gpt", "--start=the old", "--max_new_tokens=5", "--explain")
     assert status == 0
     assert out.count("nearest:") == out.count("coordinates:") == 5 and out.count("% of d") == 0
+    # A legend says once what the lines mean.
+    assert out.count("nearest shows the 5 likeliest tokens") == 1
+    assert out.count("coordinates shows which of the 16 coordinates") == 1
     # Cosine's shares are of the distance itself.
     assert out.count(" of d\n") == 5 and "of d^2" not in out
 
@@ -217,6 +220,7 @@ def test_bert_fills_masks(sample):
     status, out, _ = sample("bert", "--start=the [MASK] king sings in the <|mask|> house")
     assert status == 0 and "MASK" not in out and "mask|" not in out
     assert "mask 1" in out and "mask 2" in out and out.count("nearest:") == 2
+    assert out.count("nearest shows") == 1
     assert out.splitlines()[0].startswith("the ") and out.splitlines()[0].endswith(" house")
 
 

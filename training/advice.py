@@ -1,4 +1,4 @@
-"""Notes about settings that are allowed, but slow on this machine, or of little sense together.
+"""Notes about settings that are allowed, but slow on this machine, or that do not fit together.
 
 train.py prints them when it starts.
 """

@@ -57,7 +57,7 @@ class TrainConfig:
     eval_interval: int = 200
     """iterations between evaluations (and checkpoints)"""
     eval_iters: int = 20
-    """validation batches of batch_size windows: always the same ones, from all over the split"""
+    """validation batches of batch_size windows. They are always the same, spread over the split"""
     log_interval: int = 10
     """iterations between console lines; metrics.jsonl has every iteration"""
     eval_only: bool = of_a_start(False)

@@ -114,23 +114,18 @@ def launcher(processes: int, *torchrun: str) -> list[str]:
 
     torchrun: more flags of torchrun.
     """
-    return (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
-        if processes > 1
-        else []
-    )
+    if processes <= 1:
+        return []
+    count = f"--nproc_per_node={processes}"
+    return ["-m", "torch.distributed.run", "--standalone", count, *torchrun]
 
 
 def check_device(device: str) -> str:
     """The device to use; `auto` becomes cuda, mps or cpu. UserError for one that does not exist."""
     if device == "auto":
-        return (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError:

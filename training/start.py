@@ -88,8 +88,9 @@ def resume_problems(
     ]
     if config.optimizer != (before := base.get("optimizer", config.optimizer)):
         found.append(
-            f"cannot resume {out_dir} with optimizer={config.optimizer}: its state is {before}'s."
-            f" Start from its weights with --init_from={out_dir} and another --out_dir"
+            f"cannot resume {out_dir} with optimizer={config.optimizer}: its checkpoint holds the"
+            f" state of {before}. Start from its weights with --init_from={out_dir} and another"
+            " --out_dir"
         )
     folder = data_folder(config.dataset)
     if config.dataset == base.get("dataset") and not folder.is_dir():
