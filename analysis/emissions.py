@@ -158,17 +158,18 @@ def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str)
         left.plot(minutes, losses, marker=".", label=run.name, **style)
     if rows[0]["target"] is not None:
         left.axhline(rows[0]["target"], color=figures.GREY, linewidth=0.8, linestyle=":")
-    left.set_xlabel("minutes in steps")
-    left.set_title(f"validation loss, {UNITS[key]}; dotted: the target")
+    left.set_xlabel("time in training steps, minutes")
+    left.set_ylabel(f"validation loss, {UNITS[key]}")
+    left.set_title("Dotted: the target")
     left.legend()
     names, base = [r["run"] for r in rows], np.zeros(len(rows))
     for part, color in zip(("cpu", "gpu", "ram"), figures.PALETTE, strict=False):
         watt_hours = np.array([1000 * (r[f"kwh_{part}"] or 0) for r in rows])
         right.barh(names, watt_hours, left=base, color=color, label=part.upper(), height=0.6)
         base += watt_hours
-    right.set_title("energy, Wh")
+    right.set_xlabel("energy, Wh")
     right.invert_yaxis()
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    figures.legend_below(figure, [right])
     return figure
 
 
