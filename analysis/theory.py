@@ -182,7 +182,7 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
     middle.set_yscale("log")
     middle.set_xlabel("iteration")
     middle.set_ylabel("KL divergence, nats a token")
-    middle.set_title("Distance to a linearised softmax")
+    middle.set_title("Difference from a softmax")
     for axes in (left, middle):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower right")
