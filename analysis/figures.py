@@ -8,9 +8,11 @@ style of the line.
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from cycler import cycler
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure, FigureBase
@@ -97,7 +99,7 @@ def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]
     return styles
 
 
-def dots(name: str, link: str | None) -> dict[str, str]:
+def dots(name: str, link: str | None) -> dict[str, Any]:
     """`color` and `markerfacecolor` of a head's points: open for the softmax link, else filled."""
     color = head_color(name)
     return {"color": color, "markerfacecolor": "white" if link == "softmax" else color}
@@ -105,12 +107,12 @@ def dots(name: str, link: str | None) -> dict[str, str]:
 
 def legend_below(figure: FigureBase, panels: Iterable[Axes], ncols: int = 4) -> None:
     """One legend for all panels, under them, so that it covers no data."""
-    entries = {}
+    entries: dict[Any, Artist] = {}
     for axes in panels:
         for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, line)
     if entries:
-        place = {"loc": "outside lower center", "ncols": min(ncols, len(entries))}
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(ncols, len(entries))}
         figure.legend(list(entries.values()), list(entries), **place)
 
 

@@ -520,7 +520,7 @@ def _legend_of_links(figure: Figure, axes: Axes, lines: bool) -> None:
     figures.legend_below(figure, [axes])
 
 
-def _dots(key: Key) -> dict[str, str]:
+def _dots(key: Key) -> dict[str, Any]:
     """The colours of a head's dots. A name has options after the head's own."""
     return figures.dots(key[0].split()[0], key[1])
 

@@ -260,7 +260,7 @@ def image_grid(lines: int, classes: int) -> tuple[Figure, np.ndarray]:
     # The names of the lines need the width of about 2.6 classes.
     side = figures.WIDTH / (classes + 2.6)
     figure = figures.figure(0.3 + side * lines)
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     panels = figure.subplots(lines, classes, squeeze=False)
     for axes in panels.flat:
         axes.set_xticks([])
