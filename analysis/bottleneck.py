@@ -101,7 +101,7 @@ def draw(runs: list, shares: list[np.ndarray]) -> Figure:
             color=style["color"],
             ls=style["linestyle"],
         )
-    axes.set_xlabel("tokens, smallest share first")
+    axes.set_xlabel("share of the tokens, smallest value first")
     axes.set_ylabel("share of the gradient that reaches h")
     axes.legend()
     return figure

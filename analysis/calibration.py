@@ -129,29 +129,29 @@ def detail(tokens: dict[str, np.ndarray], counts: np.ndarray, block_size: int) -
 
 def draw(rows: list[dict]) -> Figure:
     """Four panels: the loss by position, frequency and distance, and a reliability diagram."""
-    figure = figures.figure(5.4)
+    figure = figures.figure(5.8)
     panels = figure.subplots(2, 2)
     labels = {
-        "position": ("nats a token by position in the window", "token"),
-        "frequency": ("nats a token by frequency in training", "occurrences, up to"),
+        "position": ("loss, nats a token", "position in the window, tokens"),
+        "frequency": ("loss, nats a token", "occurrences in the training text, up to"),
         "nearest": (
-            "nats a token by distance to the nearest prototype",
-            "tenth of the tokens, nearest first",
+            "loss, nats a token",
+            "distance to the nearest prototype, tenths of the tokens",
         ),
-        "confidence": ("reliability: accuracy by confidence", "confidence"),
+        "confidence": ("accuracy (dotted: calibrated)", "confidence"),
     }
     heads = {row["run"]: (row["head"], row["link"]) for row in rows}
     styles = dict(zip(heads, figures.head_styles(list(heads.values())), strict=True))
-    for axes, (by, (title, label)) in zip(panels.flat, labels.items(), strict=True):
+    for axes, (by, (measure, label)) in zip(panels.flat, labels.items(), strict=True):
         for run, style in styles.items():
             mine = [row for row in rows if row["run"] == run and row["by"] == by]
             axes.plot(*_curve(by, mine), marker=".", label=run, **style)
-        axes.set_title(title)
+        axes.set_ylabel(measure)
         axes.set_xlabel(label)
     panels[0, 0].set_xscale("log")
     panels[0, 1].set_xscale("log")
     panels[1, 1].plot([0, 1], [0, 1], color=figures.GREY, linewidth=0.8, linestyle=":")
-    panels[0, 0].legend()
+    figures.legend_below(figure, panels.flat)
     return figure
 
 

@@ -21,6 +21,9 @@ loss          minus the loss, which needs the targets
 _low and _high are ends of 95 % intervals. They are basic bootstraps of windows: twice the estimate
 minus the quantiles. Drawing windows again makes the calibration error larger on average, and this
 form of the interval corrects for it.
+
+If a score separates all windows, so does each draw of a bootstrap, and its interval has no width.
+The interval of an auroc of 1 or 0 is then the rule of three's (`auroc_interval`).
 """
 
 import math
@@ -182,6 +185,20 @@ def auroc(own: np.ndarray, other: np.ndarray) -> float:
     return float(mannwhitneyu(own, other).statistic / (len(own) * len(other)))
 
 
+def auroc_interval(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of `auroc`: a bootstrap's, and at perfect separation a bound.
+
+    k disjoint pairs of windows are independent. Each is in the wrong order with probability
+    1 - auroc, and none is, which happens with at least 5 % up to a probability of
+    1 - 0.05^(1/k), about 3/k (the rule of three, Hanley and Lippman-Hand 1983, JAMA 249, 1743).
+    """
+    found = auroc(own, other)
+    if 0 < found < 1:
+        return interval(auroc, own, other)
+    most_wrong = 1 - 0.05 ** (1 / min(len(own), len(other)))
+    return (1 - most_wrong, 1.0) if found == 1 else (0.0, most_wrong)
+
+
 def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """The temperature from 1/8 to 8 with the least loss of logits (N, V) and targets (N,)."""
 
@@ -224,7 +241,7 @@ def measure(run: Run, model: Model, data: Data, c: ConfidenceConfig) -> list[dic
         found = score(model, encoded_windows(other, data, c.split, length, c.windows))
         for kind, values in own.scores.items():
             pair = values, found.scores[kind]
-            low, high = interval(auroc, *pair)
+            low, high = auroc_interval(*pair)
             rows.append(
                 {**about(run), "other": other.folder.name, "score": kind}
                 | {"auroc": auroc(*pair), "auroc_low": low, "auroc_high": high}
@@ -252,13 +269,19 @@ def draw(runs: list, rows: list[dict]) -> Figure:
                 panel.plot(at, r["auroc"], "o", color=style["color"])
                 panel.vlines(at, r["auroc_low"], r["auroc_high"], style["color"])
         axes[0].plot([], [], "o", color=style["color"], label=run.name)
-    axes[0].set_xticks([0, 1], ["as it is", "scaled"])
+    middle = 0.05 * (len(runs) - 1)
+    axes[0].set_xticks([middle, 1 + middle], ["before", "after"])
+    axes[0].set_xlim(middle - 0.6, middle + 1.6)
+    axes[0].set_xlabel("temperature scaling")
+    axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("expected calibration error")
-    axes[0].legend(fontsize="small")
     for panel, other in zip(axes[1:], others, strict=True):
-        panel.set_xticks(range(len(SCORES)), SCORES)
-        panel.axhline(0.5, color="grey", lw=0.8)
+        panel.set_xticks([at + middle for at in range(len(SCORES))], SCORES)
+        panel.axhline(0.5, color=figures.GREY, linewidth=1, linestyle=":", label="chance")
+        panel.set_ylim(-0.02, 1.02)
+        panel.set_xlabel("score of a window")
         panel.set_ylabel(f"AUROC against {other}")
+    figures.legend_below(figure, axes)
     return figure
 
 

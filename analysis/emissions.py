@@ -19,6 +19,7 @@ reached it between two evaluations, the time is interpolated.
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,18 +171,20 @@ def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str)
         minutes, losses = [t / 60 for t, _ in points], [loss for _, loss in points]
         left.plot(minutes, losses, marker=".", label=run.name, **style)
     if rows[0]["target"] is not None:
-        left.axhline(rows[0]["target"], color=figures.GREY, linewidth=0.8, linestyle=":")
-    left.set_xlabel("minutes in steps")
-    left.set_title(f"validation loss, {UNITS[key]}; dotted: the target")
+        line: dict[str, Any] = dict(color=figures.GREY, linewidth=1, linestyle=":")
+        left.axhline(rows[0]["target"], label="target", **line)
+    left.set_xlabel("time in training steps, minutes")
+    left.set_ylabel(f"validation loss, {UNITS[key]}")
     left.legend()
     names, base = [r["run"] for r in rows], np.zeros(len(rows))
-    for part, color in zip(("cpu", "gpu", "ram"), figures.PALETTE, strict=False):
+    # Colours are for heads, so parts are greys.
+    for part, color in (("cpu", "0.3"), ("gpu", "0.55"), ("ram", "0.8")):
         watt_hours = np.array([1000 * (r[f"kwh_{part}"] or 0) for r in rows])
         right.barh(names, watt_hours, left=base, color=color, label=part.upper(), height=0.6)
         base += watt_hours
-    right.set_title("energy, Wh")
+    right.set_xlabel("energy, Wh")
     right.invert_yaxis()
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    figures.legend_below(figure, [right])
     return figure
 
 

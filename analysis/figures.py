@@ -5,14 +5,17 @@ A head has the same colour in every figure. Heads of one family have shades of o
 of a line shows the link.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from cycler import cycler
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
 from base.files import write_whole
@@ -96,6 +99,23 @@ def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]
         color = head_color(name)
         styles.append({"color": _shaded(color, repeats), "linestyle": LINES[link]})
     return styles
+
+
+def dots(name: str, link: str | None) -> dict[str, Any]:
+    """`color` and `markerfacecolor` of a head's points: open for the softmax link, else filled."""
+    color = head_color(name)
+    return {"color": color, "markerfacecolor": "white" if link == "softmax" else color}
+
+
+def legend_below(figure: FigureBase, panels: Iterable[Axes], ncols: int = 4) -> None:
+    """One legend for all panels, under them, so that it covers no data."""
+    entries: dict[Any, Artist] = {}
+    for axes in panels:
+        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(name, line)
+    if entries:
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(ncols, len(entries))}
+        figure.legend(list(entries.values()), list(entries), **place)
 
 
 def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:

@@ -24,11 +24,12 @@ import math
 import random
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from scipy.stats import spearmanr
 
 from analysis import figures, tables
@@ -337,7 +338,10 @@ class Labels:
         self.taken.append((x, self._end(x, word), place))
         if place != y:
             self.axes.plot([x, x], [y, place], color=color, linewidth=0.4)
-        self.axes.text(x, place, word, color=color, fontsize=8)
+        halo = [withStroke(linewidth=2, foreground="white")]
+        # Under the arrows, so that the halo hides no arrow's head.
+        style: dict[str, Any] = dict(fontsize=8, path_effects=halo, zorder=2.5)
+        self.axes.text(x + 0.006 * self.width, place, word, color=color, **style)
 
     def _end(self, x: float, word: str) -> float:
         return x + len(word) * self.LETTER * self.width
@@ -365,14 +369,14 @@ def draw(maps: list[tuple]) -> Figure:
         labels = Labels(axes)
         for relation, color in zip(shown, colors, strict=True):
             arrow = {"arrowstyle": "->", "color": color, "lw": 1}
-            for first, second in pairs(relation)[:5]:
+            for first, second in pairs(relation)[:3]:
                 a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
                 axes.annotate("", b, a, arrowprops=arrow)
                 labels.add(a, first, color)
                 labels.add(b, second, color)
         share = variance / variance.sum()
-        axes.set_xlabel(f"PC 1 ({share[0]:.1%})")
-        axes.set_ylabel(f"PC 2 ({share[1]:.1%})")
+        axes.set_xlabel(f"first principal component, {share[0]:.1%} of the variance")
+        axes.set_ylabel(f"second, {share[1]:.1%}")
         axes.set_title(name)
     return figure
 

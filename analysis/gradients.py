@@ -154,14 +154,15 @@ def smooth(values: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
 
 def draw(runs: list[Run]) -> Figure:
     """Panels of the gradient norms of head and trunk, and of the mean norm of prototypes."""
-    figure = figures.figure(2.8)
+    figure = figures.figure(3.1)
     titles = {
-        "grad_norm_head": "gradient norm, head",
-        "grad_norm_trunk": "gradient norm, trunk",
-        "prototype_radius": "mean norm of prototypes",
+        "grad_norm_head": "gradient norm of the head",
+        "grad_norm_trunk": "gradient norm of the trunk",
+        "prototype_radius": "mean norm of the prototypes",
     }
     metrics = [read_metrics(run.path) for run in runs]
-    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    panels = figure.subplots(1, 3)
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for run, lines, style in zip(runs, metrics, head_styles(runs), strict=True):
             values = series(lines, key)
             if not len(values):
@@ -173,9 +174,8 @@ def draw(runs: list[Run]) -> Figure:
             )
         axes.set_yscale("log")
         axes.set_xlabel("iteration")
-        axes.set_title(title)
-    if axes.lines:
-        axes.legend()
+        axes.set_ylabel(title)
+    figures.legend_below(figure, panels)
     return figure
 
 

@@ -150,7 +150,7 @@ def draw(runs: list, rows: list[dict]) -> Figure:
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.set_xticks(sorted({r["bits"] for r in rows if "increase" in r}))
     axes.set_xlabel("bits of a coordinate of a prototype")
-    axes.set_ylabel("increase of the loss, nats")
+    axes.set_ylabel("increase of the loss, nats a token")
     axes.legend()
     return figure
 

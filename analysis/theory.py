@@ -177,32 +177,37 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
 
     found: rho of each run.
     """
-    figure = figures.figure(3.0)
+    figure = figures.figure(3.2)
     left, middle, right = figure.subplots(1, 3)
     for run, rho, style in zip(runs, found, head_styles(runs), strict=True):
         rho = rho[rho.isfinite()].sort().values
-        label = run.name if len(rho) else f"{run.name} (no d)"
-        left.plot(rho, torch.linspace(0, 1, len(rho)), label=label, **style)
+        if len(rho):  # A control has no distance.
+            left.plot(rho, torch.linspace(0, 1, len(rho)), label=run.name, **style)
         lines = [m for m in read_metrics(run.path) if "kl_to_softmax" in m]
         if lines:
             iterations = [m["iter"] for m in lines]
             divergences = [m["kl_to_softmax"] for m in lines]
             middle.plot(iterations, divergences, marker=".", label=run.name, **style)
     left.axvline(1, color=figures.GREY, linewidth=0.8, linestyle=":")
-    left.set_xlabel("rho = own distance / nearest other")
-    left.set_title("share of tokens below\n(left of 1: predicted)")
-    left.legend()
+    left.set_xlabel("rho: own distance / nearest other")
+    left.set_ylabel("share of tokens with a lower rho")
+    left.set_title("Margins (left of 1: predicted)")
     middle.set_yscale("log")
     middle.set_xlabel("iteration")
-    middle.set_title("KL to the linearised softmax,\nnats")
-    if middle.lines:
-        middle.legend()
+    middle.set_ylabel("KL divergence, nats a token")
+    middle.set_title("Difference from a softmax")
+    for axes in (left, middle):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower right")
+        else:
+            axes.text(0.5, 0.5, "no run has a distance", transform=axes.transAxes, ha="center")
     for name in TOY:
         right.plot(toy(name)["norms"], label=name, color=figures.head_color(name))
     right.set_xscale("log")
-    right.set_xlabel("step")
-    right.set_title("toy: norm of the prototypes\nof five separable points")
-    right.legend()
+    right.set_xlabel("step of Adam")
+    right.set_ylabel("norm of all prototypes")
+    right.set_title("Toy: five separable points")
+    right.legend(loc="upper left")
     return figure
 
 

@@ -375,22 +375,45 @@ def measure(
 
 
 def chart(rows: list[dict], path: Path) -> None:
-    """Draws the time of forward and backward at the first size as bars. Peers are grey."""
+    """Draws the time of forward and backward at the first size as bars from 1, the baseline. Peers
+    are grey."""
+    from matplotlib.ticker import LogLocator
+
     from analysis import figures
 
     first = [r for r in rows if place(r) == place({**rows[0], "N": r["N"]})]
     first.sort(key=lambda r: float(r["forward_backward_ratio"]))
     labels = [r["head"] if r["impl"] == "ours" else f"{r['head']}: {r['impl']}" for r in first]
-    colors = [figures.BLUE if r["impl"] == "ours" else figures.GREY for r in first]
+    colors = [figures.head_color(r["head"]) if r["impl"] == "ours" else figures.GREY for r in first]
     figure = figures.figure(1.0 + 0.2 * len(first))
     axes = figure.subplots()
     ratios = [float(r["forward_backward_ratio"]) for r in first]
-    bars = axes.barh(labels, ratios, color=colors)
-    axes.bar_label(bars, [f" {r['forward_backward_ratio']}" for r in first])
+    axes.barh(labels, [ratio - 1 for ratio in ratios], left=1, color=colors, height=0.7)
+    for at, ratio in enumerate(ratios):
+        side = 1 if ratio >= 1 else -1
+        axes.annotate(
+            f"{ratio:.2f}",
+            (ratio, at),
+            xytext=(4 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center",
+        )
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="time, forward + backward, over F.linear + F.cross_entropy")
-    axes.set_title(f"{place(first[0])}, {where(first[0])}; grey: what a user would write")
-    axes.margins(x=0.15, y=0.01)
+    axes.set_xscale("log")
+    axes.set_xlim(0.6 * min(1, *ratios), 2 * max(1, *ratios))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("time of forward + backward, times that of F.linear + F.cross_entropy")
+    n, v, c = (int(first[0][k]) for k in "NVC")
+    types = ", ".join([*(first[0][k] for k in ("dtype",) if k in first[0]), where(first[0])])
+    axes.set_title(
+        f"{n:,} states, {v:,} prototypes, {c:,} coordinates; {types}\n"
+        "coloured: this repository; grey: what a user would write"
+    )
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.2)
+    axes.set_axisbelow(True)
     figures.save(figure, path)
 
 

@@ -12,15 +12,17 @@ picture is drawn only if its curves exist.
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 
 from analysis import figures
 from analysis.geometry import principal
@@ -49,17 +51,6 @@ SHOWN += [
     for head in ("euclidean", "mahalanobis", "manhattan", "chebyshev", "cosine", "bray_curtis_abs")
 ]
 MOVING = [BASELINE, ("euclidean", "harmonic"), ("cosine", "harmonic")]
-# A head and its softmax twin have a dark and a light colour.
-DARK_AND_LIGHT = [
-    figures.GREY,
-    figures.BLUE,
-    figures.SKY,
-    figures.VERMILLION,
-    figures.ORANGE,
-    figures.GREEN,
-    "#8fd6b4",
-]
-COLORS = dict(zip(FEW, DARK_AND_LIGHT, strict=True))
 
 
 @dataclass
@@ -225,14 +216,23 @@ def curves(
 
 
 def plane(axes: Axes, x: np.ndarray, names: Callable[[int], str], label: str) -> None:
-    """Draws named points (M, 2). Their colours follow their order."""
-    axes.scatter(x[:, 0], x[:, 1], c=range(len(x)), cmap="hsv" if len(x) == 31 else "viridis", s=14)
-    small: dict[str, Any] = dict(
-        fontsize=4.5, color="0.3", xytext=(2, 2), textcoords="offset points"
-    )
-    for i in range(len(x)):
-        axes.annotate(names(i), x[i], **small)
-    axes.set_title(label, fontsize=7)
+    """Draws named points (M, 2). Their colours follow their order: around a circle for addition,
+    whose last number is next to its first."""
+    order = np.linspace(0, 1, len(x), endpoint=False)
+    if len(x) == 31:
+        colors = hsv_to_rgb(np.stack([order, np.full(len(x), 0.85), np.full(len(x), 0.8)], -1))
+    else:
+        colors = matplotlib.colormaps["viridis"](0.9 * order)
+    axes.scatter(x[:, 0], x[:, 1], c=colors, s=10)
+    middle, size = x.mean(0), np.ptp(x, axis=0)
+    small: dict[str, Any] = dict(fontsize=6.5, textcoords="offset points", ha="center", va="center")
+    for i, point in enumerate(x):
+        # Away from the middle, where there is most room.
+        away = (point - middle) / size
+        shift = 7 * away / max(float(np.linalg.norm(away)), 1e-9)
+        axes.annotate(names(i), point, xytext=shift, color=0.7 * colors[i][:3], **small)
+    axes.margins(0.12)
+    axes.set_title(label)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set(visible=True, color="0.85")
@@ -251,57 +251,84 @@ def projected(table: torch.Tensor, onto: torch.Tensor | None = None) -> np.ndarr
 
 
 def draw_embeddings(c: ReportConfig, rows: list[Row], path: Path) -> None:
-    """Draws embeddings: tasks as rows, heads as columns.
+    """Draws embeddings: a block of panels for each task, a panel for each head.
 
     It shows the seed with the median share of variance in the top 2 components.
     """
-    tasks: dict[str, Callable[[int], str]] = {"addition": str, "lattice": corner}
-    figure = figures.figure(1.75 * len(tasks), 1.6 * len(SHOWN))
-    panels = figure.subplots(len(tasks), len(SHOWN), squeeze=False)
-    for line, (task, names) in zip(panels, tasks.items(), strict=True):
-        for axes, (head, link) in zip(line, SHOWN, strict=True):
+    tasks: dict[str, tuple[str, Callable[[int], str]]] = {
+        "addition": (
+            "Addition: prototypes of 31 numbers on two principal components (% of the variance)",
+            str,
+        ),
+        "lattice": ("Lattice: those of the 25 points (x, y) of a grid", corner),
+    }
+    width = 4
+    height = math.ceil(len(SHOWN) / width)
+    figure = figures.figure(2.2 * height * len(tasks) + 0.5)
+    blocks = figure.subfigures(len(tasks), 1, squeeze=False)[:, 0]
+    for block, (task, (heading, names)) in zip(blocks, tasks.items(), strict=True):
+        block.suptitle(heading, fontsize=10, x=0.01, ha="left")
+        panels = block.subplots(height, width, squeeze=False).ravel()
+        for axes in panels:
+            axes.axis("off")
+        for axes, (head, link) in zip(panels, SHOWN, strict=False):
             kept = curves(c.runs, rows, "main", task, head, link)
             if kept is None:
-                axes.axis("off")
                 continue
+            axes.axis("on")
             shares = [float(r["top2"]) for r in select(rows, "main", task, head, link)]
             seed = int(np.argsort(shares)[len(shares) // 2])
-            label = f"{head}\n{task}, top 2: {100 * shares[seed]:.0f} %"
+            label = f"{head}, {100 * shares[seed]:.0f} %"
             plane(axes, projected(kept["prototypes"][seed]), names, label)
     figures.save(figure, path)
 
 
 def draw_curves(c: ReportConfig, rows: list[Row], path: Path) -> None:
-    """Draws grokking of MLP and decoder, and the accuracy for each share of training examples."""
-    figure = figures.figure(4, 12)
-    first, second, third = panels = figure.subplots(1, 3, sharey=True)
-    for key, color in COLORS.items():
-        grokking = curves(c.runs, rows, "grokking", "addition113", *key)
-        decoder = curves(c.runs, rows, "decoder", "addition", *key)
+    """Draws grokking of MLP and decoder, and the accuracy for each share of training examples.
+
+    The training accuracy is a thin line of the same style as the test accuracy.
+    """
+    figure = figures.figure(6.4)
+    panels = figure.subplots(2, 2, sharey=True)
+    first, second, third = panels.flat[:3]
+    panels.flat[3].axis("off")
+    for (head, link), style in zip(FEW, styles_of(FEW), strict=True):
+        grokking = curves(c.runs, rows, "grokking", "addition113", head, link)
+        decoder = curves(c.runs, rows, "decoder", "addition", head, link)
         for axes, kept in ((first, grokking), (second, decoder)):
             if kept is not None:
                 steps, test, known = (kept[k][1:] for k in ("steps", "test", "train"))
-                axes.plot(steps, test.mean(1), color=color)
-                axes.plot(steps, known.mean(1), color=color, linestyle=":", linewidth=1)
+                axes.plot(steps, test.mean(1), **style)
+                axes.plot(steps, known.mean(1), linewidth=0.6, **style)
         found: dict[float, list[float]] = {}
-        for r in select(rows, "fraction", "addition", *key):
+        for r in select(rows, "fraction", "addition", head, link):
             found.setdefault(float(r["fraction"]), []).append(float(r["test_accuracy"]))
         fractions = sorted(found)
         means = [np.mean(found[fraction]) for fraction in fractions]
-        third.plot(fractions, means, color=color, marker=".", label=title(*key))
+        dots = {"marker": "o", "markersize": 4} | figures.dots(head, link)
+        third.plot(fractions, means, label=title(head, link), **(style | dots))
     for axes in (first, second):
         axes.set_xscale("log")
-        axes.set_xlabel("step (solid: test accuracy, dotted: training accuracy)")
+        axes.set_xlabel("step")
+        axes.set_ylabel("accuracy (thin: training)")
     third.set_xlabel("share of the examples trained on")
-    first.set_title("MLP, modulo 113, 30 % of the examples")
-    second.set_title("decoder, modulo 31, 80 %")
-    third.set_title("MLP, modulo 31: test accuracy")
-    legend = dict(loc="outside upper center", ncols=len(COLORS))
-    figure.legend(*third.get_legend_handles_labels(), **legend)
-    for axes in panels:
+    third.set_ylabel("test accuracy")
+    first.set_title("MLP, modulo 113, trained on 30 % of the examples")
+    second.set_title("Decoder, modulo 31, trained on 80 %")
+    third.set_title("MLP, modulo 31")
+    panels.flat[3].legend(*third.get_legend_handles_labels(), loc="center left")
+    for axes in (first, second, third):
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.2)
+        axes.yaxis.set_tick_params(labelleft=True)
     figures.save(figure, path)
+
+
+def styles_of(heads: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """`color` and `linestyle` of heads; the rows call the link of a control `control`."""
+    return figures.head_styles(
+        [(name, link if link in figures.LINES else None) for name, link in heads]
+    )
 
 
 def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
@@ -326,7 +353,7 @@ def draw_animation(c: ReportConfig, rows: list[Row], path: Path) -> None:
     count = len(next(iter(shown.values()))["steps"])
     frames = [*range(count), *[count - 1] * 8]
     animation = FuncAnimation(figure, frame, frames=frames)
-    write_whole(path, lambda aside: animation.save(aside, PillowWriter(fps=8), dpi=66))
+    write_whole(path, lambda aside: animation.save(aside, PillowWriter(fps=8), dpi=100))
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def draw(rows: list[Row], path: Path) -> None:
         )
     axes.set_xlabel("iteration")
     axes.set_ylabel("share of the gradient that reaches h")
-    axes.legend(fontsize="small")
+    axes.legend()
     figures.save(figure, path)
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -233,38 +234,41 @@ def draw(rows: list[Row], path: Path) -> None:
     """Test loss against tokens of training, and what is paired with cross_entropy's."""
     figure = figures.figure(3.6)
     left, right = figure.subplots(1, 2)
-    styles = figures.head_styles([(head.head, head.link) for head in HEADS.values()])
-    for name, style in zip(HEADS, styles, strict=True):
-        _line(left, {s: list(losses(rows, s, name).values()) for s in TOKENS}, name, style)
+    # Heads stand beside each other, so that no interval hides another.
+    shifts = np.geomspace(0.93, 1 / 0.93, len(HEADS))
+    for (name, head), shift in zip(HEADS.items(), shifts, strict=True):
+        style = {"linestyle": figures.LINES[head.link]} | figures.dots(head.head, head.link)
+        found = {s: list(losses(rows, s, name).values()) for s in TOKENS}
+        _line(left, found, name, shift, style)
         if name != BASELINE:
             found = {s: differences(rows, s, name, BASELINE) for s in TOKENS}
-            _line(right, found, name, style)
+            _line(right, found, name, shift, style)
     right.axhline(0, color=figures.head_color(BASELINE), linewidth=0.8)
-    left.set_title("test loss, nats a token")
-    right.set_title("less cross_entropy's, paired by seed")
+    left.set_ylabel("test loss, nats a token")
+    right.set_ylabel("test loss less cross_entropy's\nof the same seed, nats a token")
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks(list(TOKENS.values()), [f"{tokens:g}" for tokens in TOKENS.values()])
         axes.minorticks_off()
         axes.set_xlim(0.5, 24)
-        axes.set_xlabel("million tokens of training")
+        axes.set_xlabel("tokens of training, millions")
         axes.grid(alpha=0.2)
     if not any(row["stage"] in TOKENS for row in rows):
         left.text(0.5, 0.5, "no runs yet", transform=left.transAxes, ha="center")
-    lines, names = left.get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=4)
+    figures.legend_below(figure, [left])
     figures.save(figure, path)
 
 
-def _line(axes: Axes, found: dict[str, list[float]], label: str, style: dict) -> None:
-    """Means over seeds; the bars are their 95 % intervals, where there are two seeds or more."""
-    run = {TOKENS[stage]: mean_and_half(values) for stage, values in found.items() if values}
+def _line(axes: Axes, found: dict[str, list[float]], label: str, shift: float, style: dict) -> None:
+    """Means over seeds, and their 95 % intervals where there are two seeds or more."""
+    run = {
+        TOKENS[stage] * shift: mean_and_half(values) for stage, values in found.items() if values
+    }
     if not run:
         return
-    means, halves = (np.array(numbers) for numbers in zip(*run.values(), strict=True))
-    axes.errorbar(
-        list(run), means, halves, marker="o", markersize=3, capsize=2, label=label, **style
-    )
+    means, halves = ([pair[i] for pair in run.values()] for i in (0, 1))
+    bars: dict[str, Any] = dict(marker="o", markersize=4, capsize=2, elinewidth=1)
+    axes.errorbar(list(run), means, yerr=halves, label=label, **bars, **style)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from analysis import figures
@@ -65,7 +66,7 @@ PAIRS = (
     "cosine/harmonic/4,euclidean/harmonic",
     "cosine/harmonic/4,euclidean/harmonic/4",
 )
-COLORS = {"harmonic": figures.BLUE, "softmax": figures.ORANGE, "control": figures.GREY}
+LINKS = ("harmonic", "softmax", "control")
 # The name of a head with its options, and its link.
 Key = tuple[str, str]
 # A mean, and half the width of its interval.
@@ -489,59 +490,66 @@ STAGES = (
 def draw(rows: list[Row], path: Path) -> None:
     """Draws stage 1 on the left, with a dot for each setting, and stage 2 on the right.
 
-    The best setting has a ring. Stage 2 shows means over seeds with intervals.
+    The best setting has a large dot. Stage 2 shows means over seeds with intervals.
     """
     best, long = best_settings(rows), long_runs(rows)
     heads = list(dict.fromkeys(r["name"] for r in best))
     height: dict[Key, float] = {}
     for i, head in enumerate(heads):
         height |= {(head, "harmonic"): i - 0.18, (head, "softmax"): i + 0.18, (head, "control"): i}
-    figure = figures.figure(1.1 + 0.25 * len(heads))
+    figure = figures.figure(1.4 + 0.26 * len(heads))
     panels = figure.subplots(1, 2 if long else 1, sharey=True, squeeze=False)[0]
     _draw_settings(panels[0], groups(rows, "1"), height)
     if long:
         _draw_long_runs(panels[1], long, height)
-    for link, color in COLORS.items():
-        panels[0].plot([], [], "o", color=color, label=link)
     panels[0].set_yticks(range(len(heads)), heads)
-    panels[0].invert_yaxis()
-    panels[0].legend()
+    panels[0].set_ylim(len(heads) - 0.4, -0.6)
+    _legend_of_links(figure, panels[0], lines=False)
     for axes in panels:
         axes.grid(axis="x", alpha=0.2)
+        axes.set_axisbelow(True)
     figures.save(figure, path)
+
+
+def _legend_of_links(figure: Figure, axes: Axes, lines: bool) -> None:
+    """A legend that tells the links apart, whatever the head. lines: of curves, not of dots."""
+    faces = {"harmonic link, or control": figures.GREY, "softmax link": "white"}
+    for (name, face), line in zip(faces.items(), ("-", "--"), strict=True):
+        style: dict[str, Any] = dict(color=figures.GREY, markerfacecolor=face, label=name)
+        axes.plot([], [], f"o{line}" if lines else "o", markersize=4, **style)
+    figures.legend_below(figure, [axes])
+
+
+def _dots(key: Key) -> dict[str, Any]:
+    """The colours of a head's dots. A name has options after the head's own."""
+    return figures.dots(key[0].split()[0], key[1])
 
 
 def _draw_settings(axes: Axes, every: dict[Key, list[Row]], height: dict[Key, float]) -> None:
     low = min(loss(r) for group in every.values() for r in group)
     for key, group in every.items():
-        losses, color, y = [loss(r) for r in group], COLORS[key[1]], height[key]
+        losses, y = [loss(r) for r in group], height[key]
         shown = [min(value, low + 2) for value in losses]
-        dots: dict[str, Any] = dict(color=color, markersize=3.5, alpha=0.5, markeredgewidth=0)
-        axes.plot(shown, [y] * len(shown), "o", **dots)
-        axes.plot(min(losses), y, "o", color="none", markeredgecolor=color, markersize=8)
-    axes.set_xlim(low - 0.05, low + 2.05)
-    axes.set_xlabel(
-        "stage 1: validation loss, nats a token\n"
-        "(higher ones lie on the edge;\nringed: the best setting)"
-    )
+        axes.plot(shown, [y] * len(shown), "o", markersize=3, alpha=0.5, **_dots(key))
+        axes.plot(min(losses), y, "o", markersize=6.5, **_dots(key))
+    axes.set_xlim(low - 0.1, low + 2.05)
+    axes.set_title("Stage 1: every setting (large: the best)")
+    axes.set_xlabel("validation loss, nats a token\n(a higher one is drawn at the right edge)")
 
 
 def _draw_long_runs(axes: Axes, long: list[dict], height: dict[Key, float]) -> None:
     for r in long:
         key = r["name"], r["link"]
         half = 0 if math.isnan(r["half"]) else r["half"]
-        bar: dict[str, Any] = dict(
-            fmt="o", color=COLORS[r["link"]], markersize=5, capsize=2, linewidth=1
-        )
-        axes.errorbar(r["loss"], height[key], xerr=half, **bar)
+        bar: dict[str, Any] = dict(fmt="o", markersize=5, capsize=2, linewidth=1)
+        axes.errorbar(r["loss"], height[key], xerr=half, **bar, **_dots(key))
         if key == BASELINE:
-            axes.axvline(r["loss"], color=COLORS["control"], linewidth=0.8, linestyle=":")
+            color = figures.head_color(BASELINE[0])
+            axes.axvline(r["loss"], color=color, linewidth=0.8, linestyle=":")
     low, high = long[0]["loss"], long[-1]["loss"]
     axes.set_xlim(low - 0.1, min(low + 2.1, high + 0.1))
-    axes.set_xlabel(
-        "stage 2: test loss, nats a token\n"
-        "(means over seeds, 95 % intervals;\ndotted: cross_entropy)"
-    )
+    axes.set_title("Stage 2: means over seeds, 95 % intervals")
+    axes.set_xlabel("test loss, nats a token\n(dotted: cross_entropy; long intervals are cut)")
 
 
 def draw_lowest(rows: list[Row], path: Path) -> None:
@@ -560,22 +568,27 @@ def draw_curves(rows: list[Row], path: Path, most: int | None = None) -> None:
     heads = heads[:most]
     width = min(4, len(heads))
     height = math.ceil(len(heads) / width)
-    figure = figures.figure(1.75 * height + 0.4)
+    figure = figures.figure(1.65 * height + 0.6)
     iterations = int(groups(rows, "2")[BASELINE][0]["iters"])
     x = np.linspace(0, iterations, 1 + len(above[BASELINE]))[1:]
     for i, head in enumerate(heads):
         axes = figure.add_subplot(height, width, i + 1)
         axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
-        mine = {link: above[head, link] for link in COLORS if (head, link) in above}
+        mine = {link: above[head, link] for link in LINKS if (head, link) in above}
         for link, values in mine.items():
-            axes.plot(x, values, marker=".", color=COLORS[link], label=link)
+            line = figures.LINES.get(link, "-")
+            axes.plot(x, values, line, marker="o", markersize=3.5, **_dots((head, link)))
         near = min(values[-1] for values in mine.values()) < 0.25
         axes.set_ylim(*((-0.15, 0.35) if near else (-0.05, 1.55)))
         axes.set_facecolor("#eef3f8" if near else "none")
         axes.set_title(head)
-        axes.legend(fontsize=7)
-    figure.supylabel("nats above cross_entropy")
-    figure.supxlabel("iteration")
+        axes.set_xlim(0, 1.04 * iterations)
+        axes.set_xticks([0, iterations // 2, iterations])
+        if i % width == 0:
+            axes.set_ylabel("nats a token\nabove cross_entropy")
+        if i + width >= len(heads):
+            axes.set_xlabel("iteration")
+    _legend_of_links(figure, axes, lines=True)
     figures.save(figure, path)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     palette = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS])
     chance = 1 / len(COLOURS)
-    figure = figures.figure(3.6)
+    figure = figures.figure(3.7)
     for axes, name in zip(figure.subplots(2, 5).flat, SHOWN, strict=True):
         p, best = logits(plane, name).softmax(-1).max(-1)
         strength = ((p - chance) / (1 - chance))[..., None]
@@ -61,8 +61,10 @@ def main() -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(True)
+    figure.supxlabel("first coordinate of the hidden state", fontsize=9)
+    figure.supylabel("second coordinate", fontsize=9)
     # figures.save would reduce it to 256 colours, which show as bands.
-    figure.savefig("results/heads.png", dpi=120)
+    figure.savefig("results/heads.png", dpi=160)
     print("wrote results/heads.png")
 
 

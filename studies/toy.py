@@ -45,15 +45,8 @@ CIRCLE = ("cross_entropy", "euclidean", "manhattan", "cosine", "bray_curtis_abs"
 # The plane is drawn from -EDGE to EDGE.
 EDGE = 1.7
 STARTS = 5
-# The colours of some curves. The others are grey.
-LINES = {
-    "cross_entropy": figures.VERMILLION,
-    "cosine_linear": figures.ORANGE,
-    "euclidean": figures.BLUE,
-    "manhattan": figures.GREEN,
-    "cosine": figures.PURPLE,
-    "bray_curtis_abs": figures.SKY,
-}
+# Curves with a colour and a name. The others are grey.
+NAMED = ("cross_entropy", "cosine_linear", "euclidean", "manhattan", "cosine", "bray_curtis_abs")
 
 
 @dataclass
@@ -121,58 +114,63 @@ def panel(axes: Axes, name: str, found: dict, targets: torch.Tensor) -> None:
     regions = ((1 - strength) + strength * palette[of]).numpy()
     extent = (-EDGE, EDGE, -EDGE, EDGE)
     axes.imshow(regions, origin="lower", extent=extent, interpolation="bilinear")
-    dots: dict[str, Any] = dict(s=14, edgecolors="white", linewidths=0.6, zorder=3)
+    dots: dict[str, Any] = dict(s=10, edgecolors="white", linewidths=0.6, zorder=3)
     x, y = found["points"].T
     axes.scatter(x, y, c=[COLOURS[t] for t in targets], **dots)
     cross: dict[str, Any] = dict(
-        color="black", markersize=5, markeredgewidth=1.5, zorder=4, clip_on=True
+        color="black", markersize=4, markeredgewidth=1.2, zorder=4, clip_on=True
     )
     for k, path in enumerate(found["path"].unbind(1)):
-        axes.plot(*path.T, color="black", linewidth=1.6, zorder=2)
-        axes.plot(*path.T, color=COLOURS[k], linewidth=0.9, zorder=2)
+        axes.plot(*path.T, color="black", linewidth=1.4, zorder=2)
+        axes.plot(*path.T, color=COLOURS[k], linewidth=0.8, zorder=2)
         axes.plot(*path[-1], "x", **cross)
     axes.set_xlim(-EDGE, EDGE)
     axes.set_ylim(-EDGE, EDGE)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{name}, |W| {found['norms'][-1]:.2g}", fontsize=8, pad=2)
+    axes.set_title(name, fontsize=8, pad=3)
+    box = dict(boxstyle="square,pad=0.15", facecolor="white", edgecolor="none", alpha=0.8)
+    corner: dict[str, Any] = dict(transform=axes.transAxes, ha="right", bbox=box, zorder=5)
+    axes.text(0.97, 0.04, f"norm {found['norms'][-1]:.2g}", fontsize=7.5, **corner)
 
 
 def curves(axes: Axes, runs: dict, title: str) -> None:
-    """Draws |W| over the steps. Some heads have their own colour, and the others are grey."""
+    """Draws the norm over the steps. Some heads have their own colour, and the others are grey."""
     for name, found in runs.items():
-        color = LINES.get(name)
-        style: dict[str, Any] = dict(color="0.75", linewidth=0.8)
-        if color:
-            style = dict(color=color, linewidth=1.6, label=name)
+        style: dict[str, Any] = dict(color="0.8", linewidth=0.8, zorder=1)
+        if name in NAMED:
+            style = dict(color=figures.head_color(name), label=name)
         axes.plot(found["norms"], **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("step")
+    axes.set_xlabel("step of Adam")
+    axes.set_ylabel("norm of all prototypes")
     axes.set_title(title)
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=7)
 
 
 def draw(five: dict, around: dict, targets: torch.Tensor, path: Path) -> None:
     rows = -(-len(five) // 5)
-    figure = figures.figure(2.3 * (rows + 1) + 3, 11)
-    ratios = [2.3 * rows, 2.3, 3]
+    side = 1.75
+    figure = figures.figure(side * (rows + 1) + 0.6 + 3.4)
+    ratios = [side * rows + 0.3, side + 0.3, 3.4]
     upper, lower, last = figure.subfigures(3, 1, squeeze=False, height_ratios=ratios)[:, 0]
     left: dict[str, Any] = dict(fontsize=10, x=0.01, ha="left")
-    upper.suptitle(
-        "Five points: decision regions, and the way of each prototype to its cross", **left
-    )
+    upper.suptitle("Five points, one for each class", **left)
     lower.suptitle("Eight classes on a circle", **left)
-    for axes, (name, found) in zip(upper.subplots(rows, 5).flat, five.items(), strict=True):
+    panels = upper.subplots(rows, 5, squeeze=False).ravel()
+    for axes in panels[len(five) :]:
+        axes.axis("off")
+    for axes, (name, found) in zip(panels[: len(five)], five.items(), strict=True):
         panel(axes, name, found, torch.arange(5))
-    for axes, (name, found) in zip(lower.subplots(1, len(around)), around.items(), strict=True):
+    for axes, (name, found) in zip(lower.subplots(1, 5), around.items(), strict=True):
         panel(axes, name, found, targets)
-    first, second = last.subplots(1, 2)
-    curves(first, five, "five points: |W|")
-    curves(second, around, "circle: |W|")
-    figures.save(figure, path, 110)
+    first, second = last.subplots(1, 2, sharey=True)
+    curves(first, five, "Five points (grey: other heads)")
+    curves(second, around, "Eight classes on a circle")
+    figures.legend_below(last, [first], ncols=6)
+    figures.save(figure, path)
 
 
 def starts(name: str, steps: int, points: torch.Tensor, targets: torch.Tensor) -> dict:

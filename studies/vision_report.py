@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from analysis import figures
 from analysis.tables import Column, interval, markdown
@@ -211,19 +212,16 @@ def draw_prototypes(c: ReportConfig, rows: list[Row], dataset: str, path: Path) 
     """
     images = pictured(rows, dataset)
     found = stored(c, rows, images, dataset, "linear")
-    figure = figures.figure(0.3 + 0.62 * len(found), 1 + 0.62 * images.classes)
-    panels = figure.subplots(len(found), images.classes, squeeze=False)
+    figure, panels = image_grid(len(found), images.classes)
     for line, (key, model) in zip(panels, found.items(), strict=True):
         prototypes = model.head.prototypes().detach()
         pictures = prototypes.view(images.classes, *images.x.shape[1:]).mean(1)
         edge = pictures.abs().quantile(0.995).item() or 1.0
         for axes, picture in zip(line, pictures, strict=True):
             axes.imshow(picture.numpy(), cmap="RdBu_r", vmin=-edge, vmax=edge)
-            axes.spines[:].set_visible(True)
-            axes.set_xticks([])
-            axes.set_yticks([])
-        name_line(line[0], title(*key).replace(", ", "\n"), 6)
-    figures.save(figure, path, 90)
+            axes.spines[:].set(visible=True, color="0.6", linewidth=0.5)
+        name_line(line[0], title(*key).replace(", ", "\n"))
+    figures.save(figure, path)
 
 
 def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) -> None:
@@ -238,8 +236,7 @@ def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) ->
     x = images.test_x[first]
     every = stored(c, rows, images, dataset, "cnn")
     found = {key: every[key] for key in GRAD_CAM if key in every}
-    figure = figures.figure(0.3 + 0.7 * len(found), 1 + 0.7 * len(first))
-    panels = figure.subplots(len(found), len(first), squeeze=False)
+    figure, panels = image_grid(len(found), len(first))
     for line, ((head, _), model) in zip(panels, found.items(), strict=True):
         guess = model(x).argmax(-1)
         cam = LayerGradCam(model, model.features.get_submodule("2"))
@@ -250,18 +247,31 @@ def draw_grad_cam(c: ReportConfig, rows: list[Row], dataset: str, path: Path) ->
             axes.imshow(picture.mean(0).numpy(), cmap="gray")
             strength = (warm[0] / warm.max().clamp_min(1e-9)).numpy()
             axes.imshow(strength, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
             frame = dict(color="0.3", linewidth=0.5)
             if not is_right:
                 frame = dict(color=figures.VERMILLION, linewidth=2.5)
             axes.spines[:].set(visible=True, **frame)
-        name_line(line[0], head, 7)
-    figures.save(figure, path, 90)
+        name_line(line[0], head)
+    figures.save(figure, path)
 
 
-def name_line(axes: Axes, name: str, size: int) -> None:
-    axes.set_ylabel(name, fontsize=size, rotation=0, ha="right", va="center")
+def image_grid(lines: int, classes: int) -> tuple[Figure, np.ndarray]:
+    """A figure, and its panels (lines, classes) without ticks, under the numbers of the classes."""
+    # The names of the lines need the width of about 2.6 classes.
+    side = figures.WIDTH / (classes + 2.6)
+    figure = figures.figure(0.3 + side * lines)
+    figure.set_layout_engine("constrained", w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    panels = figure.subplots(lines, classes, squeeze=False)
+    for axes in panels.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for k, axes in enumerate(panels[0]):
+        axes.set_title(str(k), loc="center")
+    return figure, panels
+
+
+def name_line(axes: Axes, name: str) -> None:
+    axes.set_ylabel(name, rotation=0, ha="right", va="center")
 
 
 def main() -> None:

@@ -25,6 +25,18 @@ def test_auroc_is_that_of_scikit_learn():
     assert low < confidence.auroc(own, other) < high
 
 
+def test_perfect_separation_has_an_interval():
+    """With 30 pairs of windows, none in the wrong order: 3 / 30 is the rule of three's bound."""
+    own, other = np.arange(100, 140.0), np.arange(30.0)
+    low, high = confidence.auroc_interval(own, other)
+    assert (
+        high == 1 and 0.05 == pytest.approx(low**30) and low == pytest.approx(1 - 3 / 30, abs=0.01)
+    )
+    assert confidence.auroc_interval(other, own) == pytest.approx((0, 1 - low))
+    mixed = np.r_[own, other], other
+    assert confidence.auroc_interval(*mixed) == confidence.interval(confidence.auroc, *mixed)
+
+
 def test_the_temperature_of_overconfident_logits_is_found():
     """Targets drawn from the softmax of logits; the model's are three times as large."""
     torch.manual_seed(0)
