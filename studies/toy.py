@@ -1,6 +1,6 @@
 """The toy problems of the papers: only prototypes are trained, on separable points of a plane.
 
-    # half a minute; writes results/toy.png and results/toy.csv
+    # some six minutes; writes results/toy.png and results/toy.csv
     python -m studies.toy
 
 One toy has five points, one for each class. The other has eight classes on a circle, with twelve
