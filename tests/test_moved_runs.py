@@ -12,7 +12,14 @@ from training.telemetry import energy
 
 READERS = {
     "resume": ("train.py", "--init_from=resume", "--max_iters=4", "--out_dir=RUN"),
-    "start": ("train.py", "--init_from=RUN", "--eval_only", "--out_dir=new", "--dataset=DATA"),
+    "start": (
+        "train.py",
+        "--init_from=RUN",
+        "--eval_only",
+        "--out_dir=new",
+        "--dataset=DATA",
+        "--compile=false",
+    ),
     "sample": ("sample.py", "--out_dir=RUN", "--max_new_tokens=2", "--start=the"),
     "export": ("-m", "interop.export", "RUN", "--to=exported"),
     "perplexity": ("-m", "analysis.perplexity", "RUN"),

@@ -349,7 +349,7 @@ def header(path) -> str:
 )
 def test_the_benchmark_runs(tmp_path, head, rows):
     words = ["benchmarks.head", head, "--sizes=16x50x8", "--rounds=1"]
-    done = script("-m", *words, f"--out={tmp_path / 'b.csv'}")
+    done = script_here("-m", *words, f"--out={tmp_path / 'b.csv'}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b.csv").read_text().count("\n") == 1 + rows
     assert header(tmp_path / "b.csv") == header(ROOT / "results/head_cpu.csv")
