@@ -30,7 +30,7 @@ that is reported is that of the test split, which decides nothing.
 import math
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,7 +193,7 @@ class Plan:
         ]
 
 
-def next_setting(best: Setting, tried: list[Setting]) -> Setting | None:
+def next_setting(best: Setting, tried: Sequence[Setting]) -> Setting | None:
     """What lies beyond the edge that the best (strength, learning rate) is on; None if on none.
 
     The strengths tried at the best rate decide, and then the rates tried at any strength.

@@ -185,7 +185,11 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     if not lines:
         return NOTHING
     columns: Columns = ["head", "less", "tokens", "seeds", Column("difference", unit="nats")]
-    more = [Column("p", "p, Holm", ".3f"), "verdict", Column("change", "change since 0.6 M")]
+    more: Columns = [
+        Column("p", "p, Holm", ".3f"),
+        "verdict",
+        Column("change", "change since 0.6 M"),
+    ]
     return markdown(lines, [*columns, *more])
 
 

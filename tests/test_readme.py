@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, script, script_here, text
+from conftest import ROOT, TINY, script_here, text
 
 from base import command_line
 from base.command_line import parse
