@@ -165,14 +165,14 @@ def fraction_table(rows: list[Row]) -> str:
 
 
 def fraction_twins(rows: list[Row]) -> str:
-    """Test accuracy less the softmax twin's, against the share of examples trained on."""
+    """Test accuracy minus the softmax twin's, against the share of examples trained on."""
     runs = [r for r in rows if r["stage"] == "fraction"]
     shares = {f: f"{100 * float(f):.0f} %" for f in sorted({r["fraction"] for r in runs})}
     return _less_twins(runs, "test_accuracy", "fraction", shares)
 
 
 def task_twins(rows: list[Row]) -> str:
-    """The share of the top 2 components less the softmax twin's, of each task."""
+    """The share of the top 2 components minus the softmax twin's, of each task."""
     runs = [r for r in rows if r["stage"] == "main"]
     return _less_twins(runs, "top2", "task", {r["task"]: r["task"] for r in runs})
 

@@ -184,7 +184,13 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
         lines.append(line | {"verdict": verdict(values, corrected.get(key))})
     if not lines:
         return NOTHING
-    columns: Columns = ["head", "less", "tokens", "seeds", Column("difference", unit="nats")]
+    columns: Columns = [
+        "head",
+        Column("less", "minus"),
+        "tokens",
+        "seeds",
+        Column("difference", unit="nats"),
+    ]
     more: Columns = [
         Column("p", "p, Holm", ".3f"),
         "verdict",
@@ -249,7 +255,7 @@ def draw(rows: list[Row], path: Path) -> None:
             _line(right, found, name, shift, style)
     right.axhline(0, color=figures.head_color(BASELINE), linewidth=0.8)
     left.set_ylabel("test loss, nats a token")
-    right.set_ylabel("test loss less cross_entropy's\nof the same seed, nats a token")
+    right.set_ylabel("test loss minus cross_entropy's\nof the same seed, nats a token")
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks(list(TOKENS.values()), [f"{tokens:g}" for tokens in TOKENS.values()])

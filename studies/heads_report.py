@@ -251,7 +251,7 @@ def stage_one(rows: list[Row]) -> str:
         *HEAD,
         *SETTING,
         Column("loss", "val loss", ".4f"),
-        Column("harmax", "less its softmax twin", "+.4f"),
+        Column("harmax", "minus its softmax twin", "+.4f"),
         Column("settings"),
     ]
     return f"{markdown(best_settings(rows), columns)}\n\n{edges(rows)}"
@@ -280,9 +280,9 @@ def stage_two(rows: list[Row]) -> str:
         Column("mean", "test loss"),
         Column("perplexity", form=",.1f"),
         Column("bits", "val bits/byte", ".4f"),
-        Column("less_ce", "less cross_entropy"),
-        Column("less_penalty", "less euclidean_squared"),
-        Column("less_twin", "less its softmax twin"),
+        Column("less_ce", "minus cross_entropy"),
+        Column("less_penalty", "minus euclidean_squared"),
+        Column("less_twin", "minus its softmax twin"),
         Column("when", "at cross_entropy's loss"),
     ]
     lines = []
@@ -339,7 +339,7 @@ def p_values(rows: list[Row]) -> str:
             lines.append(line | {"difference": shown(difference, "+.4f")})
     columns: Columns = [
         *HEAD,
-        "less",
+        Column("less", "minus"),
         "difference",
         Column("p", form=".4f"),
         Column("holm", "Holm", ".3f"),
@@ -362,7 +362,7 @@ def pairs(rows: list[Row]) -> str:
         lines.append(line)
     columns: Columns = [
         Column("a", "head"),
-        Column("b", "less"),
+        Column("b", "minus"),
         "seeds",
         Column("loss", "test loss"),
         Column("grad_norm_cv", "CV of the gradient norm"),
@@ -432,8 +432,8 @@ def stage_three(rows: list[Row]) -> str:
         *HEAD,
         Column("loss", form=".4f"),
         Column("bits_per_byte", "val bits/byte", ".4f"),
-        Column("less_ce", "less cross_entropy", "+.3f"),
-        Column("less_twin", "less its softmax twin", "+.3f"),
+        Column("less_ce", "minus cross_entropy", "+.3f"),
+        Column("less_twin", "minus its softmax twin", "+.3f"),
     ]
     return markdown(lines, columns)
 
@@ -467,9 +467,9 @@ def stage_four(rows: list[Row]) -> str:
         "changed",
         "seeds",
         "loss",
-        Column("less_own", "less unchanged"),
-        Column("less_ce", "less cross_entropy"),
-        Column("less_twin", "less its softmax twin, unchanged"),
+        Column("less_own", "minus unchanged"),
+        Column("less_ce", "minus cross_entropy"),
+        Column("less_twin", "minus its softmax twin, unchanged"),
     ]
     return markdown(lines, columns)
 

@@ -92,9 +92,9 @@ def summary(rows: list[Row]) -> str:
         [
             *("head", "link", "seeds"),
             *(Column(name, unit="nats", form=".4f") for name in OPTIMIZERS),
-            Column("difference", "muon less adamw"),
-            *(Column(f"{name}_less", f"{name}, less cross_entropy") for name in OPTIMIZERS),
-            *(Column(f"{name}_twin", f"{name}, less its twin") for name in OPTIMIZERS),
+            Column("difference", "muon minus adamw"),
+            *(Column(f"{name}_less", f"{name}, minus cross_entropy") for name in OPTIMIZERS),
+            *(Column(f"{name}_twin", f"{name}, minus its twin") for name in OPTIMIZERS),
         ],
     )
 

@@ -122,7 +122,7 @@ def structure(rows: list[Row]) -> str:
 
 
 def twins(rows: list[Row]) -> str:
-    """Test accuracy less the softmax twin's, in points, paired by seed."""
+    """Test accuracy minus the softmax twin's, in points, paired by seed."""
 
     def by_seed(head: str, link: str) -> dict[str, float]:
         mine = select(rows, dataset, backbone, head, link)
