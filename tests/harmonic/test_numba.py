@@ -118,7 +118,7 @@ def test_importing_needs_no_folder_that_can_be_written(tmp_path):
 
 
 def quick_or_slow(setting):
-    """Special cases of p take ten seconds each to compile. They are slow tests."""
+    """Special cases of p take 5 to 8 seconds each to compile. They are slow tests."""
     special = setting[1].get("p") in (0.5, 3.0)
     return pytest.param(setting, marks=pytest.mark.slow) if special else setting
 
