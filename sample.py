@@ -20,6 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from base.loading import say_loading
+
+if __name__ == "__main__":
+    say_loading()  # The imports below take seconds.
+
 import torch
 from tqdm import tqdm
 

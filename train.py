@@ -18,15 +18,14 @@ Exit status:
 """
 
 import math
-import os
 import signal
 import sys
 import time
 
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    if "--help" not in sys.argv and "-h" not in sys.argv:
-        # The imports below take seconds. Say something before them.
-        print("loading PyTorch and the model's code", file=sys.stderr, flush=True)
+from base.loading import say_loading
+
+if __name__ == "__main__":
+    say_loading()  # The imports below take seconds.
 
 import torch
 

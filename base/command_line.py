@@ -35,11 +35,23 @@ WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the line breaks of a script's docstring. It lists the choices of a flag once,
-    where jsonargparse would repeat them as its type."""
+    """Help that keeps the line breaks of a script's docstring. It gives types in words, such as
+    `(a number or null, default: null)`, and no type where the choices stand beside the flag."""
 
     def _expand_help(self, action: argparse.Action) -> str:
-        return re.sub(r"\(type: Literal\[[^\]]*\]", "(type: choice", super()._expand_help(action))
+        text = super()._expand_help(action)
+        hint = getattr(action, "_typehint", action.type)
+        if hint is None:  # --help itself
+            return text
+        listed = hint in (bool, bool | None) or typing.get_origin(hint) is typing.Literal
+        start = "(" if listed else f"({describe(hint)}, "
+        default = json.dumps(action.default) if hint is bool else f"{action.default}"
+        default = {"None": "null", "": "none", "[]": "none"}.get(default, default)
+        return text[: text.rindex("(type: ")] + f"{start}default: {default})"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # jsonargparse has a second form of each list, `--start+`, which `parse` does not take.
+        return re.sub(r", --\w+\+ .*", "", super()._format_action_invocation(action))
 
 
 def show_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -282,6 +294,8 @@ def describe(hint: typing.Any) -> str:
         return plain[hint]
     if typing.get_origin(hint) is typing.Literal:
         names = [str(a) for a in typing.get_args(hint)]
+    elif typing.get_origin(hint) is list:
+        return "a list"
     else:
         names = [describe(a) for a in typing.get_args(hint)] or [str(hint)]
     return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
