@@ -45,12 +45,12 @@ COLUMNS: list[Column | str] = [
     Column("build_s", "build, s"),
     Column("recall_50", "recall of the top 50"),
     Column("kl", "KL, nats"),
-    Column("left_out", "left out"),
-    Column("bound", "its bound"),
-    Column("exact_tokens_s_1", "exact, tokens/s"),
-    Column("ann_tokens_s_1", "index, tokens/s"),
-    Column("exact_tokens_s_8", "exact, batch 8"),
-    Column("ann_tokens_s_8", "index, batch 8"),
+    Column("left_out", "probability left out"),
+    Column("bound", "bound on it"),
+    Column("exact_tokens_s_1", "exact, 1 text, tokens/s"),
+    Column("ann_tokens_s_1", "index, 1 text, tokens/s"),
+    Column("exact_tokens_s_8", "exact, 8 texts, tokens/s"),
+    Column("ann_tokens_s_8", "index, 8 texts, tokens/s"),
 ]
 
 

@@ -42,13 +42,13 @@ COLUMNS = [
     Column("arch"),
     Column("strength", "n (softmax: s)", ".4g"),
     Column("texts", "greedy texts"),
-    Column("same_texts", "the same"),
+    Column("same_texts", "same greedy texts"),
     Column("positions", "positions"),
-    Column("same_top", f"same top {TOP}"),
+    Column("same_top", f"positions with the same top {TOP}"),
     Column("gap", "largest gap", ".1e", "nats"),
     Column("kl", "KL", ".1e", "nats a token"),
     Column("perplexity", "perplexity of the head", ".2f"),
-    Column("linear_perplexity", "of the linear export", ".2f"),
+    Column("linear_perplexity", "perplexity of the linear export", ".2f"),
 ]
 
 

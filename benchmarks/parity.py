@@ -242,11 +242,11 @@ def markdown(rows: list[dict]) -> str:
             row["greedy"] = f"{r['same_greedy_tokens']} of {r['greedy_tokens']}"
         shown.append(row)
     columns = [
-        Column("model", "transformers"),
-        Column("logits", "logits (largest)"),
-        Column("gradients", "gradients (largest)"),
-        Column("padded", "logits, padded", ".1e"),
-        Column("greedy", "greedy tokens equal"),
+        Column("model", "model of transformers"),
+        Column("logits", "difference of logits (largest logit)"),
+        Column("gradients", "difference of gradients (largest gradient)"),
+        Column("padded", "difference of logits, with padding", ".1e"),
+        Column("greedy", "equal greedy tokens"),
     ]
     return tables.markdown(shown, columns)
 

@@ -7,9 +7,9 @@ For each token, nanoGPT's `generate` computes the complete context again. With a
 also computes everything that depends only on prototypes. Weights are random and float32, because
 their values do not change the time.
 
-ours           8 steps at each of 8 lengths of the prompt, evenly spread over the text. For the demo
+generate       8 steps at each of 8 lengths of the prompt, evenly spread over the text. For the demo
                it is the complete text, because its context slides.
-nanoGPT-like   one step at each of 16 lengths. The trunk's time is measured once for all heads.
+nanoGPT's way  one step at each of 16 lengths. The trunk's time is measured once for all heads.
 """
 
 import functools
@@ -37,9 +37,9 @@ COLUMNS = (
     "model",
     "head",
     "batch",
-    Column("ours", "ours", ".3g", "tokens/s"),
-    Column("nanogpt", "nanoGPT-like", ".3g", "tokens/s"),
-    Column("ratio", "times", ".1f"),
+    Column("ours", "generate", ".3g", "tokens/s"),
+    Column("nanogpt", "nanoGPT's way", ".3g", "tokens/s"),
+    Column("ratio", "times as fast", ".1f"),
     "machine",
 )
 

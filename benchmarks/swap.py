@@ -93,7 +93,7 @@ def markdown(rows: list[dict]) -> str:
         Column("strength", "n (softmax: s)", ".4g"),
         Column("kl", "KL", ".1e", "nats a token"),
         Column("perplexity", form=".2f"),
-        Column("source_perplexity", "of the source", ".2f"),
+        Column("source_perplexity", "perplexity of the source", ".2f"),
     ]
     return tables.markdown(named, columns)
 

@@ -51,8 +51,8 @@ COLUMNS = (
     Column("dtype", "precision"),
     "value",
     "unit",
-    Column("ratio", "times"),
-    Column("to", "of"),
+    Column("ratio"),
+    Column("to", "compared with"),
 )
 
 

@@ -99,8 +99,8 @@ def main_table(rows: list[Row]) -> str:
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["stage"] == "main"))
     columns = [Column("head")]
     for task in tasks:
-        columns.append(Column(f"{task} success", f"{task}: seeds at 99 %"))
-        columns.append(Column(f"{task} steps", "steps"))
+        columns.append(Column(f"{task} success", f"{task}: seeds that reach 99 %"))
+        columns.append(Column(f"{task} steps", "median steps"))
         columns.append(Column(f"{task} top2", "top 2 PCs", ".2f"))
     lines = []
     for head, link in HEADS:
@@ -140,12 +140,12 @@ def gap_table(rows: list[Row]) -> str:
     columns = [
         Column("model"),
         Column("head"),
-        Column("train", "train 99 %"),
-        Column("test", "test 99 %"),
+        Column("train", "step of 99 % in training"),
+        Column("test", "step of 99 % in the test"),
         Column("gap", form=".0f"),
-        Column("success", "seeds at 99 % of the test"),
-        Column("end", "and at the end"),
-        Column("accuracy", "last test accuracy", ".3f"),
+        Column("success", "seeds that reach 99 % in the test"),
+        Column("end", "seeds at 99 % at the end"),
+        Column("accuracy", "final test accuracy", ".3f"),
     ]
     return markdown(lines, columns)
 

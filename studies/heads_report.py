@@ -8,7 +8,7 @@
 Stage 1: the best setting of each head and link so far, and the difference to its softmax twin, the
     same distance without HarMax.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to
-    the twin, paired by seed. "energy to that loss" is the energy that a head needs to reach the
+    the twin, paired by seed. "energy to reach cross_entropy's loss" is the energy that a head needs to reach the
     final loss of cross_entropy, divided by the energy of cross_entropy. It uses the energy per
     token that stage 5 measured.
 Stages 3 and 4: mostly one seed. Differences are to cross_entropy and to the twin with the same
@@ -283,7 +283,7 @@ def stage_two(rows: list[Row]) -> str:
         Column("less_ce", "minus cross_entropy"),
         Column("less_penalty", "minus euclidean_squared"),
         Column("less_twin", "minus its softmax twin"),
-        Column("when", "at cross_entropy's loss"),
+        Column("when", "iteration that reaches cross_entropy's loss"),
     ]
     lines = []
     for r in long_runs(rows):
@@ -307,7 +307,7 @@ def stage_two_training(rows: list[Row]) -> str:
         *TRAINING,
         Column("tokens_per_s", "tokens/s", ",.0f"),
         Column("millijoules", "mJ/token", ".2f"),
-        Column("energy", "energy to that loss", ".2f"),
+        Column("energy", "energy to reach cross_entropy's loss", ".2f"),
     ]
     lines = [r | {"millijoules": r["joules"] and 1000 * r["joules"]} for r in long_runs(rows)]
     return markdown(lines, columns)
@@ -342,7 +342,7 @@ def p_values(rows: list[Row]) -> str:
         Column("less", "minus"),
         "difference",
         Column("p", form=".4f"),
-        Column("holm", "Holm", ".3f"),
+        Column("holm", "p after Holm's correction", ".3f"),
     ]
     return markdown(lines, columns)
 
@@ -469,7 +469,7 @@ def stage_four(rows: list[Row]) -> str:
         "loss",
         Column("less_own", "minus unchanged"),
         Column("less_ce", "minus cross_entropy"),
-        Column("less_twin", "minus its softmax twin, unchanged"),
+        Column("less_twin", "minus its unchanged softmax twin"),
     ]
     return markdown(lines, columns)
 

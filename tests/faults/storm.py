@@ -515,9 +515,9 @@ def markdown(rows: list[dict]) -> str:
         "fault",
         "processes",
         "trials",
-        Column("good", "as it should"),
-        Column("again", "iterations done again, most"),
-        Column("seconds", "seconds, most", ".0f"),
+        Column("good", "passed"),
+        Column("again", "iterations repeated, at most"),
+        Column("seconds", "seconds, at most", ".0f"),
     ]
     return tables.markdown(lines, columns)
 
@@ -538,7 +538,7 @@ def main() -> None:
     check(problems)
     if wrong := [r for r in table.rows if r["as_it_should"] != "True"]:
         print(
-            f"{len(wrong)} not as it should be:",
+            f"{len(wrong)} trials failed:",
             *(f"{r['fault']}: {r['tried']}: {r['happened']}" for r in wrong),
             sep="\n  ",
         )
