@@ -6,18 +6,21 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-budget study-optimizers study-algorithmic study-vision study-toy docs clean
 
 help:
-	@echo "make demo       prepare real English, train two small models, write out/demo/report.html (about 5 minutes on 2 cores)"
-	@echo "make test       the tests (5 to 7 minutes on 2 cores)"
-	@echo "make test-slow  those that take long: lm-evaluation-harness, a storm of faults, kernels for other GPUs (some ten minutes)"
-	@echo "make lint       ruff and mypy; make format fixes what it can"
-	@echo "make bench      the speed and memory tables (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
-	@echo "make gpu        what only a GPU can show: kernels against float64, speed of heads and of training, NCCL, sampling (9 minutes a call)"
-	@echo "make faults     breaks real runs in every way and compares what is left (about half an hour; its disk faults need root)"
-	@echo "make multinode  two machines as network namespaces, and the cable pulled (3 minutes; needs root)"
-	@echo "make study      the study of heads (some eight hours on 2 cores; may be stopped, and goes on)"
-	@echo "make study-budget   the same heads from 0.6 to 20 million tokens (a day on 2 cores; resumes); make study-optimizers: Muon beside AdamW (an hour)"
-	@echo "make study-algorithmic, study-vision, study-toy   the papers' other experiments (over half an hour, half an hour, six minutes)"
-	@echo "make docs       the documentation as a site with a search and a reference: site/index.html"
+	@echo "make demo       prepares text, trains two small models, writes out/demo/report.html (about 5 minutes on 2 cores)"
+	@echo "make test       runs the tests (5 to 7 minutes on 2 cores)"
+	@echo "make test-slow  runs the slow tests: lm-evaluation-harness, faults, kernels for other GPUs (about ten minutes)"
+	@echo "make lint       runs ruff and mypy; make format fixes what ruff can fix"
+	@echo "make bench      measures speed and memory (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
+	@echo "make gpu        measures what needs a GPU: kernels, speed of heads and of training, NCCL, sampling (9 minutes a call)"
+	@echo "make faults     breaks real runs and compares them with unbroken ones (about half an hour; full disks need root)"
+	@echo "make multinode  trains on two network namespaces and cuts the network between them (3 minutes; needs root)"
+	@echo "make study      runs the study of heads (about eight hours on 2 cores; if you stop it, the next call continues)"
+	@echo "make study-budget       trains heads on 0.6 to 20 million tokens (a day on 2 cores; the next call continues)"
+	@echo "make study-optimizers   compares Muon with AdamW (an hour)"
+	@echo "make study-algorithmic  runs addition, lattice and permutations (over half an hour)"
+	@echo "make study-vision       trains image classifiers (half an hour)"
+	@echo "make study-toy          trains prototypes on points of the plane (six minutes)"
+	@echo "make docs       builds the documentation as a site with a search and a reference: site/index.html"
 	@echo "make clean      removes caches; data/, out/ and .venv/ stay"
 
 $(VENV)/installed: requirements.txt
@@ -33,9 +36,9 @@ $(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
 	$(RUN) -m base.install requirements-docs.txt
 	@touch $@
 
-# Preparation and training go on from what is there: a second `make demo` only samples again and prints where the report is.
+# A second `make demo` continues what is not finished. If all is finished, it only samples again and prints where the report is.
 demo: $(VENV)/installed data/wiki/meta.json
-	@echo "Two trainings, a few minutes each. You may stop at any time: make demo goes on where it was."
+	@echo "Two trainings, a few minutes each. You can stop at any time. The next make demo continues where it stopped."
 	$(RUN) train.py configs/demo.yaml --head=cross_entropy --out_dir=out/demo/cross_entropy --init_from=auto
 	$(RUN) train.py configs/demo.yaml --head=cosine --out_dir=out/demo/cosine --init_from=auto
 	$(RUN) sample.py --out_dir=out/demo/cross_entropy --start="The city of" --max_new_tokens=60

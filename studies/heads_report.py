@@ -8,8 +8,8 @@
 Stage 1: the best setting of each head and link so far, and the difference to its softmax twin, the
     same distance without HarMax.
 Stage 2: means over seeds with 95 % intervals (Student's t), and differences to cross_entropy and to
-    the twin, paired by seed. "energy to reach cross_entropy's loss" is the energy that a head needs to reach the
-    final loss of cross_entropy, divided by the energy of cross_entropy. It uses the energy per
+    the twin, paired by seed. "energy to reach cross_entropy's loss" is the energy until a head has
+    the final loss of cross_entropy, divided by the energy of cross_entropy. It uses the energy per
     token that stage 5 measured.
 Stages 3 and 4: mostly one seed. Differences are to cross_entropy and to the twin with the same
     model and data, and in stage 4 also to the same head without the change.
