@@ -8,11 +8,11 @@
 A token file holds raw little-endian ids: uint16, or uint32 if the vocabulary is above 65,535. The
 end-of-text id follows every document. Empty documents and exact copies are dropped. A hash of a
 document's text decides which split it is in. So the files do not depend on the number of processes,
-and adding documents moves none from split to split. (In a small corpus a split could be empty. Then
-it gets one document of the other split.)
+and new documents do not move old ones to another split. (In a small corpus a split could be empty.
+Then it gets one document of the other split.)
 
-The files appear together, by one rename, when all is done. Documents are read one at a time, with
-two exceptions: a parquet file is read by row groups, and a .json list at once. Only two things in
+The files appear together, by one rename, at the end. Documents are read one at a time, with two
+exceptions: a parquet file is read by row groups, and a .json list at once. Only two things in
 memory grow with the corpus: the hashes that find copies (about 100 bytes a document, 0.8 GB for the
 8 million documents of OpenWebText) and, while bpe:N is trained, its distinct words.
 """

@@ -22,8 +22,8 @@ _low and _high are ends of 95 % intervals. They are basic bootstraps of windows:
 minus the quantiles. Drawing windows again makes the calibration error larger on average, and this
 form of the interval corrects for it.
 
-If a score separates all windows, so does each draw of a bootstrap, and its interval has no width.
-The interval of an auroc of 1 or 0 is then the rule of three's (`auroc_interval`).
+If a score separates all windows, each draw of the bootstrap does too, and its interval has width 0.
+For an auroc of 1 or 0 it is then computed by the rule of three (`auroc_interval`).
 """
 
 import math

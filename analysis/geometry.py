@@ -1,5 +1,5 @@
-"""The shape of what a model has learnt: its prototypes, input embedding and last hidden states, and
-beside each what chance gives.
+"""The shape of what a model has learnt: its prototypes, input embedding and last hidden states.
+Each of them is compared with what chance gives.
 
     python -m analysis.geometry out/a out/b --words="king city"
 

@@ -16,8 +16,8 @@ bound_5 ...  R |W| / (gamma sqrt N), the term of the PAC-Bayes bound of 2603.102
              not the loss of a homogeneous distance
 bound holds  share of tokens for which the bound on p_y above holds
 
-The picture shows the margins, the KL to the linearised softmax over training, and a toy: with five
-separable points a distance head has a finite minimiser.
+The picture shows the margins, the KL to the linearised softmax over training, and a toy example:
+with five separable points the loss of a distance head has a finite minimiser.
 """
 
 import math

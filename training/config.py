@@ -72,7 +72,7 @@ class TrainConfig:
     out_dir: str = of_a_start("out/run")
     """the run's folder"""
     overwrite: bool = of_a_start(False)
-    """delete the run that out_dir holds"""
+    """delete the run that is in out_dir"""
     new_data_order: bool = of_a_start(False)
     """resume with another batch_size, gradient_accumulation_steps, seed or dataset. The order of
     windows changes, so some are read twice in this epoch and others not at all"""
@@ -101,10 +101,11 @@ class TrainConfig:
     sample_interval: int = 0
     """iterations between samples of text, in the terminal and in metrics.jsonl; 0 = none"""
     profile: int = of_a_start(0)
-    """record a trace of this many iterations in out_dir/profile, and on CUDA of memory; 0 = none"""
+    """record a trace of this many iterations in out_dir/profile, and on CUDA also of memory;
+    0 = none"""
     verify_resume: bool = of_a_start(False)
-    """a test instead of training: train about 20 iterations in one go, and again killed and
-    resumed, and tell whether both are equal bit for bit"""
+    """a test instead of a training: make a run of about 20 iterations, kill and resume a second
+    one, and say whether both are equal bit for bit"""
     tensorboard: bool = False
     """also log to TensorBoard, in out_dir/tensorboard"""
     wandb: bool = False
