@@ -21,7 +21,7 @@ from tqdm import tqdm
 from analysis.compare import window_losses
 from analysis.geometry import frequency, principal
 from analysis.page import write_page
-from analysis.runs import Run, find_runs, writable
+from analysis.runs import Run, about, find_runs, writable
 from analysis.summary import (
     agreement,
     energy_parts,
@@ -261,7 +261,13 @@ def read_environment(run: Run) -> dict:
 
 def differences(runs: list[Run]) -> list[dict]:
     """The settings that differ between runs, except out_dir, with the value of each run."""
-    configs = [dataclasses.asdict(r.model_config) | dataclasses.asdict(r.config) for r in runs]
+    # A control has no link, whatever its config says.
+    configs = [
+        dataclasses.asdict(r.model_config)
+        | dataclasses.asdict(r.config)
+        | {"link": about(r)["link"] or "–"}
+        for r in runs
+    ]
     texts = {
         k: ["null" if c[k] is None else str(c[k]) for c in configs]
         for k in configs[0]

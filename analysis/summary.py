@@ -35,7 +35,7 @@ COLUMNS = (
     Score("best_val_loss", "best val loss", ".4f", best=min, needs="losses"),
     Score("perplexity", form=",.1f", best=min, needs="losses"),
     Score("bits_per_byte", "bits/byte", ".4f", best=min, needs="bits"),
-    Column("difference", "above the best (95 %)"),
+    Column("difference", "above the best on this text (95 %)"),
     Column("components", "PCs for 90 %"),
     Score("kwh", "kWh", ".3g", best=min, needs="energy"),
     Score("co2", "g CO₂e", ".3g", best=min, needs="energy"),
@@ -225,7 +225,7 @@ def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
 
     A score is 10 * best / value, so the best run has 10. None if runs cannot be compared.
     """
-    if len(summaries) < 2 or not (agree.losses and agree.bits and agree.work):
+    if len(summaries) < 2 or not (agree.losses and agree.bits and agree.energy):
         return None
     values = [[s[key] for key in AXES.values()] for s in summaries]
     if any(not v or not math.isfinite(v) for line in values for v in line):

@@ -118,7 +118,11 @@ class HarmonicHead(nn.Module):
 
     def extra_repr(self) -> str:
         rows, coordinates = self.padded_prototypes().shape
-        return f"{self.describe()}, {rows:,} prototypes of {coordinates} coordinates"
+        padded = f" (padded to {rows:,})" if rows != self.real_vocab_size else ""
+        return (
+            f"{self.describe()}, {self.real_vocab_size:,} prototypes{padded} of {coordinates}"
+            " coordinates"
+        )
 
     # What it is
 

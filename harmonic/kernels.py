@@ -46,7 +46,7 @@ class Kernel:
     value: the function (x, y, **options), (..., C), (..., C) -> (...).
     terms: what each coordinate contributes, from the same arguments -> (..., C). The terms add up
         to the raw value if that is a sum, and to 1 if it is a maximum.
-    power: the degree of the raw value in the scale of x and y, a function of the options.
+    power: k in value(x, x + t d) ~ t^k for small t, a function of the options: 2 for a square.
     matmul: computes the raw values of all pairs with a matrix product; None if that is impossible.
     options: the names of its options.
     signed: raw values may be negative. Such a kernel is for controls only, and has no floor.

@@ -76,7 +76,8 @@ def summary(rows: list[Row]) -> str:
         adamw, muon = (losses.get((head, link, name), {}) for name in OPTIMIZERS)
         if not set(adamw) & set(muon):
             continue
-        line: dict[str, object] = {"head": head, "link": link, "seeds": len(set(adamw) & set(muon))}
+        line: dict[str, object] = {"head": head, "seeds": len(set(adamw) & set(muon))}
+        line["link"] = None if (head, link) == HEADS[0] else link  # A control has no link.
         line["difference"] = difference(muon, adamw)
         for name, found in zip(OPTIMIZERS, (adamw, muon), strict=True):
             line[name], _ = mean_and_half(list(found.values()))

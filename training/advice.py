@@ -79,6 +79,11 @@ def _slow_heads(model: ModelConfig, device: str, dtype: str) -> list[str]:
                 "without CUDA, head_precision=split is emulated and slower than float32: use"
                 " --head_precision=auto"
             )
+    if not distance.multiplies and not _is_compiled(model, device) and device != "mps":
+        found.append(
+            f"the head {model.head} has no compiled kernel here and runs in plain PyTorch, which is"
+            " many times slower (docs/add_a_distance.md)"
+        )
     if model.head_impl in ("dense", "chunked") and _is_compiled(model, device):
         found.append(
             f"head_impl={model.head_impl} is slower than the compiled kernels and needs more"

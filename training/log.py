@@ -140,6 +140,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
         products = about_products(model.head)
     if products is not None:
         run.say(products)
+    if run.progress.iteration:
+        run.say(f"resuming at iteration {run.progress.iteration} of {c.max_iters}")
     notes = []
     if changed:
         settings = (f"{k}={now} (was {before})" for k, (before, now) in changed.items())

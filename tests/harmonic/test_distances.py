@@ -38,6 +38,28 @@ def test_distance_equals_the_formula(setting):
     )
 
 
+ZERO_AT_EQUALITY = [
+    name
+    for name, kernel in kernels.KERNELS.items()
+    if not kernel.signed and not kernel.value(torch.ones(2), torch.ones(2)).any()
+]
+
+
+@pytest.mark.parametrize("name", ZERO_AT_EQUALITY)
+def test_a_kernel_is_exact_near_a_prototype(name):
+    """There the kernel has the degree `power`, and float32 loses no digits: a loss has log d."""
+    kernel = kernels.KERNELS[name]
+    _, w = vectors(torch.float32)
+    directions = vectors(torch.float32, seed=1)[1]
+    raws = []
+    for step in (1e-2, 1e-3, 1e-4):
+        x = w + step * directions
+        raws.append(kernel.value(x.double(), w.double()))
+        torch.testing.assert_close(kernel.value(x, w).double(), raws[-1], rtol=1e-5, atol=0)
+    degree = (raws[0] / raws[2]).log10().mean().item() / 2
+    assert degree == pytest.approx(kernel.power(), abs=0.02), "Kernel.power"
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_the_logit_of_a_control_equals_the_formula(name):
     h, w = vectors()
