@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -481,6 +482,21 @@ def test_bad_config_file(train, tmp_path, text, words):
         path.write_text(text)
     status, _, err = train(str(path))
     assert status == 2 and words in err and not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_cannot_be_read(train, tmp_path, monkeypatch):
+    """A folder with its name is no suggestion for it."""
+    (tmp_path / "c.yaml").mkdir()
+    status, _, err = train("c.yaml")
+    assert status == 2 and "no config file c.yaml" in err and "mean c.yaml" not in err
+    (tmp_path / "d.yaml").write_text("")
+
+    def closed(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    status, _, err = train("d.yaml")
+    assert status == 2 and "d.yaml cannot be read: Permission denied" in err
 
 
 def test_two_positional_words(train):
