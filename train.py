@@ -221,15 +221,12 @@ def iterate(run: Run) -> Step:
     run.gradients.measure(step)
     if c.on_nan == "skip" and not math.isfinite(step.norm.item()):
         at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
-        # Under float16 the scaler leaves the step out itself, and lowers the scale.
-        if run.scaler.is_enabled():
-            run.scaler.step(run.optimizer)
     else:
         at.skipped_in_a_row = 0
         if c.grad_clip:
             run.gradients.clip(step.norm, c.grad_clip)
         run.scaler.step(run.optimizer)
-    run.scaler.update()
+    run.scaler.update()  # If `unscale_` met a gradient that is not finite, this lowers the scale.
     run.optimizer.zero_grad(set_to_none=True)
     step.skipped = at.skipped
     return step

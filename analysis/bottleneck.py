@@ -33,6 +33,8 @@ from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HarmonicHead, paired_distance
 
+RANK = 1e-12  # Directions whose singular value is this much less than the largest do not count.
+
 
 @dataclass
 class BottleneckConfig(AnalysisConfig):
@@ -81,11 +83,13 @@ def gradient_shares(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) 
         logits[target] = -math.inf
         g = logits.softmax(-1)
         g[target] = -1
-        # P = J (J'J)^+ J'. A pseudo-inverse, because the rank may be less than C: cosine does not
-        # depend on the length of the state.
-        inverse = torch.linalg.pinv(rows.T @ rows, rtol=1e-12, hermitian=True)
-        arriving = rows.T @ g
-        shares.append((arriving @ inverse @ arriving).clamp_min(0).sqrt() / g.norm())
+        # In J = Q R the columns of Q are orthonormal. With g as the last column, R ends with Q' g.
+        r = torch.linalg.qr(torch.cat((rows, g[:, None]), 1), mode="r").R
+        # The rank may be less than C: cosine does not depend on the length of the state. J'J would
+        # be cheaper, but it squares the ratio of singular values, which is large near a prototype.
+        directions, sizes, _ = torch.linalg.svd(r[:, :-1], full_matrices=False)
+        arriving = directions[:, sizes > RANK * sizes[0]].T @ r[:, -1]
+        shares.append(arriving.norm() / g.norm())
     return torch.stack(shares)
 
 

@@ -18,7 +18,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
-from base.files import write_whole
+from base.files import write_result
 from harmonic import HEADS
 
 # A README shows a picture about 800 px wide. With 8 inches this is 100 px an inch, so text of 9
@@ -123,7 +123,7 @@ def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     picture = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
-    write_whole(Path(path), lambda aside: picture.save(aside, format="png", optimize=True))
+    write_result(Path(path), lambda aside: picture.save(aside, format="png", optimize=True))
 
 
 def _family(name: str) -> str:

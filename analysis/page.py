@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from base.files import write_whole
+from base.files import write_result
 
 
 def render(template: Path, title: str, document: dict) -> str:
@@ -28,5 +28,5 @@ def render(template: Path, title: str, document: dict) -> str:
 def write_page(path: Path, template: Path, title: str, document: dict) -> None:
     """Writes the page completely or not at all, and prints its size."""
     text = render(template, title, document)
-    write_whole(path, text)
+    write_result(path, text)
     print(f"wrote {path}, {len(text.encode()) / 1e6:.1f} MB")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import write_whole
+from base.files import write_result
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( ± \d+(\.\d+)?)?|[+-]?(inf|nan)|-")
 
@@ -90,7 +90,7 @@ def write_csv(path: Path | str, rows: Sequence[dict], columns: Columns | None = 
     """
     if columns is None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
-    write_whole(Path(path), _csv(rows, columns, header=True))
+    write_result(Path(path), _csv(rows, columns, header=True))
 
 
 def append_csv(path: Path | str, rows: Sequence[dict], columns: Columns) -> None:

@@ -100,14 +100,15 @@ def read_yaml(path: str | Path) -> dict:
     """The `key: value` lines of a YAML file. UserError if it is missing or holds anything else."""
     path = Path(path)
     if not path.is_file():
-        there = sorted(
-            {str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.yaml")}
-        )
+        folders = (path.parent, Path("configs"))
+        there = sorted({str(p) for f in folders for p in f.glob("*.yaml") if p.is_file()})
         raise UserError(f"no config file {path}{nearest(str(path), there) if there else ''}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
     return values

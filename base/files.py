@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from base.errors import UserError
+
 
 def sha256(path: Path) -> str:
     """The sha256 of a file in hexadecimal. OSError if it cannot be read."""
@@ -42,6 +44,14 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
     finally:
         aside.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+def write_result(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Writes a result for the user as `write_whole` does. UserError if it cannot be written."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def seal(content: dict) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import perplexity, report, summary, tables
+from analysis import figures, page, perplexity, report, summary, tables
 from analysis.runs import caution, find_runs
 from analysis.tables import Column
 from base.command_line import cli, write_yaml
@@ -590,6 +590,24 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(
     with pytest.raises(UserError, match=re.escape(message.format(home=home, tmp=tmp_path))):
         call(main, monkeypatch, *filled, *out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_result_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
+    """The disk is full when the computation is over."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("base.files.fsync", full)
+    path = tmp_path / "result"
+    for write in (
+        lambda: tables.write_csv(path, [{"a": 1}]),
+        lambda: figures.save(figures.figure(1), path),
+        lambda: page.write_page(path, Path(report.__file__).with_suffix(".html"), "title", {}),
+    ):
+        with pytest.raises(UserError, match="result cannot be written: No space left on device"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """The share of the logits' gradient that reaches the hidden state."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from analysis.bottleneck import gradient_shares, jacobian
-from harmonic import HarmonicHead
+from harmonic import CONTROLS, HarmonicHead
 
 HEADS = [("cross_entropy", "harmonic"), ("cosine", "harmonic"), ("euclidean", "softmax")]
 
@@ -37,3 +40,31 @@ def test_shares(name, link):
     assert shares[0] == pytest.approx(((g.norm() ** 2 - left.norm() ** 2).sqrt() / g.norm()).item())
     many = HarmonicHead(32, 20, name, link=link, init_std=0.5)
     assert gradient_shares(many, torch.randn(5, 32), targets) == pytest.approx(torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "link"), [*HEADS, ("manhattan", "harmonic"), ("cosine_scaled", "")]
+)
+def test_shares_of_confident_tokens(name, link):
+    """Their probability is 1 in float32 or float64. NumPy's least squares give the same share."""
+    torch.manual_seed(0)
+    strength = dict(exponent=40.0) if link == "harmonic" else dict(scale=200.0)
+    settings = {} if name in CONTROLS else dict(link=link, **strength)
+    head = HarmonicHead(6, 20, name, init_std=1.0, **settings)
+    for near in (1e-2, 1e-6):
+        with torch.no_grad():
+            w = head.weight[3]
+            if name in CONTROLS:
+                h = w / near
+            else:
+                h = w + near * torch.randn(6)
+            if name == "cosine_scaled":  # Its logit does not grow with h.
+                w *= 100
+            assert head(h).softmax(-1)[3] == 1
+        (share,) = gradient_shares(head, h[None], torch.tensor([3])).tolist()
+        logits, rows = (tensor.numpy() for tensor in jacobian(head, h))
+        others = np.delete(logits, 3)
+        p = np.exp(others - others.max())
+        g = np.insert(p / p.sum(), 3, -1)
+        rest = g - rows @ np.linalg.lstsq(rows, g, rcond=1e-12)[0]
+        assert share == pytest.approx(math.sqrt(1 - rest @ rest / (g @ g)), abs=1e-7)

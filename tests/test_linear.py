@@ -12,6 +12,7 @@ from torch import nn
 
 from base.command_line import cli
 from benchmarks.linear_export import PROMPTS, Pair, compare_texts, compare_tops
+from harmonic import HEADS, HarmonicHead
 from interop import export, linear
 from model import Model
 from text.token_files import load_data
@@ -31,6 +32,9 @@ RUNS = {
     "diagonal-softmax": dict(head="mahalanobis_diagonal", link="softmax"),
     "cholesky": dict(head="mahalanobis_cholesky"),
     "minkowski": dict(head="minkowski", head_p=2.0),
+    "student_t": dict(head="student_t", exponent=9.0),
+    "stablemax": dict(head="stablemax"),
+    "cosine_scaled": dict(head="cosine_scaled", bias=False),
     "qwen2": dict(head="cosine", arch="qwen", n_kv_head=1),
     "qwen3": dict(head="cosine_linear", arch="qwen", qk_norm=True),
 }
@@ -92,6 +96,20 @@ def test_constants_fit_into_a_layer_norm():
         expected = norm(size * states + 3) @ rows.T + constants
         found = ones(size * states + 3) @ linear.fold(rows, constants, norm).T
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in HEADS.items() if linear.ranks_linearly(row)]
+)
+def test_scores_rank_as_every_linear_head(name):
+    torch.manual_seed(0)
+    head, h = HarmonicHead(12, 40, name, init_std=0.7).double(), torch.randn(200, 12).double()
+    with torch.no_grad():
+        for values in head.distance_parameters.values():
+            values.add_(torch.randn_like(values) * 0.3)
+        rows, constants = linear.linear_scores(head)
+        expected = head(h).argsort(-1)
+    assert torch.equal((h @ rows.T + constants).argsort(-1), expected)
 
 
 @pytest.mark.parametrize("name", RUNS)

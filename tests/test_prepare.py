@@ -349,6 +349,17 @@ def test_wiki_and_imdb(tmp_path):
     assert len(reviews) == 25_000 and not any("<br />" in text for text in reviews)
 
 
+def test_a_vocabulary_that_the_text_cannot_fill_is_noted(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(50))
+    for wanted in (5000, 300):
+        out = tmp_path / str(wanted)
+        size = run(f"--source={source}", f"--tokenizer=bpe:{wanted}", f"--out_dir={out}")[
+            "vocab_size"
+        ]
+        noted = f"note: bpe:{wanted} has {size} tokens" in capsys.readouterr().out
+        assert noted == (size < wanted) == (wanted == 5000)
+
+
 def test_max_documents(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(100))
     meta = run(f"--source={source}", "--max_documents=40", f"--out_dir={tmp_path / 'out'}")

@@ -1,6 +1,7 @@
 """Rounded prototypes: against torch's own quantiser, and the table of a run."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -43,3 +44,16 @@ def test_the_table(home, monkeypatch, capsys, tmp_path):  # noqa: F811
         loss = float(full["loss"]) + float(two["increase"])
         assert float(two["loss"]) == pytest.approx(loss, rel=1e-6)
         assert float(two["same_best"]) < float(most["same_best"]) <= 1
+
+
+def test_one_window_has_no_interval(home, monkeypatch, tmp_path):  # noqa: F811
+    from analysis import quantization
+
+    for tokens, known in ((1, False), (64, True)):
+        out = tmp_path / f"{tokens}.csv"
+        words = ["--bits=[2]", f"--tokens={tokens}", f"--out={out}"]
+        call(quantization.main, monkeypatch, home / "out/ce", *words)
+        with out.open(newline="") as file:
+            _, row = csv.DictReader(file)
+        assert math.isfinite(float(row["increase"]))
+        assert all(math.isfinite(float(row[key])) == known for key in ("low", "high"))

@@ -225,6 +225,7 @@ def test_bert_fills_masks(sample):
 
 
 BAD = {
+    "a file": ("gpt/config.yaml", [], ["config.yaml holds no checkpoint (it is a file"]),
     "no run": ("nowhere", [], ["nowhere holds no checkpoint", "does not exist"]),
     "empty prompt": ("gpt", ["--start="], ["the prompt is empty"]),
     "missing file": ("gpt", ["--start=FILE:nope.txt"], ["nope.txt", "No such file"]),

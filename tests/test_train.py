@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +27,10 @@ from tests.faults.storm import workers
 from text.token_files import load_data
 from training import advice, checkpoint
 from training.config import TrainConfig
-from training.distributed import launcher
+from training.distributed import StopSignals, launcher
+from training.evaluation import Evaluation
 from training.optimizers import make_optimizer
+from training.step import Gradients
 from training.telemetry import Metrics, norms, read_metrics
 from training.verify import history
 
@@ -479,6 +482,21 @@ def test_bad_config_file(train, tmp_path, text, words):
         path.write_text(text)
     status, _, err = train(str(path))
     assert status == 2 and words in err and not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_cannot_be_read(train, tmp_path, monkeypatch):
+    """A folder with its name is no suggestion for it."""
+    (tmp_path / "c.yaml").mkdir()
+    status, _, err = train("c.yaml")
+    assert status == 2 and "no config file c.yaml" in err and "mean c.yaml" not in err
+    (tmp_path / "d.yaml").write_text("")
+
+    def closed(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    status, _, err = train("d.yaml")
+    assert status == 2 and "d.yaml cannot be read: Permission denied" in err
 
 
 def test_two_positional_words(train):
@@ -1067,10 +1085,9 @@ for i in range(first, int(flags["max_iters"])):
 """  # noqa: E501
 
 
-def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_path, monkeypatch):
-    """An overflow in one layer at iteration 3."""
-    from model import Model
-
+@pytest.fixture
+def overflow(monkeypatch):
+    """An overflow in one layer at iteration 3. Clear the list to have it in another run."""
     forward, calls = Model.forward, []
 
     def spoilt(self, *arguments, **keywords):
@@ -1082,6 +1099,10 @@ def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_pa
         return logits, loss, *distance
 
     monkeypatch.setattr(Model, "forward", spoilt)
+    return calls
+
+
+def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_path, overflow):
     status, _, err = train(head="cosine", max_iters=6, eval_interval=2)
     assert (
         status == 3
@@ -1090,7 +1111,7 @@ def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_pa
         and "last good checkpoint: iter_000002" in err
     )
     assert "gradients that are not finite: blocks.0.mlp.up.weight\n" in err
-    calls.clear()
+    overflow.clear()
     status, _, err = train(
         head="cosine", max_iters=6, eval_interval=2, on_nan="skip", out_dir="skip"
     )
@@ -1104,6 +1125,90 @@ def test_a_step_that_is_not_finite_names_the_tensors_or_is_skipped(train, tmp_pa
     assert history(tmp_path / "skip") == history(tmp_path / "skip")
     (*_, manifest) = checkpoint.manifests(tmp_path / "skip").values()
     assert manifest["skipped"] == 1
+
+
+def test_float16_skips_a_step_and_lowers_the_scale(train, tmp_path, overflow):
+    """The scaler halves its scale and the optimiser takes no step. A resumed run has both."""
+    flags = dict(head="cross_entropy", dtype="float16", on_nan="skip")
+    for start, end in (("scratch", 6), ("resume", 8)):
+        status, out, err = train(max_iters=end, init_from=start, **flags)
+        assert status == 0, err
+        assert "  1 skipped" in out
+        folder, manifest = list(checkpoint.manifests(tmp_path / "run").items())[-1]
+        assert (manifest["iter"], manifest["skipped"]) == (end, 1)
+        assert manifest["scaler"]["scale"] == 2.0**15  # It began at 2^16.
+        state = load_file(folder / checkpoint.STATE)
+        assert {v.item() for k, v in state.items() if k.startswith("step/")} == {end - 1}
+    records = [r for r in read_metrics(tmp_path / "run") if "train_loss" in r]
+    assert [r["skipped"] for r in records] == [0, 0, 0, 1, 1, 1, 1, 1]
+    finite = [math.isfinite(r["grad_norm"]) for r in records]
+    assert finite == [True] * 3 + [False] + [True] * 4
+
+
+def test_float16_goes_on_when_its_scale_is_too_large(train, tmp_path):
+    """The first scale is too large for cosine's gradients, which is no reason to stop."""
+    status, _, err = train(head="cosine", dtype="float16", max_iters=8)
+    assert status == 0, err
+    norms = [r["grad_norm"] for r in read_metrics(tmp_path / "run") if "grad_norm" in r]
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
+
+
+def test_float16_skips_a_norm_that_overflows(train, tmp_path, monkeypatch):
+    """Gradients of 1e20 are finite, their squares are not: AdamW would keep an infinite average."""
+    measure = Gradients.measure
+
+    def large(self, step):
+        if step.lr == TINY["learning_rate"]:  # Not in the first iteration, which warms up.
+            self.model.blocks[0].mlp.up.weight.grad[0, 0] = 1e20
+        measure(self, step)
+
+    monkeypatch.setattr(Gradients, "measure", large)
+    status, _, err = train(
+        head="cross_entropy", dtype="float16", on_nan="skip", lr_schedule="constant"
+    )
+    assert status == 0, err
+    folder, manifest = list(checkpoint.manifests(tmp_path / "run").items())[-1]
+    assert manifest["skipped"] == 1
+    state = load_file(folder / checkpoint.STATE)
+    assert all(v.isfinite().all() for v in state.values())
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_signal_around_the_first_evaluation(train, tmp_path, monkeypatch, when):
+    """Before it: there is nothing to store, and the run starts again. During it: the run stops
+    after one iteration. Both end with the losses of a run that nobody stopped."""
+    flags = dict(head="cosine", dropout=0.1, max_iters=4, eval_interval=3)
+    assert train(**flags, out_dir="whole")[0] == 0
+
+    def killing(function):
+        def call(*arguments):
+            result = function(*arguments)
+            signal.raise_signal(signal.SIGTERM)
+            return result
+
+        return call
+
+    with monkeypatch.context() as context:
+        if when == "before":
+            context.setattr(StopSignals, "__init__", killing(StopSignals.__init__))
+        else:
+            context.setattr(Evaluation, "__call__", killing(Evaluation.__call__))
+        status, _, err = train(**flags)
+    assert status == 128 + signal.SIGTERM
+    names = [f.name for f in checkpoint.folders(tmp_path / "run")]
+    if when == "before":
+        assert "SIGTERM: stopped at iteration 0; no checkpoint was written yet" in err
+        assert names == [] and (tmp_path / "run/metrics.jsonl").read_text() == ""
+        status, _, err = train(**flags, init_from="resume")
+        assert status == 2 and "run holds no checkpoint" in err
+        status, out, err = train(**flags, init_from="auto")
+        assert "run holds no checkpoint yet: starting again" in out
+    else:
+        assert "SIGTERM: stopped at iteration 1; resume from iter_000001" in err
+        assert names == ["iter_000001"]
+        status, _, err = train(**flags, init_from="resume")
+    assert status == 0, err
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
 def test_skipping_ends_when_nothing_else_happens(train, monkeypatch):

@@ -209,6 +209,8 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
             " name another --out_dir"
         )
     there = "" if Path(out_dir).is_dir() else " (the folder does not exist)"
+    if Path(out_dir).is_file():
+        there = " (it is a file, not a run's folder)"
     raise UserError(
         f"{out_dir} holds no checkpoint{there}: train it first, or name another --out_dir"
     )
@@ -344,7 +346,10 @@ def load_run(
     out_dir = Path(out_dir)
     folder = best(out_dir) if which == "best" else None
     if folder and (problem := damage(folder, (WEIGHTS,))):
-        raise UserError(f"the best checkpoint {folder} is corrupt, {problem}: use the newest")
+        raise UserError(
+            f"the best checkpoint {folder} is corrupt, {problem}: use the newest, or move that"
+            " folder out of ckpt"
+        )
     folder = folder or newest(out_dir, (WEIGHTS,))
     model_config, config = read_config(out_dir)
     model = Model(model_config)
