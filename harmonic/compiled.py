@@ -29,8 +29,6 @@ def _numba_for(x: Tensor) -> ModuleType | None:
     return module if module and module.usable() else None
 
 
-# torch.compile cannot trace this, because it looks at values.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def raw_values(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], y_is_finite: bool = False
 ) -> Tensor | None:
@@ -39,6 +37,17 @@ def raw_values(
     They are differentiable, and not raised to the floor. None if no compiled kernel can be used.
     y_is_finite: the caller knows that y is finite. This saves a pass over the table.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from .untraced import raw_values as untraced
+
+        return untraced(x, y, kernel, options, y_is_finite)
+    return _raw_values(x, y, kernel, options, y_is_finite)
+
+
+# torch.compile cannot trace this, because it looks at values.
+def _raw_values(
+    x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], y_is_finite: bool
+) -> Tensor | None:
     module = None if kernel in ("l2", "dot") else _numba_for(x)
     if module is None:
         return None

@@ -203,8 +203,11 @@ def pairs(
     if torch.compiler.is_exporting():
         return _exported(x, y, kernel, options)
     how = products if x.dtype == torch.float32 else FLOAT32
-    raw: Tensor = _pairs(x, y, kernel, options, how)
-    return raw
+    if torch.compiler.is_dynamo_compiling():
+        from .untraced import pairs as untraced
+
+        return untraced(x, y, kernel, options, how)
+    return _pairs(x, y, kernel, options, how)
 
 
 def _exported(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Tensor:
@@ -229,7 +232,6 @@ def _exported(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Ten
 
 # torch.compile cannot trace this well: the blocks are a Python loop, and which pairs of l2 cancel
 # depends on the data.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _pairs(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], products: Products
 ) -> Tensor:

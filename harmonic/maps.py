@@ -56,10 +56,15 @@ def unit(x: Tensor, order: int) -> Tensor:
 
 
 def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
-    return unit(x, 2) if torch.compiler.is_exporting() else _fast_unit(x)
+    if torch.compiler.is_exporting():
+        return unit(x, 2)
+    if torch.compiler.is_dynamo_compiling():
+        from .untraced import fast_unit
+
+        return fast_unit(x)
+    return _fast_unit(x)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _fast_unit(x: Tensor) -> Tensor:
     compiled = unit_vectors(x)
     return unit(x, 2) if compiled is None else compiled

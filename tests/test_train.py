@@ -234,13 +234,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("arch", "processes", "batch", "accumulation"),
-    [pytest.param("gpt", 2, 4, 1, marks=pytest.mark.slow), ("bert", 3, 1, 4)],
+    [pytest.param("gpt", 2, 4, 1, marks=pytest.mark.slow), ("bert", 2, 1, 3)],
 )
 def test_processes_do_not_change_the_losses(
     tiny_data, tmp_path, arch, processes, batch, accumulation
 ):
-    """torchrun with gloo against one process; 3 processes share 4 windows of training and 4 of
-    validation: some have none in a round."""
+    """torchrun with gloo against one process; 2 processes share 3 windows of training and 3 of
+    validation: one has none in a round."""
     settings = {
         **TINY,
         "dataset": tiny_data,
@@ -249,7 +249,7 @@ def test_processes_do_not_change_the_losses(
         "head": "cosine",
         "batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        "eval_iters": 4 // batch,
+        "eval_iters": max(1, 3 // batch),
     }
     flags = [f"--{k}={v}" for k, v in settings.items()]
     assert script_here("train.py", *flags, f"--out_dir={tmp_path / 'one'}").returncode == 0
@@ -736,7 +736,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(train, tmp_path):
         (folder / file).write_bytes(sound)
 
 
-def test_no_compiler(tiny_data, tmp_path):
+def test_no_compiler(tiny_data, tmp_path, monkeypatch):
     flags = [
         f"--{k}={v}"
         for k, v in {
@@ -748,7 +748,8 @@ def test_no_compiler(tiny_data, tmp_path):
     ]
     empty = tmp_path / "bin"
     empty.mkdir()
-    done = script("train.py", *flags, env={"PATH": str(empty)})
+    monkeypatch.setenv("PATH", str(empty))
+    done = script_here("train.py", *flags)
     assert (
         done.returncode == 2
         and "needs a C++ compiler" in done.stderr

@@ -91,7 +91,6 @@ class Evaluation:
         return softmax_linearization_kl(states, model.head)
 
 
-@torch.compiler.set_stance("force_eager")  # Each length would be compiled again.
 def sample_text(
     model: Model, data: Data, autocast: contextlib.AbstractContextManager, seed: int
 ) -> str:
@@ -102,12 +101,14 @@ def sample_text(
     """
     tokenizer = data.load_tokenizer()
     model.eval()
-    if isinstance(model, FSDPModule):
-        # FSDP initialises itself in the root's first forward pass, which `generate` does not call.
-        with torch.no_grad(), autocast:
-            model(torch.tensor([[tokenizer.start_id]], device=model.tokens.weight.device))
-        model.unshard()
-    with autocast:
+    # Eager, because each length would be compiled again.
+    with autocast, torch.compiler.set_stance("force_eager"):
+        if isinstance(model, FSDPModule):
+            # FSDP initialises itself in the root's first forward pass, which `generate` does not
+            # call.
+            with torch.no_grad():
+                model(torch.tensor([[tokenizer.start_id]], device=model.tokens.weight.device))
+            model.unshard()
         steps = model.generate([[tokenizer.start_id]], SAMPLED, seed=seed, top_k=200)
         ids = [token for (token,) in steps]
     if isinstance(model, FSDPModule):

@@ -23,8 +23,11 @@ from .chunked import token_losses
 def evaluate(problem: Problem) -> Tensor:
     """The loss of a problem, differentiable once: a scalar, or (N,) for reduction="none"."""
     if problem.spec.impl == "dense":
-        losses: Tensor = _dense(problem)
-        return losses
+        if torch.compiler.is_dynamo_compiling():
+            from ..untraced import dense
+
+            return dense(problem)
+        return _dense(problem)
     inputs = (
         problem.states,
         problem.prototypes,
@@ -49,7 +52,6 @@ def evaluate(problem: Problem) -> Tensor:
 
 
 # torch.compile cannot trace the checks, because they look at values.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _dense(problem: Problem) -> Tensor:
     """The loss from all logits (N, V) at once, with PyTorch's own gradients.
 

@@ -94,20 +94,14 @@ def test_a_models_loss_is_exported():
     torch.testing.assert_close(program.module()(x, y), model(x, y))
 
 
-@pytest.mark.parametrize(
-    "name", ["euclidean", "cosine", "manhattan", "cross_entropy", "canberra", "mahalanobis"]
-)
-def test_compiled_equals_eager(name):
+@pytest.mark.parametrize("name", ["euclidean", "manhattan"])
+def test_compiled_logits_equal_eager_ones(name):
+    """With a matrix product, and with a compiled kernel: both are called as they are."""
     torch.manual_seed(0)
     head = HarmonicHead(C, V, name)
-    h, y = torch.randn(N, C), torch.arange(N)
-    eager = head.loss(h, y), head(h)
-    compiled = torch.compile(lambda x: (head.loss(x * 1.0, y), head(x * 1.0)), backend="aot_eager")(
-        h
-    )
-    torch.testing.assert_close(compiled, eager)
-    eager[0].backward()
-    expected = head.weight.grad.clone()
-    head.weight.grad = None
-    compiled[0].backward()
-    torch.testing.assert_close(head.weight.grad, expected)
+    h = torch.randn(N, C)
+    found = []
+    for function in (head, torch.compile(head, backend="aot_eager")):
+        logits = function(h)
+        found.append((logits, *torch.autograd.grad(logits.square().mean(), head.weight)))
+    torch.testing.assert_close(found[1], found[0])

@@ -348,7 +348,11 @@ def test_linf_ties():
 
 
 @runs
-@pytest.mark.parametrize("epilogue", EPILOGUES, ids=repr)
+@pytest.mark.parametrize(
+    "epilogue",
+    [pytest.param(e, marks=pytest.mark.slow if e.link == "softmax" else []) for e in EPILOGUES],
+    ids=repr,
+)
 def test_nan_is_not_hidden(epilogue):
     x, y, *others = arguments(epilogue, 5, 9, 6)
     x[2, 3] = torch.nan
