@@ -89,9 +89,10 @@ study: $(VENV)/installed data/wikitext2/meta.json data/imdb_bpe/meta.json
 	$(RUN) -m studies.heads
 	$(RUN) -m studies.heads_report
 
-study-budget: $(VENV)/installed data/wiki/meta.json data/wikitext2/meta.json
+study-budget: $(VENV)/installed data/wiki/meta.json data/wikitext2/meta.json data/imdb_bpe/meta.json
 	$(RUN) -m studies.budget
 	$(RUN) -m studies.budget_report
+	$(RUN) -m studies.ends
 
 study-optimizers: $(VENV)/installed data/wiki/meta.json
 	$(RUN) -m studies.optimizers

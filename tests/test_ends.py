@@ -1,0 +1,61 @@
+"""What is measured at the end of the budget study's runs."""
+
+import pytest
+import torch
+from conftest import TINY
+
+from studies import budget, ends
+from text.token_files import load_data
+from training import checkpoint
+
+
+def test_a_run_is_measured(train, tiny_data, tmp_path, monkeypatch):
+    """Every measure of a distance head; the losses of both halves add up to the whole loss."""
+    monkeypatch.setattr(ends, "SPLIT", "val")
+    monkeypatch.setattr(ends, "TEXTS", {"python": None})
+    monkeypatch.setattr(ends, "WINDOWS", 4)
+    monkeypatch.setattr(ends, "TOKENS", 4 * TINY["block_size"])
+    assert train(head="cosine")[0] == 0
+    rows = {r["measure"]: float(r["value"]) for r in ends.measure(tmp_path / "run", str(tiny_data))}
+    missing = {name for name in ends.MEASURES if not name.endswith(("imdb", "wiki"))} - set(rows)
+    assert missing <= {"parallelogram", "shuffled"}  # The tiny vocabulary may lack the words.
+    model, *_ = checkpoint.load_run(tmp_path / "run")
+    data = load_data(tiny_data)
+    ((h, y, _),) = ends.predictions(model, data, "val", ends.TOKENS)
+    rare = ends.rare_tokens(ends.frequency(data))[y].double().mean().item()
+    parts = (1 - rare) * rows["loss_frequent"] + rare * rows["loss_rare"]
+    assert 0 < rare < 0.4 and parts == pytest.approx(model.head.loss(h, y).item(), abs=1e-4)
+    assert rows["increase_3"] != 0 and rows["loss_python"] > 0
+
+
+def test_rare_tokens_are_a_tenth_of_the_text():
+    counts = torch.tensor([50, 3, 40, 4, 0, 3])
+    assert ends.rare_tokens(counts).tolist() == [False, True, False, True, True, True]
+    counts[3] = 5  # 11 of 101
+    assert ends.rare_tokens(counts).tolist() == [False, True, False, False, True, True]
+
+
+def test_the_table_pairs_runs_by_seed():
+    def row(name, seed, measure, value):
+        return {"stage": "20M", "name": name, "seed": seed, "measure": measure, "value": value}
+
+    rows = [row("cross_entropy", s, "ece", v) for s, v in (("1", "0.1"), ("2", "0.3"))]
+    rows += [row("cosine", s, "ece", v) for s, v in (("2", "0.25"), ("1", "0.05"), ("3", "9"))]
+    rows += [row("cosine", "1", "auroc_nearest_imdb", "0.75")]
+    found = ends.tables(rows)
+    assert "| expected calibration error | 0.2000 | -0.0500 ± 0.0000 |" in found
+    assert (
+        "nearest prototype | - | is 0.750 |" in found
+        or "nearest prototype |  | is 0.750 |" in found
+    )
+    assert "6 million" not in found and "20 million" in found
+
+
+def test_jobs_are_runs_whose_weights_are_here(tmp_path):
+    c = ends.EndsConfig(table="results/budget.csv", runs=str(tmp_path))
+    assert ends.jobs(c) == []
+    rows = ends.Table(c.table, budget.COLUMNS, budget.KEY).rows
+    row = next(r for r in rows if r["stage"] == "2M")
+    folder = tmp_path / ends.run_name({key: row[key] for key in budget.KEY})
+    (folder / "ckpt/iter_000001").mkdir(parents=True)
+    assert [job.key for job in ends.jobs(c)] in ([], [{k: row[k] for k in ends.KEY}])
