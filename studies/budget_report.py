@@ -36,6 +36,7 @@ from studies.budget import (
     strength,
     summary,
 )
+from studies.budget import TOKENS as AN_ITERATION
 from studies.intervals import holm, mean_and_half
 from studies.runner import Row, Table
 from studies.search import Setting, number
@@ -49,6 +50,8 @@ BUDGETS |= {"dropout": "20 M, dropout 0.1", "wiki": "2 M of wiki"}
 # A head, and the head that it is compared with.
 NORMALISED = [("cosine", BASELINE), ("cosine softmax", BASELINE)]
 TWINS = [(head, f"{head} softmax") for head in HEADS if f"{head} softmax" in HEADS]
+# Stages whose runs are long enough for a validation loss to turn.
+LATE = ("6M", "20M")
 # Ranks of fewer heads say nothing.
 FEWEST = 5
 NOTHING = "No runs yet."
@@ -64,7 +67,7 @@ class BudgetReportConfig:
     table: str = "results/budget.csv"
     """rows of studies.budget; it may be missing"""
     out: str = "results/budget.png"
-    """the figure"""
+    """the figure of the ends of runs; NAME_curves.png, beside it, has their course"""
 
 
 class _AllDone(Table):
@@ -237,7 +240,43 @@ def _shared(
     return ([first[s] for s in seeds], [later[s] for s in seeds]) if seeds else None
 
 
-# ---- the figure --------------------------------------------------------------------------------
+def turns(rows: list[Row]) -> str:
+    """Where the validation loss of long runs is lowest, and how far it ends above that."""
+    lines = []
+    for stage in LATE:
+        for name in HEADS:
+            if found := curves(rows, stage, name):
+                tokens, mean = next(iter(found.values()))[0], _mean(found)
+                lowest, end = float(mean.min()), float(mean[-1])
+                at = f"{tokens[mean.argmin()]:.1f} of {tokens[-1]:.1f} M"
+                line = {"head": name, "seeds": len(found), "at": at, "lowest": lowest}
+                lines.append(line | {"rise": end - lowest})
+    if not lines:
+        return NOTHING
+    columns: Columns = ["head", "seeds", Column("at", "tokens at the lowest val_loss")]
+    columns += [Column("lowest", "lowest val_loss", ".4f", "nats")]
+    return markdown(lines, [*columns, Column("rise", "rise until the end", "+.4f", "nats")])
+
+
+def curves(rows: list[Row], stage: str, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Millions of tokens and validation losses along each run of a head, by seed."""
+    found = {}
+    for row in rows:
+        if (row["stage"], row["name"]) == (stage, name) and row.get("val_losses"):
+            losses = np.array([float(text) for text in row["val_losses"].split()])
+            last = round(float(row["tokens"]) * 1e6 / AN_ITERATION)
+            each = math.ceil(last / 20)  # As studies.budget.training has it.
+            steps = np.minimum(each * np.arange(len(losses)), last)
+            found[str(row["seed"])] = steps * AN_ITERATION / 1e6, losses
+    return found
+
+
+def _mean(found: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The mean validation losses over the seeds of `curves`."""
+    return np.mean([losses for _, losses in found.values()], 0)
+
+
+# ---- the figures -------------------------------------------------------------------------------
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -269,6 +308,31 @@ def draw(rows: list[Row], path: Path) -> None:
     figures.save(figure, path)
 
 
+def draw_curves(rows: list[Row], path: Path) -> None:
+    """Validation loss along the longest runs, and what is paired with cross_entropy's."""
+    stages = [s for s in LATE if curves(rows, s, BASELINE)]
+    figure = figures.figure(3.6)
+    left, right = figure.subplots(1, 2)
+    for name, head in HEADS.items() if stages else ():
+        found, base = curves(rows, stages[-1], name), curves(rows, stages[-1], BASELINE)
+        style = {"color": figures.head_color(head.head), "linestyle": figures.LINES[head.link]}
+        if found:
+            tokens = next(iter(found.values()))[0]
+            left.plot(tokens[1:], _mean(found)[1:], label=name, **style)
+        if name != BASELINE and (seeds := [seed for seed in found if seed in base]):
+            gap = np.mean([found[seed][1] - base[seed][1] for seed in seeds], 0)
+            right.plot(tokens[4:], gap[4:], **style)  # The early gaps are ten times larger.
+    right.axhline(0, color=figures.head_color(BASELINE), linewidth=0.8)
+    left.set_ylabel("validation loss, nats a token")
+    right.set_ylabel("validation loss minus cross_entropy's\nof the same seed, nats a token")
+    for axes in (left, right):
+        axes.set_xlabel("tokens of training, millions")
+        axes.grid(alpha=0.2)
+    if stages:
+        figures.legend_below(figure, [left])
+    figures.save(figure, path)
+
+
 def _line(axes: Axes, found: dict[str, list[float]], label: str, shift: float, style: dict) -> None:
     """Means over seeds, and their 95 % intervals where there are two seeds or more."""
     run = {
@@ -291,11 +355,15 @@ def main() -> None:
         "Do cosines keep their lead over cross_entropy?": normalised,
         "Does the harmonic link differ from its softmax twin?": links,
         "Does the order after 0.6 M tokens predict the later ones?": ranks,
+        "When does the validation loss turn?": turns,
     }
     for title, table in tables.items():
         print(f"{title}\n\n{table(rows)}\n")
-    draw(rows, Path(c.out))
-    print(f"wrote {c.out}")
+    out = Path(c.out)
+    draw(rows, out)
+    along = out.with_stem(f"{out.stem}_curves")
+    draw_curves(rows, along)
+    print(f"wrote {out} and {along}")
 
 
 if __name__ == "__main__":

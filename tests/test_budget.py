@@ -106,6 +106,13 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     assert "17 of 199 runs are done" in progress and "| 0.6M | 10 | 35 |" in progress
     budget_report.draw(rows, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").stat().st_size > 10_000
+    assert budget_report.turns(rows) == budget_report.NOTHING
+    losses = ["9", *(f"{5 - 0.1 * min(i, 30 - i):.4f}" for i in range(1, 21))]
+    course = dict(stage="20M", tokens="20.0", name="cosine", seed="1", val_losses=" ".join(losses))
+    assert "| cosine | 1 | 15.0 of 20.0 M | 3.5000 | +0.5000 |" in budget_report.turns([course])
+    both = [course, {**course, "name": "cross_entropy"}]
+    budget_report.draw_curves(both, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def _single_spaced(text: str) -> str:
