@@ -75,7 +75,7 @@ class PreparedHead:
             self.terms = self.squares = self.floor = None
             if self.distance.denominator is not None:
                 self.terms = self.distance.denominator.terms(self.prototypes)
-            if kernel == "l2":
+            if kernel in ("l2", "l2_plus"):
                 self.squares = self.prototypes.square().sum(-1)
             elif kernel != "dot":
                 self.floor = floor(kernel, self.prototypes, **self.of_kernel)
@@ -100,8 +100,9 @@ class PreparedHead:
     def _raw(self, x: Tensor, y: Tensor) -> Tensor:
         """Raw values of all pairs, floored: (N, C), (V, C) -> (N, V)."""
         kernel = self.distance.kernel
-        if kernel == "l2":
-            return l2_pairs(x, y, FLOAT32, self.squares)
+        if self.squares is not None:
+            raw = l2_pairs(x, y, FLOAT32, self.squares)
+            return raw if kernel == "l2" else 1 + raw
         raw = raw_values(x, y, kernel, self.of_kernel, self.finite)
         if raw is None or self.floor is None:
             return pairs(x, y, kernel, self.of_kernel)
