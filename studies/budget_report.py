@@ -258,6 +258,25 @@ def turns(rows: list[Row]) -> str:
     return markdown(lines, [*columns, Column("rise", "rise until the end", "+.4f", "nats")])
 
 
+def halfway(rows: list[Row]) -> str:
+    """Validation losses minus cross_entropy's half-way through runs and at their ends."""
+    lines = []
+    for stage in TOKENS:
+        base = curves(rows, stage, BASELINE)
+        for name in HEADS:
+            found = curves(rows, stage, name)
+            gaps = [found[seed][1] - base[seed][1] for seed in found if seed in base]
+            if gaps and name != BASELINE:
+                line = {"head": name, "tokens": BUDGETS[stage], "seeds": len(gaps)}
+                for at, place in (("half", len(gaps[0]) // 2), ("end", -1)):
+                    line[at] = interval(*mean_and_half([float(gap[place]) for gap in gaps]))
+                lines.append(line)
+    if not lines:
+        return NOTHING
+    columns: Columns = ["head", "tokens", "seeds", Column("half", "half-way", unit="nats")]
+    return markdown(lines, [*columns, Column("end", "at the end", unit="nats")])
+
+
 def curves(rows: list[Row], stage: str, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Millions of tokens and validation losses along each run of a head, by seed."""
     found = {}
@@ -355,6 +374,7 @@ def main() -> None:
         "Do cosines keep their lead over cross_entropy?": normalised,
         "Does the harmonic link differ from its softmax twin?": links,
         "Does the order after 0.6 M tokens predict the later ones?": ranks,
+        "Does the middle of a run predict its end?": halfway,
         "When does the validation loss turn?": turns,
     }
     for title, table in tables.items():

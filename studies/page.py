@@ -49,6 +49,7 @@ TABLES = {
     "budget cosines": (budget, "budget.csv", budget_report.normalised),
     "budget links": (budget, "budget.csv", budget_report.links),
     "budget ranks": (budget, "budget.csv", budget_report.ranks),
+    "budget middle": (budget, "budget.csv", budget_report.halfway),
     "budget turns": (budget, "budget.csv", budget_report.turns),
     "budget ends": (ends, "ends.csv", ends.tables),
     "optimizers": (optimizers, "optimizers.csv", optimizers_table),
