@@ -96,7 +96,7 @@ def write_csv(path: Path | str, rows: Sequence[dict], columns: Columns | None = 
 def append_csv(path: Path | str, rows: Sequence[dict], columns: Columns) -> None:
     """Appends rows to a CSV file in one write, and flushes it to the disk.
 
-    A new or empty file gets a header first.
+    A new or empty file gets a header first. Raises: UserError if it cannot be written.
     """
     path = Path(path)
     old = path.read_bytes() if path.is_file() else b""
@@ -104,10 +104,13 @@ def append_csv(path: Path | str, rows: Sequence[dict], columns: Columns) -> None
     if old and not old.endswith(b"\n"):
         # An editor has removed the line break at the end of the file.
         added = "\r\n" + added
-    with path.open("a", newline="", encoding="utf-8") as file:
-        file.write(added)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            file.write(added)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def read_csv(path: Path | str, columns: Columns | None = None) -> list[dict[str, str]]:

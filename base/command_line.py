@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Container
@@ -71,7 +72,12 @@ codecs.register_error("show_bytes", show_bytes)
 
 
 def cli(main: Callable[[], object]) -> None:
-    """Runs `main()`. For a UserError it prints the message on stderr and exits with status 2."""
+    """Runs `main()`. For a UserError it prints the message on stderr and exits with status 2.
+
+    Ctrl-C exits with status 130 and a word, unless `main` handles it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `say_loading`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="show_bytes")
@@ -82,6 +88,9 @@ def cli(main: Callable[[], object]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # Only one process on each machine.
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{script_name()}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has closed it. This avoids Python's error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -608,6 +608,9 @@ def test_a_result_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="result cannot be written: No space left on device"):
             write()
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="result cannot be written"):
+        tables.append_csv(path, [{"a": 1}], ["a"])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT, TINY, script, script_here
 from safetensors.torch import load_file
 
+from base.command_line import cli
 from base.files import seal, sha256, unseal
 from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
 from model import Model, ModelConfig
@@ -899,6 +900,19 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
         and "Ctrl-C again stops at once" in err
         and "no checkpoint was written yet" in err
     )
+
+
+def test_ctrl_c_before_training_leaves_no_traceback(capsys):
+    """While PyTorch is imported, and in a script that does not handle it."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert "loading PyTorch" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == -signal.SIGINT
+    with pytest.raises(SystemExit) as stop:
+        cli(lambda: signal.raise_signal(signal.SIGINT))
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
 def test_what_counts_as_a_restart(tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def conclude(
         run.say(f"last good checkpoint: {checkpoint.last(out_dir)}", file=sys.stderr)
         sys.exit(3)
     if stopped:
-        how = "no checkpoint was written yet"
+        how = "no checkpoint was written yet: --overwrite=true starts it again"
         if checkpoint.manifests(out_dir):
             how = (
                 f"resume from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
