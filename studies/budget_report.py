@@ -29,6 +29,7 @@ from studies.budget import (
     COLUMNS,
     HEADS,
     KEY,
+    LONG,
     RATES,
     Plan,
     base,
@@ -328,8 +329,9 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def draw_curves(rows: list[Row], path: Path) -> None:
-    """Validation loss along the longest runs, and what is paired with cross_entropy's."""
-    stages = [s for s in LATE if curves(rows, s, BASELINE)]
+    """Validation loss along the longest runs that all LONG heads have, and what is paired with
+    cross_entropy's."""
+    stages = [s for s in LATE if all(curves(rows, s, name) for name in LONG)]
     figure = figures.figure(3.6)
     left, right = figure.subplots(1, 2)
     for name, head in HEADS.items() if stages else ():

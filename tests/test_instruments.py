@@ -784,6 +784,7 @@ const waiting = setInterval(() => {
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium (apt-get install chromium)")
 @pytest.mark.parametrize(("width", "light"), [(1400, True), (400, True), (1400, False)])
 def test_the_page_in_chromium(home, tmp_path, monkeypatch, width, light):  # noqa: F811
+    monkeypatch.setattr(summary, "RANKED_MINUTES", 0)  # So that the triangle is drawn.
     page = tmp_path / "r.html"
     runs = [
         make_run(tmp_path / head, home / "data/small", 40, head=head)

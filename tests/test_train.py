@@ -737,7 +737,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(train, tmp_path):
         (folder / file).write_bytes(sound)
 
 
-def test_no_compiler(tiny_data, tmp_path, monkeypatch):
+def test_no_compiler(tiny_data, tmp_path):
     flags = [
         f"--{k}={v}"
         for k, v in {
@@ -749,8 +749,7 @@ def test_no_compiler(tiny_data, tmp_path, monkeypatch):
     ]
     empty = tmp_path / "bin"
     empty.mkdir()
-    monkeypatch.setenv("PATH", str(empty))
-    done = script_here("train.py", *flags)
+    done = script("train.py", *flags, env={"PATH": str(empty)})
     assert (
         done.returncode == 2
         and "needs a C++ compiler" in done.stderr
