@@ -101,8 +101,8 @@ class PreparedHead:
         """Raw values of all pairs, floored: (N, C), (V, C) -> (N, V)."""
         kernel = self.distance.kernel
         if self.squares is not None:
-            raw = l2_pairs(x, y, FLOAT32, self.squares)
-            return raw if kernel == "l2" else 1 + raw
+            squared = l2_pairs(x, y, FLOAT32, self.squares)
+            return squared if kernel == "l2" else 1 + squared
         raw = raw_values(x, y, kernel, self.of_kernel, self.finite)
         if raw is None or self.floor is None:
             return pairs(x, y, kernel, self.of_kernel)

@@ -248,15 +248,15 @@ def turns(rows: list[Row]) -> str:
         for name in HEADS:
             if found := curves(rows, stage, name):
                 tokens, mean = next(iter(found.values()))[0], _mean(found)
-                lowest, end = float(mean.min()), float(mean[-1])
+                least, end = float(mean.min()), float(mean[-1])
                 at = f"{tokens[mean.argmin()]:.1f} of {tokens[-1]:.1f} M"
-                line = {"head": name, "seeds": len(found), "at": at, "lowest": lowest}
-                lines.append(line | {"rise": end - lowest})
+                line = {"head": name, "seeds": len(found), "at": at, "lowest": least}
+                lines.append(line | {"rise": end - least})
     if not lines:
         return NOTHING
     columns: Columns = ["head", "seeds", Column("at", "tokens at the lowest val_loss")]
-    columns += [Column("lowest", "lowest val_loss", ".4f", "nats")]
-    return markdown(lines, [*columns, Column("rise", "rise until the end", "+.4f", "nats")])
+    lowest = Column("lowest", "lowest val_loss", ".4f", "nats")
+    return markdown(lines, [*columns, lowest, Column("rise", "rise until the end", "+.4f", "nats")])
 
 
 def halfway(rows: list[Row]) -> str:

@@ -12,6 +12,7 @@ tuning: film reviews (imdb), Wikipedia leads (wiki) and the Python code of the i
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from analysis.confidence import auroc, calibration, encoded_windows, own_windows
 from analysis.geometry import frequency, mean_cosine, parallelogram, rank_correlation, spectrum
 from analysis.quantization import QuantizationConfig, compare
 from analysis.runs import predictions
-from analysis.tables import Column, Columns, interval, markdown
+from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model
@@ -35,7 +36,8 @@ from training import checkpoint
 STAGES = ("2M", "6M", "20M")
 # Other texts, and their folders under data/. None is the code of PyTorch.
 TEXTS = {"imdb": "imdb_bpe", "wiki": "wiki", "python": None}
-SPLIT, WINDOWS, TOKENS = "test", 64, 16384
+SPLIT: Literal["val", "test"] = "test"
+WINDOWS, TOKENS = 64, 16384
 BITS = (8, 4, 3)
 RARE = 0.1
 KEY = ("stage", "name", "seed")
@@ -202,9 +204,8 @@ def table(rows: list[Row], stage: str) -> str:
             elif mine:  # cross_entropy has no nearest prototype.
                 line[name] = f"is {format(mean_and_half(list(mine.values()))[0], form)}"
         lines.append(line)
-    columns: Columns = [Column("measure"), Column(BASELINE)]
-    columns += [Column(name, f"{name} minus cross_entropy") for name in heads]
-    return markdown(lines, columns)
+    others = [Column(name, f"{name} minus cross_entropy") for name in heads]
+    return markdown(lines, ["measure", BASELINE, *others])
 
 
 def _of(rows: list[Row], stage: str) -> list[Row]:
