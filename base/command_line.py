@@ -89,7 +89,8 @@ def cli(main: Callable[[], object]) -> None:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{script_name()}: interrupted", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\n{script_name()}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has closed it. This avoids Python's error at exit.

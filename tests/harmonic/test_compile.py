@@ -94,9 +94,9 @@ def test_a_models_loss_is_exported():
     torch.testing.assert_close(program.module()(x, y), model(x, y))
 
 
-@pytest.mark.parametrize("name", ["euclidean", "manhattan"])
+@pytest.mark.parametrize("name", ["euclidean", "manhattan", "cosine"])
 def test_compiled_logits_equal_eager_ones(name):
-    """With a matrix product, and with a compiled kernel: both are called as they are."""
+    """With a matrix product, a compiled kernel and a compiled map: all are called as they are."""
     torch.manual_seed(0)
     head = HarmonicHead(C, V, name)
     h = torch.randn(N, C)
