@@ -12,6 +12,7 @@ With --explain it shows which prototypes and coordinates decided each token.
 """
 
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -469,14 +470,20 @@ def main() -> None:
             top_p=c.top_p,
         )
         began = time.perf_counter()
+        # The first token reads the prompt, and may load compiled kernels.
+        first = list(itertools.islice(steps, 1))
+        ready = time.perf_counter()
+        steps = itertools.chain(first, steps)
         shown = rows if prompts else [[] for _ in rows]  # The start token is not shown.
         texts = Texts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None)
         if c.json:
             write_json(texts, steps, c.max_new_tokens)
         else:
             write(texts, steps, explainer, c.max_new_tokens)
-        seconds = time.perf_counter() - began
-    print(f"{sum(map(len, texts.tokens)) / seconds:,.0f} tokens/s", file=sys.stderr)
+        seconds = time.perf_counter() - ready
+    later = sum(map(len, texts.tokens)) - len(rows)
+    speed = f", then {later / seconds:,.0f} tokens/s" if later else ""
+    print(f"first token after {ready - began:.2f} s{speed}", file=sys.stderr)
     if nearest is not None:
         print_bounds(nearest, "at most" if c.ann_index == "flat" else "an estimated")
 

@@ -219,7 +219,9 @@ def iterate(run: Run) -> Step:
         step.add(loss, distance)
     run.scaler.unscale_(run.optimizer)
     run.gradients.measure(step)
-    if c.on_nan == "skip" and not math.isfinite(step.norm.item()):
+    # Under float16 a gradient may overflow, and then the scale is lowered.
+    may_skip = c.on_nan == "skip" or run.scaler.is_enabled()
+    if may_skip and not math.isfinite(step.norm.item()):
         at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
     else:
         at.skipped_in_a_row = 0

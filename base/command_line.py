@@ -48,7 +48,8 @@ class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatt
         start = "(" if listed else f"({describe(hint)}, "
         default = json.dumps(action.default) if hint is bool else f"{action.default}"
         default = {"None": "null", "": "none", "[]": "none"}.get(default, default)
-        return text[: text.rindex("(type: ")] + f"{start}default: {default})"
+        before, found, _ = text.rpartition("(type: ")
+        return f"{before}{start}default: {default})" if found else text
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # jsonargparse has a second form of each list, `--start+`, which `parse` does not take.

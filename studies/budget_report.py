@@ -285,7 +285,9 @@ def curves(rows: list[Row], stage: str, name: str) -> dict[str, tuple[np.ndarray
         if (row["stage"], row["name"]) == (stage, name) and row.get("val_losses"):
             losses = np.array([float(text) for text in row["val_losses"].split()])
             last = round(float(row["tokens"]) * 1e6 / AN_ITERATION)
-            each = math.ceil(last / 20)  # As studies.budget.training has it.
+            each = math.ceil(
+                last / 20
+            )  # The interval of evaluations, as in studies.budget.training.
             steps = np.minimum(each * np.arange(len(losses)), last)
             found[str(row["seed"])] = steps * AN_ITERATION / 1e6, losses
     return found

@@ -12,10 +12,11 @@ tuning: film reviews (imdb), Wikipedia leads (wiki) and the Python code of the i
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
+from scipy.stats import ttest_1samp
 from torch import Tensor
 
 from analysis.confidence import auroc, calibration, encoded_windows, own_windows, score
@@ -27,7 +28,7 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model
 from studies import budget
-from studies.intervals import mean_and_half
+from studies.intervals import holm, mean_and_half
 from studies.runner import Job, Row, Table, complete, run_name
 from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer
@@ -139,7 +140,7 @@ def rounding(model: Model, data: Data) -> dict[str, float]:
     """What the test loss gains by prototypes with few bits."""
     c = QuantizationConfig(bits=list(BITS), tokens=TOKENS, split=SPLIT)
     rows = compare(model, data, c)[1:]
-    return {f"increase_{row['bits']}": float(row["increase"] or 0) for row in rows}
+    return {f"increase_{row['bits']}": cast(float, row["increase"]) for row in rows}
 
 
 def geometry(model: Model, data: Data) -> dict[str, float]:
@@ -186,23 +187,33 @@ def values(rows: list[Row], stage: str, name: str, measure: str) -> dict[str, fl
     return {row["seed"]: float(row["value"]) for row in mine}
 
 
+def differences(rows: list[Row], stage: str, name: str, measure: str) -> list[float]:
+    """A head's measure minus that of cross_entropy, of each seed that both have."""
+    mine, base = (values(rows, stage, head, measure) for head in (name, BASELINE))
+    return [mine[seed] - base[seed] for seed in mine if seed in base]
+
+
 def table(rows: list[Row], stage: str) -> str:
-    """A line for each measure: cross_entropy's mean, and the paired difference of other heads."""
+    """A line for each measure: cross_entropy's mean, and the paired difference of other heads.
+
+    p: of a t-test of the differences, with Holm's correction for all of the table.
+    """
     heads = [name for name in budget.ALL if any(r["name"] == name for r in _of(rows, stage))]
     heads = [name for name in heads if name != BASELINE]
+    found = {(m, name): differences(rows, stage, name, m) for m in MEASURES for name in heads}
+    tested = {key: pairs for key, pairs in found.items() if len(pairs) > 1}
+    p = holm({key: float(ttest_1samp(pairs, 0).pvalue) for key, pairs in tested.items()})
     lines: list[dict[str, object]] = []
     for measure, (words, form) in MEASURES.items():
-        base = values(rows, stage, BASELINE, measure)
         line: dict[str, object] = {"measure": words}
-        if base:
-            line[BASELINE] = format(mean_and_half(list(base.values()))[0], form)
-        for name in heads:
-            mine = values(rows, stage, name, measure)
-            pairs = [mine[seed] - base[seed] for seed in mine if seed in base]
-            if pairs:
+        for name in (BASELINE, *heads):
+            own = list(values(rows, stage, name, measure).values())
+            if pairs := found.get((measure, name)):
                 line[name] = interval(*mean_and_half(pairs), f"+{form}")
-            elif mine:  # cross_entropy has no nearest prototype.
-                line[name] = f"is {format(mean_and_half(list(mine.values()))[0], form)}"
+                if (measure, name) in p:
+                    line[name] = f"{line[name]} (p {p[measure, name]:.3f})"
+            elif own:  # cross_entropy, or a measure that it does not have.
+                line[name] = ("" if name == BASELINE else "is ") + format(np.mean(own), form)
         lines.append(line)
     others = [Column(name, f"{name} minus cross_entropy") for name in heads]
     return markdown(lines, ["measure", BASELINE, *others])

@@ -1167,7 +1167,8 @@ def test_float16_goes_on_when_its_scale_is_too_large(train, tmp_path):
     assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
 
 
-def test_float16_skips_a_norm_that_overflows(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_nan", ["skip", "stop"])
+def test_float16_skips_a_norm_that_overflows(train, tmp_path, monkeypatch, on_nan):
     """Gradients of 1e20 are finite, their squares are not: AdamW would keep an infinite average."""
     measure = Gradients.measure
 
@@ -1178,7 +1179,7 @@ def test_float16_skips_a_norm_that_overflows(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Gradients, "measure", large)
     status, _, err = train(
-        head="cross_entropy", dtype="float16", on_nan="skip", lr_schedule="constant"
+        head="cross_entropy", dtype="float16", on_nan=on_nan, lr_schedule="constant"
     )
     assert status == 0, err
     folder, manifest = list(checkpoint.manifests(tmp_path / "run").items())[-1]

@@ -105,3 +105,12 @@ def test_compiled_logits_equal_eager_ones(name):
         logits = function(h)
         found.append((logits, *torch.autograd.grad(logits.square().mean(), head.weight)))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_dense_loss_is_called_as_it_is():
+    """It looks at values, so torch.compile must not trace it."""
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, "euclidean", impl="dense")
+    h, y = torch.randn(N, C), torch.arange(N)
+    compiled = torch.compile(lambda x: head.loss(x * 1.0, y), backend="aot_eager")
+    torch.testing.assert_close(compiled(h), head.loss(h, y))
