@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
+# uv installs no bytecode. Where this is set, every process would compile PyTorch's sources again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-budget study-optimizers study-algorithmic study-vision study-toy docs clean
 
