@@ -15,10 +15,11 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
                      wins, and its setting is the head's at every budget.
         0.6M, 2M     three other seeds, which no earlier study has used
         6M, 20M      the first of these seeds; 20 M are 6.5 epochs
-    other HEADS  the same, but for 20M
+        6M           the two other seeds
+    other HEADS  sweep, 0.6M and 2M in the same way, then 6M with the first seed
     CONTROLS     sweep and 2M. They tell tail, normalisation and distance apart
     then for all
-        6M, 20M      the two other seeds
+        6M, 20M      the two other seeds, where they are still missing
         0.6M, 2M     two more seeds
         wiki         2 M tokens of another corpus, three seeds
         dropout      20 M tokens with dropout 0.1, one seed of the LONG heads
@@ -126,6 +127,7 @@ class Plan:
         found += self.runs("2M", 2.0, early, LONG)
         found += self.runs("6M", 6.0, first, LONG)
         found += self.runs("20M", 20.0, first, LONG)
+        found += self.runs("6M", 6.0, early[1:], LONG)
         found += self.sweep(others)
         if not self.done(found):
             return found
@@ -136,7 +138,7 @@ class Plan:
         if not self.done(found):
             return found
         found += self.runs("2M", 2.0, early, CONTROLS)
-        found += self.runs("6M", 6.0, early[1:], HEADS)
+        found += self.runs("6M", 6.0, early[1:], others)
         found += self.runs("20M", 20.0, early[1:], LONG)
         found += self.runs("0.6M", 0.6, late, HEADS)
         found += self.runs("2M", 2.0, late, ALL)
