@@ -1,14 +1,16 @@
-"""Compares Muon and AdamW for several heads: the demo's model, three seeds, one learning rate.
+"""Compares Muon and AdamW for several heads, with the demo's model and three seeds.
 
     make demo  # prepares data/wiki
     # results/optimizers.csv gets a row for each run; call it again to resume
     python -m studies.optimizers
 
-Muon's steps are scaled to the size of AdamW's (match_rms_adamw), so both use the demo's learning
-rate. That rate was not tuned for an optimiser or a head. So the table compares optimisers, not
-heads.
+Muon's steps are scaled to the size of AdamW's (match_rms_adamw), so both can use the demo's
+learning rate. First all runs have this rate. Then each head has, with each optimiser, the best rate
+of a sweep of its own: three rates with another seed, and beyond the edge while the best rate is
+there, at most MOST times.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,13 @@ from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import number
+from studies.search import Setting, beyond, number
 from training.telemetry import read_metrics
 
-SEEDS = (1338, 1339, 1340)
+RATE = 2e-3  # the demo's
+RATES = (1e-3, 2e-3, 4e-3)
+MOST = 2  # rates beyond the edge
+SWEEP_SEED, SEEDS = 1337, (1338, 1339, 1340)
 HEADS = (
     ("cross_entropy", "harmonic"),
     ("cosine", "harmonic"),
@@ -29,7 +34,7 @@ HEADS = (
     ("euclidean", "softmax"),
 )
 OPTIMIZERS = ("adamw", "muon")
-KEY = ("head", "link", "optimizer", "seed")
+KEY = ("head", "link", "optimizer", "learning_rate", "seed")
 COLUMNS = [*KEY, "val_loss", "commit"]
 
 # Seed -> validation loss.
@@ -48,15 +53,68 @@ class OptimizersConfig(TrainingConfig):
     """folder of the runs"""
 
 
-def settings() -> list[Training]:
-    """All runs of the study."""
-    found = []
-    for seed in SEEDS:
-        for head, link in HEADS:
+class Plan:
+    """The runs that are wanted, given what the table holds by now."""
+
+    def __init__(self, table: Table):
+        self.table = table
+
+    def settings(self) -> list[dict]:
+        """Keys of runs, most important first. What needs a sweep is listed once that is done."""
+        found = [
+            key(head, optimizer, RATE, seed)
+            for seed in SEEDS
+            for head in HEADS
+            for optimizer in OPTIMIZERS
+        ]
+        for head in HEADS:
             for optimizer in OPTIMIZERS:
-                key = dict(head=head, link=link, optimizer=optimizer, seed=seed)
-                found.append(Training(key, {**key, "emissions": False}))
-    return found
+                tried = self.sweep(head, optimizer)
+                found += [run for run in tried if run not in found]
+                if all(self.table.find(run) for run in tried):
+                    rate = best_rate(self.table.rows, head, optimizer)
+                    runs = [key(head, optimizer, rate, seed) for seed in SEEDS]
+                    found += [run for run in runs if run not in found]
+        return found
+
+    def sweep(self, head: tuple[str, str], optimizer: str) -> list[dict]:
+        """The runs of a head's sweep, as far as they are known by now."""
+        rates = list(RATES)
+        for _ in range(MOST):
+            runs = [key(head, optimizer, rate, SWEEP_SEED) for rate in rates]
+            if not all(self.table.find(run) for run in runs):
+                break
+            losses: dict[Setting, float] = {
+                (run["learning_rate"],): number(self.table.row(run)["val_loss"]) for run in runs
+            }
+            further = beyond(min(losses, key=losses.__getitem__), list(losses), (2,))
+            if further is None:
+                break
+            rates.append(further[0])
+        return [key(head, optimizer, rate, SWEEP_SEED) for rate in rates]
+
+
+def key(head: tuple[str, str], optimizer: str, rate: float, seed: int) -> dict:
+    """The key of a run."""
+    name, link = head
+    return dict(head=name, link=link, optimizer=optimizer, learning_rate=rate, seed=seed)
+
+
+def best_rate(rows: list[Row], head: tuple[str, str], optimizer: str) -> float:
+    """The rate of the sweep with the lowest validation loss. nan if the sweep has no runs."""
+    losses = {
+        float(row["learning_rate"]): number(row["val_loss"])
+        for row in rows
+        if row["seed"] == str(SWEEP_SEED)
+        and (row["head"], row["link"]) == head
+        and row["optimizer"] == optimizer
+    }
+    return min(losses, key=losses.__getitem__) if losses else math.nan
+
+
+def training(run: dict) -> Training:
+    """The run of train.py of a key. The rate falls to a tenth of its peak, as in the config."""
+    return Training(run, {**run, "emissions": False})
 
 
 def measure(folder: Path, key: dict) -> dict:
@@ -64,27 +122,43 @@ def measure(folder: Path, key: dict) -> dict:
     return {"val_loss": f"{losses[-1]:.6f}"}
 
 
-def summary(rows: list[Row]) -> str:
+def same_rate(rows: list[Row]) -> str:
+    """The table of the runs with the demo's learning rate."""
+    return comparison(rows, {(head, name): RATE for head in HEADS for name in OPTIMIZERS})
+
+
+def tuned(rows: list[Row]) -> str:
+    """The table of the runs with the best learning rate of each head and optimiser."""
+    rates = {(head, name): best_rate(rows, head, name) for head in HEADS for name in OPTIMIZERS}
+    return comparison(rows, rates)
+
+
+def comparison(rows: list[Row], rates: dict[tuple[tuple[str, str], str], float]) -> str:
     """A line for each head: both losses, and differences paired by seed: between the optimisers,
-    to cross_entropy and to the softmax twin under each of them."""
-    losses: dict[tuple[str, str, str], Losses] = {}
+    to cross_entropy and to the softmax twin under each of them.
+
+    rates: the learning rate of each head and optimiser; runs with other rates are left out.
+    """
+    losses: dict[tuple[tuple[str, str], str], Losses] = {}
     for row in rows:
-        mine = losses.setdefault((row["head"], row["link"], row["optimizer"]), {})
-        mine[row["seed"]] = number(row["val_loss"])
+        which = (row["head"], row["link"]), row["optimizer"]
+        if row["seed"] != str(SWEEP_SEED) and float(row["learning_rate"]) == rates[which]:
+            losses.setdefault(which, {})[row["seed"]] = number(row["val_loss"])
     lines = []
     for head, link in HEADS:
-        adamw, muon = (losses.get((head, link, name), {}) for name in OPTIMIZERS)
+        adamw, muon = (losses.get(((head, link), name), {}) for name in OPTIMIZERS)
         if not set(adamw) & set(muon):
             continue
         line: dict[str, object] = {"head": head, "seeds": len(set(adamw) & set(muon))}
         line["link"] = None if (head, link) == HEADS[0] else link  # A control has no link.
         line["difference"] = difference(muon, adamw)
         for name, found in zip(OPTIMIZERS, (adamw, muon), strict=True):
+            line[f"{name}_rate"] = rates[(head, link), name]
             line[name], _ = mean_and_half(list(found.values()))
-            baseline = losses.get((*HEADS[0], name), {})
+            baseline = losses.get((HEADS[0], name), {})
             if head != HEADS[0][0] and set(found) & set(baseline):
                 line[f"{name}_less"] = difference(found, baseline)
-            twin = losses.get((head, "softmax", name), {})
+            twin = losses.get(((head, "softmax"), name), {})
             if link == "harmonic" and set(found) & set(twin):
                 line[f"{name}_twin"] = difference(found, twin)
         lines.append(line)
@@ -92,6 +166,7 @@ def summary(rows: list[Row]) -> str:
         lines,
         [
             *("head", "link", "seeds"),
+            *(Column(f"{name}_rate", f"rate, {name}", "g") for name in OPTIMIZERS),
             *(Column(name, unit="nats", form=".4f") for name in OPTIMIZERS),
             Column("difference", "muon minus adamw"),
             *(Column(f"{name}_less", f"{name}, minus cross_entropy") for name in OPTIMIZERS),
@@ -108,8 +183,9 @@ def difference(found: Losses, other: Losses) -> str:
 def main() -> None:
     (c,) = parse(sys.argv[1:], OptimizersConfig)
     table = Table(c.out, COLUMNS, KEY)
-    complete_trainings(c, table, settings, measure)
-    print(summary(table.rows))
+    plan = Plan(table)
+    complete_trainings(c, table, lambda: [training(run) for run in plan.settings()], measure)
+    print(same_rate(table.rows), tuned(table.rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,6 @@ from studies import (
     vision,
     vision_report,
 )
-from studies.runner import Row
-
-
-def optimizers_table(rows: list[Row]) -> str:
-    done = f"{len(rows)} of {len(optimizers.settings())} runs are done."
-    return f"{done}\n\n{optimizers.summary(rows)}"
-
 
 # The name in a page's marks: the study, its file beside the page, the table of its rows.
 TABLES = {
@@ -52,7 +45,8 @@ TABLES = {
     "budget middle": (budget, "budget.csv", budget_report.halfway),
     "budget turns": (budget, "budget.csv", budget_report.turns),
     "budget ends": (ends, "ends.csv", ends.tables),
-    "optimizers": (optimizers, "optimizers.csv", optimizers_table),
+    "optimizers": (optimizers, "optimizers.csv", optimizers.same_rate),
+    "optimizers tuned": (optimizers, "optimizers.csv", optimizers.tuned),
     "tasks": (algorithmic, "algorithmic.csv", algorithmic_report.main_table),
     "task twins": (algorithmic, "algorithmic.csv", algorithmic_report.task_twins),
     "grokking": (algorithmic, "algorithmic.csv", algorithmic_report.gap_table),
