@@ -106,7 +106,8 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
     Args:
         weights: whether each run must have a checkpoint.
         dataset: the prepared data of all runs; None = the data that each run was trained on.
-    Raises: UserError that lists every folder that is not such a run.
+    Raises: UserError that lists every folder that is not such a run, or says what is wrong with
+        `dataset`.
     """
     if not folders:
         raise UserError("name one run's folder or more, such as out/run")
@@ -130,6 +131,8 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
     for path, name in zip(paths, names, strict=True):
         model_config, config = checkpoint.read_config(path)
         if dataset is not None:
+            # Checked here, so that an analysis that reads no data refuses a wrong folder too.
+            load_data(data_folder(dataset), config.tokenizer)
             config.dataset = dataset
         runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
     return runs

@@ -253,6 +253,13 @@ def test_best_checkpoint_and_default_place(home, tmp_path, monkeypatch):
     assert (tmp_path / "perplexity.png").is_file()
 
 
+def test_the_place_of_the_data_is_checked_before_it_is_used(home):
+    """Also for an analysis that reads no data."""
+    for place, message in ((home / "nowhere", "no data folder"), (home / "out", "no token files")):
+        with pytest.raises(UserError, match=message):
+            find_runs([home / "out/ce"], weights=False, dataset=str(place))
+
+
 def test_different_tokenizers_are_told(home, tmp_path, monkeypatch, capsys):
     call(
         perplexity.main,

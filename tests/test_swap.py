@@ -719,3 +719,24 @@ def test_ignored_labels_cost_nothing():
     assert loss.item() == 0
     h, w = torch.randn(3, C), torch.randn(V, C)
     assert harmonic_loss(h, w, torch.full((3,), -100), "cosine", ignore_index=-100).item() == 0
+
+
+def test_what_trl_reads_is_computed_from_the_logits():
+    """Its entropies, likeliest tokens and log-probabilities, for more rows than one block has."""
+    model, _ = swapped("gpt2", name="cosine", matched=False)
+    ids = torch.randint(V, (30, 11))
+    labels = torch.where(torch.rand(ids.shape) < 0.1, -100, ids)
+    log_p = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    y = labels[:, 1:]
+    kept = y != -100
+    # The prediction of one label is made the likeliest, because random ones hardly ever are.
+    y[0, 0], kept[0, 0] = log_p[0, 0].argmax(), True
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    each = torch.where(kept, log_p.gather(-1, y.clamp(min=0)[..., None])[..., 0], 0.0)
+    close = dict(rtol=1e-4, atol=1e-4, check_dtype=False)
+    torch.testing.assert_close(found.log_probs, each, **close)
+    torch.testing.assert_close(found.loss, -each.sum() / kept.sum(), **close)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(found.entropy, torch.where(kept, entropy, 0.0), **close)
+    assert torch.equal(found.is_top1, kept & (log_p.argmax(-1) == y)) and found.is_top1.any()
+    assert torch.equal(found.label_mask, kept) and kept.sum() > 256

@@ -123,6 +123,17 @@ def test_a_head_is_made_again_from_its_configuration(name, link):
     assert more(h).shape == (N, 200) and more.describe() == head.describe()
 
 
+def test_the_distance_to_the_target_is_that_of_a_token():
+    """Padding is no token, and neither is a label that is to be ignored."""
+    head = HarmonicHead(C, V + 4, "manhattan", real_vocab_size=V)
+    h, y = torch.randn(4, C), torch.tensor([0, V - 1, V, -100])
+    found = head.target_distance(h, y)
+    expected = (h[:2] - head.prototypes()[y[:2]]).double().abs().sum(-1)
+    torch.testing.assert_close(found[:2].double(), expected, rtol=1e-5, atol=0)
+    assert found.isnan().tolist() == [False, False, True, True]
+    assert HarmonicHead(C, V, "cross_entropy").target_distance(h, y) is None
+
+
 def test_a_head_says_what_it_is():
     heads = [
         HarmonicHead(64, V, "minkowski", p=2.0),
