@@ -448,13 +448,8 @@ def test_other_files_are_never_replaced(tmp_path):
 def start(flags: list[str], partial: Path, writes: bool = True) -> subprocess.Popen:
     """Starts the script in a group of its own and waits until it has begun, or until it writes
     tokens."""
-
-    def hears():
-        # A shell's background job, as these tests may be, ignores Ctrl-C.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([*SCRIPT, *flags], **pipes, start_new_session=True, preexec_fn=hears)
+    process = subprocess.Popen([*SCRIPT, *flags], **pipes, start_new_session=True)
     tokens = partial / "train.bin"
     while not (tokens.exists() and tokens.stat().st_size > 0 if writes else partial.exists()):
         assert process.poll() is None, process.communicate()
