@@ -67,7 +67,7 @@ class Plan:
             for head in HEADS
             for optimizer in OPTIMIZERS
         ]
-        for head in HEADS:
+        for head in sorted(HEADS, key=lambda head: head[1] == "softmax"):  # The twins come last.
             for optimizer in OPTIMIZERS:
                 tried = self.sweep(head, optimizer)
                 found += [run for run in tried if run not in found]
