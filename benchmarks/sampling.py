@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +28,7 @@ from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HarmonicHead
 from model import Model, ModelConfig
+from training.telemetry import processor
 
 TOKENS = 512
 HEADS = ("cross_entropy", "cosine", "euclidean", "manhattan")
@@ -133,7 +133,7 @@ def plain_head(head: HarmonicHead, batch: int) -> float:
 def measure(name: str) -> list[dict[str, Any]]:
     """The rows of a model."""
     rows, size, trunks = [], SIZES[name], {}
-    machine = f"{cpu()}, threads: {torch.get_num_threads()}"
+    machine = f"{processor()}, threads: {torch.get_num_threads()}"
     for head in HEADS:
         torch.manual_seed(0)
         model = Model(ModelConfig(head=head, **size.settings)).eval()
@@ -157,16 +157,6 @@ def measure(name: str) -> list[dict[str, Any]]:
             )
             print(tables.text(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     return rows
-
-
-def cpu() -> str:
-    """The name of the processor, and its widest vector instructions."""
-    found = "CPU"
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        found = names[0].split(":")[1].strip() if names else found
-    return f"{found}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> None:

@@ -108,7 +108,10 @@ def test_the_run_folder_is_as_documented(train, tmp_path):
     assert (
         environment["versions"]["torch"] == torch.__version__
         and "train.py" in environment["command"]
+        and torch.backends.cpu.get_cpu_capability() in environment["device"]
     )
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert environment["git_commit"] == (git.stdout.strip() or None)
     assert len((run / "emissions.csv").read_text().splitlines()) == 2
     folders = sorted(p.name for p in (run / "ckpt").iterdir())
     assert (

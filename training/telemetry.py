@@ -322,6 +322,15 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def processor() -> str:
+    """The name of the processor, and its widest vector instructions that PyTorch uses."""
+    found, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        found = names[0].split(":")[1].strip() if names else found
+    return f"{found}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def environment(device: str, world: int) -> dict:
     """Versions, git commit, device and command line, as environment.json stores them."""
     versions = {
@@ -338,7 +347,7 @@ def environment(device: str, world: int) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device)
         if device.startswith("cuda")
-        else f"{device} ({platform.processor() or platform.machine()})",
+        else f"{device} ({processor()})",
         "threads": torch.get_num_threads(),
         "world_size": world,
         "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
