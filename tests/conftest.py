@@ -54,8 +54,11 @@ def script(*words, cwd=ROOT, env=None, **kw):
 
 def script_here(*words, cwd=ROOT):
     """The same in this process, which has imported torch already: a new one takes seconds to."""
+    import torch
+
     arguments, out, err, status = [str(w) for w in words], io.StringIO(), io.StringIO(), 0
-    module, argv = arguments[0] == "-m", sys.argv
+    module, argv, threads = arguments[0] == "-m", sys.argv, torch.get_num_threads()
+    torch.set_num_threads(1)  # As in `script`: with another number, last bits differ.
     try:
         with (
             contextlib.chdir(cwd),
@@ -71,6 +74,7 @@ def script_here(*words, cwd=ROOT):
         status = stop.code or 0
     finally:
         sys.argv = argv
+        torch.set_num_threads(threads)
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
