@@ -105,6 +105,11 @@ class SampleConfig:
             found.append(f"top_k={self.top_k} must be at least 1 (null = all)")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} is not in (0, 1]")
+        found += [
+            f"{text!r} is a run's folder, not a prompt: use --out_dir={text}"
+            for text in self.start
+            if "\0" not in text and len(text) < 256 and Path(text, "config.yaml").is_file()
+        ]
         if self.json and self.explain:
             found.append(
                 "json=true and explain=true exclude each other: the JSON has no explanations"

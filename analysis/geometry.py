@@ -38,9 +38,9 @@ from analysis.runs import (
     AnalysisConfig,
     Run,
     about,
-    caution,
     default_out,
     find_runs,
+    print_cautions,
     publish,
     windows,
 )
@@ -405,8 +405,7 @@ def main() -> None:
     runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "geometry")
     data = [run.data() for run in runs]
-    if warning := caution(runs, data, c.split):
-        print(f"note: {warning}", file=sys.stderr)
+    print_cautions(runs, data, c.split)
     rows, maps, states, texts = [], [], [], []
     for run, d in zip(runs, data, strict=True):
         model, _ = run.load(device, c.checkpoint)

@@ -38,7 +38,15 @@ from tqdm import tqdm
 
 from analysis import calibration, figures, tables
 from analysis.geometry import frequency
-from analysis.runs import AnalysisConfig, Run, about, caution, default_out, find_runs, publish
+from analysis.runs import (
+    AnalysisConfig,
+    Run,
+    about,
+    default_out,
+    find_runs,
+    print_cautions,
+    publish,
+)
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError, check
@@ -375,8 +383,7 @@ def main() -> None:
             f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which gives no"
             " likelihood of a text"
         )
-    if warning := caution(runs, data, c.split):
-        print(f"note: {warning}", file=sys.stderr)
+    print_cautions(runs, data, c.split)
 
     rows = [measure(run, d, other, c, device) for run, d in zip(runs, data, strict=True)]
     if c.detail:

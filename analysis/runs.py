@@ -2,6 +2,7 @@
 results."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,12 @@ class Run:
             self.config.batch_size
             * self.config.gradient_accumulation_steps
             * self.model_config.block_size
+        )
+
+    def trained_tokens(self) -> int:
+        """The tokens that its newest checkpoint has been trained on."""
+        return list(checkpoint.manifests(self.path).values())[-1]["iter"] * (
+            self.tokens_per_iteration()
         )
 
     def data(self) -> Data:
@@ -113,13 +120,12 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
         raise UserError("name one run's folder or more, such as out/run")
     paths, problems = [Path(f) for f in folders], []
     for i, path in enumerate(paths):
-        siblings = (
-            [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        )
+        siblings = checkpoint.runs_in(path.parent)
         if not path.is_dir():
             problems.append(f"no run {path}{nearest(path.name, siblings) if siblings else ''}")
         elif not (path / "config.yaml").is_file():
-            problems.append(f"{path} is not a run's folder: it has no config.yaml")
+            instead = checkpoint.runs_instead(path) or ": it has no config.yaml"
+            problems.append(f"{path} is not a run's folder{instead}")
         elif weights and not checkpoint.manifests(path):
             problems.append(f"{path} holds no checkpoint")
         elif path.resolve() in [p.resolve() for p in paths[:i]]:
@@ -204,6 +210,18 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
     if len(tokens) > 1:
         return "the runs have different tokenizers: only bits/byte may be compared"
     return None
+
+
+def print_cautions(runs: list[Run], data: list[Data], split: str) -> None:
+    """Says on stderr what differs between runs, so that their numbers may not be compared."""
+    if warning := caution(runs, data, split):
+        print(f"note: {warning}", file=sys.stderr)
+    if len({run.trained_tokens() for run in runs}) > 1:
+        print(
+            "note: the runs have not trained on the same number of tokens; more training lowers a"
+            " loss",
+            file=sys.stderr,
+        )
 
 
 def writable(path: Path) -> Path:

@@ -13,6 +13,7 @@ from analysis.geometry import spectrum
 from analysis.runs import Run, caution, texts_differ
 from analysis.tables import Column
 from base.errors import UserError
+from harmonic import HEADS
 from model import Model
 from text.token_files import Data
 from training.telemetry import clock, energy, listed, timed
@@ -90,12 +91,14 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
     speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
     used, head = energy(run.path), model.head
     strength = minutes = None
+    link = ""
     if not head.is_control:
         strength = f"{'n' if head.is_harmonic else 's'} = {float(head.strength):.4g}"
+        link = f", {head.link} link"
     if timed(metrics):
         minutes = clock(metrics, run.tokens_per_iteration())[-1][0] / 60
     return {
-        "head": head.name + (", softmax link" if head.strength_name == "scale" else ""),
+        "head": head.name + link,
         "strength": strength,
         "iterations": max([m["iter"] for m in evaluations] + trained),
         "best_val_loss": best["val_loss"],
@@ -151,6 +154,8 @@ def agreement(
             "The runs have not trained on the same number of tokens. More training lowers a loss."
             " Energy and time are not ranked."
         )
+    if twin := without_twin(runs):
+        notes.append(twin)
     if len(machines) > 1:
         notes.append("The runs ran on different machines: energy and time are not ranked.")
     if len(windows) > 1:
@@ -279,5 +284,24 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
         mean, _, name = others[0]
         text = f"{text}, {mean:.3f} below {name}."
     if one_seed(runs):
-        text += " This is one seed of each head. Another seed may change the order."
+        text += (
+            " This is one seed of each head at one setting."
+            " Other seeds, learning rates or strengths may change the result."
+        )
     return text
+
+
+def without_twin(runs: list[Run]) -> str | None:
+    """A sentence on the harmonic heads whose softmax twin is not among the runs; None if none."""
+    links: dict[str, set[str]] = {}
+    for run in runs:
+        if not HEADS[run.model_config.head].is_control:
+            links.setdefault(run.model_config.head, set()).add(run.model_config.link)
+    alone = [head for head, found in links.items() if found == {"harmonic"}]
+    if len(runs) < 2 or not alone:
+        return None
+    flags = " or ".join(f"--head={head} --link=softmax" for head in alone)
+    return (
+        f"The softmax twin of {listed(alone, 3)} is not among the runs. So a lead may come from the"
+        f" distance and not from the harmonic link. To tell them apart, also train {flags}."
+    )

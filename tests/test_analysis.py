@@ -527,6 +527,10 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     clear = [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
     assert lead(None) == "" and "5.000 nats/token, 0.020 below ce." in lead(clear)
     assert "This is one seed of each head" in lead(clear)
+    assert "--head=cosine --link=softmax" in summary.without_twin(runs)
+    twin = dataclasses.replace(runs[1].model_config, link="softmax")
+    assert summary.without_twin([*runs, dataclasses.replace(runs[1], model_config=twin)]) is None
+    assert summary.without_twin(runs[:1]) is None
     again = dataclasses.replace(runs[1], config=dataclasses.replace(runs[1].config, seed=2))
     assert not summary.one_seed([*runs, again]) and summary.one_seed([*runs, runs[1]])
     assert "its difference to ce is within noise" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])
@@ -570,6 +574,7 @@ def test_energy_is_ranked_between_runs_that_are_long_enough(home):
         (["{home}/out/cosin"], "no run {home}/out/cosin; did you mean cosine?"),
         (["{home}/nowhere/a"], "no run {home}/nowhere/a"),
         (["{home}/data/small"], "has no config.yaml"),
+        (["{tmp}"], "is not a run's folder; did you mean {tmp}/config or {tmp}/damaged or "),
         (["{home}/out/ce", "{home}/out/ce"], "is named twice"),
         (["{tmp}/empty"], "holds no checkpoint"),
         (["{tmp}/damaged"], "does not match its sha256"),

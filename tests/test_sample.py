@@ -226,6 +226,8 @@ def test_bert_fills_masks(sample):
 
 BAD = {
     "a file": ("gpt/config.yaml", [], ["config.yaml holds no checkpoint (it is a file"]),
+    "several runs": (".", [], ["holds no checkpoint; did you mean ", "gpt"]),
+    "a run as prompt": ("gpt", ["{home}/gpt"], ["gpt' is a run's folder", "use --out_dir="]),
     "no run": ("nowhere", [], ["nowhere holds no checkpoint", "does not exist"]),
     "empty prompt": ("gpt", ["--start="], ["the prompt is empty"]),
     "missing file": ("gpt", ["--start=FILE:nope.txt"], ["nope.txt", "No such file"]),
@@ -249,9 +251,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(sample, case):
+def test_bad_input(sample, runs, case):
     name, words, expected = BAD[case]
-    status, out, err = sample(name, *words)
+    status, out, err = sample(name, *(word.replace("{home}", str(runs)) for word in words))
     assert status == 2 and out == "" and "Traceback" not in err
     assert all(e in err for e in expected), err
 

@@ -190,6 +190,19 @@ def damage(folder: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> str | None:
     return None
 
 
+def runs_in(folder: Path) -> list[str]:
+    """The names of the runs in a folder, sorted."""
+    return sorted(path.parent.name for path in Path(folder).glob("*/config.yaml"))
+
+
+def runs_instead(folder: Path) -> str:
+    """`; did you mean X or Y?` with the runs in a folder that is none itself, or an empty text."""
+    paths = [str(Path(folder) / name) for name in runs_in(folder)]
+    if len(paths) > 3:
+        paths = [*paths[:3], "another run in it"]
+    return f"; did you mean {' or '.join(paths)}?" if paths else ""
+
+
 def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
     """The newest checkpoint that is not corrupt. A message on stderr names newer, corrupt ones.
 
@@ -211,9 +224,8 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
     there = "" if Path(out_dir).is_dir() else " (the folder does not exist)"
     if Path(out_dir).is_file():
         there = " (it is a file, not a run's folder)"
-    raise UserError(
-        f"{out_dir} holds no checkpoint{there}: train it first, or name another --out_dir"
-    )
+    instead = runs_instead(out_dir) or ": train it first, or name another --out_dir"
+    raise UserError(f"{out_dir} holds no checkpoint{there}{instead}")
 
 
 def set_aside(out_dir: Path, chosen: Path) -> None:
