@@ -307,10 +307,9 @@ class ModelConfig:
             found.append(
                 f"link={self.link} does nothing with head={self.head}: a control has no distance"
             )
-        if self.scale is not None and (self.link == "harmonic" or control):
+        if self.scale is not None and control:
             found.append(
-                f"scale={self.scale} does nothing with head={self.head}, link={self.link}: scale"
-                " belongs to a distance with link=softmax"
+                f"scale={self.scale} does nothing with head={self.head}: a control has no distance"
             )
         try:
             HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments())

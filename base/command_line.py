@@ -224,10 +224,13 @@ def parse(
         values[words] = [*values.get(words, []), *positional]
 
     built = []
+    # A problem that names a setting which could not be read is about its default.
+    unread = [rf"\b{re.escape(key)}=" for _, key, _ in given if key not in values]
     for schema in schemas:
         names = {f.name for f in dataclasses.fields(schema)}
         built.append(schema(**{k: v for k, v in values.items() if k in names}))
-        problems += built[-1].problems() if hasattr(schema, "problems") else []
+        found = built[-1].problems() if hasattr(schema, "problems") else []
+        problems += [p for p in found if not any(re.search(key, p) for key in unread)]
     check(problems)
     return built
 

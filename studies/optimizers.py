@@ -10,8 +10,8 @@ of a sweep of its own: three rates with another seed, and beyond the edge while 
 there, at most MOST times.
 """
 
-import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import Setting, beyond, number
+from studies.search import beyond, number
 from training.telemetry import read_metrics
 
 RATE = 2e-3  # the demo's
@@ -53,45 +53,24 @@ class OptimizersConfig(TrainingConfig):
     """folder of the runs"""
 
 
-class Plan:
-    """The runs that are wanted, given what the table holds by now."""
-
-    def __init__(self, table: Table):
-        self.table = table
-
-    def settings(self) -> list[dict]:
-        """Keys of runs, most important first. What needs a sweep is listed once that is done."""
-        found = [
-            key(head, optimizer, RATE, seed)
-            for seed in SEEDS
-            for head in HEADS
-            for optimizer in OPTIMIZERS
-        ]
-        for head in sorted(HEADS, key=lambda head: head[1] == "softmax"):  # The twins come last.
-            for optimizer in OPTIMIZERS:
-                tried = self.sweep(head, optimizer)
-                found += [run for run in tried if run not in found]
-                if all(self.table.find(run) for run in tried):
-                    rate = best_rate(self.table.rows, head, optimizer)
-                    runs = [key(head, optimizer, rate, seed) for seed in SEEDS]
-                    found += [run for run in runs if run not in found]
-        return found
-
-    def sweep(self, head: tuple[str, str], optimizer: str) -> list[dict]:
-        """The runs of a head's sweep, as far as they are known by now."""
-        rates = list(RATES)
-        for _ in range(MOST):
-            runs = [key(head, optimizer, rate, SWEEP_SEED) for rate in rates]
-            if not all(self.table.find(run) for run in runs):
-                break
-            losses: dict[Setting, float] = {
-                (run["learning_rate"],): number(self.table.row(run)["val_loss"]) for run in runs
-            }
-            further = beyond(min(losses, key=losses.__getitem__), list(losses), (2,))
-            if further is None:
-                break
-            rates.append(further[0])
-        return [key(head, optimizer, rate, SWEEP_SEED) for rate in rates]
+def settings(table: Table) -> list[dict]:
+    """Keys of the runs that are wanted by now, most important first. What needs a sweep is listed
+    once that is done."""
+    found = [
+        key(head, optimizer, RATE, seed)
+        for seed in SEEDS
+        for head in HEADS
+        for optimizer in OPTIMIZERS
+    ]
+    for head in sorted(HEADS, key=lambda head: head[1] == "softmax"):  # The twins come last.
+        for optimizer in OPTIMIZERS:
+            tried = sweep(table.rows, head, optimizer)
+            runs = [key(head, optimizer, rate, SWEEP_SEED) for rate in tried]
+            rate = best_rate(table.rows, head, optimizer)
+            if rate is not None:
+                runs += [key(head, optimizer, rate, seed) for seed in SEEDS]
+            found += [run for run in runs if run not in found]
+    return found
 
 
 def key(head: tuple[str, str], optimizer: str, rate: float, seed: int) -> dict:
@@ -100,16 +79,35 @@ def key(head: tuple[str, str], optimizer: str, rate: float, seed: int) -> dict:
     return dict(head=name, link=link, optimizer=optimizer, learning_rate=rate, seed=seed)
 
 
-def best_rate(rows: list[Row], head: tuple[str, str], optimizer: str) -> float:
-    """The rate of the sweep with the lowest validation loss. nan if the sweep has no runs."""
-    losses = {
+def sweep_losses(rows: list[Row], head: tuple[str, str], optimizer: str) -> dict[float, float]:
+    """Learning rate -> validation loss, of a head's sweep."""
+    return {
         float(row["learning_rate"]): number(row["val_loss"])
         for row in rows
         if row["seed"] == str(SWEEP_SEED)
         and (row["head"], row["link"]) == head
         and row["optimizer"] == optimizer
     }
-    return min(losses, key=losses.__getitem__) if losses else math.nan
+
+
+def sweep(rows: list[Row], head: tuple[str, str], optimizer: str) -> list[float]:
+    """The learning rates of a head's sweep, as far as they are known by now."""
+    rates, losses = list(RATES), sweep_losses(rows, head, optimizer)
+    for _ in range(MOST):
+        if not set(rates) <= set(losses):
+            break
+        best = min(rates, key=losses.__getitem__)
+        further = beyond((best,), [(rate,) for rate in rates], (2,))
+        if further is None:
+            break
+        rates.append(further[0])
+    return rates
+
+
+def best_rate(rows: list[Row], head: tuple[str, str], optimizer: str) -> float | None:
+    """The rate of the sweep with the lowest validation loss. None while runs are missing."""
+    rates, losses = sweep(rows, head, optimizer), sweep_losses(rows, head, optimizer)
+    return min(rates, key=losses.__getitem__) if set(rates) <= set(losses) else None
 
 
 def training(run: dict) -> Training:
@@ -133,7 +131,7 @@ def tuned(rows: list[Row]) -> str:
     return comparison(rows, rates)
 
 
-def comparison(rows: list[Row], rates: dict[tuple[tuple[str, str], str], float]) -> str:
+def comparison(rows: list[Row], rates: Mapping[tuple[tuple[str, str], str], float | None]) -> str:
     """A line for each head: both losses, and differences paired by seed: between the optimisers,
     to cross_entropy and to the softmax twin under each of them.
 
@@ -162,6 +160,8 @@ def comparison(rows: list[Row], rates: dict[tuple[tuple[str, str], str], float])
             if link == "harmonic" and set(found) & set(twin):
                 line[f"{name}_twin"] = difference(found, twin)
         lines.append(line)
+    if not lines:
+        return "No runs yet."
     return markdown(
         lines,
         [
@@ -183,8 +183,7 @@ def difference(found: Losses, other: Losses) -> str:
 def main() -> None:
     (c,) = parse(sys.argv[1:], OptimizersConfig)
     table = Table(c.out, COLUMNS, KEY)
-    plan = Plan(table)
-    complete_trainings(c, table, lambda: [training(run) for run in plan.settings()], measure)
+    complete_trainings(c, table, lambda: [training(run) for run in settings(table)], measure)
     print(same_rate(table.rows), tuned(table.rows), sep="\n\n")
 
 

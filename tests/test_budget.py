@@ -38,8 +38,8 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
     long = len(budget.LONG)
     assert seeds[: long + 1] == [2001] * long + [2002]  # seed by seed
     one_of_each = {key["name"]: budget.training(key).flags for key in done}
-    empty = optimizers.Plan(Table(tmp_path / "none.csv", optimizers.COLUMNS, optimizers.KEY))
-    muon = optimizers.training(empty.settings()[-1]).flags
+    empty = Table(tmp_path / "none.csv", optimizers.COLUMNS, optimizers.KEY)
+    muon = optimizers.training(optimizers.settings(empty)[-1]).flags
     for flags in [*one_of_each.values(), muon]:
         words = [f"--{k}={v}" for k, v in {**flags, "dataset": "wiki"}.items()]
         m, c = parse(words, ModelConfig, TrainConfig)
@@ -58,8 +58,7 @@ def test_summaries_are_paired_by_seed():
 def test_optimisers_are_compared_at_one_rate_and_at_the_best_of_each(tmp_path):
     """With Muon the best rate is beyond the edge; with AdamW it is the demo's."""
     table = Table(tmp_path / "optimizers.csv", optimizers.COLUMNS, optimizers.KEY)
-    plan = optimizers.Plan(table)
-    while todo := [run for run in plan.settings() if table.find(run) is None]:
+    while todo := [run for run in optimizers.settings(table) if table.find(run) is None]:
         for run in todo:
             best = 8e-3 if run["optimizer"] == "muon" else 2e-3
             loss = 5 + 100 * abs(run["learning_rate"] - best) - (run["head"] == "cosine")

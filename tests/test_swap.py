@@ -560,6 +560,8 @@ def test_a_model_without_an_unembedding_is_refused():
     )
     with pytest.raises(ValueError, match="BertModel is not a causal or masked language model"):
         swap_head(BertModel(BertConfig(**sizes)), "cosine")
+    with pytest.raises(ValueError, match="not ModelHead: it changes the model in place"):
+        swap_head(swap_head(hugging_face("gpt2"), "cosine"), "cosine")
 
 
 TRAINER = """

@@ -451,6 +451,14 @@ BAD = {
         dict(head="cross_entropy", link="softmax"),
         ["link=softmax does nothing with head=cross_entropy"],
     ),
+    "scale of a harmonic link": (
+        dict(head="cosine", scale=16),
+        ["train.py: head=cosine: scale=16.0 is for the softmax link: add link=softmax"],
+    ),
+    "names that are not read": (
+        dict(head="cosin", link="sofmax", scale=16, max_iters=-5),
+        ["3 problems", "did you mean cosine?", "did you mean softmax?", "max_iters=-5"],
+    ),
     "rope of gpt": (dict(rope_theta=1e4), ["rope_theta=10000.0 is for arch=qwen"]),
     "meta device": (dict(device="meta"), ["unknown device"]),
     "out_dir under a file": (

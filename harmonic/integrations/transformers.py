@@ -187,11 +187,16 @@ def swap_head(
             training from scratch.
         arguments: of `HarmonicHead` (exponent, link, impl, ...), and the options of the distance
             (p, a, t, q).
-    Returns: the head, now the output embedding of the model. `model.config.harmonic` stores its
-        settings.
+    Returns: the head, not the model. It is now the output embedding of the model, and
+        `model.config.harmonic` stores its settings.
     Raises: ValueError for a model without an output layer, an encoder-decoder, a model that changes
         its logits afterwards or adds a loss, or arguments that `HarmonicHead` does not accept.
     """
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(
+            f"swap_head takes a model of transformers, not {type(model).__name__}: it changes the"
+            " model in place and returns the head"
+        )
     old = model.get_output_embeddings()
     _check_model(model, old, match_to)
     swapped = isinstance(old, ModelHead)

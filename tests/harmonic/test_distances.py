@@ -45,9 +45,14 @@ ZERO_AT_EQUALITY = [
 ]
 
 
-@pytest.mark.parametrize("name", ZERO_AT_EQUALITY)
-def test_a_kernel_is_exact_near_a_prototype(name):
-    """There the kernel has the degree `power`, and float32 loses no digits: a loss has log d."""
+def users(name: str) -> str:
+    """A kernel and its distances, so that pytest's -k finds a kernel by the distance."""
+    return "-".join([name, *(n for n, entry in DISTANCES.items() if entry.kernel == name)])
+
+
+@pytest.mark.parametrize("name", ZERO_AT_EQUALITY, ids=users)
+def test_a_kernel_is_exact_near_a_prototype_and_far_from_it(name):
+    """Near one the kernel has the degree `power`. float32 loses no digits: a loss has log d."""
     kernel = kernels.KERNELS[name]
     _, w = vectors(torch.float32)
     directions = vectors(torch.float32, seed=1)[1]
@@ -55,7 +60,15 @@ def test_a_kernel_is_exact_near_a_prototype(name):
     for step in (1e-2, 1e-3, 1e-4):
         x = w + step * directions
         raws.append(kernel.value(x.double(), w.double()))
-        torch.testing.assert_close(kernel.value(x, w).double(), raws[-1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            kernel.value(x, w).double(), raws[-1], rtol=1e-5, atol=0,
+            msg=lambda text: f"near a prototype (do log1p or expm1 help?): {text}",
+        )  # fmt: skip
+    far = w + 1e3 * directions
+    torch.testing.assert_close(
+        kernel.value(far, w).double(), kernel.value(far.double(), w.double()), rtol=1e-5, atol=0,
+        msg=lambda text: f"far from a prototype: {text}",
+    )  # fmt: skip
     degree = (raws[0] / raws[2]).log10().mean().item() / 2
     assert degree == pytest.approx(kernel.power(), abs=0.02), "Kernel.power"
 
