@@ -2,12 +2,12 @@
 
 With --explain it shows which prototypes and coordinates decided each token.
 
-    python sample.py --out_dir=out/l1 --start="The" --num_samples=2 --max_new_tokens=100
-    python sample.py --out_dir=out/l1 --start="The" --temperature=0.8 --top_k=200 --seed=1
-    python sample.py --out_dir=out/l1 --start="The" --explain
-    python sample.py --out_dir=out/l1 --start="<|endoftext|>The" --stop_at_eot
-    python sample.py --out_dir=out/l1 --start="The" --ann --ann_candidates=512
-    python sample.py --out_dir=out/l1 --prompts=prompts.txt --json > texts.jsonl
+    python sample.py --out_dir=out/manhattan --start="The" --num_samples=2 --max_new_tokens=100
+    python sample.py --out_dir=out/manhattan --start="The" --temperature=0.8 --top_k=200 --seed=1
+    python sample.py --out_dir=out/manhattan --start="The" --explain
+    python sample.py --out_dir=out/manhattan --start="<|endoftext|>The" --stop_at_eot
+    python sample.py --out_dir=out/manhattan --start="The" --ann --ann_candidates=512
+    python sample.py --out_dir=out/manhattan --prompts=prompts.txt --json > texts.jsonl
     python sample.py --out_dir=out/bert --start="The film was [MASK] and far too long."
 """
 

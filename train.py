@@ -1,8 +1,8 @@
 """Trains a language model with a harmonic head.
 
-    python train.py configs/demo.yaml --head=manhattan --max_iters=200 --out_dir=out/l1
+    python train.py configs/demo.yaml --head=manhattan --max_iters=200 --out_dir=out/manhattan
     torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_124m.yaml --head=cosine
-    python train.py --init_from=resume --out_dir=out/l1
+    python train.py --init_from=resume --out_dir=out/manhattan
     python train.py --init_from=gpt2 --head=cosine --dataset=openwebtext --out_dir=out/gpt2/swapped
 
 Start with a YAML config, then override any setting with --key=value. docs/training.md describes the
