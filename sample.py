@@ -14,6 +14,7 @@ With --explain it shows which prototypes and coordinates decided each token.
 import contextlib
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ class SampleConfig:
         found += [
             f"{text!r} is a run's folder, not a prompt: use --out_dir={text}"
             for text in self.start
-            if "\0" not in text and len(text) < 256 and Path(text, "config.yaml").is_file()
+            if os.path.isfile(os.path.join(text, "config.yaml"))
         ]
         if self.json and self.explain:
             found.append(

@@ -38,10 +38,12 @@ from analysis.runs import (
     AnalysisConfig,
     Run,
     about,
+    caution,
     default_out,
     find_runs,
-    print_cautions,
+    note,
     publish,
+    unequal_training,
     windows,
 )
 from analysis.tables import Column
@@ -405,15 +407,17 @@ def main() -> None:
     runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "geometry")
     data = [run.data() for run in runs]
-    print_cautions(runs, data, c.split)
-    rows, maps, states, texts = [], [], [], []
+    note(caution(runs, data, c.split))
+    rows, maps, states, texts, iterations = [], [], [], [], []
     for run, d in zip(runs, data, strict=True):
-        model, _ = run.load(device, c.checkpoint)
+        model, manifest = run.load(device, c.checkpoint)
+        iterations.append(manifest["iter"])
         states.append(layers(model, d, c.split))
         rows += measure(run, model, d, states[-1][-1])
         maps.append((run.name, model.head.prototypes(), d.load_tokenizer()))
         if c.words:
             texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), c.words.split())}")
+    note(unequal_training(runs, iterations))
     print(tables.text(rows, COLUMNS))
     print("".join(texts), end="\n" if texts else "")
     for d in {d.tokenizer: d for d in data}.values():

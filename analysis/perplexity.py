@@ -42,10 +42,12 @@ from analysis.runs import (
     AnalysisConfig,
     Run,
     about,
+    caution,
     default_out,
     find_runs,
-    print_cautions,
+    note,
     publish,
+    unequal_training,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
@@ -383,7 +385,7 @@ def main() -> None:
             f"corpus={c.corpus}: {', '.join(masked)} predicts masked tokens, which gives no"
             " likelihood of a text"
         )
-    print_cautions(runs, data, c.split)
+    note(caution(runs, data, c.split))
 
     rows = [measure(run, d, other, c, device) for run, d in zip(runs, data, strict=True)]
     if c.detail:
@@ -391,6 +393,7 @@ def main() -> None:
             {**row, "calibration_error": error}
             for row, error in zip(rows, details(runs, data, c, device, out), strict=True)
         ]
+    note(unequal_training(runs, [row["iter"] for row in rows]))
     print(tables.text(rows, [column for column in COLUMNS if column.key in rows[0]]))
     publish(rows, out, lambda: draw(rows))
 

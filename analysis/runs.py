@@ -48,12 +48,6 @@ class Run:
             * self.model_config.block_size
         )
 
-    def trained_tokens(self) -> int:
-        """The tokens that its newest checkpoint has been trained on."""
-        return list(checkpoint.manifests(self.path).values())[-1]["iter"] * (
-            self.tokens_per_iteration()
-        )
-
     def data(self) -> Data:
         """The data that it was trained on.
 
@@ -212,16 +206,16 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
     return None
 
 
-def print_cautions(runs: list[Run], data: list[Data], split: str) -> None:
-    """Says on stderr what differs between runs, so that their numbers may not be compared."""
-    if warning := caution(runs, data, split):
-        print(f"note: {warning}", file=sys.stderr)
-    if len({run.trained_tokens() for run in runs}) > 1:
-        print(
-            "note: the runs have not trained on the same number of tokens; more training lowers a"
-            " loss",
-            file=sys.stderr,
-        )
+def unequal_training(runs: list[Run], iterations: list[int]) -> str | None:
+    """A sentence if the runs have trained on different numbers of tokens, else None."""
+    tokens = {i * run.tokens_per_iteration() for i, run in zip(iterations, runs, strict=True)}
+    return "the runs have not trained on the same number of tokens" if len(tokens) > 1 else None
+
+
+def note(sentence: str | None) -> None:
+    """Prints a sentence on stderr, if there is one."""
+    if sentence:
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 def writable(path: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 from analysis import tables
 from analysis.compare import compare
 from analysis.geometry import spectrum
-from analysis.runs import Run, caution, texts_differ
+from analysis.runs import Run, caution, texts_differ, unequal_training
 from analysis.tables import Column
 from base.errors import UserError
 from harmonic import HEADS
@@ -66,7 +66,7 @@ class Agreement:
     windows: bool
     """losses of the same windows, one by one"""
     notes: list[str] = field(default_factory=list)
-    """sentences on what cannot be compared, and why"""
+    """sentences on what the runs do not show, and why"""
 
 
 def short(value: float, digits: int = 5) -> float | str:
@@ -139,9 +139,7 @@ def agreement(
     windows = {(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}
     objectives = {r.objective.masked for r in runs}
     machines = {(e.get("device"), e.get("world_size")) for e in environments}
-    work = {
-        s["iterations"] * run.tokens_per_iteration() for s, run in zip(summaries, runs, strict=True)
-    }
+    unequal = unequal_training(runs, [s["iterations"] for s in summaries])
 
     notes = []
     for run, s in zip(runs, summaries, strict=True):
@@ -149,10 +147,10 @@ def agreement(
             notes.append(f"Beware: the last validation loss of {run.name} is {s['last_val_loss']}.")
     if warning:
         notes.append(warning[0].upper() + warning[1:] + ".")
-    if len(work) > 1:
+    if unequal:
         notes.append(
-            "The runs have not trained on the same number of tokens. More training lowers a loss."
-            " Energy and time are not ranked."
+            f"{unequal[0].upper()}{unequal[1:]}. More training lowers a loss. Energy and time are"
+            " not ranked."
         )
     if twin := without_twin(runs):
         notes.append(twin)
@@ -164,7 +162,7 @@ def agreement(
             " so small differences in loss mean nothing."
         )
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
-    same_work = len(work) == len(machines) == 1
+    same_work = unequal is None and len(machines) == 1
     return Agreement(
         losses=warning is None and len(windows) == 1,
         bits=len(objectives) == 1 and (not data or not texts_differ(data)),
@@ -272,27 +270,24 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
         for i, (mean, low, _) in enumerate(rows)
         if i != best and not isinstance(mean, str)
     )
-    text = (
-        f"{runs[best].name} has the lowest validation loss, {summaries[best]['best_val_loss']:.3f}"
-        " nats/token"
-    )
+    text = f"{runs[best].name} has the lowest loss on the windows of this report"
     if alike := [name for _, low, name in others if low <= 0]:
-        text = f"{text}, but on these windows its difference to {listed(alike, 3)} is within noise."
+        text = f"{text}, but its difference to {listed(alike, 3)} is within noise."
     elif not others:
         text = f"{text}."
     else:
         mean, _, name = others[0]
-        text = f"{text}, {mean:.3f} below {name}."
+        text = f"{text}, {mean:.3f} nats/token below {name}."
     if one_seed(runs):
         text += (
-            " This is one seed of each head at one setting."
+            " This is one seed of each head."
             " Other seeds, learning rates or strengths may change the result."
         )
     return text
 
 
 def without_twin(runs: list[Run]) -> str | None:
-    """A sentence on the harmonic heads whose softmax twin is not among the runs; None if none."""
+    """A sentence if softmax twins of harmonic heads are not among the runs, else None."""
     links: dict[str, set[str]] = {}
     for run in runs:
         if not HEADS[run.model_config.head].is_control:
@@ -300,8 +295,9 @@ def without_twin(runs: list[Run]) -> str | None:
     alone = [head for head, found in links.items() if found == {"harmonic"}]
     if len(runs) < 2 or not alone:
         return None
-    flags = " or ".join(f"--head={head} --link=softmax" for head in alone)
+    flags = [f"--head={head} --link=softmax" for head in alone]
     return (
-        f"The softmax twin of {listed(alone, 3)} is not among the runs. So a lead may come from the"
-        f" distance and not from the harmonic link. To tell them apart, also train {flags}."
+        f"No softmax twin of {listed(alone, 3)} is among the runs. So if a harmonic head leads,"
+        " this may come from its distance and not from the link. To tell them apart, also train"
+        f" {listed(flags, 3)}."
     )

@@ -224,7 +224,8 @@ def parse(
         values[words] = [*values.get(words, []), *positional]
 
     built = []
-    # A problem that names a setting which could not be read is about its default.
+    # A setting that could not be read has its default here. So a problem that names it says nothing
+    # about the command.
     unread = [rf"\b{re.escape(key)}=" for _, key, _ in given if key not in values]
     for schema in schemas:
         names = {f.name for f in dataclasses.fields(schema)}

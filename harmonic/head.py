@@ -86,7 +86,8 @@ class HarmonicHead(nn.Module):
             raise ValueError(f"the {link} link has {has}")
         if scale is not None and link == "harmonic" and not distance.is_control:
             raise ValueError(
-                f"scale={scale} is for the softmax link: add link=softmax, or set exponent instead"
+                f"scale={scale} is for the softmax link: set link=softmax too, or an exponent"
+                " instead of the scale"
             )
         if n_embd < 1 or vocab_size < 1:
             raise ValueError(f"a table of {vocab_size} prototypes of {n_embd} coordinates is empty")

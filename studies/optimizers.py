@@ -4,10 +4,12 @@
     # results/optimizers.csv gets a row for each run; call it again to resume
     python -m studies.optimizers
 
-Muon's steps are scaled to the size of AdamW's (match_rms_adamw), so both can use the demo's
-learning rate. First all runs have this rate. Then each head has, with each optimiser, the best rate
-of a sweep of its own: three rates with another seed, and beyond the edge while the best rate is
-there, at most MOST times.
+First all runs have the demo's learning rate. Then each head has, with each optimiser, the best
+rate of a sweep of its own: three rates with another seed, and beyond the edge while the best rate
+is there, at most MOST times. The sweep and the reported losses are of the same validation text.
+
+With Muon, the rate is also that of the AdamW which trains prototypes, embeddings, norms and biases.
+Strengths (exponent, scale) are the defaults and are not swept.
 """
 
 import sys
@@ -19,7 +21,7 @@ from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import beyond, number
+from studies.search import beyond, number, on_edge
 from training.telemetry import read_metrics
 
 RATE = 2e-3  # the demo's
@@ -128,14 +130,17 @@ def same_rate(rows: list[Row]) -> str:
 def tuned(rows: list[Row]) -> str:
     """The table of the runs with the best learning rate of each head and optimiser."""
     rates = {(head, name): best_rate(rows, head, name) for head in HEADS for name in OPTIMIZERS}
-    return comparison(rows, rates)
+    done = [which for which, rate in rates.items() if rate is not None]
+    losses = [{(r,): loss for r, loss in sweep_losses(rows, *which).items()} for which in done]
+    return f"{comparison(rows, rates)}\n\n{on_edge(losses, (2,))}"
 
 
 def comparison(rows: list[Row], rates: Mapping[tuple[tuple[str, str], str], float | None]) -> str:
     """A line for each head: both losses, and differences paired by seed: between the optimisers,
     to cross_entropy and to the softmax twin under each of them.
 
-    rates: the learning rate of each head and optimiser; runs with other rates are left out.
+    rates: the learning rate of each head and optimiser; runs with other rates are left out. A head
+        has a line once it has all seeds with both optimisers.
     """
     losses: dict[tuple[tuple[str, str], str], Losses] = {}
     for row in rows:
@@ -145,23 +150,23 @@ def comparison(rows: list[Row], rates: Mapping[tuple[tuple[str, str], str], floa
     lines = []
     for head, link in HEADS:
         adamw, muon = (losses.get(((head, link), name), {}) for name in OPTIMIZERS)
-        if not set(adamw) & set(muon):
+        if not len(adamw) == len(muon) == len(SEEDS):
             continue
-        line: dict[str, object] = {"head": head, "seeds": len(set(adamw) & set(muon))}
+        line: dict[str, object] = {"head": head, "seeds": len(SEEDS)}
         line["link"] = None if (head, link) == HEADS[0] else link  # A control has no link.
         line["difference"] = difference(muon, adamw)
         for name, found in zip(OPTIMIZERS, (adamw, muon), strict=True):
             line[f"{name}_rate"] = rates[(head, link), name]
             line[name], _ = mean_and_half(list(found.values()))
             baseline = losses.get((HEADS[0], name), {})
-            if head != HEADS[0][0] and set(found) & set(baseline):
+            if head != HEADS[0][0] and set(found) == set(baseline):
                 line[f"{name}_less"] = difference(found, baseline)
             twin = losses.get(((head, "softmax"), name), {})
-            if link == "harmonic" and set(found) & set(twin):
+            if link == "harmonic" and set(found) == set(twin):
                 line[f"{name}_twin"] = difference(found, twin)
         lines.append(line)
     if not lines:
-        return "No runs yet."
+        return "No head has finished its sweep and its seeds yet."
     return markdown(
         lines,
         [

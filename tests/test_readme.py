@@ -211,7 +211,9 @@ def test_a_chain_of_commands_runs(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     lines = blocks(ROOT / "README.md", "bash")
     (own,) = (b for b in lines if "data/mine" in b)
-    (sample,) = (c for b in lines for c in b.splitlines() if "sample.py --out_dir=out/manhattan" in c)
+    (sample,) = (
+        c for b in lines for c in b.splitlines() if "sample.py --out_dir=out/manhattan" in c
+    )
     sample = sample.replace("out/manhattan", "out/mine/cosine-softmax") + " --max_new_tokens=3"
     for command in (*own.splitlines(), sample):
         words = shlex.split(command)[1:]

@@ -226,8 +226,9 @@ def test_bert_fills_masks(sample):
 
 BAD = {
     "a file": ("gpt/config.yaml", [], ["config.yaml holds no checkpoint (it is a file"]),
-    "several runs": (".", [], ["holds no checkpoint; did you mean ", "gpt"]),
+    "several runs": (".", [], ["holds no checkpoint: it holds the runs", "gpt", "name one"]),
     "a run as prompt": ("gpt", ["{home}/gpt"], ["gpt' is a run's folder", "use --out_dir="]),
+    "a long prompt, no run": ("nowhere", ["--start=" + "город " * 60], ["does not exist"]),
     "no run": ("nowhere", [], ["nowhere holds no checkpoint", "does not exist"]),
     "empty prompt": ("gpt", ["--start="], ["the prompt is empty"]),
     "missing file": ("gpt", ["--start=FILE:nope.txt"], ["nope.txt", "No such file"]),

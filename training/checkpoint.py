@@ -29,6 +29,7 @@ from base.errors import UserError
 from base.files import fsync, seal, sha256, unseal
 from model import Model, ModelConfig
 from training.config import TrainConfig
+from training.telemetry import listed
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
 
@@ -196,11 +197,9 @@ def runs_in(folder: Path) -> list[str]:
 
 
 def runs_instead(folder: Path) -> str:
-    """`; did you mean X or Y?` with the runs in a folder that is none itself, or an empty text."""
+    """`: it holds the runs X, Y and 4 more; name one`, or an empty text if it holds none."""
     paths = [str(Path(folder) / name) for name in runs_in(folder)]
-    if len(paths) > 3:
-        paths = [*paths[:3], "another run in it"]
-    return f"; did you mean {' or '.join(paths)}?" if paths else ""
+    return f": it holds the runs {listed(paths, 3)}; name one" if paths else ""
 
 
 def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
