@@ -292,7 +292,7 @@ def test_demo_numbers_are_the_measured_ones():
 
 
 TABLE = re.compile(r"<!-- table: .*?<!-- end -->", re.S)
-INTERVAL = re.compile(r"([+-]?)(\d+\.\d+) ± (\d+\.\d+)")
+INTERVAL = re.compile(r"([+-]?)(\d+\.\d+)\s±\s(\d+\.\d+)")
 
 
 def test_intervals_in_words_are_those_of_the_tables():
