@@ -8,9 +8,9 @@ export PYTHONDONTWRITEBYTECODE =
 .PHONY: help demo test test-slow lint format bench bench-gpu gpu faults multinode study study-budget study-optimizers study-algorithmic study-vision study-toy docs clean
 
 help:
-	@echo "make demo       prepares text, trains two small models, writes out/demo/report.html (about 5 minutes on 2 cores)"
-	@echo "make test       runs the tests (5 to 7 minutes on 2 cores)"
-	@echo "make test-slow  runs the slow tests: lm-evaluation-harness, faults, kernels for other GPUs (about ten minutes)"
+	@echo "make demo       prepares text, trains two small models, writes out/demo/report.html (4 to 6 minutes on 2 cores)"
+	@echo "make test       runs the tests (3 to 7 minutes on 2 cores)"
+	@echo "make test-slow  runs the slow tests: lm-evaluation-harness, faults, kernels for other GPUs (10 to 15 minutes)"
 	@echo "make lint       runs ruff and mypy; make format fixes what ruff can fix"
 	@echo "make bench      measures speed and memory (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
 	@echo "make gpu        measures what needs a GPU: kernels, speed of heads and of training, NCCL, sampling (9 minutes a call)"
