@@ -465,7 +465,7 @@ def test_every_parameter_is_in_one_group_and_prototypes_have_their_own():
         (dict(head="manhattan", head_p=2.0), "manhattan has no setting 'p'"),
         (dict(head="minkowski", head_p=-1.0), "p must be positive"),
         (dict(head="cross_entropy", exponent=2.0), "exponent=2.0 does nothing"),
-        (dict(head="cosine", scale=2.0), "scale=2.0 does nothing"),
+        (dict(head="cosine", scale=2.0), "scale=2.0 is for the softmax link"),
         (dict(head="cosine", learn_scale=True), "set learn_exponent"),
         (dict(qk_norm=True), "qk_norm=true is for arch=qwen"),
         (dict(arch="qwen", n_embd=12), "even head width"),
