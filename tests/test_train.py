@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
         for k, v in {
             **TINY,
             "dataset": tiny_data,
-            "max_iters": 100,
+            "max_iters": 300,  # so long that it lives when it is killed
             "eval_interval": 20,
             # No head with kernels of Numba: the process that compiles them differs in last bits.
             "head": "cross_entropy",
@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
         "--init_from=auto",
     ]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "killed").glob("ckpt/iter_00004*")):
+    while not [c for c in checkpoint.folders(tmp_path / "killed") if c.name >= "iter_000040"]:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
     assert one == two
     assert [f.name for f in (tmp_path / "killed/ckpt").iterdir() if f.name.startswith(".")] == []
     again = script_here(*command[1:])
-    assert again.returncode == 0 and "already trained to iteration 100" in again.stdout
+    assert again.returncode == 0 and "already trained to iteration 300" in again.stdout
 
 
 @pytest.mark.parametrize(
