@@ -67,7 +67,6 @@ def test_optimisers_are_compared_at_one_rate_and_at_the_best_of_each(tmp_path):
             if run["head"] == "euclidean":  # The best rate is the lowest.
                 loss = 9 + run["learning_rate"] if run["learning_rate"] < 3e-3 else math.nan
             table.add({**run, "val_loss": loss + 0.1 * (run["seed"] - 1337)})
-        assert optimizers.tuned(table.rows).count("| 3 |") <= len(optimizers.HEADS)
     rates = {name: {} for name in optimizers.OPTIMIZERS}
     for row in table.rows:
         if row["head"] == "euclidean":
