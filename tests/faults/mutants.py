@@ -164,6 +164,8 @@ def noticed_by(mutant: Mutant, tree: Path, limit: float) -> str:
     for line in done.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR")):
             return line.split(" - ")[0].split(" ", 1)[1]
+    if done.returncode < 0:
+        return f"the tests end with signal {-done.returncode}"
     raise UserError(f"pytest ended with status {done.returncode}:\n{done.stdout[-1500:]}")
 
 
