@@ -16,6 +16,7 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
         0.6M, 2M     three other seeds, which no earlier study has used
         6M, 20M      the first of these seeds; 20 M are 6.5 epochs
         6M           the two other seeds
+        20M settings other strengths and rates than the sweep's, to see whether they serve here
     other HEADS  sweep, 0.6M and 2M in the same way, then 6M with the first seed
     CONTROLS     sweep and 2M. They tell tail, normalisation and distance apart
     then for all
@@ -96,6 +97,16 @@ CONTROLS = {
 }
 ALL = {**HEADS, **CONTROLS}
 LONG = ("cross_entropy", "cosine", "cosine softmax")  # trained longest
+# A head, what is changed of its setting in the longest runs, and the factor.
+CHECKS = [
+    ("cosine", "exponent", 2),
+    ("cosine", "learning_rate", 2),
+    ("cross_entropy", "learning_rate", 0.5),
+    ("cosine softmax", "exponent", 2),
+    ("cosine softmax", "learning_rate", 2),
+]
+# Stages that compare settings: they never see the test split.
+TUNING = ("sweep", "20M settings")
 
 
 @dataclass
@@ -128,6 +139,7 @@ class Plan:
         found += self.runs("6M", 6.0, first, LONG)
         found += self.runs("20M", 20.0, first, LONG)
         found += self.runs("6M", 6.0, early[1:], LONG)
+        found += [self.changed(*check) for check in CHECKS]
         found += self.sweep(others)
         if not self.done(found):
             return found
@@ -178,6 +190,11 @@ class Plan:
     def loss(self, key: dict) -> float:
         """The validation loss of a run that the table has."""
         return number(self.table.row(key)["val_loss"])
+
+    def changed(self, name: str, column: str, factor: float) -> dict:
+        """A head's longest run with another setting than its sweep's best."""
+        (run,) = self.runs("20M settings", 20.0, SEEDS[:1], [name])
+        return {**run, column: run[column] * factor}
 
     def runs(
         self,
@@ -250,7 +267,7 @@ def training(key: dict) -> Training:
 
 @torch.no_grad()
 def measure(run: Path, key: dict) -> dict:
-    """The other columns of a run that has ended. Its weights stay, but for those of the sweep."""
+    """The other columns of a run that has ended. Its weights stay, but for those of TUNING."""
     torch.set_num_threads(1)
     metrics = read_metrics(run)
     losses = [m for m in metrics if "val_loss" in m]
@@ -275,7 +292,7 @@ def measure(run: Path, key: dict) -> dict:
         "strength": "" if model.head.is_control else f"{float(model.head.strength):.6g}",
         "tokens_per_s": f"{speeds[len(speeds) // 2]:.5g}",
     }
-    chooses = key["stage"] == "sweep"
+    chooses = key["stage"] in TUNING
     if not chooses:
         row["test_loss"] = f"{test_loss(model, folder):.6f}"
     for checkpoint_folder in checkpoint.folders(run)[: None if chooses else -1]:
@@ -287,7 +304,7 @@ def summary(rows: list[Row]) -> str:
     """A line for each stage and head: the mean test loss, and the difference to cross_entropy's,
     paired by seed."""
     cells = []
-    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] != "sweep"):
+    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] not in TUNING):
         here = [row for row in rows if row["stage"] == stage]
         base = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == "cross_entropy"}
         for name in ALL:

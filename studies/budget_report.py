@@ -31,6 +31,7 @@ from studies.budget import (
     KEY,
     LONG,
     RATES,
+    SEEDS,
     Plan,
     base,
     next_setting,
@@ -158,6 +159,33 @@ def settings(rows: list[Row]) -> str:
     ]
     found = f"{edges} of {len(lines)} lie on the edge of what was tried so far."
     return f"{markdown(lines, columns)}\n\n{found}"
+
+
+def checks(rows: list[Row]) -> str:
+    """Validation losses of the longest runs with other settings than the sweep's best. All have the
+    same seed."""
+    first = [row for row in rows if (row["stage"], str(row["seed"])) == ("20M", str(SEEDS[0]))]
+    found = {row["name"]: row for row in first}
+    lines = []
+    for row in [*first, *(row for row in rows if row["stage"] == "20M settings")]:
+        line: dict[str, Any] = {**row, "strength": row[strength(row["name"])]}
+        for key, other in (("own", row["name"]), ("base", BASELINE)):
+            if other in found and row is not found[other]:
+                line[key] = number(row["val_loss"]) - number(found[other]["val_loss"])
+        lines.append(line)
+    if not lines:
+        return NOTHING
+    order = list(HEADS)
+    lines.sort(key=lambda line: order.index(line["name"]))
+    columns: Columns = [
+        Column("name", "head"),
+        Column("learning_rate", "learning rate"),
+        Column("strength", "n (else the size of prototypes)"),
+        Column("val_loss", unit="nats", form=".4f"),
+        Column("own", "minus the sweep's setting", "+.3f"),
+        Column("base", "minus cross_entropy", "+.3f"),
+    ]
+    return markdown(lines, columns)
 
 
 def _setting(row: Row) -> Setting:
@@ -374,6 +402,7 @@ def main() -> None:
     tables = {
         "Runs": progress,
         "Settings": settings,
+        "Do these settings serve 20 M tokens?": checks,
         "Test losses": summary,
         "Do cosines keep their lead over cross_entropy?": normalised,
         "Does the harmonic link differ from its softmax twin?": links,

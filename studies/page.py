@@ -38,6 +38,7 @@ TABLES = {
     "stage 4": (heads, "heads.csv", heads_report.stage_four),
     "budget runs": (budget, "budget.csv", budget_report.progress),
     "budget settings": (budget, "budget.csv", budget_report.settings),
+    "budget checks": (budget, "budget.csv", budget_report.checks),
     "budget": (budget, "budget.csv", budget.summary),
     "budget cosines": (budget, "budget.csv", budget_report.normalised),
     "budget links": (budget, "budget.csv", budget_report.links),

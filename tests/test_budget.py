@@ -22,7 +22,7 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
         done += todo
     for key in done:
         head = budget.ALL[key["name"]]
-        if key["stage"] != "sweep":
+        if key["stage"] not in budget.TUNING:
             assert key["learning_rate"] == 8 * max(budget.RATES)  # three steps beyond the edge
             assert key["exponent"] == (head.exponent or "")
     # A rate at the edge is left at the best strength too, where no other rate was tried.
@@ -33,7 +33,7 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
     main, controls = len(budget.HEADS), len(budget.CONTROLS)
     assert count == {
         "sweep": 8 * (main + controls), "2M": 5 * (main + controls), "0.6M": 5 * main,
-        "6M": 3 * main, "20M": 9, "wiki": 3 * main, "dropout": 3,
+        "6M": 3 * main, "20M": 9, "wiki": 3 * main, "dropout": 3, "20M settings": 5,
     }  # fmt: skip
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]
     long = len(budget.LONG)
@@ -126,13 +126,17 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     ]
     assert "| cosine | 3 | 0.003 | 16 | 5.1000 |" in budget_report.settings(sweep)
     progress = budget_report.progress(rows)
-    assert "17 of 199 runs are done" in progress and "| 0.6M | 10 | 35 |" in progress
+    assert "17 of 204 runs are done" in progress and "| 0.6M | 10 | 35 |" in progress
     budget_report.draw(rows, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").stat().st_size > 10_000
     assert budget_report.turns(rows) == budget_report.NOTHING
     losses = ["9", *(f"{5 - 0.1 * min(i, 30 - i):.4f}" for i in range(1, 21))]
     course = dict(stage="20M", tokens="20.0", name="cosine", seed="1", val_losses=" ".join(losses))
     assert "| cosine | 1 | 15.0 of 20.0 M | 3.5000 | +0.5000 |" in budget_report.turns([course])
+    other = {**course, "exponent": 64, "learning_rate": 1, "val_loss": 4}
+    other |= {"seed": budget.SEEDS[0]}
+    checked = budget_report.checks([{**other, "val_loss": 3}, {**other, "stage": "20M settings"}])
+    assert "| cosine | 1 | 64 | 4.0000 | +1.000 | - |" in checked
     lower = {**course, "name": "cross_entropy", "val_losses": " ".join(["9"] + ["3"] * 20)}
     assert "| cosine | 20 M | 1 | +1.000 | +1.000 |" in budget_report.halfway([course, lower])
     long = [{**course, "name": name} for name in budget.LONG]
