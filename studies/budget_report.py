@@ -48,7 +48,7 @@ BASELINE = "cross_entropy"
 TOKENS = {"0.6M": 0.6, "2M": 2.0, "6M": 6.0, "20M": 20.0}
 # All stages whose test losses are compared, and what readers call them.
 BUDGETS = {stage: f"{tokens:g} M" for stage, tokens in TOKENS.items()}
-BUDGETS |= {"dropout": "20 M, dropout 0.1", "wiki": "2 M of wiki"}
+BUDGETS |= {"dropout": "20 M, dropout 0.1", "imdb": "2 M of imdb", "wiki": "2 M of wiki"}
 # A head, and the head that it is compared with.
 NORMALISED = [("cosine", BASELINE), ("cosine softmax", BASELINE)]
 TWINS = [(head, f"{head} softmax") for head in HEADS if f"{head} softmax" in HEADS]

@@ -27,6 +27,11 @@ def test_a_run_is_measured(train, tiny_data, tmp_path, monkeypatch):
     parts = (1 - rare) * rows["loss_frequent"] + rare * rows["loss_rare"]
     assert 0 < rare < 0.4 and parts == pytest.approx(model.head.loss(h, y).item(), abs=1e-4)
     assert rows["increase_3"] != 0 and rows["loss_python"] > 0
+    # Data without a test split: the study reports the validation loss, except while it chooses.
+    for stage in ("wiki", "20M settings"):
+        found = budget.measure(tmp_path / "run", {"dataset": str(tiny_data), "stage": stage})
+        assert found.get("test_loss") == (found["val_loss"] if stage == "wiki" else None)
+    assert checkpoint.folders(tmp_path / "run") == []  # The study keeps no weights of a choice.
 
 
 def test_rare_tokens_are_a_tenth_of_the_text():
