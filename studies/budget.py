@@ -19,12 +19,14 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
         6M           the two other seeds
         20M settings other strengths and rates than the sweep's, to see whether they serve here
         imdb         2 M tokens of film reviews, which decided nothing, three seeds
+        cost         0.3 M tokens, one run at a time, to measure the energy of a token, three seeds
     other HEADS  sweep, 0.6M and 2M in the same way, then 6M with the first seed
     CONTROLS     sweep and 2M. They tell tail, normalisation and distance apart
     then for all
         6M, 20M      the two other seeds, where they are still missing
         0.6M, 2M     two more seeds
         imdb, wiki   2 M tokens of other corpora, three seeds
+        cost         the energy of a token of the other heads
         dropout      20 M tokens with dropout 0.1, one seed of the LONG heads
 
 Runs of one seed see the same tokens in the same order, so heads are compared pair by pair. The loss
@@ -36,7 +38,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ from analysis.geometry import spectrum
 from analysis.gradients import stability
 from analysis.tables import Column, Columns, markdown
 from base.command_line import cli, parse
-from studies.heads import test_loss
+from studies.heads import costs, test_loss
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
 from studies.search import Setting, beyond, number
@@ -65,7 +67,7 @@ KEY = (
 COLUMNS = [
     *KEY, "val_loss", "best_val_loss", "test_loss", "bits_per_byte", "val_losses", "ece",
     "grad_norm_mean", "grad_norm_cv", "grad_spikes", "prototype_radius", "components_90",
-    "effective_rank", "strength", "tokens_per_s", "seconds", "commit",
+    "effective_rank", "strength", "tokens_per_s", "joules_per_token", "seconds", "commit",
 ]  # fmt: skip
 
 
@@ -108,8 +110,8 @@ CHECKS = [
     ("cosine softmax", "exponent", 2),
     ("cosine softmax", "learning_rate", 2),
 ]
-# Stages that compare settings: they never see the test split.
-TUNING = ("sweep", "20M settings")
+# Stages that compare settings or measure cost. They never see the test split.
+UNTESTED = ("sweep", "20M settings", "cost")
 
 
 @dataclass
@@ -122,6 +124,8 @@ class BudgetConfig(TrainingConfig):
     """the table; runs that it has are not repeated"""
     runs: str = "out/budget"
     """where the runs' folders go"""
+    stages: list[str] = field(default_factory=list)
+    """only runs of these stages, such as cost; empty = all"""
 
 
 class Plan:
@@ -144,6 +148,7 @@ class Plan:
         found += self.runs("6M", 6.0, early[1:], LONG)
         found += [self.changed(*check) for check in CHECKS]
         found += self.runs("imdb", 2.0, early, LONG, dataset="imdb_bpe")
+        found += self.runs("cost", 0.3, early, LONG)
         found += self.sweep(others)
         if not self.done(found):
             return found
@@ -159,6 +164,7 @@ class Plan:
         found += self.runs("0.6M", 0.6, late, HEADS)
         found += self.runs("2M", 2.0, late, ALL)
         found += self.runs("imdb", 2.0, early, others, dataset="imdb_bpe")
+        found += self.runs("cost", 0.3, early, [*others, *CONTROLS])
         found += self.runs("wiki", 2.0, early, HEADS, dataset="wiki")
         found += self.runs("dropout", 20.0, first, LONG, dropout=0.1)
         return found
@@ -264,15 +270,18 @@ def training(key: dict) -> Training:
         "init_from": "auto",
         "overwrite": False,
     }
+    alone = key["stage"] == "cost"
+    if alone:
+        flags["emissions"] = True
     if head.exponent is not None:
         flags |= {"link": head.link, "exponent": key["exponent"]}
         flags |= {"learn_scale": head.learn_scale}
-    return Training(key, flags)
+    return Training(key, flags, alone=alone)
 
 
 @torch.no_grad()
 def measure(run: Path, key: dict) -> dict:
-    """The other columns of a run that has ended. Its weights stay, but for those of TUNING."""
+    """The other columns of a run that has ended. Its weights stay, but for those of UNTESTED."""
     torch.set_num_threads(1)
     metrics = read_metrics(run)
     losses = [m for m in metrics if "val_loss" in m]
@@ -297,12 +306,15 @@ def measure(run: Path, key: dict) -> dict:
         "strength": "" if model.head.is_control else f"{float(model.head.strength):.6g}",
         "tokens_per_s": f"{speeds[len(speeds) // 2]:.5g}",
     }
-    chooses = key["stage"] in TUNING
-    if not chooses:
+    untested = key["stage"] in UNTESTED
+    if not untested:
         # Nothing was chosen on the validation split of data that has no test split.
         held_out = "test" in load_data(folder).splits
         row["test_loss"] = f"{test_loss(model, folder):.6f}" if held_out else row["val_loss"]
-    for checkpoint_folder in checkpoint.folders(run)[: None if chooses else -1]:
+    if key["stage"] == "cost":
+        row |= costs(run, metrics, beside=1)
+        del row["kwh"]  # It counts the start and the compilation too.
+    for checkpoint_folder in checkpoint.folders(run)[: None if untested else -1]:
         shutil.rmtree(checkpoint_folder)
     return row
 
@@ -311,7 +323,7 @@ def summary(rows: list[Row]) -> str:
     """A line for each stage and head: the mean test loss, and the difference to cross_entropy's,
     paired by seed."""
     cells = []
-    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] not in TUNING):
+    for stage in dict.fromkeys(row["stage"] for row in rows if row["stage"] not in UNTESTED):
         here = [row for row in rows if row["stage"] == stage]
         base = {r["seed"]: number(r["test_loss"]) for r in here if r["name"] == "cross_entropy"}
         for name in ALL:
@@ -341,7 +353,12 @@ def main() -> None:
         load_data(data_folder(dataset))  # What is missing is told now, not after hours.
     table = Table(c.out, COLUMNS, KEY)
     plan = Plan(table)
-    complete_trainings(c, table, lambda: [training(key) for key in plan.settings()], measure)
+
+    def wanted() -> list[Training]:
+        keys = plan.settings()
+        return [training(key) for key in keys if not c.stages or key["stage"] in c.stages]
+
+    complete_trainings(c, table, wanted, measure)
     print(summary(table.rows))
 
 

@@ -69,7 +69,8 @@ class BudgetReportConfig:
     table: str = "results/budget.csv"
     """rows of studies.budget; it may be missing"""
     out: str = "results/budget.png"
-    """the figure of the ends of runs; NAME_curves.png, beside it, has their course"""
+    """the figure of the ends of runs; beside it, NAME_curves.png has their course, and
+    NAME_energy.png their energy"""
 
 
 class _AllDone(Table):
@@ -326,6 +327,36 @@ def _mean(found: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return np.mean([losses for _, losses in found.values()], 0)
 
 
+def cost(rows: list[Row]) -> dict[str, list[float]]:
+    """Joules a token of each head, by its runs of the stage `cost`."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["stage"] == "cost":
+            found.setdefault(row["name"], []).append(float(row["joules_per_token"]))
+    return found
+
+
+def energy(rows: list[Row]) -> str:
+    """The energy of a token, and of the longest run."""
+    found, lines = cost(rows), []
+    for name, joules in found.items():
+        mean, half = mean_and_half(joules)
+        line = {"head": name, "runs": len(joules), "token": interval(1e3 * mean, 1e3 * half, ".2f")}
+        if BASELINE in found:
+            line["share"] = mean / mean_and_half(found[BASELINE])[0]
+        lines.append(line | {"run": mean * TOKENS["20M"] * 1e3})
+    if not lines:
+        return NOTHING
+    columns: Columns = [
+        "head",
+        "runs",
+        Column("token", unit="mJ"),
+        Column("share", "times cross_entropy's", ".2f"),
+        Column("run", "20 M tokens", ".0f", "kJ"),
+    ]
+    return markdown(lines, columns)
+
+
 # ---- the figures -------------------------------------------------------------------------------
 
 
@@ -384,6 +415,28 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     figures.save(figure, path)
 
 
+def draw_energy(rows: list[Row], path: Path) -> None:
+    """Bits per byte at the end of runs against the energy of their tokens."""
+    figure = figures.figure(3.6)
+    axes = figure.subplots()
+    for name, joules in cost(rows).items():
+        head = HEADS[name]
+        style = {"linestyle": figures.LINES[head.link]} | figures.dots(head.head, head.link)
+        each, ends = mean_and_half(joules)[0], {}
+        for stage, tokens in TOKENS.items():
+            mine = [row for row in rows if (row["stage"], row["name"]) == (stage, name)]
+            if mine:
+                ends[each * tokens * 1e3] = np.mean([number(row["bits_per_byte"]) for row in mine])
+        axes.plot(list(ends), list(ends.values()), label=name, marker="o", markersize=4, **style)
+    axes.set_xscale("log")
+    axes.set_xlabel("energy of training, kJ")
+    axes.set_ylabel("bits per byte of the validation split")
+    axes.grid(alpha=0.2, which="both")
+    if axes.lines:
+        axes.legend(frameon=False)
+    figures.save(figure, path)
+
+
 def _line(axes: Axes, found: dict[str, list[float]], label: str, shift: float, style: dict) -> None:
     """Means over seeds, and their 95 % intervals where there are two seeds or more."""
     run = {
@@ -409,6 +462,7 @@ def main() -> None:
         "Does the order after 0.6 M tokens predict the later ones?": ranks,
         "Does the middle of a run predict its end?": halfway,
         "When does the validation loss turn?": turns,
+        "What does a token cost?": energy,
     }
     for title, table in tables.items():
         print(f"{title}\n\n{table(rows)}\n")
@@ -416,7 +470,9 @@ def main() -> None:
     draw(rows, out)
     along = out.with_stem(f"{out.stem}_curves")
     draw_curves(rows, along)
-    print(f"wrote {out} and {along}")
+    costs = out.with_stem(f"{out.stem}_energy")
+    draw_energy(rows, costs)
+    print(f"wrote {out}, {along} and {costs}")
 
 
 if __name__ == "__main__":

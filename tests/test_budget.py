@@ -22,7 +22,7 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
         done += todo
     for key in done:
         head = budget.ALL[key["name"]]
-        if key["stage"] not in budget.TUNING:
+        if key["stage"] not in budget.UNTESTED:
             assert key["learning_rate"] == 8 * max(budget.RATES)  # three steps beyond the edge
             assert key["exponent"] == (head.exponent or "")
     # A rate at the edge is left at the best strength too, where no other rate was tried.
@@ -34,7 +34,7 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
     assert count == {
         "sweep": 8 * (main + controls), "2M": 5 * (main + controls), "0.6M": 5 * main,
         "6M": 3 * main, "20M": 9, "wiki": 3 * main, "imdb": 3 * main, "dropout": 3,
-        "20M settings": 5,
+        "20M settings": 5, "cost": 3 * (main + controls),
     }  # fmt: skip
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]
     long = len(budget.LONG)
@@ -127,7 +127,7 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     ]
     assert "| cosine | 3 | 0.003 | 16 | 5.1000 |" in budget_report.settings(sweep)
     progress = budget_report.progress(rows)
-    assert "17 of 225 runs are done" in progress and "| 0.6M | 10 | 35 |" in progress
+    assert "17 of 258 runs are done" in progress and "| 0.6M | 10 | 35 |" in progress
     budget_report.draw(rows, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").stat().st_size > 10_000
     assert budget_report.turns(rows) == budget_report.NOTHING
@@ -143,6 +143,20 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     long = [{**course, "name": name} for name in budget.LONG]
     budget_report.draw_curves(long, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_energy_is_that_of_a_token_times_the_tokens(tmp_path):
+    rows = [
+        dict(stage="cost", name=name, joules_per_token=joules)
+        for name, joules in (("cross_entropy", "0.01"), ("cosine", "0.011"), ("cosine", "0.013"))
+    ]
+    rows += [dict(stage="2M", name="cosine", bits_per_byte=b) for b in ("1.8", "2.0")]
+    found = budget_report.energy(rows)
+    assert "| cross_entropy | 1 | 10.00 | 1.00 | 200 |" in found
+    assert "| cosine | 2 | 12.00 ± 12.71 | 1.20 | 240 |" in found
+    budget_report.draw_energy(rows, tmp_path / "energy.png")
+    assert (tmp_path / "energy.png").stat().st_size > 10_000
+    assert budget.training({**budget.base("cosine"), "stage": "cost"}).alone
 
 
 def _single_spaced(text: str) -> str:
