@@ -58,7 +58,7 @@ def _raw_values(
         total = total + y.detach().sum()
     if not found or not total.isfinite():
         return None
-    raw: Tensor = module.Pairs.apply(x, y, kernel, found)
+    raw: Tensor = module.Pairs.apply(x, y, kernel, found, options)
     return raw
 
 

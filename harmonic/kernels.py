@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import twice
 from .maps import unit
 from .precision import FLOAT32, Products, inner_products
 
@@ -197,7 +198,7 @@ def pairs(
 ) -> Tensor:
     """Raw values of all pairs, raised to the floor: (N, C), (V, C) -> (N, V).
 
-    Differentiable once. Needs memory for a few tensors (N, V).
+    Needs memory for a few tensors (N, V), and for (N, V, C) if its gradient is differentiated.
     options: of the kernel. products: the way to multiply float32 matrices.
     """
     if torch.compiler.is_exporting():
@@ -277,9 +278,13 @@ class _Blocks(torch.autograd.Function):
         return raw
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         h, w = ctx.saved_tensors
+        if twice.wanted():
+            dh, dw = twice.gradients(
+                lambda h, w: ctx.value(h[:, None], w, **ctx.options), (h, w), slope
+            )
+            return dh, dw, None, None
         dh, dw = torch.zeros_like(h), torch.zeros_like(w)
         for rows, columns in _grid(h, w):
             with torch.enable_grad():

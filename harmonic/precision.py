@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import twice
+
 # Whether torch.mm can return float32 for half-precision operands: PyTorch 2.8 or newer, and CUDA.
 HAS_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "") and not torch.version.hip
 PRECISIONS = ("auto", "float32", "split", "autocast")
@@ -181,8 +183,10 @@ class Multiply(torch.autograd.Function):
         return raw.mul_(a.unit[:, None]).mul_(b.unit)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, Tensor, None]:
+        if twice.wanted():
+            x, y = ctx.saved_tensors
+            return slopes @ y, slopes.T @ x, None
         return *ctx.products.gradients(slopes, *ctx.saved_tensors), None
 
 

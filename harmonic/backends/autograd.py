@@ -3,7 +3,8 @@
 The forward pass computes all gradients, while a chunk of rows is in memory. For the reductions
 "mean" and "sum" the backward pass only multiplies them by the upstream gradient, which is one
 number. For "none" the upstream gradient is a vector, so the backward pass computes the chunks
-again. A second backward pass does that too.
+again. A second backward pass does that too. With `create_graph=True` the gradients come from all
+logits at once.
 """
 
 import contextlib
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import twice
 from ..pairwise import exactly, map_both
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
 
 
 def evaluate(problem: Problem) -> Tensor:
-    """The loss of a problem, differentiable once: a scalar, or (N,) for reduction="none"."""
+    """The loss of a problem, differentiable: a scalar, or (N,) for reduction="none"."""
     if problem.spec.impl == "dense":
         if torch.compiler.is_dynamo_compiling():
             from ..untraced import dense
@@ -194,11 +196,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     ctx.set_materialize_grads(False)  # Zeros of the gradients' size would be made for them.
 
 
-@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     states, prototypes, targets, strength, bias, seed, *parameters = ctx.saved_tensors
     if upstream is None:
         return None, None, None, None, None, [None] * len(parameters), None, None, None, None
+    if twice.wanted():
+        dx, dy, dstrength, dbias, *others = _differentiable(
+            (states, prototypes, strength, bias, *parameters), targets, seed, ctx.spec, upstream
+        )
+        return dx, dy, None, dstrength, dbias, others, None, None, None, None
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         _, gradients = _operator(
@@ -210,6 +216,26 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     dx, dy, dstrength, *others = gradients
     dbias = None if bias is None else others.pop(0)
     return dx, dy, None, dstrength, dbias, others, None, None, None, None
+
+
+def _differentiable(
+    inputs: tuple[Tensor | None, ...],
+    targets: Tensor,
+    seed: Tensor | None,
+    spec: str,
+    upstream: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of the loss from all logits (N, V) at once, for `create_graph=True`."""
+
+    def loss(states: Tensor, prototypes: Tensor, *others: Tensor) -> Tensor:
+        strength, bias, *parameters = others
+        return _dense(
+            Problem(
+                states, prototypes, targets, strength, bias, parameters, seed, Spec.decode(spec)
+            )
+        )
+
+    return twice.gradients(loss, inputs, upstream)
 
 
 _operator.register_autograd(_backward, setup_context=_keep)

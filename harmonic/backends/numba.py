@@ -38,8 +38,10 @@ from numba import njit, prange
 from numba.core import types as nb
 from numba.extending import intrinsic
 
+from .. import twice
 from ..kernels import KERNELS, NEAR, sizes
 from ..links import CONTROL as CONTROL_NAME
+from ..maps import unit
 from ..precision import FLOAT32, Multiply
 from . import Backend, Problem, Result
 from .mapped import Sides
@@ -792,19 +794,23 @@ class Pairs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, w, kernel, found):
+    def forward(ctx, h, w, kernel, found, options):
         ctx.found, ctx.sizes = found, (len(h), len(w))
+        ctx.plain = lambda h, w: KERNELS[kernel].value(h[:, None], w, **options)
+        given = h, w
         h, w = at_least_four(h.detach()), at_least_four(w.detach())
         raw = h.new_empty(len(h), len(w))
         follow_torch(h.numel() * len(w))
         pairs(_array(h), _array(w), _array(raw), 0, kernel, found)
-        ctx.save_for_backward(h, w, raw)
+        ctx.save_for_backward(*given, raw)
         return raw[: ctx.sizes[0], : ctx.sizes[1]]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
         h, w, raw = ctx.saved_tensors
+        if twice.wanted():
+            return *twice.gradients(ctx.plain, (h, w), slope), None, None, None
+        h, w = at_least_four(h), at_least_four(w)
         # Rows that were added to fill a tile have no gradient.
         slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()
         shares, dw = h.new_zeros(follow_torch(h.numel() * len(w)), *h.shape), torch.zeros_like(w)
@@ -818,7 +824,7 @@ class Pairs(torch.autograd.Function):
             _array(dw),
             f32(ctx.found[2]),
         )
-        return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None
+        return shares.sum(0)[: ctx.sizes[0]], dw[: ctx.sizes[1]], None, None, None
 
 
 @_inlined
@@ -879,13 +885,14 @@ class Unit(torch.autograd.Function):
         out, inverse = torch.empty_like(rows), rows.new_empty(len(rows))
         follow_torch(rows.numel())
         _unit(_array(rows), _array(out), _array(inverse))
-        ctx.save_for_backward(out, inverse)
+        ctx.save_for_backward(x, out, inverse)
         return out.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        out, inverse = ctx.saved_tensors
+        x, out, inverse = ctx.saved_tensors
+        if twice.wanted():
+            return twice.gradients(lambda x: unit(x, 2), [x], slope)[0]
         rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
         follow_torch(rows.numel())
         _pull_unit(_array(out), _array(inverse), _array(rows), _array(dx))

@@ -44,7 +44,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .. import twice
 from ..kernels import KERNELS, NEAR
+from ..maps import unit
 from ..precision import FLOAT32
 from . import Backend, Problem, Result
 from .mapped import Sides
@@ -946,7 +948,7 @@ class Unit(torch.autograd.Function):
     def forward(ctx, x):
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         out, inverse = torch.empty_like(rows), rows.new_empty(len(rows))
-        ctx.save_for_backward(out, inverse)
+        ctx.save_for_backward(x, out, inverse)
         width = triton.next_power_of_2(rows.shape[1])
         if len(rows):
             launch(
@@ -962,9 +964,10 @@ class Unit(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        out, inverse = ctx.saved_tensors
+        x, out, inverse = ctx.saved_tensors
+        if twice.wanted():
+            return twice.gradients(lambda x: unit(x, 2), [x], slope)[0]
         rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
         width = triton.next_power_of_2(out.shape[1])
         if len(rows):

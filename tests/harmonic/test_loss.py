@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from head_cases import LINKS, C, N, V, parameters, vectors
+from head_cases import LINKS, C, N, V, is_straight_through, parameters, vectors
 
 from harmonic import (
     CONTROLS,
@@ -64,6 +64,32 @@ def test_the_loss_is_the_papers(name):
             h, w, y, name, link=link, reduction="none", **{strength: 3.0}, **trained
         )
         torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-10)
+
+
+def slope_penalty(loss, x):
+    """A loss of a gradient, as in gradient penalties and meta-learning."""
+    return torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+
+
+@pytest.mark.parametrize("name", [n for n in DISTANCES if not is_straight_through(n)])
+def test_the_gradient_of_a_gradient_is_that_of_the_formula(name):
+    """In float32, whose kernels autograd does not see."""
+    h, w = vectors()
+    y, trained = torch.arange(N), {k: p.requires_grad_() for k, p in parameters(name).items()}
+    leaves = [h.requires_grad_(), w.requires_grad_(), *trained.values()]
+    d = reference.distance(name)(h[:, None], w, **trained)
+    truth = torch.autograd.grad(slope_penalty(reference.harmonic_loss(d, y, 3.0).mean(), h), leaves)
+    leaves = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    h, w, *others = leaves
+    trained = dict(zip(trained, others, strict=True))
+    for loss in (
+        harmonic_loss(h, w, y, name, exponent=3.0, **trained),
+        harmonic_loss(h, w, y, name, exponent=3.0, reduction="none", **trained).mean(),
+        F.cross_entropy(harmonic_logits(h, w, name, exponent=3.0, **trained), y),
+    ):
+        found = torch.autograd.grad(slope_penalty(loss, h), leaves)
+        for one, exact in zip(found, truth, strict=True):
+            assert (one - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
 def test_loss_is_cross_entropy_of_logits():

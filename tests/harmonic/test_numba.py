@@ -46,10 +46,19 @@ def test_compiled_unit_vectors():
     kept = [i for i in range(N) if i != 3]
     torch.testing.assert_close(one[kept].double(), two[kept], rtol=1e-6, atol=1e-7)
     assert one[3].abs().max() == 0
-    dx, dy = torch.autograd.grad(one, found, g)[0], torch.autograd.grad(two, truth, g.double())[0]
+    dx = torch.autograd.grad(one, found, g, retain_graph=True)[0]
+    dy = torch.autograd.grad(two, truth, g.double(), retain_graph=True)[0]
     for i in kept:
         assert (dx[i].double() - dy[i]).abs().max() <= 1e-5 * dy[i].abs().max()
     assert torch.equal(dx[3], g[3])
+    one, two = (
+        torch.autograd.grad(
+            torch.autograd.grad(unit, x, slope, create_graph=True)[0][:3].square().sum(), x
+        )[0]
+        for unit, x, slope in ((one, found, g), (two, truth, g.double()))
+    )
+    torch.testing.assert_close(one[:3].double(), two[:3], rtol=1e-4, atol=1e-5)
+    assert two[:3].abs().min() > 1e-5
 
 
 def test_little_work_takes_one_thread_and_the_same_values(monkeypatch):

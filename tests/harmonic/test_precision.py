@@ -16,7 +16,7 @@ from harmonic import (
     paired_distance,
     softmax_linearization_kl,
 )
-from harmonic.precision import choose_products
+from harmonic.precision import SPLIT, choose_products, inner_products
 
 
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
@@ -117,6 +117,19 @@ def test_split_products_are_as_exact_as_float32(name, impl):
     )
     for f, t in zip(found[1:], truth[1:], strict=True):
         assert 1e-7 < (f - t).abs().max() / t.abs().max() <= 1e-4
+
+
+def test_the_gradient_of_a_split_product_has_a_gradient():
+    x, y = (v.requires_grad_() for v in vectors(torch.float32))
+    a, b = (v.detach().double().requires_grad_() for v in (x, y))
+    one, two = inner_products(x, y, SPLIT), a @ b.T
+    one, two = (
+        torch.autograd.grad(
+            torch.autograd.grad(raw.pow(3).sum(), leaf, create_graph=True)[0].square().sum(), leaf
+        )[0]
+        for raw, leaf in ((one, x), (two, a))
+    )
+    torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
 
 
 @pytest.mark.parametrize(

@@ -322,14 +322,21 @@ def test_unit_vectors():
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     unit, truth = gpu.Unit.apply(leaf), F.normalize(exact, dim=-1, eps=1e-300)
     (found,), (expected,) = (
-        torch.autograd.grad(unit, leaf, slope),
-        torch.autograd.grad(truth, exact, slope.double()),
+        torch.autograd.grad(unit, leaf, slope, retain_graph=True),
+        torch.autograd.grad(truth, exact, slope.double(), retain_graph=True),
     )
     assert (unit - truth).abs().max() < 2e-7
     others = torch.arange(7) != 3
     assert ((found - expected).norm(dim=1) <= 1e-6 * expected.norm(dim=1))[
         others
     ].all() and torch.equal(found[3], slope[3])
+    unit, truth = (
+        torch.autograd.grad(
+            torch.autograd.grad(y, x, s, create_graph=True)[0][0].square().sum(), x
+        )[0][0]
+        for y, x, s in ((unit, leaf, slope), (truth, exact, slope.double()))
+    )
+    assert (unit - truth).norm() <= 1e-5 * truth.norm()
     x[5, 4] = torch.nan
     assert gpu.Unit.apply(x).isnan().any(1).tolist() == [False] * 5 + [True, False]
 
