@@ -601,11 +601,20 @@ print(model.eval().generate(torch.tensor([[7, 10, 13]]), max_new_tokens=8, do_sa
 def test_trainer_trains_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     assert TRAINER.strip() in (ROOT / "docs/interop.md").read_text()
     monkeypatch.chdir(tmp_path)
-    exec(TRAINER, {})
+    made: dict = {}
+    exec(TRAINER, made)
     lines = capsys.readouterr().out.splitlines()
     loss, text = [line for line in lines if not line.startswith("{")][-2:]
     assert float(loss) < 0.1 < math.log(500)
     assert "7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 37" in text
+    # By the name of a model's class, Trainer decides whether a smoothed loss shifts the labels.
+    model, trainer = made["model"].eval(), made["trainer"]
+    trainer.label_smoother = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.1)
+    ids = torch.randint(500, (3, 9))
+    found = trainer.compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(found, expected)
 
 
 SFT = """

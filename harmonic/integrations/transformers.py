@@ -320,6 +320,10 @@ class Swapped:
             )
         return request.found if each else _with_loss(output, request.found, self.training)
 
+    def _get_name(self):
+        """The name of the plain class. By it, Trainer's label smoothing knows whether to shift."""
+        return _plain(type(self)).__name__
+
     def __setattr__(self, name, value):
         """Ignores the forward that TRL's trainers set, which multiplies by the head's weight.
 
