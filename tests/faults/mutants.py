@@ -32,9 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
     "harmonic/backends": ["tests/harmonic"],
     "harmonic": ["tests/harmonic", "tests/test_swap.py"],
-    "model.py": ["tests/test_model.py", "tests/test_sample.py", "tests/test_train.py"],
-    "training": ["tests/test_data.py", "tests/test_optimizers.py", "tests/test_train.py"],
-}
+    "model.py": [
+        "tests/test_model.py", "tests/test_sample.py", "tests/test_sampling.py",
+        "tests/test_train.py",
+    ],
+    "training": [
+        "tests/test_data.py", "tests/test_optimizers.py", "tests/test_train.py",
+        "tests/test_instruments.py", "tests/test_moved_runs.py",
+    ],
+}  # fmt: skip
 # Code that only a GPU runs, or that makes text for a person.
 LEFT_OUT = ("triton.py", "advice.py", "profiling.py", "modeling_harmonic.py")
 COLUMNS = ["seed", "number", "file", "line", "fault", "noticed_by", "seconds"]
