@@ -615,6 +615,10 @@ def test_trainer_trains_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     logits = model(ids).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
     torch.testing.assert_close(found, expected)
+    model.loss_function = lambda logits, labels, **_: logits.square().mean()
+    torch.testing.assert_close(
+        model.train()(ids, labels=ids).loss, model(ids).logits.square().mean()
+    )
 
 
 SFT = """

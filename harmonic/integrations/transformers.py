@@ -296,13 +296,16 @@ class Swapped:
             cls.forward = forward
 
     def forward(self, *arguments: Any, **given: Any) -> Any:
-        """The forward of the plain model. The head computes the loss of the labels."""
+        """The forward of the plain model. The head computes the loss of the labels, unless the user
+        has set `model.loss_function`."""
         plain = super().forward
         if arguments:
             bound = inspect.signature(plain).bind(*arguments, **given).arguments
             given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
-        labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
         each = given.pop("fused_lm_head", False)  # TRL's trainers
+        if hasattr(self, "_loss_function"):  # The user's own, which gets the logits.
+            return plain(**given)
+        labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
         if labels is None and shifted is None:
             return plain(**given)
         shift = shifted is None and self.can_generate()
