@@ -38,7 +38,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ from analysis.geometry import spectrum
 from analysis.gradients import stability
 from analysis.tables import Column, Columns, markdown
 from base.command_line import cli, parse
+from base.errors import nearest
 from studies.heads import costs, test_loss
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
@@ -110,6 +111,7 @@ CHECKS = [
     ("cosine softmax", "exponent", 2),
     ("cosine softmax", "learning_rate", 2),
 ]
+STAGES = ("sweep", "0.6M", "2M", "6M", "20M", "20M settings", "imdb", "cost", "wiki", "dropout")
 # Stages that compare settings or measure cost. They never see the test split.
 UNTESTED = ("sweep", "20M settings", "cost")
 
@@ -124,8 +126,19 @@ class BudgetConfig(TrainingConfig):
     """the table; runs that it has are not repeated"""
     runs: str = "out/budget"
     """where the runs' folders go"""
-    stages: list[str] = field(default_factory=list)
-    """only runs of these stages, such as cost; empty = all"""
+    stages: str = ""
+    """only runs of these stages, such as 6M,cost; empty = all"""
+
+    def problems(self) -> list[str]:
+        wrong = [name for name in self.only if name not in STAGES]
+        return super().problems() + [
+            f"stages: unknown stage {w}{nearest(w, STAGES)}" for w in wrong
+        ]
+
+    @property
+    def only(self) -> list[str]:
+        """The names in `stages`."""
+        return [name for name in self.stages.split(",") if name]
 
 
 class Plan:
@@ -356,7 +369,7 @@ def main() -> None:
 
     def wanted() -> list[Training]:
         keys = plan.settings()
-        return [training(key) for key in keys if not c.stages or key["stage"] in c.stages]
+        return [training(key) for key in keys if not c.only or key["stage"] in c.only]
 
     complete_trainings(c, table, wanted, measure)
     print(summary(table.rows))

@@ -4,7 +4,10 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import pytest
+
 from base.command_line import parse
+from base.errors import UserError
 from model import ModelConfig
 from studies import budget, budget_report, optimizers
 from studies.runner import Table
@@ -36,6 +39,9 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
         "6M": 3 * main, "20M": 9, "wiki": 3 * main, "imdb": 3 * main, "dropout": 3,
         "20M settings": 5, "cost": 3 * (main + controls),
     }  # fmt: skip
+    assert set(count) == set(budget.STAGES)
+    with pytest.raises(UserError, match="stages: unknown stage 20m; did you mean 20M"):
+        parse(["--stages=6M,20m"], budget.BudgetConfig)
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]
     long = len(budget.LONG)
     assert seeds[: long + 1] == [2001] * long + [2002]  # seed by seed
