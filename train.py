@@ -142,6 +142,7 @@ def make_model(
     with torch.no_grad():  # All processes take the head that the main one has fitted.
         model.head.weight.copy_(p.from_main(lambda: model.head.weight.detach().cpu()))
         model.head.set_strength(p.from_main(lambda: float(model.head.strength)))
+        model.head.built_strength = model.head.fixed_strength  # config.yaml has it.
     if p.main:
         print(
             f"{source.name} with its own head: val loss {found['source_val_loss']:.4f}, perplexity"

@@ -105,7 +105,7 @@ class HarmonicHead(nn.Module):
         self.real_vocab_size = real_vocab_size or vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=init_std))
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
-        self.fixed_strength = strength
+        self.fixed_strength = self.built_strength = strength
         self.given = (scale if kind == "softmax" else exponent) is not None
         learns = learn_exponent or learn_scale
         self.log_strength = nn.Parameter(torch.tensor([math.log(strength)])) if learns else None
@@ -116,6 +116,21 @@ class HarmonicHead(nn.Module):
         kept = fn if self.is_control else lambda tensor: _at_least_float32(tensor, fn(tensor))
         applied: Self = super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # torch
         return applied
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Adds a strength that was set or matched after the head was built."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.log_strength is None and self.fixed_strength != self.built_strength:
+            strength = torch.tensor(self.fixed_strength, dtype=torch.float64)
+            destination[f"{prefix}strength"] = strength
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        strength = state_dict.pop(f"{prefix}strength", None)
+        if strength is not None:
+            self.set_strength(float(strength))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         rows, coordinates = self.padded_prototypes().shape
@@ -153,6 +168,29 @@ class HarmonicHead(nn.Module):
         if self.is_control:
             return None
         return "exponent" if self.is_harmonic else "scale"
+
+    @property
+    def exponent(self) -> float | Tensor | None:
+        """n of the harmonic link, which can be set; None for another head."""
+        return self.strength if self.strength_name == "exponent" else None
+
+    @exponent.setter
+    def exponent(self, value: float) -> None:
+        self._set("exponent", value)
+
+    @property
+    def scale(self) -> float | Tensor | None:
+        """s of the softmax link, which can be set; None for another head."""
+        return self.strength if self.strength_name == "scale" else None
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._set("scale", value)
+
+    def _set(self, kind: str, value: float) -> None:
+        if self.strength_name != kind:
+            raise ValueError(f"{self.describe()}: this head has no {kind}")
+        self.set_strength(value)
 
     def describe(self) -> str:
         """The head in words, such as "euclidean, harmonic link, n = 768"."""

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import twice
 from .maps import unit
 from .precision import FLOAT32, Products, inner_products
+from .twice import plain_gradients, wants_graph
 
 # Numbers in a block of (rows, prototypes, coordinates). 2^18 floats, 1 MiB, fit in a core's cache.
 BLOCK = 2**18
@@ -280,8 +280,8 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         h, w = ctx.saved_tensors
-        if twice.wanted():
-            dh, dw = twice.gradients(
+        if wants_graph():
+            dh, dw = plain_gradients(
                 lambda h, w: ctx.value(h[:, None], w, **ctx.options), (h, w), slope
             )
             return dh, dw, None, None

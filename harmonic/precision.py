@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import twice
+from .twice import wants_graph
 
 # Whether torch.mm can return float32 for half-precision operands: PyTorch 2.8 or newer, and CUDA.
 HAS_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "") and not torch.version.hip
@@ -184,7 +184,7 @@ class Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, Tensor, None]:
-        if twice.wanted():
+        if wants_graph():
             x, y = ctx.saved_tensors
             return slopes @ y, slopes.T @ x, None
         return *ctx.products.gradients(slopes, *ctx.saved_tensors), None

@@ -62,7 +62,7 @@ class PreparedHead:
         head = self.head
         # They are kept, so that no other tensor gets their address.
         self.sources = head.tensors()
-        self.made_of = fingerprint(self.sources)
+        self.made_of = self._source()
         self.distance, settings = resolve(head.name, **head.geometry())
         self.of_map = self.distance.map_settings(settings)
         self.of_kernel = self.distance.kernel_options(settings)
@@ -80,10 +80,16 @@ class PreparedHead:
             elif kernel != "dot":
                 self.floor = floor(kernel, self.prototypes, **self.of_kernel)
 
+    def _source(self) -> tuple[object, ...]:
+        """What the prepared tensors depend on."""
+        head = self.head
+        settings = (head.name, head.link, tuple(head.options.items()), head.real_vocab_size)
+        return fingerprint(head.tensors()), settings
+
     @torch.no_grad()
     def __call__(self, h: Tensor) -> Tensor:
         """(..., C) -> logits (..., real_vocab_size), float32 (float64 if the table is)."""
-        if fingerprint(self.head.tensors()) != self.made_of:
+        if self._source() != self.made_of:
             self._prepare()
         with exactly(h.device):
             y = self.prototypes

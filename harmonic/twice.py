@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 
-def wanted() -> bool:
+def wants_graph() -> bool:
     """Whether the caller of a backward pass said `create_graph=True`."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def gradients(
+def plain_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], upstream: Tensor
 ) -> list[Tensor | None]:
     """The differentiable gradient of function(*inputs) for each input, None for one without."""

@@ -1,5 +1,6 @@
 """Exported runs: transformers loads them and computes the same; the harness measures the same."""
 
+import ast
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from conftest import ROOT, TINY, script
 
 from base.command_line import cli
 from base.errors import UserError
+from harmonic.integrations.transformers import SOURCES
 from interop import export
 from interop.formats import format_of
 from model import ModelConfig
@@ -160,6 +162,17 @@ def test_masks_are_filled(exported):
     assert best["token"] == p.argmax().item() and best["score"] == pytest.approx(
         p.max().item(), rel=1e-3
     )
+
+
+def test_every_file_that_an_exported_file_imports_is_exported():
+    """Also those that are imported inside a function."""
+    for name in set(SOURCES) - {"integrations/modeling_harmonic.py"}:  # This reads them.
+        for node in ast.walk(ast.parse((ROOT / "harmonic" / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level and node.module:
+                folder = (ROOT / "harmonic" / name).parents[node.level - 1]
+                path = folder / node.module.replace(".", "/")
+                found = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+                assert str(found.relative_to(ROOT / "harmonic")) in SOURCES, (name, found)
 
 
 def test_the_folder_stands_alone(exported, tmp_path):

@@ -621,6 +621,92 @@ def test_trainer_trains_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     )
 
 
+class OwnForward(transformers.GPT2LMHeadModel):
+    def forward(self, *arguments, **given):
+        output = super().forward(*arguments, **given)
+        if output.loss is not None:
+            output.loss = 2 * output.loss
+        return output
+
+
+class OwnLoss(transformers.GPT2LMHeadModel):
+    @property
+    def loss_function(self):
+        return lambda logits, labels, **given: logits.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "given"),
+    [
+        (OwnForward, {}, {}),
+        (OwnLoss, {}, {}),
+        (transformers.GPT2LMHeadModel, {}, {"ignore_index": 5}),
+        (transformers.GPT2LMHeadModel, {}, {"loss_type": "ForMaskedLM"}),
+        (
+            transformers.XLNetLMHeadModel,
+            {"d_inner": 32, "d_head": 8},
+            {},
+        ),  # whose loss does not shift labels
+        (
+            transformers.Qwen2MoeForCausalLM,
+            {"moe_intermediate_size": 16, "num_experts": 4, "num_key_value_heads": 2},
+            {"output_router_logits": True},
+        ),
+        (transformers.BertForMaskedLM, {"intermediate_size": 32}, {}),
+    ],
+)
+def test_a_dot_products_head_leaves_every_loss_as_it_was(kind, settings, given):
+    """Also one that is not the usual cross-entropy."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    config = kind.config_class(**sizes, **settings)
+    plain = kind(config).eval()
+    swapped = copy.deepcopy(plain)
+    swap_head(swapped, "cross_entropy")
+    ids = torch.randint(20, (3, 9))
+    kind_of_loss = given.pop("loss_type", None)
+    for model in (plain, swapped):
+        if kind_of_loss:
+            model.loss_type = kind_of_loss
+    one, two = (model(ids, labels=ids, **given).loss for model in (swapped, plain))
+    torch.testing.assert_close(one, two)
+    usual = F.cross_entropy(plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert (one - usual).abs() > 1e-4
+
+
+def test_what_an_output_layer_adds_is_not_lost():
+    model = hugging_face("gpt2")
+    model.lm_head.register_forward_hook(lambda module, given, logits: logits / 2)
+    with pytest.raises(ValueError, match="not a plain torch.nn.Linear but a Linear with hooks"):
+        swap_head(model, "cosine")
+
+
+def test_a_swapped_model_goes_on_where_it_is_changed(tmp_path):
+    """Settings that were changed are saved, the folder of the plain model is not named, missing
+    tensors are new, and the state of a plain model fits."""
+    hugging_face("gpt2").save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    state = model.state_dict()
+    swap_head(model, "minkowski", p=1.5)
+    assert model.config._name_or_path == ""
+    model.lm_head.options["p"], model.lm_head.exponent = 3.0, 7.0
+    model.save_pretrained(tmp_path / "swapped")
+    again = load_swapped(tmp_path / "swapped").eval()
+    ids = torch.randint(V, (2, 5))
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+    assert again.lm_head.exponent == 7.0 and again.config._name_or_path
+    with pytest.raises(ValueError, match="this head has no scale"):
+        again.lm_head.scale = 3.0
+    sizes = {"vocab_size": 150, "ignore_mismatched_sizes": True, "tie_word_embeddings": False}
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "swapped", **sizes)
+    assert new.lm_head.table.shape[0] == 150
+    assert new.lm_head.table.std() < 2 * new.config.initializer_range
+    swap_head(new := hugging_face("gpt2"), "cosine")
+    missing, unexpected = new.load_state_dict({k: 2 * v for k, v in state.items()}, strict=False)
+    assert not missing and not unexpected
+    assert torch.equal(new.lm_head.table, 2 * state["lm_head.weight"])
+
+
 SFT = """
 import sys, torch
 import torch.nn.functional as F
@@ -741,7 +827,8 @@ def test_what_trl_reads_is_computed_from_the_logits():
     model, _ = swapped("gpt2", name="cosine", matched=False)
     ids = torch.randint(V, (30, 11))
     labels = torch.where(torch.rand(ids.shape) < 0.1, -100, ids)
-    log_p = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    logits = model(input_ids=ids).logits[:, :-1].double()
+    log_p = logits.log_softmax(-1)
     y = labels[:, 1:]
     kept = y != -100
     # The prediction of one label is made the likeliest, because random ones hardly ever are.
@@ -753,5 +840,8 @@ def test_what_trl_reads_is_computed_from_the_logits():
     torch.testing.assert_close(found.loss, -each.sum() / kept.sum(), **close)
     entropy = -(log_p.exp() * log_p).sum(-1)
     torch.testing.assert_close(found.entropy, torch.where(kept, entropy, 0.0), **close)
+    squares, mean = log_p.exp().square().sum(-1).log(), logits.mean(-1)
+    torch.testing.assert_close(found.log_sum_sq_probs, torch.where(kept, squares, 0.0), **close)
+    torch.testing.assert_close(found.mean_logits, torch.where(kept, mean, 0.0), **close)
     assert torch.equal(found.is_top1, kept & (log_p.argmax(-1) == y)) and found.is_top1.any()
     assert torch.equal(found.label_mask, kept) and kept.sum() > 256

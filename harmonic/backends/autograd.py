@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import twice
 from ..pairwise import exactly, map_both
+from ..twice import plain_gradients, wants_graph
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
 
 
 def evaluate(problem: Problem) -> Tensor:
     """The loss of a problem, differentiable: a scalar, or (N,) for reduction="none"."""
-    if problem.spec.impl == "dense":
+    if problem.spec.impl == "dense" or _transformed():
         if torch.compiler.is_dynamo_compiling():
             from ..untraced import dense
 
@@ -51,6 +51,15 @@ def evaluate(problem: Problem) -> Tensor:
         needs_grad and problem.spec.reduction != "none",
     )[0]
     return found
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation follows the operations. The operator has
+    no rule for them, and a tangent would silently become 0."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.peek_interpreter_stack()
+    return levels is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 # torch.compile cannot trace the checks, because they look at values.
@@ -180,7 +189,7 @@ def _(  # noqa: PLR0913
 ) -> tuple[Tensor, list[Tensor]]:
     loss = states.new_empty(targets.shape if Spec.decode(spec).reduction == "none" else ())
     inputs = [states, prototypes, strength, *([] if bias is None else [bias]), *parameters]
-    return loss, [torch.empty_like(t) for t in inputs] if needs_grad else []
+    return loss, [t.new_empty(t.shape) for t in inputs] if needs_grad else []
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -200,7 +209,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     states, prototypes, targets, strength, bias, seed, *parameters = ctx.saved_tensors
     if upstream is None:
         return None, None, None, None, None, [None] * len(parameters), None, None, None, None
-    if twice.wanted():
+    if wants_graph():
         dx, dy, dstrength, dbias, *others = _differentiable(
             (states, prototypes, strength, bias, *parameters), targets, seed, ctx.spec, upstream
         )
@@ -235,7 +244,7 @@ def _differentiable(
             )
         )
 
-    return twice.gradients(loss, inputs, upstream)
+    return plain_gradients(loss, inputs, upstream)
 
 
 _operator.register_autograd(_backward, setup_context=_keep)

@@ -38,11 +38,11 @@ from numba import njit, prange
 from numba.core import types as nb
 from numba.extending import intrinsic
 
-from .. import twice
 from ..kernels import KERNELS, NEAR, sizes
 from ..links import CONTROL as CONTROL_NAME
 from ..maps import unit
 from ..precision import FLOAT32, Multiply
+from ..twice import plain_gradients, wants_graph
 from . import Backend, Problem, Result
 from .mapped import Sides
 
@@ -808,8 +808,8 @@ class Pairs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         h, w, raw = ctx.saved_tensors
-        if twice.wanted():
-            return *twice.gradients(ctx.plain, (h, w), slope), None, None, None
+        if wants_graph():
+            return *plain_gradients(ctx.plain, (h, w), slope), None, None, None
         h, w = at_least_four(h), at_least_four(w)
         # Rows that were added to fill a tile have no gradient.
         slope = F.pad(slope, (0, len(w) - ctx.sizes[1], 0, len(h) - ctx.sizes[0])).contiguous()
@@ -891,8 +891,8 @@ class Unit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         x, out, inverse = ctx.saved_tensors
-        if twice.wanted():
-            return twice.gradients(lambda x: unit(x, 2), [x], slope)[0]
+        if wants_graph():
+            return plain_gradients(lambda x: unit(x, 2), [x], slope)[0]
         rows, dx = slope.reshape(out.shape).contiguous(), torch.empty_like(out)
         follow_torch(rows.numel())
         _pull_unit(_array(out), _array(inverse), _array(rows), _array(dx))

@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import json
+import math
 import pkgutil
 import sys
 import warnings
@@ -36,7 +37,7 @@ PREFIX = "harmonic_"  # Begins the model type in the config.json of a swapped mo
 # Settings of models that change their logits afterwards, or add something to their loss.
 MORE_WITH_LOGITS = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
-    "output_multiplier", "output_router_logits",
+    "output_multiplier", "output_router_logits", "logits_soft_cap", "output_logit_soft_cap",
 )  # fmt: skip
 # Names of heads whose table was called `weight` in folders of older versions.
 HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")
@@ -51,6 +52,7 @@ class _Request:
     labels: (B, T). shift: whether position t predicts the label of t + 1.
     count: the number of targets in all micro-batches, or None.
     each: whether TRL wants the log-probability of every label.
+    logits: whether the model returns logits, too.
     found: the result: the loss, or the output that TRL reads.
     """
 
@@ -58,6 +60,7 @@ class _Request:
     shift: bool
     count: torch.Tensor | int | None
     each: bool
+    logits: bool
     found: object = None
 
 
@@ -78,6 +81,16 @@ class ModelHead(HarmonicHead):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.table = nn.Parameter(self._parameters.pop("weight").data)  # (V, C)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Without the strength, which is in the configuration."""
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """Also takes the state of a plain model, whose output layer has a `weight`."""
+        if f"{prefix}table" not in state_dict and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}table"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getattr__(self, name):
         if name == "weight":
@@ -121,7 +134,7 @@ class ModelHead(HarmonicHead):
         else:  # Trainer divides by the number of targets in all micro-batches.
             count = torch.as_tensor(request.count, device=h.device).clamp(min=1)
             request.found = self.loss(states, labels, reduction="sum") / count
-        if self.training or request.each:
+        if not request.logits:
             return h.new_empty(*h.shape[:-1], 0)
         return super().forward(h)
 
@@ -130,12 +143,16 @@ class ModelHead(HarmonicHead):
         kept = labels != IGNORE_INDEX
         log_p = -self.loss(h, labels, reduction="none")
         entropy, top = torch.zeros_like(log_p), torch.zeros_like(kept)
+        mean, squares = torch.zeros_like(log_p), torch.zeros_like(log_p)
         with torch.no_grad():
             for states, targets, where in zip(
                 *(t.split(ENTROPY_ROWS) for t in (h[kept], labels[kept], kept.nonzero())),
                 strict=True,
             ):
-                log_q = super().forward(states).log_softmax(-1)
+                logits = super().forward(states)
+                log_q = logits.log_softmax(-1)
+                mean[tuple(where.T)] = logits.mean(-1).to(mean)
+                squares[tuple(where.T)] = (2 * log_q).logsumexp(-1).to(squares)
                 entropy[tuple(where.T)] = (
                     -torch.special.xlogy(log_q.exp(), log_q.exp()).sum(-1).to(entropy)
                 )
@@ -146,8 +163,9 @@ class ModelHead(HarmonicHead):
         from transformers.utils import ModelOutput
 
         return ModelOutput(
-            loss=loss, log_probs=log_p, entropy=entropy, is_top1=top, label_mask=kept, aux_loss=None
-        )
+            loss=loss, log_probs=log_p, entropy=entropy, log_sum_sq_probs=squares, mean_logits=mean,
+            is_top1=top, label_mask=kept, aux_loss=None,
+        )  # fmt: skip
 
     @torch.no_grad()
     def resized(self, table: torch.Tensor, tokens: int) -> "ModelHead":
@@ -204,6 +222,7 @@ def swap_head(
     if name == "cross_entropy" and bias is not None:
         arguments["bias"] = True
     config = _own_config(model)
+    config._name_or_path = ""  # TRL and PEFT would load the plain model of that name again.
     head = ModelHead(weight.shape[1], len(weight), name, **arguments)
     head.padded = "real_vocab_size" in arguments
     head.to(weight.device)
@@ -246,9 +265,15 @@ def _check_model(model, old, match_to):
     name, config = type(model).__name__, model.config
     if old is None or config.is_encoder_decoder:
         raise ValueError(f"{name} is not a causal or masked language model with an output layer")
+    if not isinstance(old, ModelHead) and (type(old) is not nn.Linear or old._forward_hooks):
+        raise ValueError(
+            f"the output layer of {name} is not a plain torch.nn.Linear but a"
+            f" {type(old).__name__}{' with hooks' * bool(old._forward_hooks)}: what it adds would"
+            " be lost. Merge or remove it first"
+        )
     if not hasattr(model, "get_expanded_tied_weights_keys"):
         raise ValueError("swap_head needs transformers 5")
-    values = {key: getattr(config, key, None) for key in MORE_WITH_LOGITS}
+    values = {key: getattr(config.get_text_config(), key, None) for key in MORE_WITH_LOGITS}
     if more := [key for key, value in values.items() if value is True or value not in (None, 0, 1)]:
         raise ValueError(f"{name} changes logits or loss after its output layer: {', '.join(more)}")
     if isinstance(old, ModelHead) and match_to is not None:
@@ -282,7 +307,9 @@ class Swapped:
 
     def __init__(self, config):
         super().__init__(config)
+        folder = config._name_or_path
         swap_head(self, **config.harmonic)
+        self.config._name_or_path = folder
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -296,21 +323,25 @@ class Swapped:
             cls.forward = forward
 
     def forward(self, *arguments: Any, **given: Any) -> Any:
-        """The forward of the plain model. The head computes the loss of the labels, unless the user
-        has set `model.loss_function`."""
+        """The forward of the plain model. The head computes the loss of the labels, unless it is
+        not the usual one."""
         plain = super().forward
+        each = given.pop("fused_lm_head", False)  # TRL's trainers
+        if not each and not self._has_usual_loss(given):
+            return plain(*arguments, **given)
         if arguments:
             bound = inspect.signature(plain).bind(*arguments, **given).arguments
             given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
-        each = given.pop("fused_lm_head", False)  # TRL's trainers
-        if hasattr(self, "_loss_function"):  # The user's own, which gets the logits.
-            return plain(**given)
         labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
         if labels is None and shifted is None:
             return plain(**given)
         shift = shifted is None and self.can_generate()
         request = _Request(
-            labels if shifted is None else shifted, shift, given.get("num_items_in_batch"), each
+            labels=labels if shifted is None else shifted,
+            shift=shift,
+            count=given.get("num_items_in_batch"),
+            each=each,
+            logits=not (self.training or each),
         )
         token = _request.set(request)
         try:
@@ -322,6 +353,36 @@ class Swapped:
                 f"{type(self).__name__} did not call its harmonic head, so there is no loss"
             )
         return request.found if each else _with_loss(output, request.found, self.training)
+
+    def _has_usual_loss(self, given):
+        """Whether the loss is the mean cross-entropy of the labels. If it is not, because of the
+        model's class, its user or the arguments of a call, the plain model computes it from the
+        logits."""
+        router = given.get("output_router_logits")
+        if router is None:
+            router = getattr(self.config.get_text_config(), "output_router_logits", False)
+        return (
+            type(self)._usual_forward
+            and not hasattr(self, "_loss_function")
+            and getattr(self, "loss_type", None)
+            in (None, "ForCausalLM" if self.can_generate() else "ForMaskedLM")
+            and given.get("ignore_index", IGNORE_INDEX) == IGNORE_INDEX
+            and not router
+        )
+
+    def _init_weights(self, module):
+        """New values for the tensors that a folder lacks."""
+        if not isinstance(module, ModelHead):
+            return super()._init_weights(module)
+        from transformers import initialization as init
+
+        init.normal_(module.table, std=getattr(self.config, "initializer_range", None) or 0.02)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+        if module.log_strength is not None:
+            init.constant_(module.log_strength, math.log(module.fixed_strength))
+        for name, value in module.distance.parameters(module.table.shape[1]).items():
+            init.copy_(module.distance_parameters[name], value)
 
     def _get_name(self):
         """The name of the plain class. By it, Trainer's label smoothing knows whether to shift."""
@@ -368,8 +429,11 @@ class Swapped:
         So no plain class can silently load the folder.
         """
         head = self.get_output_embeddings()
-        if not head.is_control:
-            self.config.harmonic[head.strength_name] = torch.as_tensor(head.strength).item()
+        settings = head.config()
+        left_out = {"n_embd", "vocab_size"}
+        left_out |= set() if settings["bias"] else {"bias"}
+        left_out |= set() if head.padded else {"real_vocab_size"}
+        self.config.harmonic = {k: v for k, v in settings.items() if k not in left_out}
         # A class that came from a folder of an older version has its own file, which transformers
         # copies.
         if type(self).__reduce_ex__ is _reduce and options.get("is_main_process", True):
@@ -416,7 +480,7 @@ def _check_temperature(forward):
 def _with_loss(output, loss, training: bool):
     """The output of a model with the head's loss in front. In training it has no logits."""
     if isinstance(output, tuple):
-        return (loss, *(output[1:] if training else output))
+        return (loss, None, *output[1:]) if training else (loss, *output)
     rest = {k: v for k, v in output.items() if k != "loss" and not (k == "logits" and training)}
     return type(output)(loss=loss, **rest)
 
@@ -432,8 +496,24 @@ def harmonic_class(plain: type) -> type:
         "__reduce_ex__": _reduce,
         "register_for_auto_class": classmethod(_stay_unregistered),
         "config_class": _harmonic_config(plain.config_class),
+        "_usual_forward": _is_usual(plain),
     }
     return type(f"Harmonic{plain.__name__}", (Swapped, plain), members)
+
+
+def _is_usual(plain: type) -> bool:
+    """Whether a class computes its loss as most do: by transformers' own `loss_function`, or, for
+    masked models, in a forward of transformers."""
+    from transformers import PreTrainedModel
+
+    if plain.loss_function is not PreTrainedModel.loss_function:
+        return False
+    if plain.__name__.endswith("ForMaskedLM"):
+        return plain.forward.__module__.startswith("transformers.")
+    try:
+        return "self.loss_function(" in inspect.getsource(plain.forward)
+    except OSError:  # There is no source.
+        return False
 
 
 class _Config:
@@ -510,7 +590,8 @@ def __getattr__(name: str):
 # The files that a folder needs. Compiled kernels are only in the installed package.
 SOURCES = (
     "__init__.py", "compiled.py", "distances.py", "head.py", "kernels.py", "links.py", "loss.py",
-    "maps.py", "match.py", "pairwise.py", "precision.py", "prepared.py",
+    "maps.py", "match.py", "pairwise.py", "precision.py", "prepared.py", "twice.py",
+    "untraced.py",
     "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py",
     "integrations/__init__.py", "integrations/modeling_harmonic.py", "integrations/transformers.py",
 )  # fmt: skip

@@ -92,6 +92,37 @@ def test_the_gradient_of_a_gradient_is_that_of_the_formula(name):
             assert (one - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
+@pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan"])
+def test_transforms_of_torch_func_are_right_or_refused(name):
+    """A tangent through the loss's operator would be 0 without a word."""
+    h, w = vectors(torch.float32)
+    v, y = torch.randn_like(h), torch.arange(N)
+    exact = torch.autograd.functional.vjp(lambda h: harmonic_loss(h, w, y, name), h)[1]
+    for transform in (
+        lambda loss: torch.func.jvp(loss, (h,), (v,))[1],
+        lambda loss: (torch.func.grad(loss)(h) * v).sum(),
+    ):
+        if name == "manhattan":
+            with pytest.raises(RuntimeError, match="functorch"):
+                transform(lambda h: harmonic_loss(h, w, y, name))
+        else:
+            found = transform(lambda h: harmonic_loss(h, w, y, name))
+            torch.testing.assert_close(found, (exact * v).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_strength_that_was_set_is_part_of_the_state():
+    one, two = (HarmonicHead(C, V, "euclidean") for _ in range(2))
+    assert "strength" not in one.state_dict()  # It is that of the arguments.
+    one.exponent = 7.0
+    two.load_state_dict(one.state_dict())
+    assert two.exponent == 7.0 and two.scale is None
+    with pytest.raises(ValueError, match="this head has no scale"):
+        two.scale = 3.0
+    prepared, h = two.prepared(), torch.randn(3, C)
+    two.link = "softmax"
+    torch.testing.assert_close(prepared(h), two(h))
+
+
 def test_loss_is_cross_entropy_of_logits():
     h, w = vectors()
     y = torch.arange(N)
