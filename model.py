@@ -1014,7 +1014,7 @@ class Sampler:
             return logits.argmax(-1)
         p = ((logits - largest) / self.temperature).softmax(-1, dtype=torch.float32)
         if self.top_k is not None and self.top_k < p.shape[-1]:
-            p = p * (p >= kth_largest(p, self.top_k))
+            p = p * largest_k(p, self.top_k)
         if self.top_p is not None:
             ordered, tokens = p.sort(-1, descending=True)
             before = ordered.cumsum(-1) - ordered
@@ -1039,6 +1039,15 @@ def exponential_clocks(p: torch.Tensor, generators: list[torch.Generator]) -> to
     for row, generator in zip(u, generators, strict=True):
         row.uniform_(generator=generator)
     return u.neg_().log1p_().neg_().to(p.dtype)
+
+
+def largest_k(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Whether each number is one of the k largest of its row: (B, V) -> (B, V), bool. Exactly k
+    are, even if numbers are equal."""
+    kept = x >= kth_largest(x, k)
+    if (kept.sum(-1) > k).any():
+        kept = torch.zeros_like(kept).scatter_(-1, x.topk(k, -1).indices, True)
+    return kept
 
 
 def kth_largest(x: torch.Tensor, k: int) -> torch.Tensor:

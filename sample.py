@@ -44,6 +44,10 @@ from training.distributed import check_device
 MASKS = ("[MASK]", "<|mask|>")  # A prompt may write the mask in both ways, for any tokenizer.
 
 
+# Settings that only matter where text is written.
+OF_WRITING = ("temperature", "top_k", "top_p", "seed", "max_new_tokens", "cache")
+
+
 @dataclass
 class SampleConfig:
     """Sampling"""
@@ -111,6 +115,9 @@ class SampleConfig:
             for text in self.start
             if os.path.isfile(os.path.join(text, "config.yaml"))
         ]
+        for key in ("ann_candidates", "ann_index"):
+            if not self.ann and getattr(self, key) != type(self).__dict__[key]:
+                found.append(f"{key}={getattr(self, key)} does nothing without --ann")
         if self.json and self.explain:
             found.append(
                 "json=true and explain=true exclude each other: the JSON has no explanations"
@@ -404,6 +411,7 @@ def refuse_writing(c: SampleConfig) -> None:
         ("stop_at_eot", c.stop_at_eot),
         ("json", c.json),
         ("ann", c.ann),
+        *((key, getattr(c, key) != getattr(SampleConfig(), key)) for key in OF_WRITING),
     ):
         if asked:
             problems.append(f"--{flag} does nothing with a bert, a masked language model")

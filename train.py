@@ -69,7 +69,8 @@ def main() -> None:
     check_kernels(m, device)
     if c.verify_resume:
         longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
-        verify_resume(sys.argv[1:], longest, c.source)
+        decay = None if c.lr_schedule == "constant" else longest
+        verify_resume(sys.argv[1:], decay, c.source)
         return
     check_out_dir(c)
 
@@ -83,10 +84,11 @@ def main() -> None:
     # The model: a new one, that of --source, or that of the newest checkpoint.
     torch.manual_seed(c.seed)
     model, of_source = make_model(m, c, data, p, source, evaluate)
-    progress, resumed = Progress(), None
+    progress, resumed, changed = Progress(), None, differences(stored or {}, m, c)
     if stored is not None:
-        progress, resumed = go_on(c, data, p, model, scaler)
-        if progress.iteration >= c.max_iters and not c.eval_only:
+        progress, resumed = go_on(c, data, p, model, scaler, changed)
+        ended = progress.iteration >= c.max_iters and progress.evaluated == progress.iteration
+        if (ended or progress.iteration > c.max_iters) and not c.eval_only:
             done = f"{c.out_dir} is already trained to iteration {progress.iteration}"
             if p.main:
                 print(f"{done}; raise --max_iters to train longer")
@@ -106,7 +108,6 @@ def main() -> None:
     work = Work.of(c, model, batches)
     trained = (model, wrapped, optimizer, scaler, autocast, gradients)
     run = Run(m, c, data, batches, p, *trained, evaluate, progress, work, of_source)
-    changed = differences(stored or {}, m, c)
     if c.eval_only:
         introduce(run, dtype, changed)
         run.say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))

@@ -15,8 +15,7 @@ from analysis.tables import write_csv
 from base.errors import UserError, check, nearest
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
-from text.token_files import Data, data_folder, load_data, tokenizer_folder
-from text.tokenizers import is_trained, load_tokenizer, same_tokens
+from text.token_files import Data, check_tokenizer, data_folder, load_data
 from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
@@ -60,15 +59,7 @@ class Run:
                 " machine with --dataset=FOLDER"
             )
         data = load_data(folder, self.config.tokenizer)
-        if is_trained(data.tokenizer) and tokenizer_folder(self.path, "") == self.path:
-            # Two folders may have trained a tokenizer of one name on different texts.
-            own = load_tokenizer(data.tokenizer, self.path)
-            if not same_tokens(own, data.load_tokenizer()):
-                raise UserError(
-                    f"{folder} has another {data.tokenizer} than {self.path}, so its ids stand for"
-                    " other tokens: name the data that the run was trained on, or prepare the text"
-                    " with the run's tokenizer"
-                )
+        check_tokenizer(self.path, data)
         return data
 
     def load(self, device: str = "cpu", which: str = "newest") -> tuple[Model, dict]:

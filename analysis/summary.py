@@ -16,7 +16,7 @@ from base.errors import UserError
 from harmonic import HEADS
 from model import Model
 from text.token_files import Data
-from training.telemetry import clock, energy, listed, timed
+from training.telemetry import clock, energy, evaluated_alike_since, listed, timed
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
     evaluations = [m for m in metrics if "val_loss" in m]
     if not evaluations:
         raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
+    since = evaluated_alike_since(run.path)
+    evaluations = [m for m in evaluations if m["iter"] > since] or evaluations
     best = min(evaluations, key=lambda m: (math.isnan(m["val_loss"]), m["val_loss"]))
     trained = [m["iter"] + 1 for m in metrics if "train_loss" in m]
     speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)

@@ -145,6 +145,8 @@ def test_sampling_respects_top_k_top_p_and_padding():
     assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {0, 1}
     assert set(pick(logits, 1.0, None, 0.6, generators).tolist()) == {0}
     assert set(pick(logits, 0, None, None, generators).tolist()) == {0}
+    equal = torch.zeros(500, 7)
+    assert len(set(pick(equal, 1.0, 3, None, generators[:500]).tolist())) == 3
     model = build("gpt").eval()
     tokens = {t for row in model.generate([[1]] * 8, 30, temperature=5.0) for t in row}
     assert max(tokens) < 101

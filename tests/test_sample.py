@@ -238,6 +238,12 @@ BAD = {
         ["2 problems", "nope.txt", "nope2.txt"],
     ),
     "bert writes freely": ("bert", ["--start=the old king"], ["masked language model", "[MASK]"]),
+    "bert draws nothing": (
+        "bert",
+        ["--start=the [MASK] king", "--top_k=5", "--seed=2"],
+        ["2 problems", "--top_k does nothing with a bert", "--seed does nothing with a bert"],
+    ),
+    "ann_index": ("gpt", ["--ann_index=hnsw"], ["ann_index=hnsw does nothing without --ann"]),
     "bert without a prompt": ("bert", [], ["masked language model"]),
     "bert, too long": ("bert", ["--start=" + "the [MASK] old king " * 30], ["block_size is 16"]),
     "cuda": ("gpt", ["--device=cuda"], ["no CUDA device"]),

@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT, TINY, script, script_here
 from safetensors.torch import load_file
 
+import train as train_script
 from base.command_line import cli
 from base.files import seal, sha256, unseal
 from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
@@ -433,6 +434,14 @@ BAD = {
     "no data": (dict(dataset="nowhere"), ["no data folder", "nowhere", "prepare_openwebtext.py"]),
     "vocab_size": (dict(vocab_size=64), ["vocab_size=64 is smaller than the data's 300"]),
     "tokenizer": (dict(tokenizer="gpt2"), ["tokenizer=gpt2", "prepared with bpe:300"]),
+    "eot_id": (
+        dict(doc_mask=True, eot_id=9999),
+        ["eot_id=9999 is not a token of bpe:300, which has 300: leave it out, and it is 0"],
+    ),
+    "resume and overwrite": (
+        dict(init_from="auto", overwrite=True),
+        ["overwrite=true deletes the run in run, and init_from=auto resumes it"],
+    ),
     "resume nothing": (dict(init_from="resume", out_dir="empty"), ["empty holds no checkpoint"]),
     "exponent": (dict(head="cosine", exponent=-1), ["exponent must be a positive number"]),
     "exponent, text": (
@@ -558,6 +567,8 @@ def test_what_a_resumed_run_changes_is_said_and_recorded(train, tmp_path):
         "note: resumed with batch_size=2 (was 4), gradient_accumulation_steps=2 (was 1),"
         " max_iters=4 (was 2)" in err
     )
+    status, _, err = train(**again, source="gpt2")
+    assert status == 2 and "source=gpt2 does nothing here, because run is resumed" in err
     status, _, err = train(**{**again, "max_iters": 6, "seed": 5}, new_data_order=True)
     assert status == 0 and "note: resumed with max_iters=6 (was 4), seed=5 (was 1)" in err
     stored = json.loads((tmp_path / "run/environment.json").read_text())
@@ -566,6 +577,25 @@ def test_what_a_resumed_run_changes_is_said_and_recorded(train, tmp_path):
         "earlier"
     ][1]["changed"]
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["new_data_order"] is False
+
+
+def test_losses_of_other_windows_do_not_count_for_the_best(train, tmp_path):
+    """The first windows have a low loss that no later evaluation reaches."""
+    flags = dict(head="cosine", eval_interval=1, eval_iters=4)
+    assert train(**flags)[0] == 0
+    first = checkpoint.folders(tmp_path / "run")[-1]
+    manifest = unseal((first / "manifest.json").read_text())
+    assert manifest["val_loss"] is not None
+    (first / "manifest.json").write_text(seal({**manifest, "val_loss": 0.1, "best_val_loss": 0.1}))
+    again = dict(flags, init_from="resume", max_iters=4)
+    status, out, err = train(**{**again, "eval_iters": 3})
+    assert status == 0 and "the validation loss is of other windows from here on" in err, err
+    found = read_metrics(tmp_path / "run")
+    later = {m["iter"]: m["val_loss"] for m in found if "val_loss" in m and m["iter"] > 2}
+    assert checkpoint.best(tmp_path / "run").name == f"iter_{min(later, key=later.get):06d}"
+    assert f"best val loss {min(later.values()):.4f}" in out, out
+    status, out, _ = train(**{**again, "eval_iters": 3, "max_iters": 5})
+    assert "best val loss 0.1000" not in out
 
 
 def test_a_config_of_another_version_is_read(train, tmp_path):
@@ -822,6 +852,18 @@ def test_resuming_on_other_data_is_refused(train, tiny_data, tmp_path):
     (data / "meta.json").write_text(seal(meta))
     status, _, err = train(init_from="resume", max_iters=4, dataset=str(data))
     assert status == 2 and "is not the file it was trained on" in err
+    # A tokenizer of the same name: its ids stand for other tokens.
+    other = tmp_path / "other"
+    (tmp_path / "other.txt").write_text((ROOT / "docs/training.md").read_text())
+    done = script_here(
+        "prepare_openwebtext.py", f"--source={tmp_path}/other.txt", "--tokenizer=bpe:300",
+        f"--out_dir={other}", "--val_fraction=0.3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for way in ("new_data_order", "eval_only"):
+        flags = dict(init_from="resume", max_iters=4, dataset=str(other), **{way: True})
+        status, out, err = train(**flags)
+        assert status == 2 and "has another bpe:300 than run" in err, (out, err)
 
 
 def start(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
@@ -1201,10 +1243,11 @@ def test_float16_skips_a_norm_that_overflows(train, tmp_path, monkeypatch, on_na
     assert all(v.isfinite().all() for v in state.values())
 
 
-@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("when", ["before", "during", "after"])
 def test_a_signal_around_the_first_evaluation(train, tmp_path, monkeypatch, when):
     """Before it: there is nothing to store, and the run starts again. During it: the run stops
-    after one iteration. Both end with the losses of a run that nobody stopped."""
+    after one iteration. After it: in every iteration, the last included. All end
+    with the losses of a run that nobody stopped."""
     flags = dict(head="cosine", dropout=0.1, max_iters=4, eval_interval=3)
     assert train(**flags, out_dir="whole")[0] == 0
 
@@ -1217,7 +1260,9 @@ def test_a_signal_around_the_first_evaluation(train, tmp_path, monkeypatch, when
         return call
 
     with monkeypatch.context() as context:
-        if when == "before":
+        if when == "after":
+            context.setattr(train_script, "iterate", killing(train_script.iterate))
+        elif when == "before":
             context.setattr(StopSignals, "__init__", killing(StopSignals.__init__))
         else:
             context.setattr(Evaluation, "__call__", killing(Evaluation.__call__))
@@ -1231,6 +1276,15 @@ def test_a_signal_around_the_first_evaluation(train, tmp_path, monkeypatch, when
         assert status == 2 and "run holds no checkpoint" in err
         status, out, err = train(**flags, init_from="auto")
         assert "run holds no checkpoint yet: starting again" in out
+    elif when == "after":
+        for last in (2, 3, 4):
+            assert f"SIGTERM: stopped at iteration {last - 1}; resume" in err
+            with monkeypatch.context() as context:
+                context.setattr(train_script, "iterate", killing(train_script.iterate))
+                status, _, err = train(**flags, init_from="resume")
+        status, out, err = train(**flags, init_from="resume")
+        assert "iter 4: val loss" in out
+        assert "already trained to iteration 4" in train(**flags, init_from="resume")[1]
     else:
         assert "SIGTERM: stopped at iteration 1; resume from iter_000001" in err
         assert names == ["iter_000001"]

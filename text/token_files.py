@@ -14,7 +14,7 @@ import numpy as np
 from base.errors import UserError, nearest
 from base.files import sha256, unseal, write_whole
 from text.foreign import NANOGPT_META, ids_problem, layout
-from text.tokenizers import TRAINED_FILES, Tokenizer, is_trained, load_tokenizer
+from text.tokenizers import TRAINED_FILES, Tokenizer, is_trained, load_tokenizer, same_tokens
 
 VERIFIED = ".verified.json"  # Beside meta.json: the files that matched their sha256 last time.
 
@@ -87,6 +87,20 @@ def data_folder(dataset: str) -> Path:
     """`wiki` -> data/wiki. A name with a separator, or of a folder that exists, is a path."""
     path = Path(dataset)
     return path if path.is_dir() or len(path.parts) > 1 else Path("data") / dataset
+
+
+def check_tokenizer(run: Path, data: Data) -> None:
+    """Raises UserError if a run has its own copy of a tokenizer that the data's does not equal.
+
+    Two folders may have trained a tokenizer of one name on different texts.
+    """
+    if is_trained(data.tokenizer) and tokenizer_folder(run, "") == run:
+        if not same_tokens(load_tokenizer(data.tokenizer, run), data.load_tokenizer()):
+            raise UserError(
+                f"{data.folder} has another {data.tokenizer} than {run}, so its ids stand for other"
+                " tokens: name the data that the run was trained on, or prepare the text with the"
+                " run's tokenizer"
+            )
 
 
 def tokenizer_folder(run: Path, dataset: str) -> Path:

@@ -193,6 +193,11 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
         found.append(
             f"min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}: the rate rises"
         )
+    if model.doc_mask and data.eot_id is not None and model.eot_id != data.eot_id:
+        found.append(
+            f"eot_id={model.eot_id} is another token than the data's end of text, {data.eot_id}:"
+            " documents are masked at that token"
+        )
     if c.eval_iters * c.batch_size > windows:
         found.append(
             f"eval_iters={c.eval_iters} * batch_size={c.batch_size} are more windows than val has:"

@@ -29,7 +29,7 @@ from base.errors import UserError
 from base.files import fsync, seal, sha256, unseal
 from model import Model, ModelConfig
 from training.config import TrainConfig
-from training.telemetry import listed
+from training.telemetry import evaluated_alike_since, listed
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
 
@@ -236,8 +236,14 @@ def set_aside(out_dir: Path, chosen: Path) -> None:
 
 
 def best(out_dir: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss; None if there is none with a loss."""
-    found = {f: m["val_loss"] for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
+    """The checkpoint with the lowest validation loss; None if there is none with a loss.
+
+    If a resume has changed the validation windows, only later ones count, once there are any.
+    """
+    scored = {f: m for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
+    since = evaluated_alike_since(out_dir)
+    late = {f: m for f, m in scored.items() if m["iter"] > since}
+    found = {f: m["val_loss"] for f, m in (late or scored).items()}
     return min(found, key=lambda f: (math.isnan(found[f]), found[f])) if found else None
 
 

@@ -12,7 +12,7 @@ from training.advice import about_products, senseless_settings, slow_settings
 from training.folder import RunFolder
 from training.run import Run
 from training.step import Step
-from training.telemetry import duration, listed, peak_flops
+from training.telemetry import duration, listed, other_windows, peak_flops
 
 
 class NotFinite(Exception):
@@ -144,8 +144,13 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
         run.say(f"resuming at iteration {run.progress.iteration} of {c.max_iters}")
     notes = []
     if changed:
-        settings = (f"{k}={now} (was {before})" for k, (before, now) in changed.items())
-        notes.append(f"resumed with {', '.join(settings)}")
+        settings = [f"{k}={now} (was {old})" for k, (old, now) in changed.items() if k != "text"]
+        notes.append(f"resumed with {', '.join(settings) or 'another training text'}")
+        if other_windows(changed):
+            notes.append(
+                "the validation loss is of other windows from here on: earlier losses do not count"
+                " for the best checkpoint"
+            )
     if not c.eval_only:
         left = c.max_iters - run.progress.iteration
         flops = run.work.flops_per_token * left * run.work.tokens

@@ -18,14 +18,14 @@ from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
 from harmonic import HarmonicHead
 from model import Model, ModelConfig
-from text.token_files import Data, data_folder, load_data
+from text.token_files import Data, check_tokenizer, data_folder, load_data
 from training import checkpoint, distributed
 from training.config import TrainConfig
 from training.data import split_problems
 from training.distributed import Processes
 from training.objective import objective_of
 from training.step import Progress
-from training.telemetry import check_loggers
+from training.telemetry import check_loggers, other_windows
 
 REORDERED = (
     "in another data order it would read some windows twice in this epoch and others not at all;"
@@ -70,8 +70,20 @@ def configure(
         base["out_dir"] = str(out_dir)  # The folder may have been moved.
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     config.init_from, config.source = init_from or "scratch", start or config.source
+    problems = []
+    if given.get("init_from") in ("resume", "auto") and "overwrite" in given and config.overwrite:
+        problems.append(
+            f"overwrite=true deletes the run in {out_dir}, and init_from={given['init_from']}"
+            " resumes it: leave one of them out"
+        )
     if resume and base is not None:
-        check(resume_problems(out_dir, base, model, config))
+        problems += resume_problems(out_dir, base, model, config)
+        if start and start != base.get("source"):
+            problems.append(
+                f"source={start} does nothing here, because {out_dir} is resumed: to start from"
+                " that model, name another --out_dir"
+            )
+    check(problems)
     if source:
         check(source.problems(model))
     return model, config, base if resume else None, source
@@ -171,6 +183,11 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
         )
     if model.doc_mask and model.eot_id is None:
         model.eot_id = data.eot_id
+    if model.doc_mask and model.eot_id is not None and model.eot_id >= data.vocab_size:
+        problems.append(
+            f"eot_id={model.eot_id} is not a token of {data.tokenizer}, which has"
+            f" {data.vocab_size}: leave it out, and it is {data.eot_id}"
+        )
     if not data.vocab_size <= model.real_vocab_size <= max(model.vocab_size, rows):
         problems.append(
             f"real_vocab_size={model.real_vocab_size} is not between the data's {data.vocab_size}"
@@ -261,13 +278,21 @@ def precision(
 
 
 def go_on(
-    c: TrainConfig, data: Data, p: Processes, model: Model, scaler: torch.amp.GradScaler
+    c: TrainConfig,
+    data: Data,
+    p: Processes,
+    model: Model,
+    scaler: torch.amp.GradScaler,
+    changed: dict,
 ) -> tuple[Progress, Path]:
     """Loads the newest good checkpoint. Returns its progress and its folder.
 
-    Raises: UserError if there is none, or if the run was trained on another file.
+    changed: the settings that this start changes; another training text is added.
+
+    Raises: UserError if there is none, or if the run was trained on another file or tokenizer.
     """
     out_dir = Path(c.out_dir)
+    check_tokenizer(out_dir, data)
     folder = p.from_main(lambda: checkpoint.newest(out_dir))  # All processes load the same one.
     weights, manifest = checkpoint.read(folder)
     checkpoint.load_weights(model, weights)
@@ -279,6 +304,10 @@ def go_on(
         if not split.sha256:
             what += " (and there is no meta.json)"
         raise UserError(f"cannot resume {out_dir}: {split.path} {what}, and {REORDERED}")
+    if manifest["data"] != split.identity():
+        changed["text"] = [manifest["data"], split.identity()]
+    if other_windows(changed):
+        manifest["best_val_loss"] = math.inf
     iteration = manifest["iter"]
     evaluated = -1 if manifest["val_loss"] is None else iteration
     return Progress(iteration, manifest["best_val_loss"], evaluated, manifest["skipped"]), folder

@@ -376,6 +376,24 @@ def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict) -
     )
 
 
+def evaluated_alike_since(out_dir: Path) -> int:
+    """The iteration of the newest start of a run with other validation windows than before; -1 if
+    there is none. Losses up to it cannot be compared with later ones."""
+    path = out_dir / "environment.json"
+    now = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    starts = [*(now or {}).get("earlier", []), now or {}]
+    return max((s["iter"] for s in starts if other_windows(s.get("changed", {}))), default=-1)
+
+
+def other_windows(changed: dict) -> bool:
+    """Whether changed settings, key -> [before, now], change the windows of the validation loss."""
+    sizes = [
+        math.prod(changed.get(key, (1, 1))[i] for key in ("eval_iters", "batch_size"))
+        for i in (0, 1)
+    ]
+    return "text" in changed or sizes[0] != sizes[1]
+
+
 def listed(items: list, most: int = 5) -> str:
     """The items as `a, b, c and 4 more`, the first `most` of them by name."""
     return ", ".join(map(str, items[:most])) + (

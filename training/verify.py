@@ -30,7 +30,7 @@ def history(run: Path) -> list[dict]:
     ]
 
 
-def verify_resume(argv: list[str], decay: int, source: str | None = None) -> None:
+def verify_resume(argv: list[str], decay: int | None, source: str | None = None) -> None:
     """Compares a killed and resumed run with an uninterrupted one, and prints the result.
 
     The first run is killed (SIGKILL) after a checkpoint and resumed for INTERVAL iterations. The
@@ -39,7 +39,8 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None) -> Non
 
     Args:
         argv: the command line of train.py.
-        decay: the iteration at which the decay of the learning rate ends, as in the full run.
+        decay: the iteration at which the decay of the learning rate ends, as in the full run; None
+            for a constant rate.
         source: the model to start from, if any.
     Raises: SystemExit with status 1 if anything differs, and UserError if a run fails.
     """
@@ -57,11 +58,12 @@ def verify_resume(argv: list[str], decay: int, source: str | None = None) -> Non
         emissions=False,
         tensorboard=False,
         wandb=False,
-        lr_decay_iters=decay,
         verify_resume=False,
         init_from="auto",
+        overwrite=False,
     )
     flags = [f"--{k}={v}" for k, v in fixed.items()]
+    flags += [] if decay is None else [f"--lr_decay_iters={decay}"]
     flags += [f"--source={source}"] if source else []
     command = [sys.executable, *launcher(processes), sys.argv[0], *argv, *flags]
     with (
