@@ -34,16 +34,19 @@ from analysis.runs import (
     about,
     caution,
     default_out,
+    energy_of,
     find_runs,
     head_styles,
+    note,
     publish,
+    unequal_windows,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model, ModelConfig
 from training.objective import objective_of
-from training.telemetry import clock, energy, read_metrics, timed
+from training.telemetry import clock, read_metrics, timed
 
 UNITS = {"val_loss": "nats a token", "bits_per_byte": "bits a byte"}
 
@@ -124,7 +127,7 @@ def measure(run: Run, metrics: list[dict], key: str | None, target: float | None
     key: the loss that is to reach the target, val_loss or bits_per_byte; None if losses cannot be
         compared.
     """
-    used, c = energy(run.path), run.model_config
+    used, c = energy_of(run, metrics), run.model_config
     tokens = run.tokens_per_iteration() * sum("train_loss" in m for m in metrics)
     whole, elapsed, steps = times(run, metrics, used)
     spent: dict[str, float] = used or {}
@@ -243,8 +246,9 @@ def main() -> None:
         warning = caution(runs, [run.data() for run in runs]) if len(runs) > 1 else None
     except UserError as error:
         warning = f"{error}; so it was not checked whether the losses can be compared"
+    note(warning)
+    note(unequal_windows(runs))
     if warning:
-        print(f"note: {warning}", file=sys.stderr)
         everywhere = all(any("bits_per_byte" in m for m in ms) for ms in metrics)
         key = "bits_per_byte" if everywhere else None
     target = c.target if key is not None else None

@@ -20,6 +20,7 @@ from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
 from training.objective import Objective, batches_of, objective_of
+from training.telemetry import clock, energy, timed
 
 
 @dataclass
@@ -201,6 +202,28 @@ def unequal_training(runs: list[Run], iterations: list[int]) -> str | None:
     """A sentence if the runs have trained on different numbers of tokens, else None."""
     tokens = {i * run.tokens_per_iteration() for i, run in zip(iterations, runs, strict=True)}
     return "the runs have not trained on the same number of tokens" if len(tokens) > 1 else None
+
+
+def unequal_windows(runs: list[Run]) -> str | None:
+    """A sentence if the runs' validation losses are of different windows, else None."""
+    windows = {(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}
+    if len(windows) < 2:
+        return None
+    return (
+        "the runs have different validation windows (block_size, eval_iters or batch_size), so"
+        " small differences in loss mean nothing"
+    )
+
+
+def energy_of(run: Run, metrics: list[dict]) -> dict[str, float] | None:
+    """The energy of a run; None if it was not measured, or, with a note, only for a part of it."""
+    used = energy(run.path)
+    if used and timed(metrics):
+        elapsed = clock(metrics, run.tokens_per_iteration())[-1][0]
+        if used["duration"] < 0.95 * elapsed:
+            note(f"{run.name} measured its energy for a part of its time only: it is not shown")
+            return None
+    return used
 
 
 def note(sentence: str | None) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 from analysis import tables
 from analysis.compare import compare
 from analysis.geometry import spectrum
-from analysis.runs import Run, caution, texts_differ, unequal_training
+from analysis.runs import Run, caution, energy_of, texts_differ, unequal_training, unequal_windows
 from analysis.tables import Column
 from base.errors import UserError
 from harmonic import HEADS
 from model import Model
 from text.token_files import Data
-from training.telemetry import clock, energy, evaluated_alike_since, listed, timed
+from training.telemetry import clock, evaluated_alike_since, listed, timed
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
     best = min(evaluations, key=lambda m: (math.isnan(m["val_loss"]), m["val_loss"]))
     trained = [m["iter"] + 1 for m in metrics if "train_loss" in m]
     speeds = sorted(m["tokens_per_s"] for m in metrics if "tokens_per_s" in m)
-    used, head = energy(run.path), model.head
+    used, head = energy_of(run, metrics), model.head
     strength = minutes = None
     link = ""
     if not head.is_control:
@@ -138,35 +138,35 @@ def agreement(
     elif len(runs) > 1:
         warning = "The runs' data was not found, so it is unknown whether losses can be compared"
     blocks = {r.model_config.block_size for r in runs}
-    windows = {(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}
+    windows = unequal_windows(runs)
+    tokenizers = {r.config.tokenizer for r in runs}
     objectives = {r.objective.masked for r in runs}
-    machines = {(e.get("device"), e.get("world_size")) for e in environments}
+    machines = {(e.get("device"), e.get("world_size"), e.get("threads")) for e in environments}
     unequal = unequal_training(runs, [s["iterations"] for s in summaries])
 
     notes = []
     for run, s in zip(runs, summaries, strict=True):
         if not math.isfinite(s["last_val_loss"]):
             notes.append(f"Beware: the last validation loss of {run.name} is {s['last_val_loss']}.")
-    if warning:
-        notes.append(warning[0].upper() + warning[1:] + ".")
-    if unequal:
-        notes.append(
-            f"{unequal[0].upper()}{unequal[1:]}. More training lowers a loss. Energy and time are"
-            " not ranked."
-        )
+    not_ranked = "energy and time are not ranked"
+    for applies, sentence in (
+        (warning, f"{warning}"),
+        (unequal, f"{unequal}. More training lowers a loss, and {not_ranked}"),
+        (len(machines) > 1, f"the runs ran on different machines or threads: {not_ranked}"),
+        (
+            len(tokenizers) > 1,
+            f"tokens of different tokenizers are not the same work: {not_ranked}",
+        ),
+        (windows, f"{windows}"),
+    ):
+        if applies:
+            notes.append(f"{sentence[0].upper()}{sentence[1:]}.")
     if twin := without_twin(runs):
         notes.append(twin)
-    if len(machines) > 1:
-        notes.append("The runs ran on different machines: energy and time are not ranked.")
-    if len(windows) > 1:
-        notes.append(
-            "The runs have different validation windows (block_size, eval_iters or batch_size),"
-            " so small differences in loss mean nothing."
-        )
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
-    same_work = unequal is None and len(machines) == 1
+    same_work = unequal is None and len(machines) == len(tokenizers) == 1
     return Agreement(
-        losses=warning is None and len(windows) == 1,
+        losses=warning is None and windows is None,
         bits=len(objectives) == 1 and (not data or not texts_differ(data)),
         work=same_work,
         energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),

@@ -547,6 +547,17 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
     assert any("different machines" in note for note in d["notes"])
     assert not marked(d) & {"kWh", "tokens/s", "minutes"} and not d["radar"]
+    runs = find_runs([home / "out/ce", home / "out/cosine"])
+    summaries = [{"iterations": 4, "last_val_loss": 5.0, "minutes": 30.0}] * 2
+    found = summary.agreement(runs, None, summaries, [{"threads": 1}, {"threads": 2}], [])
+    assert not found.work and any("or threads" in note for note in found.notes)
+    other = dataclasses.replace(runs[1].config, tokenizer="char", eval_iters=1)
+    runs = [runs[0], dataclasses.replace(runs[1], config=other)]
+    found = summary.agreement(runs, None, summaries, [{}, {}], [])
+    assert not found.work and not found.losses
+    assert {"Tokens of different tokenizers", "The runs have different validation windows"} <= {
+        " ".join(note.split()[:n]) for note in found.notes for n in (4, 6)
+    }
 
 
 def test_energy_is_ranked_between_runs_that_are_long_enough(home):

@@ -321,6 +321,14 @@ def test_emissions_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
         assert float(row["minutes_to_target"]) == pytest.approx(steps / 60)
         assert float(row["kwh_to_target"]) == pytest.approx(0.005 * steps / whole)
     assert (tmp_path / "e.png").stat().st_size > 10_000
+    # CodeCarbon saw 6 s of a run whose steps and evaluations took 24.
+    run = shutil.copytree(home / "out/ce", tmp_path / "part")
+    emitted = (run / "emissions.csv").read_text()
+    (run / "emissions.csv").write_text(emitted.replace("30,", "3,"))
+    call(emissions.main, monkeypatch, run, f"--out={tmp_path / 'part.csv'}")
+    assert "part measured its energy for a part of its time only" in capsys.readouterr().err
+    (row,) = csv.DictReader((tmp_path / "part.csv").open())
+    assert row["kwh"] == "" and float(row["minutes"]) == pytest.approx(24 / 60)
 
 
 # theory
