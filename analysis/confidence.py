@@ -47,6 +47,8 @@ from analysis.runs import (
     default_out,
     find_runs,
     head_styles,
+    note,
+    note_unknown,
     publish,
     windows,
 )
@@ -121,7 +123,9 @@ def encoded_windows(data: Data, own: Data, split: str, length: int, most: int) -
             if len(mine) == length + 1:
                 found.append(np.array(mine))
                 break
-    return _stacked(found, data)
+    windowed = _stacked(found, data)
+    note_unknown(words, windowed.numpy(), str(data.folder))
+    return windowed
 
 
 def encoded(ids: np.ndarray, theirs: Tokenizer, words: Tokenizer) -> list[int]:
@@ -205,8 +209,10 @@ def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     def loss(log_t: float) -> float:
         return torch.nn.functional.cross_entropy(logits / math.exp(log_t), targets).item()
 
-    found = minimize_scalar(loss, bounds=(-math.log(8), math.log(8)), method="bounded")
-    return math.exp(found.x)
+    found = math.exp(minimize_scalar(loss, bounds=(-math.log(8), math.log(8)), method="bounded").x)
+    if not 0.126 < found < 7.9:
+        note(f"the best temperature lies beyond 1/8 to 8: {found:.3g} is the end of that range")
+    return found
 
 
 def error_of_windows(both: np.ndarray) -> float:

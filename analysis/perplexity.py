@@ -46,6 +46,7 @@ from analysis.runs import (
     default_out,
     find_runs,
     note,
+    note_unknown,
     publish,
     unequal_training,
 )
@@ -272,11 +273,9 @@ def _by_document(model: Model, data: Data, source: Data, split: str, c: Perplexi
         raise UserError(
             f"{source.splits[split].path} has no document with text: there is nothing to score"
         )
-    documents = (
-        np.concatenate(([data.eot_id], ids)).astype(np.int64)
-        for ids in own.encode_batch(texts)
-        if ids
-    )
+    found = own.encode_batch(texts)
+    note_unknown(own, np.concatenate(found), str(source.folder))
+    documents = (np.concatenate(([data.eot_id], ids)).astype(np.int64) for ids in found if ids)
     block, device, nats = model.config.block_size, model.tokens.weight.device, 0.0
     for x, y in document_batches(documents, data.eot_id, block, block, c.batch_size):
         x, y = x.to(device), y.to(device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -16,6 +17,7 @@ from base.errors import UserError, check, nearest
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
 from text.token_files import Data, check_tokenizer, data_folder, load_data
+from text.tokenizers import Tokenizer
 from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
@@ -171,6 +173,23 @@ def texts_differ(data: list[Data], split: str = "val") -> bool:
     return len({d.splits[split].bytes for d in data}) > 1
 
 
+def lossy(data: list[Data]) -> list[str]:
+    """The tokenizers that cannot write every text, if the data has different tokenizers. They lose
+    characters, so their bits per byte are too low."""
+    if len({d.tokenizer for d in data}) == 1:
+        return []
+    return sorted({d.tokenizer for d in data if d.load_tokenizer().unk_id is not None})
+
+
+def note_unknown(words: Tokenizer, ids: np.ndarray, text: str) -> None:
+    """Prints how many ids of a text stand for what a tokenizer cannot write, if there are any."""
+    if words.unk_id is not None and (share := float((ids == words.unk_id).mean())):
+        note(
+            f"{share:.1%} of the tokens of {text} are unknown to {words.name}: they are easy to"
+            " predict, so its numbers say little"
+        )
+
+
 def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None:
     """Why the losses of runs cannot be compared, as a sentence. None if they can.
 
@@ -192,6 +211,11 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
         return (
             "the runs have different data: only bits/byte may be compared, and a difference may"
             " come from the texts"
+        )
+    if lost := lossy(data):
+        return (
+            f"the runs have different tokenizers, and {' and '.join(lost)} cannot write every text:"
+            " not even bits/byte may be compared"
         )
     if len(tokens) > 1:
         return "the runs have different tokenizers: only bits/byte may be compared"

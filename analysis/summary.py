@@ -10,7 +10,15 @@ import numpy as np
 from analysis import tables
 from analysis.compare import compare
 from analysis.geometry import spectrum
-from analysis.runs import Run, caution, energy_of, texts_differ, unequal_training, unequal_windows
+from analysis.runs import (
+    Run,
+    caution,
+    energy_of,
+    lossy,
+    texts_differ,
+    unequal_training,
+    unequal_windows,
+)
 from analysis.tables import Column
 from base.errors import UserError
 from harmonic import HEADS
@@ -167,7 +175,7 @@ def agreement(
     same_work = unequal is None and len(machines) == len(tokenizers) == 1
     return Agreement(
         losses=warning is None and windows is None,
-        bits=len(objectives) == 1 and (not data or not texts_differ(data)),
+        bits=len(objectives) == 1 and (not data or not (texts_differ(data) or lossy(data))),
         work=same_work,
         energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),
         windows=warning is None and len(losses) == len(runs) and same_size,

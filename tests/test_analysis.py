@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from analysis import figures, page, perplexity, report, summary, tables
-from analysis.runs import caution, find_runs, unequal_training
+from analysis.runs import caution, find_runs, lossy, note_unknown, unequal_training
 from analysis.tables import Column
 from base.command_line import cli, write_yaml
 from base.errors import UserError
@@ -516,6 +516,19 @@ def test_long_curves_are_thinned_and_keep_their_extremes():
     assert all(len(v) == len(curve["x"]) - 1 for v in numbers.values())
     assert all(2.4 < m < 3.2 for m in numbers["y"])
     assert report.thin(points[:3]) == {"x": [0, 1, 2], "y": [0.0, 1.0, 2.0]}
+
+
+def test_a_tokenizer_that_loses_characters_is_named(home, capsys):
+    runs = find_runs([home / "out/ce", home / "out/cosine"])
+    data = [run.data() for run in runs]
+    words = dataclasses.replace(data[1].load_tokenizer(), unk_id=3)
+    other = dataclasses.replace(data[1], tokenizer="char")
+    other.load_tokenizer = lambda: words
+    assert lossy(data) == [] and lossy([data[0], other]) == ["char"]
+    assert "char cannot write every text" in caution(runs, [data[0], other])
+    note_unknown(words, np.array([1, 3, 2, 3]), "a text")
+    note_unknown(data[0].load_tokenizer(), np.array([1, 3, 2, 3]), "a text")
+    assert capsys.readouterr().err.count("50.0% of the tokens of a text are unknown") == 1
 
 
 def test_the_lead_says_only_what_the_windows_tell(home):

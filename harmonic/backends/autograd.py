@@ -210,6 +210,11 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     if upstream is None:
         return None, None, None, None, None, [None] * len(parameters), None, None, None, None
     if wants_graph():
+        if seed is not None:
+            raise RuntimeError(
+                "the gradient of a gradient would need the noise of this head again: call"
+                " head.eval() first, or use impl='dense'"
+            )
         dx, dy, dstrength, dbias, *others = _differentiable(
             (states, prototypes, strength, bias, *parameters), targets, seed, ctx.spec, upstream
         )
