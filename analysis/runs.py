@@ -22,7 +22,7 @@ from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
 from training.objective import Objective, batches_of, objective_of
-from training.telemetry import clock, energy, timed
+from training.telemetry import clock, energy, other_iterations, timed
 
 
 @dataclass
@@ -129,6 +129,7 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
             load_data(data_folder(dataset), config.tokenizer)
             config.dataset = dataset
         runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
+        note(uneven(runs[-1]))
     return runs
 
 
@@ -226,6 +227,16 @@ def unequal_training(runs: list[Run], iterations: list[int]) -> str | None:
     """A sentence if the runs have trained on different numbers of tokens, else None."""
     tokens = {i * run.tokens_per_iteration() for i, run in zip(iterations, runs, strict=True)}
     return "the runs have not trained on the same number of tokens" if len(tokens) > 1 else None
+
+
+def uneven(run: Run) -> str | None:
+    """A sentence if a resume has changed the size of a run's iterations, else None."""
+    if not other_iterations(run.path):
+        return None
+    return (
+        f"{run.name} was resumed with iterations of another size: its tokens, times and energies"
+        " are computed as if all had the last size, so they are wrong"
+    )
 
 
 def unequal_windows(runs: list[Run]) -> str | None:

@@ -18,6 +18,7 @@ from analysis.runs import (
     texts_differ,
     unequal_training,
     unequal_windows,
+    uneven,
 )
 from analysis.tables import Column
 from base.errors import UserError
@@ -156,6 +157,8 @@ def agreement(
     for run, s in zip(runs, summaries, strict=True):
         if not math.isfinite(s["last_val_loss"]):
             notes.append(f"Beware: the last validation loss of {run.name} is {s['last_val_loss']}.")
+    sizes = [sentence for run in runs if (sentence := uneven(run))]
+    notes += [f"{sentence}." for sentence in sizes]
     not_ranked = "energy and time are not ranked"
     for applies, sentence in (
         (warning, f"{warning}"),
@@ -172,7 +175,7 @@ def agreement(
     if twin := without_twin(runs):
         notes.append(twin)
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
-    same_work = unequal is None and len(machines) == len(tokenizers) == 1
+    same_work = unequal is None and not sizes and len(machines) == len(tokenizers) == 1
     return Agreement(
         losses=warning is None and windows is None,
         bits=len(objectives) == 1 and (not data or not (texts_differ(data) or lossy(data))),

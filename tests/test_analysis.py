@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from analysis import figures, page, perplexity, report, summary, tables
-from analysis.runs import caution, find_runs, lossy, note_unknown, unequal_training
+from analysis.runs import caution, find_runs, lossy, note_unknown, unequal_training, uneven
 from analysis.tables import Column
 from base.command_line import cli, write_yaml
 from base.errors import UserError
@@ -560,6 +560,14 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
     assert any("different machines" in note for note in d["notes"])
     assert not marked(d) & {"kWh", "tokens/s", "minutes"} and not d["radar"]
+    changed = {"batch_size": [4, 8], "gradient_accumulation_steps": [2, 1]}
+    (run / "environment.json").write_text(json.dumps({"iter": 2, "changed": changed}))
+    assert uneven(find_runs([run])[0]) is None
+    changed["gradient_accumulation_steps"] = [1, 1]
+    (run / "environment.json").write_text(json.dumps({"iter": 2, "changed": changed}))
+    d = make_report(monkeypatch, tmp_path / "r.html", run, home / "out/cosine").document()
+    assert any("iterations of another size" in note for note in d["notes"])
+    assert not marked(d) & {"kWh", "tokens/s", "minutes"}
     runs = find_runs([home / "out/ce", home / "out/cosine"])
     summaries = [{"iterations": 4, "last_val_loss": 5.0, "minutes": 30.0}] * 2
     found = summary.agreement(runs, None, summaries, [{"threads": 1}, {"threads": 2}], [])

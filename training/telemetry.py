@@ -376,22 +376,35 @@ def write_environment(out_dir: Path, now: dict, iteration: int, changed: dict) -
     )
 
 
+def starts(out_dir: Path) -> list[dict]:
+    """The environments of all starts of a run, oldest first; see `write_environment`."""
+    path = out_dir / "environment.json"
+    now = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    earlier = now.get("earlier", []) if now else []
+    return [*earlier, now] if now and isinstance(earlier, list) else []
+
+
 def evaluated_alike_since(out_dir: Path) -> int:
     """The iteration of the newest start of a run with other validation windows than before; -1 if
     there is none. Losses up to it cannot be compared with later ones."""
-    path = out_dir / "environment.json"
-    now = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
-    starts = [*(now or {}).get("earlier", []), now or {}]
-    return max((s["iter"] for s in starts if other_windows(s.get("changed", {}))), default=-1)
+    changes = [(s.get("iter", -1), s.get("changed", {})) for s in starts(out_dir)]
+    return max((at for at, changed in changes if other_windows(changed)), default=-1)
 
 
 def other_windows(changed: dict) -> bool:
     """Whether changed settings, key -> [before, now], change the windows of the validation loss."""
-    sizes = [
-        math.prod(changed.get(key, (1, 1))[i] for key in ("eval_iters", "batch_size"))
-        for i in (0, 1)
-    ]
-    return "text" in changed or sizes[0] != sizes[1]
+    return "text" in changed or _resized(changed, "eval_iters", "batch_size")
+
+
+def other_iterations(out_dir: Path) -> bool:
+    """Whether a start of a run has changed the number of windows in an iteration."""
+    keys = "batch_size", "gradient_accumulation_steps"
+    return any(_resized(s.get("changed", {}), *keys) for s in starts(out_dir))
+
+
+def _resized(changed: dict, *keys: str) -> bool:
+    before, now = (math.prod(changed.get(key, (1, 1))[i] for key in keys) for i in (0, 1))
+    return before != now
 
 
 def listed(items: list, most: int = 5) -> str:
