@@ -502,18 +502,19 @@ def harmonic_class(plain: type) -> type:
 
 
 def _is_usual(plain: type) -> bool:
-    """Whether a class computes its loss as most do: by transformers' own `loss_function`, or, for
-    masked models, in a forward of transformers."""
+    """Whether the forward of a class is transformers' own, and computes the loss as most do: by
+    `loss_function` for a causal model, which shifts the labels."""
     from transformers import PreTrainedModel
 
     if plain.loss_function is not PreTrainedModel.loss_function:
         return False
-    if plain.__name__.endswith("ForMaskedLM"):
-        return plain.forward.__module__.startswith("transformers.")
-    try:
-        return "self.loss_function(" in inspect.getsource(plain.forward)
-    except OSError:  # There is no source.
+    if not plain.forward.__module__.startswith("transformers."):
         return False
+    try:
+        source = inspect.getsource(plain.forward)
+    except OSError:
+        return False
+    return plain.__name__.endswith("ForMaskedLM") or "self.loss_function(" in source
 
 
 class _Config:
