@@ -432,8 +432,7 @@ def draw_energy(rows: list[Row], path: Path) -> None:
     axes.set_xlabel("energy of training, kJ")
     axes.set_ylabel("bits per byte of the validation split")
     axes.grid(alpha=0.2, which="both")
-    if axes.lines:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     figures.save(figure, path)
 
 
@@ -470,9 +469,11 @@ def main() -> None:
     draw(rows, out)
     along = out.with_stem(f"{out.stem}_curves")
     draw_curves(rows, along)
-    costs = out.with_stem(f"{out.stem}_energy")
-    draw_energy(rows, costs)
-    print(f"wrote {out}, {along} and {costs}")
+    print(f"wrote {out} and {along}")
+    if cost(rows):
+        costs = out.with_stem(f"{out.stem}_energy")
+        draw_energy(rows, costs)
+        print(f"wrote {costs}")
 
 
 if __name__ == "__main__":
