@@ -184,7 +184,7 @@ def lossy(data: list[Data]) -> list[str]:
 
 def note_unknown(words: Tokenizer, ids: np.ndarray, text: str) -> None:
     """Prints how many ids of a text stand for what a tokenizer cannot write, if there are any."""
-    if words.unk_id is not None and (share := float((ids == words.unk_id).mean())):
+    if words.unk_id is not None and len(ids) and (share := float((ids == words.unk_id).mean())):
         note(
             f"{share:.1%} of the tokens of {text} are unknown to {words.name}: they are easy to"
             " predict, so its numbers say little"

@@ -120,7 +120,8 @@ class HarmonicHead(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Adds a strength that was set or matched after the head was built."""
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self.log_strength is None and self.fixed_strength != self.built_strength:
+        built = getattr(self, "built_strength", self.fixed_strength)  # Old pickles have none.
+        if self.log_strength is None and self.fixed_strength != built:
             strength = torch.tensor(self.fixed_strength, dtype=torch.float64)
             destination[f"{prefix}strength"] = strength
 
@@ -130,6 +131,8 @@ class HarmonicHead(nn.Module):
         strength = state_dict.pop(f"{prefix}strength", None)
         if strength is not None:
             self.set_strength(float(strength))
+        elif self.log_strength is None and f"{prefix}weight" in state_dict:
+            self.fixed_strength = getattr(self, "built_strength", self.fixed_strength)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
@@ -205,19 +208,21 @@ class HarmonicHead(nn.Module):
         """Sets n or s. ValueError for a value that is not positive."""
         if not 0 < value < math.inf:
             raise ValueError(f"the strength must be a positive number, got {value}")
-        self.fixed_strength = value
+        self.fixed_strength = value = float(value)
         if self.log_strength is not None:
             self.log_strength.fill_(math.log(value))
 
     def config(self) -> dict[str, Any]:
         """The settings that `from_config` takes. It holds no prototypes and no parameters."""
         rows, width = self.padded_prototypes().shape
+        sizes = {"n_embd": width, "vocab_size": rows, "real_vocab_size": self.real_vocab_size}
+        return {**sizes, **self.settings()}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `config` without its sizes."""
         found = {
-            "n_embd": width,
-            "vocab_size": rows,
             "name": self.name,
             "link": self.link,
-            "real_vocab_size": self.real_vocab_size,
             "bias": self.bias is not None,
             "impl": self.impl,
             "skip": self.skip,

@@ -186,7 +186,10 @@ class Multiply(torch.autograd.Function):
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, Tensor, None]:
         if wants_graph():
             x, y = ctx.saved_tensors
-            return slopes @ y, slopes.T @ x, None
+            from .pairwise import exactly
+
+            with exactly(slopes.device):
+                return slopes @ y, slopes.T @ x, None
         return *ctx.products.gradients(slopes, *ctx.saved_tensors), None
 
 

@@ -689,7 +689,7 @@ def test_a_swapped_model_goes_on_where_it_is_changed(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     state = model.state_dict()
     swap_head(model, "minkowski", p=1.5)
-    assert model.config._name_or_path == ""
+    assert model.config._name_or_path == model.name_or_path == ""
     model.lm_head.options["p"], model.lm_head.exponent = 3.0, 7.0
     model.save_pretrained(tmp_path / "swapped")
     again = load_swapped(tmp_path / "swapped").eval()

@@ -146,7 +146,7 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     if changed:
         settings = [f"{k}={now} (was {old})" for k, (old, now) in changed.items() if k != "text"]
         notes.append(f"resumed with {', '.join(settings) or 'another training text'}")
-        if other_windows(changed):
+        if other_windows(changed) and not c.eval_only:
             notes.append(
                 "the validation loss is of other windows from here on: earlier losses do not count"
                 " for the best checkpoint"

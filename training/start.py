@@ -25,7 +25,7 @@ from training.data import split_problems
 from training.distributed import Processes
 from training.objective import objective_of
 from training.step import Progress
-from training.telemetry import check_loggers, other_windows
+from training.telemetry import check_loggers, evaluated_alike_since, other_windows
 
 REORDERED = (
     "in another data order it would read some windows twice in this epoch and others not at all;"
@@ -78,7 +78,7 @@ def configure(
         )
     if resume and base is not None:
         problems += resume_problems(out_dir, base, model, config)
-        if start and start != base.get("source"):
+        if start and os.path.normpath(start) != os.path.normpath(base.get("source") or ""):
             problems.append(
                 f"source={start} does nothing here, because {out_dir} is resumed: to start from"
                 " that model, name another --out_dir"
@@ -306,7 +306,10 @@ def go_on(
         raise UserError(f"cannot resume {out_dir}: {split.path} {what}, and {REORDERED}")
     if manifest["data"] != split.identity():
         changed["text"] = [manifest["data"], split.identity()]
-    if other_windows(changed):
+    since = p.from_main(
+        lambda: evaluated_alike_since(out_dir)
+    )  # A killed start may have changed it.
+    if other_windows(changed) or manifest["iter"] <= since:
         manifest["best_val_loss"] = math.inf
     iteration = manifest["iter"]
     evaluated = -1 if manifest["val_loss"] is None else iteration

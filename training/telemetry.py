@@ -381,7 +381,8 @@ def starts(out_dir: Path) -> list[dict]:
     path = out_dir / "environment.json"
     now = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     earlier = now.get("earlier", []) if now else []
-    return [*earlier, now] if now and isinstance(earlier, list) else []
+    found = [*earlier, now] if now and isinstance(earlier, list) else []
+    return [start for start in found if isinstance(start, dict) and "iter" in start]
 
 
 def evaluated_alike_since(out_dir: Path) -> int:

@@ -222,7 +222,8 @@ def swap_head(
     if name == "cross_entropy" and bias is not None:
         arguments["bias"] = True
     config = _own_config(model)
-    config._name_or_path = ""  # TRL and PEFT would load the plain model of that name again.
+    # TRL and PEFT would load the plain model of that name again.
+    config._name_or_path = model.name_or_path = ""
     head = ModelHead(weight.shape[1], len(weight), name, **arguments)
     head.padded = "real_vocab_size" in arguments
     head.to(weight.device)
@@ -309,7 +310,7 @@ class Swapped:
         super().__init__(config)
         folder = config._name_or_path
         swap_head(self, **config.harmonic)
-        self.config._name_or_path = folder
+        self.config._name_or_path = self.name_or_path = folder
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -429,11 +430,12 @@ class Swapped:
         So no plain class can silently load the folder.
         """
         head = self.get_output_embeddings()
-        settings = head.config()
-        left_out = {"n_embd", "vocab_size"}
-        left_out |= set() if settings["bias"] else {"bias"}
-        left_out |= set() if head.padded else {"real_vocab_size"}
-        self.config.harmonic = {k: v for k, v in settings.items() if k not in left_out}
+        settings = head.settings()
+        if not settings["bias"]:
+            del settings["bias"]
+        if head.padded:
+            settings["real_vocab_size"] = head.real_vocab_size
+        self.config.harmonic = settings
         # A class that came from a folder of an older version has its own file, which transformers
         # copies.
         if type(self).__reduce_ex__ is _reduce and options.get("is_main_process", True):

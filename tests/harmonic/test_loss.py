@@ -93,6 +93,26 @@ def test_the_gradient_of_a_gradient_is_that_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "logits"])
+def test_create_graph_changes_no_gradient_of_tied_prototypes(name, reduction):
+    """States that depend on the prototypes, also under autocast, where a penalty is often taken."""
+    h, w = vectors(torch.float32)
+    w.requires_grad_()
+
+    def gradient(create_graph):
+        states = (w[:N] * h).tanh()
+        if reduction == "logits":
+            loss = F.cross_entropy(harmonic_logits(states, w, name), torch.arange(N))
+        else:
+            loss = harmonic_loss(states, w, torch.arange(N), name, reduction=reduction).mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.autograd.grad(loss, w, create_graph=create_graph)[0]
+
+    one, two = gradient(True), gradient(False)
+    assert (one - two).abs().max() < 1e-4 * two.abs().max()
+
+
+@pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan"])
 def test_transforms_of_torch_func_are_right_or_refused(name):
     """A tangent through the loss's operator would be 0 without a word."""
     h, w = vectors(torch.float32)
@@ -113,8 +133,11 @@ def test_transforms_of_torch_func_are_right_or_refused(name):
 def test_a_strength_that_was_set_is_part_of_the_state():
     one, two = (HarmonicHead(C, V, "euclidean") for _ in range(2))
     assert "strength" not in one.state_dict()  # It is that of the arguments.
+    before, default = one.state_dict(), one.exponent
     one.exponent = 7.0
     two.load_state_dict(one.state_dict())
+    one.load_state_dict(before)
+    assert one.exponent == default
     assert two.exponent == 7.0 and two.scale is None
     with pytest.raises(ValueError, match="this head has no scale"):
         two.scale = 3.0
