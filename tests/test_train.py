@@ -27,7 +27,7 @@ from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
 from model import Model, ModelConfig
 from tests.faults.storm import workers
 from text.token_files import load_data
-from training import advice, checkpoint
+from training import advice, checkpoint, distributed
 from training.config import TrainConfig
 from training.distributed import StopSignals, launcher
 from training.evaluation import Evaluation
@@ -967,6 +967,20 @@ def test_ctrl_c_before_training_leaves_no_traceback(capsys, words):
     with pytest.raises(SystemExit) as stop:
         cli(lambda: signal.raise_signal(signal.SIGINT))
     assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_of_the_compiler_is_named(capsys, monkeypatch):
+    """As a process leaves it that is killed while it compiles."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def main():
+        raise RuntimeError("InductorError: ImportError: /tmp/cache/ab/main.so: file too short\n")
+
+    with pytest.raises(SystemExit) as stop:
+        distributed.run(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err
+    assert "/tmp/cache/ab/main.so, in the cache of torch.compile, is damaged" in err
 
 
 def test_what_counts_as_a_restart(tmp_path, monkeypatch):

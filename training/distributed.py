@@ -4,6 +4,7 @@ torchrun starts one process for each device. Without torchrun there is one proce
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -203,6 +204,20 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
     raise TimeoutError(f"rank 0 did not answer rank {rank} within {timeout:g} seconds")
 
 
+def _explain(main: Callable[[], object]) -> None:
+    """Runs main. A damaged file in the cache of torch.compile becomes a UserError."""
+    try:
+        main()
+    except Exception as error:
+        found = re.search(r"ImportError: (\S+\.so): (file too short|invalid ELF)", str(error))
+        if not found:
+            raise
+        raise UserError(
+            f"{found[1]}, in the cache of torch.compile, is damaged ({found[2]}): a process was"
+            " killed while it compiled. Delete the file and start again"
+        ) from error
+
+
 def run(main: Callable[[], object]) -> None:
     """Runs `cli(main)`. Under torchrun the process then ends without destroying process groups.
 
@@ -210,12 +225,12 @@ def run(main: Callable[[], object]) -> None:
     lock, and joins a thread that waits for that lock.
     """
     if "RANK" not in os.environ:
-        cli(main)
+        cli(lambda: _explain(main))
         return
 
     def tell() -> None:
         try:
-            main()
+            _explain(main)
         except UserError as error:
             # `cli` prints the error of local rank 0.
             if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
