@@ -67,11 +67,8 @@ def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, fl
     """
     if not timed(metrics):
         return []
-    return [
-        (steps, m[key])
-        for m, (_, steps) in zip(metrics, clock(metrics, run.tokens_per_iteration()), strict=True)
-        if key in m
-    ]
+    times = clock(run.path, metrics, run.tokens_per_iteration())
+    return [(steps, m[key]) for m, (_, steps) in zip(metrics, times, strict=True) if key in m]
 
 
 def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
@@ -109,7 +106,7 @@ def times(
     """
     elapsed = steps = None
     if timed(metrics):
-        elapsed, steps = clock(metrics, run.tokens_per_iteration())[-1]
+        elapsed, steps = clock(run.path, metrics, run.tokens_per_iteration())[-1]
     whole = elapsed
     if used is not None and math.isfinite(used["duration"]):
         whole = used["duration"]

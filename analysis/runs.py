@@ -254,7 +254,7 @@ def energy_of(run: Run, metrics: list[dict]) -> dict[str, float] | None:
     """The energy of a run; None if it was not measured, or, with a note, only for a part of it."""
     used = energy(run.path)
     if used and timed(metrics):
-        elapsed = clock(metrics, run.tokens_per_iteration())[-1][0]
+        elapsed = clock(run.path, metrics, run.tokens_per_iteration())[-1][0]
         if used["duration"] < 0.95 * elapsed:
             note(f"{run.name} measured its energy for a part of its time only: it is not shown")
             return None

@@ -107,7 +107,7 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
         strength = f"{'n' if head.is_harmonic else 's'} = {float(head.strength):.4g}"
         link = f", {head.link} link"
     if timed(metrics):
-        minutes = clock(metrics, run.tokens_per_iteration())[-1][0] / 60
+        minutes = clock(run.path, metrics, run.tokens_per_iteration())[-1][0] / 60
     return {
         "head": head.name + link,
         "strength": strength,

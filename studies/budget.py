@@ -112,6 +112,7 @@ CHECKS = [
     ("cosine softmax", "learning_rate", 2),
 ]
 STAGES = ("sweep", "0.6M", "2M", "6M", "20M", "20M settings", "imdb", "cost", "wiki", "dropout")
+DATASETS = {"imdb": "imdb_bpe", "wiki": "wiki"}  # Other stages use wikitext2.
 # Stages that compare settings or measure cost. They never see the test split.
 UNTESTED = ("sweep", "20M settings", "cost")
 
@@ -160,7 +161,7 @@ class Plan:
         found += self.runs("20M", 20.0, first, LONG)
         found += self.runs("6M", 6.0, early[1:], LONG)
         found += [self.changed(*check) for check in CHECKS]
-        found += self.runs("imdb", 2.0, early, LONG, dataset="imdb_bpe")
+        found += self.runs("imdb", 2.0, early, LONG)
         found += self.runs("cost", 0.3, early, LONG)
         found += self.sweep(others)
         if not self.done(found):
@@ -176,9 +177,9 @@ class Plan:
         found += self.runs("20M", 20.0, early[1:], LONG)
         found += self.runs("0.6M", 0.6, late, HEADS)
         found += self.runs("2M", 2.0, late, ALL)
-        found += self.runs("imdb", 2.0, early, others, dataset="imdb_bpe")
+        found += self.runs("imdb", 2.0, early, others)
         found += self.runs("cost", 0.3, early, [*others, *CONTROLS])
-        found += self.runs("wiki", 2.0, early, HEADS, dataset="wiki")
+        found += self.runs("wiki", 2.0, early, HEADS)
         found += self.runs("dropout", 20.0, first, LONG, dropout=0.1)
         return found
 
@@ -230,7 +231,14 @@ class Plan:
     ) -> list[dict]:
         """Every seed with every head at its best setting, seed by seed. tokens: millions."""
         return [
-            {**self.winner(name), "stage": stage, "tokens": tokens, "seed": seed, **changes}
+            {
+                **self.winner(name),
+                "stage": stage,
+                "dataset": dataset(stage),
+                "tokens": tokens,
+                "seed": seed,
+                **changes,
+            }
             for seed in seeds
             for name in names
         ]
@@ -251,12 +259,17 @@ def strength(name: str) -> str:
     return "init_std" if ALL[name].exponent is None else "exponent"
 
 
+def dataset(stage: str) -> str:
+    """The prepared data that a stage trains on."""
+    return DATASETS.get(stage, "wikitext2")
+
+
 def base(name: str) -> dict:
     """The key of a head's run in the sweep; `Plan.tried` sets its learning rate."""
     exponent = ALL[name].exponent
     return {
         "stage": "sweep",
-        "dataset": "wikitext2",
+        "dataset": dataset("sweep"),
         "tokens": 2.0,
         "name": name,
         "exponent": "" if exponent is None else exponent,
@@ -362,8 +375,8 @@ def summary(rows: list[Row]) -> str:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], BudgetConfig)
-    for dataset in ("wikitext2", "wiki", "imdb_bpe"):
-        load_data(data_folder(dataset))  # What is missing is told now, not after hours.
+    for name in dict.fromkeys(dataset(stage) for stage in c.only or STAGES):
+        load_data(data_folder(name))  # What is missing is told now, not after hours.
     table = Table(c.out, COLUMNS, KEY)
     plan = Plan(table)
 

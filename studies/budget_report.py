@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from scipy.stats import spearmanr, ttest_1samp
 
 from analysis import figures
@@ -429,9 +430,12 @@ def draw_energy(rows: list[Row], path: Path) -> None:
                 ends[each * tokens * 1e3] = np.mean([number(row["bits_per_byte"]) for row in mine])
         axes.plot(list(ends), list(ends.values()), label=name, marker="o", markersize=4, **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set_xlabel("energy of training, kJ")
     axes.set_ylabel("bits per byte of the validation split")
-    axes.grid(alpha=0.2, which="both")
+    axes.grid(alpha=0.2)
     axes.legend(frameon=False)
     figures.save(figure, path)
 

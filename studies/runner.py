@@ -216,7 +216,7 @@ def train(
         environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     earlier, metrics = 0.0, folder / "metrics.jsonl"
     if flags.get("init_from") == "auto" and metrics.is_file() and metrics.stat().st_size:
-        earlier = clock(read_metrics(folder), tokens=0)[-1][0]
+        earlier = clock(folder, read_metrics(folder), tokens=0)[-1][0]
     began = time.monotonic()
     with open(log, "w") as file:
         status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode

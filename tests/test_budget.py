@@ -40,6 +40,10 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
         "20M settings": 5, "cost": 3 * (main + controls),
     }  # fmt: skip
     assert set(count) == set(budget.STAGES)
+    elsewhere = {(key["stage"], key["dataset"]) for key in done} - {
+        (stage, "wikitext2") for stage in budget.STAGES
+    }
+    assert elsewhere == {("imdb", "imdb_bpe"), ("wiki", "wiki")}
     with pytest.raises(UserError, match="stages: unknown stage 20m; did you mean 20M"):
         parse(["--stages=6M,20m"], budget.BudgetConfig)
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]

@@ -37,7 +37,7 @@ from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
 from training import checkpoint
 from training.objective import objective_of
-from training.telemetry import Emissions, Metrics, clock, energy, read_metrics
+from training.telemetry import Emissions, Metrics, clock, energy, read_metrics, write_environment
 
 g = np.random.default_rng(0)
 
@@ -232,13 +232,16 @@ def test_time_and_energy_to_a_target():
     assert emissions.time_to(4.0, points) is None and emissions.time_to(5.0, points) == 20.0
 
 
-def test_time_in_steps_over_a_resume():
-    lines = (
-        [{"elapsed_s": s, "tokens_per_s": 10.0} for s in (3.0, 8.0)]
-        + [{"val_loss": 1.0}]
-        + [{"elapsed_s": 4.0, "tokens_per_s": 5.0}]
-    )
-    assert clock(lines, tokens=20) == [(3.0, 2.0), (8.0, 4.0), (8.0, 4.0), (12.0, 8.0)]
+@pytest.mark.parametrize("first, known", [(4.0, False), (4.0, True), (9.0, True)])
+def test_time_in_steps_over_a_resume(tmp_path, first, known):
+    """The first line after the resume may be later in its start than the last one before it."""
+    lines = [{"iter": i, "elapsed_s": s, "tokens_per_s": 10.0} for i, s in ((0, 3.0), (1, 8.0))]
+    lines += [{"iter": 2, "val_loss": 1.0}, {"iter": 2, "elapsed_s": first, "tokens_per_s": 5.0}]
+    if known:
+        for iteration in (0, 2, 2):  # The second start was killed before its first line.
+            write_environment(tmp_path, {}, iteration, {})
+    times = [(3.0, 2.0), (8.0, 4.0), (8.0, 4.0), (8.0 + first, 8.0)]
+    assert clock(tmp_path, lines, tokens=20) == times
 
 
 def test_several_nodes_are_added_up_once(tmp_path):

@@ -564,6 +564,18 @@ def test_a_model_without_an_unembedding_is_refused():
         swap_head(swap_head(hugging_face("gpt2"), "cosine"), "cosine")
 
 
+def test_a_model_that_multiplies_by_its_output_matrix_itself_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM, MobileBertConfig, MobileBertForMaskedLM
+
+    sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1)
+    mobile = MobileBertConfig(**sizes, embedding_size=16, intra_bottleneck_size=16)
+    for model in (MambaForCausalLM(MambaConfig(**sizes)), MobileBertForMaskedLM(mobile)):
+        before = str(model)
+        with pytest.raises(ValueError, match="reads the `weight` of its output layer"):
+            swap_head(model, "cosine")
+        assert str(model) == before
+
+
 TRAINER = """
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments

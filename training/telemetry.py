@@ -1,5 +1,6 @@
 """Records of a run: metrics.jsonl, TensorBoard, W&B, energy, MFU and environment.json."""
 
+import bisect
 import csv
 import errno
 import importlib.metadata
@@ -220,22 +221,26 @@ def read_metrics(run: str | Path) -> list[dict]:
     return records
 
 
-def clock(metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
+def clock(run: Path, metrics: list[dict], tokens: int) -> list[tuple[float, float]]:
     """The time of each line of metrics.jsonl, as (seconds of the run, seconds in steps).
 
-    The first includes evaluations, and all starts of a resumed run, where `elapsed_s` begins at 0
-    again. The second is the sum of the steps, each as long as the average of its log interval. Ask
-    `timed` first whether the lines have these keys.
+    The first includes evaluations, and all starts of a resumed run. In each start `elapsed_s`
+    begins at 0 again. The second is the sum of the steps, each as long as the average of its log
+    interval. Ask `timed` first whether the lines have these keys.
 
     Args:
+        run: the run's folder. Its environment.json tells where each start begins.
         metrics: from `read_metrics`.
         tokens: the number of tokens in an iteration.
     """
-    found, elapsed, before, steps = [], 0.0, 0.0, 0.0
+    begin = sorted(start["iter"] for start in starts(run))
+    found, elapsed, before, steps, start = [], 0.0, 0.0, 0.0, 0
     for m in metrics:
         if "elapsed_s" in m:
-            now = m["elapsed_s"]
-            elapsed, before = elapsed + (now - before if now >= before else now), now
+            now, earlier = m["elapsed_s"], start
+            start = bisect.bisect_right(begin, m["iter"])
+            resumed = start > earlier or now < before
+            elapsed, before = elapsed + (now if resumed else now - before), now
             steps += tokens / m["tokens_per_s"] if m.get("tokens_per_s") else 0.0
         found.append((elapsed, steps))
     return found

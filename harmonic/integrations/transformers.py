@@ -208,7 +208,8 @@ def swap_head(
     Returns: the head, not the model. It is now the output embedding of the model, and
         `model.config.harmonic` stores its settings.
     Raises: ValueError for a model without an output layer, an encoder-decoder, a model that changes
-        its logits afterwards or adds a loss, or arguments that `HarmonicHead` does not accept.
+        its logits afterwards, adds a loss or reads the `weight` of its output layer, or arguments
+        that `HarmonicHead` does not accept.
     """
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(
@@ -277,10 +278,23 @@ def _check_model(model, old, match_to):
     values = {key: getattr(config.get_text_config(), key, None) for key in MORE_WITH_LOGITS}
     if more := [key for key, value in values.items() if value is True or value not in (None, 0, 1)]:
         raise ValueError(f"{name} changes logits or loss after its output layer: {', '.join(more)}")
+    if _reads_weight(model, old):
+        raise ValueError(f"{name} reads the `weight` of its output layer, and a head has none")
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(
             f"the head of this model is {old.name} already: match_to needs a dot product's head"
         )
+
+
+def _reads_weight(model, old) -> bool:
+    """Whether a model does not only call its output layer, but also reads its matrix."""
+    where = next(path for path, module in model.named_modules() if module is old)
+    parent, _, name = where.rpartition(".")
+    try:
+        source = inspect.getsource(type(model.get_submodule(parent)).forward)
+    except OSError:
+        return False
+    return f"self.{name}.weight" in source
 
 
 def _retie(model, head: ModelHead, where: str):
