@@ -280,7 +280,17 @@ def test_a_padded_head_is_resized_with_its_padding(tmp_path):
     model, _ = swapped("gpt2", name="manhattan", real_vocab_size=V - 7)
     model.resize_token_embeddings(V - 4, pad_to_multiple_of=64)
     ids = torch.randint(V - 4, (1, 6))
-    assert model(ids).logits.shape == (1, 6, V - 4) and len(model.lm_head.table) == 320
+    logits = model(ids).logits
+    assert logits.shape == (1, 6, 320) and len(model.lm_head.table) == 320  # as many as rows
+    assert not logits.softmax(-1)[..., V - 4 :].any()
+    out = model.generate(
+        ids, max_new_tokens=3, output_scores=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    scores = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    one_by_one = -model.lm_head.loss(
+        model.transformer(out.sequences)[0][:, -4:-1], out.sequences[:, -3:], reduction="none"
+    )
+    torch.testing.assert_close(scores, one_by_one)
     model.save_pretrained(tmp_path)
     again = load_swapped(tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
@@ -289,7 +299,7 @@ def test_a_padded_head_is_resized_with_its_padding(tmp_path):
         < V - 4
     )
     model.resize_token_embeddings(None, pad_to_multiple_of=100)
-    assert model(ids).logits.shape == (1, 6, V - 4) and len(model.lm_head.table) == 400
+    assert model(ids).logits.shape == (1, 6, 400) and len(model.lm_head.table) == 400
 
 
 @pytest.mark.parametrize("kind", KINDS)

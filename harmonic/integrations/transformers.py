@@ -116,7 +116,7 @@ class ModelHead(HarmonicHead):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         request = _request.get()
         if request is None:
-            return super().forward(h)
+            return self._logits(h)
         if self.exact and self.table.dtype in (torch.float16, torch.bfloat16):
             warnings.warn(
                 f"the prototypes of this {self.name} head are {self.table.dtype} here. A matched"
@@ -136,7 +136,16 @@ class ModelHead(HarmonicHead):
             request.found = self.loss(states, labels, reduction="sum") / count
         if not request.logits:
             return h.new_empty(*h.shape[:-1], 0)
-        return super().forward(h)
+        return self._logits(h)
+
+    def _logits(self, h):
+        """The logits of all rows, which transformers expects: (..., C) -> (..., V). Padding has
+        probability 0."""
+        logits = super().forward(h)
+        padding = len(self.table) - self.real_vocab_size
+        if not padding:
+            return logits
+        return F.pad(logits, (0, padding), value=torch.finfo(logits.dtype).min)
 
     def _score(self, h, labels, count):
         """The output that TRL's trainers read; see `trl.trainer.utils.FusedCausalLMOutput`."""
