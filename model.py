@@ -296,21 +296,17 @@ class ModelConfig:
         found, control = [], HEADS[self.head].is_control
         if not self.head_init_std > 0:
             found.append(f"head_init_std={self.head_init_std} must be positive")
-        scaled = self.link == "softmax" and self.scale is not None
-        if self.exponent is not None and (control or scaled):
-            also = ", scale set" if self.scale is not None else ""
-            found.append(
-                f"exponent={self.exponent} does nothing with head={self.head}, link={self.link}"
-                f"{also}"
-            )
-        if self.link != "harmonic" and control:
-            found.append(
-                f"link={self.link} does nothing with head={self.head}: a control has no distance"
-            )
-        if self.scale is not None and control:
-            found.append(
-                f"scale={self.scale} does nothing with head={self.head}: a control has no distance"
-            )
+        if control:
+            given = {"exponent": self.exponent, "scale": self.scale}
+            if self.link != "harmonic":
+                given["link"] = self.link
+            found += [
+                f"{key}={value} does nothing with head={self.head}: a control has no distance"
+                for key, value in given.items()
+                if value is not None
+            ]
+        elif self.link == "softmax" and None not in (self.exponent, self.scale):
+            found.append(f"exponent={self.exponent} does nothing with link=softmax and a scale")
         try:
             HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments())
         except ValueError as error:

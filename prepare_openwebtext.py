@@ -58,8 +58,8 @@ class PrepareConfig:
     """processes that encode; the files do not depend on it"""
     val_fraction: float | None = None
     """share of the documents that goes to val.bin, at least one document. By default 0.0005 for
-    openwebtext, as in nanoGPT, and 0.05 for other text. A single document is cut in two at a line
-    end"""
+    openwebtext, as in nanoGPT, and 0.05 for other text. A single document is cut into at most 10
+    pieces, and the end of each goes to val.bin"""
     streaming: bool = False
     """read openwebtext over the network while encoding, instead of downloading it first (24 GB, and
     40 GB unpacked). Files are always streamed"""

@@ -239,12 +239,12 @@ class Explainer:
                 for s, c in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             )
             near = "  ".join(
-                f"{self._show(t)} {v:.4g} ({probability[row, t]:.1%})"
+                f"{self._show(t)} {v:.5g} ({probability[row, t]:.1%})"
                 for t, v in zip(top.tolist(), values[1:], strict=True)
             )
             symbol = "logit" if self.head.is_control else "d"
             self.lines[row].append(
-                f"{self._show(token):>16}  {symbol} {values[0]:.4g}  p"
+                f"{self._show(token):>16}  {symbol} {values[0]:.5g}  p"
                 f" {probability[row, token]:.1%}\n"
                 f"{'nearest:':>18} {near}\n{'coordinates:':>18} {carried} {self.share}"
             )

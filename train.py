@@ -47,6 +47,7 @@ from training.start import (
     check_compiler,
     check_kernels,
     check_out_dir,
+    compile_kernels,
     configure,
     differences,
     fit_to_data,
@@ -73,6 +74,7 @@ def main() -> None:
         verify_resume(sys.argv[1:], decay, c.source)
         return
     check_out_dir(c)
+    compile_kernels(m, device)
 
     # Processes and data.
     p = start_processes(c, device, stored is not None)

@@ -26,6 +26,7 @@ from analysis.runs import (
     default_out,
     find_runs,
     head_styles,
+    numbered,
     predictions,
     publish,
 )
@@ -116,7 +117,7 @@ def main() -> None:
     runs = find_runs(c.runs, dataset=c.dataset)
     out = default_out(c, runs, "bottleneck")
     rows, shares = [], []
-    for run in runs:
+    for run in numbered(runs):
         model, _ = run.load(which=c.checkpoint)
         found = [(h, y) for h, y, _ in predictions(model, run.data(), c.split, 16 * c.tokens)]
         h, y = (torch.cat(parts) for parts in zip(*found, strict=True))

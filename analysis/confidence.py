@@ -49,6 +49,7 @@ from analysis.runs import (
     head_styles,
     note,
     note_unknown,
+    numbered,
     publish,
     windows,
 )
@@ -303,7 +304,7 @@ def main() -> None:
     )
     out = default_out(c, runs, "confidence")
     rows = []
-    for run in runs:
+    for run in numbered(runs):
         model, _ = run.load(which=c.checkpoint)
         rows += measure(run, model, run.data(), c)
     numbers = ["temperature", "ece", "ece_low", "ece_high", "ece_scaled"]

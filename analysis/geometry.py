@@ -42,6 +42,7 @@ from analysis.runs import (
     default_out,
     find_runs,
     note,
+    numbered,
     publish,
     unequal_training,
     windows,
@@ -409,7 +410,7 @@ def main() -> None:
     data = [run.data() for run in runs]
     note(caution(runs, data, c.split))
     rows, maps, states, texts, iterations = [], [], [], [], []
-    for run, d in zip(runs, data, strict=True):
+    for run, d in zip(numbered(runs), data, strict=True):
         model, manifest = run.load(device, c.checkpoint)
         iterations.append(manifest["iter"])
         states.append(layers(model, d, c.split))

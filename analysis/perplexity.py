@@ -47,6 +47,7 @@ from analysis.runs import (
     find_runs,
     note,
     note_unknown,
+    numbered,
     publish,
     unequal_training,
 )
@@ -386,7 +387,7 @@ def main() -> None:
         )
     note(caution(runs, data, c.split))
 
-    rows = [measure(run, d, other, c, device) for run, d in zip(runs, data, strict=True)]
+    rows = [measure(run, d, other, c, device) for run, d in zip(numbered(runs), data, strict=True)]
     if c.detail:
         rows = [
             {**row, "calibration_error": error}

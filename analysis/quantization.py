@@ -34,6 +34,7 @@ from analysis.runs import (
     default_out,
     find_runs,
     head_styles,
+    numbered,
     predictions,
     publish,
 )
@@ -160,7 +161,7 @@ def main() -> None:
     runs = find_runs(c.runs, dataset=c.dataset)
     out = default_out(c, runs, "quantization")
     rows = []
-    for run in runs:
+    for run in numbered(runs):
         model, _ = run.load(which=c.checkpoint)
         rows += [{**about(run), **row} for row in compare(model, run.data(), c)]
     print(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from analysis.compare import window_losses
 from analysis.geometry import frequency, principal
 from analysis.page import write_page
-from analysis.runs import Run, about, find_runs, writable
+from analysis.runs import Run, about, find_runs, numbered, writable
 from analysis.summary import (
     agreement,
     energy_parts,
@@ -351,9 +351,9 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
 
     # Only one model is in memory at a time.
     entries = []
-    for i, run in enumerate(runs):
-        print(f"run {i + 1} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
-        entries.append(examine(run, data[i] if data else None, texts, c, device))
+    each: list[Data | None] = [*data] if data else [None] * len(runs)
+    for run, d in zip(numbered(runs), each, strict=True):
+        entries.append(examine(run, d, texts, c, device))
     notes += [entry.note for entry in entries if entry.note]
     summaries = [entry.summary for entry in entries]
     losses = [entry.losses for entry in entries if entry.losses is not None]

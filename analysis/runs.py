@@ -261,6 +261,13 @@ def energy_of(run: Run, metrics: list[dict]) -> dict[str, float] | None:
     return used
 
 
+def numbered(runs: list[Run]) -> Iterator[Run]:
+    """Yields the runs. Before each it prints on stderr which one it is, because each takes long."""
+    for i, run in enumerate(runs, 1):
+        print(f"run {i} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
+        yield run
+
+
 def note(sentence: str | None) -> None:
     """Prints a sentence on stderr, if there is one."""
     if sentence:

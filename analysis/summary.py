@@ -24,7 +24,7 @@ from analysis.tables import Column
 from base.errors import UserError
 from harmonic import HEADS
 from model import Model
-from text.token_files import Data
+from text.token_files import Data, other_kind
 from training.telemetry import clock, evaluated_alike_since, listed, timed
 
 
@@ -126,6 +126,17 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
     }
 
 
+def unlike_splits(data: list[Data]) -> list[str]:
+    """A note for each folder whose validation split is another kind of text than its training
+    split."""
+    notes = []
+    for folder, d in {d.folder: d for d in data}.items():
+        train, val = (d.splits[name].bytes_per_token for name in ("train", "val"))
+        if unlike := other_kind(train, val):
+            notes.append(f"Beware, in {folder} {unlike}.")
+    return notes
+
+
 def agreement(
     runs: list[Run],
     data: list[Data] | None,
@@ -157,6 +168,7 @@ def agreement(
     for run, s in zip(runs, summaries, strict=True):
         if not math.isfinite(s["last_val_loss"]):
             notes.append(f"Beware: the last validation loss of {run.name} is {s['last_val_loss']}.")
+    notes += unlike_splits(data or [])
     sizes = [sentence for run in runs if (sentence := uneven(run))]
     notes += [f"{sentence}." for sentence in sizes]
     not_ranked = "energy and time are not ranked"

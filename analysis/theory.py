@@ -14,7 +14,7 @@ R, |W|       the largest |h|, and the Frobenius norm of the prototypes
 bound_5 ...  R |W| / (gamma sqrt N), the term of the PAC-Bayes bound of 2603.10225. N is the number
              of tokens predicted in training, with repeats. Scaling h and w changes this term, but
              not the loss of a homogeneous distance
-bound holds  share of tokens for which the bound on p_y above holds
+bound holds  share of tokens for which the bound on p_y above holds; only for the harmonic link
 
 The picture shows the margins, the KL to the linearised softmax over training, and a toy example:
 with five separable points the loss of a distance head has a finite minimiser.
@@ -36,6 +36,7 @@ from analysis.runs import (
     default_out,
     find_runs,
     head_styles,
+    numbered,
     predictions,
     publish,
 )
@@ -233,7 +234,7 @@ def main() -> None:
     runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "theory")
     rows, found = [], []
-    for run in runs:
+    for run in numbered(runs):
         data = run.data()
         model, _ = run.load(device, c.checkpoint)
         row, rho = measure(run, model, data, c.split)

@@ -1,6 +1,7 @@
 """The head as a PyTorch module: prototypes, a distance and a link."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .distances import Distance, resolve
-from .links import resolve_strength
+from .links import resolve_exponent, resolve_strength
 from .loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
 from .pairwise import exactly, log_pairs, operands, paired_distance
 from .precision import PRECISIONS, Products, choose_products
@@ -118,22 +119,43 @@ class HarmonicHead(nn.Module):
         return applied
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Adds a strength that was set or matched after the head was built."""
+        """Adds the kind of the head, and a strength that was set after the head was built."""
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["head"] = self.kind()
         built = getattr(self, "built_strength", self.fixed_strength)  # Old pickles have none.
         if self.log_strength is None and self.fixed_strength != built:
             strength = torch.tensor(self.fixed_strength, dtype=torch.float64)
             destination[f"{prefix}strength"] = strength
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
+        """Reads the strength. Without one it is that of the head when it was built.
+
+        The state of a head of another kind is an error: its prototypes mean something else.
+        """
+        kind = local_metadata.get("head", self.kind())
+        if kind != self.kind():
+            error_msgs.append(
+                f"the state is of a head of another kind ({kind}) than this one ({self.kind()}). To"
+                " start from its prototypes, copy the tensor `weight`"
+            )
         strength = state_dict.pop(f"{prefix}strength", None)
         if strength is not None:
             self.set_strength(float(strength))
         elif self.log_strength is None and f"{prefix}weight" in state_dict:
             self.fixed_strength = getattr(self, "built_strength", self.fixed_strength)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         rows, coordinates = self.padded_prototypes().shape
@@ -178,7 +200,9 @@ class HarmonicHead(nn.Module):
         return self.strength if self.strength_name == "exponent" else None
 
     @exponent.setter
-    def exponent(self, value: float) -> None:
+    def exponent(self, value: float | str) -> None:
+        if isinstance(value, str):
+            value = resolve_exponent(self.name, self.padded_prototypes().shape[1], value)
         self._set("exponent", value)
 
     @property
@@ -195,6 +219,12 @@ class HarmonicHead(nn.Module):
             raise ValueError(f"{self.describe()}: this head has no {kind}")
         self.set_strength(value)
 
+    def kind(self) -> str:
+        """The distance, its options and the link, such as "minkowski, p = 3, harmonic link"."""
+        options = [f"{key} = {value:g}" for key, value in sorted(self.options.items())]
+        link = [] if self.is_control else [f"{self.link} link"]
+        return ", ".join([self.name, *options, *link])
+
     def describe(self) -> str:
         """The head in words, such as "euclidean, harmonic link, n = 768"."""
         if self.is_control:
@@ -205,9 +235,10 @@ class HarmonicHead(nn.Module):
 
     @torch.no_grad()
     def set_strength(self, value: float) -> None:
-        """Sets n or s. ValueError for a value that is not positive."""
-        if not 0 < value < math.inf:
-            raise ValueError(f"the strength must be a positive number, got {value}")
+        """Sets n or s. ValueError for anything but a positive number."""
+        value = value.item() if isinstance(value, Tensor) else value
+        if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+            raise ValueError(f"the strength must be a positive number, got {value!r}")
         self.fixed_strength = value = float(value)
         if self.log_strength is not None:
             self.log_strength.fill_(math.log(value))

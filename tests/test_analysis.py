@@ -440,7 +440,7 @@ def test_excerpts_show_where_a_document_ends(tmp_path):
     words, ids = data.load_tokenizer(), np.fromfile(folder / "val.bin", "<u2")
     ids[8::9] = data.eot_id
     ids.tofile(folder / "val.bin")
-    for prompt, truth in report.excerpts(data):
+    for prompt, truth in report.excerpts(load_data(folder)):
         assert report.BOUNDARY in prompt and report.BOUNDARY in truth
         # A run reads a real end of text there, and not the letters of the mark.
         read = report.excerpt_ids(words, prompt)

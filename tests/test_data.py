@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_tokenizer import nanogpt_meta
 from base.errors import UserError
 from base.files import seal, unseal
 from harmonic import IGNORE_INDEX
-from text.token_files import Data, Split, load_data
+from text.token_files import Data, Split, data_folder, load_data
 from training.data import (
     hashed,
     index,
@@ -326,7 +327,24 @@ def test_short_splits_are_named_before_training(tiny_data):
 
 def test_reading_uint32(tmp_path):
     np.arange(70_000, 70_010, dtype="<u4").tofile(tmp_path / "a.bin")
-    assert Split(tmp_path / "a.bin", np.dtype("<u4"), 10, 1).read(3, 2).tolist() == [70_003, 70_004]
+    split = Split(tmp_path / "a.bin", np.dtype("<u4"), 10, 1)
+    assert split.read(3, 2).tolist() == [70_003, 70_004]
+    for change in (lambda path: path.write_bytes(path.read_bytes()[::-1]), Path.unlink):
+        change(split.path)
+        np.arange(10, dtype="<u4").tofile(tmp_path / "new.bin")
+        if not split.path.exists():
+            (tmp_path / "new.bin").rename(split.path)
+        with pytest.raises(UserError, match="a.bin was changed while it was in use"):
+            split.read(3, 2)
+
+
+def test_a_name_stands_for_prepared_data_before_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert data_folder("mine") == Path("mine")
+    (tmp_path / "data/mine").mkdir(parents=True)
+    assert data_folder("mine") == Path("data/mine") and data_folder("other") == Path("data/other")
+    assert data_folder("./mine") == data_folder(str(Path("mine"))).relative_to("data")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, script_here
+from conftest import ROOT, TINY, script_here
 from torch import nn
 
 from base.command_line import cli
@@ -176,6 +176,18 @@ def test_cross_entropy_is_linear_already(run_of, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "model.safetensors"):
         files = [(tmp_path / folder / name).read_bytes() for folder in flags]
         assert files[0] == files[1]
+
+
+def test_the_page_names_every_head_with_a_linear_export():
+    table = (ROOT / "docs/interop.md").read_text().split("### Which heads have a linear export")[1]
+    rows = re.findall(r"^\| (`.*`.*) \| (yes) \| (yes|no) \|$", table, re.M)
+    said = {name: qwen == "no" for names, _, qwen in rows for name in re.findall("`(.+?)`", names)}
+    assert said.pop("minkowski")  # With p = 2 it is euclidean.
+    assert said == {
+        name: linear.needs_constants(row)
+        for name, row in HEADS.items()
+        if linear.ranks_linearly(row) and name != "cross_entropy"
+    }
 
 
 def test_missing_data_are_named(run_of, tmp_path, monkeypatch, capsys):

@@ -227,6 +227,7 @@ def test_bert_fills_masks(sample):
 BAD = {
     "a file": ("gpt/config.yaml", [], ["config.yaml holds no checkpoint (it is a file"]),
     "several runs": (".", [], ["holds no checkpoint: it holds the runs", "gpt", "name one"]),
+    "folders of runs": ("..", [], ["it holds the runs", "/gpt", "name one"]),
     "a run as prompt": ("gpt", ["{home}/gpt"], ["gpt' is a run's folder", "use --out_dir="]),
     "a long prompt, no run": ("nowhere", ["--start=" + "город " * 60], ["does not exist"]),
     "no run": ("nowhere", [], ["nowhere holds no checkpoint", "does not exist"]),

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -20,8 +21,10 @@ from test_prepare import documents, fails, make_documents, run, write_jsonl
 from base.command_line import cli, read_yaml, show_bytes, write_yaml
 from base.errors import UserError
 from base.files import seal, unseal
+from text.documents import cut, pieces
 from text.readers import COMPRESSED, KINDS, Broken, records
 from text.sources import find, left_out_line
+from text.summary import print_warnings
 from text.token_files import load_data
 from training.config import TrainConfig
 
@@ -386,6 +389,36 @@ def test_the_summary_says_how_it_was_split_and_when_val_is_short(tmp_path, capsy
                 f"val has only {meta['splits']['val']['tokens']:,} tokens" in out
                 and "raise --val_fraction (now 0.05)" in out
             )
+
+
+def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "has several columns 'text'" in fails(tmp_path, f"--source={tmp_path / 'a.parquet'}")
+
+
+@pytest.mark.parametrize("length, count", [(300, 1), (200_000, 2), (3_000_000, 10)])
+def test_a_single_document_is_validated_on_all_of_its_parts(length, count):
+    """Its second half is another kind of text. Together the parts are the text."""
+    line = "some words of a line\n"
+    text = line * (length // 42) + "0x0029 " * (length // 14)
+    assert pieces(text, 0.05) == count
+    parts = cut(text, 0.05, count)
+    assert "".join(part for _, part in parts) == text
+    val = "".join(part for split, part in parts if split == "val")
+    assert 0.045 < len(val) / len(text) < 0.15 and "0x0029" in val
+    assert ("words" in val) == (count > 1)
+    with pytest.raises(UserError, match="the only document has 1 characters: too short"):
+        cut("x", 0.05, 1)
+
+
+@pytest.mark.parametrize("val, warns", [(3.2, False), (2.8, True), (4.0, True)])
+def test_a_val_of_another_kind_of_text_is_noticed(val, warns, capsys):
+    words = SimpleNamespace(name="gpt2", vocab_size=50257, unk_id=None)
+    sizes = {"train": (3.5, 10**6), "val": (val, 10**5)}
+    splits = {k: {"tokens": n, "bytes": round(b * n)} for k, (b, n) in sizes.items()}
+    print_warnings(splits, words, 0.05, Path())
+    assert ("val is another kind of text than train" in capsys.readouterr().out) == warns
 
 
 def test_characters_that_only_val_has_are_counted(tmp_path, capsys):

@@ -269,7 +269,8 @@ def test_processes_do_not_change_the_losses(
     assert one[0]["val_loss"] == pytest.approx(two[0]["val_loss"], rel=1e-6)
     for a, b in zip(one, two, strict=True):
         for key in set(a) - {"tokens_per_s", "elapsed_s"}:
-            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
+            # Signs in manhattan's gradient make rounding grow. Freed memory would be far off.
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=5e-3), (a["iter"], key)
 
 
 def test_accumulation_does_not_change_the_losses(train, tmp_path):
@@ -461,6 +462,10 @@ BAD = {
         dict(head="cross_entropy", link="softmax"),
         ["link=softmax does nothing with head=cross_entropy"],
     ),
+    "exponent of a control": (
+        dict(head="cross_entropy", exponent=3),
+        ["exponent=3.0 does nothing with head=cross_entropy: a control has no distance"],
+    ),
     "scale of a harmonic link": (
         dict(head="cosine", scale=16),
         ["train.py: head=cosine: scale=16.0 is for the softmax link: set link=softmax too"],
@@ -519,6 +524,22 @@ def test_a_config_file_that_cannot_be_read(train, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", closed)
     status, _, err = train("d.yaml")
     assert status == 2 and "d.yaml cannot be read: Permission denied" in err
+
+
+@pytest.mark.slow
+def test_a_run_that_compiles_its_kernels_is_the_same_run(tiny_data, tmp_path):
+    """Numba rounds differently in the process that compiles. So train.py starts again there."""
+    flags = {**TINY, "dataset": tiny_data, "head": "manhattan", "max_iters": 8}
+    for out in ("cold", "warm"):
+        done = script(
+            "train.py",
+            *(f"--{k}={v}" for k, v in flags.items()),
+            f"--out_dir={tmp_path / out}",
+            env={"NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("starting again" in done.stderr) == (out == "cold")
+    assert history(tmp_path / "cold") == history(tmp_path / "warm")
 
 
 def test_two_positional_words(train):
@@ -638,6 +659,7 @@ SLOW = [
     (dict(dtype="bfloat16"), {}, {}, "no bfloat16 instructions"),
     (dict(dtype="float16"), {}, {}, "float16 is slower than float32 on a CPU"),
     ({}, {}, dict(compile=True), "compiling takes"),
+    (dict(flops=1e14), {}, {}, "configs/demo.yaml is a model for CPUs"),
     ({}, dict(head="euclidean", head_impl="dense"), {}, "head_impl=dense is slower"),
     ({}, dict(head="manhattan", head_impl="chunked"), {}, "head_impl=chunked is slower"),
     ({}, dict(head="canberra", head_skip=0.0), {}, "head_skip=0 computes"),
@@ -689,9 +711,11 @@ def test_slow_settings_are_named(monkeypatch, call, model, config, words):
         torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True}
     )
     monkeypatch.setattr(advice, "_cores", lambda: torch.get_num_threads())
-    usual = dict(device="cpu", dtype="float32", flops=1e10)
+    usual = dict(device="cpu", dtype="float32", flops=1e10, iterations=1)
     assert advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual) == []
-    assert advice.slow_settings(ModelConfig(), TrainConfig(), **{**usual, "flops": 1e16}) == []
+    assert (
+        advice.slow_settings(ModelConfig(), TrainConfig(), **{**usual, "iterations": 10**6}) == []
+    )
     no_matter = ModelConfig(head="cross_entropy", head_impl="dense", head_skip=0.0)
     assert advice.slow_settings(no_matter, TrainConfig(compile=False), **usual) == []
     (found,) = advice.slow_settings(
@@ -852,6 +876,17 @@ def test_resuming_on_other_data_is_refused(train, tiny_data, tmp_path):
     (data / "meta.json").write_text(seal(meta))
     status, _, err = train(init_from="resume", max_iters=4, dataset=str(data))
     assert status == 2 and "is not the file it was trained on" in err
+    # With other validation text the best loss starts anew.
+    shutil.copyfile(tiny_data / "train.bin", data / "train.bin")
+    ids = np.fromfile(data / "val.bin", np.uint16)[::-1]
+    ids.tofile(data / "val.bin")
+    meta["splits"]["train"]["sha256"] = sha256(data / "train.bin")
+    meta["splits"]["val"]["sha256"] = sha256(data / "val.bin")
+    (data / "meta.json").write_text(seal(meta))
+    status, out, err = train(init_from="resume", max_iters=4, dataset=str(data))
+    assert status == 0 and "another validation text" in err and "is of other windows" in err
+    (last,) = (m["val_loss"] for m in read_metrics(tmp_path / "run")[-1:])
+    assert f"best val loss {last:.4f}" in out
     # A tokenizer of the same name: its ids stand for other tokens.
     other = tmp_path / "other"
     (tmp_path / "other.txt").write_text((ROOT / "docs/training.md").read_text())

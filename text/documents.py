@@ -13,6 +13,8 @@ from base.errors import UserError
 from text.readers import Broken
 from text.tokenizers import well_formed
 
+PIECES = 10  # A single document is cut into at most so many.
+VAL_PIECE = 4096  # Characters of validation text in a piece of a single document.
 NAMED = 3  # The summary of what was skipped names so many problems.
 
 
@@ -118,10 +120,13 @@ def _split_by_hash(
             yield from ((split, text) for _, split, text in waiting)
             waiting.clear()
     if len(waiting) == 1:
-        tally.how_split = (
-            f"the only document is cut in two; the last {fraction:g} of it is val (--val_fraction)"
-        )
-        yield from zip(("train", "val"), cut(waiting[0][2], fraction))
+        text = waiting[0][2]
+        count = pieces(text, fraction)
+        how = f"into {count} pieces; the last {fraction:g} of each"
+        if count == 1:
+            how = f"in two; the last {fraction:g} of it"
+        tally.how_split = f"the only document is cut {how} is val (--val_fraction)"
+        yield from cut(text, fraction, count)
     elif waiting:
         empty = "val" if "train" in met else "train"
         moved, *_ = min(waiting) if empty == "val" else max(waiting)
@@ -147,18 +152,40 @@ def unique_documents(texts: Iterable[str | None], tally: Tally) -> Iterator[tupl
         yield digest, text
 
 
-def cut(text: str, fraction: float) -> tuple[str, str]:
-    """Cuts a text in two. Returns (the text before the last `fraction`, the rest).
+def pieces(text: str, fraction: float) -> int:
+    """How many pieces of a text have an end of at least VAL_PIECE characters, at most PIECES."""
+    return min(PIECES, max(1, int(len(text) * fraction / VAL_PIECE)))
 
-    It cuts after a line end, or else after a space, if there is one shortly before that point.
 
-    Raises: UserError if a part is blank.
+def cut(text: str, fraction: float, count: int) -> list[tuple[str, str]]:
+    """Cuts a text into `count` pieces of about equal length. Of each, the last `fraction` is val.
+
+    So the validation text comes from the whole document, and not only from its end. It cuts after a
+    line end, or else after a space, if there is one shortly before that point.
+
+    Returns: (split, text) of all parts in order, without blank ones.
+    Raises: UserError if a split is blank.
     """
-    at = max(1, min(len(text) - 1, round(len(text) * (1 - fraction))))
+    parts, start = [], 0
+    for number in range(1, count + 1):
+        last = number == count
+        end = len(text) if last else _border(text, start, len(text) * number // count)
+        middle = _border(text, start, end - round((end - start) * fraction))
+        parts += [("train", text[start:middle]), ("val", text[middle:end])]
+        start = end
+    parts = [(split, part) for split, part in parts if part.strip()]
+    if len({split for split, _ in parts}) < 2:
+        raise UserError(
+            f"the only document has {len(text):,} characters: too short to be cut into train and"
+            " val"
+        )
+    return parts
+
+
+def _border(text: str, start: int, at: int) -> int:
+    """A place to cut a text, at `at` or shortly before it, and after `start`."""
+    at = max(start + 1, min(len(text) - 1, at))
     for mark in ("\n", " "):
-        if (end := text.rfind(mark, at * 9 // 10, at)) >= 0:
-            at = end + 1
-            break
-    if not text[:at].strip() or not text[at:].strip():
-        raise UserError("the only document is too short to be cut into train and val")
-    return text[:at], text[at:]
+        if (end := text.rfind(mark, at - (at - start) // 10, at)) >= 0:
+            return end + 1
+    return at

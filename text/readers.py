@@ -264,6 +264,9 @@ def _rows(rows: "Reader", names: list[str], index: int, path: Path) -> Documents
         if row and len(row) <= index:
             what = f"no column {names[index]!r}, only {len(row)} columns"
             yield Broken(f"{path} line {rows.line_num}: {what}")
+        elif any(row[len(names) :]):  # A comma in a text without quotes would cut it.
+            what = f"{len(row)} columns, but the first line names {len(names)}: quote the text"
+            yield Broken(f"{path} line {rows.line_num}: {what}")
         elif row:
             yield row[index]
 
@@ -285,6 +288,8 @@ def read_parquet(path: Path, column: str | None) -> Documents:
         except broken as error:
             raise Unreadable(f"{path} is not a parquet file: {one_line(error)}") from None
         column = text_column(schema.names, column, path)
+        if schema.names.count(column) > 1:
+            raise Unreadable(f"{path} has several columns {column!r}")
         kind = schema.field(column).type
         if str(kind) not in ("string", "large_string", "string_view"):
             raise Unreadable(f"{path}: column {column!r} holds {kind}, not text")

@@ -7,7 +7,7 @@ import numpy as np
 
 from text.documents import Tally
 from text.sources import left_out_line
-from text.token_files import FEW_TOKENS
+from text.token_files import FEW_TOKENS, other_kind
 from text.tokenizers import Tokenizer
 
 
@@ -45,7 +45,7 @@ def print_warnings(
     splits: dict[str, dict], tokenizer: Tokenizer, fraction: float | None, out: Path
 ) -> None:
     """Prints the number of unknown tokens, a note if a trained BPE has fewer tokens than were asked
-    for, and a warning if val is too short."""
+    for, and a warning if val is too short or unlike train."""
     wanted = tokenizer.name.partition(":")[2]
     if wanted and tokenizer.vocab_size < int(wanted):
         print(
@@ -69,3 +69,6 @@ def print_warnings(
             f"warning: val has only {tokens:,} tokens, too short to validate on: below"
             f" {FEW_TOKENS:,} the loss is mostly noise. To make it longer, {how}."
         )
+    sizes = (splits[name]["bytes"] / splits[name]["tokens"] for name in ("train", "val"))
+    if tokens >= FEW_TOKENS and (sentence := other_kind(*sizes)):
+        print(f"warning: {sentence}.")

@@ -5,6 +5,7 @@ Each split is one file: train.bin, val.bin and, if the corpus has one, test.bin.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ FEW_WINDOWS = 10
 
 FEW_TOKENS = FEW_WINDOWS * 256
 
+UNLIKE = 0.1  # Texts of one kind differ less in bytes a token.
+
 LONGER = {  # What makes a split longer.
     "train": "more documents",
     "val": "more documents or a larger --val_fraction",
@@ -42,6 +45,7 @@ class Split:
         bytes: the UTF-8 bytes of its text, for bits per byte.
         sha256: of the file; None without meta.json.
         offset: bytes before the first id.
+        stamp: identifies the file on the disk when it was first described.
     """
 
     path: Path
@@ -50,16 +54,36 @@ class Split:
     bytes: int
     sha256: str | None = None
     offset: int = 0
+    stamp: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.stamp and self.path.is_file():
+            self.stamp = _stamp(os.stat(self.path))
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
 
     def identity(self) -> str:
         """Identifies the file: its sha256, or its length if that is unknown."""
         return self.sha256 or f"{self.tokens} tokens"
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from `start`, int64."""
+        """`count` ids from `start`, int64. UserError if the file has been changed meanwhile."""
         # Not memory-mapped, so that resident memory does not grow during training.
         offset = self.offset + start * self.dtype.itemsize
-        return np.fromfile(self.path, self.dtype, count, offset=offset).astype(np.int64)
+        with open(self.path, "rb") as file:
+            if _stamp(os.fstat(file.fileno())) != self.stamp:
+                raise UserError(
+                    f"{self.path} was changed while it was in use: start again, or put the old file"
+                    " back and resume"
+                )
+            return np.fromfile(file, self.dtype, count, offset=offset).astype(np.int64)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Changes whenever a file is written or replaced."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -83,10 +107,25 @@ class Data:
         return load_tokenizer(self.tokenizer, self.folder)
 
 
+def other_kind(train: float, val: float) -> str | None:
+    """A sentence if val is another kind of text than train, else None.
+
+    train, val: the bytes of a token in each split.
+    """
+    if abs(val / train - 1) <= UNLIKE:
+        return None
+    return (
+        f"a token of val has {val:.2f} bytes, and one of train {train:.2f}: val is another kind of"
+        " text than train, so its loss says little about training"
+    )
+
+
 def data_folder(dataset: str) -> Path:
-    """`wiki` -> data/wiki. A name with a separator, or of a folder that exists, is a path."""
-    path = Path(dataset)
-    return path if path.is_dir() or len(path.parts) > 1 else Path("data") / dataset
+    """`wiki` -> data/wiki. A name with a separator is a path. So is the name of a folder that
+    exists, unless data/ has one of that name too."""
+    path, named = Path(dataset), Path("data") / dataset
+    is_path = "/" in dataset or len(path.parts) > 1
+    return path if is_path or (path.is_dir() and not named.is_dir()) else named
 
 
 def check_tokenizer(run: Path, data: Data) -> None:

@@ -14,33 +14,47 @@ from model import ModelConfig
 from text.token_files import Data
 from training.config import TrainConfig
 from training.data import split_warnings
+from training.telemetry import duration
 
 COMPILING = 30  # Seconds to compile a small model on a CPU. Two cores of a Xeon took about 25.
 # The most that compiling saves of an iteration's time. This is assumed, not measured.
 SAVED = 0.2
+PATIENCE = 30  # A CPU whose iterations take more seconds gets a note.
 CPU_RATE = 2e10  # Operations per second of a core in training. A rough assumption.
 
 
 def slow_settings(
-    model: ModelConfig, config: TrainConfig, device: str, dtype: str, flops: float
+    model: ModelConfig,
+    config: TrainConfig,
+    device: str,
+    dtype: str,
+    flops: float,
+    iterations: int,
 ) -> list[str]:
     """Notes about settings that are far slower on this machine than others.
 
     Args:
         device: cpu, cuda or mps.
         dtype: of the trunk: float32, bfloat16 or float16.
-        flops: floating-point operations of the whole run, over all processes.
+        flops: floating-point operations of an iteration, over all processes.
+        iterations: how many there will be.
     """
     found = []
     if device == "cpu":
-        found += _slow_on_a_cpu(config, dtype, flops)
+        found += _slow_on_a_cpu(config, dtype, flops, iterations)
     if device == "cuda" and dtype == "float32" and torch.cuda.is_bf16_supported():
         found.append("dtype=float32 leaves most of this GPU's speed unused: use --dtype=bfloat16")
     return found + _slow_heads(model, device, dtype)
 
 
-def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float) -> list[str]:
-    found = []
+def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float, iterations: int) -> list[str]:
+    found, threads, cores = [], torch.get_num_threads(), _cores()
+    each = flops / (CPU_RATE * threads * int(os.environ.get("WORLD_SIZE", 1)))
+    if each > PATIENCE:
+        found.append(
+            f"an iteration is {flops:.0e} operations, about {duration(each)} on this CPU:"
+            " configs/demo.yaml is a model for CPUs"
+        )
     if dtype == "float16":
         found.append("dtype=float16 is slower than float32 on a CPU: use --dtype=float32")
     if dtype == "bfloat16" and not _multiplies_bfloat16():
@@ -48,7 +62,6 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float) -> list[str]:
             "this CPU has no bfloat16 instructions, so dtype=bfloat16 can be 20 times slower:"
             " use --dtype=float32"
         )
-    threads, cores = torch.get_num_threads(), _cores()
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
     if alone and threads == 1 < cores:
         found.append(
@@ -56,7 +69,7 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float) -> list[str]:
         )
     if torch.cuda.is_available():
         found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")
-    if config.compile and flops * SAVED / (CPU_RATE * threads) < COMPILING:
+    if config.compile and each * iterations * SAVED < COMPILING:
         found.append(
             f"compiling takes about {COMPILING} s before the first iteration. In such a short run"
             " it may not pay: use --compile=false"

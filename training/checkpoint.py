@@ -11,6 +11,7 @@ resume from them. The newest two checkpoints and the best one are kept. If the n
 the one before it is used.
 """
 
+import itertools
 import math
 import os
 import shutil
@@ -197,8 +198,12 @@ def runs_in(folder: Path) -> list[str]:
 
 
 def runs_instead(folder: Path) -> str:
-    """`: it holds the runs X, Y and 4 more; name one`, or an empty text if it holds none."""
-    paths = [str(Path(folder) / name) for name in runs_in(folder)]
+    """`: it holds the runs X, Y and 4 more; name one`, or an empty text if it holds none.
+
+    It looks in the folder and in its subfolders.
+    """
+    found = (sorted(Path(folder).glob(f"{depth}/config.yaml")) for depth in ("*", "*/*"))
+    paths = [str(path.parent) for path in itertools.chain(*found)]
     return f": it holds the runs {listed(paths, 3)}; name one" if paths else ""
 
 

@@ -8,7 +8,7 @@ array.
 
 import hashlib
 
-from text.token_files import FEW_WINDOWS, LONGER, Data
+from text.token_files import FEW_WINDOWS, LONGER, Data, other_kind
 
 
 def split_problems(data: Data, block_size: int) -> list[str]:
@@ -26,7 +26,8 @@ def split_problems(data: Data, block_size: int) -> list[str]:
 
 
 def split_warnings(data: Data, block_size: int) -> list[str]:
-    """A warning for each split with so few windows that its loss is mostly noise."""
+    """A warning for each split with so few windows that its loss is mostly noise, or for a
+    validation split that is unlike the training split."""
     warnings = []
     for name in ("train", "val"):
         split = data.splits[name]
@@ -37,6 +38,9 @@ def split_warnings(data: Data, block_size: int) -> list[str]:
                 f" block_size={block_size}, so its loss is mostly noise. "
                 f"Use a smaller --block_size, or prepare {LONGER[name]}"
             )
+    unlike = other_kind(*(data.splits[name].bytes_per_token for name in ("train", "val")))
+    if unlike and not warnings:
+        warnings.append(f"{data.folder}: {unlike}")
     return warnings
 
 
@@ -72,7 +76,8 @@ def index(seed: int, step: int, slot: int, slots: int, tokens: int, block_size: 
     slots: the number of windows in an iteration; slot is below it. tokens: of the split.
 
     Windows are drawn without replacement. Each epoch has its own order of windows, and its own
-    offset, so that the borders of windows move.
+    offset, so that the borders of windows move. The last tokens of the split, fewer than
+    block_size, are never targets.
     """
     windows = max(1, (tokens - 1) // block_size - 1)
     epoch, i = divmod(step * slots + slot, windows)

@@ -90,6 +90,7 @@ class RunFolder:
             "skipped": at.skipped,
             "scaler": run.scaler.state_dict(),
             "data": run.data.splits["train"].identity(),
+            "val_data": run.data.splits["val"].identity(),
         }
         self.writer.save(at.iteration, files, counters)
         if self.emissions:

@@ -14,6 +14,9 @@ from training.run import Run
 from training.step import Step
 from training.telemetry import duration, listed, other_windows, peak_flops
 
+# How a note calls what has changed beside settings.
+OTHER = {"text": "another training text", "val_text": "another validation text"}
+
 
 class NotFinite(Exception):
     """A loss or gradient is not finite. All processes raise this at the same iteration."""
@@ -126,6 +129,7 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     """
     m, c, p, model, data = run.m, run.c, run.processes, run.model, run.data
     slots = c.batch_size * c.gradient_accumulation_steps
+    windows = f"{slots} window{'s' * (slots > 1)} of {m.block_size}"
     processes = f"{p.world} process{'es' if p.world > 1 else ''} on {p.device}"
     if p.world > 1:
         processes += f" ({c.parallel})"
@@ -133,7 +137,7 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
         f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, {model.parameter_count() / 1e6:.2f} M"
         f" parameters, head {model.head.extra_repr()}\n"
         f"data {data.folder}: {data.splits['train'].tokens:,} training tokens, {data.tokenizer}; "
-        f"an iteration is {run.work.tokens:,} tokens ({slots} windows of {m.block_size})\n"
+        f"an iteration is {run.work.tokens:,} tokens ({windows})\n"
         f"{processes}, {dtype}{', compiled' if c.compile else ''}"
     )
     with run.autocast:
@@ -144,8 +148,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
         run.say(f"resuming at iteration {run.progress.iteration} of {c.max_iters}")
     notes = []
     if changed:
-        settings = [f"{k}={now} (was {old})" for k, (old, now) in changed.items() if k != "text"]
-        notes.append(f"resumed with {', '.join(settings) or 'another training text'}")
+        what = [OTHER.get(k, f"{k}={now} (was {old})") for k, (old, now) in changed.items()]
+        notes.append(f"resumed with {', '.join(what)}")
         if other_windows(changed) and not c.eval_only:
             notes.append(
                 "the validation loss is of other windows from here on: earlier losses do not count"
@@ -153,8 +157,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
             )
     if not c.eval_only:
         left = c.max_iters - run.progress.iteration
-        flops = run.work.flops_per_token * left * run.work.tokens
-        notes += slow_settings(m, c, p.device.split(":")[0], dtype, flops)
+        flops = run.work.flops_per_token * run.work.tokens
+        notes += slow_settings(m, c, p.device.split(":")[0], dtype, flops, left)
         notes += senseless_settings(m, c, data)
     for note in notes:
         run.say(f"note: {note}", file=sys.stderr)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
 from harmonic import HarmonicHead
+from harmonic.compiled import load
 from model import Model, ModelConfig
 from text.token_files import Data, check_tokenizer, data_folder, load_data
 from training import checkpoint, distributed
@@ -31,6 +33,8 @@ REORDERED = (
     "in another data order it would read some windows twice in this epoch and others not at all;"
     " --new_data_order=true accepts that"
 )
+
+STARTED_AGAIN = "HARMONIC_STARTED_AGAIN"  # Set in a process that `compile_kernels` has started.
 
 
 def configure(
@@ -223,6 +227,29 @@ def check_kernels(m: ModelConfig, device: str) -> None:
         raise UserError(f"head_impl={m.head_impl}: {error}") from None
 
 
+def compile_kernels(m: ModelConfig, device: str) -> None:
+    """Compiles the head's kernels for a CPU if Numba's cache has none, and starts again from there.
+
+    In the process that compiles them, Numba's kernels round in another way than when they come from
+    the cache. So without the new start, a run would not resume bit for bit on a new machine.
+    Another program that runs train.py inside its own process is not started again.
+    """
+    numba = load("numba") if device == "cpu" else None
+    mine = "train.py" in [Path(word).name for word in sys.orig_argv]
+    if numba is None or not mine or STARTED_AGAIN in os.environ:
+        return
+    head = HarmonicHead(m.n_embd, 8, m.head, **m.head_arguments())
+    states = torch.ones(8, m.n_embd, requires_grad=True)
+    head.loss(states, torch.zeros(8, dtype=torch.long)).backward()
+    if numba.compiled_here():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("compiled the kernels of the head; starting again with them", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.environ[STARTED_AGAIN] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def check_out_dir(c: TrainConfig) -> None:
     """Raises UserError if out_dir holds another run, or is not a folder."""
     out_dir = Path(c.out_dir)
@@ -287,7 +314,7 @@ def go_on(
 ) -> tuple[Progress, Path]:
     """Loads the newest good checkpoint. Returns its progress and its folder.
 
-    changed: the settings that this start changes; another training text is added.
+    changed: the settings that this start changes; another text is added.
 
     Raises: UserError if there is none, or if the run was trained on another file or tokenizer.
     """
@@ -304,8 +331,12 @@ def go_on(
         if not split.sha256:
             what += " (and there is no meta.json)"
         raise UserError(f"cannot resume {out_dir}: {split.path} {what}, and {REORDERED}")
-    if manifest["data"] != split.identity():
-        changed["text"] = [manifest["data"], split.identity()]
+    for key, before, now in (
+        ("text", manifest["data"], split.identity()),
+        ("val_text", manifest.get("val_data"), data.splits["val"].identity()),
+    ):
+        if before not in (None, now):  # Older checkpoints have no val_data.
+            changed[key] = [before, now]
     since = p.from_main(
         lambda: evaluated_alike_since(out_dir)
     )  # A killed start may have changed it.

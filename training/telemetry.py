@@ -399,7 +399,8 @@ def evaluated_alike_since(out_dir: Path) -> int:
 
 def other_windows(changed: dict) -> bool:
     """Whether changed settings, key -> [before, now], change the windows of the validation loss."""
-    return "text" in changed or _resized(changed, "eval_iters", "batch_size")
+    texts = any(key in changed for key in ("text", "val_text"))
+    return texts or _resized(changed, "eval_iters", "batch_size")
 
 
 def other_iterations(out_dir: Path) -> bool:

@@ -60,9 +60,23 @@ def _inlined(function):
 def _parallel(function):
     """Compiles a parallel function at its first call, and caches it on disk if that is possible."""
     try:
-        return njit(parallel=True, cache=True, **OPTIONS)(function)
+        compiled = njit(parallel=True, cache=True, **OPTIONS)(function)
     except RuntimeError:  # Numba can write neither beside this file nor in its own cache folder.
         return njit(parallel=True, **OPTIONS)(function)
+    CACHED.append(compiled)
+    return compiled
+
+
+CACHED: list = []  # The functions whose code is on disk.
+
+
+def compiled_here() -> bool:
+    """Whether this process has compiled a function that later processes load from the cache.
+
+    They round in another way: Numba optimises the loops of a parallel function once more when it
+    writes them to the cache, and the process that compiles runs the loops from before that.
+    """
+    return any(function.stats.cache_misses for function in CACHED)
 
 
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()

@@ -139,11 +139,31 @@ def test_a_strength_that_was_set_is_part_of_the_state():
     one.load_state_dict(before)
     assert one.exponent == default
     assert two.exponent == 7.0 and two.scale is None
+    two.exponent = "dim"
+    assert two.exponent == C
     with pytest.raises(ValueError, match="this head has no scale"):
         two.scale = 3.0
+    with pytest.raises(ValueError, match="or one of .*, got 'foo'"):
+        two.exponent = "foo"
     prepared, h = two.prepared(), torch.randn(3, C)
     two.link = "softmax"
     torch.testing.assert_close(prepared(h), two(h))
+
+
+@pytest.mark.parametrize(
+    "other", [dict(name="cosine"), dict(link="softmax"), dict(p=3.0), dict(name="cross_entropy")]
+)
+def test_the_state_of_another_kind_of_head_is_refused(other, tmp_path):
+    """Its tensors have the same names and sizes."""
+    head = torch.nn.Sequential(HarmonicHead(C, V, "minkowski"))
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    state = torch.load(tmp_path / "head.pt")
+    before = head[0].weight.clone()
+    head.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="another kind .minkowski, harmonic link. than this"):
+        wrong = {"name": "minkowski"} | other
+        torch.nn.Sequential(HarmonicHead(C, V, **wrong)).load_state_dict(state)
+    assert torch.equal(head[0].weight, before)
 
 
 def test_loss_is_cross_entropy_of_logits():
