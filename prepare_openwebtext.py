@@ -59,7 +59,7 @@ class PrepareConfig:
     val_fraction: float | None = None
     """share of the documents that goes to val.bin, at least one document. By default 0.0005 for
     openwebtext, as in nanoGPT, and 0.05 for other text. A single document is cut into at most 10
-    pieces, and the end of each goes to val.bin"""
+    pieces, and the end of each goes to val.bin. An end-of-text token follows every part"""
     streaming: bool = False
     """read openwebtext over the network while encoding, instead of downloading it first (24 GB, and
     40 GB unpacked). Files are always streamed"""

@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 import torch
 
+from base.errors import UserError
 from interop import pretrained
 from model import Model, ModelConfig
 from text.token_files import Data, verify
@@ -177,10 +178,7 @@ def train(run: Run, folder: RunFolder) -> None:
             if stopped or at.iteration >= c.max_iters:
                 break
             step = iterate(run)
-            if at.skipped_in_a_row == MOST_SKIPPED:
-                log.flush(at.iteration)
-                what = f"{MOST_SKIPPED} iterations in a row skipped"
-                raise not_finite(at.iteration, what, run.gradients.not_finite(step.squares))
+            check_skipped(run, step, log)
             log.pending.append(step)
             at.iteration += 1
             if at.iteration % c.log_interval == 0:
@@ -191,6 +189,9 @@ def train(run: Run, folder: RunFolder) -> None:
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:
         strange = error
+    except UserError:  # The data was changed.
+        save_alone(run, folder, log)
+        raise
     finally:
         signals.restore()
         profile.close()
@@ -198,6 +199,15 @@ def train(run: Run, folder: RunFolder) -> None:
     if not at_once:
         p.barrier()  # Wait for the others: torchrun stops every process once one exits.
     conclude(run, folder, time.perf_counter() - log.began, used, stopped, strange)
+
+
+def check_skipped(run: Run, step: Step, log: Log) -> None:
+    """Raises NotFinite if too many iterations in a row were skipped."""
+    if run.progress.skipped_in_a_row == MOST_SKIPPED:
+        log.flush(run.progress.iteration)
+        what = f"{MOST_SKIPPED} iterations in a row skipped"
+        not_finite_ones = run.gradients.not_finite(step.squares)
+        raise not_finite(run.progress.iteration, what, not_finite_ones)
 
 
 def iterate(run: Run) -> Step:
@@ -251,6 +261,12 @@ def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
     if at.iteration not in (at.evaluated, log.first):
         log.flush(at.iteration)
         folder.save(run, None)
+
+
+def save_alone(run: Run, folder: RunFolder, log: Log) -> None:
+    """`save_at_once`, unless there are other processes, which may be in another iteration."""
+    if run.processes.world == 1:
+        save_at_once(run, folder, log)
 
 
 def report(run: Run, folder: RunFolder, log: Log) -> None:

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distances import Distance, resolve
+from .distances import HEADS, Distance, resolve
 from .links import resolve_exponent, resolve_strength
 from .loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
 from .pairwise import exactly, log_pairs, operands, paired_distance
@@ -148,6 +148,7 @@ class HarmonicHead(nn.Module):
                 f"the state is of a head of another kind ({kind}) than this one ({self.kind()}). To"
                 " start from its prototypes, copy the tensor `weight`"
             )
+            return
         strength = state_dict.pop(f"{prefix}strength", None)
         if strength is not None:
             self.set_strength(float(strength))
@@ -221,7 +222,8 @@ class HarmonicHead(nn.Module):
 
     def kind(self) -> str:
         """The distance, its options and the link, such as "minkowski, p = 3, harmonic link"."""
-        options = [f"{key} = {value:g}" for key, value in sorted(self.options.items())]
+        given = {**HEADS[self.name].options, **self.options}
+        options = [f"{key} = {value:g}" for key, value in sorted(given.items())]
         link = [] if self.is_control else [f"{self.link} link"]
         return ", ".join([self.name, *options, *link])
 

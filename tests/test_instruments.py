@@ -238,7 +238,8 @@ def test_time_in_steps_over_a_resume(tmp_path, first, known):
     lines = [{"iter": i, "elapsed_s": s, "tokens_per_s": 10.0} for i, s in ((0, 3.0), (1, 8.0))]
     lines += [{"iter": 2, "val_loss": 1.0}, {"iter": 2, "elapsed_s": first, "tokens_per_s": 5.0}]
     if known:
-        for iteration in (0, 2, 2):  # The second start was killed before its first line.
+        # One start went back before an earlier one. One was killed before its first line.
+        for iteration in (0, 3, 2, 2):
             write_environment(tmp_path, {}, iteration, {})
     times = [(3.0, 2.0), (8.0, 4.0), (8.0, 4.0), (8.0 + first, 8.0)]
     assert clock(tmp_path, lines, tokens=20) == times

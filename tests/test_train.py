@@ -32,6 +32,7 @@ from training.config import TrainConfig
 from training.distributed import StopSignals, launcher
 from training.evaluation import Evaluation
 from training.optimizers import make_optimizer
+from training.start import runs_train
 from training.step import Gradients
 from training.telemetry import Metrics, norms, read_metrics
 from training.verify import history
@@ -524,6 +525,17 @@ def test_a_config_file_that_cannot_be_read(train, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", closed)
     status, _, err = train("d.yaml")
     assert status == 2 and "d.yaml cannot be read: Permission denied" in err
+
+
+def test_only_train_py_starts_again():
+    for words, again in (
+        ("python train.py --head=cosine", True),
+        ("python -u /a/train.py", True),
+        ("python -m train", True),
+        ("python -m pytest tests/test_train.py", False),
+        ("python -m studies.budget", False),
+    ):
+        assert runs_train(words.split()) == again
 
 
 @pytest.mark.slow

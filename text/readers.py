@@ -265,7 +265,7 @@ def _rows(rows: "Reader", names: list[str], index: int, path: Path) -> Documents
             what = f"no column {names[index]!r}, only {len(row)} columns"
             yield Broken(f"{path} line {rows.line_num}: {what}")
         elif any(row[len(names) :]):  # A comma in a text without quotes would cut it.
-            what = f"{len(row)} columns, but the first line names {len(names)}: quote the text"
+            what = f"{len(row)} columns, but {len(names)} names in line 1: quote texts with commas"
             yield Broken(f"{path} line {rows.line_num}: {what}")
         elif row:
             yield row[index]

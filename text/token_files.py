@@ -42,7 +42,7 @@ class Split:
 
     Attributes:
         dtype: the type of its ids.
-        bytes: the UTF-8 bytes of its text, for bits per byte.
+        bytes: the UTF-8 bytes of its text, for bits per byte; 0 if they are unknown.
         sha256: of the file; None without meta.json.
         offset: bytes before the first id.
         stamp: identifies the file on the disk when it was first described.
@@ -73,17 +73,20 @@ class Split:
         # Not memory-mapped, so that resident memory does not grow during training.
         offset = self.offset + start * self.dtype.itemsize
         with open(self.path, "rb") as file:
-            if _stamp(os.fstat(file.fileno())) != self.stamp:
-                raise UserError(
-                    f"{self.path} was changed while it was in use: start again, or put the old file"
-                    " back and resume"
-                )
+            stamp = _stamp(os.fstat(file.fileno()))
+            if stamp != self.stamp:
+                if self.sha256 is None or sha256(self.path) != self.sha256:
+                    raise UserError(
+                        f"{self.path} was changed while it was in use: start again, or put the old"
+                        " file back and resume"
+                    )
+                self.stamp = stamp  # It was copied or touched.
             return np.fromfile(file, self.dtype, count, offset=offset).astype(np.int64)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    """Changes whenever a file is written or replaced."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    """Changes when a file is written or replaced."""
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -110,9 +113,9 @@ class Data:
 def other_kind(train: float, val: float) -> str | None:
     """A sentence if val is another kind of text than train, else None.
 
-    train, val: the bytes of a token in each split.
+    train, val: the bytes of a token in each split; 0 if they are unknown.
     """
-    if abs(val / train - 1) <= UNLIKE:
+    if 0 in (train, val) or abs(val / train - 1) <= UNLIKE:
         return None
     return (
         f"a token of val has {val:.2f} bytes, and one of train {train:.2f}: val is another kind of"
@@ -124,7 +127,7 @@ def data_folder(dataset: str) -> Path:
     """`wiki` -> data/wiki. A name with a separator is a path. So is the name of a folder that
     exists, unless data/ has one of that name too."""
     path, named = Path(dataset), Path("data") / dataset
-    is_path = "/" in dataset or len(path.parts) > 1
+    is_path = "/" in dataset or len(path.parts) != 1 or dataset == ".."
     return path if is_path or (path.is_dir() and not named.is_dir()) else named
 
 
@@ -284,7 +287,7 @@ def _without_meta(folder: Path, tokenizer: str) -> Data:
     words = load_tokenizer(tokenizer, folder)
     splits = {name: _token_file(folder / f"{name}.bin", words) for name in ("train", "val")}
     val = splits["val"]
-    val.bytes = 0  # Only bits per byte needs it, and only for val.
+    # Only bits per byte needs it, and only for val.
     for start in range(0, val.tokens, 2**16):
         ids = val.read(start, 2**16)
         val.bytes += len(words.decode(ids[ids != words.eot_id]).encode())
@@ -298,7 +301,7 @@ def _token_file(path: Path, words: Tokenizer) -> Split:
     Raises: UserError if it cannot be text of the tokenizer.
     """
     found = layout(path, words.dtype)
-    split = Split(path, found.dtype, found.tokens, 1, offset=found.offset)
+    split = Split(path, found.dtype, found.tokens, 0, offset=found.offset)
     places = {0, split.tokens // 2 // 4 * 4, max(0, split.tokens - SAMPLE) // 4 * 4}
     sample = np.concatenate([split.read(place, SAMPLE) for place in sorted(places)])
     trained = is_trained(words.name)

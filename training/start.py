@@ -227,16 +227,21 @@ def check_kernels(m: ModelConfig, device: str) -> None:
         raise UserError(f"head_impl={m.head_impl}: {error}") from None
 
 
+def runs_train(words: list[str]) -> bool:
+    """Whether a command line of Python runs train.py, by its name or as `-m train`."""
+    as_module = ("-m", "train") in zip(words, words[1:], strict=False)
+    return as_module or "train.py" in [Path(word).name for word in words]
+
+
 def compile_kernels(m: ModelConfig, device: str) -> None:
     """Compiles the head's kernels for a CPU if Numba's cache has none, and starts again from there.
 
     In the process that compiles them, Numba's kernels round in another way than when they come from
     the cache. So without the new start, a run would not resume bit for bit on a new machine.
-    Another program that runs train.py inside its own process is not started again.
+    A program that runs train.py inside its own process, such as a test, is not started again.
     """
     numba = load("numba") if device == "cpu" else None
-    mine = "train.py" in [Path(word).name for word in sys.orig_argv]
-    if numba is None or not mine or STARTED_AGAIN in os.environ:
+    if numba is None or not runs_train(sys.orig_argv) or STARTED_AGAIN in os.environ:
         return
     head = HarmonicHead(m.n_embd, 8, m.head, **m.head_arguments())
     states = torch.ones(8, m.n_embd, requires_grad=True)

@@ -233,7 +233,11 @@ def clock(run: Path, metrics: list[dict], tokens: int) -> list[tuple[float, floa
         metrics: from `read_metrics`.
         tokens: the number of tokens in an iteration.
     """
-    begin = sorted(start["iter"] for start in starts(run))
+    begin: list[int] = []
+    for environment in starts(run):
+        while begin and begin[-1] > environment["iter"]:
+            begin.pop()  # A later start went back before this one, and removed its lines.
+        begin.append(environment["iter"])
     found, elapsed, before, steps, start = [], 0.0, 0.0, 0.0, 0
     for m in metrics:
         if "elapsed_s" in m:
@@ -387,7 +391,7 @@ def starts(out_dir: Path) -> list[dict]:
     now = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     earlier = now.get("earlier", []) if now else []
     found = [*earlier, now] if now and isinstance(earlier, list) else []
-    return [start for start in found if isinstance(start, dict) and "iter" in start]
+    return [s for s in found if isinstance(s, dict) and isinstance(s.get("iter"), int)]
 
 
 def evaluated_alike_since(out_dir: Path) -> int:

@@ -42,6 +42,8 @@ MORE_WITH_LOGITS = (
 # Names of heads whose table was called `weight` in folders of older versions.
 HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")
 AUTO = "transformers.models.auto.configuration_auto"
+# Finite, so that an entropy is not 0 times infinity.
+PADDING_LOGIT = -1e9
 ENTROPY_ROWS = 256  # For TRL's metrics, so many rows of logits are in memory at a time.
 
 
@@ -145,7 +147,7 @@ class ModelHead(HarmonicHead):
         padding = len(self.table) - self.real_vocab_size
         if not padding:
             return logits
-        return F.pad(logits, (0, padding), value=torch.finfo(logits.dtype).min)
+        return F.pad(logits, (0, padding), value=PADDING_LOGIT)
 
     def _score(self, h, labels, count):
         """The output that TRL's trainers read; see `trl.trainer.utils.FusedCausalLMOutput`."""

@@ -158,12 +158,12 @@ def test_the_state_of_another_kind_of_head_is_refused(other, tmp_path):
     head = torch.nn.Sequential(HarmonicHead(C, V, "minkowski"))
     torch.save(head.state_dict(), tmp_path / "head.pt")
     state = torch.load(tmp_path / "head.pt")
-    before = head[0].weight.clone()
-    head.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="another kind .minkowski, harmonic link. than this"):
-        wrong = {"name": "minkowski"} | other
-        torch.nn.Sequential(HarmonicHead(C, V, **wrong)).load_state_dict(state)
-    assert torch.equal(head[0].weight, before)
+    torch.nn.Sequential(HarmonicHead(C, V, "minkowski", p=1.5)).load_state_dict(state)  # default
+    wrong = torch.nn.Sequential(HarmonicHead(C, V, **{"name": "minkowski"} | other))
+    before = wrong[0].weight.clone()
+    with pytest.raises(RuntimeError, match="another kind .minkowski, p = 1.5, harmonic link. than"):
+        wrong.load_state_dict(state)
+    assert torch.equal(wrong[0].weight, before)
 
 
 def test_loss_is_cross_entropy_of_logits():
