@@ -189,9 +189,8 @@ def train(run: Run, folder: RunFolder) -> None:
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:
         strange = error
-    except UserError:  # The data was changed.
-        save_alone(run, folder, log)
-        raise
+    except UserError as error:  # The data was changed.
+        strange = save_and_raise(run, folder, log, error)
     finally:
         signals.restore()
         profile.close()
@@ -263,10 +262,18 @@ def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
         folder.save(run, None)
 
 
-def save_alone(run: Run, folder: RunFolder, log: Log) -> None:
-    """`save_at_once`, unless there are other processes, which may be in another iteration."""
+def save_and_raise(run: Run, folder: RunFolder, log: Log, error: UserError) -> NotFinite:
+    """Saves as `save_at_once`, and raises `error`. With several processes it does not save, because
+    the others may be in another iteration.
+
+    Returns: what was found if a loss or gradient since the last line is not finite.
+    """
     if run.processes.world == 1:
-        save_at_once(run, folder, log)
+        try:
+            save_at_once(run, folder, log)
+        except NotFinite as found:
+            return found
+    raise error
 
 
 def report(run: Run, folder: RunFolder, log: Log) -> None:

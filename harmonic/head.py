@@ -148,6 +148,8 @@ class HarmonicHead(nn.Module):
                 f"the state is of a head of another kind ({kind}) than this one ({self.kind()}). To"
                 " start from its prototypes, copy the tensor `weight`"
             )
+            for key, own in self.distance_parameters.items():  # PyTorch loads these afterwards.
+                state_dict[f"{prefix}distance_parameters.{key}"] = own
             return
         strength = state_dict.pop(f"{prefix}strength", None)
         if strength is not None:

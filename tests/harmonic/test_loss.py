@@ -164,6 +164,12 @@ def test_the_state_of_another_kind_of_head_is_refused(other, tmp_path):
     with pytest.raises(RuntimeError, match="another kind .minkowski, p = 1.5, harmonic link. than"):
         wrong.load_state_dict(state)
     assert torch.equal(wrong[0].weight, before)
+    trained, twin = (HarmonicHead(C, V, "mahalanobis", link=k) for k in ("harmonic", "softmax"))
+    trained.distance_parameters["factor"].data.add_(1)
+    factor = twin.distance_parameters["factor"].clone()
+    with pytest.raises(RuntimeError, match="another kind"):
+        twin.load_state_dict(trained.state_dict())
+    assert torch.equal(twin.distance_parameters["factor"], factor)
 
 
 def test_loss_is_cross_entropy_of_logits():
