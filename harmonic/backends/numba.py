@@ -73,8 +73,9 @@ CACHED: list = []  # The functions whose code is on disk.
 def compiled_here() -> bool:
     """Whether this process has compiled a function that later processes load from the cache.
 
-    They round in another way: Numba optimises the loops of a parallel function once more when it
-    writes them to the cache, and the process that compiles runs the loops from before that.
+    They round in another way. The likely reason: Numba optimises the loops of a parallel function
+    once more when it writes them to the cache, and the process that compiles runs the loops from
+    before that.
     """
     return any(function.stats.cache_misses for function in CACHED)
 
