@@ -5,7 +5,8 @@
     python prepare_openwebtext.py --source=imdb --tokenizer=bpe:4096 --out_dir=data/imdb_bpe
     python -m studies.budget  # resumes; results/budget.csv has a row for each run
 
-The list of runs is in order of priority. Wherever it is stopped, what is done is a smaller study:
+The list of runs is in order of priority. Wherever it is stopped, what is done is a smaller study
+(--stages and --heads train a part of it):
 
     LONG heads   cross_entropy, cosine and its twin
         sweep        2 M tokens, seed 1337: the same three learning rates; then, at the best one,
@@ -129,24 +130,32 @@ class BudgetConfig(TrainingConfig):
     """where the runs' folders go"""
     stages: str = ""
     """only runs of these stages, such as 6M,cost; empty = all"""
+    heads: str = ""
+    """only runs of these heads, such as 'cosine,cosine softmax'; empty = all"""
 
     def problems(self) -> list[str]:
-        wrong = [name for name in self.only if name not in STAGES]
-        return super().problems() + [
-            f"stages: unknown stage {w}{nearest(w, STAGES)}" for w in wrong
-        ]
+        stages = [name for name in self.only_stages if name not in STAGES]
+        heads = [name for name in self.only_heads if name not in ALL]
+        wrong = [f"stages: unknown stage {name}{nearest(name, STAGES)}" for name in stages]
+        wrong += [f"heads: unknown head {name}{nearest(name, ALL)}" for name in heads]
+        return super().problems() + wrong
 
     @property
-    def only(self) -> list[str]:
-        """The names in `stages`."""
-        return [name for name in self.stages.split(",") if name]
+    def only_stages(self) -> list[str]:
+        """The names in `stages`, or all stages."""
+        return self.stages.split(",") if self.stages else list(STAGES)
+
+    @property
+    def only_heads(self) -> list[str]:
+        """The names in `heads`, or all heads."""
+        return self.heads.split(",") if self.heads else list(ALL)
 
 
 class Plan:
-    """The runs that are wanted, given what the table holds by now."""
+    """The runs of these heads that are wanted, given what the table holds by now."""
 
-    def __init__(self, table: Table):
-        self.table = table
+    def __init__(self, table: Table, heads: Iterable[str] = tuple(ALL)):
+        self.table, self.heads = table, set(heads)
 
     def settings(self) -> list[dict]:
         """Keys of runs, most important first. What needs a sweep is listed once that is done."""
@@ -160,7 +169,7 @@ class Plan:
         found += self.runs("6M", 6.0, first, LONG)
         found += self.runs("20M", 20.0, first, LONG)
         found += self.runs("6M", 6.0, early[1:], LONG)
-        found += [self.changed(*check) for check in CHECKS]
+        found += [self.changed(*check) for check in CHECKS if check[0] in self.heads]
         found += self.runs("imdb", 2.0, early, LONG)
         found += self.runs("cost", 0.3, early, LONG)
         found += self.sweep(others)
@@ -188,7 +197,7 @@ class Plan:
 
     def sweep(self, names: Iterable[str]) -> list[dict]:
         """The settings of these heads that are to be tried, as far as they are known by now."""
-        return [key for name in names for key in self.tried(name)]
+        return [key for name in names if name in self.heads for key in self.tried(name)]
 
     def tried(self, name: str) -> list[dict]:
         """Learning rates, then strengths at the best rate, then what lies beyond an edge."""
@@ -241,6 +250,7 @@ class Plan:
             }
             for seed in seeds
             for name in names
+            if name in self.heads
         ]
 
 
@@ -375,14 +385,13 @@ def summary(rows: list[Row]) -> str:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], BudgetConfig)
-    for name in dict.fromkeys(dataset(stage) for stage in c.only or STAGES):
+    for name in dict.fromkeys(dataset(stage) for stage in c.only_stages):
         load_data(data_folder(name))  # What is missing is told now, not after hours.
     table = Table(c.out, COLUMNS, KEY)
-    plan = Plan(table)
+    plan = Plan(table, c.only_heads)
 
     def wanted() -> list[Training]:
-        keys = plan.settings()
-        return [training(key) for key in keys if not c.only or key["stage"] in c.only]
+        return [training(key) for key in plan.settings() if key["stage"] in c.only_stages]
 
     complete_trainings(c, table, wanted, measure)
     print(summary(table.rows))

@@ -44,8 +44,17 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
         (stage, "wikitext2") for stage in budget.STAGES
     }
     assert elsewhere == {("imdb", "imdb_bpe"), ("wiki", "wiki")}
-    with pytest.raises(UserError, match="stages: unknown stage 20m; did you mean 20M"):
-        parse(["--stages=6M,20m"], budget.BudgetConfig)
+    some = ("cosine", "euclidean")  # The runs of some heads, as the whole plan has them.
+    assert budget.Plan(table, some).settings() == [k for k in plan.settings() if k["name"] in some]
+    assert all(
+        k["name"] in some
+        for k in budget.Plan(
+            Table(tmp_path / "new.csv", budget.COLUMNS, budget.KEY), some
+        ).settings()
+    )
+    wrong = "stages: unknown stage 20m; did you mean 20M.*heads: unknown head cos"
+    with pytest.raises(UserError, match=f"(?s){wrong}"):
+        parse(["--stages=6M,20m", "--heads=cos"], budget.BudgetConfig)
     seeds = [key["seed"] for key in done if key["stage"] == "2M"]
     long = len(budget.LONG)
     assert seeds[: long + 1] == [2001] * long + [2002]  # seed by seed
