@@ -759,7 +759,9 @@ class Model(nn.Module):
         with_distance: bool = False,
         recompute: bool = False,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Computes logits, or a loss without ever holding all logits.
+        """Computes logits, or a loss.
+
+        The loss never holds all logits, except with label smoothing or head_impl="dense".
 
         Args:
             idx: token ids (B, T).

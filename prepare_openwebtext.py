@@ -6,10 +6,10 @@
     python prepare_openwebtext.py --source=a.txt b.jsonl.gz folder/ --out_dir=data/mine
 
 A token file holds raw little-endian ids: uint16, or uint32 if the vocabulary is above 65,535. The
-end-of-text id follows every document. Empty documents and exact copies are dropped. A hash of a
-document's text decides which split it is in. So the files do not depend on the number of processes,
-and new documents do not move old ones to another split. (In a small corpus a split could be empty.
-Then it gets one document of the other split.)
+end-of-text id follows every document. Empty documents and exact copies are dropped, except in a
+corpus with official splits. A hash of a document's text decides which split it is in. So the files
+do not depend on the number of processes, and new documents do not move old ones to another split.
+(In a small corpus a split could be empty. Then it gets one document of the other split.)
 
 The files appear together, by one rename, at the end. Documents are read one at a time, with two
 exceptions: a parquet file is read by row groups, and a .json list at once. Only two things in
@@ -62,7 +62,7 @@ class PrepareConfig:
     pieces, and the end of each goes to val.bin. An end-of-text token follows every part"""
     streaming: bool = False
     """read openwebtext over the network while encoding, instead of downloading it first (24 GB, and
-    40 GB unpacked). Files are always streamed"""
+    40 GB unpacked). Your own files are never stored"""
     overwrite: bool = False
     """replace another preparation in out_dir"""
     max_documents: int = 0
@@ -78,11 +78,15 @@ class PrepareConfig:
         """Everything that is wrong with the flags and at the start of the files, in words."""
         problems = name_problems(self.tokenizer)
         if self.num_proc < 1:
-            problems.append(f"--num_proc={self.num_proc}: at least 1")
+            problems.append(f"--num_proc={self.num_proc} must be at least 1")
         if self.max_documents < 0:
-            problems.append(f"--max_documents={self.max_documents}: at least 1, or 0 for all")
+            problems.append(
+                f"--max_documents={self.max_documents} must be at least 1, or 0 for all"
+            )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            problems.append(f"--val_fraction={self.val_fraction}: between 0 and 1, both excluded")
+            problems.append(
+                f"--val_fraction={self.val_fraction} must be between 0 and 1, both excluded"
+            )
         if not self.source:
             problems.append(f"name a --source: {', '.join(CORPORA)}, or files and folders")
         elif self.corpus:

@@ -212,7 +212,7 @@ def best_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
     found = math.exp(minimize_scalar(loss, bounds=(-math.log(8), math.log(8)), method="bounded").x)
     if not 0.126 < found < 7.9:
-        note(f"the best temperature lies beyond 1/8 to 8: {found:.3g} is the end of that range")
+        note(f"the best temperature is outside 1/8 to 8: {found:.3g} is used")
     return found
 
 

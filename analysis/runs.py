@@ -256,7 +256,7 @@ def energy_of(run: Run, metrics: list[dict]) -> dict[str, float] | None:
     if used and timed(metrics):
         elapsed = clock(run.path, metrics, run.tokens_per_iteration())[-1][0]
         if used["duration"] < 0.95 * elapsed:
-            note(f"{run.name} measured its energy for a part of its time only: it is not shown")
+            note(f"the energy of {run.name} is not shown: only a part of the run was measured")
             return None
     return used
 

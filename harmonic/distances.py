@@ -317,6 +317,7 @@ CONTROLS = {
         "logit = h . w",
         "dot",
         logit=lambda raw: raw,
+        degree=2,
         source="the usual softmax unembedding",
     ),
     "cosine_linear": Distance(  # (1 + cos) / 2 is at least the epsilon of the number format.

@@ -4,8 +4,9 @@
     softmax    logit_v = -s d(h, w_v)       the control: the same distance without HarMax
 
 All arithmetic is float32, also inside torch.autocast. float64 vectors stay float64. The one
-exception is `precision`, below. Nothing is clamped, smoothed or filled in. The only constant is the
-floor under the logarithm, which `kernels.py` explains.
+exception is `precision`, below. No logit of a distance is clamped, smoothed or filled in. Besides
+the constants of the formulas there is one: the floor under the logarithm, which `kernels.py`
+explains.
 
 Three arguments choose how a loss is computed:
 

@@ -124,8 +124,8 @@ def model_of(model: Model, tokenizer: Tokenizer) -> Any:
     lost = [name for name in lost if name not in tied and not name.endswith("bias")]
     if lost or over:
         raise UserError(
-            f"transformers {transformers.__version__} has a different {type(made).__name__}:"
-            f" {', '.join(lost + over)}"
+            f"transformers {transformers.__version__} names the tensors of {type(made).__name__} in"
+            f" another way ({', '.join(lost + over)}): install the version of requirements.txt"
         )
     return made.eval()
 

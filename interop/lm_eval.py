@@ -64,8 +64,8 @@ class HarnessConfig:
             found.append("name one prepared folder, such as wikitext2")
         if not self.to:
             found.append("name the folder to write to with --to=DIR")
-        if self.questions < 1:
-            found.append(f"questions={self.questions} must be at least 1")
+        if self.questions < ENDINGS:
+            found.append(f"questions={self.questions} must be at least {ENDINGS}")
         return found
 
 
@@ -114,8 +114,8 @@ def main() -> None:
     asked = questions(texts, c.questions, c.seed)
     if len(asked) < ENDINGS:
         raise UserError(
-            f"{data.folder} {c.split} has {len(asked)} paragraphs of {CONTEXT + ENDING} words: too"
-            " few for a choice"
+            f"{data.folder} {c.split} has {len(asked)} paragraphs of at least {CONTEXT + ENDING}"
+            f" words, and a choice needs {ENDINGS}: use a longer split"
         )
     to, name = Path(c.to).resolve(), f"{data.folder.name}_{c.split}"
     try:

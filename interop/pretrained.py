@@ -418,7 +418,7 @@ def read_config(folder: Path, name: str) -> Any:
         raise UserError(f"init_from={name}: config.json is wrong ({error})") from None
     if kind not in FORMATS:
         known = ", ".join(FORMATS)
-        raise UserError(f"init_from={name} is a model of type {kind}: known are {known}")
+        raise UserError(f"init_from={name} is a model of type {kind}; supported types are {known}")
     from transformers import CONFIG_MAPPING  # Importing it takes seconds.
 
     try:

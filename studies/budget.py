@@ -38,7 +38,7 @@ their validation split decides nothing either.
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ from base.errors import nearest
 from studies.heads import costs, test_loss
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import Setting, beyond, number
+from studies.search import next_setting, number
 from text.token_files import data_folder, load_data
 from training import checkpoint
 from training.telemetry import read_metrics
@@ -252,16 +252,6 @@ class Plan:
             for name in names
             if name in self.heads
         ]
-
-
-def next_setting(best: Setting, tried: Sequence[Setting]) -> Setting | None:
-    """What lies beyond the edge that the best (strength, learning rate) is on; None if on none.
-
-    The strengths tried at the best rate decide, and then the rates tried at any strength.
-    """
-    strengths = [setting for setting in tried if setting[1] == best[1]]
-    rates = [(best[0], rate) for _, rate in tried]
-    return beyond(best, list({*strengths, *rates}), (2, 2), fewest=2)
 
 
 def strength(name: str) -> str:

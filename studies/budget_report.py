@@ -35,14 +35,13 @@ from studies.budget import (
     SEEDS,
     Plan,
     base,
-    next_setting,
     strength,
     summary,
 )
 from studies.budget import TOKENS as AN_ITERATION
 from studies.intervals import holm, mean_and_half
 from studies.runner import Row, Table
-from studies.search import Setting, number
+from studies.search import Setting, next_setting, number
 
 BASELINE = "cross_entropy"
 # Stages that train longer and longer on one corpus, and their millions of tokens.

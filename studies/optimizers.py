@@ -4,29 +4,31 @@
     # results/optimizers.csv gets a row for each run; call it again to resume
     python -m studies.optimizers
 
-First all runs have the demo's learning rate. Then each head has, with each optimiser, the best
-rate of a sweep of its own: three rates with another seed, and beyond the edge while the best rate
-is there, at most MOST times. The sweep and the reported losses are of the same validation text.
+Each head has, with each optimiser, a sweep of its own with another seed. It tries three learning
+rates, and further ones beyond the edge while the best is there. Then it tries half and twice the
+head's strength at the best rate, and further settings beyond an edge. The strength is the exponent,
+the exponent to which a twin's scale is matched, or for cross_entropy the size of the first
+prototypes. The sweep and the reported losses are of the same validation text.
 
 With Muon, the rate is also that of the AdamW which trains prototypes, embeddings, norms and biases.
-Strengths (exponent, scale) are the defaults and are not swept.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
+from harmonic.links import resolve_exponent
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import beyond, number, on_edge
+from studies.search import Setting, beyond, next_setting, number
 from training.telemetry import read_metrics
 
-RATE = 2e-3  # the demo's
 RATES = (1e-3, 2e-3, 4e-3)
-MOST = 2  # rates beyond the edge
+FACTORS = (0.5, 2.0)  # of the default strength
+MOST_RATES, MOST_SETTINGS = 2, 3  # beyond an edge
 SWEEP_SEED, SEEDS = 1337, (1338, 1339, 1340)
 HEADS = (
     ("cross_entropy", "harmonic"),
@@ -36,9 +38,11 @@ HEADS = (
     ("euclidean", "softmax"),
 )
 OPTIMIZERS = ("adamw", "muon")
-KEY = ("head", "link", "optimizer", "learning_rate", "seed")
+WIDTH, INIT_STD = 192, 0.02  # of the demo's model
+KEY = ("head", "link", "optimizer", "factor", "learning_rate", "seed")
 COLUMNS = [*KEY, "val_loss", "commit"]
 
+Head = tuple[str, str]  # name, link
 # Seed -> validation loss.
 Losses = dict[str, float]
 
@@ -58,63 +62,89 @@ class OptimizersConfig(TrainingConfig):
 def settings(table: Table) -> list[dict]:
     """Keys of the runs that are wanted by now, most important first. What needs a sweep is listed
     once that is done."""
-    found = [
-        key(head, optimizer, RATE, seed)
-        for seed in SEEDS
-        for head in HEADS
-        for optimizer in OPTIMIZERS
-    ]
-    for head in sorted(HEADS, key=lambda head: head[1] == "softmax"):  # The twins come last.
+    found = []
+    for find in (tried_rates, tried):
         for optimizer in OPTIMIZERS:
-            tried = sweep(table.rows, head, optimizer)
-            runs = [key(head, optimizer, rate, SWEEP_SEED) for rate in tried]
-            rate = best_rate(table.rows, head, optimizer)
-            if rate is not None:
-                runs += [key(head, optimizer, rate, seed) for seed in SEEDS]
-            found += [run for run in runs if run not in found]
+            for head in HEADS:
+                sweep = find(table.rows, head, optimizer)
+                runs = [key(head, optimizer, setting, SWEEP_SEED) for setting in sweep]
+                best = winner(table.rows, head, optimizer, sweep)
+                if best is not None:
+                    runs += [key(head, optimizer, best, seed) for seed in SEEDS]
+                found += [run for run in runs if run not in found]
     return found
 
 
-def key(head: tuple[str, str], optimizer: str, rate: float, seed: int) -> dict:
-    """The key of a run."""
-    name, link = head
-    return dict(head=name, link=link, optimizer=optimizer, learning_rate=rate, seed=seed)
+def key(head: Head, optimizer: str, setting: Setting, seed: int) -> dict:
+    """The key of a run. setting: the factor of the default strength, the learning rate."""
+    (name, link), (factor, rate) = head, setting
+    return dict(
+        head=name, link=link, optimizer=optimizer, factor=factor, learning_rate=rate, seed=seed
+    )
 
 
-def sweep_losses(rows: list[Row], head: tuple[str, str], optimizer: str) -> dict[float, float]:
-    """Learning rate -> validation loss, of a head's sweep."""
+def sweep_losses(rows: list[Row], head: Head, optimizer: str) -> dict[Setting, float]:
+    """Setting -> validation loss, of a head's sweep."""
     return {
-        float(row["learning_rate"]): number(row["val_loss"])
+        setting_of(row): number(row["val_loss"])
         for row in rows
-        if row["seed"] == str(SWEEP_SEED)
-        and (row["head"], row["link"]) == head
-        and row["optimizer"] == optimizer
+        if row["seed"] == str(SWEEP_SEED) and which(row) == (head, optimizer)
     }
 
 
-def sweep(rows: list[Row], head: tuple[str, str], optimizer: str) -> list[float]:
-    """The learning rates of a head's sweep, as far as they are known by now."""
-    rates, losses = list(RATES), sweep_losses(rows, head, optimizer)
-    for _ in range(MOST):
-        if not set(rates) <= set(losses):
-            break
-        best = min(rates, key=losses.__getitem__)
-        further = beyond((best,), [(rate,) for rate in rates], (2,))
-        if further is None:
-            break
-        rates.append(further[0])
-    return rates
+def setting_of(row: Row) -> Setting:
+    return float(row["factor"]), float(row["learning_rate"])
 
 
-def best_rate(rows: list[Row], head: tuple[str, str], optimizer: str) -> float | None:
-    """The rate of the sweep with the lowest validation loss. None while runs are missing."""
-    rates, losses = sweep(rows, head, optimizer), sweep_losses(rows, head, optimizer)
-    return min(rates, key=losses.__getitem__) if set(rates) <= set(losses) else None
+def which(row: Row) -> tuple[Head, str]:
+    """The head and the optimiser of a run."""
+    return (row["head"], row["link"]), row["optimizer"]
+
+
+def tried_rates(rows: list[Row], head: Head, optimizer: str) -> list[Setting]:
+    """The settings of a head's sweep with the default strength, as far as they are known by now."""
+    sweep: list[Setting] = [(1.0, rate) for rate in RATES]
+    for _ in range(MOST_RATES):
+        best = winner(rows, head, optimizer, sweep)
+        further = best and beyond(best, sweep, (2, 2), fewest=2)
+        if not further:
+            break
+        sweep.append(further)
+    return sweep
+
+
+def tried(rows: list[Row], head: Head, optimizer: str) -> list[Setting]:
+    """All settings of a head's sweep, as far as they are known by now."""
+    sweep = tried_rates(rows, head, optimizer)
+    best = winner(rows, head, optimizer, sweep)
+    if best is None:
+        return sweep
+    sweep += [(factor, best[1]) for factor in FACTORS]
+    for _ in range(MOST_SETTINGS):
+        best = winner(rows, head, optimizer, sweep)
+        further = best and next_setting(best, sweep)
+        if not further:
+            break
+        sweep.append(further)
+    return sweep
+
+
+def winner(rows: list[Row], head: Head, optimizer: str, sweep: list[Setting]) -> Setting | None:
+    """The setting with the lowest validation loss. None while runs are missing."""
+    losses = sweep_losses(rows, head, optimizer)
+    return min(sweep, key=losses.__getitem__) if set(sweep) <= set(losses) else None
 
 
 def training(run: dict) -> Training:
     """The run of train.py of a key. The rate falls to a tenth of its peak, as in the config."""
-    return Training(run, {**run, "emissions": False})
+    flags = {k: v for k, v in run.items() if k != "factor"} | {"emissions": False}
+    name = "head_init_std" if run["head"] == "cross_entropy" else "exponent"
+    return Training(run, flags | {name: run["factor"] * strength(run["head"])})
+
+
+def strength(head: str) -> float:
+    """The default strength: the size of cross_entropy's first prototypes, or an exponent."""
+    return INIT_STD if head == "cross_entropy" else resolve_exponent(head, WIDTH)
 
 
 def measure(folder: Path, key: dict) -> dict:
@@ -122,31 +152,43 @@ def measure(folder: Path, key: dict) -> dict:
     return {"val_loss": f"{losses[-1]:.6f}"}
 
 
-def same_rate(rows: list[Row]) -> str:
-    """The table of the runs with the demo's learning rate."""
-    return comparison(rows, {(head, name): RATE for head in HEADS for name in OPTIMIZERS})
+def tuned_rates(rows: list[Row]) -> str:
+    """The table with the best learning rate of each head and optimiser, and default strengths."""
+    return comparison(rows, winners(rows, tried_rates))
 
 
 def tuned(rows: list[Row]) -> str:
-    """The table of the runs with the best learning rate of each head and optimiser."""
-    rates = {(head, name): best_rate(rows, head, name) for head in HEADS for name in OPTIMIZERS}
-    done = [which for which, rate in rates.items() if rate is not None]
-    losses = [{(r,): loss for r, loss in sweep_losses(rows, *which).items()} for which in done]
-    return f"{comparison(rows, rates)}\n\n{on_edge(losses, (2,))}"
+    """The table with the best learning rate and strength of each head and optimiser."""
+    best = winners(rows, tried)
+    edges = sum(next_setting(best[run], tried(rows, *run)) is not None for run in best)
+    note = f"{edges} of {len(best)} winners of the sweep lie on the edge of what was tried."
+    return f"{comparison(rows, best)}\n\n{note}"
 
 
-def comparison(rows: list[Row], rates: Mapping[tuple[tuple[str, str], str], float | None]) -> str:
+def winners(
+    rows: list[Row], find: Callable[[list[Row], Head, str], list[Setting]]
+) -> dict[tuple[Head, str], Setting]:
+    """The best setting of each sweep that is done. find: `tried_rates` or `tried`."""
+    found = {}
+    for head in HEADS:
+        for optimizer in OPTIMIZERS:
+            best = winner(rows, head, optimizer, find(rows, head, optimizer))
+            if best is not None:
+                found[head, optimizer] = best
+    return found
+
+
+def comparison(rows: list[Row], best: Mapping[tuple[Head, str], Setting]) -> str:
     """A line for each head: both losses, and differences paired by seed: between the optimisers,
     to cross_entropy and to the softmax twin under each of them.
 
-    rates: the learning rate of each head and optimiser; runs with other rates are left out. A head
-        has a line once it has all seeds with both optimisers.
+    best: the setting of each head and optimiser; other runs are left out. A head has a line once it
+        has all seeds with both optimisers.
     """
-    losses: dict[tuple[tuple[str, str], str], Losses] = {}
+    losses: dict[tuple[Head, str], Losses] = {}
     for row in rows:
-        which = (row["head"], row["link"]), row["optimizer"]
-        if row["seed"] != str(SWEEP_SEED) and float(row["learning_rate"]) == rates[which]:
-            losses.setdefault(which, {})[row["seed"]] = number(row["val_loss"])
+        if row["seed"] != str(SWEEP_SEED) and setting_of(row) == best.get(which(row)):
+            losses.setdefault(which(row), {})[row["seed"]] = number(row["val_loss"])
     lines = []
     for head, link in HEADS:
         adamw, muon = (losses.get(((head, link), name), {}) for name in OPTIMIZERS)
@@ -156,7 +198,8 @@ def comparison(rows: list[Row], rates: Mapping[tuple[tuple[str, str], str], floa
         line["link"] = None if (head, link) == HEADS[0] else link  # A control has no link.
         line["difference"] = difference(muon, adamw)
         for name, found in zip(OPTIMIZERS, (adamw, muon), strict=True):
-            line[f"{name}_rate"] = rates[(head, link), name]
+            factor, line[f"{name}_rate"] = best[(head, link), name]
+            line[f"{name}_strength"] = factor * strength(head)
             line[name], _ = mean_and_half(list(found.values()))
             baseline = losses.get((HEADS[0], name), {})
             if head != HEADS[0][0] and set(found) == set(baseline):
@@ -172,6 +215,7 @@ def comparison(rows: list[Row], rates: Mapping[tuple[tuple[str, str], str], floa
         [
             *("head", "link", "seeds"),
             *(Column(f"{name}_rate", f"rate, {name}", "g") for name in OPTIMIZERS),
+            *(Column(f"{name}_strength", f"n or size, {name}", ".4g") for name in OPTIMIZERS),
             *(Column(name, unit="nats", form=".4f") for name in OPTIMIZERS),
             Column("difference", "muon minus adamw"),
             *(Column(f"{name}_less", f"{name}, minus cross_entropy") for name in OPTIMIZERS),
@@ -189,7 +233,7 @@ def main() -> None:
     (c,) = parse(sys.argv[1:], OptimizersConfig)
     table = Table(c.out, COLUMNS, KEY)
     complete_trainings(c, table, lambda: [training(run) for run in settings(table)], measure)
-    print(same_rate(table.rows), tuned(table.rows), sep="\n\n")
+    print(tuned_rates(table.rows), tuned(table.rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ TABLES = {
     "budget turns": (budget, "budget.csv", budget_report.turns),
     "budget energy": (budget, "budget.csv", budget_report.energy),
     "budget ends": (ends, "ends.csv", ends.tables),
-    "optimizers": (optimizers, "optimizers.csv", optimizers.same_rate),
+    "optimizers": (optimizers, "optimizers.csv", optimizers.tuned_rates),
     "optimizers tuned": (optimizers, "optimizers.csv", optimizers.tuned),
     "tasks": (algorithmic, "algorithmic.csv", algorithmic_report.main_table),
     "task twins": (algorithmic, "algorithmic.csv", algorithmic_report.task_twins),

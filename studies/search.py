@@ -35,6 +35,16 @@ def beyond(
     return None
 
 
+def next_setting(best: Setting, tried: Sequence[Setting]) -> Setting | None:
+    """What lies beyond the edge that the best (strength, learning rate) is on; None if on none.
+
+    The strengths tried at the best rate decide, and then the rates tried at any strength.
+    """
+    strengths = [setting for setting in tried if setting[1] == best[1]]
+    rates = [(best[0], rate) for _, rate in tried]
+    return beyond(best, list({*strengths, *rates}), (2, 2), fewest=2)
+
+
 def on_edge(sweeps: list[dict], steps: Setting) -> str:
     """A sentence that tells how many winners are still on the edge of the tried settings.
 

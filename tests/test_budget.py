@@ -11,6 +11,7 @@ from base.errors import UserError
 from model import ModelConfig
 from studies import budget, budget_report, optimizers
 from studies.runner import Table
+from studies.search import next_setting
 from training.config import TrainConfig
 
 
@@ -30,8 +31,8 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
             assert key["exponent"] == (head.exponent or "")
     # A rate at the edge is left at the best strength too, where no other rate was tried.
     tried = [(16, 1e-3), (16, 2e-3), (16, 4e-3), (8, 1e-3), (32, 1e-3), (64, 1e-3)]
-    assert budget.next_setting((32, 1e-3), tried) == (32, 5e-4)
-    assert budget.next_setting((32, 1e-3), [*tried, (32, 5e-4)]) is None
+    assert next_setting((32, 1e-3), tried) == (32, 5e-4)
+    assert next_setting((32, 1e-3), [*tried, (32, 5e-4)]) is None
     count = Counter(key["stage"] for key in done)
     main, controls = len(budget.HEADS), len(budget.CONTROLS)
     assert count == {
@@ -76,8 +77,8 @@ def test_summaries_are_paired_by_seed():
     assert "| 2M | cosine | 2 | 5.0000 | -0.1000 | 0.0000 |" in _single_spaced(budget.summary(rows))
 
 
-def test_optimisers_are_compared_at_one_rate_and_at_the_best_of_each(tmp_path):
-    """With Muon the best rate is beyond the edge; with AdamW it is the demo's."""
+def test_optimisers_are_compared_at_the_best_rate_and_strength_of_each(tmp_path):
+    """With Muon the best rate is beyond the edge. cross_entropy is best at four times its size."""
     table = Table(tmp_path / "optimizers.csv", optimizers.COLUMNS, optimizers.KEY)
     while todo := [run for run in optimizers.settings(table) if table.find(run) is None]:
         for run in todo:
@@ -86,25 +87,33 @@ def test_optimisers_are_compared_at_one_rate_and_at_the_best_of_each(tmp_path):
             loss -= 0.5 * (run["link"] == "softmax")
             if run["head"] == "euclidean":  # The best rate is the lowest.
                 loss = 9 + run["learning_rate"] if run["learning_rate"] < 3e-3 else math.nan
+            away = 2 if run["head"] == "cross_entropy" else 0
+            loss += 0.1 * abs(math.log2(run["factor"]) - away)
             table.add({**run, "val_loss": loss + 0.1 * (run["seed"] - 1337)})
-    rates = {name: {} for name in optimizers.OPTIMIZERS}
+    found = {name: {} for name in optimizers.OPTIMIZERS}
     for row in table.rows:
-        if row["head"] == "euclidean":
-            continue
-        rates[row["optimizer"]].setdefault(row["learning_rate"], set()).add(row["seed"])
-    seeds = {str(seed) for seed in optimizers.SEEDS}
-    assert rates["adamw"] == {"0.001": {"1337"}, "0.002": {"1337", *seeds}, "0.004": {"1337"}}
-    assert set(rates["muon"]) == {"0.001", "0.002", "0.004", "0.008", "0.016"}
-    assert rates["muon"]["0.008"] == {"1337", *seeds}
-    same, tuned = optimizers.same_rate(table.rows), optimizers.tuned(table.rows)
-    start = "| cosine | softmax | 3 | 0.002 |"
-    rest = "| -1.500 ± 0.000 | -1.500 ± 0.000 | - | - |"
-    assert f"{start} 0.002 | 3.7000 | 4.3000 | +0.600 ± 0.000 {rest}" in same
-    assert f"{start} 0.008 | 3.7000 | 3.7000 | +0.000 ± 0.000 {rest}" in tuned
+        if (row["head"], row["link"]) == ("cosine", "softmax"):
+            found[row["optimizer"]].setdefault(optimizers.setting_of(row), set()).add(row["seed"])
+    sweep, seeds = {"1337"}, {str(seed) for seed in optimizers.SEEDS}
+    assert found["adamw"] == {
+        **{(1, rate): sweep for rate in (1e-3, 4e-3)},
+        (1, 2e-3): {*sweep, *seeds},
+        **{(factor, 2e-3): sweep for factor in (0.5, 2)},
+    }
+    assert {rate for _, rate in found["muon"]} == {1e-3, 2e-3, 4e-3, 8e-3, 16e-3}
+    rates, tuned = optimizers.tuned_rates(table.rows), optimizers.tuned(table.rows)
+    start, losses = "| cosine | softmax | 3 | 0.002 | 0.008 | 13.86 | 13.86 |", "3.7000 | 3.7000"
+    rest = f"{start} {losses} | +0.000 ± 0.000"
+    assert f"{rest} | -1.700 ± 0.000 | -1.700 ± 0.000 | - | - |" in rates
+    assert f"{rest} | -1.500 ± 0.000 | -1.500 ± 0.000 | - | - |" in tuned
+    assert "| cross_entropy | - | 3 | 0.002 | 0.008 | 0.08 | 0.08 | 5.2000 | 5.2000 |" in tuned
     assert "| -1.000 ± 0.000 | -1.000 ± 0.000 | +0.500 ± 0.000 | +0.500 ± 0.000 |" in tuned
-    assert "| euclidean | softmax | 3 | 0.00025 | 0.00025 | 9.200" in tuned
+    assert "| euclidean | softmax | 3 | 3.125e-05 | 3.125e-05 | 768 |" in tuned
     assert "4 of 10 winners of the sweep lie on the edge" in tuned
     assert "No head has finished" in optimizers.tuned(table.rows[:30])
+    euclidean = {"head": "euclidean", "link": "softmax", "optimizer": "muon", "seed": 1}
+    flags = optimizers.training({**euclidean, "factor": 0.5, "learning_rate": 0.1}).flags
+    assert (flags["exponent"], flags["link"]) == (384, "softmax") and "factor" not in flags
 
 
 def test_the_report_answers_from_the_rows_that_are_there(tmp_path):

@@ -557,7 +557,7 @@ def test_all_mistakes_in_one_message(tmp_path):
         "did you mean gpt2",
         "num_proc=0",
         "did you mean val_fraction",
-        "=2.0: between",
+        "=2.0 must be between",
     ]:
         assert part in done.stderr, part
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pdf", "empty.txt"]
@@ -643,7 +643,7 @@ def test_bad_parquet(tmp_path):
         (["--source=wiki", "a.txt"], "wiki cannot be combined with other sources"),
         (["--source=a.txt", "b.txt"], "several sources: name the --out_dir"),
         (["--source=wikitext2", "--val_fraction=0.1"], "official splits"),
-        (["--source=wiki", "--column=extract"], "wiki has its own format"),
+        (["--source=wiki", "--column=extract"], "wiki, which has its own format"),
         (["--source=a.txt", "--column=text"], "a .txt file has no columns"),
         (
             ["--source=empty_folder"],

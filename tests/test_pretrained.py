@@ -193,7 +193,10 @@ def test_missing_extra_and_wrong_tensors_are_listed(copy):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "llama"}, "is a model of type llama: known are gpt2, bert, qwen2, qwen3"),
+        (
+            {"model_type": "llama"},
+            "is a model of type llama; supported types are gpt2, bert, qwen2, qwen3",
+        ),
         (
             {"activation_function": "relu"},
             "model.py does not have the activation relu (only gelu_pytorch_tanh, gelu_new, gelu)",

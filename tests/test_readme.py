@@ -278,9 +278,14 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_table_of_heads_is_the_codes():
-    from harmonic.distances import formula_table
+    from harmonic.distances import HEADS, formula_table
 
-    assert formula_table() in page("docs/heads.md")
+    command = 'python -c "from harmonic.distances import formula_table; print(formula_table())"'
+    assert formula_table() in page("docs/heads.md"), (
+        f"paste the table there that this prints: {command}"
+    )
+    named = set(re.findall(r"`(\w+)`", page("harmonic/README.md")))
+    assert not HEADS.keys() - named, "harmonic/README.md lists all heads"
 
 
 def test_demo_numbers_are_the_measured_ones():

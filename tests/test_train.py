@@ -438,7 +438,10 @@ BAD = {
     "tokenizer": (dict(tokenizer="gpt2"), ["tokenizer=gpt2", "prepared with bpe:300"]),
     "eot_id": (
         dict(doc_mask=True, eot_id=9999),
-        ["eot_id=9999 is not a token of bpe:300, which has 300: leave it out, and it is 0"],
+        [
+            "eot_id=9999 is not a token of bpe:300, which has ids below 300: leave --eot_id out"
+            " to use the data's, 0"
+        ],
     ),
     "resume and overwrite": (
         dict(init_from="auto", overwrite=True),

@@ -43,9 +43,13 @@ class Corpus:
         """Why the flags --column and --val_fraction cannot be used with it, in words."""
         problems = []
         if column:
-            problems.append(f"--column: {self.name} has its own format")
+            problems.append(
+                f"--column is not for {self.name}, which has its own format: leave it out"
+            )
         if val_fraction is not None and self.val_fraction is None:
-            problems.append(f"--val_fraction: {self.name} keeps its official splits")
+            problems.append(
+                f"--val_fraction is not for {self.name}, which has official splits: leave it out"
+            )
         return problems
 
 

@@ -1,7 +1,8 @@
 """Which documents are kept, and in which split each one is.
 
-Empty documents and exact copies are dropped. The split of a document depends on a hash of its text
-alone. So adding documents, or changing their order, moves none from split to split.
+Empty documents and exact copies are dropped, except in a corpus with official splits. Without
+those, the split of a document depends on a hash of its text alone. So adding documents, or changing
+their order, moves none from split to split.
 """
 
 import hashlib

@@ -309,7 +309,10 @@ def on_disk(file: io.BufferedIOBase) -> io.BufferedRandom:
         except OSError as error:
             copy.close()
             place = tempfile.gettempdir()
-            raise UserError(f"cannot unpack into {place}: {error.strerror}; set TMPDIR") from None
+            raise UserError(
+                f"cannot unpack into {place}: {error.strerror}; set TMPDIR to a folder with more"
+                " room"
+            ) from None
     copy.seek(0)
     return copy
 

@@ -222,8 +222,8 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
         bad.append(f"checkpoint {folder} is corrupt, {problem}")
     if bad:
         raise UserError(
-            f"no checkpoint can be used: {'; '.join(bad)}; start again with --overwrite=true, or"
-            " name another --out_dir"
+            f"no checkpoint can be used: {'; '.join(bad)}; copy a good one there, or train the run"
+            " again (train.py --overwrite=true)"
         )
     there = "" if Path(out_dir).is_dir() else " (the folder does not exist)"
     if Path(out_dir).is_file():

@@ -140,8 +140,8 @@ def check_device(device: str) -> str:
         )
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, counted"
-            " from 0"
+            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, and the"
+            f" last is cuda:{torch.cuda.device_count() - 1}"
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device={device}: this machine has no MPS device; use --device=cpu")

@@ -170,7 +170,8 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     problems += split_problems(data, model.block_size)
     if config.sample_interval and objective_of(model.arch).masked:
         problems.append(
-            f"sample_interval: arch={model.arch} is a masked language model and writes no text"
+            f"sample_interval: arch={model.arch} is a masked language model and writes no text:"
+            " leave --sample_interval out"
         )
     if source and (problem := source.reads(data)):
         problems.append(problem)
@@ -183,14 +184,15 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     if model.vocab_size < rows:
         problems.append(
             f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
-            f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''})"
+            f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''}):"
+            " leave --vocab_size out"
         )
     if model.doc_mask and model.eot_id is None:
         model.eot_id = data.eot_id
     if model.doc_mask and model.eot_id is not None and model.eot_id >= data.vocab_size:
         problems.append(
-            f"eot_id={model.eot_id} is not a token of {data.tokenizer}, which has"
-            f" {data.vocab_size}: leave it out, and it is {data.eot_id}"
+            f"eot_id={model.eot_id} is not a token of {data.tokenizer}, which has ids below"
+            f" {data.vocab_size}: leave --eot_id out to use the data's, {data.eot_id}"
         )
     if not data.vocab_size <= model.real_vocab_size <= max(model.vocab_size, rows):
         problems.append(
@@ -268,7 +270,7 @@ def check_out_dir(c: TrainConfig) -> None:
             " another --out_dir"
         )
     if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"out_dir={out_dir} is a file")
+        raise UserError(f"out_dir={out_dir} is a file: name another --out_dir")
 
 
 def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
@@ -279,10 +281,10 @@ def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
     p = distributed.start(device, c.backend, c.timeout)
     slots = c.batch_size * c.gradient_accumulation_steps
     if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
-        why = "raise one of them" if p.world > slots else "parallel=fsdp needs equal shares"
+        need = f"a multiple of {p.world}" if c.parallel == "fsdp" else f"at least {p.world}"
         raise UserError(
-            f"{p.world} processes share {slots} windows an iteration (batch_size *"
-            f" gradient_accumulation_steps): {why}"
+            f"{p.world} processes cannot share {slots} windows an iteration (batch_size *"
+            f" gradient_accumulation_steps): make that product {need}"
         )
     if len(set(p.gather(resume))) > 1:
         raise UserError(
@@ -319,7 +321,8 @@ def go_on(
 ) -> tuple[Progress, Path]:
     """Loads the newest good checkpoint. Returns its progress and its folder.
 
-    changed: the settings that this start changes; another text is added.
+    changed: the settings that this start changes. If the text differs, the keys `text` and
+        `val_text` are added.
 
     Raises: UserError if there is none, or if the run was trained on another file or tokenizer.
     """

@@ -217,7 +217,7 @@ def read_metrics(run: str | Path) -> list[dict]:
             values = {key: _number(value) for key, value in found.items()}
             records.append({key: value for key, value in values.items() if value is not None})
     if not records:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} has no complete record: train the run first")
     return records
 
 

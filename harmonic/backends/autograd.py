@@ -212,7 +212,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     if wants_graph():
         if seed is not None:
             raise RuntimeError(
-                "the gradient of a gradient would need the noise of this head again: call"
+                "gradients of gradients do not work with this head's training noise: call"
                 " head.eval() first, or use impl='dense'"
             )
         dx, dy, dstrength, dbias, *others = _differentiable(

@@ -285,12 +285,18 @@ def _check_model(model, old, match_to):
             " be lost. Merge or remove it first"
         )
     if not hasattr(model, "get_expanded_tied_weights_keys"):
-        raise ValueError("swap_head needs transformers 5")
+        raise ValueError("swap_head needs transformers 5: pip install -U transformers")
     values = {key: getattr(config.get_text_config(), key, None) for key in MORE_WITH_LOGITS}
     if more := [key for key, value in values.items() if value is True or value not in (None, 0, 1)]:
-        raise ValueError(f"{name} changes logits or loss after its output layer: {', '.join(more)}")
+        raise ValueError(
+            f"{name} changes logits or loss after its output layer: {', '.join(more)}. Set that to"
+            " None in model.config if you can do without it"
+        )
     if _reads_weight(model, old):
-        raise ValueError(f"{name} reads the `weight` of its output layer, and a head has none")
+        raise ValueError(
+            f"{name} cannot be swapped: its code reads the `weight` of its output layer, and a head"
+            " has none"
+        )
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(
             f"the head of this model is {old.name} already: match_to needs a dot product's head"

@@ -32,6 +32,7 @@ sys.path[:0] = [
 ]
 
 from conftest import script  # noqa: E402
+from head_cases import FAST  # noqa: E402
 
 from harmonic import CONTROLS, HEADS, harmonic_loss  # noqa: E402
 from harmonic.distances import resolve  # noqa: E402
@@ -101,12 +102,8 @@ def digest(arrays):
 
 def supported(name, link, options, impl):
     """Whether there is a compiled kernel; the two others have all."""
-    if impl in ("dense", "chunked"):
-        return True
-    if name == "cross_entropy":
-        return True
-    not_compiled = name == "student_t" or (name == "canberra_weighted" and options)
-    return not (name in CONTROLS or not_compiled)
+    compiled = name in FAST and not (name == "canberra_weighted" and options)
+    return compiled or impl in ("dense", "chunked")
 
 
 def hashes(seeds=(0, 1, 2)):

@@ -3,11 +3,13 @@ that is added."""
 
 import re
 import shutil
+import textwrap
 
 import pytest
 from conftest import ROOT, script
 
 DOCUMENT = ROOT / "docs/add_a_distance.md"
+LAST = "def distance(name: str) -> Callable[..., Tensor]:"  # of reference.py
 
 
 def test_importing_starts_no_backend():
@@ -26,35 +28,58 @@ print("torch._dynamo" in sys.modules)
     assert done.stdout.split() == ["[]", "False", "False"], done.stdout + done.stderr
 
 
-def test_a_distance_is_added_as_documented(tmp_path):
-    """The entry and the formula of docs/add_a_distance.md, in a copy of the package: the tests of
-    all heads pass for it, unedited."""
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the package and its tests."""
     for folder in ("harmonic", "tests/harmonic"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
     shutil.copy(ROOT / "tests/conftest.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    entry, formula = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
-    for name, place, text in (
-        ("distances.py", "DISTANCES = {\n", entry),
-        ("reference.py", "def distance(", None),
-    ):
-        path = tmp_path / "harmonic" / name
-        source = path.read_text()
-        assert source.count(place) == 1
-        path.write_text(source.replace(place, place + entry if text else f"{formula}\n\n{place}"))
-    command = re.search(r"python (-m pytest .* -k \w+)", DOCUMENT.read_text()).group(1)
-    done = script(
-        *command.split(),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path)},
-    )
+    return tmp_path
+
+
+def add(path, text, after="", before=""):
+    """Adds text to a file, after or before a line that it has once."""
+    source, line = path.read_text(), after or before
+    assert source.count(f"\n{line}\n") == 1
+    path.write_text(source.replace(line, f"{line}\n{text}" if after else f"{text}\n\n{line}"))
+
+
+def passed(folder, *command):
+    """The number of tests that passed in a copy. None may fail."""
+    quiet = ("-q", "-p", "no:cacheprovider")
+    done = script(*command, *quiet, cwd=folder, env={"PYTHONPATH": str(folder)})
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30, done.stdout[-3000:]
+    return int(re.search(r"(\d+) passed", done.stdout).group(1))
+
+
+def test_a_distance_is_added_as_documented(copied):
+    """The entry and the formula of docs/add_a_distance.md: the tests of all heads pass for it,
+    unedited."""
+    entry, formula = re.findall(r"^```python\n(.*?)```", DOCUMENT.read_text(), re.S | re.M)
+    add(copied / "harmonic/distances.py", entry, after="DISTANCES = {")
+    add(copied / "harmonic/reference.py", formula, before=LAST)
+    command = re.search(r"python (-m pytest .* -k \w+)", DOCUMENT.read_text()).group(1)
+    assert passed(copied, *command.split()) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_kernel_is_added_as_documented(copied, compiled):
+    """The kernel of the same page, with and without its functions for Numba."""
+    row, code = re.findall(r"^    ```python\n(.*?)    ```", DOCUMENT.read_text(), re.S | re.M)
+    entry = '"log1p": Distance("sum log(1 + |h-w|)", "log1p", degree=None, source="ours"),'
+    formula = "def log1p(h: Tensor, w: Tensor) -> Tensor:\n    return (h - w).abs().log1p().sum(-1)"
+    add(copied / "harmonic/kernels.py", row, after="KERNELS = {")
+    add(copied / "harmonic/distances.py", entry, after="DISTANCES = {")
+    add(copied / "harmonic/reference.py", formula, before=LAST)
+    if compiled:
+        call = '("log1p", None): _compile("log1p", _log1p_term, _log1p_slope),'
+        add(copied / "harmonic/backends/numba.py", textwrap.dedent(code), before="COMPILED = {")
+        add(copied / "harmonic/backends/numba.py", call, after="COMPILED = {")
+    assert passed(copied, "-m", "pytest", "tests/harmonic", "-k", "log1p or golden") > 30
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def load_bpe(name: str, folder: Path | None) -> Tokenizer:
     Raises: UserError if the file is missing or is not a byte-level BPE.
     """
     if folder is None:
-        raise UserError(f"tokenizer {name} lies beside its token files: name their folder")
+        raise UserError(f"tokenizer {name} needs the folder that holds its {BPE_FILE}")
     path = Path(folder) / BPE_FILE
     if not path.is_file():
         raise UserError(

@@ -96,7 +96,7 @@ def read_characters(folder: Path | None) -> Characters:
     Raises: UserError if both files are missing, or the file is corrupt.
     """
     if folder is None:
-        raise UserError("tokenizer char lies beside its token files: name their folder")
+        raise UserError(f"tokenizer char needs the folder that holds its {CHAR_FILE}")
     path, nanogpt = Path(folder) / CHAR_FILE, Path(folder) / NANOGPT_META
     if path.is_file():
         return _read_file(path)
