@@ -41,7 +41,7 @@ $(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
 # A second `make demo` continues what is not finished. If all is finished, it only samples again and prints where the report is.
 demo: $(VENV)/installed data/wiki/meta.json
 	@echo "Two trainings, a few minutes each. You can stop at any time. The next make demo continues where it stopped."
-	$(RUN) train.py configs/demo.yaml --head=cross_entropy --out_dir=out/demo/cross_entropy --init_from=auto
+	$(RUN) train.py configs/demo.yaml --head=cross_entropy --head_init_std=0.05 --out_dir=out/demo/cross_entropy --init_from=auto
 	$(RUN) train.py configs/demo.yaml --head=cosine --out_dir=out/demo/cosine --init_from=auto
 	$(RUN) sample.py --out_dir=out/demo/cross_entropy --start="The city of" --max_new_tokens=60
 	$(RUN) sample.py --out_dir=out/demo/cosine --start="The city of" --max_new_tokens=60

@@ -77,7 +77,7 @@ class SampleConfig:
     """the same seed gives the same text"""
     explain: bool = False
     """print for each new token the nearest prototypes, and the coordinates that contribute most to
-    its distance"""
+    its distance. p is the model's probability, before temperature, top_k and top_p"""
     json: bool = False
     """print one line of JSON for each text, and nothing else on stdout. Its keys: prompt, text
     (what was added), tokens (the ids of text), finish_reason (eot or length)"""

@@ -3,8 +3,8 @@ prototypes.
 
     python -m analysis.gradients out/a out/b
 
-The papers do not define "gradient stability". These are the measures here, over all steps but the
-first tenth. Norms are those before clipping.
+The papers on these heads (arXiv 2502.01628, 2603.10225) do not define "gradient stability". These
+are the measures here, over all steps but the first tenth. Norms are those before clipping.
 
 mean          mean of the gradient norms
 cv            coefficient of variation: standard deviation divided by mean

@@ -3,8 +3,9 @@
     python -m analysis.report out/a out/b --out=report.html
 
 The page needs no network and no other file: it is analysis/report.html with one JSON document in
-it. Losses are those that training measured on its fixed validation windows. analysis.perplexity
-scores a whole split.
+it. A run's loss is the one that training measured on its fixed validation windows, and its weights
+are those of the best checkpoint. Differences are of up to 256 windows spread over the split.
+analysis.perplexity scores a whole split.
 """
 
 import dataclasses

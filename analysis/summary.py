@@ -268,11 +268,20 @@ def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
     ]
 
 
-def one_seed(runs: list[Run]) -> bool:
-    """Whether each pair of head and link has only one seed."""
-    heads = {(r.model_config.head, r.model_config.link) for r in runs}
-    seeds = {(r.model_config.head, r.model_config.link, r.config.seed) for r in runs}
-    return len(seeds) == len(heads)
+def single_seeds(runs: list[Run]) -> str | None:
+    """A sentence if a pair of head and link has only one seed, else None."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for run in runs:
+        pair = run.model_config.head, run.model_config.link
+        seeds.setdefault(pair, set()).add(run.config.seed)
+    single = [len(found) == 1 for found in seeds.values()]
+    if not any(single):
+        return None
+    which = "each head" if all(single) else "some heads"
+    return (
+        f"This is one seed of {which}."
+        " Other seeds, learning rates or strengths may change the result."
+    )
 
 
 def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> str:
@@ -303,12 +312,7 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
     else:
         mean, _, name = others[0]
         text = f"{text}, {mean:.3f} nats/token below {name}."
-    if one_seed(runs):
-        text += (
-            " This is one seed of each head."
-            " Other seeds, learning rates or strengths may change the result."
-        )
-    return text
+    return " ".join([text, *filter(None, [single_seeds(runs)])])
 
 
 def without_twin(runs: list[Run]) -> str | None:

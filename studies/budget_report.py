@@ -57,6 +57,8 @@ LATE = ("6M", "20M")
 # Ranks of fewer heads say nothing.
 FEWEST = 5
 NOTHING = "No runs yet."
+# Measures other than the loss, and the form of their differences.
+MEASURES = {"components_90": "+.1f", "grad_norm_cv": "+.3f", "ece": "+.4f"}
 
 # Seed -> test loss.
 Losses = dict[str, float]
@@ -83,21 +85,23 @@ class _AllDone(Table):
     row = find
 
 
-def losses(rows: list[Row], stage: str, head: str) -> Losses:
-    """A run that diverged has an infinite loss."""
+def losses(rows: list[Row], stage: str, head: str, column: str = "test_loss") -> Losses:
+    """Test losses, or another column. A run that diverged has an infinite loss."""
     mine = [row for row in rows if (row["stage"], row["name"]) == (stage, head)]
-    return {str(row["seed"]): number(row["test_loss"]) for row in mine}
+    return {str(row["seed"]): number(row[column]) for row in mine}
 
 
-def paired(rows: list[Row], stage: str, head: str, other: str) -> Losses:
-    """The difference of test losses of each seed that both heads have."""
-    mine, theirs = losses(rows, stage, head), losses(rows, stage, other)
+def paired(rows: list[Row], stage: str, head: str, other: str, column: str = "test_loss") -> Losses:
+    """The difference of test losses, or of another column, of each seed that both heads have."""
+    mine, theirs = losses(rows, stage, head, column), losses(rows, stage, other, column)
     return {seed: mine[seed] - theirs[seed] for seed in mine if seed in theirs}
 
 
-def differences(rows: list[Row], stage: str, head: str, other: str) -> list[float]:
+def differences(
+    rows: list[Row], stage: str, head: str, other: str, column: str = "test_loss"
+) -> list[float]:
     """The differences of `paired` without their seeds."""
-    return list(paired(rows, stage, head, other).values())
+    return list(paired(rows, stage, head, other, column).values())
 
 
 def change(rows: list[Row], stage: str, head: str, other: str) -> list[float]:
@@ -327,13 +331,35 @@ def _mean(found: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return np.mean([losses for _, losses in found.values()], 0)
 
 
+def measures(rows: list[Row]) -> str:
+    """Other measures than the loss, paired by seed. p-values are not computed."""
+    lines = []
+    for head, other in [*NORMALISED, *TWINS]:
+        for stage in TOKENS:
+            line: dict[str, object] = {"head": head, "other": other, "tokens": BUDGETS[stage]}
+            for column, form in MEASURES.items():
+                found = differences(rows, stage, head, other, column)
+                if found:
+                    line |= {"seeds": len(found), column: interval(*mean_and_half(found), form)}
+            if "seeds" in line:
+                lines.append(line)
+    if not lines:
+        return NOTHING
+    columns: Columns = [
+        "head",
+        Column("other", "minus"),
+        *("tokens", "seeds"),
+        Column("components_90", "PCs for 90 %"),
+        Column("grad_norm_cv", "CV of the gradient norm"),
+        Column("ece", "calibration error"),
+    ]
+    return markdown(lines, columns)
+
+
 def cost(rows: list[Row]) -> dict[str, list[float]]:
     """Joules a token of each head, by its runs of the stage `cost`."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row["stage"] == "cost":
-            found.setdefault(row["name"], []).append(float(row["joules_per_token"]))
-    return found
+    heads = dict.fromkeys(row["name"] for row in rows if row["stage"] == "cost")
+    return {head: list(losses(rows, "cost", head, "joules_per_token").values()) for head in heads}
 
 
 def energy(rows: list[Row]) -> str:
@@ -344,6 +370,9 @@ def energy(rows: list[Row]) -> str:
         line = {"head": name, "runs": len(joules), "token": interval(1e3 * mean, 1e3 * half, ".2f")}
         if BASELINE in found:
             line["share"] = mean / mean_and_half(found[BASELINE])[0]
+        more = differences(rows, "cost", name, BASELINE, "joules_per_token")
+        if more and name != BASELINE:
+            line["more"] = interval(*mean_and_half([1e3 * joules for joules in more]), "+.2f")
         lines.append(line | {"run": mean * TOKENS["20M"] * 1e3})
     if not lines:
         return NOTHING
@@ -352,6 +381,7 @@ def energy(rows: list[Row]) -> str:
         "runs",
         Column("token", unit="mJ"),
         Column("share", "times cross_entropy's", ".2f"),
+        Column("more", "minus cross_entropy's", unit="mJ"),
         Column("run", "20 M tokens", ".0f", "kJ"),
     ]
     return markdown(lines, columns)

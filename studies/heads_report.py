@@ -55,6 +55,9 @@ BASELINE = ("cross_entropy", "control")
 PAIRS = (
     "mahalanobis/softmax,cosine/softmax",
     "mahalanobis/harmonic,euclidean/harmonic",
+    "mahalanobis/harmonic,mahalanobis/softmax",
+    "minkowski/harmonic,minkowski/softmax",
+    "manhattan/harmonic,manhattan/softmax",
     "euclidean/harmonic,euclidean/softmax",
     "euclidean/harmonic,cross_entropy/control",
     "euclidean/harmonic/4,euclidean/softmax/4",

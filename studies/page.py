@@ -45,6 +45,7 @@ TABLES = {
     "budget ranks": (budget, "budget.csv", budget_report.ranks),
     "budget middle": (budget, "budget.csv", budget_report.halfway),
     "budget turns": (budget, "budget.csv", budget_report.turns),
+    "budget measures": (budget, "budget.csv", budget_report.measures),
     "budget energy": (budget, "budget.csv", budget_report.energy),
     "budget ends": (ends, "ends.csv", ends.tables),
     "optimizers": (optimizers, "optimizers.csv", optimizers.tuned_rates),

@@ -175,13 +175,21 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
 
 def test_energy_is_that_of_a_token_times_the_tokens(tmp_path):
     rows = [
-        dict(stage="cost", name=name, joules_per_token=joules)
-        for name, joules in (("cross_entropy", "0.01"), ("cosine", "0.011"), ("cosine", "0.013"))
+        dict(stage="cost", name=name, seed=seed, joules_per_token=joules)
+        for name, *both in (("cross_entropy", "0.010", "0.010"), ("cosine", "0.011", "0.013"))
+        for seed, joules in zip("12", both, strict=True)
     ]
     rows += [dict(stage="2M", name="cosine", bits_per_byte=b) for b in ("1.8", "2.0")]
     found = budget_report.energy(rows)
-    assert "| cross_entropy | 1 | 10.00 | 1.00 | 200 |" in found
-    assert "| cosine | 2 | 12.00 ± 12.71 | 1.20 | 240 |" in found
+    assert "| cross_entropy | 2 | 10.00 ± 0.00 | 1.00 | - | 200 |" in found
+    assert "| cosine | 2 | 12.00 ± 12.71 | 1.20 | +2.00 ± 12.71 | 240 |" in found
+    shape = [
+        dict(stage="2M", name=name, seed="1", components_90=n, grad_norm_cv="0.5", ece="0.01")
+        for name, n in (("cosine", "90"), ("cosine softmax", "100"))
+    ]
+    measures = budget_report.measures(shape)
+    assert "| cosine | cosine softmax | 2 M | 1 | -10.0 | +0.000 | +0.0000 |" in measures
+    assert measures.count("\n") == 2
     budget_report.draw_energy(rows, tmp_path / "energy.png")
     assert (tmp_path / "energy.png").stat().st_size > 10_000
     assert budget.training({**budget.base("cosine"), "stage": "cost"}).alone

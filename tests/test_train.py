@@ -771,6 +771,8 @@ def test_senseless_settings_are_named(tiny_data, config, words):
         if not note.startswith("eval_interval=200 ")
     ]
     assert len(found) == 1 and words in found[0]
+    small = ModelConfig(block_size=16, head="cross_entropy", n_embd=192)
+    assert "head_init_std" in advice.senseless_settings(small, TrainConfig(**usual), data)[0]
     assert (
         "so its loss is mostly noise"
         in advice.senseless_settings(ModelConfig(block_size=512), TrainConfig(**usual), data)[0]

@@ -162,7 +162,7 @@ def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
     if not folder.is_dir():
         raise UserError(
             f"no data folder {folder}{_nearest_folder(folder)} (make it with"
-            f" prepare_openwebtext.py --out_dir={folder})"
+            f" prepare_openwebtext.py --source=... --tokenizer=... --out_dir={folder})"
         )
     if (folder / "meta.json").is_file():
         data = _with_meta(folder)

@@ -7,10 +7,11 @@
     backward   The same tile adds slope * dL/draw to 4 rows of dx and 4 rows of dy, in one pass over
                memory.
 
-A kernel puts two functions into the templates. Its *term* is what one coordinate adds to the raw
-value. Its *slope* is the derivative of the term with respect to x and to y. Two kernels, l2 and
-dot, use matrix products instead of forward and backward. The maximum (linf) has its own backward
-template, because only one coordinate of a pair has a gradient.
+A kernel puts two functions into the templates, in place of names that are not defined there. Its
+*term* is what one coordinate adds to the raw value. Its *slope* is the derivative of the term with
+respect to x and to y. Two kernels, l2 and dot, use matrix products instead of forward and backward.
+The maximum (linf) has its own backward template, because only one coordinate of a pair has a
+gradient.
 
 In the backward pass each thread owns a range of prototypes, and so their rows of dy. Each thread
 has its own copy of dx. The copies are added up at the end. Nothing of size (N, V, C) exists, and
@@ -682,6 +683,9 @@ def _later(a, x, z, c, r):
         _greater(a[2], c if abs(x - z[2]) >= r[2] else f32(0)),
         _greater(a[3], c if abs(x - z[3]) >= r[3] else f32(0)),
     )
+
+
+# `term`, `slope`, `join` and `end` below are those of a kernel: `_compile` fills them in.
 
 
 def _add(a, x, z, p, r):
