@@ -4,11 +4,11 @@
     # results/optimizers.csv gets a row for each run; call it again to resume
     python -m studies.optimizers
 
-Each head has, with each optimiser, a sweep of its own with another seed. It tries three learning
-rates, and further ones beyond the edge while the best is there. Then it tries half and twice the
-head's strength at the best rate, and further settings beyond an edge. The strength is the exponent,
-the exponent to which a twin's scale is matched, or for cross_entropy the size of the first
-prototypes. The sweep and the reported losses are of the same validation text.
+Each head has, with each optimiser, a sweep of its own with another seed: three learning rates, then
+half and twice the head's strength at the best rate, then half and twice the rate at the best
+strength. After each part at most MOST settings beyond the edge follow, while the best is there. The
+strength is the exponent, the exponent to which a twin's scale is matched, or for cross_entropy the
+size of the first prototypes. The sweep and the reported losses are of the same validation text.
 
 With Muon, the rate is also that of the AdamW which trains prototypes, embeddings, norms and biases.
 """
@@ -21,14 +21,16 @@ from pathlib import Path
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from harmonic.links import resolve_exponent
+from model import ModelConfig
 from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
-from studies.search import Setting, beyond, next_setting, number
+from studies.search import Setting, beyond, number
+from training.config import TrainConfig
 from training.telemetry import read_metrics
 
 RATES = (1e-3, 2e-3, 4e-3)
-FACTORS = (0.5, 2.0)  # of the default strength
-MOST_RATES, MOST_SETTINGS = 2, 3  # beyond an edge
+STEPS = (0.5, 2.0)  # from one strength or rate to the next
+MOST = 2  # settings beyond an edge, in each part of the sweep
 SWEEP_SEED, SEEDS = 1337, (1338, 1339, 1340)
 HEADS = (
     ("cross_entropy", "harmonic"),
@@ -57,6 +59,16 @@ class OptimizersConfig(TrainingConfig):
     """the table; its runs are not repeated"""
     runs: str = "out/optimizers"
     """folder of the runs"""
+
+    def problems(self) -> list[str]:
+        model, _ = parse([self.config], ModelConfig, TrainConfig, config_file=True)
+        found = super().problems()
+        if model.n_embd != WIDTH or model.head_init_std != INIT_STD:
+            found.append(
+                f"config={self.config}: the default strengths are those of n_embd={WIDTH} and"
+                f" head_init_std={INIT_STD}"
+            )
+        return found
 
 
 def settings(table: Table) -> list[dict]:
@@ -103,26 +115,30 @@ def which(row: Row) -> tuple[Head, str]:
 
 def tried_rates(rows: list[Row], head: Head, optimizer: str) -> list[Setting]:
     """The settings of a head's sweep with the default strength, as far as they are known by now."""
-    sweep: list[Setting] = [(1.0, rate) for rate in RATES]
-    for _ in range(MOST_RATES):
-        best = winner(rows, head, optimizer, sweep)
-        further = best and beyond(best, sweep, (2, 2), fewest=2)
-        if not further:
-            break
-        sweep.append(further)
-    return sweep
+    return extended(rows, head, optimizer, [(1.0, rate) for rate in RATES])
 
 
 def tried(rows: list[Row], head: Head, optimizer: str) -> list[Setting]:
-    """All settings of a head's sweep, as far as they are known by now."""
+    """All settings of a head's sweep, as far as they are known by now: rates, then strengths at the
+    best rate, then rates again at the best strength."""
     sweep = tried_rates(rows, head, optimizer)
-    best = winner(rows, head, optimizer, sweep)
-    if best is None:
-        return sweep
-    sweep += [(factor, best[1]) for factor in FACTORS]
-    for _ in range(MOST_SETTINGS):
+    for axis in (0, 1):
         best = winner(rows, head, optimizer, sweep)
-        further = best and next_setting(best, sweep)
+        if best is None:
+            break
+        near = [
+            (best[0] * step, best[1]) if axis == 0 else (best[0], best[1] * step) for step in STEPS
+        ]
+        sweep = extended(rows, head, optimizer, [*sweep, *(s for s in near if s not in sweep)])
+    return sweep
+
+
+def extended(rows: list[Row], head: Head, optimizer: str, sweep: list[Setting]) -> list[Setting]:
+    """The sweep, with settings beyond its edge while the best is there."""
+    sweep = list(sweep)
+    for _ in range(MOST):
+        best = winner(rows, head, optimizer, sweep)
+        further = best and beyond(best, sweep, (2, 2), fewest=2)
         if not further:
             break
         sweep.append(further)
@@ -160,9 +176,9 @@ def tuned_rates(rows: list[Row]) -> str:
 def tuned(rows: list[Row]) -> str:
     """The table with the best learning rate and strength of each head and optimiser."""
     best = winners(rows, tried)
-    edges = sum(next_setting(best[run], tried(rows, *run)) is not None for run in best)
+    edges = sum(beyond(best[run], tried(rows, *run), (2, 2), fewest=2) is not None for run in best)
     note = f"{edges} of {len(best)} winners of the sweep lie on the edge of what was tried."
-    return f"{comparison(rows, best)}\n\n{note}"
+    return f"{comparison(rows, best)}\n\n{note}" if best else comparison(rows, best)
 
 
 def winners(

@@ -206,10 +206,13 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
         found.append(
             f"min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}: the rate rises"
         )
-    small = (
-        model.head == "cross_entropy" and model.head_init_std == 0.02 and c.init_from == "scratch"
-    )
-    if small and 128 <= model.n_embd <= 256:  # the widths at which this was measured
+    if (
+        model.head == "cross_entropy"
+        and model.head_init_std == 0.02
+        and 128 <= model.n_embd <= 256  # the widths at which this was measured
+        and c.optimizer == "adamw"
+        and c.init_from in ("scratch", "auto")
+    ):
         found.append(
             "head_init_std=0.02 is small for cross_entropy at this width: with 0.05, such models"
             " ended 0.1 to 0.3 nats lower (docs/heads.md)"
