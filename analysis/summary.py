@@ -277,11 +277,8 @@ def single_seeds(runs: list[Run]) -> str | None:
     single = [len(found) == 1 for found in seeds.values()]
     if not any(single):
         return None
-    which = "each head" if all(single) else "some heads"
-    return (
-        f"This is one seed of {which}."
-        " Other seeds, learning rates or strengths may change the result."
-    )
+    few = "This is one seed of each head." if all(single) else "Some heads have only one seed."
+    return f"{few} Other seeds, learning rates or strengths may change the result."
 
 
 def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> str:

@@ -56,6 +56,8 @@ def stages(c: BottleneckStudyConfig, head: str, link: str) -> list[dict]:
     torch.set_num_threads(1)
     folder, rows = Path(c.runs) / f"{head}-{link}", []
     flags = dict(head=head, link=link, emissions=False, eval_interval=max(STAGES))
+    if head == "cross_entropy":
+        flags["head_init_std"] = 0.05  # as in the demo
     for stage in STAGES:
         flags |= dict(max_iters=stage, lr_decay_iters=max(STAGES))
         words = [f"--{name}={value}" for name, value in flags.items()]

@@ -549,7 +549,7 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     assert summary.without_twin([*runs, dataclasses.replace(runs[1], model_config=twin)]) is None
     assert summary.without_twin(runs[:1]) is None
     again = dataclasses.replace(runs[1], config=dataclasses.replace(runs[1].config, seed=2))
-    assert "one seed of some heads" in summary.single_seeds([*runs, again])
+    assert "Some heads have only one seed" in summary.single_seeds([*runs, again])
     assert "one seed of each head" in summary.single_seeds([*runs, runs[1]])
     assert summary.single_seeds([runs[1], again]) is None
     assert "its difference to ce is within noise" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])

@@ -111,7 +111,7 @@ def test_optimisers_are_compared_at_the_best_rate_and_strength_of_each(tmp_path)
     assert f"{rest} | -1.500 ± 0.000 | -1.500 ± 0.000 | - | - |" in tuned
     assert "| cross_entropy | - | 3 | 0.001 | 0.004 | 0.08 | 0.08 | 5.2000 | 5.2000 |" in tuned
     assert "| -1.000 ± 0.000 | -1.000 ± 0.000 | +0.500 ± 0.000 | +0.500 ± 0.000 |" in tuned
-    assert "| euclidean | softmax | 3 | 1.5625e-05 | 1.5625e-05 | 768 |" in tuned
+    assert "| euclidean | softmax | 3 | 7.8125e-06 | 7.8125e-06 | 768 |" in tuned
     assert "4 of 10 winners of the sweep lie on the edge" in tuned
     with pytest.raises(UserError, match="the default strengths are those of n_embd=192"):
         parse(["--config=configs/budget.yaml"], optimizers.OptimizersConfig)
@@ -142,13 +142,13 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     add("6M", "cosine softmax", "nan")
     add("6M", "cosine", 4.9)
     cosines = budget_report.normalised(rows)
-    # Of two tests, the p-value of 0.003 counts twice.
-    assert "| cosine | cross_entropy | 0.6 M | 3 | -0.100 ± 0.025 | 0.007 | ahead | - |" in cosines
+    # The p-value of 0.0033 counts twelve times: six tests of each cosine are planned.
+    assert "| cosine | cross_entropy | 0.6 M | 3 | -0.100 ± 0.025 | 0.040 | ahead | - |" in cosines
     assert "| cosine | cross_entropy | 2 M | 1 | +0.100 | - | one seed | +0.200 |" in cosines
     assert "20 M" not in cosines and budget_report.normalised([]) == budget_report.NOTHING
     links = budget_report.links(rows)
     assert (
-        "| cosine | cosine softmax | 0.6 M | 2 | +0.110 ± 0.127 | 0.058 | not told apart | - |"
+        "| cosine | cosine softmax | 0.6 M | 2 | +0.110 ± 0.127 | 0.635 | not told apart | - |"
         in links
     )
     assert "| cosine | cosine softmax | 6 M | 1 | -inf | - | a run diverged | -inf |" in links

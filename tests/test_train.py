@@ -771,12 +771,20 @@ def test_senseless_settings_are_named(tiny_data, config, words):
         if not note.startswith("eval_interval=200 ")
     ]
     assert len(found) == 1 and words in found[0]
-    small = ModelConfig(block_size=16, head="cross_entropy", n_embd=192)
-    assert "head_init_std" in advice.senseless_settings(small, TrainConfig(**usual), data)[0]
     assert (
         "so its loss is mostly noise"
         in advice.senseless_settings(ModelConfig(block_size=512), TrainConfig(**usual), data)[0]
     )
+
+
+def test_a_small_start_of_cross_entropy_is_named():
+    def notes(optimizer="adamw", **settings):
+        model = ModelConfig(**{"head": "cross_entropy", "n_embd": 192, **settings})
+        return advice.small_start(model, TrainConfig(optimizer=optimizer))
+
+    assert "head_init_std=0.02 may be small" in notes()[0]
+    others = (dict(head="cosine"), dict(n_embd=768), dict(head_init_std=0.05), dict(arch="bert"))
+    assert not any([*(notes(**other) for other in others), notes(optimizer="muon")])
 
 
 def test_a_damaged_checkpoint_is_refused(train, tmp_path):

@@ -8,7 +8,7 @@ import time
 import torch
 
 from training import checkpoint
-from training.advice import about_products, senseless_settings, slow_settings
+from training.advice import about_products, senseless_settings, slow_settings, small_start
 from training.folder import RunFolder
 from training.run import Run
 from training.step import Step
@@ -160,6 +160,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
         flops = run.work.flops_per_token * run.work.tokens
         notes += slow_settings(m, c, p.device.split(":")[0], dtype, flops, left)
         notes += senseless_settings(m, c, data)
+    if run.progress.iteration == 0 and c.init_from in ("scratch", "auto"):
+        notes += small_start(m, c)
     for note in notes:
         run.say(f"note: {note}", file=sys.stderr)
 
