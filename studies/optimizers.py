@@ -194,26 +194,36 @@ def winners(
     return found
 
 
-def comparison(rows: list[Row], best: Mapping[tuple[Head, str], Setting]) -> str:
-    """A line for each head: both losses, and differences paired by seed: between the optimisers,
-    to cross_entropy and to the softmax twin under each of them.
-
-    best: the setting of each head and optimiser; other runs are left out. A head has a line once it
-        has all seeds with both optimisers.
-    """
+def final_losses(
+    rows: list[Row], best: Mapping[tuple[Head, str], Setting]
+) -> dict[tuple[Head, str], Losses]:
+    """The losses at the best settings, of each head and optimiser that has all seeds."""
     losses: dict[tuple[Head, str], Losses] = {}
     for row in rows:
         if row["seed"] != str(SWEEP_SEED) and setting_of(row) == best.get(which(row)):
             losses.setdefault(which(row), {})[row["seed"]] = number(row["val_loss"])
-    lines = []
+    return {run: found for run, found in losses.items() if len(found) == len(SEEDS)}
+
+
+def comparison(rows: list[Row], best: Mapping[tuple[Head, str], Setting]) -> str:
+    """A line for each head: both losses, and differences paired by seed: between the optimisers,
+    to cross_entropy and to the softmax twin under each of them.
+
+    best: the setting of each head and optimiser; other runs are left out. What lacks a seed is
+        left out too.
+    """
+    losses, lines = final_losses(rows, best), []
     for head, link in HEADS:
         adamw, muon = (losses.get(((head, link), name), {}) for name in OPTIMIZERS)
-        if not len(adamw) == len(muon) == len(SEEDS):
+        if not (adamw or muon):
             continue
         line: dict[str, object] = {"head": head, "seeds": len(SEEDS)}
         line["link"] = None if (head, link) == HEADS[0] else link  # A control has no link.
-        line["difference"] = difference(muon, adamw)
+        if adamw and muon:
+            line["difference"] = difference(muon, adamw)
         for name, found in zip(OPTIMIZERS, (adamw, muon), strict=True):
+            if not found:
+                continue
             factor, line[f"{name}_rate"] = best[(head, link), name]
             line[f"{name}_strength"] = factor * strength(head)
             line[name], _ = mean_and_half(list(found.values()))

@@ -15,7 +15,7 @@ from text.tokenizers import EOT
 @pytest.fixture(scope="session")
 def runs(tiny_data, tmp_path_factory):
     """Folders of a trained cosine GPT and a trained BERT."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("sampled") / "runs"
     for name, extra in {
         "gpt": {"head": "cosine"},
         "bert": {"arch": "bert", "head": "manhattan"},

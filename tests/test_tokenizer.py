@@ -243,7 +243,7 @@ def test_bpe_file_missing_or_corrupt(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a byte-level BPE"):
         load_tokenizer("bpe:300", tmp_path)
-    with pytest.raises(UserError, match="name their folder"):
+    with pytest.raises(UserError, match="needs the folder that holds its"):
         load_tokenizer("bpe:300")
 
 
@@ -276,7 +276,7 @@ def test_characters_missing_or_corrupt(tmp_path, damage):
     if isinstance(damage, bytes):
         (tmp_path / "characters.json").write_bytes(damage)
     else:
-        says = "there is no .*characters.json" if damage is None else "name their folder"
+        says = "there is no .*characters.json" if damage is None else "needs the folder that holds its"
     with pytest.raises(UserError, match=says):
         load_tokenizer("char", None if damage == "folder" else tmp_path)
 
