@@ -276,7 +276,7 @@ def test_characters_missing_or_corrupt(tmp_path, damage):
     if isinstance(damage, bytes):
         (tmp_path / "characters.json").write_bytes(damage)
     else:
-        says = "there is no .*characters.json" if damage is None else "needs the folder that holds its"
+        says = "there is no .*characters.json" if damage is None else "needs the folder"
     with pytest.raises(UserError, match=says):
         load_tokenizer("char", None if damage == "folder" else tmp_path)
 
