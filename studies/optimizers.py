@@ -30,7 +30,7 @@ from training.telemetry import read_metrics
 
 RATES = (1e-3, 2e-3, 4e-3)
 STEPS = (0.5, 2.0)  # from one strength or rate to the next
-MOST = 2  # settings beyond an edge, in each part of the sweep
+MOST = 3  # settings beyond an edge, in each part of the sweep
 SWEEP_SEED, SEEDS = 1337, (1338, 1339, 1340)
 HEADS = (
     ("cross_entropy", "harmonic"),
