@@ -47,6 +47,8 @@ COLUMNS = [*KEY, "val_loss", "commit"]
 Head = tuple[str, str]  # name, link
 # Seed -> validation loss.
 Losses = dict[str, float]
+# Rows, head, optimiser -> the settings of its sweep: `tried_rates` or `tried`.
+Find = Callable[[list[Row], Head, str], list[Setting]]
 
 
 @dataclass
@@ -170,21 +172,27 @@ def measure(folder: Path, key: dict) -> dict:
 
 def tuned_rates(rows: list[Row]) -> str:
     """The table with the best learning rate of each head and optimiser, and default strengths."""
-    return comparison(rows, winners(rows, tried_rates))
+    return table_of(rows, tried_rates)
 
 
 def tuned(rows: list[Row]) -> str:
     """The table with the best learning rate and strength of each head and optimiser."""
-    best = winners(rows, tried)
-    edges = sum(beyond(best[run], tried(rows, *run), (2, 2), fewest=2) is not None for run in best)
+    return table_of(rows, tried)
+
+
+def table_of(rows: list[Row], find: Find) -> str:
+    """The table of the best settings, and how many of them lie on the edge of their sweep."""
+    best = winners(rows, find)
+    table = comparison(rows, best)
+    if not best:
+        return table
+    edges = sum(beyond(best[run], find(rows, *run), (2, 2), fewest=2) is not None for run in best)
     note = f"{edges} of {len(best)} winners of the sweep lie on the edge of what was tried."
-    return f"{comparison(rows, best)}\n\n{note}" if best else comparison(rows, best)
+    return f"{table}\n\n{note}"
 
 
-def winners(
-    rows: list[Row], find: Callable[[list[Row], Head, str], list[Setting]]
-) -> dict[tuple[Head, str], Setting]:
-    """The best setting of each sweep that is done. find: `tried_rates` or `tried`."""
+def winners(rows: list[Row], find: Find) -> dict[tuple[Head, str], Setting]:
+    """The best setting of each sweep that is done."""
     found = {}
     for head in HEADS:
         for optimizer in OPTIMIZERS:

@@ -111,7 +111,7 @@ def test_optimisers_are_compared_at_the_best_rate_and_strength_of_each(tmp_path)
     assert f"{rest} | -1.500 ± 0.000 | -1.500 ± 0.000 | - | - |" in tuned
     assert "| cross_entropy | - | 3 | 0.001 | 0.004 | 0.08 | 0.08 | 5.2000 | 5.2000 |" in tuned
     assert "| -1.000 ± 0.000 | -1.000 ± 0.000 | +0.500 ± 0.000 | +0.500 ± 0.000 |" in tuned
-    assert "| euclidean | softmax | 3 | 7.8125e-06 | 7.8125e-06 | 768 |" in tuned
+    assert "| euclidean | softmax | 3 | 9.76563e-07 | 9.76563e-07 | 768 |" in tuned
     assert "4 of 10 winners of the sweep lie on the edge" in tuned
     with pytest.raises(UserError, match="the default strengths are those of n_embd=192"):
         parse(["--config=configs/budget.yaml"], optimizers.OptimizersConfig)
