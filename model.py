@@ -1008,7 +1008,7 @@ class Sampler:
         largest = logits.amax(-1, keepdim=True)
         if not math.isfinite(largest.float().sum().item()):
             raise RuntimeError("logits are not finite: the model's weights have diverged")
-        if self.temperature == 0:
+        if self.temperature < torch.finfo(torch.float32).tiny:  # float32 cannot divide by it.
             return logits.argmax(-1)
         p = ((logits - largest) / self.temperature).softmax(-1, dtype=torch.float32)
         if self.top_k is not None and self.top_k < p.shape[-1]:

@@ -9,7 +9,7 @@ from .compiled import raw_values
 from .distances import resolve
 from .kernels import above, floor, l2_pairs, pairs
 from .links import CONTROL, logits
-from .pairwise import exactly, log_distance, mapped, wide
+from .pairwise import check_vectors, exactly, log_distance, mapped, wide
 from .precision import FLOAT32
 
 if TYPE_CHECKING:
@@ -88,12 +88,16 @@ class PreparedHead:
 
     @torch.no_grad()
     def __call__(self, h: Tensor) -> Tensor:
-        """(..., C) -> logits (..., real_vocab_size), float32 (float64 if the table is)."""
+        """(..., C) -> logits (..., real_vocab_size), float32 (float64 if the table is).
+
+        Raises: ValueError for integers, another width or another device.
+        """
         if self._source() != self.made_of:
             self._prepare()
+        y = self.prototypes
+        check_vectors(h, y)
         with exactly(h.device):
-            y = self.prototypes
-            rows = h.reshape(-1, h.shape[-1]).to(y.dtype)
+            rows = wide(h.reshape(-1, h.shape[-1])).to(y.dtype)
             x = mapped(self.distance, rows, None, self.of_map)
             u = None
             if self.distance.denominator is not None:

@@ -26,6 +26,8 @@ def test_a_prepared_head_gives_the_same_logits(name):
     assert torch.equal(head.prepared()(h), head(h))
     double, states = head.double(), h.double()
     torch.testing.assert_close(double.prepared()(states), double(states))
+    with pytest.raises(ValueError, match="differ in their last dimension"):
+        head.prepared()(h[..., 1:])
 
 
 def load(head):

@@ -138,7 +138,7 @@ def hugging_face(kind: str, **kw):
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=V,
-        pad_token_id=None,
+        pad_token_id=0 if kind in ("roberta", "esm") else None,
         initializer_range=0.2,
     )
     sizes |= (
@@ -148,7 +148,8 @@ def hugging_face(kind: str, **kw):
     )
     sizes |= {"num_key_value_heads": 2} if kind.startswith("qwen") else {}
     config = CONFIG_MAPPING[kind](**sizes, **kw)
-    return (AutoModelForMaskedLM if "bert" in kind else AutoModelForCausalLM).from_config(config)
+    masked = "bert" in kind or kind == "esm"
+    return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -227,9 +228,11 @@ def test_models_that_do_more_with_logits_are_refused():
         ValueError, match="changes logits or loss after its output layer: final_logit_softcapping"
     ):
         swap_head(model, "cosine")
+    with pytest.raises(ValueError, match="EsmForMaskedLM cannot be swapped: its code adds"):
+        swap_head(hugging_face("esm"), "cosine")
 
 
-KINDS = ["gpt2", "bert", "qwen2", "distilbert"]  # their heads have three names
+KINDS = ["gpt2", "bert", "qwen2", "distilbert", "roberta"]  # their heads have four names
 
 
 def swapped(kind, matched=True, name="euclidean", **arguments):
@@ -248,9 +251,9 @@ def swapped(kind, matched=True, name="euclidean", **arguments):
     ("tokens", "multiple", "rows"),
     [(310, None, 310), (290, None, 290), (310, 64, 320), (None, 64, 320)],
 )
-def test_the_vocabulary_can_be_resized(kind, matched, tokens, multiple, rows):
+def test_the_vocabulary_can_be_resized(kind, matched, tokens, multiple, rows, tmp_path):
     """Old rows stay, both tables have the same rows, and no new token is likelier than the
-    others."""
+    others. The resized model can be saved and trained."""
     model, _ = swapped(kind, matched, "cosine")
     before = model.get_output_embeddings().table.detach().clone()
     model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple)
@@ -274,6 +277,13 @@ def test_the_vocabulary_can_be_resized(kind, matched, tokens, multiple, rows):
             ids[:1, :5], max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0
         )
         assert text.shape == (1, 8)
+    if rows > V and multiple is None:
+        model.save_pretrained(tmp_path)
+        again = load_swapped(tmp_path).eval()
+        assert torch.equal(again(input_ids=ids).logits, out.logits)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        # DistributedDataParallel stops at parameters that nothing uses.
+        assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_a_padded_head_is_resized_with_its_padding(tmp_path):
@@ -474,9 +484,7 @@ def test_a_fused_loss_of_a_library_is_the_heads_or_an_error(monkeypatch):
         patch.setattr(transformers.GPT2LMHeadModel, "forward", liger)
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
     model.forward = types.MethodType(liger, model)
-    with pytest.raises(
-        AttributeError, match="If a fused or chunked loss asked for `weight`, turn it off"
-    ):
+    with pytest.raises(AttributeError, match="If a fused or chunked loss asked for `weight`"):
         model(input_ids=ids, labels=ids)
 
 

@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import pkgutil
+import re
 import sys
 import warnings
 from contextvars import ContextVar
@@ -99,7 +100,8 @@ class ModelHead(HarmonicHead):
             raise AttributeError(
                 f"a {self.name} head has no `weight` to multiply hidden states by."
                 " Use `head(h)` for logits, `head.loss(h, labels)` for the loss and `head.table`"
-                " for the prototypes. If a fused or chunked loss asked for `weight`, turn it off"
+                " for the prototypes. If a fused or chunked loss asked for `weight`, or PEFT's"
+                " trainable_token_indices did, turn that off"
             )
         return super().__getattr__(name)
 
@@ -248,12 +250,13 @@ def swap_head(
         head.bias = bias
     if not head.is_control and not head.given:
         arguments[head.strength_name] = float(head.strength)
-    where = next(path for path, module in model.named_modules() if module is old)
+    where = _path(model, old)
     model.set_output_embeddings(head.train(model.training))
     config.harmonic = {"name": name, **arguments}
     if not isinstance(model, Swapped):
         model.__class__ = harmonic_class(type(model))
     _retie(model, head, where)
+    _share_bias(model, head)
     return head
 
 
@@ -292,10 +295,16 @@ def _check_model(model, old, match_to):
             f"{name} changes logits or loss after its output layer: {', '.join(more)}. Set that to"
             " None in model.config if you can do without it"
         )
-    if _reads_weight(model, old):
+    source, layer = _calling_source(model, old)
+    if f"{layer}.weight" in source:
         raise ValueError(
             f"{name} cannot be swapped: its code reads the `weight` of its output layer, and a head"
             " has none"
+        )
+    if re.search(rf"{re.escape(layer)}\([^()]*\) *[-+*/]", source):
+        raise ValueError(
+            f"{name} cannot be swapped: its code adds something to the logits of its output layer,"
+            " or scales them"
         )
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(
@@ -303,15 +312,20 @@ def _check_model(model, old, match_to):
         )
 
 
-def _reads_weight(model, old) -> bool:
-    """Whether a model does not only call its output layer, but also reads its matrix."""
-    where = next(path for path, module in model.named_modules() if module is old)
-    parent, _, name = where.rpartition(".")
+def _calling_source(model, layer: nn.Module) -> tuple[str, str]:
+    """The code of the forward that calls a layer, and the layer's name in it, such as
+    `self.lm_head`. The code is empty if Python has no source."""
+    parent, _, name = _path(model, layer).rpartition(".")
     try:
         source = inspect.getsource(type(model.get_submodule(parent)).forward)
     except OSError:
-        return False
-    return f"self.{name}.weight" in source
+        source = ""
+    return source, f"self.{name}"
+
+
+def _path(model, module: nn.Module) -> str:
+    """The name of a module in a model, such as `cls.predictions.decoder`."""
+    return next(path for path, found in model.named_modules() if found is module)
 
 
 def _retie(model, head: ModelHead, where: str):
@@ -332,6 +346,17 @@ def _retie(model, head: ModelHead, where: str):
     )
     if not head.is_control:  # The predictions of a matched head depend on small differences.
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), where}
+
+
+def _share_bias(model, head: ModelHead):
+    """Gives the module around the head the head's bias, if its own stood for the old one. RoBERTa's
+    `lm_head.bias` is the bias of `lm_head.decoder`."""
+    where = _path(model, head)
+    source = (type(model)._tied_weights_keys or {}).get(f"{where}.bias")
+    if source is not None:
+        owner, _, name = source.rpartition(".")
+        tied = f"{where}.bias" in model.all_tied_weights_keys
+        setattr(model.get_submodule(owner), name, head.bias if tied else None)
 
 
 class Swapped:
@@ -382,7 +407,9 @@ class Swapped:
             _request.reset(token)
         if request.found is None:
             raise RuntimeError(
-                f"{type(self).__name__} did not call its harmonic head, so there is no loss"
+                f"{type(self).__name__} did not call its harmonic head, so there is no loss. In its"
+                f" place is a {type(self.get_output_embeddings()).__name__}. PEFT's"
+                " ensure_weight_tying replaces the head: leave it out"
             )
         return request.found if each else _with_loss(output, request.found, self.training)
 
@@ -451,6 +478,7 @@ class Swapped:
         )
         self.set_input_embeddings(new)
         self.set_output_embeddings(head.resized(table, tokens))
+        _share_bias(self, self.get_output_embeddings())
         if head.padded:
             self.config.harmonic["real_vocab_size"] = min(tokens, len(table))
         return new

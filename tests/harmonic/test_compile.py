@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from head_cases import C, N, V
 
 from harmonic import (
@@ -75,6 +76,18 @@ def test_the_loss_is_one_operator(name, reduction):
         value = function(x)
         found.append((value, *torch.autograd.grad(value, (x, *head.parameters()))))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_schedule_of_the_exponent_does_not_compile_each_value():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    head, h, y = HarmonicHead(C, V, "cosine"), torch.randn(N, C), torch.arange(N)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x: head.loss(2 * x, y), fullgraph=True, backend=counter)
+    for step in range(12):
+        head.exponent = 8 + step / 2
+        torch.testing.assert_close(compiled(h), head.loss(2 * h, y))
+    assert counter.frame_count <= 2
 
 
 def test_a_models_loss_is_exported():
