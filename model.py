@@ -28,6 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from harmonic import EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
+from harmonic.distances import OTHER_NAMES
 
 # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
 MASK_BLOCK = 128
@@ -159,7 +160,9 @@ class ModelConfig:
     """qwen: RMSNorm on queries and keys (Qwen3)"""
     rope_theta: float = 1e6
     """qwen: base of the rotary frequencies (1e6 in Qwen2)"""
-    head: Literal[*HEADS] = "cross_entropy"  # type: ignore[valid-type]
+    head: Literal[*HEADS] = field(  # type: ignore[valid-type]
+        default="cross_entropy", metadata={"other_names": OTHER_NAMES}
+    )
     """the head: a distance, or a control without a distance, such as cross_entropy"""
     link: Literal["harmonic", "softmax"] = "harmonic"
     """how a distance d becomes a logit: harmonic (-n log d) or softmax (-s d)"""

@@ -44,6 +44,7 @@ from analysis.runs import (
     note,
     numbered,
     publish,
+    unequal_settings,
     unequal_training,
     windows,
 )
@@ -419,6 +420,7 @@ def main() -> None:
         if c.words:
             texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), c.words.split())}")
     note(unequal_training(runs, iterations))
+    note(unequal_settings(runs))
     print(tables.text(rows, COLUMNS))
     print("".join(texts), end="\n" if texts else "")
     for d in {d.tokenizer: d for d in data}.values():

@@ -49,6 +49,7 @@ from analysis.runs import (
     note_unknown,
     numbered,
     publish,
+    unequal_settings,
     unequal_training,
 )
 from analysis.tables import Column
@@ -394,6 +395,7 @@ def main() -> None:
             for row, error in zip(rows, details(runs, data, c, device, out), strict=True)
         ]
     note(unequal_training(runs, [row["iter"] for row in rows]))
+    note(unequal_settings(runs))
     print(tables.text(rows, [column for column in COLUMNS if column.key in rows[0]]))
     publish(rows, out, lambda: draw(rows))
 

@@ -22,7 +22,15 @@ from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
 from training.objective import Objective, batches_of, objective_of
-from training.telemetry import clock, energy, other_iterations, timed
+from training.telemetry import clock, energy, listed, other_iterations, timed
+
+# The settings of the trunk and of training that a comparison of heads keeps the same.
+SAME = (
+    "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
+    "activation", "bias", "tie_weights", "qk_norm", "rope_theta", "dropout", "label_smoothing",
+    "doc_mask", "source", "dtype", "optimizer", "lr_schedule", "warmup_iters", "lr_decay_iters",
+    "decay_iters", "weight_decay", "prototype_decay", "beta1", "beta2", "grad_clip",
+)  # fmt: skip
 
 
 @dataclass
@@ -108,9 +116,9 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
         raise UserError("name one run's folder or more, such as out/run")
     paths, problems = [Path(f) for f in folders], []
     for i, path in enumerate(paths):
-        siblings = checkpoint.runs_in(path.parent)
         if not path.is_dir():
-            problems.append(f"no run {path}{nearest(path.name, siblings) if siblings else ''}")
+            there = checkpoint.runs_in(path.parent)
+            problems.append(f"no run {path}{nearest(str(path), there) if there else ''}")
         elif not (path / "config.yaml").is_file():
             instead = checkpoint.runs_instead(path) or ": it has no config.yaml"
             problems.append(f"{path} is not a run's folder{instead}")
@@ -227,6 +235,20 @@ def unequal_training(runs: list[Run], iterations: list[int]) -> str | None:
     """A sentence if the runs have trained on different numbers of tokens, else None."""
     tokens = {i * run.tokens_per_iteration() for i, run in zip(iterations, runs, strict=True)}
     return "the runs have not trained on the same number of tokens" if len(tokens) > 1 else None
+
+
+def unequal_settings(runs: list[Run]) -> str | None:
+    """A sentence if the runs differ in the trunk or in how they were trained, else None. Heads and
+    learning rates may differ: each head is compared at the rate that suits it."""
+    settings = [vars(run.model_config) | vars(run.config) for run in runs]
+    found = []
+    for name in SAME:
+        values = [str(s[name]) for s in settings]
+        if len(set(values)) > 1:
+            found.append(f"{name} ({', '.join(dict.fromkeys(values))})")
+    if not found:
+        return None
+    return f"The runs also differ in {listed(found, 4)}, so not every difference is the heads'."
 
 
 def uneven(run: Run) -> str | None:

@@ -16,6 +16,7 @@ from analysis.runs import (
     energy_of,
     lossy,
     texts_differ,
+    unequal_settings,
     unequal_training,
     unequal_windows,
     uneven,
@@ -184,8 +185,7 @@ def agreement(
     ):
         if applies:
             notes.append(f"{sentence[0].upper()}{sentence[1:]}.")
-    if twin := without_twin(runs):
-        notes.append(twin)
+    notes += filter(None, [unequal_settings(runs), without_twin(runs)])
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
     same_work = unequal is None and not sizes and len(machines) == len(tokenizers) == 1
     return Agreement(

@@ -216,7 +216,7 @@ def parse(
         path = positional.pop(0)
         given += [(f"{path}: ", k, v) for k, v in read_yaml(path).items()]
     given += [("--", k, v) for k, v in flags]
-    values, problems = _read(parser, types, words, given)
+    values, problems = _read(parser, schemas, words, given)
     if positional and words is None:
         more = " and only one config file may be given" if config_file else ""
         problems.append(f"unexpected word {positional[0]!r}: flags are --key=value{more}")
@@ -258,18 +258,22 @@ def _usage(words: str | None, config_file: bool) -> str:
 
 
 def _read(
-    parser: jsonargparse.ArgumentParser, types: dict, words: str | None, given: list[tuple]
+    parser: jsonargparse.ArgumentParser,
+    schemas: tuple[type, ...],
+    words: str | None,
+    given: list[tuple],
 ) -> tuple[dict, list[str]]:
     """Converts settings (where it was given, key, value).
 
     Returns: values by key, and the problems of the other settings.
     """
+    settings = {f.name: f for s in schemas for f in dataclasses.fields(s)}
     values: dict[str, typing.Any] = {}
     problems: list[str] = []
     texts: list[tuple[str, str, str]] = []
     for where, key, value in given:
-        if key not in types:
-            problems.append(f"{where}{key}: unknown key{nearest(key, types)}")
+        if key not in settings:
+            problems.append(f"{where}{key}: unknown key{nearest(key, settings)}")
         elif value is None and where == "--":
             problems.append(f"--{key} needs a value: --{key}=...")
         elif key == words and where == "--":
@@ -286,14 +290,16 @@ def _read(
             try:
                 values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
             except WRONG_VALUE:
-                problems.append(f"{where}{key}={text}: {_expected(key, text, types[key])}")
+                problems.append(f"{where}{key}={text}: {_expected(text, settings[key])}")
     return values, problems
 
 
-def _expected(key: str, text: str, hint: typing.Any) -> str:
+def _expected(text: str, setting: dataclasses.Field) -> str:
     """What a wrong value should be, in words."""
+    hint = setting.type
     if typing.get_origin(hint) is typing.Literal:
-        return f"unknown {key}{nearest(text, typing.get_args(hint))}"
+        other_names = setting.metadata.get("other_names", {})
+        return f"unknown {setting.name}{nearest(text, typing.get_args(hint), other_names)}"
     return f"expected {describe(hint)}"
 
 

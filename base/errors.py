@@ -1,7 +1,8 @@
 """Errors that the user can fix, and the nearest valid name for a wrong one."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 
 class UserError(ValueError):
@@ -19,8 +20,15 @@ def check(problems: list[str]) -> None:
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def nearest(name: str, names: Iterable[object]) -> str:
-    """`; did you mean X?` with the most similar valid name, or a list of all names if none is."""
+def nearest(
+    name: str, names: Iterable[object], other_names: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """`; did you mean X?` with the most similar valid name, or a list of all names if none is.
+
+    other_names: what others call some of the valid names.
+    """
     valid = [str(n) for n in names]
+    if name in other_names:
+        return f"; did you mean {other_names[name]}?"
     near = difflib.get_close_matches(str(name), valid, n=1)
     return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"

@@ -42,6 +42,7 @@ from torch import Tensor
 from analysis import tables
 from analysis.tables import Column
 from harmonic import HEADS, HarmonicHead, harmonic_loss
+from harmonic.distances import OTHER_NAMES
 
 MIB = 2**20
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # A function of (h, w, y).
@@ -101,7 +102,9 @@ class BenchmarkConfig:
             ):
                 found.append(f"size {size!r} is not of the form 1024x50304x768")
         return found + [
-            f"unknown head {h}{nearest(h, HEADS)}" for h in self.heads if h not in HEADS
+            f"unknown head {h}{nearest(h, HEADS, OTHER_NAMES)}"
+            for h in self.heads
+            if h not in HEADS
         ]
 
 

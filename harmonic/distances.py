@@ -346,6 +346,18 @@ CONTROLS = {
 }
 HEADS = {**DISTANCES, **CONTROLS}
 
+# What others call some heads. Messages about an unknown name suggest the head.
+OTHER_NAMES = {
+    "softmax": "cross_entropy",
+    "linear": "cross_entropy",
+    "dot": "cross_entropy",
+    "harmonic": "euclidean",  # of the paper that introduced the harmonic loss
+    "harmax": "euclidean",
+    "l2": "euclidean",
+    "l1": "manhattan",
+    "linf": "chebyshev",
+}
+
 # Settings at which one distance equals another. The other is used, because its kernel is faster.
 _SAME_AS = {
     ("minkowski", "p", 1.0): "manhattan",
@@ -373,7 +385,8 @@ def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
         an option that is not a positive number.
     """
     if name not in HEADS:
-        near = difflib.get_close_matches(str(name), HEADS, n=1)
+        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else None
+        near = near or difflib.get_close_matches(str(name), HEADS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(HEADS)}"
         raise ValueError(f"unknown distance {name!r}; {hint}")
     row = HEADS[name]

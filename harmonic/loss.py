@@ -127,8 +127,7 @@ def harmonic_loss(  # noqa: PLR0913
     how = (ignore_index, reduction, impl, float(skip), products, check_finite)
     spec = Spec(name, options, link, list(trained), rows, *how)
     states, prototypes = together(h.reshape(-1, h.shape[-1]), w)
-    if not isinstance(strength, Tensor):
-        # A copy would wait for a GPU. `full` would make torch.compile compile every value again.
+    if not isinstance(strength, Tensor):  # `full` would make torch.compile compile each value.
         strength = torch.ones((), dtype=states.dtype, device=states.device) * strength
     bias = None if bias is None else bias.to(states)
     tensors = (states, prototypes, targets.reshape(-1).long(), strength.to(states), bias)

@@ -37,6 +37,7 @@ from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse, write_yaml
 from base.errors import UserError, check, nearest
 from harmonic import HEADS
+from harmonic.distances import OTHER_NAMES
 from harmonic.links import resolve_exponent
 from model import ModelConfig
 from studies.runner import Table, Training, TrainingConfig, complete_trainings
@@ -98,7 +99,7 @@ class AdviseConfig:
             found.append(f"minutes={self.minutes} must be positive")
         for name in self.names():
             if name not in HEADS:
-                found.append(f"heads: unknown head {name}{nearest(name, HEADS)}")
+                found.append(f"heads: unknown head {name}{nearest(name, HEADS, OTHER_NAMES)}")
         if not set(self.names()) - {BASELINE}:
             found.append(f"heads={self.heads} names nothing to compare with {BASELINE}")
         return found

@@ -17,7 +17,15 @@ import pytest
 import torch
 
 from analysis import figures, page, perplexity, report, summary, tables
-from analysis.runs import caution, find_runs, lossy, note_unknown, unequal_training, uneven
+from analysis.runs import (
+    caution,
+    find_runs,
+    lossy,
+    note_unknown,
+    unequal_settings,
+    unequal_training,
+    uneven,
+)
 from analysis.tables import Column
 from base.command_line import cli, write_yaml
 from base.errors import UserError
@@ -274,6 +282,12 @@ def test_different_tokenizers_are_told(home, tmp_path, monkeypatch, capsys):
     assert caution([ce, ce], [ce.data(), ce.data()]) is None
     assert unequal_training([ce, ce], [3, 3]) is None
     assert "same number of tokens" in unequal_training([ce, ce], [3, 4])
+    config = dataclasses.replace(ce.config, learning_rate=0.5, warmup_iters=77)
+    slow = dataclasses.replace(ce, config=config)
+    assert unequal_settings([ce, ce]) is None
+    assert f"differ in warmup_iters ({ce.config.warmup_iters}, 77), so" in unequal_settings(
+        [ce, slow]
+    )
     assert "different data: only bits/byte" in caution([ce, other], [ce.data(), longer])
 
 
@@ -607,7 +621,7 @@ def test_energy_is_ranked_between_runs_that_are_long_enough(home):
     ("words", "message"),
     [
         ([], "name one run's folder or more"),
-        (["{home}/out/cosin"], "no run {home}/out/cosin; did you mean cosine?"),
+        (["{home}/out/cosin"], "no run {home}/out/cosin; did you mean {home}/out/cosine?"),
         (["{home}/nowhere/a"], "no run {home}/nowhere/a"),
         (["{home}/data/small"], "has no config.yaml"),
         (["{tmp}"], "is not a run's folder: it holds the runs {tmp}/config, {tmp}/damaged, "),
@@ -756,7 +770,7 @@ def test_a_mistake_is_a_message_and_exit_status_2(home, monkeypatch, capsys):
     assert stopped.value.code == 2
     assert capsys.readouterr() == (
         "",
-        f"python -m analysis.report: no run {home}/out/cosin; did you mean cosine?\n",
+        f"python -m analysis.report: no run {home}/out/cosin; did you mean {home}/out/cosine?\n",
     )
 
 

@@ -415,6 +415,7 @@ def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
 BAD = {
     "unknown key": (dict(n_layr=3), ["n_layr: unknown key", "did you mean n_layer?"]),
     "unknown head": (dict(head="euclidian"), ["unknown head", "did you mean euclidean?"]),
+    "another name": (dict(head="softmax"), ["unknown head", "did you mean cross_entropy?"]),
     "unknown arch": (dict(arch="gtp"), ["unknown arch", "did you mean gpt?"]),
     "unknown link": (dict(link="softmx"), ["unknown link", "did you mean softmax?"]),
     "wrong type": (dict(n_layer="three"), ["n_layer=three: expected a whole number"]),

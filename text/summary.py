@@ -32,8 +32,8 @@ def print_splits(
         how_split += f", which are {share:.1%} of the tokens"
     print(f"split: {how_split}")
     print(
-        f"{tally.read:,} documents read, {tally.duplicates:,} copies and {tally.empty:,} empty ones"
-        " dropped"
+        f"read: {tally.read:,} {'document' if tally.read == 1 else 'documents'}. Dropped:"
+        f" {tally.duplicates:,} copies and {tally.empty:,} empty ones"
     )
     if skipped := tally.skipped_line():
         print(skipped)

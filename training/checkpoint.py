@@ -193,17 +193,14 @@ def damage(folder: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> str | None:
 
 
 def runs_in(folder: Path) -> list[str]:
-    """The names of the runs in a folder, sorted."""
-    return sorted(path.parent.name for path in Path(folder).glob("*/config.yaml"))
+    """The runs in a folder and in its subfolders, such as `out/demo/cosine`."""
+    found = (sorted(Path(folder).glob(f"{depth}/config.yaml")) for depth in ("*", "*/*"))
+    return [str(path.parent) for path in itertools.chain(*found)]
 
 
 def runs_instead(folder: Path) -> str:
-    """`: it holds the runs X, Y and 4 more; name one`, or an empty text if it holds none.
-
-    It looks in the folder and in its subfolders.
-    """
-    found = (sorted(Path(folder).glob(f"{depth}/config.yaml")) for depth in ("*", "*/*"))
-    paths = [str(path.parent) for path in itertools.chain(*found)]
+    """`: it holds the runs X, Y and 4 more; name one`, or an empty text if it holds none."""
+    paths = runs_in(folder)
     return f": it holds the runs {listed(paths, 3)}; name one" if paths else ""
 
 

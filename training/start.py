@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -247,14 +248,23 @@ def compile_kernels(m: ModelConfig, device: str) -> None:
         return
     head = HarmonicHead(m.n_embd, 8, m.head, **m.head_arguments())
     states = torch.ones(8, m.n_embd, requires_grad=True)
+    why = "compiling the kernels of the head, once on this machine"
+    slow = threading.Timer(1, say, [why])  # Kernels from the cache take less than a second.
+    slow.start()
     head.loss(states, torch.zeros(8, dtype=torch.long)).backward()
+    slow.cancel()
     if numba.compiled_here():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("compiled the kernels of the head; starting again with them", file=sys.stderr)
+        say("compiled the kernels; starting again with them")
         sys.stdout.flush()
         sys.stderr.flush()
         os.environ[STARTED_AGAIN] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def say(sentence: str) -> None:
+    """Prints a sentence on stderr, in one process on each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def check_out_dir(c: TrainConfig) -> None:

@@ -301,10 +301,9 @@ def _check_model(model, old, match_to):
             f"{name} cannot be swapped: its code reads the `weight` of its output layer, and a head"
             " has none"
         )
-    if re.search(rf"{re.escape(layer)}\([^()]*\) *[-+*/]", source):
+    if re.search(rf"{re.escape(layer)}\([^()]*\) *[-+]", source):
         raise ValueError(
-            f"{name} cannot be swapped: its code adds something to the logits of its output layer,"
-            " or scales them"
+            f"{name} cannot be swapped: its code adds something to the logits of its output layer"
         )
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(
