@@ -11,7 +11,7 @@ help:
 	@echo "make demo       prepares text, trains two small models, writes out/demo/report.html (4 to 6 minutes on 2 cores)"
 	@echo "make test       runs the tests (3 to 7 minutes on 2 cores)"
 	@echo "make test-slow  runs the slow tests: lm-evaluation-harness, faults, kernels for other GPUs (10 to 15 minutes)"
-	@echo "make lint       runs ruff and mypy; make format fixes what ruff can fix"
+	@echo "make lint       builds the docs, runs ruff and mypy; make format fixes what ruff can fix"
 	@echo "make bench      measures speed and memory (about an hour on 2 cores); make bench-gpu compiles the CUDA kernels"
 	@echo "make gpu        measures what needs a GPU: kernels, speed of heads and of training, NCCL, sampling (9 minutes a call)"
 	@echo "make faults     breaks real runs and compares them with unbroken ones (about half an hour; full disks need root)"
@@ -54,7 +54,8 @@ test: $(VENV)/installed-dev
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -m slow
 
-lint: $(VENV)/installed-dev
+# Also builds the site, because `make docs` stops at each warning.
+lint: $(VENV)/installed-dev docs
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
