@@ -47,7 +47,7 @@ import torch
 from analysis.calibration import calibration_error, examine
 from analysis.geometry import spectrum
 from analysis.gradients import stability
-from analysis.tables import Column, Columns, markdown
+from analysis.tables import Column, Columns, interval, markdown
 from base.command_line import cli, parse
 from base.errors import nearest
 from studies.heads import costs, test_loss
@@ -357,18 +357,16 @@ def summary(rows: list[Row]) -> str:
             if runs:
                 mean, _ = mean_and_half(list(runs.values()))
                 pairs = [runs[seed] - base[seed] for seed in runs if seed in base]
-                difference, half = mean_and_half(pairs) if pairs else (math.nan, math.nan)
-                cells.append(
-                    {"stage": stage, "head": name, "seeds": len(runs), "test loss": mean}
-                    | {"difference": difference, "half": half}
-                )
+                line = {"stage": stage, "head": name, "seeds": len(runs), "test loss": mean}
+                if pairs and name != "cross_entropy":
+                    line["difference"] = interval(*mean_and_half(pairs))
+                cells.append(line)
     columns: Columns = [
         "stage",
         "head",
         "seeds",
         Column("test loss", form=".4f", unit="nats"),
-        Column("difference", "minus cross_entropy's", "+.4f"),
-        Column("half", "±", ".4f"),
+        Column("difference", "minus cross_entropy's"),
     ]
     return markdown(cells, columns)
 

@@ -74,7 +74,7 @@ def test_summaries_are_paired_by_seed():
         for name, losses in (("cross_entropy", (5.0, 5.2)), ("cosine", (4.9, 5.1)))
         for seed, loss in zip("12", losses, strict=True)
     ]
-    assert "| 2M | cosine | 2 | 5.0000 | -0.1000 | 0.0000 |" in _single_spaced(budget.summary(rows))
+    assert "| 2M | cosine | 2 | 5.0000 | -0.100 ± 0.000 |" in _single_spaced(budget.summary(rows))
 
 
 def test_optimisers_are_compared_at_the_best_rate_and_strength_of_each(tmp_path):
