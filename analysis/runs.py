@@ -1,6 +1,7 @@
 """What the analysis scripts share: they open finished runs, check what can be compared, and write
 results."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from analysis import figures
 from analysis.tables import write_csv
-from base.errors import UserError, check, nearest
+from base.errors import UserError, check
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
 from text.token_files import Data, check_tokenizer, data_folder, load_data
@@ -24,12 +25,12 @@ from training.data import validation_windows
 from training.objective import Objective, batches_of, objective_of
 from training.telemetry import clock, energy, listed, other_iterations, timed
 
-# The settings of the trunk and of training that a comparison of heads keeps the same.
+# Settings that a comparison of heads keeps the same. Left out are those whose defaults depend on
+# others, and those that a sweep chooses for each head.
 SAME = (
-    "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
-    "activation", "bias", "tie_weights", "qk_norm", "rope_theta", "dropout", "label_smoothing",
-    "doc_mask", "source", "dtype", "optimizer", "lr_schedule", "warmup_iters", "lr_decay_iters",
-    "decay_iters", "weight_decay", "prototype_decay", "beta1", "beta2", "grad_clip",
+    "arch", "n_layer", "n_head", "n_embd", "block_size", "tie_weights", "qk_norm", "dropout",
+    "label_smoothing", "doc_mask", "source", "optimizer", "lr_schedule", "warmup_iters",
+    "weight_decay", "beta1", "beta2", "grad_clip",
 )  # fmt: skip
 
 
@@ -117,8 +118,7 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
     paths, problems = [Path(f) for f in folders], []
     for i, path in enumerate(paths):
         if not path.is_dir():
-            there = checkpoint.runs_in(path.parent)
-            problems.append(f"no run {path}{nearest(str(path), there) if there else ''}")
+            problems.append(f"no run {path}{_similar(path)}")
         elif not (path / "config.yaml").is_file():
             instead = checkpoint.runs_instead(path) or ": it has no config.yaml"
             problems.append(f"{path} is not a run's folder{instead}")
@@ -139,6 +139,16 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
         runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
         note(uneven(runs[-1]))
     return runs
+
+
+def _similar(missing: Path) -> str:
+    """`; did you mean X?` for a run's folder that is missing, or a few runs that are near it."""
+    there = checkpoint.runs_in(missing.parent)
+    names = {Path(run).name: run for run in there}
+    near = difflib.get_close_matches(missing.name, names, n=1)
+    if near:
+        return f"; did you mean {names[near[0]]}?"
+    return f"; there are {listed(there, 3)}" if there else ""
 
 
 def windows(data: Data, split: str, block_size: int, most: int) -> list[int]:
@@ -238,17 +248,17 @@ def unequal_training(runs: list[Run], iterations: list[int]) -> str | None:
 
 
 def unequal_settings(runs: list[Run]) -> str | None:
-    """A sentence if the runs differ in the trunk or in how they were trained, else None. Heads and
-    learning rates may differ: each head is compared at the rate that suits it."""
+    """A sentence if the runs differ in a setting of SAME or in the size of an iteration, else None.
+    Heads and learning rates may differ: each head is compared at the rate that suits it."""
     settings = [vars(run.model_config) | vars(run.config) for run in runs]
-    found = []
-    for name in SAME:
-        values = [str(s[name]) for s in settings]
-        if len(set(values)) > 1:
-            found.append(f"{name} ({', '.join(dict.fromkeys(values))})")
-    if not found:
-        return None
-    return f"The runs also differ in {listed(found, 4)}, so not every difference is the heads'."
+    values = {name: [str(s[name]) for s in settings] for name in SAME}
+    values["tokens an iteration"] = [f"{run.tokens_per_iteration():,}" for run in runs]
+    found = [
+        f"{name} ({' and '.join(dict.fromkeys(each))})"
+        for name, each in values.items()
+        if len(set(each)) > 1
+    ]
+    return f"The heads are not the only difference: also {listed(found, 4)}." if found else None
 
 
 def uneven(run: Run) -> str | None:

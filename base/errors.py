@@ -28,7 +28,7 @@ def nearest(
     other_names: what others call some of the valid names.
     """
     valid = [str(n) for n in names]
-    if name in other_names:
-        return f"; did you mean {other_names[name]}?"
+    if name.lower() in other_names:
+        return f"; did you mean {other_names[name.lower()]}?"
     near = difflib.get_close_matches(str(name), valid, n=1)
     return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"

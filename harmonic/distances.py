@@ -385,8 +385,9 @@ def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
         an option that is not a positive number.
     """
     if name not in HEADS:
-        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else None
-        near = near or difflib.get_close_matches(str(name), HEADS, n=1)
+        near = difflib.get_close_matches(str(name), HEADS, n=1)
+        if other := OTHER_NAMES.get(str(name).lower()):
+            near = [other]
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(HEADS)}"
         raise ValueError(f"unknown distance {name!r}; {hint}")
     row = HEADS[name]

@@ -21,6 +21,7 @@ from analysis.runs import find_runs, predictions
 from analysis.tables import Column, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
+from harmonic import CONTROLS
 from studies.runner import Job, Row, Table, TrainingConfig, complete
 
 STAGES = (20, 60, 150, 300, 500)
@@ -78,15 +79,19 @@ def stages(c: BottleneckStudyConfig, head: str, link: str) -> list[dict]:
 
 
 def summary(rows: list[Row]) -> str:
-    """A line for each head: its share at each stage."""
+    """A line for each head: its share at each stage, and its validation loss at the end."""
     lines = []
     for head, link in HEADS:
         mine = [r for r in rows if (r["head"], r["link"]) == (head, link)]
         if mine:
-            line: dict[str, object] = {"head": head, "link": link}
+            line: dict[str, object] = {"head": head, "val_loss": float(mine[-1]["val_loss"])}
+            line["link"] = None if head in CONTROLS else link
             lines.append(line | {r["iter"]: float(r["share"]) for r in mine})
+    if not lines:
+        return "No head is done yet."
     columns = [Column(str(stage), title=f"iteration {stage}", form=".3f") for stage in STAGES]
-    return markdown(lines, ["head", "link", *columns])
+    loss = Column("val_loss", "validation loss at the end", ".4f", "nats")
+    return markdown(lines, ["head", "link", *columns, loss])
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -366,7 +366,7 @@ def summary(rows: list[Row]) -> str:
         "head",
         "seeds",
         Column("test loss", form=".4f", unit="nats"),
-        Column("difference", "minus cross_entropy's"),
+        Column("difference", "minus cross_entropy"),
     ]
     return markdown(cells, columns)
 

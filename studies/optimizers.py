@@ -22,9 +22,10 @@ from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from harmonic.links import resolve_exponent
 from model import ModelConfig
-from studies.intervals import mean_and_half
+from studies.intervals import holm, mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
 from studies.search import Setting, beyond, number
+from studies.verdict import p_value
 from training.config import TrainConfig
 from training.telemetry import read_metrics
 
@@ -221,6 +222,7 @@ def comparison(rows: list[Row], best: Mapping[tuple[Head, str], Setting]) -> str
         left out too.
     """
     losses, lines = final_losses(rows, best), []
+    p = {name: p_values(losses, name) for name in OPTIMIZERS}
     for head, link in HEADS:
         adamw, muon = (losses.get(((head, link), name), {}) for name in OPTIMIZERS)
         if not (adamw or muon):
@@ -236,8 +238,10 @@ def comparison(rows: list[Row], best: Mapping[tuple[Head, str], Setting]) -> str
             line[f"{name}_strength"] = factor * strength(head)
             line[name], _ = mean_and_half(list(found.values()))
             baseline = losses.get((HEADS[0], name), {})
-            if head != HEADS[0][0] and set(found) == set(baseline):
-                line[f"{name}_less"] = difference(found, baseline)
+            if (head, link) in p[name]:
+                value = p[name][head, link]
+                size = f"p {value:.3f}" if value >= 0.001 else "p < 0.001"
+                line[f"{name}_less"] = f"{difference(found, baseline)} ({size})"
             twin = losses.get(((head, "softmax"), name), {})
             if link == "harmonic" and set(found) == set(twin):
                 line[f"{name}_twin"] = difference(found, twin)
@@ -256,6 +260,18 @@ def comparison(rows: list[Row], best: Mapping[tuple[Head, str], Setting]) -> str
             *(Column(f"{name}_twin", f"{name}, minus its twin") for name in OPTIMIZERS),
         ],
     )
+
+
+def p_values(losses: dict[tuple[Head, str], Losses], optimizer: str) -> dict[Head, float]:
+    """Of each head, whether it differs from cross_entropy: p of a paired t-test, with Holm's
+    correction for the heads of this optimiser."""
+    baseline = losses.get((HEADS[0], optimizer), {})
+    found = {}
+    for head in HEADS[1:]:
+        mine = losses.get((head, optimizer), {})
+        if baseline and mine:
+            found[head] = p_value([mine[seed] - baseline[seed] for seed in baseline])
+    return holm(found)
 
 
 def difference(found: Losses, other: Losses) -> str:

@@ -16,6 +16,7 @@ from base.files import write_whole
 from studies import (
     algorithmic,
     algorithmic_report,
+    bottleneck,
     budget,
     budget_report,
     ends,
@@ -50,6 +51,7 @@ TABLES = {
     "budget ends": (ends, "ends.csv", ends.tables),
     "optimizers": (optimizers, "optimizers.csv", optimizers.tuned_rates),
     "optimizers tuned": (optimizers, "optimizers.csv", optimizers.tuned),
+    "bottleneck": (bottleneck, "bottleneck.csv", bottleneck.summary),
     "tasks": (algorithmic, "algorithmic.csv", algorithmic_report.main_table),
     "task twins": (algorithmic, "algorithmic.csv", algorithmic_report.task_twins),
     "grokking": (algorithmic, "algorithmic.csv", algorithmic_report.gap_table),

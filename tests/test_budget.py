@@ -106,11 +106,12 @@ def test_optimisers_are_compared_at_the_best_rate_and_strength_of_each(tmp_path)
     assert {rate for _, rate in found["muon"]} == {1e-3, 2e-3, 4e-3, 8e-3, 16e-3}
     rates, tuned = optimizers.tuned_rates(table.rows), optimizers.tuned(table.rows)
     start, losses = "| cosine | softmax | 3 | 0.002 | 0.008 | 13.86 | 13.86 |", "3.7000 | 3.7000"
-    rest = f"{start} {losses} | +0.000 ± 0.000"
-    assert f"{rest} | -2.100 ± 0.000 | -2.100 ± 0.000 | - | - |" in rates
-    assert f"{rest} | -1.500 ± 0.000 | -1.500 ± 0.000 | - | - |" in tuned
+    rest, sure = f"{start} {losses} | +0.000 ± 0.000", "(p < 0.001)"
+    assert f"{rest} | -2.100 ± 0.000 {sure} | -2.100 ± 0.000 {sure} | - | - |" in rates
+    assert f"{rest} | -1.500 ± 0.000 {sure} | -1.500 ± 0.000 {sure} | - | - |" in tuned
     assert "| cross_entropy | - | 3 | 0.001 | 0.004 | 0.08 | 0.08 | 5.2000 | 5.2000 |" in tuned
-    assert "| -1.000 ± 0.000 | -1.000 ± 0.000 | +0.500 ± 0.000 | +0.500 ± 0.000 |" in tuned
+    less = f"-1.000 ± 0.000 {sure}"
+    assert f"| {less} | {less} | +0.500 ± 0.000 | +0.500 ± 0.000 |" in tuned
     assert "| euclidean | softmax | 3 | 9.76563e-07 | 9.76563e-07 | 768 |" in tuned
     assert "4 of 10 winners of the sweep lie on the edge" in tuned
     with pytest.raises(UserError, match="the default strengths are those of n_embd=192"):

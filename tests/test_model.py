@@ -141,6 +141,8 @@ def test_sampling_respects_top_k_top_p_and_padding():
     frequency = torch.bincount(drawn, minlength=5) / 2000
     assert (frequency - logits[0].softmax(-1)).abs().max() < 0.04 and frequency[4] == 0
     assert set(pick(logits, 1.0, 2, None, generators).tolist()) == {0, 1}
+    # float32 cannot divide by the second, and 0 / 0 would draw any token.
+    assert set(pick(logits.flip(-1), 1e-50, None, None, generators).tolist()) == {4}
     # 0.64 alone does not reach 0.7.
     assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {0, 1}
     assert set(pick(logits, 1.0, None, 0.6, generators).tolist()) == {0}

@@ -26,8 +26,9 @@ def test_a_prepared_head_gives_the_same_logits(name):
     assert torch.equal(head.prepared()(h), head(h))
     double, states = head.double(), h.double()
     torch.testing.assert_close(double.prepared()(states), double(states))
-    with pytest.raises(ValueError, match="differ in their last dimension"):
-        head.prepared()(h[..., 1:])
+    for wrong, message in ((h[..., 1:], "differ in their last"), (h.int(), "floating-point")):
+        with pytest.raises(ValueError, match=message):
+            head.prepared()(wrong)
 
 
 def load(head):

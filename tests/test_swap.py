@@ -131,6 +131,10 @@ def test_padded_rows_stay_padding():
     assert head(h).shape == (N, V) and kl(h, w, b, head) < 0.05
 
 
+def is_masked(kind):
+    return "bert" in kind or kind in ("esm", "luke")
+
+
 def hugging_face(kind: str, **kw):
     torch.manual_seed(0)
     sizes = dict(
@@ -138,7 +142,7 @@ def hugging_face(kind: str, **kw):
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=V,
-        pad_token_id=0 if kind in ("roberta", "esm") else None,
+        pad_token_id=0 if kind in ("roberta", "esm", "luke") else None,
         initializer_range=0.2,
     )
     sizes |= (
@@ -148,8 +152,7 @@ def hugging_face(kind: str, **kw):
     )
     sizes |= {"num_key_value_heads": 2} if kind.startswith("qwen") else {}
     config = CONFIG_MAPPING[kind](**sizes, **kw)
-    masked = "bert" in kind or kind == "esm"
-    return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config)
+    return (AutoModelForMaskedLM if is_masked(kind) else AutoModelForCausalLM).from_config(config)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -232,7 +235,7 @@ def test_models_that_do_more_with_logits_are_refused():
         swap_head(hugging_face("esm"), "cosine")
 
 
-KINDS = ["gpt2", "bert", "qwen2", "distilbert", "roberta"]  # their heads have four names
+KINDS = ["gpt2", "bert", "qwen2", "distilbert", "roberta"]  # each has other names
 
 
 def swapped(kind, matched=True, name="euclidean", **arguments):
@@ -281,9 +284,25 @@ def test_the_vocabulary_can_be_resized(kind, matched, tokens, multiple, rows, tm
         model.save_pretrained(tmp_path)
         again = load_swapped(tmp_path).eval()
         assert torch.equal(again(input_ids=ids).logits, out.logits)
-        model.train()(input_ids=ids, labels=ids).loss.backward()
         # DistributedDataParallel stops at parameters that nothing uses.
-        assert not [name for name, p in model.named_parameters() if p.grad is None]
+        assert unused(model, ids) <= unused(hugging_face(kind), ids % V)
+
+
+def test_a_bias_that_is_tied_the_other_way_round(tmp_path):
+    """LUKE ties `lm_head.bias` to `lm_head.decoder.bias`, RoBERTa the other way round."""
+    model = hugging_face("luke", entity_vocab_size=10).eval()
+    swap_head(model, "cosine")
+    model.resize_token_embeddings(V + 3)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(V, (2, 9))
+    again = load_swapped(tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def unused(model, ids):
+    """The names of the parameters that get no gradient."""
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    return {name for name, p in model.named_parameters() if p.grad is None}
 
 
 def test_a_padded_head_is_resized_with_its_padding(tmp_path):
@@ -319,7 +338,7 @@ def test_a_swapped_model_is_copied_in_every_way(kind, matched, tmp_path):
     model, ids = swapped(kind, matched)
     torch.save(model, tmp_path / "model.pt")
     model.save_pretrained(tmp_path / "folder")
-    auto = AutoModelForMaskedLM if "bert" in kind else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if is_masked(kind) else AutoModelForCausalLM
     copies = {
         "deepcopy": copy.deepcopy(model),
         "pickle": pickle.loads(pickle.dumps(model)),

@@ -248,11 +248,12 @@ def compile_kernels(m: ModelConfig, device: str) -> None:
         return
     head = HarmonicHead(m.n_embd, 8, m.head, **m.head_arguments())
     states = torch.ones(8, m.n_embd, requires_grad=True)
-    why = "compiling the kernels of the head, once on this machine"
-    slow = threading.Timer(1, say, [why])  # Kernels from the cache take less than a second.
+    slow = threading.Timer(1, say, ["loading the kernels of the head, or compiling them once"])
     slow.start()
-    head.loss(states, torch.zeros(8, dtype=torch.long)).backward()
-    slow.cancel()
+    try:
+        head.loss(states, torch.zeros(8, dtype=torch.long)).backward()
+    finally:
+        slow.cancel()
     if numba.compiled_here():
         say("compiled the kernels; starting again with them")
         sys.stdout.flush()

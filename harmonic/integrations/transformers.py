@@ -348,13 +348,13 @@ def _retie(model, head: ModelHead, where: str):
 
 
 def _share_bias(model, head: ModelHead):
-    """Gives the module around the head the head's bias, if its own stood for the old one. RoBERTa's
-    `lm_head.bias` is the bias of `lm_head.decoder`."""
-    where = _path(model, head)
-    source = (type(model)._tied_weights_keys or {}).get(f"{where}.bias")
-    if source is not None:
-        owner, _, name = source.rpartition(".")
-        tied = f"{where}.bias" in model.all_tied_weights_keys
+    """Gives the module around the head the head's bias, if its own was tied to the old one. RoBERTa
+    ties `lm_head.bias` and `lm_head.decoder.bias`, and LUKE ties them the other way round."""
+    inner, keys = f"{_path(model, head)}.bias", type(model)._tied_weights_keys or {}
+    outer = keys.get(inner) or next((name for name in keys if keys[name] == inner), None)
+    if outer is not None:
+        owner, _, name = outer.rpartition(".")
+        tied = not {inner, outer}.isdisjoint(model.all_tied_weights_keys)
         setattr(model.get_submodule(owner), name, head.bias if tied else None)
 
 
