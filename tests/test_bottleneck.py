@@ -8,6 +8,7 @@ import torch
 
 from analysis.bottleneck import gradient_shares, jacobian
 from harmonic import CONTROLS, HarmonicHead
+from studies import bottleneck
 
 HEADS = [("cross_entropy", "harmonic"), ("cosine", "harmonic"), ("euclidean", "softmax")]
 
@@ -68,3 +69,16 @@ def test_shares_of_confident_tokens(name, link):
         g = np.insert(p / p.sum(), 3, -1)
         rest = g - rows @ np.linalg.lstsq(rows, g, rcond=1e-12)[0]
         assert share == pytest.approx(math.sqrt(1 - rest @ rest / (g @ g)), abs=1e-7)
+
+
+def test_the_studys_table():
+    rows = [
+        {"head": head, "link": "harmonic", "iter": str(stage), "val_loss": "5.5", "share": "0.25"}
+        for head in ("stablemax", "cosine")
+        for stage in bottleneck.STAGES
+    ]
+    shares = " | ".join(["0.250"] * 5)
+    table = bottleneck.summary(rows)
+    assert f"| cosine | harmonic | {shares} | 5.5000 |" in table
+    assert f"| stablemax | - | {shares} | 5.5000 |" in table  # A control has no link.
+    assert bottleneck.summary([]) == "No head is done yet."
