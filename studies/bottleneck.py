@@ -8,6 +8,7 @@ not depend on these stages, so this is one run that is measured five times. anal
 defines the share.
 """
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from studies.runner import Job, Row, Table, TrainingConfig, complete
 
 STAGES = (20, 60, 150, 300, 500)
 TOKENS = 64
+WIDTH, VOCABULARY = 192, 4096  # of the demo's model and data
 HEADS = (
     ("cross_entropy", "harmonic"),
     ("cosine", "harmonic"),
@@ -95,17 +97,20 @@ def summary(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
+    """Draws the shares along training, and that of a random subspace."""
     figure = figures.figure(3.6)
     axes = figure.subplots()
     for (head, link), style in zip(HEADS, figures.head_styles(list(HEADS)), strict=True):
         mine = [r for r in rows if (r["head"], r["link"]) == (head, link)]
         steps, shares = [int(r["iter"]) for r in mine], [float(r["share"]) for r in mine]
-        axes.plot(
-            steps, shares, label=f"{head} {link}", color=style["color"], ls=style["linestyle"]
-        )
+        name = head if head in CONTROLS else f"{head}, {link}"
+        axes.plot(steps, shares, label=name, color=style["color"], ls=style["linestyle"])
+    random = math.sqrt(WIDTH / VOCABULARY)
+    axes.axhline(random, color="0.5", lw=1, ls=":", label="a random subspace")
+    axes.set_ylim(0, None)
     axes.set_xlabel("iteration")
     axes.set_ylabel("share of the gradient that reaches h")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figures.save(figure, path)
 
 
