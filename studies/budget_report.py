@@ -393,8 +393,8 @@ def energy(rows: list[Row]) -> str:
         "head",
         "runs",
         Column("token", unit="mJ"),
-        Column("share", "times cross_entropy's", ".2f"),
-        Column("more", "minus cross_entropy's", unit="mJ"),
+        Column("share", "times that of cross_entropy", ".2f"),
+        Column("more", "minus that of cross_entropy", unit="mJ"),
         Column("run", "20 M tokens", ".0f", "kJ"),
     ]
     return markdown(lines, columns)
@@ -418,7 +418,7 @@ def draw(rows: list[Row], path: Path) -> None:
             _line(right, found, name, shift, style)
     right.axhline(0, color=figures.head_color(BASELINE), linewidth=0.8)
     left.set_ylabel("test loss, nats a token")
-    right.set_ylabel("test loss minus cross_entropy's\nof the same seed, nats a token")
+    right.set_ylabel("test loss minus that of\ncross_entropy, nats a token")
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks(list(TOKENS.values()), [f"{tokens:g}" for tokens in TOKENS.values()])
@@ -449,7 +449,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
             right.plot(tokens[4:], gap[4:], **style)  # The early gaps are ten times larger.
     right.axhline(0, color=figures.head_color(BASELINE), linewidth=0.8)
     left.set_ylabel("validation loss, nats a token")
-    right.set_ylabel("validation loss minus cross_entropy's\nof the same seed, nats a token")
+    right.set_ylabel("validation loss minus that of\ncross_entropy, nats a token")
     for axes in (left, right):
         axes.set_xlabel("tokens of training, millions")
         axes.grid(alpha=0.2)
