@@ -514,7 +514,7 @@ def test_window_losses_average_to_the_likelihood(home):  # noqa: F811
 def test_bad_runs_are_told(home, tmp_path, monkeypatch, main):  # noqa: F811
     for words, message in (
         ([], "name one run's folder"),
-        ([home / "out/cosin"], "did you mean cosine"),
+        ([home / "out/cosin"], "did you mean .*out/cosine"),
         ([home / "out/ce", f"--out={tmp_path}/no/x.csv"], "does not exist"),
         ([home / "out/ce", "--out=x.txt"], "must end in .csv"),
     ):
