@@ -26,7 +26,11 @@ def test_a_prepared_head_gives_the_same_logits(name):
     assert torch.equal(head.prepared()(h), head(h))
     double, states = head.double(), h.double()
     torch.testing.assert_close(double.prepared()(states), double(states))
-    for wrong, message in ((h[..., 1:], "differ in their last"), (h.int(), "floating-point")):
+    for wrong, message in (
+        (h[..., 1:], "differ in their last"),
+        (h.int(), "floating-point"),
+        (h.to("meta"), "is on meta"),
+    ):
         with pytest.raises(ValueError, match=message):
             head.prepared()(wrong)
 
