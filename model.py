@@ -993,6 +993,10 @@ class Texts:
         return ids[rows], positions[rows], mask[rows]
 
 
+class Diverged(RuntimeError):
+    """A model's logits are not finite."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How the next token is drawn from the logits.
@@ -1010,7 +1014,7 @@ class Sampler:
         """A token for each row of logits: (B, V) -> (B,)."""
         largest = logits.amax(-1, keepdim=True)
         if not math.isfinite(largest.float().sum().item()):
-            raise RuntimeError("logits are not finite: the model's weights have diverged")
+            raise Diverged("logits are not finite: the model's weights have diverged")
         if self.temperature < torch.finfo(torch.float32).tiny:  # float32 cannot divide by it.
             return logits.argmax(-1)
         p = ((logits - largest) / self.temperature).softmax(-1, dtype=torch.float32)

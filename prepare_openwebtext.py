@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.machine import cores
 from text.corpora import CORPORA, Corpus
 from text.documents import Tally, check_splits, split_documents
 from text.parallel import encode_documents
@@ -54,7 +55,7 @@ class PrepareConfig:
     unknown token, which shows as U+FFFD)"""
     out_dir: str | None = None
     """folder of the token files; by default data/NAME, named after the source"""
-    num_proc: int = os.cpu_count() or 1
+    num_proc: int = cores()
     """processes that encode; the files do not depend on it"""
     val_fraction: float | None = None
     """share of the documents that goes to val.bin, at least one document. By default 0.0005 for
@@ -129,9 +130,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         [config] = parse(sys.argv[1:] if argv is None else argv, PrepareConfig, words="source")
         prepare(config)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:  # a full disk, a folder that may not be written
         raise UserError(
             f"{error.filename or 'writing the token files'}: {error.strerror or error}"

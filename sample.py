@@ -460,8 +460,7 @@ def main() -> None:
         if masked:
             return predict_masked(model, tokenizer, prompts)
 
-        begin = [] if tokenizer.start_id is None else [tokenizer.start_id]
-        rows = [p for p in prompts or [begin] for _ in range(c.num_samples)]
+        rows = [p for p in prompts or [[tokenizer.start_id]] for _ in range(c.num_samples)]
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
             print(

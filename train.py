@@ -13,8 +13,8 @@ Exit status:
     2               the input is wrong; nothing is lost
     3               a loss or gradient is not finite
     4               the run is trained, but its last checkpoint could not be written
-    130, 138, 143   stopped by Ctrl-C, SIGUSR1 or SIGTERM, with a checkpoint of the last iteration;
-                    a second Ctrl-C stops at once, without a checkpoint
+    129, 130,       stopped by SIGHUP, Ctrl-C, SIGUSR1 or SIGTERM, with a checkpoint of the last
+    138, 143        iteration; a second Ctrl-C stops at once, without a checkpoint
 """
 
 import math
@@ -31,7 +31,7 @@ import torch
 
 from base.errors import UserError
 from interop import pretrained
-from model import Model, ModelConfig
+from model import Diverged, Model, ModelConfig
 from text.token_files import Data, verify
 from training import checkpoint, distributed
 from training.config import TrainConfig
@@ -192,9 +192,9 @@ def train(run: Run, folder: RunFolder) -> None:
     except UserError as error:  # The data was changed.
         strange = save_and_raise(run, folder, log, error)
     finally:
-        signals.restore()
         profile.close()
         used = folder.close(wait=not at_once)
+        signals.restore()  # Not before: a signal would kill the thread that writes a checkpoint.
     if not at_once:
         p.barrier()  # Wait for the others: torchrun stops every process once one exits.
     conclude(run, folder, time.perf_counter() - log.began, used, stopped, strange)
@@ -257,7 +257,7 @@ def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
 def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
     """Saves a checkpoint without an evaluation, if the newest one lacks iterations."""
     at = run.progress
-    if at.iteration not in (at.evaluated, log.first):
+    if at.iteration not in (at.evaluated, log.first) or folder.unsaved(run.processes):
         log.flush(at.iteration)
         folder.save(run, None)
 
@@ -285,13 +285,23 @@ def report(run: Run, folder: RunFolder, log: Log) -> None:
     if due or sample:
         log.flush(at.iteration)
     if sample:
-        text = sample_text(run.model, run.data, run.autocast, c.seed)
-        run.say(f"iter {at.iteration}: {text!r}", flush=True)
-        folder.write({"iter": at.iteration, "sample": text})
+        write_sample(run, folder)
     if due:
         evaluate_and_save(run, folder)
     if due or sample:
         log.restart_clock()
+
+
+def write_sample(run: Run, folder: RunFolder) -> None:
+    """Prints a sample of text, or that the weights have diverged, which --on_nan handles."""
+    at = run.progress
+    try:
+        text = sample_text(run.model, run.data, run.autocast, run.c.seed)
+    except Diverged as error:
+        run.say(f"iter {at.iteration}: no sample: {error}")
+        return
+    run.say(f"iter {at.iteration}: {text!r}")
+    folder.write({"iter": at.iteration, "sample": text})
 
 
 def evaluate_and_save(run: Run, folder: RunFolder) -> None:
@@ -304,7 +314,7 @@ def evaluate_and_save(run: Run, folder: RunFolder) -> None:
     for key, value in found.items():
         exact = key == "val_loss"
         words.append(f"val loss {value:.4f}" if exact else f"{key.replace('_', ' ')} {value:.4g}")
-    run.say(f"iter {at.iteration}: " + "  ".join(words), flush=True)
+    run.say(f"iter {at.iteration}: " + "  ".join(words))
     folder.write({"iter": at.iteration, **found})
     at.best_loss, at.evaluated = min(at.best_loss, found["val_loss"]), at.iteration
     if at.iteration > 0:

@@ -3,11 +3,15 @@
 A file is written under another name, flushed to the disk and renamed.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from base.errors import UserError
 
@@ -52,6 +56,38 @@ def write_result(path: Path, content: str | bytes | Callable[[Path], object]) ->
         write_whole(path, content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Creates and locks a file, and removes it at the end. The lock ends with the process too.
+
+    On a file system that has no locks, nothing is locked.
+    Raises: BlockingIOError if another process holds the lock, and OSError if there can be no file.
+    """
+    with _lock(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> BinaryIO:
+    while True:
+        # Open for writing, because NFS needs that for a lock.
+        file = open(path, "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # Some file systems answer with the second one.
+            file.close()
+            raise BlockingIOError(errno.EAGAIN, "another process holds the lock") from None
+        except OSError:
+            return file
+        # The process that held the lock before may have removed the file meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
 
 
 def seal(content: dict) -> str:

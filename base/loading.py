@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+from base.output import say
+
 
 def say_loading() -> None:
     """Says on stderr that a script loads PyTorch: once for all processes, and not for --help.
@@ -13,4 +15,4 @@ def say_loading() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.get("RANK", "0") == "0" and not {"--help", "-h"} & set(sys.argv):
-        print("loading PyTorch and the model's code", file=sys.stderr, flush=True)
+        say("loading PyTorch and the model's code", file=sys.stderr)

@@ -50,6 +50,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from base.machine import cores
 from benchmarks import head, train_gpu
 from benchmarks.gpu_runner import PACKAGES, ROOT, Absent, Lanes, Step, Table, run, shown, version
 from harmonic import HEADS, HarmonicHead
@@ -808,7 +809,7 @@ def main() -> int:
             )
         return 0
     print(f"{card}: {len(chosen)} steps, of which {c.out} has {len(done)}", flush=True)
-    most = 2 if c.rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
+    most = 2 if c.rehearse else max(1, min(8, cores() // 2))
     about = {"card": card, "torch": version("torch"), "triton": version("triton")}
     # So that SIGTERM also ends the processes below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

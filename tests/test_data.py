@@ -339,6 +339,9 @@ def test_reading_uint32(tmp_path):
     for found in (split, checked):
         with pytest.raises(UserError, match="a.bin was changed while it was in use"):
             found.read(3, 2)
+    split.path.unlink()
+    with pytest.raises(UserError, match="a.bin cannot be read: No such file"):
+        split.read(3, 2)
 
 
 def test_a_name_stands_for_prepared_data_before_a_folder(tmp_path, monkeypatch):

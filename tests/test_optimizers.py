@@ -139,7 +139,7 @@ def test_a_profile_that_training_cuts_short_is_written(train, tmp_path):
     assert status == 0 and "profile of 2 iterations" in out
     assert (tmp_path / "run/profile/trace.json").is_file()
     assert "profile: 0" in (tmp_path / "run/config.yaml").read_text()
-    assert "it begins after 3 iterations" in train(max_iters=2, profile=1, out_dir="short")[2]
+    assert "it begins after 3 iterations" in train(max_iters=3, profile=1, out_dir="short")[2]
 
 
 @pytest.mark.slow

@@ -516,7 +516,8 @@ def test_interrupted_preparation_says_so(tmp_path, writes):
     _, stderr = process.communicate(timeout=20)
     assert (
         process.returncode == 130
-        and "interrupted: nothing was written" in stderr
+        and "out: nothing was written" in stderr
+        and "interrupted" in stderr
         and "Traceback" not in stderr
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]

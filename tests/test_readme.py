@@ -131,7 +131,7 @@ def test_every_command_parses(monkeypatch):
 
 def test_every_flag_in_prose_exists():
     """`--flag` between backticks is a flag of some script that the pages speak of."""
-    known = {"key", "help", "max-restarts", "rdzv_conf"}
+    known = {"key", "help", "max-restarts", "rdzv_conf", "rdzv_id"}
     for name in ("model", "sample", "prepare_openwebtext", "training.config"):
         known |= names_of(importlib.import_module(name))
     for room in ("analysis", "benchmarks", "interop", "studies"):

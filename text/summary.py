@@ -10,6 +10,8 @@ from text.sources import left_out_line
 from text.token_files import FEW_TOKENS, other_kind
 from text.tokenizers import Tokenizer
 
+PART = 2**24  # Tokens that are compared at a time.
+
 
 def print_splits(
     splits: dict[str, dict], tally: Tally, fraction: float | None, left_out: collections.Counter
@@ -55,7 +57,9 @@ def print_warnings(
     if tokenizer.unk_id is not None:
         for name, split in splits.items():
             ids = np.memmap(out / split["file"], tokenizer.dtype, "r")
-            if unknown := int((ids == tokenizer.unk_id).sum()):
+            # In parts, because a comparison takes a byte for each token.
+            parts = (ids[i : i + PART] for i in range(0, len(ids), PART))
+            if unknown := sum(int((part == tokenizer.unk_id).sum()) for part in parts):
                 print(
                     f"{name}: {unknown:,} unknown tokens, because the vocabulary does not have all"
                     " of its characters"

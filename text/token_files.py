@@ -69,19 +69,29 @@ class Split:
         return self.sha256 or f"{self.tokens} tokens"
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from `start`, int64. UserError if the file has been changed meanwhile."""
+        """`count` ids from `start`, int64.
+
+        Raises: UserError if the file cannot be read, or has been changed meanwhile.
+        """
         # Not memory-mapped, so that resident memory does not grow during training.
         offset = self.offset + start * self.dtype.itemsize
-        with open(self.path, "rb") as file:
-            stamp = _stamp(os.fstat(file.fileno()))
-            if stamp != self.stamp:
-                if self.sha256 is None or sha256(self.path) != self.sha256:
-                    raise UserError(
-                        f"{self.path} was changed while it was in use: start again, or put the old"
-                        " file back and resume"
-                    )
-                self.stamp = stamp  # It was copied or touched.
-            return np.fromfile(file, self.dtype, count, offset=offset).astype(np.int64)
+        try:
+            with open(self.path, "rb") as file:
+                self._check(_stamp(os.fstat(file.fileno())))
+                return np.fromfile(file, self.dtype, count, offset=offset).astype(np.int64)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+
+    def _check(self, stamp: tuple[int, ...]) -> None:
+        """UserError if the file has another stamp than at first, and other content."""
+        if stamp == self.stamp:
+            return
+        if self.sha256 is None or sha256(self.path) != self.sha256:
+            raise UserError(
+                f"{self.path} was changed while it was in use: start again, or put the old file"
+                " back and resume"
+            )
+        self.stamp = stamp  # It was copied or touched.
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:

@@ -4,11 +4,11 @@ The files are written into a hidden folder, which is then renamed to the final o
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from base.errors import UserError
-from base.files import fsync, seal
+from base.files import fsync, locked, seal
 from text.documents import Tally
 from text.token_files import VERIFIED
 from text.tokenizers import TRAINED_FILES, Tokenizer, tokenizer_file
@@ -88,22 +88,21 @@ def partial_folder(out: Path) -> Iterator[Path]:
     Raises: UserError if another process is writing into it.
     """
     folder = out.with_name(f".{out.name}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # The lock ends with the process, even if it is killed.
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"another preparation is writing {out}") from None
-    try:
-        for left_by_a_killed_one in folder.iterdir():
-            left_by_a_killed_one.unlink()
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out.with_name(f".{out.name}.lock")))
+        except BlockingIOError:
+            raise UserError(f"another preparation is writing {out}") from None
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # A killed preparation has left it.
+            folder.mkdir()
+            yield folder
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):
+                print(f"\n{out}: nothing was written", file=sys.stderr)
+            raise
 
 
 def publish(folder: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from base.machine import cores
 from harmonic import HEADS, HarmonicHead
 from harmonic.compiled import load
 from harmonic.distances import resolve
@@ -48,7 +49,7 @@ def slow_settings(
 
 
 def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float, iterations: int) -> list[str]:
-    found, threads, cores = [], torch.get_num_threads(), _cores()
+    found, threads, available = [], torch.get_num_threads(), cores()
     each = flops / (CPU_RATE * threads * int(os.environ.get("WORLD_SIZE", 1)))
     if each > PATIENCE:
         found.append(
@@ -63,9 +64,10 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float, iterations: in
             " use --dtype=float32"
         )
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
-    if alone and threads == 1 < cores:
+    if alone and threads == 1 < available:
         found.append(
-            f"torch uses 1 thread of {cores} cores: set OMP_NUM_THREADS={cores}, or leave it unset"
+            f"torch uses 1 thread of {available} cores: set OMP_NUM_THREADS={available}, or leave"
+            " it unset"
         )
     if torch.cuda.is_available():
         found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")
@@ -169,11 +171,6 @@ def _multiplies_bfloat16() -> bool:
     return has.get("architecture") != "x86_64" or bool(
         has.get("avx512_bf16") or has.get("amx_bf16")
     )
-
-
-def _cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> list[str]:

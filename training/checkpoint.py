@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from base.command_line import known, parse, read_yaml
 from base.errors import UserError
 from base.files import fsync, seal, sha256, unseal
+from base.output import say
 from model import Model, ModelConfig
 from training.config import TrainConfig
 from training.telemetry import evaluated_alike_since, listed
@@ -104,7 +105,7 @@ class Writer:
                 f"the checkpoint of iteration {iteration} could not be written ({reason}); the last"
                 f" good one: {last(self.out_dir)}"
             )
-            print(self.error, file=sys.stderr, flush=True)
+            say(self.error, file=sys.stderr)
 
 
 def save(
@@ -170,6 +171,12 @@ def manifests(out_dir: Path) -> dict[Path, dict]:
 def last(out_dir: Path) -> str:
     """The name of the newest checkpoint with a valid manifest, or `none`."""
     return next((f.name for f in reversed(manifests(out_dir))), "none")
+
+
+def last_good(out_dir: Path) -> str:
+    """As `last`, without checkpoints whose validation loss is not finite."""
+    losses = {f.name: m["val_loss"] for f, m in manifests(out_dir).items()}
+    return next((n for n, x in reversed(losses.items()) if x is None or math.isfinite(x)), "none")
 
 
 def damage(folder: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> str | None:

@@ -12,14 +12,14 @@ from text.token_files import FEW_WINDOWS, LONGER, Data, other_kind
 
 
 def split_problems(data: Data, block_size: int) -> list[str]:
-    """An error for each split that is shorter than a window."""
+    """An error for each split that is shorter than a window and the last target."""
     problems = []
     for name in ("train", "val"):
         split = data.splits[name]
         if split.tokens <= block_size:
             problems.append(
-                f"block_size={block_size} is longer than the data: {split.path} has"
-                f" {split.tokens:,} tokens. "
+                f"block_size={block_size} is too long: {split.path} has {split.tokens:,} tokens,"
+                f" and a window with its last target has {block_size + 1:,}. "
                 f"Use a smaller --block_size, or prepare {LONGER[name]}"
             )
     return problems

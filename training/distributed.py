@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from base.command_line import cli
 from base.errors import UserError
+from base.output import say
 from model import Model
 
 T = TypeVar("T")
@@ -165,6 +166,7 @@ def start(device: str, backend: str, timeout: float) -> Processes:
                 " lower --nproc_per_node"
             )
         device = f"cuda:{local_rank}"
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if world > 1:
         kind = device.split(":")[0]
@@ -251,13 +253,14 @@ def run(main: Callable[[], object]) -> None:
 
 
 class StopSignals:
-    """Makes all processes stop after the same step on Ctrl-C, SIGTERM or SIGUSR1.
+    """Makes all processes stop after the same step on Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP.
 
-    SLURM and spot machines send the last two. A second Ctrl-C raises KeyboardInterrupt at once.
+    SLURM and spot machines send SIGTERM and SIGUSR1. A terminal that closes sends SIGHUP, which
+    nohup makes every program ignore. A second Ctrl-C raises KeyboardInterrupt at once.
     Under torchrun only the first Ctrl-C reaches the processes.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, processes: Processes, timeout: float):
         self.asked = 0  # The signal that this process received, or 0.
@@ -267,19 +270,19 @@ class StopSignals:
             else None
         )
         self.pending: tuple[Any, torch.Tensor] | None = None  # A running reduction and its result.
-        self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
+        self.before = {
+            s: signal.signal(s, self._ask)
+            for s in self.SIGNALS
+            if signal.getsignal(s) != signal.SIG_IGN
+        }
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if number == self.asked == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked:
+        if not self.asked or number == signal.SIGINT:
             self.asked = number
             if number == signal.SIGINT:
-                print(
-                    "\nstopping after this step; Ctrl-C again stops at once",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def agreed(self) -> int:
         """The signal that stops all processes now, or 0. Call it once per step.

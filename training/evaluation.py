@@ -98,20 +98,23 @@ def sample_text(
 
     With the same seed, samples differ only because the model differs. The random state of training
     is not used.
+    Raises: Diverged if a logit is not finite.
     """
     tokenizer = data.load_tokenizer()
     model.eval()
-    # Eager, because each length would be compiled again.
-    with autocast, torch.compiler.set_stance("force_eager"):
+    try:
+        # Eager, because each length would be compiled again.
+        with autocast, torch.compiler.set_stance("force_eager"):
+            if isinstance(model, FSDPModule):
+                # FSDP initialises itself in the root's first forward pass, which `generate` does
+                # not call.
+                with torch.no_grad():
+                    model(torch.tensor([[tokenizer.start_id]], device=model.tokens.weight.device))
+                model.unshard()
+            steps = model.generate([[tokenizer.start_id]], SAMPLED, seed=seed, top_k=200)
+            ids = [token for (token,) in steps]
+    finally:
         if isinstance(model, FSDPModule):
-            # FSDP initialises itself in the root's first forward pass, which `generate` does not
-            # call.
-            with torch.no_grad():
-                model(torch.tensor([[tokenizer.start_id]], device=model.tokens.weight.device))
-            model.unshard()
-        steps = model.generate([[tokenizer.start_id]], SAMPLED, seed=seed, top_k=200)
-        ids = [token for (token,) in steps]
-    if isinstance(model, FSDPModule):
-        model.reshard()
-    model.train()
+            model.reshard()
+        model.train()
     return tokenizer.decode(ids)

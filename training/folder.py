@@ -1,5 +1,6 @@
 """The folder of a run, and what is written into it: metrics, checkpoints and energy."""
 
+import contextlib
 import os
 import shutil
 from dataclasses import replace
@@ -7,9 +8,11 @@ from pathlib import Path
 
 from base.command_line import write_yaml
 from base.errors import UserError
+from base.files import locked
 from text.tokenizers import copy_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
+from training.distributed import Processes
 from training.run import Run
 from training.telemetry import Emissions, Metrics, environment, write_environment
 
@@ -33,9 +36,13 @@ class RunFolder:
         self.metrics: Metrics | None = None  # None outside of the main process.
         self.writer: checkpoint.Writer | None = None  # The same.
         self.emissions: Emissions | None = None
+        self.lock = contextlib.ExitStack()  # Held by the main process.
         if p.main:
             try:
                 self._open(run, resumed, changed)
+            except BlockingIOError:
+                message = f"another process trains in {self.path}: stop it, or name another"
+                raise UserError(f"{message} --out_dir") from None
             except OSError as error:
                 message = f"out_dir={self.path} cannot be written: {error.strerror}"
                 raise UserError(message) from None
@@ -46,6 +53,7 @@ class RunFolder:
     def _open(self, run: Run, resumed: Path | None, changed: dict) -> None:
         m, c, p, iteration = run.m, run.c, run.processes, run.progress.iteration
         self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.enter_context(locked(self.path / ".lock"))
         if resumed:
             checkpoint.set_aside(self.path, resumed)
         else:
@@ -86,8 +94,8 @@ class RunFolder:
         counters = {
             "val_loss": loss,
             "best_val_loss": at.best_loss,
-            "tokens": at.iteration * run.work.tokens,
             "skipped": at.skipped,
+            "skipped_in_a_row": at.skipped_in_a_row,
             "scaler": run.scaler.state_dict(),
             "data": run.data.splits["train"].identity(),
             "val_data": run.data.splits["val"].identity(),
@@ -95,6 +103,12 @@ class RunFolder:
         self.writer.save(at.iteration, files, counters)
         if self.emissions:
             self.emissions.flush()
+
+    def unsaved(self, processes: Processes) -> bool:
+        """Whether the newest checkpoint could not be written. All processes call it."""
+        if self.writer:
+            self.writer.wait()
+        return processes.from_main(lambda: bool(self.writer and self.writer.error))
 
     def close(self, wait: bool) -> tuple[float, float] | None:
         """Closes all files. Returns (kWh, kg CO2e), or None if energy was not measured.
@@ -105,6 +119,7 @@ class RunFolder:
             self.writer.wait()
         if self.metrics:
             self.metrics.close()
+        self.lock.close()
         return self.emissions.stop() if self.emissions else None
 
 

@@ -113,7 +113,7 @@ class Log:
         line += f"  ETA {duration(left)}"
         if skipped:
             line += f"  {skipped} skipped"
-        self.say(line, flush=True)
+        self.say(line)
 
 
 def not_finite(iteration: int, what: str, gradients: list[str]) -> NotFinite:
@@ -185,8 +185,8 @@ def conclude(
     out_dir = folder.path
     energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""
     if strange:
-        run.say(strange, file=sys.stderr, flush=True)
-        run.say(f"last good checkpoint: {checkpoint.last(out_dir)}", file=sys.stderr)
+        run.say(strange, file=sys.stderr)
+        run.say(f"last good checkpoint: {checkpoint.last_good(out_dir)}", file=sys.stderr)
         sys.exit(3)
     if stopped:
         how = "no checkpoint was written yet: --overwrite=true starts it again"

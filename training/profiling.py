@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from base.output import say
+
 WAIT = 3  # Iterations to skip first, because they compile, fill caches and allocate memory.
 
 
@@ -28,15 +30,16 @@ class Profile:
 
     def close(self) -> None:
         """Writes what was recorded, and prints where. A full disk does not stop training."""
+        if self.iterations and self.done <= WAIT:
+            say(f"no profile: it begins after {WAIT} iterations", file=sys.stderr)
         if self.profiler is None:
-            if self.iterations and self.done < WAIT:
-                print(f"no profile: it begins after {WAIT} iterations", file=sys.stderr)
             return
         self.profiler.stop()
         try:
-            self._write(self.profiler, self.done - WAIT)
+            if self.done > WAIT:
+                self._write(self.profiler, self.done - WAIT)
         except OSError as error:
-            print(f"the profile cannot be written: {error.strerror}", file=sys.stderr)
+            say(f"the profile cannot be written: {error.strerror}", file=sys.stderr)
         if self.cuda:
             torch.cuda.memory._record_memory_history(enabled=None)
         self.profiler, self.iterations = None, 0
@@ -55,7 +58,7 @@ class Profile:
         self.folder.mkdir(parents=True, exist_ok=True)
         trace, memory = self.folder / "trace.json", self.folder / "memory.pickle"
         profiler.export_chrome_trace(str(trace))
-        print(f"profile of {recorded} iterations: open {trace} at https://ui.perfetto.dev")
+        say(f"profile of {recorded} iterations: open {trace} at https://ui.perfetto.dev")
         if self.cuda:
             torch.cuda.memory._dump_snapshot(str(memory))
-            print(f"memory of these iterations: open {memory} at https://pytorch.org/memory_viz")
+            say(f"memory of these iterations: open {memory} at https://pytorch.org/memory_viz")

@@ -2,10 +2,11 @@
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TextIO
 
 import torch
 
+from base.output import say
 from model import Model, ModelConfig
 from text.token_files import Data
 from training.config import TrainConfig
@@ -40,7 +41,7 @@ class Run:
     work: Work
     of_source: dict[str, float]
 
-    def say(self, *words: object, **how: Any) -> None:
-        """Prints in the main process only."""
+    def say(self, *words: object, file: TextIO | None = None) -> None:
+        """Prints in the main process only. See `base.output.say`."""
         if self.processes.main:
-            print(*words, **how)
+            say(*words, file=file)

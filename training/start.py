@@ -18,6 +18,7 @@ import torch
 
 from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
+from base.output import say
 from harmonic import HarmonicHead
 from harmonic.compiled import load
 from model import Model, ModelConfig
@@ -28,7 +29,12 @@ from training.data import split_problems
 from training.distributed import Processes
 from training.objective import objective_of
 from training.step import Progress
-from training.telemetry import check_loggers, evaluated_alike_since, other_windows
+from training.telemetry import (
+    check_loggers,
+    country_problem,
+    evaluated_alike_since,
+    other_windows,
+)
 
 REORDERED = (
     "in another data order it would read some windows twice in this epoch and others not at all;"
@@ -60,6 +66,10 @@ def configure(
     # If torchrun has restarted its processes (--max-restarts), resume the run that they began.
     if init_from in (None, "scratch") and begun_by_this_torchrun(out_dir):
         init_from = "auto"
+        tell(
+            f"note: a torchrun with the id {os.environ['TORCHELASTIC_RUN_ID']} began the run in"
+            f" {out_dir}, so it goes on. To start a new run, use another --rdzv_id or --out_dir"
+        )
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
     base: dict | None = None
     source = None
@@ -176,6 +186,8 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
         )
     if source and (problem := source.reads(data)):
         problems.append(problem)
+    if config.emissions and (problem := country_problem(config.emissions_country)):
+        problems.append(problem)
     if model.real_vocab_size == 0 or (
         source and model.real_vocab_size == source.settings["real_vocab_size"]
     ):
@@ -248,24 +260,24 @@ def compile_kernels(m: ModelConfig, device: str) -> None:
         return
     head = HarmonicHead(m.n_embd, 8, m.head, **m.head_arguments())
     states = torch.ones(8, m.n_embd, requires_grad=True)
-    slow = threading.Timer(1, say, ["loading the kernels of the head, or compiling them once"])
+    slow = threading.Timer(1, tell, ["loading the kernels of the head, or compiling them once"])
     slow.start()
     try:
         head.loss(states, torch.zeros(8, dtype=torch.long)).backward()
     finally:
         slow.cancel()
     if numba.compiled_here():
-        say("compiled the kernels; starting again with them")
+        tell("compiled the kernels; starting again with them")
         sys.stdout.flush()
         sys.stderr.flush()
         os.environ[STARTED_AGAIN] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def say(sentence: str) -> None:
+def tell(sentence: str) -> None:
     """Prints a sentence on stderr, in one process on each machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(sentence, file=sys.stderr, flush=True)
+        say(sentence, file=sys.stderr)
 
 
 def check_out_dir(c: TrainConfig) -> None:
@@ -363,4 +375,5 @@ def go_on(
         manifest["best_val_loss"] = math.inf
     iteration = manifest["iter"]
     evaluated = -1 if manifest["val_loss"] is None else iteration
-    return Progress(iteration, manifest["best_val_loss"], evaluated, manifest["skipped"]), folder
+    skipped = manifest["skipped"], manifest.get("skipped_in_a_row", 0)
+    return Progress(iteration, manifest["best_val_loss"], evaluated, *skipped), folder

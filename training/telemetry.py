@@ -18,6 +18,7 @@ import torch
 
 from base.errors import UserError
 from base.files import write_whole
+from base.output import say
 
 # Peak bf16 FLOP/s without sparsity, from the vendors' data sheets. Keys are parts of the name that
 # torch.cuda.get_device_name returns.
@@ -104,11 +105,20 @@ class Metrics:
         }
         self._append(json.dumps(clean).encode() + b"\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "iter"}
-        if self.board:
-            for key, value in numbers.items():
-                self.board.add_scalar(key, value, record["iter"])
+        self._to_board(numbers, record["iter"])
         if self.wandb:
             self.wandb.log(numbers, step=record["iter"])
+
+    def _to_board(self, numbers: dict, iteration: int) -> None:
+        """Gives numbers to TensorBoard. If the disk is full, it gets no more of them."""
+        if self.board is None:
+            return
+        try:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, iteration)
+        except OSError as error:
+            say(f"TensorBoard's file cannot be written ({error.strerror})", file=sys.stderr)
+            self.board = None
 
     def _append(self, line: bytes) -> None:
         """Appends a line. If the disk is full, it waits in memory, and no line is cut in two."""
@@ -126,10 +136,9 @@ class Metrics:
         except OSError as error:
             # The truncation fails too if the file system has become read-only.
             if not warned:
-                print(
+                say(
                     f"metrics.jsonl cannot be written ({error.strerror}): its lines wait in memory",
                     file=sys.stderr,
-                    flush=True,
                 )
 
     def sync(self) -> None:
@@ -138,24 +147,25 @@ class Metrics:
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
-            print(
+            say(
                 f"metrics.jsonl cannot be flushed to the disk ({error.strerror})",
                 file=sys.stderr,
-                flush=True,
             )
 
     def close(self) -> None:
         """Tries once more to write waiting lines, and closes everything."""
         self._append(b"")
         if self.backlog:
-            print(
+            say(
                 f"the last {self.backlog.count(10)} lines of metrics.jsonl could not be written",
                 file=sys.stderr,
-                flush=True,
             )
         self.file.close()
-        if self.board:
-            self.board.close()
+        try:
+            if self.board:
+                self.board.close()
+        except OSError as error:
+            say(f"the end of TensorBoard's file is missing ({error.strerror})", file=sys.stderr)
         if self.wandb:
             self.wandb.finish()
 
@@ -264,6 +274,18 @@ def check_loggers(tensorboard: bool, wandb: bool) -> list[str]:
         for name, on in wanted.items()
         if on and not _installed(name)
     ]
+
+
+def country_problem(code: str) -> str | None:
+    """A problem if CodeCarbon has no numbers for the electricity of a country."""
+    from codecarbon.input import DataSource
+
+    if code in DataSource().get_global_energy_mix_data():
+        return None
+    return (
+        f"emissions_country={code}: CodeCarbon knows no such country; use an ISO 3166 alpha-3 code,"
+        " such as USA, DEU or IND"
+    )
 
 
 def _installed(package: str) -> bool:

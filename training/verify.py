@@ -19,6 +19,7 @@ from training.telemetry import read_metrics
 
 INTERVAL = 10  # Iterations between checkpoints.
 BEYOND = 3  # The process is killed so many iterations after a checkpoint.
+LONG = 10_000  # Iterations of the run that is killed. It ends if nobody is left to kill it.
 MEASURED = ("tokens_per_s", "elapsed_s", "mfu")  # These depend on the clock.
 
 
@@ -51,6 +52,8 @@ def verify_resume(argv: list[str], decay: int | None, source: str | None = None)
         )
     if int(os.environ.get("RANK", 0)) > 0:
         return  # The first process starts the others itself.
+    # The `finally` clauses below run then, so no training is left behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     fixed = dict(
         eval_interval=INTERVAL,
         log_interval=1,
@@ -93,7 +96,7 @@ def train(command: list[str], out: Path, iterations: int | None, bar: tqdm) -> N
     Raises: UserError, with the end of the output, if training ends in another way.
     """
     log = out.with_suffix(".log")
-    words = [*command, f"--out_dir={out}", f"--max_iters={iterations or 10**9}"]
+    words = [*command, f"--out_dir={out}", f"--max_iters={iterations or LONG}"]
     torchrun = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
     with log.open("w") as file:
