@@ -17,7 +17,7 @@ help:
 	@echo "make faults     breaks real runs and compares them with unbroken ones (about half an hour; full disks need root)"
 	@echo "make multinode  trains on two network namespaces and cuts the network between them (3 minutes; needs root)"
 	@echo "make study      runs the study of heads (about eight hours on 2 cores; if you stop it, the next call continues)"
-	@echo "make study-budget       trains heads on 0.6 to 20 million tokens (a day on 2 cores; the next call continues)"
+	@echo "make study-budget       trains heads on 0.6 to 20 million tokens (over a day on 2 cores; the next call continues)"
 	@echo "make study-optimizers   compares Muon with AdamW, with a sweep of learning rates (three hours)"
 	@echo "make study-algorithmic  runs addition, lattice and permutations (over half an hour)"
 	@echo "make study-vision       trains image classifiers (half an hour)"
