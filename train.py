@@ -14,7 +14,7 @@ Exit status:
     3               a loss or gradient is not finite
     4               the run is trained, but its last checkpoint could not be written
     129, 130,       stopped by SIGHUP, Ctrl-C, SIGUSR1 or SIGTERM, with a checkpoint of the last
-    138, 143        iteration; a second Ctrl-C stops at once, without a checkpoint
+    138, 143        iteration if the disk had room; a second Ctrl-C stops at once, without one
 """
 
 import math
@@ -192,9 +192,12 @@ def train(run: Run, folder: RunFolder) -> None:
     except UserError as error:  # The data was changed.
         strange = save_and_raise(run, folder, log, error)
     finally:
-        profile.close()
-        used = folder.close(wait=not at_once)
-        signals.restore()  # Not before: a signal would kill the thread that writes a checkpoint.
+        try:
+            profile.close()
+            used = folder.close(wait=not at_once)
+        finally:
+            # Not earlier: a signal would kill the process while it writes a checkpoint.
+            signals.restore()
     if not at_once:
         p.barrier()  # Wait for the others: torchrun stops every process once one exits.
     conclude(run, folder, time.perf_counter() - log.began, used, stopped, strange)
@@ -257,7 +260,7 @@ def to_device(x: torch.Tensor, device: str) -> torch.Tensor:
 def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
     """Saves a checkpoint without an evaluation, if the newest one lacks iterations."""
     at = run.progress
-    if at.iteration not in (at.evaluated, log.first) or folder.unsaved(run.processes):
+    if at.iteration not in (at.evaluated, log.first):
         log.flush(at.iteration)
         folder.save(run, None)
 

@@ -1,4 +1,4 @@
-"""What a long program prints."""
+"""What a training prints."""
 
 import sys
 from typing import TextIO
@@ -7,12 +7,10 @@ from typing import TextIO
 def say(*words: object, file: TextIO | None = None) -> None:
     """Prints at once, on stdout by default.
 
-    A full disk, or a terminal that is gone, must not end a training. So then the words are lost. If
-    the reader of a pipe has closed it, this raises BrokenPipeError, as print does.
+    A full disk, a terminal that is gone, or a `tee` that has ended must not end a training. So then
+    the words are lost.
     """
     try:
         print(*words, file=file or sys.stdout, flush=True)
-    except BrokenPipeError:
-        raise
     except OSError:
         return  # There is no other place to say it.

@@ -339,6 +339,9 @@ def test_reading_uint32(tmp_path):
     for found in (split, checked):
         with pytest.raises(UserError, match="a.bin was changed while it was in use"):
             found.read(3, 2)
+    longer = Split(split.path, split.dtype, 20, 1)  # As a disk that fails gives fewer ids.
+    with pytest.raises(UserError, match="a.bin cannot be read: only 2 of 5 ids came"):
+        longer.read(8, 5)
     split.path.unlink()
     with pytest.raises(UserError, match="a.bin cannot be read: No such file"):
         split.read(3, 2)

@@ -1,6 +1,7 @@
 """Training: every head, architecture and link; what a run's folder holds; resuming; processes;
 every bad input."""
 
+import contextlib
 import errno
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +32,7 @@ from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
 from model import Model, ModelConfig
 from tests.faults.storm import workers
 from text.token_files import load_data
-from training import advice, checkpoint, distributed
+from training import advice, checkpoint, distributed, folder
 from training.config import TrainConfig
 from training.distributed import StopSignals, launcher
 from training.evaluation import Evaluation
@@ -569,7 +571,7 @@ def test_two_positional_words(train):
     assert status == 2 and "unexpected word 'more'" in err
 
 
-def test_an_existing_run_is_not_overwritten(train, tmp_path):
+def test_an_existing_run_is_not_overwritten(train, tmp_path, monkeypatch):
     train(head="cosine")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     status, _, err = train(head="manhattan")
@@ -578,6 +580,19 @@ def test_an_existing_run_is_not_overwritten(train, tmp_path):
         status, _, err = train(head="cosine", init_from="auto", max_iters=9)
     assert status == 2 and "another process trains in run: stop it, or name another" in err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+    @contextlib.contextmanager
+    def late(path):
+        """Gets the lock when the other process has just written its last checkpoint."""
+        checkpoint.save(path.parent, 9, {}, {"val_loss": None})
+        yield
+
+    with monkeypatch.context() as context:
+        context.setattr(folder, "locked", late)
+        context.setattr(checkpoint, "damage", lambda *_: None)
+        status, _, err = train(head="cosine", init_from="resume", max_iters=9)
+    assert status == 2 and "another process has written a checkpoint in run" in err
+    assert checkpoint.last(tmp_path / "run") == "iter_000009"
     assert train(head="manhattan", overwrite=True)[0] == 0
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["head"] == "manhattan"
 
@@ -1216,7 +1231,7 @@ def test_verify_resume_leaves_no_training_behind(tiny_data, tmp_path):
     assert children
     process.terminate()
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
-    assert not any(child.is_running() for child in children)
+    assert not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children)
     assert not list(tmp_path.glob("tmp*"))  # The folder of its runs.
 
 
@@ -1244,7 +1259,6 @@ def test_verify_resume_notices_a_difference(tmp_path, monkeypatch, capsys):
 FORGETFUL = """
 import json, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from training import checkpoint
 flags = dict(w[2:].split("=", 1) for w in sys.argv[1:])
@@ -1405,17 +1419,19 @@ def test_a_signal_around_the_first_evaluation(train, tmp_path, monkeypatch, when
 
 
 def test_a_signal_while_the_last_checkpoint_is_written(train, tmp_path, monkeypatch):
-    save = checkpoint.save
+    save, handlers = checkpoint.save, []
 
     def slow(out_dir, iteration, *rest):
-        if iteration == 4:
+        time.sleep(0.3)  # The loop has ended meanwhile.
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        if handlers[-1] != signal.SIG_DFL:  # That would kill the tests.
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.3)
         return save(out_dir, iteration, *rest)
 
     monkeypatch.setattr(checkpoint, "save", slow)
     status, out, err = train(head="cosine", max_iters=4, eval_interval=4)
     assert status == 0 and "done: run" in out, err
+    assert signal.SIG_DFL not in handlers and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert checkpoint.last(tmp_path / "run") == "iter_000004"
 
 
@@ -1436,17 +1452,12 @@ def test_which_signals_stop_and_how():
         signal.signal(signal.SIGHUP, hangup)
 
 
-def test_skipping_ends_when_nothing_else_happens(train, monkeypatch):
-    status, out, err = train(
-        head="euclidean",
-        learning_rate=1e30,
-        grad_clip=0,
-        max_iters=300,
-        warmup_iters=0,
-        on_nan="skip",
-        sample_interval=60,
-    )
-    assert status == 3 and "100 iterations in a row skipped" in err
+def test_skipping_ends_when_nothing_else_happens(train):
+    flags = dict(head="euclidean", learning_rate=1e30, grad_clip=0, warmup_iters=0, on_nan="skip")
+    assert train(max_iters=60, **flags)[0] == 0
+    flags |= dict(init_from="resume", sample_interval=70)
+    status, out, err = train(max_iters=300, **flags)
+    assert status == 3 and "100 iterations in a row skipped at iteration 10" in err
     assert "last good checkpoint: none" in err and "no sample: logits are not finite" in out
 
 
@@ -1475,10 +1486,11 @@ def test_a_full_disk_stops_neither_training_nor_spoils_a_checkpoint(train, tmp_p
 
 
 def test_metrics_wait_for_room(tmp_path, capsys):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(*_, error=errno.ENOSPC):
+        raise OSError(error, os.strerror(error))
 
     say("lost", file=SimpleNamespace(write=full))  # It raises nothing.
+    say("lost", file=SimpleNamespace(write=partial(full, error=errno.EPIPE)))
     metrics = Metrics(tmp_path, 0)
     metrics.board = SimpleNamespace(add_scalar=full)
     metrics.write({"iter": 0, "loss": 1.0})

@@ -78,9 +78,12 @@ class Split:
         try:
             with open(self.path, "rb") as file:
                 self._check(_stamp(os.fstat(file.fileno())))
-                return np.fromfile(file, self.dtype, count, offset=offset).astype(np.int64)
+                ids = np.fromfile(file, self.dtype, count, offset=offset)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        if len(ids) < min(count, self.tokens - start):  # fromfile hides errors of the disk.
+            raise UserError(f"{self.path} cannot be read: only {len(ids)} of {count} ids came")
+        return ids.astype(np.int64)
 
     def _check(self, stamp: tuple[int, ...]) -> None:
         """UserError if the file has another stamp than at first, and other content."""

@@ -255,8 +255,8 @@ def run(main: Callable[[], object]) -> None:
 class StopSignals:
     """Makes all processes stop after the same step on Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP.
 
-    SLURM and spot machines send SIGTERM and SIGUSR1. A terminal that closes sends SIGHUP, which
-    nohup makes every program ignore. A second Ctrl-C raises KeyboardInterrupt at once.
+    SLURM and spot machines send SIGTERM and SIGUSR1. A terminal that closes sends SIGHUP, unless
+    nohup has made this process ignore it. A second Ctrl-C raises KeyboardInterrupt at once.
     Under torchrun only the first Ctrl-C reaches the processes.
     """
 
@@ -273,7 +273,7 @@ class StopSignals:
         self.before = {
             s: signal.signal(s, self._ask)
             for s in self.SIGNALS
-            if signal.getsignal(s) != signal.SIG_IGN
+            if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN
         }
 
     def _ask(self, number: int, _: FrameType | None) -> None:

@@ -12,7 +12,6 @@ from base.files import locked
 from text.tokenizers import copy_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
-from training.distributed import Processes
 from training.run import Run
 from training.telemetry import Emissions, Metrics, environment, write_environment
 
@@ -41,8 +40,10 @@ class RunFolder:
             try:
                 self._open(run, resumed, changed)
             except BlockingIOError:
-                message = f"another process trains in {self.path}: stop it, or name another"
-                raise UserError(f"{message} --out_dir") from None
+                raise UserError(
+                    f"another process trains in {self.path}: stop it, or name another --out_dir."
+                    f" If it ran on a machine that is dead, delete {self.path / '.lock'}"
+                ) from None
             except OSError as error:
                 message = f"out_dir={self.path} cannot be written: {error.strerror}"
                 raise UserError(message) from None
@@ -54,6 +55,10 @@ class RunFolder:
         m, c, p, iteration = run.m, run.c, run.processes, run.progress.iteration
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock.enter_context(locked(self.path / ".lock"))
+        if c.init_from != "scratch" and _newer(self.path, resumed):
+            raise UserError(
+                f"another process has written a checkpoint in {self.path} meanwhile: start again"
+            )
         if resumed:
             checkpoint.set_aside(self.path, resumed)
         else:
@@ -104,12 +109,6 @@ class RunFolder:
         if self.emissions:
             self.emissions.flush()
 
-    def unsaved(self, processes: Processes) -> bool:
-        """Whether the newest checkpoint could not be written. All processes call it."""
-        if self.writer:
-            self.writer.wait()
-        return processes.from_main(lambda: bool(self.writer and self.writer.error))
-
     def close(self, wait: bool) -> tuple[float, float] | None:
         """Closes all files. Returns (kWh, kg CO2e), or None if energy was not measured.
 
@@ -117,10 +116,18 @@ class RunFolder:
         """
         if self.writer and wait:
             self.writer.wait()
-        if self.metrics:
-            self.metrics.close()
-        self.lock.close()
-        return self.emissions.stop() if self.emissions else None
+        with self.lock:
+            if self.metrics:
+                self.metrics.close()
+            return self.emissions.stop() if self.emissions else None
+
+
+def _newer(out_dir: Path, resumed: Path | None) -> bool:
+    """Whether there is a good checkpoint after the one that was chosen, or any if none was."""
+    found = checkpoint.folders(out_dir)
+    if resumed:
+        found = found[found.index(resumed) + 1 :]
+    return any(checkpoint.damage(folder) is None for folder in found)
 
 
 def _clear(out_dir: Path, c: TrainConfig) -> None:

@@ -186,7 +186,8 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
         )
     if source and (problem := source.reads(data)):
         problems.append(problem)
-    if config.emissions and (problem := country_problem(config.emissions_country)):
+    measured = config.emissions and not config.eval_only
+    if measured and (problem := country_problem(config.emissions_country)):
         problems.append(problem)
     if model.real_vocab_size == 0 or (
         source and model.real_vocab_size == source.settings["real_vocab_size"]

@@ -1,12 +1,15 @@
 """`--verify_resume` tests that a killed and resumed run equals an uninterrupted one bit for bit."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import psutil
 from tqdm import tqdm
@@ -52,8 +55,6 @@ def verify_resume(argv: list[str], decay: int | None, source: str | None = None)
         )
     if int(os.environ.get("RANK", 0)) > 0:
         return  # The first process starts the others itself.
-    # The `finally` clauses below run then, so no training is left behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     fixed = dict(
         eval_interval=INTERVAL,
         log_interval=1,
@@ -70,6 +71,7 @@ def verify_resume(argv: list[str], decay: int | None, source: str | None = None)
     flags += [f"--source={source}"] if source else []
     command = [sys.executable, *launcher(processes), sys.argv[0], *argv, *flags]
     with (
+        stopped_by_signals(),
         tempfile.TemporaryDirectory() as folder,
         tqdm(unit="iteration", leave=False, disable=None) as bar,
     ):
@@ -89,6 +91,21 @@ def verify_resume(argv: list[str], decay: int | None, source: str | None = None)
         sys.exit(1)
 
 
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, so that no training and no folder is left behind."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(command: list[str], out: Path, iterations: int | None, bar: tqdm) -> None:
     """Trains in the folder `out` up to an iteration.
 
@@ -99,10 +116,10 @@ def train(command: list[str], out: Path, iterations: int | None, bar: tqdm) -> N
     words = [*command, f"--out_dir={out}", f"--max_iters={iterations or LONG}"]
     torchrun = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
-    with log.open("w") as file:
-        process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
-    before = bar.n
+    before, process = bar.n, None
     try:
+        with log.open("w") as file:
+            process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
         while process.poll() is None:
             done = written(out)
             bar.update(max(0, before + done - bar.n))
@@ -111,7 +128,8 @@ def train(command: list[str], out: Path, iterations: int | None, bar: tqdm) -> N
                 break
             time.sleep(0.02)
     finally:
-        kill_all(process)
+        if process:
+            kill_all(process)
     if process.returncode != (0 if iterations else -signal.SIGKILL):
         raise UserError(
             f"training ended with status {process.returncode}:\n{log.read_text()[-2000:]}"
