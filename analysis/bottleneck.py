@@ -29,10 +29,13 @@ from analysis.runs import (
     numbered,
     predictions,
     publish,
+    windows,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HarmonicHead, paired_distance
+from model import Model
+from text.token_files import Data
 
 RANK = 1e-12  # Directions whose singular value is this much less than the largest do not count.
 
@@ -94,6 +97,18 @@ def gradient_shares(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) 
     return torch.stack(shares)
 
 
+def spread(model: Model, data: Data, split: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (N, C) and targets (N,) of about `tokens` tokens, from as many windows."""
+    length = model.config.block_size
+    each = math.ceil(tokens / len(windows(data, split, length, tokens)))
+    found = []
+    for h, y, kept in predictions(model, data, split, tokens * length):
+        every = torch.linspace(0, len(h) - 1, min(len(h), each * len(kept))).long()
+        found.append((h[every], y[every]))
+    states, targets = (torch.cat(parts)[:tokens] for parts in zip(*found, strict=True))
+    return states, targets
+
+
 def draw(runs: list, shares: list[np.ndarray]) -> Figure:
     """The share of each token, smallest first."""
     figure = figures.figure(3.2)
@@ -119,10 +134,8 @@ def main() -> None:
     rows, shares = [], []
     for run in numbered(runs):
         model, _ = run.load(which=c.checkpoint)
-        found = [(h, y) for h, y, _ in predictions(model, run.data(), c.split, 16 * c.tokens)]
-        h, y = (torch.cat(parts) for parts in zip(*found, strict=True))
-        every = torch.linspace(0, len(h) - 1, min(c.tokens, len(h))).long()
-        values = gradient_shares(model.head, h[every], y[every]).numpy()
+        h, y = spread(model, run.data(), c.split, c.tokens)
+        values = gradient_shares(model.head, h, y).numpy()
         shares.append(values)
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
         rows.append(

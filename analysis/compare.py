@@ -7,6 +7,7 @@ sign-flip permutation test. Both hold for this text and these two trained models
 training again with another seed.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,11 @@ class Difference:
     high: float
     p: float
 
+    @property
+    def noise(self) -> bool:
+        """Whether chance may explain it. With few windows the interval is too short to say so."""
+        return self.low <= 0 <= self.high or not self.p <= 0.05
+
 
 @torch.inference_mode()
 def window_losses(model: Model, data: Data, split: str = "val") -> np.ndarray:
@@ -56,6 +62,8 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Difference:
     """
     d, rng = a - b, np.random.default_rng(seed)
     mean = d.mean()
+    if not math.isfinite(mean):
+        return Difference(*[math.nan] * 4)
     means = d[rng.integers(0, len(d), (DRAWS, len(d)))].mean(1)
     flipped = (rng.integers(0, 2, (DRAWS, len(d)), dtype=np.int8) * 2 - 1) @ d / len(d)
     p = (1 + (np.abs(flipped) >= abs(mean) - 1e-15).sum()) / (1 + DRAWS)

@@ -18,12 +18,11 @@ energy        the logsumexp of the logits (Liu et al. 2020, arXiv 2010.03759)
 nearest       minus the distance to the nearest prototype, for distance heads only
 loss          minus the loss, which needs the targets
 
-_low and _high are ends of 95 % intervals. They are basic bootstraps of windows: twice the estimate
-minus the quantiles. Drawing windows again makes the calibration error larger on average, and this
-form of the interval corrects for it.
+_low and _high are ends of 95 % intervals. Those of ece are basic bootstraps of windows: twice the
+estimate minus the quantiles. Those of auroc are DeLong's (`auroc_interval`).
 
-If a score separates all windows, each draw of the bootstrap does too, and its interval has width 0.
-For an auroc of 1 or 0 it is then computed by the rule of three (`auroc_interval`).
+Chance alone makes an ece larger than 0. ece_floor is what a perfectly calibrated model with the
+same probabilities would have. An ece near it says nothing, and its interval may miss the truth.
 """
 
 import math
@@ -36,7 +35,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.optimize import minimize_scalar
-from scipy.stats import mannwhitneyu
+from scipy.special import expit, logit
+from scipy.stats import mannwhitneyu, norm
 
 from analysis import figures, tables
 from analysis.calibration import calibration_error
@@ -61,6 +61,7 @@ from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer, same_tokens
 
 DRAWS = 500
+FLOOR_DRAWS = 20
 LEAST = 4  # The fewest windows of a text.
 SCORES = ("max", "energy", "nearest", "loss")
 
@@ -191,15 +192,24 @@ def auroc(own: np.ndarray, other: np.ndarray) -> float:
 
 
 def auroc_interval(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of `auroc`: a bootstrap's, and at perfect separation a bound.
+    """The 95 % interval of `auroc`, NaN if a score is.
 
-    k disjoint pairs of windows are independent. Each is in the wrong order with probability
-    1 - auroc, and none is, which happens with at least 5 % up to a probability of
-    1 - 0.05^(1/k), about 3/k (the rule of three, Hanley and Lippman-Hand 1983, JAMA 249, 1743).
+    It is that of DeLong et al. (1988, Biometrics 44, 837) on the scale of the logit. If the scores
+    separate all windows, that has width 0, and this is a bound: k disjoint pairs of windows are
+    independent. Each is in the wrong order with probability 1 - auroc, and none is, which happens
+    with at least 5 % up to a probability of 1 - 0.05^(1/k), about 3/k (the rule of three, Hanley
+    and Lippman-Hand 1983, JAMA 249, 1743).
     """
     found = auroc(own, other)
+    if math.isnan(found):
+        return math.nan, math.nan
     if 0 < found < 1:
-        return interval(auroc, own, other)
+        order = (own[:, None] > other) + 0.5 * (own[:, None] == other)
+        parts = order.mean(1), order.mean(0)
+        deviation = math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
+        half = norm.ppf(0.975) * deviation / (found * (1 - found))
+        low, high = expit([logit(found) - half, logit(found) + half])
+        return float(low), float(high)
     most_wrong = 1 - 0.05 ** (1 / min(len(own), len(other)))
     return (1 - most_wrong, 1.0) if found == 1 else (0.0, most_wrong)
 
@@ -221,6 +231,13 @@ def error_of_windows(both: np.ndarray) -> float:
     return calibration_error(both[..., 0].ravel(), both[..., 1].ravel())
 
 
+def error_floor(confidence: np.ndarray) -> float:
+    """The mean calibration error of tokens (N,) that are right exactly as often as they should."""
+    rng = np.random.default_rng(0)
+    draws = rng.random((FLOOR_DRAWS, len(confidence))) < confidence
+    return float(np.mean([calibration_error(confidence, right) for right in draws]))
+
+
 def calibration(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     """Fits the temperature on every second window. Measures the errors on the windows between them.
 
@@ -232,6 +249,8 @@ def calibration(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]
         both = torch.stack([confidence, (choice == targets[1::2]).float()], -1).numpy()
         row[name] = error_of_windows(both)
         row[f"{name}_low"], row[f"{name}_high"] = interval(error_of_windows, both)
+        if name == "ece":
+            row["ece_floor"] = error_floor(both[..., 0].ravel())
     return row
 
 
@@ -261,22 +280,26 @@ def draw(runs: list, rows: list[dict]) -> Figure:
     others = list(dict.fromkeys(r["other"] for r in rows if "other" in r))
     figure = figures.figure(3.4)
     axes = figure.subplots(1, 1 + len(others), squeeze=False)[0]
-    for place, (run, style) in enumerate(zip(runs, head_styles(runs), strict=True)):
+    step = min(0.1, 0.7 / len(runs))
+    for number, (run, style) in enumerate(zip(runs, head_styles(runs), strict=True)):
+        place = step * number
+        dot = {"color": style["color"], "marker": "o", "linestyle": "none"}
+        if style["linestyle"] == figures.LINES["softmax"]:
+            dot["markerfacecolor"] = "white"
         mine = [r for r in rows if r["run"] == run.name]
         for i, key in enumerate(("ece", "ece_scaled")):
             value = mine[0][key]
-            axes[0].plot(i + 0.1 * place, value, "o", color=style["color"])
-            axes[0].vlines(
-                i + 0.1 * place, mine[0][f"{key}_low"], mine[0][f"{key}_high"], style["color"]
-            )
+            low, high = mine[0][f"{key}_low"], mine[0][f"{key}_high"]
+            axes[0].vlines(i + place, low, high, style["color"])
+            axes[0].plot(i + place, value, **dot)
         for panel, other in zip(axes[1:], others, strict=True):
             found = [r for r in mine if r.get("other") == other]
             for r in found:
-                at = SCORES.index(r["score"]) + 0.1 * place
-                panel.plot(at, r["auroc"], "o", color=style["color"])
+                at = SCORES.index(r["score"]) + place
                 panel.vlines(at, r["auroc_low"], r["auroc_high"], style["color"])
-        axes[0].plot([], [], "o", color=style["color"], label=run.name)
-    middle = 0.05 * (len(runs) - 1)
+                panel.plot(at, r["auroc"], **dot)
+        axes[0].plot([], [], label=run.name, **dot)
+    middle = step * (len(runs) - 1) / 2
     axes[0].set_xticks([middle, 1 + middle], ["before", "after"])
     axes[0].set_xlim(middle - 0.6, middle + 1.6)
     axes[0].set_xlabel("temperature scaling")
@@ -307,7 +330,7 @@ def main() -> None:
     for run in numbered(runs):
         model, _ = run.load(which=c.checkpoint)
         rows += measure(run, model, run.data(), c)
-    numbers = ["temperature", "ece", "ece_low", "ece_high", "ece_scaled"]
+    numbers = ["temperature", "ece_floor", "ece", "ece_low", "ece_high", "ece_scaled"]
     numbers += ["ece_scaled_low", "ece_scaled_high"]
     calibrated = [r for r in rows if "ece" in r]
     print(

@@ -37,6 +37,7 @@ from analysis.runs import (
     energy_of,
     find_runs,
     head_styles,
+    lossy,
     note,
     publish,
     unequal_windows,
@@ -46,7 +47,7 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model, ModelConfig
 from training.objective import objective_of
-from training.telemetry import clock, read_metrics, timed
+from training.telemetry import clock, evaluated_alike_since, read_metrics, timed
 
 UNITS = {"val_loss": "nats a token", "bits_per_byte": "bits a byte"}
 
@@ -68,7 +69,19 @@ def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, fl
     if not timed(metrics):
         return []
     times = clock(run.path, metrics, run.tokens_per_iteration())
-    return [(steps, m[key]) for m, (_, steps) in zip(metrics, times, strict=True) if key in m]
+    alike = comparable(run, metrics)
+    return [
+        (steps, m[key])
+        for m, (_, steps) in zip(metrics, times, strict=True)
+        if key in m and m in alike
+    ]
+
+
+def comparable(run: Run, metrics: list[dict]) -> list[dict]:
+    """The evaluations on the windows of the last one. A resume may have changed the windows."""
+    since = evaluated_alike_since(run.path)
+    found = [m for m in metrics if "val_loss" in m]
+    return [m for m in found if m["iter"] > since] or found
 
 
 def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
@@ -214,7 +227,10 @@ def target_of(runs: list[Run], metrics: list[list[dict]], key: str) -> float:
 
     Runs whose loss never fell are left out, with a note on stderr. UserError if none is left.
     """
-    losses = [[m[key] for m in ms if key in m] for ms in metrics]
+    losses = [
+        [m[key] for m in comparable(run, ms) if key in m]
+        for run, ms in zip(runs, metrics, strict=True)
+    ]
     lowest = [min((v for v in values if math.isfinite(v)), default=math.inf) for values in losses]
     learnt = [low for low, values in zip(lowest, losses, strict=True) if values and low < values[0]]
     for run, low, values in zip(runs, lowest, losses, strict=True):
@@ -239,15 +255,17 @@ def main() -> None:
     out = default_out(c, runs, "emissions")
     metrics = [read_metrics(run.path) for run in runs]
     key: str | None = "val_loss"
+    lost: list[str] = []
     try:
-        warning = caution(runs, [run.data() for run in runs]) if len(runs) > 1 else None
+        data = [run.data() for run in runs]
+        warning, lost = caution(runs, data) if len(runs) > 1 else None, lossy(data)
     except UserError as error:
         warning = f"{error}; so it was not checked whether the losses can be compared"
     note(warning)
     note(unequal_windows(runs))
     if warning:
         everywhere = all(any("bits_per_byte" in m for m in ms) for ms in metrics)
-        key = "bits_per_byte" if everywhere else None
+        key = "bits_per_byte" if everywhere and not lost else None
     target = c.target if key is not None else None
     if key is not None and target is None:
         target = target_of(runs, metrics, key)

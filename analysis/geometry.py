@@ -50,6 +50,7 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.errors import UserError
 from harmonic import distance
 from model import Model
 from text.token_files import Data
@@ -82,6 +83,8 @@ def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
         directions as columns (C, C).
     """
     x = x.detach().cpu().double()
+    if not x.isfinite().all():
+        raise UserError("the weights are not finite, because training has diverged")
     x = x - x.mean(0)
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
     return x, variance.flip(0).clamp_min(0), directions.flip(1)

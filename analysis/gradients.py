@@ -6,6 +6,8 @@ prototypes.
 The papers on these heads (arXiv 2502.01628, 2603.10225) do not define "gradient stability". These
 are the measures here, over all steps but the first tenth. Norms are those before clipping.
 
+steps         steps whose norm is finite. All measures are of these
+not_finite    the other steps, which --on_nan=skip has skipped. The column is there if there are any
 mean          mean of the gradient norms
 cv            coefficient of variation: standard deviation divided by mean
 spike_rate    share of steps whose norm is above 3 times the median of the 50 steps before
@@ -44,8 +46,13 @@ class GradientsConfig(AnalysisConfig):
 
 
 def series(metrics: list[dict], key: str) -> np.ndarray:
-    """The values of a key over the steps that have it."""
-    return np.array([m[key] for m in metrics if key in m], dtype=float)
+    """The finite values of a key over the steps that have it. `not_finite` counts the others."""
+    return np.array([m[key] for m in metrics if key in m and math.isfinite(m[key])], dtype=float)
+
+
+def not_finite(metrics: list[dict], key: str) -> int:
+    """How many steps have a value of a key that is not finite, such as skipped ones."""
+    return sum(key in m and not math.isfinite(m[key]) for m in metrics)
 
 
 def medians_before(values: np.ndarray) -> np.ndarray:
@@ -60,7 +67,7 @@ def medians_before(values: np.ndarray) -> np.ndarray:
 
 
 def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") -> dict:
-    """The mean, cv, spike_rate and clip_rate of a run's gradient norms. NaN if it has none.
+    """The mean, cv, spike_rate and clip_rate of a run's finite gradient norms. NaN if it has none.
 
     Args:
         metrics: from `read_metrics`.
@@ -124,6 +131,7 @@ def measure(run: Run) -> list[dict]:
             **about(run),
             "part": part,
             "steps": count,
+            "not_finite": not_finite(metrics, key),
             **(found if count else dict.fromkeys(found)),
         }
         row |= dict.fromkeys(("loss_spikes", "radius_start", "radius_end", "growth"))
@@ -185,6 +193,7 @@ COLUMNS = (
     "link",
     "part",
     "steps",
+    "not_finite",
     Column("mean", form=".3g"),
     Column("cv", form=".3f"),
     Column("spike_rate", form=".2%"),
@@ -201,7 +210,8 @@ def main() -> None:
     runs = find_runs(c.runs, weights=False, dataset=c.dataset)
     out = default_out(c, runs, "gradients")
     rows = [row for run in runs for row in measure(run)]
-    print(tables.text(rows, COLUMNS))
+    whole = not any(row["not_finite"] for row in rows)
+    print(tables.text(rows, [c for c in COLUMNS if not (whole and c == "not_finite")]))
     publish(rows, out, lambda: draw(runs))
 
 

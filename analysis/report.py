@@ -316,6 +316,10 @@ def examine(
     entry = Entry(summarize(run, model, metrics), curves(metrics), size)
     if data is None:
         return entry
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        entry.note = f"{run.name} has weights that are not finite, because training has diverged"
+        print(f"note: {entry.note}", file=sys.stderr)
+        return entry
     entry.map = prototype_map(model, data)
     try:
         if manifest["val_loss"] is None:
@@ -396,7 +400,8 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
 def maps(entries: list[Entry]) -> list[dict]:
     """The maps of the MAPS best runs that have one, in the order of the runs."""
     mapped = {i: entry.map for i, entry in enumerate(entries) if entry.map}
-    best = sorted(mapped, key=lambda i: entries[i].summary["best_val_loss"])[:MAPS]
+    losses = {i: entries[i].summary["best_val_loss"] for i in mapped}
+    best = sorted(mapped, key=lambda i: (math.isnan(losses[i]), losses[i]))[:MAPS]
     return [{"run": i, **mapped[i]} for i in sorted(best)]
 
 

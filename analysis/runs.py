@@ -252,6 +252,7 @@ def unequal_settings(runs: list[Run]) -> str | None:
     Heads and learning rates may differ: each head is compared at the rate that suits it."""
     settings = [vars(run.model_config) | vars(run.config) for run in runs]
     values = {name: [str(s[name]) for s in settings] for name in SAME}
+    values["dataset"] = [str(data_folder(run.config.dataset).resolve()) for run in runs]
     values["tokens an iteration"] = [f"{run.tokens_per_iteration():,}" for run in runs]
     found = [
         f"{name} ({' and '.join(dict.fromkeys(each))})"
@@ -342,4 +343,4 @@ def default_out(c: AnalysisConfig, runs: list[Run], name: str) -> Path:
 
     Raises: UserError if it cannot be written.
     """
-    return writable(Path(c.out) if c.out else runs[0].path.parent / f"{name}.csv")
+    return writable(Path(c.out) if c.out else runs[0].path.resolve().parent / f"{name}.csv")

@@ -190,12 +190,19 @@ def agreement(
     same_work = unequal is None and not sizes and len(machines) == len(tokenizers) == 1
     return Agreement(
         losses=warning is None and windows is None,
-        bits=len(objectives) == 1 and (not data or not (texts_differ(data) or lossy(data))),
+        bits=windows is None and len(objectives) == 1 and _same_texts(runs, data),
         work=same_work,
         energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),
         windows=warning is None and len(losses) == len(runs) and same_size,
         notes=notes,
     )
+
+
+def _same_texts(runs: list[Run], data: list[Data] | None) -> bool:
+    """Whether bits per byte of the runs are of the same text, and no tokenizer loses any of it."""
+    if not data:
+        return len(runs) == 1
+    return not (texts_differ(data) or lossy(data))
 
 
 def summary_table(summaries: list[dict], agree: Agreement) -> dict:
@@ -232,12 +239,16 @@ def paired(summaries: list[dict], losses: list[np.ndarray]) -> dict | None:
             s["difference"] = "the best"
             continue
         p = f"p = {d.p:.3f}" if d.p >= 0.001 else "p < 0.001"
-        noise = "within noise: " if d.low <= 0 <= d.high else ""
+        if not math.isfinite(d.mean):
+            s["difference"] = "not finite"
+            continue
+        noise = "within noise: " if d.noise else ""
         s["difference"] = f"{noise}{d.mean:.3f} ({d.low:.3f} to {d.high:.3f}), {p}"
     return {
         "best": best,
         "windows": len(losses[0]),
         "rows": [[short(v) for v in (d.mean, d.low, d.high)] for d in found],
+        "noise": [d.noise for d in found],
     }
 
 
@@ -297,12 +308,12 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
         return ""
     best, rows = differences["best"], differences["rows"]
     others = sorted(
-        (mean, low, runs[i].name)
-        for i, (mean, low, _) in enumerate(rows)
+        (mean, differences["noise"][i], runs[i].name)
+        for i, (mean, _, _) in enumerate(rows)
         if i != best and not isinstance(mean, str)
     )
     text = f"{runs[best].name} has the lowest loss on the windows of this report"
-    if alike := [name for _, low, name in others if low <= 0]:
+    if alike := [name for _, noise, name in others if noise]:
         text = f"{text}, but its difference to {listed(alike, 3)} is within noise."
     elif not others:
         text = f"{text}."

@@ -94,7 +94,7 @@ def margins(
         other = values.scatter(1, y[:, None], math.inf).amin(-1)
         rho.append(torch.full_like(own, math.nan) if head.is_control else own / other)
         gamma.append(other - own)
-    return torch.cat(rho), torch.cat(gamma), torch.cat(p)
+    return torch.cat(rho).cpu(), torch.cat(gamma).cpu(), torch.cat(p).cpu()
 
 
 def measure(run: Run, model: Model, data: Data, split: str) -> tuple[dict, torch.Tensor]:
@@ -126,7 +126,7 @@ def measure(run: Run, model: Model, data: Data, split: str) -> tuple[dict, torch
         row["margin_bound_holds"] = (p.double() >= least * (1 - 1e-4)).double().mean().item()
     else:
         row["margin_bound_holds"] = None
-    return row, rho.cpu()
+    return row, rho
 
 
 def toy(
@@ -197,11 +197,15 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
     middle.set_xlabel("iteration")
     middle.set_ylabel("KL divergence, nats a token")
     middle.set_title("Difference from a softmax")
-    for axes in (left, middle):
+    nothing = {
+        left: "no run has a distance",
+        middle: "no run recorded it:\nit needs the harmonic link\nand a Euclidean distance",
+    }
+    for axes, sentence in nothing.items():
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower right")
         else:
-            axes.text(0.5, 0.5, "no run has a distance", transform=axes.transAxes, ha="center")
+            axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center")
     for name in TOY:
         right.plot(toy(name)["norms"], label=name, color=figures.head_color(name))
     right.set_xscale("log")

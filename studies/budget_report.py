@@ -200,8 +200,8 @@ def _setting(row: Row) -> Setting:
 def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     """A line for each pair of heads and each budget that has runs.
 
-    p-values are corrected for all tests that are planned, so that they change with their own runs
-    only.
+    p-values are corrected for all tests that are planned, so that they change little with the runs
+    of other heads.
     """
     found = {
         (head, other, stage): some
@@ -262,27 +262,34 @@ def ranks(rows: list[Row]) -> str:
     first, *later = TOKENS
     lines = []
     for stage in later:
-        both = [name for name in HEADS if _shared(rows, first, stage, name)]
-        if len(both) >= FEWEST:
+        found = {
+            name: (values_of(rows, first, name), values_of(rows, stage, name)) for name in HEADS
+        }
+        both = [pair for pair in found.values() if pair[0].keys() & pair[1].keys()]
+        if len(both) < FEWEST:
+            continue
+        # Seeds differ more than heads, so all means are over the same seeds.
+        seeds = set.intersection(*(set(losses) for pair in both for losses in pair))
+        if seeds:
             means = [
-                [np.mean(values) for values in order]
-                for order in zip(*(_shared(rows, first, stage, name) for name in both), strict=True)
+                [np.mean([losses[seed] for seed in seeds]) for losses in order]
+                for order in zip(*both, strict=True)
             ]
+            rank = spearmanr(*means)
             line = {"early": BUDGETS[first], "late": BUDGETS[stage], "heads": len(both)}
-            lines.append(line | {"correlation": f"{spearmanr(*means).statistic:+.2f}"})
+            line |= {"seeds": len(seeds), "correlation": f"{rank.statistic:+.2f}"}
+            lines.append(line | {"p": float(rank.pvalue)})
     if not lines:
         return NOTHING
-    columns = [Column("early", "order after"), Column("late", "and after"), Column("heads")]
-    return markdown(lines, [*columns, Column("correlation", "Spearman's correlation")])
-
-
-def _shared(
-    rows: list[Row], early: str, late: str, name: str
-) -> tuple[list[float], list[float]] | None:
-    """The losses of a head in two stages, of the seeds that both have; None without such seeds."""
-    first, later = values_of(rows, early, name), values_of(rows, late, name)
-    seeds = [seed for seed in first if seed in later]
-    return ([first[s] for s in seeds], [later[s] for s in seeds]) if seeds else None
+    columns: Columns = [
+        Column("early", "order after"),
+        Column("late", "and after"),
+        "heads",
+        Column("seeds", "seeds that all have"),
+        Column("correlation", "Spearman's correlation"),
+        Column("p", form=".2f"),
+    ]
+    return markdown(lines, columns)
 
 
 def turns(rows: list[Row]) -> str:
@@ -463,7 +470,7 @@ def draw_energy(rows: list[Row], path: Path) -> None:
     figure = figures.figure(3.6)
     axes = figure.subplots()
     for name, joules in cost(rows).items():
-        head = HEADS[name]
+        head = ALL[name]
         style = {"linestyle": figures.LINES[head.link]} | figures.dots(head.head, head.link)
         each, ends = mean_and_half(joules)[0], {}
         for stage, tokens in TOKENS.items():

@@ -84,6 +84,9 @@ class EndsConfig:
     workers: int = 1
     """runs measured at the same time, each with one CPU thread"""
 
+    def problems(self) -> list[str]:
+        return [] if self.workers > 0 else [f"workers={self.workers} must be at least 1"]
+
 
 def python_windows(words: Tokenizer, length: int, most: int) -> Tensor:
     """Windows from the middles of files of PyTorch, spread evenly over it: (most, length + 1)."""

@@ -406,7 +406,13 @@ def _chosen(rows: list[Row], text: str) -> tuple[dict[str, Row], dict[str, Row]]
 
 
 def _difference(a: dict[str, Row], b: dict[str, Row], measure: str, form: str) -> str:
-    values = [float(a[s][measure]) - float(b[s][measure]) for s in a if s in b]
+    values = [
+        float(a[s][measure]) - float(b[s][measure])
+        for s in a
+        if s in b and a[s][measure] and b[s][measure]  # Empty if a run diverged.
+    ]
+    if not values:
+        return "a run diverged"
     return shown(mean_and_half(values), form)
 
 
@@ -567,8 +573,11 @@ def draw_curves(rows: list[Row], path: Path, most: int | None = None) -> None:
     cross_entropy have a shaded panel with a finer scale.
     """
     above = curves_above(rows)
+    finished = {head for head, _ in above}
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
-    heads = heads[:most]
+    heads = [head for head in heads if head in finished][:most]
+    if not heads:
+        return
     width = min(4, len(heads))
     height = math.ceil(len(heads) / width)
     figure = figures.figure(1.65 * height + 0.6)

@@ -24,10 +24,11 @@ def holm(p: dict) -> dict:
     """Corrects p-values for the number of tests (Holm 1979). p: name -> p-value.
 
     The smallest is multiplied by the number of tests n, the next by n - 1, and so on. No corrected
-    value is above 1, or below that of a smaller p-value.
+    value is above 1, or below that of a smaller p-value. NaN, such as that of a run that diverged,
+    stays NaN and counts as a test.
     """
     found, largest = {}, 0.0
-    for i, key in enumerate(sorted(p, key=p.__getitem__)):
+    for i, key in enumerate(sorted(p, key=lambda key: (math.isnan(p[key]), p[key]))):
         largest = max(largest, min(1.0, p[key] * (len(p) - i)))
-        found[key] = largest
+        found[key] = math.nan if math.isnan(p[key]) else largest
     return found

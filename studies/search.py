@@ -53,7 +53,7 @@ def on_edge(sweeps: list[dict], steps: Setting) -> str:
     count = 0
     for found in sweeps:
         winner = min(found, key=found.__getitem__)
-        count += beyond(winner, list(found), steps) is not None
+        count += beyond(winner, list(found), steps, fewest=2) is not None
     return f"{count} of {len(sweeps)} winners of the sweep lie on the edge of what was tried."
 
 

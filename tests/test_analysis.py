@@ -550,7 +550,8 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     )
 
     def lead(rows):
-        return summary.lead(runs, summaries, rows and {"best": 1, "rows": rows})
+        noise = [not isinstance(low, str) and low <= 0 for _, low, _ in rows or []]
+        return summary.lead(runs, summaries, rows and {"best": 1, "rows": rows, "noise": noise})
 
     clear = [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
     assert lead(None) == "" and "cosine has the lowest loss" in lead(clear)
@@ -605,7 +606,7 @@ def test_energy_is_ranked_between_runs_that_are_long_enough(home):
         ]
         agree = summary.agreement(runs, None, summaries, [{}, {}], [])
         assert agree.work and agree.energy == ranked
-        found = summary.radar(summaries, dataclasses.replace(agree, losses=True))
+        found = summary.radar(summaries, dataclasses.replace(agree, losses=True, bits=True))
         assert (found is not None) == ranked
         if ranked:
             assert [r["values"] for r in found] == [[1.67, 10, 10], [10, 10, 10]]

@@ -153,7 +153,7 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
         in links
     )
     assert "| cosine | cosine softmax | 6 M | 1 | -inf | - | a run diverged | -inf |" in links
-    assert "| 0.6 M | 2 M | 5 | -1.00 |" in budget_report.ranks(rows)
+    assert "| 0.6 M | 2 M | 5 | 1 | -1.00 |" in budget_report.ranks(rows)
     assert "20 M" not in budget_report.ranks(rows)
     sweep = [
         dict(stage="sweep", name="cosine", exponent="16", learning_rate=rate, val_loss=loss)

@@ -70,7 +70,7 @@ def test_stability_of_known_series():
         np.testing.assert_array_equal(gradients.medians_before(values[:length]), before[:length])
     assert math.isnan(gradients.stability([{"iter": 0, "val_loss": 1.0}])["mean"])
     # A NaN is not hidden.
-    assert math.isnan(gradients.stability(steps([1.0] * 50 + [math.nan] * 50))["mean"])
+    assert gradients.not_finite(steps([1.0] * 50 + [math.nan] * 40), "grad_norm") == 40
 
 
 def test_growth_is_the_exponent_of_a_power_law():
@@ -85,6 +85,12 @@ def test_loss_spikes_are_counted():
     losses[[300, 500, 700]] += 3
     found = gradients.loss_spikes([{"train_loss": float(x)} for x in losses])
     assert 3 / 900 <= found < 8 / 900  # and what of the noise is three deviations off
+    # Skipped steps are left out, in all measures.
+    metrics = [{"train_loss": float(x), "grad_norm": 1 + 0.1 * float(x)} for x in losses]
+    skipped = [{"train_loss": math.nan, "grad_norm": math.inf}]
+    assert gradients.loss_spikes(metrics[:600] + skipped + metrics[600:]) == found
+    whole = gradients.stability(metrics)
+    assert gradients.stability(metrics[:600] + skipped + metrics[600:]) == whole
 
 
 # geometry
@@ -271,7 +277,7 @@ def test_work_counted_is_the_work_calculated(arch, head):
 def test_the_target_is_reached_by_all_that_learnt(home, capsys):  # noqa: F811
     runs = find_runs([home / "out/ce", home / "out/cosine", home / "out/bert"])
     series = [
-        [{"val_loss": v} for v in values]
+        [{"iter": i, "val_loss": v} for i, v in enumerate(values)]
         for values in ((8.0, 5.0, 6.0), (8.0, 5.5, math.nan), (8.5, 9.0, math.nan))
     ]
     assert emissions.target_of(runs, series, "val_loss") == 5.5

@@ -443,6 +443,9 @@ def test_comparisons_of_the_committed_rows():
     assert intervals.holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx(
         {"b": 0.03, "a": 0.06, "c": 0.06}
     )
+    found = intervals.holm({"a": 0.04, "diverged": math.nan, "c": 0.001})
+    assert found["a"] == pytest.approx(0.08) and found["c"] == pytest.approx(0.003)
+    assert math.isnan(found["diverged"])
     rows = table_of(ROOT / "results" / "heads.csv").rows
     assert "| loss | -0.0328 ± 0.0124 |" in heads_report.compared(
         rows, "cosine/harmonic/4,euclidean/harmonic"

@@ -129,8 +129,8 @@ def save(
         (aside / MANIFEST).write_text(seal({"iter": iteration, **counters, "sha256": hashes}))
         for path in (*aside.iterdir(), aside):
             fsync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # Renamed, because to delete it takes longer and could be cut short.
+            os.replace(folder, aside.with_name(f"{aside.name}.old"))
         os.replace(aside, folder)
         fsync(folder.parent)
     finally:
