@@ -377,10 +377,13 @@ def draw(maps: list[tuple]) -> Figure:
         for relation, color in zip(shown, colors, strict=True):
             arrow = {"arrowstyle": "->", "color": color, "lw": 1}
             for first, second in pairs(relation)[:3]:
-                a, b = (plane[word_ids(tokenizer, w)].tolist() for w in (first, second))
+                tokens = [word_ids(tokenizer, word) for word in (first, second)]
+                a, b = plane[tokens].tolist()
                 axes.annotate("", b, a, arrowprops=arrow)
-                labels.add(a, first, color)
-                labels.add(b, second, color)
+                for place, word, token in zip((a, b), (first, second), tokens, strict=True):
+                    piece = tokenizer.decode_token(token).strip()
+                    whole = piece.casefold() == word.casefold()
+                    labels.add(place, word if whole else f"{word} (…{piece})", color)
         share = variance / variance.sum()
         axes.set_xlabel(f"first principal component, {share[0]:.1%} of the variance")
         axes.set_ylabel(f"second, {share[1]:.1%}")

@@ -306,13 +306,13 @@ def _scores(run: Run, model: Model, manifest: dict, data: Data, c: PerplexityCon
     if c.documents:
         # Words and bytes are counted as in lm-evaluation-harness.
         words = data.load_tokenizer()
-        texts = [words.decode(ids[1:]) for ids in documents_of(data, c.split)]
-        length = sum(len(text.encode()) for text in texts)
+        length = count = 0
+        for ids in documents_of(data, c.split):
+            text = words.decode(ids[1:])
+            length, count = length + len(text.encode()), count + len(re.split(r"\s+", text))
         row["bits_per_byte"] = nats / math.log(2) / length
         row["byte_perplexity"] = math.exp(nats / length)
-        row["word_perplexity"] = math.exp(
-            min(nats / sum(len(re.split(r"\s+", text)) for text in texts), 700)
-        )
+        row["word_perplexity"] = math.exp(min(nats / count, 700))
     return row
 
 

@@ -97,12 +97,15 @@ def margins(
     return torch.cat(rho).cpu(), torch.cat(gamma).cpu(), torch.cat(p).cpu()
 
 
-def measure(run: Run, model: Model, data: Data, split: str) -> tuple[dict, torch.Tensor]:
-    """The row of a run, and the margin rho of each token (N,)."""
+def measure(
+    run: Run, model: Model, iteration: int, data: Data, split: str
+) -> tuple[dict, torch.Tensor]:
+    """The row of a run at an iteration, and the margin rho of each token (N,)."""
     h, targets = states_of(model, data, split)
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0
-    c, steps = run.model_config, sum("train_loss" in m for m in read_metrics(run.path))
+    metrics = read_metrics(run.path)
+    c, steps = run.model_config, sum("train_loss" in m and m["iter"] < iteration for m in metrics)
     targets_per_token = run.objective.predicted(c.block_size) / c.block_size
     trained = steps * run.tokens_per_iteration() * targets_per_token
     norm, size = model.head.prototypes().norm().item(), h.norm(dim=-1).max().item()
@@ -240,8 +243,8 @@ def main() -> None:
     rows, found = [], []
     for run in numbered(runs):
         data = run.data()
-        model, _ = run.load(device, c.checkpoint)
-        row, rho = measure(run, model, data, c.split)
+        model, manifest = run.load(device, c.checkpoint)
+        row, rho = measure(run, model, manifest["iter"], data, c.split)
         rows.append(row)
         found.append(rho)
     print(tables.text(rows, COLUMNS))

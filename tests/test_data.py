@@ -14,6 +14,7 @@ from test_tokenizer import nanogpt_meta
 from base.errors import UserError
 from base.files import seal, sha256, unseal
 from harmonic import IGNORE_INDEX
+from text import token_files
 from text.token_files import Data, Split, data_folder, load_data
 from training.data import (
     hashed,
@@ -345,6 +346,19 @@ def test_reading_uint32(tmp_path):
     split.path.unlink()
     with pytest.raises(UserError, match="a.bin cannot be read: No such file"):
         split.read(3, 2)
+
+
+def test_documents_do_not_depend_on_the_parts_that_are_read(tiny_data, monkeypatch):
+    data = load_data(tiny_data)
+    ids = data.splits["val"].read(0, data.splits["val"].tokens)
+    expected = [d for d in np.split(ids, np.flatnonzero(ids == data.eot_id)) if len(d) > 1]
+    if ids[0] != data.eot_id:
+        expected[0] = np.insert(expected[0], 0, data.eot_id)
+    for part in (1, 7, 1 << 20):
+        monkeypatch.setattr(token_files, "PART", part)
+        found = list(token_files.documents_of(data, "val"))
+        assert len(found) == len(expected) > 3
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_name_stands_for_prepared_data_before_a_folder(tmp_path, monkeypatch):

@@ -651,7 +651,7 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
             agree = summary.Agreement(**everything)
             shown = summary.summary_table([summary.summarize(run, model, metrics)], agree)
             assert len(shown["rows"][0]) == len(summary.COLUMNS) and report.curves(metrics)
-            theory.measure(run, model, run.data(), "val")
+            theory.measure(run, model, 4, run.data(), "val")
 
 
 def test_keys_that_nobody_knows_stay_in_metrics(home, tmp_path):  # noqa: F811
@@ -717,7 +717,7 @@ def test_a_split_without_a_window_is_told(home, name):  # noqa: F811
         "windows": lambda d, s: compare.window_losses(model, d, s),
         "calibration": lambda d, s: calibration.examine(model, d, s),
         "geometry": lambda d, s: geometry.layers(model, d, s),
-        "theory": lambda d, s: theory.measure(run, model, d, s),
+        "theory": lambda d, s: theory.measure(run, model, 4, d, s),
     }
     for measure in measures.values():
         measure(short(data, 17), "val")  # one window

@@ -4,6 +4,7 @@ Each split is one file: train.bin, val.bin and, if the corpus has one, test.bin.
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ LONGER = {  # What makes a split longer.
     "val": "more documents or a larger --val_fraction",
 }
 
+PART = 1 << 20  # Ids that `documents_of` reads at a time.
 SAMPLE = 1 << 16  # Without meta.json, so many ids are checked in each of three places of a file.
 
 
@@ -203,12 +205,16 @@ def documents_of(data: Data, split: str) -> Iterator[np.ndarray]:
 
     The end-of-text id after a document is not part of it. Empty documents are skipped.
     """
-    start, tokens = 0, data.splits[split].tokens
-    ids = np.concatenate(([data.eot_id], data.splits[split].read(0, tokens), [data.eot_id]))
-    for end in np.flatnonzero(ids == data.eot_id)[1:]:
-        if end > start + 1:
-            yield ids[start:end]
-        start = end
+    file, rest = data.splits[split], np.array([data.eot_id])
+    for start in range(0, file.tokens, PART):
+        ids = np.concatenate((rest, file.read(start, min(PART, file.tokens - start))))
+        starts = np.flatnonzero(ids == data.eot_id)
+        for begin, end in itertools.pairwise(starts):
+            if end > begin + 1:
+                yield ids[begin:end]
+        rest = ids[starts[-1] :]  # The document in which this part ends.
+    if len(rest) > 1:
+        yield rest
 
 
 def verify(data: Data) -> None:
