@@ -36,6 +36,7 @@ from base.command_line import cli, parse
 from harmonic import HarmonicHead, paired_distance
 from model import Model
 from text.token_files import Data
+from training.objective import objective_of
 
 RANK = 1e-12  # Directions whose singular value is this much less than the largest do not count.
 
@@ -98,15 +99,21 @@ def gradient_shares(head: HarmonicHead, h: torch.Tensor, targets: torch.Tensor) 
 
 
 def spread(model: Model, data: Data, split: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (N, C) and targets (N,) of about `tokens` tokens, from as many windows."""
+    """Hidden states (N, C) and targets (N,) of at most `tokens` tokens, spread over a split.
+
+    They are from as many windows, if the split has so many.
+    """
     length = model.config.block_size
     each = math.ceil(tokens / len(windows(data, split, length, tokens)))
     found = []
-    for h, y, kept in predictions(model, data, split, tokens * length):
+    for h, y, kept in predictions(
+        model, data, split, tokens * objective_of(model.config.arch).predicted(length)
+    ):
         every = torch.linspace(0, len(h) - 1, min(len(h), each * len(kept))).long()
         found.append((h[every], y[every]))
-    states, targets = (torch.cat(parts)[:tokens] for parts in zip(*found, strict=True))
-    return states, targets
+    states, targets = (torch.cat(parts) for parts in zip(*found, strict=True))
+    chosen = torch.linspace(0, len(states) - 1, min(tokens, len(states))).long()
+    return states[chosen], targets[chosen]
 
 
 def draw(runs: list, shares: list[np.ndarray]) -> Figure:

@@ -198,7 +198,8 @@ def auroc_interval(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     separate all windows, that has width 0, and this is a bound: k disjoint pairs of windows are
     independent. Each is in the wrong order with probability 1 - auroc, and none is, which happens
     with at least 5 % up to a probability of 1 - 0.05^(1/k), about 3/k (the rule of three, Hanley
-    and Lippman-Hand 1983, JAMA 249, 1743).
+    and Lippman-Hand 1983, JAMA 249, 1743). This bound is wider than DeLong's interval for a few
+    pairs in the wrong order.
     """
     found = auroc(own, other)
     if math.isnan(found):

@@ -78,10 +78,17 @@ def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, fl
 
 
 def comparable(run: Run, metrics: list[dict]) -> list[dict]:
-    """The evaluations on the windows of the last one. A resume may have changed the windows."""
+    """The evaluations on the windows of the last one. A resume may have changed the windows, which
+    a note says."""
     since = evaluated_alike_since(run.path)
     found = [m for m in metrics if "val_loss" in m]
-    return [m for m in found if m["iter"] > since] or found
+    late = [m for m in found if m["iter"] > since]
+    if late and len(late) < len(found):
+        note(
+            f"a resume of {run.name} changed its validation windows at iteration {since}: its"
+            " earlier losses do not count, so it may reach the target too late here"
+        )
+    return late or found
 
 
 def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
@@ -227,11 +234,14 @@ def target_of(runs: list[Run], metrics: list[list[dict]], key: str) -> float:
 
     Runs whose loss never fell are left out, with a note on stderr. UserError if none is left.
     """
-    losses = [
-        [m[key] for m in comparable(run, ms) if key in m]
+    losses = [[m[key] for m in ms if key in m] for ms in metrics]
+    lowest = [
+        min(
+            (m[key] for m in comparable(run, ms) if math.isfinite(m.get(key, math.nan))),
+            default=math.inf,
+        )
         for run, ms in zip(runs, metrics, strict=True)
     ]
-    lowest = [min((v for v in values if math.isfinite(v)), default=math.inf) for values in losses]
     learnt = [low for low, values in zip(lowest, losses, strict=True) if values and low < values[0]]
     for run, low, values in zip(runs, lowest, losses, strict=True):
         if not values or not low < values[0]:
@@ -260,12 +270,14 @@ def main() -> None:
         data = [run.data() for run in runs]
         warning, lost = caution(runs, data) if len(runs) > 1 else None, lossy(data)
     except UserError as error:
+        data = []
         warning = f"{error}; so it was not checked whether the losses can be compared"
     note(warning)
     note(unequal_windows(runs))
     if warning:
         everywhere = all(any("bits_per_byte" in m for m in ms) for ms in metrics)
-        key = "bits_per_byte" if everywhere and not lost else None
+        # Without the data it is unknown whether bits per byte are of the same text.
+        key = "bits_per_byte" if everywhere and data and not lost else None
     target = c.target if key is not None else None
     if key is not None and target is None:
         target = target_of(runs, metrics, key)

@@ -54,8 +54,6 @@ FAMILIES = {
 SHADES = (0.0, 0.45, -0.4, 0.7)
 # A control has no link.
 LINES = {"harmonic": "-", "softmax": "--", None: "-"}
-# When runs of one head have used up the shades.
-MORE_LINES = ("-.", ":")
 
 matplotlib.rcParams.update(
     {
@@ -91,17 +89,15 @@ def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]
     """The `color` and `linestyle` of each line of a figure.
 
     heads: the head's name and link of each line; the link of a control is None. If several lines
-    have the same head and link, such as two runs, each has another shade, and then another line.
+    have the same head and link, such as two runs, each has another shade. There are up to four.
     """
-    styles: list[dict[str, str]] = []
+    styles = []
     seen: list[tuple[str, str | None]] = []
     for name, link in heads:
         repeats = seen.count((name, link))
         seen.append((name, link))
         colors = list(dict.fromkeys(_shaded(head_color(name), i) for i in range(len(SHADES))))
-        lines = (LINES[link], *MORE_LINES)
-        line = lines[repeats // len(colors) % len(lines)]
-        styles.append({"color": colors[repeats % len(colors)], "linestyle": line})
+        styles.append({"color": colors[repeats % len(colors)], "linestyle": LINES[link]})
     return styles
 
 

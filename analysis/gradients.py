@@ -7,7 +7,7 @@ The papers on these heads (arXiv 2502.01628, 2603.10225) do not define "gradient
 are the measures here, over all steps but the first tenth. Norms are those before clipping.
 
 steps         steps whose norm is finite. All measures are of these
-not_finite    the other steps, which --on_nan=skip has skipped. The column is there if there are any
+not_finite    the other steps, such as skipped ones. The printed table has it if there are any
 mean          mean of the gradient norms
 cv            coefficient of variation: standard deviation divided by mean
 spike_rate    share of steps whose norm is above 3 times the median of the 50 steps before

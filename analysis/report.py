@@ -319,6 +319,7 @@ def examine(
     if not all(weight.isfinite().all() for weight in model.parameters()):
         entry.note = f"{run.name} has weights that are not finite, because training has diverged"
         print(f"note: {entry.note}", file=sys.stderr)
+        entry.samples = [[] for _ in texts]
         return entry
     entry.map = prototype_map(model, data)
     try:

@@ -39,12 +39,14 @@ class Run:
     """A finished run.
 
     name: the name of its folder. If two runs have folders of the same name, it is the path.
+    trained_on: the dataset that it was trained on; config.dataset may be another one.
     """
 
     path: Path
     name: str
     model_config: ModelConfig
     config: TrainConfig
+    trained_on: str
 
     @property
     def objective(self) -> Objective:
@@ -132,11 +134,13 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
     runs = []
     for path, name in zip(paths, names, strict=True):
         model_config, config = checkpoint.read_config(path)
+        trained_on = config.dataset
         if dataset is not None:
             # Checked here, so that an analysis that reads no data refuses a wrong folder too.
             load_data(data_folder(dataset), config.tokenizer)
             config.dataset = dataset
-        runs.append(Run(path, name if names.count(name) == 1 else str(path), model_config, config))
+        short = name if names.count(name) == 1 else str(path)
+        runs.append(Run(path, short, model_config, config, trained_on))
         note(uneven(runs[-1]))
     return runs
 
@@ -252,7 +256,7 @@ def unequal_settings(runs: list[Run]) -> str | None:
     Heads and learning rates may differ: each head is compared at the rate that suits it."""
     settings = [vars(run.model_config) | vars(run.config) for run in runs]
     values = {name: [str(s[name]) for s in settings] for name in SAME}
-    values["dataset"] = [str(data_folder(run.config.dataset).resolve()) for run in runs]
+    values["dataset"] = [Path(run.trained_on).name for run in runs]
     values["tokens an iteration"] = [f"{run.tokens_per_iteration():,}" for run in runs]
     found = [
         f"{name} ({' and '.join(dict.fromkeys(each))})"
@@ -343,4 +347,5 @@ def default_out(c: AnalysisConfig, runs: list[Run], name: str) -> Path:
 
     Raises: UserError if it cannot be written.
     """
-    return writable(Path(c.out) if c.out else runs[0].path.resolve().parent / f"{name}.csv")
+    parent = Path(os.path.normpath(runs[0].path / ".."))
+    return writable(Path(c.out) if c.out else parent / f"{name}.csv")

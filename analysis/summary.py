@@ -200,9 +200,7 @@ def agreement(
 
 def _same_texts(runs: list[Run], data: list[Data] | None) -> bool:
     """Whether bits per byte of the runs are of the same text, and no tokenizer loses any of it."""
-    if not data:
-        return len(runs) == 1
-    return not (texts_differ(data) or lossy(data))
+    return data is not None and not (texts_differ(data) or lossy(data))
 
 
 def summary_table(summaries: list[dict], agree: Agreement) -> dict:
@@ -234,6 +232,8 @@ def paired(summaries: list[dict], losses: list[np.ndarray]) -> dict | None:
     if len(losses) < 2:
         return None
     best, found = compare(losses)
+    if math.isnan(found[best].mean):
+        return None
     for i, (s, d) in enumerate(zip(summaries, found, strict=True)):
         if i == best:
             s["difference"] = "the best"

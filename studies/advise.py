@@ -392,7 +392,7 @@ def conclusion(study: Study, iterations: int, costs: Costs) -> str:
             f" Halfway, {best[0]} minus {BASELINE} was {early[best].mean:+.3f}; at the end it is"
             f" {now[best].mean:+.3f}."
         )
-    sentences.append(on_edge([study.sweep(name, iterations) for name in study.heads], (2.0, 2.0)))
+    sentences.append(on_edge([study.sweep(name, iterations) for name in study.heads]))
     return "\n".join(sentences)
 
 

@@ -35,8 +35,6 @@ from studies.algorithmic import (
     FEW,
     HEADS,
     KEY,
-    MULTIPLE_STEP,
-    RATE_STEP,
     curves_file,
     swept,
 )
@@ -364,7 +362,7 @@ def main() -> None:
     tables = {"The tasks": main_table, "Grokking": gap_table, "Data efficiency": fraction_table}
     for name, table in tables.items():
         print(f"{name}\n\n{table(rows)}\n")
-    print(f"{on_edge(list(swept(rows).values()), (MULTIPLE_STEP, RATE_STEP))}\n")
+    print(f"{on_edge(list(swept(rows).values()))}\n")
     needs = (
         (".png", draw_embeddings, [("main", "addition"), ("main", "lattice")], SHOWN),
         ("_curves.png", draw_curves, [("grokking", "addition113"), ("decoder", "addition")], FEW),

@@ -37,11 +37,9 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from studies.heads import (
     COLUMNS,
-    EXPONENT_STEP,
     LONGER,
     MULTIPLES,
     PENALTY,
-    RATE_STEP,
     RATES,
     loss,
 )
@@ -271,7 +269,7 @@ def edges(rows: list[Row]) -> str:
                 place = float(r[second]), float(r["learning_rate"])
                 costs[place] = min(loss(r), costs.get(place, math.inf))
             found.append(costs)
-    return on_edge(found, (EXPONENT_STEP, RATE_STEP))
+    return on_edge(found)
 
 
 def stage_two(rows: list[Row]) -> str:
@@ -406,13 +404,10 @@ def _chosen(rows: list[Row], text: str) -> tuple[dict[str, Row], dict[str, Row]]
 
 
 def _difference(a: dict[str, Row], b: dict[str, Row], measure: str, form: str) -> str:
-    values = [
-        float(a[s][measure]) - float(b[s][measure])
-        for s in a
-        if s in b and a[s][measure] and b[s][measure]  # Empty if a run diverged.
-    ]
-    if not values:
+    pairs = [(a[s][measure], b[s][measure]) for s in a if s in b]
+    if not all(mine and other for mine, other in pairs):
         return "a run diverged"
+    values = [float(mine) - float(other) for mine, other in pairs]
     return shown(mean_and_half(values), form)
 
 
@@ -576,8 +571,6 @@ def draw_curves(rows: list[Row], path: Path, most: int | None = None) -> None:
     finished = {head for head, _ in above}
     heads = list(dict.fromkeys(r["name"] for r in long_runs(rows) if r["name"] != BASELINE[0]))
     heads = [head for head in heads if head in finished][:most]
-    if not heads:
-        return
     width = min(4, len(heads))
     height = math.ceil(len(heads) / width)
     figure = figures.figure(1.65 * height + 0.6)
@@ -617,7 +610,7 @@ def curves_above(rows: list[Row]) -> dict[Key, np.ndarray]:
                 curves.setdefault(key, {})[seed] = values
     found = {}
     for key, mine in curves.items():
-        seeds = [seed for seed in mine if seed in curves[BASELINE]]
+        seeds = [seed for seed in mine if seed in curves.get(BASELINE, {})]
         if seeds:
             found[key] = np.mean([mine[seed] - curves[BASELINE][seed] for seed in seeds], 0)
     return found
@@ -639,7 +632,7 @@ def main() -> None:
             print(f"Stage {stage}: no runs yet\n")
     out = Path(c.out)
     pictures: dict[Path, Callable] = {out: draw}
-    if BASELINE in groups(rows, "2"):
+    if set(curves_above(rows)) - {BASELINE}:
         pictures[out.with_stem(f"{out.stem}_curves")] = draw_curves
         pictures[out.with_stem(f"{out.stem}_lowest")] = draw_lowest
     for place, picture in pictures.items():

@@ -45,7 +45,7 @@ def next_setting(best: Setting, tried: Sequence[Setting]) -> Setting | None:
     return beyond(best, list({*strengths, *rates}), (2, 2), fewest=2)
 
 
-def on_edge(sweeps: list[dict], steps: Setting) -> str:
+def on_edge(sweeps: list[dict]) -> str:
     """A sentence that tells how many winners are still on the edge of the tried settings.
 
     sweeps: a dict of setting -> cost for each sweep.
@@ -53,7 +53,7 @@ def on_edge(sweeps: list[dict], steps: Setting) -> str:
     count = 0
     for found in sweeps:
         winner = min(found, key=found.__getitem__)
-        count += beyond(winner, list(found), steps, fewest=2) is not None
+        count += any(_at_end(winner, list(found), axis) for axis in range(len(winner)))
     return f"{count} of {len(sweeps)} winners of the sweep lie on the edge of what was tried."
 
 
@@ -73,6 +73,17 @@ def search(
         if further is None:
             break
         found[further] = costs([further])[0]
+
+
+def _at_end(best: Setting, tried: list[Setting], axis: int) -> bool:
+    """Whether the best setting has the lowest or the highest value that was tried on an axis.
+
+    If it is alone on its line, such as a refinement, it is compared with all settings.
+    """
+    line = {setting[axis] for setting in tried if _on_line(setting, best, axis)}
+    if len(line) < 2:
+        line = {setting[axis] for setting in tried}
+    return len(line) > 1 and best[axis] in (min(line), max(line))
 
 
 def _on_line(setting: Setting, best: Setting, axis: int) -> bool:

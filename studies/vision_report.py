@@ -31,8 +31,6 @@ from studies.search import on_edge
 from studies.vision import (
     COLUMNS,
     KEY,
-    MULTIPLE_STEP,
-    RATE_STEP,
     Classifier,
     Images,
     load,
@@ -284,7 +282,7 @@ def main() -> None:
         count = trained_on[dataset]
         print(f"{dataset}, {backbone}, {count} training images\n")
         print(f"{table(rows, dataset, backbone)}\n")
-    print(f"{on_edge(list(swept(rows).values()), (MULTIPLE_STEP, RATE_STEP))}\n")
+    print(f"{on_edge(list(swept(rows).values()))}\n")
     pictures = (
         ("linear", "_prototypes.png", draw_prototypes, HEADS),
         ("cnn", "_gradcam.png", draw_grad_cam, GRAD_CAM),

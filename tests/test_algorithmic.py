@@ -166,12 +166,15 @@ def test_a_sweep_goes_beyond_the_edge():
     # One step off each edge, which is no better.
     assert min(m for m, _ in tried) == 0.25 and min(r for _, r in tried) < 0.04
     found = dict(zip(tried, costs(tried[:], (1.0, 0.1)), strict=False))
-    assert on_edge([found], (4, 3)).startswith("0 of 1") and on_edge(
-        [found, {(1.0, 1.0): 1.0, (4.0, 1.0): 2.0}], (4, 3)
+    assert on_edge([found]).startswith("0 of 1") and on_edge(
+        [found, {(1.0, 1.0): 1.0, (4.0, 1.0): 2.0}]
     ).startswith("1 of 2")
     # A refinement that is alone on its line is on no edge.
     fine = {(1.0, 1.0): 3.0, (4.0, 1.0): 2.0, (16.0, 1.0): 3.0, (4.0, 1.3): 1.0, (4.0, 3.0): 3.0}
-    assert on_edge([fine], (4, 3)).startswith("0 of 1")
+    assert on_edge([fine]).startswith("0 of 1")
+    del fine[4.0, 3.0]
+    fine[4.0, 1.0] = 5.0
+    assert on_edge([{**fine, (16.0, 1.3): 4.0}]).startswith("1 of 1")  # No rate above 1.3.
 
 
 def test_every_head_has_its_jobs():

@@ -18,7 +18,10 @@ import torch
 
 from analysis import figures, page, perplexity, report, summary, tables
 from analysis.runs import (
+    AnalysisConfig,
+    Run,
     caution,
+    default_out,
     find_runs,
     lossy,
     note_unknown,
@@ -567,6 +570,30 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     assert summary.single_seeds([runs[1], again]) is None
     assert "its difference to ce is within noise" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])
     assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]])
+
+
+def test_a_run_that_diverged_is_on_the_page(home, tmp_path, monkeypatch):
+    load = Run.load
+
+    def diverged(run, *how):
+        model, manifest = load(run, *how)
+        if run.name == "ce":
+            model.head.weight.data[3] = math.nan
+        return model, manifest
+
+    monkeypatch.setattr(Run, "load", diverged)
+    report = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/cosine")
+    assert any("ce has weights that are not finite" in n for n in report.document()["notes"])
+
+
+def test_runs_of_other_data_are_named(home, monkeypatch):
+    runs = find_runs([home / "out/ce", home / "out/other"])
+    assert "dataset (small and other)" in unequal_settings(runs)
+    # Also if all are analysed on the same data.
+    runs[1].config.dataset = runs[0].config.dataset
+    assert "dataset (small and other)" in unequal_settings(runs)
+    monkeypatch.chdir(home / "out/ce")
+    assert default_out(AnalysisConfig(), find_runs(["."]), "x") == Path("../x.csv")
 
 
 def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_analysis import home  # noqa: F401  (a fixture)
 
-from analysis.bottleneck import gradient_shares, jacobian
+from analysis.bottleneck import gradient_shares, jacobian, spread
+from analysis.runs import find_runs, predictions
 from harmonic import CONTROLS, HarmonicHead
 from studies import bottleneck
 
@@ -69,6 +71,20 @@ def test_shares_of_confident_tokens(name, link):
         g = np.insert(p / p.sum(), 3, -1)
         rest = g - rows @ np.linalg.lstsq(rows, g, rcond=1e-12)[0]
         assert share == pytest.approx(math.sqrt(1 - rest @ rest / (g @ g)), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["ce", "bert"])
+@torch.no_grad()
+def test_tokens_are_spread_over_the_split(home, name):  # noqa: F811
+    (run,) = find_runs([home / "out" / name])
+    (model, _), data = run.load(), run.data()
+    every = torch.cat([h for h, *_ in predictions(model, data, "val", 10**9)])
+    for count in (5, 17, 40):
+        h, y = spread(model, data, "val", count)
+        assert len(h) == len(y) == min(count, len(every))
+        if name == "ce":  # What is masked in a window of bert depends on the other windows.
+            places = torch.cdist(h, every).argmin(1) / len(every)
+            assert places[0] < 0.15 and places[-1] > 0.75 and places.diff().abs().max() < 0.4
 
 
 def test_the_studys_table():

@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_the_head(monkeypatch, name):
     head, count, kept, largest = HarmonicHead(16, 300, name, init_std=0.5), 100, 20, 4
     chosen = torch.randperm(300)[:count]
     with tqdm(disable=True) as bar:
-        found = explorer.describe(Run(Path("out/a"), "a", None, None), head, chosen, bar)
+        found = explorer.describe(Run(Path("out/a"), "a", None, None, "wiki"), head, chosen, bar)
 
     w = head.prototypes().detach()[chosen]
     if name == "cross_entropy":

@@ -274,7 +274,7 @@ def test_work_counted_is_the_work_calculated(arch, head):
     assert emissions.counted_flops(c) == pytest.approx(calculated, rel=0.02)
 
 
-def test_the_target_is_reached_by_all_that_learnt(home, capsys):  # noqa: F811
+def test_the_target_is_reached_by_all_that_learnt(home, capsys, monkeypatch):  # noqa: F811
     runs = find_runs([home / "out/ce", home / "out/cosine", home / "out/bert"])
     series = [
         [{"iter": i, "val_loss": v} for i, v in enumerate(values)]
@@ -284,6 +284,10 @@ def test_the_target_is_reached_by_all_that_learnt(home, capsys):  # noqa: F811
     assert "bert never fell below its first loss" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no default target"):
         emissions.target_of(runs[2:], series[2:], "val_loss")
+    # A resume has changed the windows: 5.0 is of others than 6.0.
+    monkeypatch.setattr(emissions, "evaluated_alike_since", lambda _: 1)
+    assert emissions.target_of(runs[:1], series[:1], "val_loss") == 6.0
+    assert "changed its validation windows at iteration 1" in capsys.readouterr().err
 
 
 def test_what_needs_no_weights_runs_without_a_checkpoint(home, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -497,8 +501,16 @@ def test_difference_agrees_with_the_paired_t_test():
         assert found.p == pytest.approx(t.pvalue, abs=0.02) or found.p == pytest.approx(
             1e-4, abs=1e-4
         )
+        assert found.noise == (found.p > 0.05 or found.low <= 0)
         interval = t.confidence_interval()
         assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.01)
+
+
+def test_few_windows_and_nan_are_no_lead():
+    """Three differences of one sign: their interval does not hold 0, but p is 0.25."""
+    found = compare.difference(np.array([5.1, 5.3, 5.2]), np.array([5.0, 5.0, 5.0]))
+    assert found.low > 0 and found.p > 0.2 and found.noise
+    assert compare.difference(np.array([5.0, math.nan]), np.ones(2)).noise
 
 
 def test_window_losses_average_to_the_likelihood(home):  # noqa: F811

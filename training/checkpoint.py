@@ -146,7 +146,12 @@ def save(
 def folders(out_dir: Path) -> list[Path]:
     """The folders of all checkpoints, oldest first. Some may be corrupt."""
     found = [p for p in (Path(out_dir) / "ckpt").glob("iter_*") if p.name[5:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return sorted(found, key=iteration)
+
+
+def iteration(folder: Path) -> int:
+    """The iteration of a checkpoint, from the name of its folder."""
+    return int(folder.name[5:])
 
 
 def _manifest(folder: Path) -> dict:
@@ -239,7 +244,7 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
 def set_aside(out_dir: Path, chosen: Path) -> None:
     """Renames the checkpoints after the chosen one, which are corrupt, to `damaged_...`."""
     for folder in folders(out_dir):
-        if int(folder.name[5:]) > int(chosen.name[5:]):
+        if iteration(folder) > iteration(chosen):
             shutil.rmtree(folder.with_name(f"damaged_{folder.name}"), ignore_errors=True)
             folder.rename(folder.with_name(f"damaged_{folder.name}"))
 

@@ -124,10 +124,9 @@ class RunFolder:
 
 def _newer(out_dir: Path, resumed: Path | None) -> bool:
     """Whether there is a good checkpoint after the one that was chosen, or any if none was."""
-    found = checkpoint.folders(out_dir)
-    if resumed:
-        found = found[found.index(resumed) + 1 :]
-    return any(checkpoint.damage(folder) is None for folder in found)
+    since = checkpoint.iteration(resumed) if resumed else -1
+    late = [f for f in checkpoint.folders(out_dir) if checkpoint.iteration(f) > since]
+    return any(checkpoint.damage(folder) is None for folder in late)
 
 
 def _clear(out_dir: Path, c: TrainConfig) -> None:
