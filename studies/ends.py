@@ -196,17 +196,15 @@ def differences(rows: list[Row], stage: str, name: str, measure: str) -> list[fl
     return [mine[seed] - base[seed] for seed in mine if seed in base]
 
 
-def table(rows: list[Row], stage: str) -> str:
-    """A line for each measure: cross_entropy's mean, and the paired difference of other heads.
+def table(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
+    """A line for each measure: cross_entropy's mean, and the paired difference of each head.
 
-    p: of a t-test of the differences, with Holm's correction for all of the table. There is none
-        for counts whose difference is the same in every seed, but they count as a test.
+    tested: whether to show p of a t-test of the differences, with Holm's correction for all of the
+        table. There is none for counts whose difference is the same in every seed, but they count
+        as a test.
     """
-    heads = [name for name in budget.ALL if any(r["name"] == name for r in _of(rows, stage))]
-    heads = [name for name in heads if name != BASELINE]
     found = {(m, name): differences(rows, stage, name, m) for m in MEASURES for name in heads}
-    tested = {key: pairs for key, pairs in found.items() if len(pairs) > 1}
-    p = holm({key: _p(pairs) for key, pairs in tested.items()})
+    p = holm({key: _p(pairs) for key, pairs in found.items() if len(pairs) > 1})
     lines: list[dict[str, object]] = []
     for measure, (words, form) in MEASURES.items():
         line: dict[str, object] = {"measure": words}
@@ -214,7 +212,7 @@ def table(rows: list[Row], stage: str) -> str:
             own = list(values(rows, stage, name, measure).values())
             if pairs := found.get((measure, name)):
                 line[name] = interval(*mean_and_half(pairs), f"+{form}")
-                if len(set(pairs)) > 1:
+                if tested and len(set(pairs)) > 1:
                     line[name] = f"{line[name]} (p {p[measure, name]:.3f})"
             elif own:  # cross_entropy, or a measure that it does not have.
                 line[name] = ("" if name == BASELINE else "is ") + format(np.mean(own), form)
@@ -228,19 +226,22 @@ def _p(pairs: list[float]) -> float:
     return float(ttest_1samp(pairs, 0).pvalue) if len(set(pairs)) > 1 else 1.0
 
 
-def _of(rows: list[Row], stage: str) -> list[Row]:
-    return [row for row in rows if row["stage"] == stage]
-
-
 def tables(rows: list[Row]) -> str:
-    """The table of each stage that has runs of cross_entropy."""
+    """Two tables of each stage that has runs of cross_entropy: with the heads that are trained
+    longest, whose differences are tested, and with all others."""
     found = []
     for stage in STAGES:
-        here = _of(rows, stage)
-        if any(row["name"] == BASELINE for row in here):
-            seeds = len({row["seed"] for row in here})
-            title = f"After {stage.replace('M', ' million')} tokens, seeds: {seeds}."
-            found.append(f"{title}\n\n{table(rows, stage)}")
+        seeds = {
+            name: len({row["seed"] for row in rows if (row["stage"], row["name"]) == (stage, name)})
+            for name in budget.ALL
+        }
+        here = [name for name in budget.ALL if seeds[name] and name != BASELINE]
+        for tested in (True, False):
+            heads = [name for name in here if (name in budget.LONG) == tested]
+            if heads and seeds[BASELINE]:
+                count = ", ".join(f"{name} {seeds[name]}" for name in (BASELINE, *heads))
+                title = f"After {stage.replace('M', ' million')} tokens. Seeds: {count}."
+                found.append(f"{title}\n\n{table(rows, stage, heads, tested)}")
     return "\n\n".join(found) or "No runs yet."
 
 

@@ -53,6 +53,10 @@ def test_the_table_pairs_runs_by_seed():
     assert f"| expected calibration error | 0.2000 | -0.0350 ± 0.1906 (p {p:.3f}) |" in found
     assert "nearest prototype | - | is 0.750 |" in found
     assert "6 million" not in found and "20 million" in found
+    # A head that is not trained longest adds no test.
+    rows += [row("euclidean", s, "ece", v) for s, v in (("1", "0.2"), ("2", "0.5"))]
+    first, second = ends.tables(rows).split("Seeds: cross_entropy 2, euclidean 2.")
+    assert first.startswith(found) and "| 0.2000 | +0.1500 ± 0.6353 |" in second
 
 
 def test_jobs_are_runs_whose_weights_are_here(tmp_path):
