@@ -34,6 +34,7 @@ from studies.budget import (
     LONG,
     RATES,
     SEEDS,
+    Head,
     Plan,
     base,
     strength,
@@ -58,6 +59,8 @@ LATE = ("6M", "20M")
 # Ranks of fewer heads say nothing.
 FEWEST = 5
 NOTHING = "No runs yet."
+# The points of heads whose colours are much alike. Others are round.
+MARKERS = {"mahalanobis": "s", "euclidean_squared": "^"}
 # Measures other than the loss, and the form of their differences.
 MEASURES = {"components_90": "+.1f", "grad_norm_cv": "+.3f", "ece": "+.4f"}
 
@@ -418,6 +421,12 @@ def energy(rows: list[Row]) -> str:
 # ---- the figures -------------------------------------------------------------------------------
 
 
+def _style(head: Head) -> dict[str, Any]:
+    """The line and the points of a head."""
+    shape = {"marker": MARKERS.get(head.head, "o"), "linestyle": figures.LINES[head.link]}
+    return shape | figures.dots(head.head, head.link)
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """Test loss against tokens of training, and what is paired with cross_entropy's."""
     figure = figures.figure(3.6)
@@ -425,7 +434,7 @@ def draw(rows: list[Row], path: Path) -> None:
     # Heads stand beside each other, so that no interval hides another.
     shifts = np.geomspace(0.93, 1 / 0.93, len(HEADS))
     for (name, head), shift in zip(HEADS.items(), shifts, strict=True):
-        style = {"linestyle": figures.LINES[head.link]} | figures.dots(head.head, head.link)
+        style = _style(head)
         found = {s: list(values_of(rows, s, name).values()) for s in TOKENS}
         _line(left, found, name, shift, style)
         if name != BASELINE:
@@ -479,13 +488,13 @@ def draw_energy(rows: list[Row], path: Path) -> None:
     axes = figure.subplots()
     for name, joules in cost(rows).items():
         head = ALL[name]
-        style = {"linestyle": figures.LINES[head.link]} | figures.dots(head.head, head.link)
+        style = _style(head)
         each, ends = mean_and_half(joules)[0], {}
         for stage, tokens in TOKENS.items():
             mine = [row for row in rows if (row["stage"], row["name"]) == (stage, name)]
             if mine:
                 ends[each * tokens * 1e3] = np.mean([number(row["bits_per_byte"]) for row in mine])
-        axes.plot(list(ends), list(ends.values()), label=name, marker="o", markersize=4, **style)
+        axes.plot(list(ends), list(ends.values()), label=name, markersize=4, **style)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -505,7 +514,7 @@ def _line(axes: Axes, found: dict[str, list[float]], label: str, shift: float, s
     if not run:
         return
     means, halves = ([pair[i] for pair in run.values()] for i in (0, 1))
-    bars: dict[str, Any] = dict(marker="o", markersize=4, capsize=2, elinewidth=1)
+    bars: dict[str, Any] = dict(markersize=4, capsize=2, elinewidth=1)
     axes.errorbar(list(run), means, yerr=halves, label=label, **bars, **style)
 
 
