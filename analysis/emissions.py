@@ -78,17 +78,20 @@ def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, fl
 
 
 def comparable(run: Run, metrics: list[dict]) -> list[dict]:
-    """The evaluations on the windows of the last one. A resume may have changed the windows, which
-    a note says."""
+    """The evaluations on the windows of the last one. A resume may have changed the windows."""
     since = evaluated_alike_since(run.path)
     found = [m for m in metrics if "val_loss" in m]
-    late = [m for m in found if m["iter"] > since]
-    if late and len(late) < len(found):
-        note(
-            f"a resume of {run.name} changed its validation windows at iteration {since}: its"
-            " earlier losses do not count, so it may reach the target too late here"
-        )
-    return late or found
+    return [m for m in found if m["iter"] > since] or found
+
+
+def changed_windows(run: Run, metrics: list[dict]) -> str | None:
+    """A sentence if only a part of a run's evaluations are `comparable`, else None."""
+    if len(comparable(run, metrics)) == sum("val_loss" in m for m in metrics):
+        return None
+    return (
+        f"a resume of {run.name} changed its validation windows: its earlier losses do not count,"
+        " so it may reach the target too late here"
+    )
 
 
 def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
@@ -267,13 +270,16 @@ def main() -> None:
     key: str | None = "val_loss"
     lost: list[str] = []
     try:
-        data = [run.data() for run in runs]
-        warning, lost = caution(runs, data) if len(runs) > 1 else None, lossy(data)
+        # The losses of a single run need no comparison, so its data may be missing.
+        data = [run.data() for run in runs] if len(runs) > 1 else []
+        warning, lost = (caution(runs, data), lossy(data)) if data else (None, [])
     except UserError as error:
         data = []
         warning = f"{error}; so it was not checked whether the losses can be compared"
     note(warning)
     note(unequal_windows(runs))
+    for run, ms in zip(runs, metrics, strict=True):
+        note(changed_windows(run, ms))
     if warning:
         everywhere = all(any("bits_per_byte" in m for m in ms) for ms in metrics)
         # Without the data it is unknown whether bits per byte are of the same text.

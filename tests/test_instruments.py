@@ -287,7 +287,9 @@ def test_the_target_is_reached_by_all_that_learnt(home, capsys, monkeypatch):  #
     # A resume has changed the windows: 5.0 is of others than 6.0.
     monkeypatch.setattr(emissions, "evaluated_alike_since", lambda _: 1)
     assert emissions.target_of(runs[:1], series[:1], "val_loss") == 6.0
-    assert "changed its validation windows at iteration 1" in capsys.readouterr().err
+    assert "a resume of ce changed its" in emissions.changed_windows(runs[0], series[0])
+    monkeypatch.setattr(emissions, "evaluated_alike_since", lambda _: -1)
+    assert emissions.changed_windows(runs[0], series[0]) is None
 
 
 def test_what_needs_no_weights_runs_without_a_checkpoint(home, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -300,6 +302,8 @@ def test_what_needs_no_weights_runs_without_a_checkpoint(home, tmp_path, monkeyp
         config.replace(str(home / "data/small"), str(home / "data/gone"))
     )
     call(gradients.main, monkeypatch, run)
+    call(emissions.main, monkeypatch, run)
+    assert "target: " in capsys.readouterr().out  # A single run needs no data.
     call(emissions.main, monkeypatch, run, home / "out/cosine")
     assert "not checked whether the losses can be compared" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds no checkpoint"):

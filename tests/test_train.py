@@ -468,8 +468,8 @@ BAD = {
     "seed": (dict(seed=99999999999), ["seed=99999999999 is not in"]),
     "country": (dict(emissions_country="XX"), ["three letters"]),
     "unknown country": (
-        dict(emissions=True, emissions_country="XXX"),
-        ["emissions_country=XXX: CodeCarbon knows no such country"],
+        dict(emissions=True, emissions_country="ZZZ"),
+        ["emissions_country=ZZZ: CodeCarbon knows no such country"],
     ),
     "link of a control": (
         dict(head="cross_entropy", link="softmax"),
