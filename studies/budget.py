@@ -172,14 +172,16 @@ class Plan:
         found += [self.changed(*check) for check in CHECKS if check[0] in self.heads]
         found += self.runs("imdb", 2.0, early, LONG)
         found += self.runs("cost", 0.3, early, LONG)
-        found += self.sweep(others)
-        if not self.done(found):
+        swept = self.sweep(others)
+        found += swept
+        if not self.done(swept):
             return found
         found += self.runs("0.6M", 0.6, early, others)
         found += self.runs("2M", 2.0, early, others)
         found += self.runs("6M", 6.0, first, others)
-        found += self.sweep(CONTROLS)
-        if not self.done(found):
+        swept = self.sweep(CONTROLS)
+        found += swept
+        if not self.done(swept):
             return found
         found += self.runs("2M", 2.0, early, CONTROLS)
         found += self.runs("6M", 6.0, early[1:], others)
