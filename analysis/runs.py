@@ -23,6 +23,7 @@ from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
 from training.objective import Objective, batches_of, objective_of
+from training.schedule import learning_rate
 from training.telemetry import clock, energy, listed, other_iterations, timed
 
 # Settings that a comparison of heads keeps the same. Left out are those whose defaults depend on
@@ -30,7 +31,7 @@ from training.telemetry import clock, energy, listed, other_iterations, timed
 SAME = (
     "arch", "n_layer", "n_head", "n_embd", "block_size", "tie_weights", "qk_norm", "dropout",
     "label_smoothing", "doc_mask", "source", "optimizer", "lr_schedule", "warmup_iters",
-    "weight_decay", "beta1", "beta2", "grad_clip",
+    "weight_decay", "beta1", "beta2", "grad_clip", "dtype",
 )  # fmt: skip
 
 
@@ -252,18 +253,34 @@ def unequal_training(runs: list[Run], iterations: list[int]) -> str | None:
 
 
 def unequal_settings(runs: list[Run]) -> str | None:
-    """A sentence if the runs differ in a setting of SAME or in the size of an iteration, else None.
-    Heads and learning rates may differ: each head is compared at the rate that suits it."""
+    """A sentence if the runs differ in a setting of SAME, in the size of an iteration, in how far
+    the learning rate decays or in the seeds of a head, else None. Heads and peak learning rates may
+    differ: each head is compared at the rate that suits it."""
     settings = [vars(run.model_config) | vars(run.config) for run in runs]
     values = {name: [str(s[name]) for s in settings] for name in SAME}
     values["dataset"] = [Path(run.trained_on).name for run in runs]
     values["tokens an iteration"] = [f"{run.tokens_per_iteration():,}" for run in runs]
+    values["learning rate at the end"] = [
+        f"{learning_rate(run.config.max_iters, run.config) / run.config.learning_rate:.0%} of its"
+        " peak"
+        for run in runs
+    ]
+    values["seed"] = ["/".join(map(str, sorted(each))) for each in seeds(runs).values()]
     found = [
         f"{name} ({' and '.join(dict.fromkeys(each))})"
         for name, each in values.items()
         if len(set(each)) > 1
     ]
     return f"The heads are not the only difference: also {listed(found, 4)}." if found else None
+
+
+def seeds(runs: list[Run]) -> dict[tuple[str, str], set[int]]:
+    """The seeds of the runs of each pair of head and link."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for run in runs:
+        pair = run.model_config.head, run.model_config.link
+        found.setdefault(pair, set()).add(run.config.seed)
+    return found
 
 
 def uneven(run: Run) -> str | None:

@@ -15,6 +15,7 @@ from analysis.runs import (
     caution,
     energy_of,
     lossy,
+    seeds,
     texts_differ,
     unequal_settings,
     unequal_training,
@@ -281,11 +282,7 @@ def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
 
 def single_seeds(runs: list[Run]) -> str | None:
     """A sentence if a pair of head and link has only one seed, else None."""
-    seeds: dict[tuple[str, str], set[int]] = {}
-    for run in runs:
-        pair = run.model_config.head, run.model_config.link
-        seeds.setdefault(pair, set()).add(run.config.seed)
-    single = [len(found) == 1 for found in seeds.values()]
+    single = [len(found) == 1 for found in seeds(runs).values()]
     if not any(single):
         return None
     few = "This is one seed of each head." if all(single) else "Some heads have only one seed."

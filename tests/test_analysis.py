@@ -289,6 +289,17 @@ def test_different_tokenizers_are_told(home, tmp_path, monkeypatch, capsys):
     slow = dataclasses.replace(ce, config=config)
     assert unequal_settings([ce, ce]) is None
     assert f"also warmup_iters ({ce.config.warmup_iters} and 77)." in unequal_settings([ce, slow])
+    flat = dataclasses.replace(ce.config, learning_rate=0.5, min_lr=0.5)
+    assert "(10% of its peak and 100% of its peak)" in unequal_settings(
+        [ce, dataclasses.replace(ce, config=flat)]
+    )
+    other_seed = dataclasses.replace(ce, config=dataclasses.replace(ce.config, seed=7))
+    cosine = dataclasses.replace(
+        ce, model_config=dataclasses.replace(ce.model_config, head="cosine")
+    )
+    both = f"{min(7, ce.config.seed)}/{max(7, ce.config.seed)}"
+    assert unequal_settings([ce, other_seed]) is None  # two seeds of one head
+    assert f"also seed ({both} and {ce.config.seed})." in unequal_settings([ce, other_seed, cosine])
     assert "different data: only bits/byte" in caution([ce, other], [ce.data(), longer])
 
 

@@ -412,6 +412,12 @@ def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
     ) and len(losses) == 3
     (kept,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     assert b"train_loss" in kept.read_bytes() and b"n_embd" in kept.read_bytes()
+    # A resumed run is the same W&B run, with its new settings.
+    more = [f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_iters=5", "--wandb=true"]
+    done = script("train.py", *more, env=environment)
+    assert done.returncode == 0, done.stderr
+    parts = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(parts) == 2 and len({part.name for part in parts}) == 1
 
 
 # bad input: one message, exit status 2, no traceback, nothing written

@@ -70,7 +70,8 @@ class Metrics:
     """Appends JSON lines to metrics.jsonl, and sends them to TensorBoard and W&B if wanted.
 
     iteration: where the run starts. Lines that it will write again are removed: steps from there
-    on, and later evaluations.
+    on, and later evaluations. A resumed run continues its W&B run, whose id is in wandb/id. W&B
+    keeps the first numbers of an iteration that it gets twice.
     """
 
     def __init__(
@@ -95,7 +96,18 @@ class Metrics:
         if wandb:
             import wandb as module
 
-            self.wandb = module.init(dir=out_dir, name=out_dir.name, config=config)
+            kept = out_dir / "wandb/id"
+            known = kept.read_text(encoding="utf-8") if iteration and kept.is_file() else None
+            self.wandb = module.init(
+                dir=out_dir,
+                name=out_dir.name,
+                config=config,
+                id=known,
+                resume="allow" if known else None,
+                allow_val_change=True,
+            )
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(self.wandb.id, encoding="utf-8")
 
     def write(self, record: dict) -> None:
         """Writes a record, which has `iter`. JSON has no NaN and infinity, so they become texts."""
