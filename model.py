@@ -795,10 +795,13 @@ class Model(nn.Module):
         smoothing = self.config.label_smoothing if self.training else 0.0
         if not smoothing:
             return self.head.loss(x, targets, reduction=reduction)
-        logits = self.head(x).flatten(0, -2)
-        return F.cross_entropy(
-            logits, targets.flatten(), reduction=reduction, label_smoothing=smoothing
-        )
+        logits, targets = self.head(x).flatten(0, -2), targets.flatten()
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        if reduction == "none":
+            return losses
+        if reduction == "sum":
+            return losses.sum()
+        return losses.sum() / (targets != IGNORE_INDEX).sum().clamp_min(1)  # 0 without targets
 
     @torch.inference_mode()
     def generate(

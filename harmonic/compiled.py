@@ -21,6 +21,15 @@ def load(name: str) -> ModuleType | None:
         return None
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation follows the operations. Our own operators
+    have no rule for them, and a tangent would silently become 0."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.peek_interpreter_stack()
+    return levels is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def _numba_for(x: Tensor) -> ModuleType | None:
     """The module of Numba kernels, or None if this process cannot run them on tensors like x."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -67,6 +76,8 @@ def unit_vectors(x: Tensor) -> Tensor | None:
 
     None if there is no compiled kernel for x, or if x is too small to profit from one.
     """
+    if transformed():
+        return None
     if x.device.type == "cuda" and x.dtype == torch.float32:
         module = load("triton")
         return module.Unit.apply(x) if module and x.shape[-1] <= module.Unit.WIDEST else None

@@ -367,6 +367,10 @@ _SAME_AS = {
 }
 
 
+# States are layer-normalised, so |h-w| can be 10, and 10^32 is near the largest float32.
+LARGEST_P = 32.0
+
+
 def _positive(name: str, key: str, value: Any) -> float:
     try:
         number = float(value)
@@ -374,6 +378,13 @@ def _positive(name: str, key: str, value: Any) -> float:
         raise ValueError(f"{name}: {key} must be a positive number, got {value!r}") from None
     if not number > 0:
         raise ValueError(f"{name}: {key} must be positive, got {number}")
+    if number == math.inf and key != "p":
+        raise ValueError(f"{name}: {key} must be finite, got {number}")
+    if key == "p" and LARGEST_P < number < math.inf:
+        raise ValueError(
+            f"{name}: p={number:g} is above {LARGEST_P:g}, so |h-w|^p leaves the range of float32:"
+            " use chebyshev, which is p = inf, or chebyshev_smooth"
+        )
     return number
 
 

@@ -105,13 +105,19 @@ class HarmonicHead(nn.Module):
         self.name, self.link, self.options = name, link, options
         self.impl, self.skip, self.precision = impl, skip, precision
         self.real_vocab_size = real_vocab_size or vocab_size
-        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=init_std))
+        # A model that is built in half precision has float32 prototypes too.
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        dtype = torch.get_default_dtype() if distance.is_control else wide
+        table = torch.empty(vocab_size, n_embd, dtype=dtype)
+        self.weight = nn.Parameter(table.normal_(std=init_std))
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.fixed_strength = self.built_strength = strength
         self.given = (scale if kind == "softmax" else exponent) is not None
         learns = learn_exponent or learn_scale
-        self.log_strength = nn.Parameter(torch.tensor([math.log(strength)])) if learns else None
-        self.distance_parameters = nn.ParameterDict(distance.parameters(n_embd))
+        log_strength = torch.tensor([math.log(strength)], dtype=wide)
+        self.log_strength = nn.Parameter(log_strength) if learns else None
+        trained = {key: t.to(wide) for key, t in distance.parameters(n_embd).items()}
+        self.distance_parameters = nn.ParameterDict(trained)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """torch.nn's hook behind `.to`, `.half` and `.cuda`: every tensor becomes fn(tensor)."""
@@ -155,6 +161,8 @@ class HarmonicHead(nn.Module):
         strength = state_dict.pop(f"{prefix}strength", None)
         if strength is not None:
             self.set_strength(float(strength))
+            if self.log_strength is not None:
+                state_dict.setdefault(f"{prefix}log_strength", self.log_strength.detach().clone())
         elif self.log_strength is None and f"{prefix}weight" in state_dict:
             self.fixed_strength = getattr(self, "built_strength", self.fixed_strength)
         super()._load_from_state_dict(
@@ -223,6 +231,13 @@ class HarmonicHead(nn.Module):
             raise ValueError(f"{self.describe()}: this head has no {kind}")
         self.set_strength(value)
 
+    def _strength_number(self) -> float:
+        """The strength; on the meta device, where a trained one has no value, its first one."""
+        strength = self.strength
+        if isinstance(strength, Tensor) and strength.is_meta:
+            return float(self.fixed_strength)
+        return float(torch.as_tensor(strength).item())
+
     def kind(self) -> str:
         """The distance, its options and the link, such as "minkowski, p = 3, harmonic link"."""
         given = {**HEADS[self.name].options, **self.options}
@@ -235,7 +250,7 @@ class HarmonicHead(nn.Module):
         if self.is_control:
             return self.name
         symbol = "n" if self.is_harmonic else "s"
-        strength = torch.as_tensor(self.strength).item()
+        strength = self._strength_number()
         return f"{self.name}, {self.link} link, {symbol} = {strength:.4g}"
 
     @torch.no_grad()
@@ -267,7 +282,7 @@ class HarmonicHead(nn.Module):
         }
         strength = self.strength_name
         if strength is not None:
-            found[strength] = torch.as_tensor(self.strength).item()
+            found[strength] = self._strength_number()
             found[f"learn_{strength}"] = self.log_strength is not None
         return found
 

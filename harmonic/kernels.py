@@ -75,17 +75,28 @@ def _lp_terms(x: Tensor, y: Tensor, p: float = 1.0) -> Tensor:
     return _power((x - y).abs(), p)
 
 
-def _canberra_parts(x: Tensor, y: Tensor, floor: float, q: float) -> tuple[Tensor, Tensor, Tensor]:
-    s = x.abs() + y.abs()
-    s = s.clamp_min(floor) if floor else torch.where(s == 0, 1.0, s)  # So 0/0 is 0, as in SciPy.
-    return (x - y).abs(), s, s.pow(q - 1)
-
-
 def _canberra_terms(
     x: Tensor, y: Tensor, floor: float = 0.0, q: float = 0.0, weighted: bool = False
 ) -> Tensor:
-    difference, s, factor = _canberra_parts(x, y, floor, q)
-    return difference * factor / ((s * factor).sum(-1, keepdim=True) if weighted else 1.0)
+    difference, s = (x - y).abs(), x.abs() + y.abs()
+    if weighted:
+        # The ratio below does not depend on the scale of s, so neither does its gradient. At scale
+        # 1 no power overflows.
+        largest = s.detach().amax(-1, keepdim=True)
+        scale = torch.where(largest == 0, 1.0, largest)
+        difference, s = difference / scale, s / scale
+    zero = s == 0
+    s = s.clamp_min(floor) if floor else torch.where(zero, 1.0, s)  # So 0/0 is 0, as in SciPy.
+    factor = s.pow(q - 1)
+    if not weighted:
+        return difference * factor
+    return (
+        difference
+        * factor
+        / torch.where(zero, 0.0, s * factor)
+        .sum(-1, keepdim=True)
+        .clamp_min(torch.finfo(s.dtype).tiny)
+    )
 
 
 def _canberra(x: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -113,6 +124,8 @@ def l2_pairs(h: Tensor, w: Tensor, how: Products, squares: Tensor | None = None)
         raw = torch.addmm(hh + ww, h, w.T, alpha=-2)
     else:
         raw = (hh + ww).sub(inner_products(h, w, how), alpha=2)
+    if raw.is_meta:
+        return raw
     if raw.numel() and (raw.detach().amin(-1, keepdim=True) > NEAR * (hh + ww.amax())).all():
         # No pair cancels and none is near the floor. This is so for almost every batch.
         return raw

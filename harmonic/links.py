@@ -44,6 +44,12 @@ def logits(
     return -strength * (log_d if link == "harmonic" else log_d.exp())
 
 
+def log_ratio(level: Tensor, nearest: Tensor) -> Tensor:
+    """log(level / nearest) for 0 < nearest <= level; exact where both are close."""
+    ratio = (level - nearest) / nearest
+    return torch.where(ratio < 1e37, ratio.log1p(), level.log() - nearest.log())
+
+
 def resolve_exponent(name: str, dim: int, exponent: float | str | Tensor | None = None) -> float:
     """The exponent n as a number.
 
@@ -71,8 +77,9 @@ def default_scale(
     0.02, as in a new model. At that distance `-s d` and `-n log d` have the same slope.
     """
     generator = torch.Generator().manual_seed(0)
-    # The device is named because this may run inside torch.device("meta").
-    h, w = (torch.randn(64, dim, generator=generator, device="cpu") for _ in range(2))
+    # This may run inside torch.device("meta"), and with another default dtype.
+    like: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
+    h, w = (torch.randn(64, dim, generator=generator, **like) for _ in range(2))
     options = {k: v for k, v in settings.items() if k in resolve(name)[0].options}
     typical = paired_distance(F.layer_norm(h, (dim,)), 0.02 * w, name, **options).median().item()
     return resolve_exponent(name, dim, exponent) / typical

@@ -129,7 +129,7 @@ def harmonic_loss(  # noqa: PLR0913
     states, prototypes = together(h.reshape(-1, h.shape[-1]), w)
     if not isinstance(strength, Tensor):  # `full` would make torch.compile compile each value.
         strength = torch.ones((), dtype=states.dtype, device=states.device) * strength
-    bias = None if bias is None else bias.to(states)
+    bias = None if bias is None else bias.to(states).contiguous()
     tensors = (states, prototypes, targets.reshape(-1).long(), strength.to(states), bias)
     problem = Problem(*tensors, list(trained.values()), draw_seed(distance, training), spec)
     losses = evaluate(problem)

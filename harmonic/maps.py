@@ -92,21 +92,23 @@ def _hard(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
     return (x > 0).to(x.dtype) + (soft - soft.detach())
 
 
-EPSILON_FULL = 1e-6  # In P = A A' + eps I: keeps P positive definite, whatever A becomes.
+# In P = A A' + eps I: keeps P positive definite if A has no numbers of 1e5 or more.
+EPSILON_FULL = 1e-6
 
 
 def _positive(factor: Tensor | None = None) -> dict[str, Tensor]:
     """Full Mahalanobis: from A (C, C), the L of P = A A' + eps I = L L'. NaN if A is not finite."""
     if factor is None:
         return {}
-    identity = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
+    place = "cpu" if factor.device.type == "mps" else factor.device  # MPS has no float64.
+    identity = torch.eye(len(factor), dtype=torch.float64, device=place)
     if torch.compiler.is_exporting():
         # ONNX has no factorisation. [A, sqrt(eps) I] is also such an L, but twice as wide.
-        beside = math.sqrt(EPSILON_FULL) * identity.to(factor.dtype)
+        beside = math.sqrt(EPSILON_FULL) * identity.to(factor)
         return {"factor": torch.cat((factor, beside), 1)}
-    wide = factor.double()  # Only the factorisation needs float64.
+    wide = factor.to(place).double()  # Only the factorisation needs float64.
     triangle, failed = torch.linalg.cholesky_ex(wide @ wide.T + EPSILON_FULL * identity)
-    return {"factor": torch.where(failed > 0, math.nan, triangle).to(factor.dtype)}
+    return {"factor": torch.where(failed > 0, math.nan, triangle).to(factor)}
 
 
 def _triangle(factor: Tensor | None = None) -> dict[str, Tensor]:

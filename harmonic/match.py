@@ -48,7 +48,7 @@ def match(head: HarmonicHead, states: Tensor, weight: Tensor, bias: Tensor | Non
 
     Args:
         head: has V rows, and is changed in place. Trained parameters of its distance should still
-            have their initial values.
+            have their initial values. If it has a bias, that becomes `bias` less its mean.
         states: (N, C) hidden states of real text. N is at least 2, better several times C.
             Predictions are compared on ROWS of them.
         weight: (V', C), the output matrix of the source. V' <= V; the other rows are padding.
@@ -85,8 +85,12 @@ def match(head: HarmonicHead, states: Tensor, weight: Tensor, bias: Tensor | Non
             head.padded_prototypes()[:rows] = _on_a_sphere(head, states.float(), w, b, z, p)
             return _fit_strength(head, h, p)
         few = max(2, PAIRS // rows)
-        biased = weight[:rows].float() + torch.outer(b, _constant(states.float()))
-        return _fit_scale(head, _spread(h, few), biased, _spread(p, few))
+        table = weight[:rows].float()
+        if head.bias is None:
+            table = table + torch.outer(b, _constant(states.float()))
+        else:
+            head.bias.zero_()[:rows] = b
+        return _fit_scale(head, _spread(h, few), table, _spread(p, few))
 
 
 def _constant(h: Tensor) -> Tensor:

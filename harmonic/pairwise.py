@@ -50,25 +50,59 @@ def exactly(device: torch.device) -> Iterator[None]:
 
     The caller's settings come back afterwards.
     """
-    if device.type == "cuda" and torch.backends.cuda.matmul.allow_fp16_accumulation:
-        torch.backends.cuda.matmul.allow_fp16_accumulation = False
-        try:
-            with exactly(device):
-                yield
-        finally:
-            torch.backends.cuda.matmul.allow_fp16_accumulation = True
-        return
-    precision = torch.get_float32_matmul_precision()
     casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if casts else contextlib.nullcontext():
-        if precision == "highest":
+    with (
+        torch.autocast(device.type, enabled=False) if casts else contextlib.nullcontext(),
+        _sums_in_float32(device),
+        _full_products(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _sums_in_float32(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_fp16_accumulation:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
+@contextlib.contextmanager
+def _full_products() -> Iterator[None]:
+    """Inside, products of float32 matrices are full float32."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # The caller has set `fp32_precision`, which replaces that function.
+        with _ieee():
             yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        return
+    if precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def _ieee() -> Iterator[None]:
+    """`_full_products` by the newer settings of PyTorch."""
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def check_vectors(h: Tensor, w: Tensor, paired: bool = False) -> None:
@@ -149,6 +183,18 @@ def log_pairs(both: Operands, products: Products = FLOAT32) -> Tensor:
     return log_distance(both.distance, raw, u, both.v, both.options)
 
 
+def level_pairs(both: Operands, products: Products = FLOAT32) -> Tensor:
+    """d^(1/root) of all pairs, up to a constant factor: (N, V). Not for controls.
+
+    Unlike log d it keeps the digits in which near distances differ.
+    """
+    level = pairs(both.x, both.y, both.distance.kernel, both.options, products)
+    if both.distance.denominator is None or both.u is None or both.v is None:
+        return level
+    size = (both.u[:, None] + both.v).abs().clamp_min(both.distance.denominator.floor)
+    return level / size ** (1 / both.distance.root(**both.options))
+
+
 def fast_log_pairs(both: Operands) -> Tensor:
     """`log_pairs`, with a compiled kernel if there is one for these tensors."""
     if torch.compiler.is_exporting():
@@ -195,12 +241,19 @@ def paired_distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
 def contributions(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
     """The share of each coordinate in the distance of a pair: (..., C), (..., C) -> (..., C).
 
-    The shares of a pair are not negative and add up to 1. For distances that are sums they are
-    exact; those of l2 are shares of the squared distance. For the maximum, one coordinate has share
-    1. For the smooth maximum they are its softmax weights. For a dot product they are shares of
-    sum |h w|. Settings are those of `distance`.
+    The shares of a pair are not negative and add up to 1; all are 0 if h = w. For distances that
+    are sums they are exact; those of l2 are shares of the squared distance. For the maximum, one
+    coordinate has share 1. For the smooth maximum they are its softmax weights. For a dot product
+    they are shares of sum |h w|. Full Mahalanobis mixes coordinates: with d = h - w they are shares
+    of sum |d (P d)|. Settings are those of `distance`.
     """
     with exactly(h.device):
         both = operands(h, w, name, paired=True, **settings)
-        terms = KERNELS[both.distance.kernel].terms(both.x, both.y, **both.options).abs()
+        chosen = both.distance
+        terms = KERNELS[chosen.kernel].terms(both.x, both.y, **both.options).abs()
+        if chosen.map is not None and chosen.map.multiplies:
+            factor = chosen.prepared(resolve(name, **settings)[1]).get("factor")
+            if factor is not None:  # P = factor factor'
+                x, y = together(h, w)
+                terms = ((x - y) * ((both.x - both.y) @ factor.to(x.dtype).T)).abs()
     return terms / terms.sum(-1, keepdim=True).clamp_min(torch.finfo(terms.dtype).tiny)

@@ -114,6 +114,12 @@ def test_the_others_are_fitted_in_scale_and_exponent(name):
         assert kl(h, w, None, other) > 0.999 * kl(h, w, None, head)
 
 
+def test_a_bias_is_matched_by_a_bias():
+    h, w, b = source(bias=True)
+    head = HarmonicHead(C, V, "cross_entropy", bias=True).eval()
+    assert abs(match(head, h, w, b)) < 1e-6 and abs(kl(h, w, b, head)) < 1e-6
+
+
 def test_match_refuses_what_does_not_fit():
     h, w, _ = source()
     with pytest.raises(ValueError, match="does not match an unembedding of"):

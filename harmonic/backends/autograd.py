@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import transformed
 from ..pairwise import exactly, map_both
 from ..twice import plain_gradients, wants_graph
 from . import Gradients, Problem, Spec, choose
@@ -24,7 +25,7 @@ from .chunked import token_losses
 
 def evaluate(problem: Problem) -> Tensor:
     """The loss of a problem, differentiable: a scalar, or (N,) for reduction="none"."""
-    if problem.spec.impl == "dense" or _transformed():
+    if problem.spec.impl == "dense" or transformed():
         if torch.compiler.is_dynamo_compiling():
             from ..untraced import dense
 
@@ -53,15 +54,6 @@ def evaluate(problem: Problem) -> Tensor:
     return found
 
 
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation follows the operations. The operator has
-    no rule for them, and a tangent would silently become 0."""
-    if torch.compiler.is_compiling():
-        return False
-    levels = torch._C._functorch.peek_interpreter_stack()
-    return levels is not None or torch.autograd.forward_ad._current_level >= 0
-
-
 # torch.compile cannot trace the checks, because they look at values.
 def _dense(problem: Problem) -> Tensor:
     """The loss from all logits (N, V) at once, with PyTorch's own gradients.
@@ -75,8 +67,13 @@ def _dense(problem: Problem) -> Tensor:
         seed = None if problem.seed is None else int(problem.seed)
         both = map_both(problem.distance, problem.states, table, seed, settings, options)
         losses = token_losses(problem, both, problem.strength, problem.bias, problem.targets)
-        losses = losses * problem.weights
+        losses = _known(losses, problem.weights) * problem.weights
     return losses if problem.spec.reduction == "none" else losses.sum()
+
+
+def _known(losses: Tensor, weights: Tensor) -> Tensor:
+    """The losses, with 0 in place of ignored ones. These could be infinite, and inf * 0 is NaN."""
+    return torch.where(weights == 0, 0.0, losses)
 
 
 # The name contains the module's, because an exported model has its own copies of these files.
@@ -161,17 +158,18 @@ def _kept_rows(problem: Problem, needs_grad: bool) -> tuple[Tensor, Gradients | 
     )
     loss, gradients = _run(part, needs_grad)
     if gradients is not None:
-        states = torch.zeros_like(problem.states)
+        states = problem.states.new_zeros(problem.states.shape)  # contiguous, as it was declared
         states[kept] = gradients.states
         gradients = replace(gradients, states=states)
     return loss, gradients
 
 
 def _run(problem: Problem, needs_grad: bool) -> tuple[Tensor, Gradients | None]:
-    result = choose(problem).loss(problem, needs_grad)
+    result, weights = choose(problem).loss(problem, needs_grad), problem.weights
+    losses = _known(result.losses, weights)
     if problem.spec.reduction == "none":
-        return result.losses * problem.weights, result.gradients
-    return result.losses.dot(problem.weights), result.gradients
+        return losses * weights, result.gradients
+    return losses.dot(weights), result.gradients
 
 
 @_operator.register_fake
@@ -269,7 +267,10 @@ def _weighed(problem: Problem) -> Problem:
     if spec.reduction == "mean":
         weights = weights / weights.sum().clamp_min(1)
     weights = torch.where(known | ~kept, weights, math.nan)
-    return replace(problem, targets=torch.where(known, targets, 0), weights=weights, finite=finite)
+    targets, states = torch.where(known, targets, 0), problem.states
+    if states.device.type != "cpu" or not kept.all():  # An ignored state may be NaN.
+        states = torch.where(kept[:, None], states, 0.0)
+    return replace(problem, states=states, targets=targets, weights=weights, finite=finite)
 
 
 def check_values(problem: Problem) -> bool:

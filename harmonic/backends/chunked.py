@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..links import logits
-from ..pairwise import Operands, log_pairs
+from ..links import log_ratio, logits
+from ..pairwise import Operands, level_pairs, log_pairs
 from . import Backend, Problem, Result
 from .mapped import Sides
 
@@ -19,7 +19,14 @@ def token_losses(
     problem: Problem, both: Operands, strength: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
     """The loss of each row of mapped operands, differentiable: (N,). targets: (N,)."""
-    found = logits(log_pairs(both, problem.spec.products), strength, problem.spec.link, bias)
+    link, products = problem.spec.link, problem.spec.products
+    if link == "harmonic":
+        # Logits relative to the nearest prototype. -n log d itself would be too large to be exact.
+        level = level_pairs(both, products)
+        far = log_ratio(level, level.detach().amin(-1, keepdim=True))
+        found = -strength * both.distance.root(**both.options) * far
+    else:
+        found = logits(log_pairs(both, products), strength, link, bias)
     return F.cross_entropy(found, targets, reduction="none")
 
 

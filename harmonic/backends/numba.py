@@ -107,6 +107,12 @@ def _greater(b, x, y):
     return b.call(function, (x, y), fastmath=("nnan", "nsz"))
 
 
+@_inlined
+def _lesser(x, y):
+    """The smaller of two numbers that are not NaN."""
+    return -_greater(-x, -y)
+
+
 # exp and log. Numba's own are function calls, which prevent vectorised loops.
 
 
@@ -393,7 +399,18 @@ def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
     for j in range(e.size):
         nearest = e[j] if e[j] < nearest else nearest
         strange += raw[j] != raw[j]
-    return nearest, strange > 0
+    if link == CONTROL:  # The bias may be NaN too.
+        for j in range(e.size):
+            strange += e[j] != e[j]
+    # The softmax is NaN too if the nearest is infinitely far (an overflow), or its logit infinite.
+    return nearest, strange > 0 or abs(nearest) == f32(np.inf)
+
+
+@njit(**OPTIONS)
+def _log_ratio(e, nearest):
+    """log(e / nearest), exact if both are close, for 0 < nearest <= e."""
+    ratio = (e - nearest) / nearest
+    return _log1p(ratio) if ratio < f32(1e37) else math.log(e) - math.log(nearest)
 
 
 @njit(**OPTIONS)
@@ -516,7 +533,7 @@ def _epilogue(
                 row, e, own[i], low, u[i], v, bias, link, terms, floor, root, factor
             )
             total, moment = _probabilities(e, p, nearest, strength, link, root)
-            far = root * _log1p((e[y] - nearest) / nearest) if link == HARMONIC else e[y] - nearest
+            far = root * _log_ratio(e[y], nearest) if link == HARMONIC else e[y] - nearest
             losses[i] = np.nan if strange else math.log(total) + strength * far
             if needs_grad:
                 into = slope[i, :V]
@@ -581,14 +598,14 @@ def _cube_slope(x, y, s, p, r):
 
 
 def _power_term(x, y, p, r):
-    d = abs(x - y)
-    return _exp(p * _log(_greater(d, f32(1e-37)))) if d > f32(1e-37) else f32(0)
+    power = p * _log(_greater(abs(x - y), f32(1e-37)))
+    return f32(0) if power < f32(-87) else f32(np.inf) if power > f32(88.7) else _exp(power)
 
 
 def _power_slope(x, y, s, p, r):
     d = x - y
-    size = _greater(abs(d), f32(1e-37))
-    g = _turned(s * p * _exp((p - f32(1)) * _log(size)), d) if abs(d) > f32(1e-37) else f32(0)
+    power = (p - f32(1)) * _log(_greater(abs(d), f32(1e-37)))
+    g = _turned(s * p * _exp(_lesser(power, f32(88))), d) if abs(d) > f32(1e-37) else f32(0)
     return g, -g
 
 
@@ -1005,24 +1022,25 @@ class _Work:
         apart = self.kernel in ("linf", "lse")  # Their gradients need the raw values again.
         self.rows = min(N, max(4, CHUNK // (1 + apart) // V // 4 * 4))
         self.wide = max(V, 4)
-        self.raw = torch.empty(max(self.rows, 4), self.wide)
+        self.raw = self.x.new_empty(max(self.rows, 4), self.wide)
         self.slope = torch.empty_like(self.raw) if apart and needs_grad else self.raw
-        self.scratch, self.sums = torch.empty(self.threads, 2, V), torch.zeros(self.threads, V)
-        self.losses, self.row_sums, self.strengths = torch.empty(N), torch.empty(N), torch.empty(N)
-        self.zeros = torch.zeros(max(N, V))
+        self.scratch = self.x.new_empty(self.threads, 2, V)
+        self.sums = self.x.new_zeros(self.threads, V)
+        self.losses, self.row_sums, self.strengths = self.x.new_empty(3, N)
+        self.zeros = self.x.new_zeros(max(N, V))
         self._measure()
-        self.dx = torch.zeros(N, C) if needs_grad else None
+        self.dx = self.x.new_zeros(N, C) if needs_grad else None
         self.dy = self.y.new_gradient() if needs_grad else None
         self.shares = None
         if needs_grad and not self.matmul:
             self.dy.zero_()
-            self.shares = torch.empty(self.threads, max(self.rows, 4), C)
+            self.shares = self.x.new_empty(self.threads, max(self.rows, 4), C)
 
     def _measure(self):
         self.xx, self.yy, middle = (
             self._sizes(self.x),
-            torch.empty(len(self.y)),
-            torch.zeros(self.x.shape[1]),
+            self.x.new_empty(len(self.y)),
+            self.x.new_zeros(self.x.shape[1]),
         )
         for first, block in self.y.blocks():
             self.yy[first : first + len(block)] = self._sizes(block)
@@ -1037,7 +1055,9 @@ class _Work:
                 self._sizes(self.x),
                 torch.cat([self._sizes(block) for _, block in self.y.blocks()]),
             )
-        self.own_low, self.low = self._low(self.xx), self._low(self.yy)
+        # The floor of a pair is their sum, and never 0.
+        self.own_low = self._low(self.xx).clamp_min(torch.finfo(self.x.dtype).tiny)
+        self.low = self._low(self.yy)
 
     def _sizes(self, x):
         """`value(x, 0)`: (M, C) -> (M,)."""
@@ -1046,10 +1066,9 @@ class _Work:
         return sizes(self.kernel, x, **self.problem.kernel_options)
 
     def _low(self, of_rows):
-        """What one operand adds to the floor of the raw values, never 0: (M,) -> (M,)."""
-        info = torch.finfo(of_rows.dtype)
+        """What one operand adds to the floor of the raw values: (M,) -> (M,)."""
         power = KERNELS[self.kernel].power(**self.problem.kernel_options)
-        return (of_rows * info.eps**power).clamp_min(info.tiny)
+        return of_rows * torch.finfo(of_rows.dtype).eps ** power
 
 
 def loss(problem: Problem, needs_grad: bool) -> Result:

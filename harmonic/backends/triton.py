@@ -45,6 +45,7 @@ import triton
 import triton.language as tl
 
 from ..kernels import KERNELS, NEAR
+from ..links import log_ratio
 from ..maps import unit
 from ..precision import FLOAT32
 from ..twice import plain_gradients, wants_graph
@@ -492,7 +493,8 @@ def _fall(level, best, LINK: tl.constexpr, ROOT: tl.constexpr):
         ratio = tl.minimum((level - best) * (1.0 / best), 1e38, propagate_nan=tl.PropagateNan.ALL)
         fall = -ROOT * _log1p(ratio)
     else:
-        fall = best - level
+        # A logit of -inf has probability 0, also beside others of -inf.
+        fall = tl.where(level == float("inf"), float("-inf"), best - level)
     return fall
 
 
@@ -1007,11 +1009,7 @@ def _by_coordinates(x):
 
 def _difference(level, best, epilogue):
     """`_fall` in PyTorch."""
-    return (
-        -epilogue.root * ((level - best) / best).log1p()
-        if epilogue.link == "harmonic"
-        else best - level
-    )
+    return -epilogue.root * log_ratio(level, best) if epilogue.link == "harmonic" else best - level
 
 
 def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):

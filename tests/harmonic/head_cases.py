@@ -8,6 +8,7 @@ import torch
 from harmonic import (
     DISTANCES,
     HEADS,
+    IGNORE_INDEX,
     harmonic_loss,
 )
 from harmonic.backends import numba
@@ -68,3 +69,60 @@ def gradients(h, w, y, name, dtype=torch.float32, **kw):
     loss = harmonic_loss(a, b, y, name, **kw)
     loss.backward()
     return loss.detach().double(), a.grad.double(), b.grad.double()
+
+
+def losses_of_strange_input(impl, device="cpu"):
+    """Checks of a backend: biases and ignored states that are not finite, and tables at whose
+    nearest distance a ratio overflows."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = torch.randn(6, 8, generator=generator), torch.randn(70, 8, generator=generator)
+    targets, columns = torch.arange(6) % 3, torch.randn(70, 3, generator=generator)
+
+    def run(name="cross_entropy", h=h, w=w, targets=targets, bias=None, how=impl, **settings):
+        x, y = (a.detach().clone().to(device).requires_grad_() for a in (h, w))
+        t = targets.to(device)
+        bias = None if bias is None else bias.to(device)
+        settings |= dict(bias=bias, impl=how, check_finite=False)
+        loss = harmonic_loss(x, y, t, name, **settings)
+        loss.sum().backward()
+        return loss.detach(), x.grad, y.grad
+
+    def alike(found, expected):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+    alike(run(bias=columns[:, 1]), run(bias=columns[:, 1].contiguous(), how="dense"))
+    for strange in (math.nan, math.inf):
+        bias = torch.zeros(70)
+        bias[5] = strange
+        loss, dx, dy = run(bias=bias)
+        assert loss.isnan() and dx.isnan().all() and dy.isnan().any()
+    masked = torch.where(torch.arange(70) < 3, 0.0, -math.inf)  # more than a whole block
+    loss, dx, dy = run(bias=masked)
+    alike((loss, dx, dy[:3]), run(w=w[:3], how="dense"))
+    assert dy[3:].abs().max() < 1e-30
+
+    ignored, known = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
+    states, some = h.clone(), targets.clone()
+    states[ignored], some[ignored] = math.nan, IGNORE_INDEX
+    bias = torch.zeros(70)
+    bias[0] = -math.inf
+    some[some == 0] = 3
+    for reduction in ("mean", "none"):
+        loss, dx, dy = run(h=states, targets=some, bias=bias, reduction=reduction)
+        whole = run(h=h[known], targets=some[known], bias=bias, how="dense", reduction=reduction)
+        loss = loss[known] if reduction == "none" else loss
+        alike((loss, dx[known], dy), whole)
+        assert not dx[ignored].any()
+
+    near = h.clone()
+    near[0] = w[7]
+    zero, table = h.clone(), w.clone()
+    zero[0] = table[7] = 0
+    for name, states, settings in (
+        ("minkowski", near, {"p": 8.0, "exponent": 64.0}),
+        ("manhattan", zero, {}),
+        ("canberra", zero, {}),
+        ("bray_curtis_abs", zero, {}),
+    ):
+        given = dict(h=states, w=table if states is zero else w, reduction="none", **settings)
+        alike(run(name, **given)[0], run(name, how="dense", **given)[0])

@@ -121,6 +121,17 @@ def test_compiled_logits_equal_eager_ones(name):
     torch.testing.assert_close(found[1], found[0])
 
 
+def test_transposed_states_with_an_ignored_target_compile():
+    head, x = HarmonicHead(16, 50, "euclidean"), torch.randn(1, 16, 6)
+    targets = torch.tensor([[1, 2, -100, 3, 4, 5]])
+    found = []
+    for function in (head.loss, torch.compile(head.loss, fullgraph=True)):
+        states = x.clone().requires_grad_()
+        function(states.transpose(1, 2), targets).backward()
+        found.append(states.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_the_dense_loss_is_called_as_it_is():
     """It looks at values, so torch.compile must not trace it."""
     torch.manual_seed(0)

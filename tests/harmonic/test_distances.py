@@ -184,6 +184,27 @@ def test_normalised_distances_work_at_any_scale():
             )
 
 
+@pytest.mark.parametrize("q", [0.5, 1.0001, 2.0, 40.0])
+def test_coordinates_that_are_zero_in_both_count_for_nothing(q):
+    h, w = (x.relu() for x in vectors())
+    both, difference = h[:, None] + w, (h[:, None] - w).abs()
+    powers = [torch.where(both > 0, both**power, 0.0) for power in (q - 1, q)]
+    expected = (difference * powers[0]).sum(-1) / powers[1].sum(-1)
+    for dtype in (torch.float64, torch.float32):
+        found = distance(100 * h.to(dtype), 100 * w.to(dtype), "canberra_weighted", q=q)
+        rtol = 1e-12 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis_cholesky"])
+def test_contributions_are_those_of_the_coordinates_themselves(name):
+    h, w = vectors()
+    w = w[:N].clone()
+    w[:, :5], w[:, 6:] = h[:, :5], h[:, 6:]  # Only coordinate 5 differs.
+    shares = contributions(h, w, name, factor=torch.randn(C, C, dtype=torch.float64))
+    torch.testing.assert_close(shares[:, 5], torch.ones(N, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_contributions_add_up(name):
     h, w = vectors()

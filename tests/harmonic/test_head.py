@@ -182,3 +182,48 @@ def test_matching_a_control_fits_its_scale():
     torch.manual_seed(0)
     states, weight = 3 * F.normalize(torch.randn(400, 16), dim=-1), torch.randn(60, 16)
     assert match(HarmonicHead(16, 60, "cosine_scaled"), states, weight) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_another_default_dtype_changes_nothing_of_a_float32_head(dtype):
+    """transformers sets the default dtype while it builds a model."""
+
+    def made():
+        torch.manual_seed(0)
+        made = HarmonicHead(768, 5, "euclidean", learn_exponent=True)
+        return made, HarmonicHead(64, 5, "cosine", link="softmax").scale
+
+    expected, scale = made()
+    h, targets = torch.randn(3, 768), torch.arange(3)
+    loss = expected.loss(h, targets)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found, other_scale = made()
+        assert other_scale == scale
+        assert found.exponent.item() == pytest.approx(3072, rel=1e-6)
+        assert found.weight.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(expected.loss(h, targets), loss)  # of a head made before
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_trained_strength_without_a_value_and_one_that_was_set():
+    with torch.device("meta"):
+        empty = HarmonicHead(8, 20, "euclidean", learn_exponent=True)
+    assert "n = 32" in repr(empty) and empty.config()["exponent"] == 32
+    assert empty(torch.randn(3, 8, device="meta")).shape == (3, 20)
+    fixed = HarmonicHead(8, 20, "euclidean", exponent=4.0)
+    fixed.exponent = 9.0
+    learning = HarmonicHead(8, 20, "euclidean", learn_exponent=True)
+    learning.load_state_dict(fixed.state_dict())
+    assert learning.exponent.item() == pytest.approx(9)
+
+
+def test_forward_mode_works_for_a_large_table_too():
+    head = HarmonicHead(128, 8192, "cosine")  # large enough for a compiled map
+    h, targets = torch.randn(2, 128), torch.tensor([3, 5])
+    x = h.clone().requires_grad_()
+    head.loss(x, targets).backward()
+    found = torch.func.grad(lambda h: head.loss(h, targets))(h)
+    torch.testing.assert_close(found, x.grad, rtol=1e-4, atol=1e-6)

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from head_cases import LINKS, C, N, V, is_straight_through, parameters, vectors
+from head_cases import (
+    LINKS,
+    C,
+    N,
+    V,
+    is_straight_through,
+    losses_of_strange_input,
+    parameters,
+    vectors,
+)
 
 from harmonic import (
     CONTROLS,
@@ -483,6 +492,32 @@ def test_a_target_that_is_no_token_is_never_a_plausible_number(impl, reduction, 
             else loss.isnan()
         )
         assert torch.autograd.grad(loss.sum(), w)[0].isnan().any()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "numba"])
+def test_strange_input_is_never_hidden_and_never_spreads(impl):
+    losses_of_strange_input(impl)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "student_t", "manhattan"])
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+def test_a_large_exponent_costs_no_digits(name, impl):
+    """Logits of -10,000 have three digits after the point in float32."""
+    h = F.layer_norm(vectors(torch.float32)[0], (C,))
+    w, targets = 0.02 * vectors()[1].float(), torch.arange(N)
+    how = dict(exponent=4000.0, impl=impl, reduction="none")
+    exact = harmonic_loss(h.double(), w.double(), targets, name, **how)
+    found = harmonic_loss(h, w, targets, name, **how)
+    assert (found - exact).abs().max() < 4e-4
+
+
+def test_an_overflow_is_nan():
+    h, w = 1e9 * torch.randn(4, 8), torch.randn(9, 8)
+    for impl in ("numba", "chunked"):
+        x = h.clone().requires_grad_()
+        loss = harmonic_loss(x, w, torch.arange(4), "minkowski", p=6.0, impl=impl)
+        loss.backward()
+        assert loss.isnan() and x.grad.isnan().any()
 
 
 def test_hamming_gumbel_is_noisy_only_while_training():

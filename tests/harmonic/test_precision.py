@@ -35,7 +35,7 @@ def test_float32_is_as_exact_as_float32_can_be(name, impl):
     assert (loss - truth).abs().max() < 3e-5
 
 
-@pytest.mark.parametrize("lowered", ["autocast", "matmul precision"])
+@pytest.mark.parametrize("lowered", ["autocast", "matmul precision", "fp32_precision"])
 def test_nothing_lowers_the_precision_of_the_head(lowered):
     """Inside autocast, or with TF32 and bf16 matmuls allowed, every public function gives what it
     gives outside."""
@@ -63,6 +63,13 @@ def test_nothing_lowers_the_precision_of_the_head(lowered):
     if lowered == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             inside = everything()
+    elif lowered == "fp32_precision":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        try:
+            inside = everything()
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
     else:
         torch.set_float32_matmul_precision("medium")
         inside = everything()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, script
+from head_cases import losses_of_strange_input
 
 pytest.importorskip("triton")
 
@@ -377,6 +378,11 @@ def test_a_target_that_is_no_prototype():
     targets[1:4] = torch.tensor([-5, 37, 1037])
     losses, _ = gpu.run(x, y, u, v, strength, bias, targets, weight, Epilogue("lp"), True)
     assert losses.isnan().tolist() == [False, True, True, True, False]
+
+
+@runs
+def test_strange_input_is_never_hidden_and_never_spreads():
+    losses_of_strange_input("triton", DEVICE)
 
 
 @runs
