@@ -78,9 +78,8 @@ def main() -> None:
     compile_kernels(m, device)
 
     # Processes and data.
-    p = start_processes(c, device, stored is not None)
-    if p.local_rank == 0:
-        verify(data)
+    p = start_processes(m, c, data, device, stored is not None)
+    p.on_each_machine(lambda: verify(data))
     dtype, autocast, scaler = precision(c, p)
     evaluate = Evaluation(data, m, c, p, autocast)
 
@@ -183,8 +182,7 @@ def train(run: Run, folder: RunFolder) -> None:
             at.iteration += 1
             if at.iteration % c.log_interval == 0:
                 log.flush(at.iteration)
-            if profile.step():
-                log.restart_clock()
+            log.leave_out(profile.step())
     except KeyboardInterrupt:  # the second Ctrl-C
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:

@@ -9,7 +9,11 @@ class UserError(ValueError):
     """An error that the user can fix.
 
     `cli` prints its message without a traceback, and exits with status 2.
+
+    shared: whether all processes of a run raise it, so that one of them is enough to print it.
     """
+
+    shared = False
 
 
 def check(problems: list[str]) -> None:
@@ -21,14 +25,14 @@ def check(problems: list[str]) -> None:
 
 
 def nearest(
-    name: str, names: Iterable[object], other_names: Mapping[str, str] = MappingProxyType({})
+    name: object, names: Iterable[object], other_names: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """`; did you mean X?` with the most similar valid name, or a list of all names if none is.
 
     other_names: what others call some of the valid names.
     """
-    valid = [str(n) for n in names]
+    name, valid = str(name), [str(n) for n in names]
     if name.lower() in other_names:
         return f"; did you mean {other_names[name.lower()]}?"
-    near = difflib.get_close_matches(str(name), valid, n=1)
+    near = difflib.get_close_matches(name, valid, n=1)
     return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(valid)}"

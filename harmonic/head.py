@@ -24,6 +24,13 @@ def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
     return before.to(after.device) if after.dtype in narrow and before.dtype in wide else after
 
 
+def _check_sizes(n_embd: int, vocab_size: int, real_vocab_size: int | None) -> None:
+    if n_embd < 1 or vocab_size < 1:
+        raise ValueError(f"a table of {vocab_size} prototypes of {n_embd} coordinates is empty")
+    if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
+        raise ValueError(f"real_vocab_size {real_vocab_size} is not in 1..{vocab_size}")
+
+
 class HarmonicHead(nn.Module):
     """The output layer of a language model: prototypes (V, C), a distance and a link.
 
@@ -91,13 +98,10 @@ class HarmonicHead(nn.Module):
                 f"scale={scale} is for the softmax link: set link=softmax too, or an exponent"
                 " instead of the scale"
             )
-        if n_embd < 1 or vocab_size < 1:
-            raise ValueError(f"a table of {vocab_size} prototypes of {n_embd} coordinates is empty")
+        _check_sizes(n_embd, vocab_size, real_vocab_size)
         check_how(impl, skip)
         if bias and name != "cross_entropy":
             raise ValueError(f"{name} takes no bias")
-        if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
-            raise ValueError(f"real_vocab_size {real_vocab_size} is not in 1..{vocab_size}")
         if precision not in PRECISIONS:
             raise ValueError(
                 f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}"

@@ -5,9 +5,10 @@
                a.b = high.high + high.low + low.high
     autocast   operands rounded to autocast's type
 
-Sums are float32 in all three, but on a CPU autocast rounds each result too. A split product is three products on tensor cores. Where sums are
-rounded to nearest it is about as exact as a float32 product (results/precision.csv). Tensor cores
-truncate in their sums. The effect of that has not been measured.
+Sums are float32 in all three, but on a CPU autocast rounds each result too. A split product is
+three products on tensor cores. Where sums are rounded to nearest it is about as exact as a float32
+product (results/precision.csv). Tensor cores truncate in their sums. The effect of that has not
+been measured.
 
 Inner products use float16 parts, which keep 22 bits of a number. Each row is scaled by a power of
 two, so nothing overflows or underflows. Gradients use bfloat16 parts, which keep 16 bits of numbers

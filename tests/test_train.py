@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 import train as train_script
 from base.command_line import cli
+from base.errors import UserError
 from base.files import locked, seal, sha256, unseal
 from base.output import say
 from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
@@ -1075,9 +1076,67 @@ def test_a_damaged_cache_of_the_compiler_is_named(capsys, monkeypatch):
     assert "/cache/ab/main.so, in the cache of torch.compile, is damaged" in err
 
 
+def test_an_overwrite_that_fails_leaves_the_old_run(train, tmp_path, monkeypatch):
+    """Whatever fails after the old files were set aside, they come back."""
+    train(head="cosine")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    def fail(*_):
+        raise UserError("wandb does not start")
+
+    for part in ("Metrics", "write_yaml"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"training.folder.{part}", fail)
+            status, _, err = train(head="manhattan", overwrite=True)
+        assert status == 2 and "wandb does not start" in err
+        assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    status, _, err = train(head="manhattan", overwrite=True)
+    assert status == 0 and not (tmp_path / "run/.replaced").exists(), err
+
+
+def test_a_run_that_ended_while_this_start_waited_is_not_replaced(train, tmp_path, monkeypatch):
+    train(out_dir="other")
+
+    def another_start_ends(*_):
+        shutil.copytree(tmp_path / "other", tmp_path / "run")
+
+    monkeypatch.setattr("train.compile_kernels", another_start_ends)
+    status, _, err = train()
+    assert status == 2 and "run already holds a run" in err
+    assert checkpoint.manifests(tmp_path / "run") and not (tmp_path / "run/.lock").exists()
+
+
+def test_processes_with_different_settings_or_data_do_not_train(train, tmp_path, monkeypatch):
+    """As on two machines with different commands."""
+
+    def two(processes, value):
+        resume, settings, torchrun = value
+        return [
+            value,
+            (resume, {**settings, "learning_rate": 7.0, "the data's val": "x"}, torchrun),
+        ]
+
+    monkeypatch.setattr("training.distributed.Processes.gather", two)
+    status, _, err = train()
+    assert status == 2 and "learning_rate (" in err and "and 7.0)" in err
+    assert "the data's val (" in err and "n_layer" not in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_stop_with_a_checkpoint_when_their_torchrun_is_killed(tmp_path, tiny_data):
+    process = start(tmp_path, tiny_data, 2)
+    ranks = list(workers(process).values())
+    process.kill()
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    last = checkpoint.newest(tmp_path / "run")
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert checkpoint.iteration(last) >= rows[-1]["iter"]
+
+
 def test_what_counts_as_a_restart(tmp_path, monkeypatch):
     """Only a run that the same torchrun has begun: not one that it was refused, nor one that it was
     to replace."""
+    from training.distributed import torchrun_process
     from training.start import begun_by_this_torchrun
 
     path = tmp_path / "environment.json"
@@ -1088,7 +1147,10 @@ def test_what_counts_as_a_restart(tmp_path, monkeypatch):
         path.write_text(json.dumps({"torchrun": stored}))
         assert begun_by_this_torchrun(tmp_path) == expected
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv_id
-    path.write_text(json.dumps({"torchrun": "none"}))
+    path.write_text(json.dumps({"torchrun": "none", "torchruns": ["elsewhere 7"]}))
+    assert not begun_by_this_torchrun(tmp_path)
+    mine = {"torchrun": "none", "torchruns": ["elsewhere 7", torchrun_process()]}
+    path.write_text(json.dumps(mine))
     assert begun_by_this_torchrun(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not begun_by_this_torchrun(tmp_path)

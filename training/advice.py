@@ -196,8 +196,8 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
         )
     if c.log_interval > c.max_iters > 0:
         found.append(
-            f"log_interval={c.log_interval} is beyond max_iters={c.max_iters}: no line about"
-            " training is printed"
+            f"log_interval={c.log_interval} is beyond max_iters={c.max_iters}: training is"
+            " reported only at evaluations"
         )
     if c.min_lr is not None and c.min_lr > c.learning_rate:
         found.append(

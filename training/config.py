@@ -4,6 +4,9 @@ import dataclasses
 import re
 import typing
 
+# PyTorch counts the timeout of a process group in milliseconds, with 32 bits.
+MOST_SECONDS = 2_000_000
+
 
 def of_a_start(default: typing.Any) -> typing.Any:
     """A setting of one start of a run. A resumed run does not take it over."""
@@ -167,15 +170,24 @@ class TrainConfig:
         for key, value in least.items():
             if getattr(self, key) is not None and getattr(self, key) < value:
                 found.append(f"{key}={getattr(self, key)} must be at least {value}")
-        for key in ("learning_rate", "head_learning_rate", "timeout"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                found.append(f"{key}={getattr(self, key)} must be positive")
-        for key in ("weight_decay", "prototype_decay", "grad_clip", "min_lr"):
-            if getattr(self, key) is not None and getattr(self, key) < 0:
-                found.append(f"{key}={getattr(self, key)} must not be negative")
+        found += self._sign_problems()
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 found.append(f"{key}={getattr(self, key)} is not in [0, 1)")
         if not 0 <= self.seed < 2**31:
             found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
+        return found
+
+    def _sign_problems(self) -> list[str]:
+        found = []
+        positive = ("learning_rate", "head_learning_rate", "timeout")
+        for key in (*positive, "weight_decay", "prototype_decay", "grad_clip", "min_lr"):
+            value, what = (
+                getattr(self, key),
+                "be positive" if key in positive else "not be negative",
+            )
+            if value is not None and not (value > 0 or value == 0 and key not in positive):
+                found.append(f"{key}={value} must {what}")
+        if self.timeout > MOST_SECONDS:
+            found.append(f"timeout={self.timeout:g} is above {MOST_SECONDS:,} seconds")
         return found

@@ -6,12 +6,14 @@ torchrun starts one process for each device. Without torchrun there is one proce
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
+import typing
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -35,12 +37,16 @@ _KEPT: list[DistributedDataParallel] = []
 @dataclass
 class Processes:
     """A process and its group: its rank among `world` processes, its rank on this machine
-    (local_rank), and its device."""
+    (local_rank), and its device.
+
+    torchruns: the torchrun of each machine; see `torchrun_process`.
+    """
 
     rank: int
     local_rank: int
     world: int
     device: str
+    torchruns: list[str] = field(default_factory=list)
 
     @property
     def main(self) -> bool:
@@ -70,11 +76,24 @@ class Processes:
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Calls `make()` in the main process, and returns its result in all processes."""
-        value: list[Any] = [make() if self.main else None]
+        """Calls `make()` in the main process, and returns its result in all processes.
+
+        Raises: a UserError of `make` in all processes.
+        """
+        value, error = _tried(make) if self.main else (None, None)
         if self.world > 1:
-            dist.broadcast_object_list(value)
-        return value[0]
+            both: list[Any] = [value, error]
+            dist.broadcast_object_list(both)
+            value, error = both
+        if error is not None:
+            raise shared_error(error)
+        return typing.cast(T, value)
+
+    def on_each_machine(self, do: Callable[[], object]) -> None:
+        """Calls `do()` in one process of each machine. All processes raise its UserError."""
+        error = _tried(do)[1] if self.local_rank == 0 else None
+        for found in filter(None, self.gather(error)):
+            raise shared_error(found)
 
     def wrap(self, model: Model, parallel: str) -> torch.nn.Module:
         """Wraps a model so that its gradients are those of all processes.
@@ -96,6 +115,35 @@ class Processes:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
+
+
+def _tried(make: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `make()`, and the text of its UserError."""
+    try:
+        return make(), None
+    except UserError as error:
+        return None, str(error)
+
+
+def shared_error(text: str) -> UserError:
+    """A UserError that all processes raise."""
+    error = UserError(text)
+    error.shared = True
+    return error
+
+
+def torchrun_process() -> str:
+    """The torchrun that has started this process: its machine and its process id."""
+    return f"{socket.gethostname()} {os.getppid()}"
+
+
+def torchrun_command(world: int) -> str:
+    """How a user starts train.py with so many processes, as far as this process can know."""
+    if world == 1:
+        return "python"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
+        return "torchrun, on each machine as before,"
+    return f"torchrun --standalone --nproc_per_node={world}"
 
 
 def synchronise(wrapped: torch.nn.Module, on: bool) -> None:
@@ -154,11 +202,17 @@ def start(device: str, backend: str, timeout: float) -> Processes:
 
     torchrun sets RANK, LOCAL_RANK and WORLD_SIZE.
     timeout: seconds that a process waits for another one before it gives up.
-    Raises: UserError for more processes than GPUs, or nccl without CUDA.
+    Raises: UserError for more processes than GPUs, nccl without CUDA, or an environment that
+        another launcher than torchrun has set.
     """
     rank, local_rank, world = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+    if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise UserError(
+            f"WORLD_SIZE={world} is set, but not MASTER_ADDR and MASTER_PORT: start the processes"
+            " with torchrun"
+        )
     if device.startswith("cuda") and world > 1:
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UserError(
@@ -235,7 +289,8 @@ def run(main: Callable[[], object]) -> None:
             _explain(main)
         except UserError as error:
             # `cli` prints the error of local rank 0.
-            if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
+            elsewhere = os.environ.get("LOCAL_RANK") != "0"
+            if elsewhere and dist.is_initialized() and not error.shared:
                 print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
             raise
 
@@ -257,13 +312,15 @@ class StopSignals:
 
     SLURM and spot machines send SIGTERM and SIGUSR1. A terminal that closes sends SIGHUP, unless
     nohup has made this process ignore it. A second Ctrl-C raises KeyboardInterrupt at once.
-    Under torchrun only the first Ctrl-C reaches the processes.
+    Under torchrun only the first Ctrl-C reaches the processes. If torchrun itself dies, they stop
+    as after SIGTERM.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, processes: Processes, timeout: float):
         self.asked = 0  # The signal that this process received, or 0.
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             if processes.world > 1
@@ -281,7 +338,7 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.asked or number == signal.SIGINT:
             self.asked = number
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
                 say("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def agreed(self) -> int:
@@ -289,6 +346,9 @@ class StopSignals:
 
         With several processes the answer is one step old, so that no process waits for the others.
         """
+        if self.parent not in (None, os.getppid()) and not self.asked:
+            self.asked = signal.SIGTERM
+            say("torchrun has died; stopping", file=sys.stderr)
         if self.group is None:
             return self.asked
         answer = 0

@@ -3,16 +3,21 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from base.command_line import write_yaml
 from base.errors import UserError
 from base.files import locked
-from text.tokenizers import copy_tokenizer
+from model import ModelConfig
+from text.token_files import Data
+from text.tokenizers import TRAINED_FILES, copy_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
+from training.distributed import Processes
 from training.run import Run
+from training.start import check_out_dir
 from training.telemetry import Emissions, Metrics, environment, write_environment
 
 
@@ -36,34 +41,54 @@ class RunFolder:
         self.writer: checkpoint.Writer | None = None  # The same.
         self.emissions: Emissions | None = None
         self.lock = contextlib.ExitStack()  # Held by the main process.
-        if p.main:
-            try:
-                self._open(run, resumed, changed)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process trains in {self.path}: stop it, or name another --out_dir."
-                    f" If it ran on a machine that is dead, delete {self.path / '.lock'}"
-                ) from None
-            except OSError as error:
-                message = f"out_dir={self.path} cannot be written: {error.strerror}"
-                raise UserError(message) from None
+        p.from_main(lambda: self._open(run, resumed, changed))
         if c.emissions and p.local_rank == 0:  # One tracker for each machine.
             node = int(os.environ.get("GROUP_RANK", 0))
             self.emissions = Emissions(self.path, c.emissions_country, node)
 
     def _open(self, run: Run, resumed: Path | None, changed: dict) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.enter_context(locked(self.path / ".lock"))
+            try:
+                self._fill(run, resumed, changed)
+            except BaseException:
+                self.lock.close()
+                raise
+        except BlockingIOError:
+            raise UserError(
+                f"another process trains in {self.path}: stop it, or name another --out_dir."
+                f" If it ran on a machine that is dead, delete {self.path / '.lock'}"
+            ) from None
+        except OSError as error:
+            named = f" ({error.filename})" if error.filename else ""
+            message = f"out_dir={self.path} cannot be written: {error.strerror}{named}"
+            raise UserError(message) from None
+
+    def _fill(self, run: Run, resumed: Path | None, changed: dict) -> None:
+        """Writes the first files. If that fails, the files of an earlier run stay."""
         m, c, p, iteration = run.m, run.c, run.processes, run.progress.iteration
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock.enter_context(locked(self.path / ".lock"))
+        check_out_dir(c)  # Another start may have trained here meanwhile.
         if c.init_from != "scratch" and _newer(self.path, resumed):
             raise UserError(
                 f"another process has written a checkpoint in {self.path} meanwhile: start again"
             )
         if resumed:
             checkpoint.set_aside(self.path, resumed)
-        else:
-            _clear(self.path, c)
-        copy_tokenizer(run.data.tokenizer, run.data.folder, self.path)
+        with contextlib.nullcontext() if resumed else _replaced(self.path, c):
+            self._write_first(m, c, p, run.data, iteration, changed)
+        self.writer = checkpoint.Writer(self.path)
+
+    def _write_first(
+        self,
+        m: ModelConfig,
+        c: TrainConfig,
+        p: Processes,
+        data: Data,
+        iteration: int,
+        changed: dict,
+    ) -> None:
+        copy_tokenizer(data.tokenizer, data.folder, self.path)
         stored = replace(
             c,
             init_from="scratch",
@@ -73,10 +98,11 @@ class RunFolder:
             profile=0,
         )
         write_yaml(self.path / "config.yaml", m, stored)
-        write_environment(self.path, environment(p.device, p.world), iteration, changed)
+        write_environment(
+            self.path, environment(p.device, p.world, p.torchruns), iteration, changed
+        )
         settings = {**vars(m), **vars(c)}
         self.metrics = Metrics(self.path, iteration, c.tensorboard, c.wandb, settings)
-        self.writer = checkpoint.Writer(self.path)
 
     def write(self, record: dict) -> None:
         """Adds a row to metrics.jsonl."""
@@ -93,6 +119,8 @@ class RunFolder:
         if self.writer:
             self.writer.wait()  # So that memory holds only one copy.
         files = checkpoint.snapshot(run.model, run.optimizer, keep=run.processes.main)
+        if self.emissions:  # of each machine
+            self.emissions.flush()
         if self.metrics is None or self.writer is None:
             return
         self.metrics.sync()
@@ -106,8 +134,6 @@ class RunFolder:
             "val_data": run.data.splits["val"].identity(),
         }
         self.writer.save(at.iteration, files, counters)
-        if self.emissions:
-            self.emissions.flush()
 
     def close(self, wait: bool) -> tuple[float, float] | None:
         """Closes all files. Returns (kWh, kg CO2e), or None if energy was not measured.
@@ -129,14 +155,33 @@ def _newer(out_dir: Path, resumed: Path | None) -> bool:
     return any(checkpoint.damage(folder) is None for folder in late)
 
 
-def _clear(out_dir: Path, c: TrainConfig) -> None:
-    """Removes the files of an earlier run."""
+@contextlib.contextmanager
+def _replaced(out_dir: Path, c: TrainConfig) -> Iterator[None]:
+    """Sets the files of an earlier run aside, and removes them at the end.
+
+    They come back if there is an error inside.
+    """
     if c.init_from == "auto" and (out_dir / "config.yaml").exists():
         print(f"{out_dir} holds no checkpoint yet: starting again")
-    for name in ("ckpt", "tensorboard"):
-        shutil.rmtree(out_dir / name, ignore_errors=True)
-    for name in ("config.yaml", "metrics.jsonl"):
-        (out_dir / name).unlink(missing_ok=True)
+    aside = out_dir / ".replaced"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    names = ["ckpt", "tensorboard", "config.yaml", "metrics.jsonl", *TRAINED_FILES]
     if c.init_from == "scratch":  # With auto, these belong to an earlier start of the same run.
-        for path in (out_dir / "environment.json", *out_dir.glob("emissions*.csv*")):
-            path.unlink(missing_ok=True)
+        names += ["environment.json", *(path.name for path in out_dir.glob("emissions*.csv*"))]
+    for name in names:
+        if (out_dir / name).exists():
+            (out_dir / name).rename(aside / name)
+    try:
+        yield
+    except BaseException:
+        for path in [*(out_dir / name for name in names), *aside.iterdir()]:
+            if path.parent == aside:
+                path.rename(out_dir / path.name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)

@@ -9,6 +9,7 @@ import torch
 
 from training import checkpoint
 from training.advice import about_products, senseless_settings, slow_settings, small_start
+from training.distributed import torchrun_command
 from training.folder import RunFolder
 from training.run import Run
 from training.step import Step
@@ -37,6 +38,10 @@ class Log:
     def restart_clock(self) -> None:
         """Restarts the clock of tokens_per_s. Call it after work that is not training."""
         self.clock = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves a time out of tokens_per_s that was not training, while steps are pending."""
+        self.clock += seconds
 
     def flush(self, iteration: int) -> None:
         """Reads the pending steps from the device, sums them over processes and writes them.
@@ -192,7 +197,8 @@ def conclude(
         how = "no checkpoint was written yet: --overwrite=true starts it again"
         if checkpoint.manifests(out_dir):
             how = (
-                f"resume from {checkpoint.last(out_dir)} with: python train.py --init_from=resume"
+                f"resume from {checkpoint.last(out_dir)} with:"
+                f" {torchrun_command(run.processes.world)} train.py --init_from=resume"
                 f" --out_dir={out_dir}"
             )
         name, at = signal.Signals(stopped).name, run.progress.iteration

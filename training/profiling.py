@@ -1,6 +1,7 @@
 """`--profile=N` records where N iterations spend time and memory."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,15 +19,15 @@ class Profile:
         self.cuda = device.startswith("cuda")
         self.profiler: torch.profiler.profile | None = None
 
-    def step(self) -> bool:
-        """Call it after each iteration. Returns whether it wrote files, which takes time."""
+    def step(self) -> float:
+        """Call it after each iteration. Returns the seconds that it took, to write files."""
         self.done += 1
+        began = time.perf_counter()
         if self.iterations and self.done == WAIT:
             self._start()
-        if self.profiler is None or self.done < WAIT + self.iterations:
-            return False
-        self.close()
-        return True
+        if self.profiler is not None and self.done >= WAIT + self.iterations:
+            self.close()
+        return time.perf_counter() - began
 
     def close(self) -> None:
         """Writes what was recorded, and prints where. A full disk does not stop training."""

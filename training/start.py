@@ -23,16 +23,18 @@ from harmonic import HarmonicHead
 from harmonic.compiled import load
 from model import Model, ModelConfig
 from text.token_files import Data, check_tokenizer, data_folder, load_data
+from text.tokenizers import is_trained
 from training import checkpoint, distributed
 from training.config import TrainConfig
 from training.data import split_problems
-from training.distributed import Processes
+from training.distributed import Processes, shared_error, torchrun_process
 from training.objective import objective_of
 from training.step import Progress
 from training.telemetry import (
     check_loggers,
     country_problem,
     evaluated_alike_since,
+    listed,
     other_windows,
 )
 
@@ -161,15 +163,18 @@ def begun_by_this_torchrun(out_dir: Path) -> bool:
     """Whether out_dir holds a run that an earlier start by the same torchrun began.
 
     environment.json has torchrun's id. Without --rdzv_id the id is always "none". Then this is true
-    if torchrun has restarted its processes.
+    if the same process of torchrun has restarted its processes.
     """
     identity = os.environ.get("TORCHELASTIC_RUN_ID")
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     try:
-        stored = json.loads((out_dir / "environment.json").read_bytes())["torchrun"]
-    except (OSError, ValueError, KeyError):
+        stored = json.loads((out_dir / "environment.json").read_bytes())
+    except (OSError, ValueError):
         return False
-    return identity is not None and stored == identity and (identity != "none" or restarts > 0)
+    if identity is None or stored.get("torchrun") != identity:
+        return False
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    same = torchrun_process() in stored.get("torchruns", [])
+    return identity != "none" or (same and restarts > 0)
 
 
 def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
@@ -177,17 +182,13 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     data = load_data(data_folder(config.dataset), config.tokenizer)
     config.tokenizer = data.tokenizer  # Stored with the run for sampling.
     rows = objective_of(model.arch).rows(data)
-    problems = check_loggers(config.tensorboard, config.wandb)
-    problems += split_problems(data, model.block_size)
+    problems = _missing(data, config) + split_problems(data, model.block_size)
     if config.sample_interval and objective_of(model.arch).masked:
         problems.append(
             f"sample_interval: arch={model.arch} is a masked language model and writes no text:"
             " leave --sample_interval out"
         )
     if source and (problem := source.reads(data)):
-        problems.append(problem)
-    measured = config.emissions and not config.eval_only
-    if measured and (problem := country_problem(config.emissions_country)):
         problems.append(problem)
     if model.real_vocab_size == 0 or (
         source and model.real_vocab_size == source.settings["real_vocab_size"]
@@ -215,6 +216,17 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
         )
     check(problems)
     return data
+
+
+def _missing(data: Data, config: TrainConfig) -> list[str]:
+    """What a run needs beside token files and is not there: a tokenizer, packages, a country."""
+    if is_trained(data.tokenizer):
+        data.load_tokenizer()  # The run gets a copy of its file. UserError if that is missing.
+    problems = check_loggers(config.tensorboard, config.wandb)
+    measured = config.emissions and not config.eval_only
+    if measured and (problem := country_problem(config.emissions_country)):
+        problems.append(problem)
+    return problems
 
 
 def check_compiler(c: TrainConfig, device: str) -> None:
@@ -297,24 +309,48 @@ def check_out_dir(c: TrainConfig) -> None:
         raise UserError(f"out_dir={out_dir} is a file: name another --out_dir")
 
 
-def start_processes(c: TrainConfig, device: str, resume: bool) -> Processes:
-    """Joins the process group. UserError if the processes cannot share an iteration's windows.
+# What may differ between processes: places on their machines, and what to do at the start.
+OWN = {f.name for f in fields(TrainConfig) if "of_a_start" in f.metadata}
+OWN |= {"device", "dataset", "tokenizer"}
 
-    resume: whether this process found a run to resume. All processes must agree.
+
+def start_processes(
+    m: ModelConfig, c: TrainConfig, data: Data, device: str, resume: bool
+) -> Processes:
+    """Joins the process group.
+
+    resume: whether this process found a run to resume.
+    Raises: UserError if the processes cannot share an iteration's windows, or differ in what they
+        would train.
     """
     p = distributed.start(device, c.backend, c.timeout)
     slots = c.batch_size * c.gradient_accumulation_steps
     if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
         need = f"a multiple of {p.world}" if c.parallel == "fsdp" else f"at least {p.world}"
-        raise UserError(
+        raise shared_error(
             f"{p.world} processes cannot share {slots} windows an iteration (batch_size *"
             f" gradient_accumulation_steps): make that product {need}"
         )
-    if len(set(p.gather(resume))) > 1:
-        raise UserError(
+    settings = {k: v for k, v in {**vars(m), **vars(c)}.items() if k not in OWN}
+    settings |= {f"the data's {name}": s.identity()[:12] for name, s in data.splits.items()}
+    every = p.gather((resume, settings, torchrun_process()))
+    if len({resume for resume, *_ in every}) > 1:
+        raise shared_error(
             f"the processes do not see the same {c.out_dir}: it must be on a disk that all"
             " machines share"
         )
+    values = {key: [settings.get(key) for _, settings, _ in every] for key in settings}
+    different = [
+        f"{key} ({' and '.join(dict.fromkeys(map(str, found)))})"
+        for key, found in values.items()
+        if len(set(map(str, found))) > 1
+    ]
+    if different:
+        raise shared_error(
+            f"the processes would train with different settings: {listed(different)}. Start all"
+            " machines with the same command and the same data"
+        )
+    p.torchruns = sorted({torchrun for *_, torchrun in every})
     return p
 
 

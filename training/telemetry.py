@@ -98,14 +98,20 @@ class Metrics:
 
             kept = out_dir / "wandb/id"
             known = kept.read_text(encoding="utf-8") if iteration and kept.is_file() else None
-            self.wandb = module.init(
-                dir=out_dir,
-                name=out_dir.name,
-                config=config,
-                id=known,
-                resume="allow" if known else None,
-                allow_val_change=True,
-            )
+            try:
+                self.wandb = module.init(
+                    dir=out_dir,
+                    name=out_dir.name,
+                    config=config,
+                    id=known,
+                    resume="allow" if known else None,
+                    allow_val_change=True,
+                )
+            except module.Error as error:
+                raise UserError(
+                    f"wandb does not start ({error}): leave --wandb out, or set"
+                    " WANDB_MODE=offline to send the numbers later"
+                ) from None
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(self.wandb.id, encoding="utf-8")
 
@@ -378,7 +384,7 @@ def processor() -> str:
     return f"{found}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def environment(device: str, world: int) -> dict:
+def environment(device: str, world: int, torchruns: list[str]) -> dict:
     """Versions, git commit, device and command line, as environment.json stores them."""
     versions = {
         p: importlib.metadata.version(p)
@@ -398,6 +404,7 @@ def environment(device: str, world: int) -> dict:
         "threads": torch.get_num_threads(),
         "world_size": world,
         "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "torchruns": torchruns,
         "command": " ".join(sys.argv),
     }
 
