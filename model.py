@@ -272,6 +272,10 @@ class ModelConfig:
         for key in ("n_kv_head", "head_dim", "intermediate_size", "vocab_size", "real_vocab_size"):
             if getattr(self, key) < 0:
                 found.append(f"{key}={getattr(self, key)} must not be negative")
+        if not self.rope_theta > 0:
+            found.append(f"rope_theta={self.rope_theta} must be positive")
+        if self.eot_id is not None and self.eot_id < 0:
+            found.append(f"eot_id={self.eot_id} is not a token")
         return found
 
     def _trunk_problems(self) -> list[str]:

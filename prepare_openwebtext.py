@@ -142,6 +142,12 @@ def prepare(config: PrepareConfig) -> None:
 
     # Find the source, and whether this very preparation is there already.
     out, corpus = config.out, config.corpus
+    if corpus and Path(corpus.name).exists():
+        print(
+            f"note: --source={corpus.name} is a corpus; for the file or folder of that name here"
+            f" write ./{corpus.name}",
+            file=sys.stderr,
+        )
     found = Found() if corpus else find(config.source)
     if found.folders.intersection(map(str, (out, *out.parents))):
         raise UserError(f"--out_dir={out} lies in a folder that is read: name another")

@@ -107,6 +107,17 @@ def script_name() -> str:
     return script.name
 
 
+class Flat(yaml.SafeLoader):
+    """Reads YAML, but refuses a key that is given twice: the first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is given {keys.count(key)} times")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict:
     """The `key: value` lines of a YAML file. UserError if it is missing or holds anything else."""
     path = Path(path)
@@ -115,13 +126,15 @@ def read_yaml(path: str | Path) -> dict:
         there = sorted({str(p) for f in folders for p in f.glob("*.yaml") if p.is_file()})
         raise UserError(f"no config file {path}{nearest(str(path), there) if there else ''}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Flat) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
+    if strange := [key for key in values if not isinstance(key, str)]:
+        raise UserError(f"{path}: {strange[0]} is not the name of a setting")
     return values
 
 
@@ -268,6 +281,7 @@ def _read(
     Returns: values by key, and the problems of the other settings.
     """
     settings = {f.name: f for s in schemas for f in dataclasses.fields(s)}
+    hints = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
     values: dict[str, typing.Any] = {}
     problems: list[str] = []
     texts: list[tuple[str, str, str]] = []
@@ -278,9 +292,12 @@ def _read(
             problems.append(f"--{key} needs a value: --{key}=...")
         elif key == words and where == "--":
             values.setdefault(key, []).append(value)
+        elif where != "--" and _is_no_text(value, hints[key]):
+            what = "is empty" if value is None else f"{value} is not a text"
+            problems.append(f"{where}{key}: {what}; write a text in quotes")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            texts.append((where, key, text))
+            texts.append((where, key, _as_list(text) if _is_list(hints[key]) else text))
     # All settings in one call, which is faster. If that fails, one by one to find the wrong ones.
     try:
         found = parser.parse_args([f"--{key}={text}" for _, key, text in texts])
@@ -292,6 +309,33 @@ def _read(
             except WRONG_VALUE:
                 problems.append(f"{where}{key}={text}: {_expected(text, settings[key])}")
     return values, problems
+
+
+def _is_no_text(value: object, hint: typing.Any) -> bool:
+    """Whether a YAML value, such as 5, yes or a date, stands for a setting that is a text."""
+    choices = set(typing.get_args(hint) or [hint])
+    allowed = isinstance(value, str) or (value is None and type(None) in choices)
+    return choices <= {str, type(None)} and not allowed
+
+
+def _is_list(hint: typing.Any) -> bool:
+    return list in [typing.get_origin(h) for h in (hint, *typing.get_args(hint))]
+
+
+def _as_list(text: str) -> str:
+    """`8,4` as the list `["8", "4"]`. What is a list or null already stays."""
+    if text.lstrip().startswith("[") or text == "null":
+        return text
+    return json.dumps([_number(part) for part in text.split(",")])
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _expected(text: str, setting: dataclasses.Field) -> str:

@@ -61,7 +61,7 @@ def test_the_temperature_of_overconfident_logits_is_found():
 def test_the_table(home, monkeypatch, capsys, tmp_path):  # noqa: F811
     """The other text has a tokenizer of its own; scores are a loop's over tokens."""
     out, runs = tmp_path / "c.csv", [home / "out" / name for name in ("ce", "cosine")]
-    words = [f"--other=[{home / 'data' / 'other'}]", "--windows=4", f"--out={out}"]
+    words = [f"--other={home / 'data' / 'other'}", "--windows=4", f"--out={out}"]
     call(confidence.main, monkeypatch, *runs, *words)
     assert "nearest" in capsys.readouterr().out and out.with_suffix(".png").stat().st_size > 5000
     with out.open(newline="") as file:

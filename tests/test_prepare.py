@@ -25,6 +25,7 @@ from base.errors import UserError
 from text import corpora, parallel, readers
 from text.packages import package_file
 from text.readers import records
+from text.token_files import load_data, verify
 from text.token_writer import partial_folder
 from text.tokenizers import load_tokenizer
 
@@ -411,10 +412,17 @@ def test_already_prepared(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(50))
     flags = [f"--source={source}", f"--out_dir={tmp_path / 'out'}"]
     run(*flags)
+    verify(load_data(tmp_path / "out"))
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     run(*flags, "--num_proc=2")
     assert "already prepared" in capsys.readouterr().out
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    for name in ("train.bin", "tokenizer.json", "meta.json"):  # damaged, but of the same size
+        whole = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_bytes(whole[:-9] + b"8" + whole[-8:])
+        with pytest.raises(UserError, match=r"damaged one.*--overwrite=true"):
+            run(*flags)
+        (tmp_path / "out" / name).write_bytes(whole)
     for other in ("--tokenizer=bpe:301", "--val_fraction=0.2", "--max_documents=7"):
         with pytest.raises(UserError, match="--overwrite=true"):
             run(*flags, other)
@@ -592,7 +600,14 @@ def test_error_while_encoding_exits_2(tmp_path):
         ("a.txt", b" \n ", "no documents left for train and val: 1 read, 1 of them empty"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "line 2: 'text' holds 3, not text"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"line 2 holds \[1\], not text"),
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2: no column text.*--column: txt"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2: no column 'text'; did you mean txt"),
+        ("a.jsonl", b'{"txt": "a"}\n', "line 1: no column text.*--column: txt"),
+        (
+            "a.jsonl",
+            b'{"content": "a"}\n{"content": "b", "text": "7"}\n{"text": "8"}\n',
+            "line 3: no column 'content'",
+        ),
+        ("a.txt", "café".encode("utf-16"), "a.txt is not UTF-8 text.*iconv -f utf-16"),
         ("a.jsonl", b'{"text": "a"}\n\xff\n', "line 2 is not JSON"),
         ("a.json", b'[{"text": "a"}, {"text": null}, 7]', "item 3 holds 7, not text"),
         ("a.json", b'[{"text": "a"}', "a.json is not JSON"),
@@ -626,6 +641,9 @@ def test_bad_parquet(tmp_path):
         run(f"--source={path}", "--column=body", f"--out_dir={tmp_path / 'out'}")["documents_read"]
         == 2
     )
+    categories = pyarrow.array(["a", "b", "a"]).dictionary_encode()  # as pandas writes them
+    pyarrow.parquet.write_table(pyarrow.table({"text": categories}), path)
+    assert list(records(path, None)) == ["a", "b", "a"]
     pyarrow.parquet.write_table(
         pyarrow.table({"text": make_documents(500)}), path, row_group_size=100, compression="none"
     )

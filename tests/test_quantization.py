@@ -33,7 +33,7 @@ def test_the_table(home, monkeypatch, capsys, tmp_path):  # noqa: F811
 
     runs = [home / "out" / name for name in ("ce", "cosine", "bert")]
     out = tmp_path / "q.csv"
-    call(quantization.main, monkeypatch, *runs, "--bits=[16,8,2]", f"--out={out}")
+    call(quantization.main, monkeypatch, *runs, "--bits=16,8,2", f"--out={out}")
     assert "cosine" in capsys.readouterr().out and out.with_suffix(".png").stat().st_size > 5000
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -305,7 +305,7 @@ BAD = {  # file: (its bytes, documents kept, files and records skipped)
     "item.json": (json.dumps([*GOOD, 7, {"a": "b"}]).encode(), 20, 0, 2),
     "list.json": (b'["a", ', 0, 1, 0),
     "row.csv": (b"".join([b"id,text\n", *ROWS[:5], b"1\n", b'2,"a"b\n', *ROWS[5:]]), 20, 0, 2),
-    "quote.csv": (b"".join([b"id,text\n", *ROWS, b'1,"unclosed\n', b"2,lost\n"]), 20, 0, 1),
+    "quote.csv": (b"".join([b"id,text\n", *ROWS, b'1,"unclosed\n', b"2,lost\n"]), 20, 0, 2),
     "latin1.csv": (b"".join([b"id,text\n", *ROWS, b"1,caf\xe9\n"]), None, 1, 0),
     "columns.csv": (b"id,label\n1,2\n", 0, 1, 0),
     "columns.parquet": (None, 0, 1, 0),

@@ -425,6 +425,9 @@ def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
 
 BAD = {
     "unknown key": (dict(n_layr=3), ["n_layr: unknown key", "did you mean n_layer?"]),
+    "negative theta": (dict(arch="qwen", rope_theta=-1), ["rope_theta=-1.0 must be positive"]),
+    "huge timeout": (dict(timeout=1e300), ["timeout=1e+300 is above 2,000,000 seconds"]),
+    "no such source": (dict(source="nowhere/x"), ["source=nowhere/x"]),
     "unknown head": (dict(head="euclidian"), ["unknown head", "did you mean euclidean?"]),
     "another name": (dict(head="softmax"), ["unknown head", "did you mean cross_entropy?"]),
     "unknown arch": (dict(arch="gtp"), ["unknown arch", "did you mean gpt?"]),
@@ -520,6 +523,12 @@ def test_bad_input(train, tmp_path, case):
         ("- 1\n- 2\n", "expected flat"),
         ("model:\n  n_layer: 2\n", "expected flat"),
         ("n_layers: 2\n", "did you mean n_layer?"),
+        ("seed: 1\nn_layer: 2\nseed: 2\n", "seed is given 2 times"),
+        ("5: 2\n", "5 is not the name of a setting"),
+        ("tokenizer: 0123\n", "tokenizer: 83 is not a text"),
+        ("init_from: true\n", "init_from: True is not a text"),
+        ("head:\n", "head=null: unknown head"),
+        ("wandb: 2024-01-01\n", "expected true or false"),
         (None, "no config file"),
     ],
 )

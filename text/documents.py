@@ -42,7 +42,7 @@ class Tally:
     def skip(self, broken: Broken) -> None:
         """Counts a file or record that cannot be read."""
         self.files += broken.file
-        self.records += not broken.file
+        self.records += 0 if broken.file else broken.lines
         if len(self.named) < NAMED:
             self.named.append(broken.problem)
 

@@ -5,6 +5,7 @@ be read it yields `Broken`. The caller decides whether to stop.
 """
 
 import bz2
+import codecs
 import contextlib
 import csv
 import gzip
@@ -13,7 +14,7 @@ import json
 import lzma
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,10 +42,12 @@ class Broken:
     Attributes:
         problem: names the file, and the line, row or item.
         file: whether it is a whole file, or the rest of one. If not, it is a line, row or item.
+        lines: how many lines it has.
     """
 
     problem: str
     file: bool = False
+    lines: int = 1
 
 
 Documents = Iterator[str | None | Broken]
@@ -66,10 +69,7 @@ def records(path: Path, column: str | None) -> Documents:
     except Unreadable as error:
         yield Broken(str(error), file=True)
     except UnicodeDecodeError as error:
-        yield Broken(
-            f"{path} is not UTF-8 text ({error.reason}): convert it, as in iconv -f latin1 -t utf8",
-            file=True,
-        )
+        yield Broken(f"{path} is not UTF-8 text ({error.reason}): {_hint(path)}", file=True)
     except OSError as error:
         if error.errno is None:  # So gzip and bz2 report wrong bytes.
             yield Broken(f"{path} is corrupt: {one_line(error)}", file=True)
@@ -77,6 +77,15 @@ def records(path: Path, column: str | None) -> Documents:
             yield Broken(f"{path}: {error.strerror}", file=True)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         yield Broken(f"{path} is corrupt or cut short: {one_line(error)}", file=True)
+
+
+def _hint(path: Path) -> str:
+    """What to do with a file that is not UTF-8."""
+    if kind_of(path) == ".parquet":
+        return "write its texts again in UTF-8"
+    with opened(path) as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return f"convert it, as in iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf8"
 
 
 def kind_of(path: Path) -> str | None:
@@ -203,13 +212,8 @@ def read_text(path: Path, column: str | None) -> Documents:
 def read_jsonl(path: Path, column: str | None) -> Documents:
     """A JSON text on each line, or an object with the text in `column`."""
     with opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path} line {number}"
-                try:
-                    yield text_of(parse_json(line, where), column, where)
-                except Unreadable as error:
-                    yield Broken(str(error))
+        numbered = ((f"{path} line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
+        yield from _texts(numbered, column)
 
 
 def read_json(path: Path, column: str | None) -> Documents:
@@ -222,9 +226,19 @@ def read_json(path: Path, column: str | None) -> Documents:
     with opened(path) as file:
         items = parse_json(file.read(), path)
     assert isinstance(items, list)  # Its first character is [.
-    for number, record in enumerate(items, 1):
-        where = f"{path} item {number}"
+    yield from _texts(((f"{path} item {i}", item) for i, item in enumerate(items, 1)), column)
+
+
+def _texts(items: Iterable[tuple[str, object]], column: str | None) -> Documents:
+    """The texts of JSON values, or of lines of JSON (bytes). Each comes with its place.
+
+    The first object decides in which column the texts of the whole file are.
+    """
+    for where, item in items:
         try:
+            record = parse_json(item, where) if isinstance(item, bytes) else item
+            if isinstance(record, dict):
+                column = text_column(list(record), column, where)
             yield text_of(record, column, where)
         except Unreadable as error:
             yield Broken(str(error))
@@ -259,7 +273,8 @@ def _rows(rows: "Reader", names: list[str], index: int, path: Path) -> Documents
             lines = f"line {first} is"
             if rows.line_num > first:
                 lines = f"lines {first} to {rows.line_num} are"
-            yield Broken(f"{path} {lines} not CSV: {error}")
+            count = rows.line_num - first + 1
+            yield Broken(f"{path} {lines} not CSV: {error}", lines=count)
             continue
         if row and len(row) <= index:
             what = f"no column {names[index]!r}, only {len(row)} columns"
@@ -291,6 +306,8 @@ def read_parquet(path: Path, column: str | None) -> Documents:
         if schema.names.count(column) > 1:
             raise Unreadable(f"{path} has several columns {column!r}")
         kind = schema.field(column).type
+        if pyarrow.types.is_dictionary(kind):  # categories of pandas
+            kind = kind.value_type
         if str(kind) not in ("string", "large_string", "string_view"):
             raise Unreadable(f"{path}: column {column!r} holds {kind}, not text")
         try:
@@ -336,9 +353,9 @@ def parse_json(data: bytes, where: str | Path) -> object:
 
 
 def text_of(record: object, column: str | None, where: str) -> str | None:
-    """The text in one JSON record. Unreadable, with `where`, if it has none."""
+    """The text in one JSON record: the record itself, or its `column`. Unreadable, with `where`, if
+    that is no text."""
     if isinstance(record, dict):
-        column = text_column(list(record), column, where)
         record = record[column]
         where = f"{where}: {column!r}"
     if record is not None and not isinstance(record, str):

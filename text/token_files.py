@@ -238,7 +238,7 @@ def verify(data: Data) -> None:
         if sha256(split.path) != split.sha256:
             raise UserError(
                 f"{split.path} is corrupt: it does not match its sha256 in meta.json; prepare the"
-                " folder again"
+                " folder again with prepare_openwebtext.py --overwrite=true"
             )
     if now != known:
         # If the disk is full or read-only, the files are compared again next time.

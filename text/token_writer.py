@@ -18,8 +18,8 @@ import numpy as np
 from base.errors import UserError
 from base.files import fsync, locked, seal
 from text.documents import Tally
-from text.token_files import VERIFIED
-from text.tokenizers import TRAINED_FILES, Tokenizer, tokenizer_file
+from text.token_files import VERIFIED, load_data, verify
+from text.tokenizers import TRAINED_FILES, Tokenizer, is_trained, tokenizer_file
 
 SPLITS = ("train", "val", "test")
 
@@ -138,20 +138,22 @@ def is_prepared(out: Path, identity: dict, overwrite: bool) -> bool:
         )
     if names and not overwrite:
         raise UserError(
-            f"{out} holds another preparation: replace it with --overwrite=true, or name another"
-            " --out_dir"
+            f"{out} holds another preparation, or a damaged one: replace it with"
+            " --overwrite=true, or name another --out_dir"
         )
     return False
 
 
 def _is_same(out: Path, identity: dict) -> bool:
-    """Whether meta.json in `out` has these entries, and all files have the size that it says."""
+    """Whether meta.json in `out` has these entries, and no file is missing or damaged."""
     try:
         meta = json.loads((out / "meta.json").read_bytes())
-        size = np.dtype(meta["dtype"]).itemsize
-        for split in meta["splits"].values():
-            if (out / split["file"]).stat().st_size != split["tokens"] * size:
-                return False
-        return all(meta[key] == value for key, value in identity.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # meta.json or a file is missing or wrong.
+        if any(meta[key] != value for key, value in identity.items()):
+            return False
+        data = load_data(out)
+        verify(data)
+        if is_trained(data.tokenizer):
+            data.load_tokenizer()
+        return True
+    except (OSError, ValueError, KeyError, TypeError):  # A UserError is a ValueError.
+        return False

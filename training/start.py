@@ -61,8 +61,10 @@ def configure(
     }
     words, flags = split_flags(argv, switches)
     given = {**(read_yaml(words[0]) if words else {}), **dict(flags)}
-    out_dir, init_from = Path(given.get("out_dir") or TrainConfig.out_dir), given.get("init_from")
-    start = given.get("source")
+    # `parse` reports what is no text.
+    texts = {k: v for k, v in given.items() if isinstance(v, str) and v != "null"}
+    out_dir = Path(texts.get("out_dir") or TrainConfig.out_dir)
+    init_from, start = texts.get("init_from"), texts.get("source")
     if init_from not in (None, "scratch", "resume", "auto"):
         init_from, start = "scratch", init_from
     # If torchrun has restarted its processes (--max-restarts), resume the run that they began.
@@ -76,7 +78,7 @@ def configure(
     base: dict | None = None
     source = None
     if start and not resume:
-        source = find(start)
+        source = _find(find, start, "init_from" if given.get("init_from") == start else "source")
         base = source.settings
     if resume:
         if not checkpoint.folders(out_dir):
@@ -104,6 +106,15 @@ def configure(
     if source:
         check(source.problems(model))
     return model, config, base if resume else None, source
+
+
+def _find(find: Callable[[str], Any], name: str, flag: str) -> Any:
+    """`find(name)`. Its UserError names the flag that was used."""
+    try:
+        return find(name)
+    except UserError as error:
+        message = str(error).replace(f"init_from={name}", f"{flag}={name}", 1)
+        raise UserError(message) from None
 
 
 def resume_problems(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from base.errors import UserError, nearest
 from text.tokenizers.bpe import (
     BPE_FILE,
+    BPE_MAXIMUM,
     BPE_MINIMUM,
     copy_bpe,
     load_bpe,
@@ -103,7 +104,9 @@ def name_problems(name: str) -> list[str]:
             "no tokenizer is named: write one, such as `tokenizer: gpt2`, into the run's"
             " config.yaml"
         ]
-    bpe = re.fullmatch(r"bpe:(\d+)", name)
+    bpe = re.fullmatch(r"bpe:([0-9]+)", name)
+    if bpe and int(bpe[1]) > BPE_MAXIMUM:
+        return [f"tokenizer {name}: a BPE has at most {BPE_MAXIMUM:,} tokens here"]
     if bpe and int(bpe[1]) < BPE_MINIMUM:
         return [
             f"tokenizer {name}: a byte-level BPE has at least {BPE_MINIMUM} tokens, 256 bytes and 2"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BPE_FILE = "tokenizer.json"  # Beside the token files.
 BPE_MINIMUM = 256 + 2  # All bytes and the two special tokens.
+BPE_MAXIMUM = 2**20  # Training holds a table of this size in memory.
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
