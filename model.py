@@ -836,7 +836,7 @@ class Model(nn.Module):
                 context in each step: the text is the same, but slower.
             explain: called in each step with (hidden states (B, C), tokens (B,)).
             head: computes the logits instead of the model's head: (B, C) -> (B, V).
-            sampling: temperature, top_k, top_p: see Sampler.
+            sampling: temperature, top_k, top_p, min_p: see Sampler.
         Raises: ValueError for a masked language model or an empty prompt. RuntimeError if logits
             are not finite or the weights have changed.
         """
@@ -1011,11 +1011,13 @@ class Sampler:
     temperature: logits are divided by it; 0 takes the likeliest token.
     top_k: keep the k likeliest tokens.
     top_p: keep the smallest set of the likeliest tokens that has probability p.
+    min_p: keep tokens with at least this share of the likeliest one's probability.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """A token for each row of logits: (B, V) -> (B,)."""
@@ -1032,6 +1034,8 @@ class Sampler:
             before = ordered.cumsum(-1) - ordered
             outside = before >= self.top_p * ordered.sum(-1, keepdim=True)
             p = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(outside, 0.0))
+        if self.min_p is not None:
+            p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)
         # As in torch.multinomial, each token has an exponential clock, and the first to ring is
         # drawn. Each clock depends on its own token only, so rounding errors of other tokens do not
         # change the choice.

@@ -45,7 +45,7 @@ MASKS = ("[MASK]", "<|mask|>")  # A prompt may write the mask in both ways, for 
 
 
 # Settings that only matter where text is written.
-OF_WRITING = ("temperature", "top_k", "top_p", "seed", "max_new_tokens", "cache")
+OF_WRITING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "cache")
 
 
 @dataclass
@@ -73,11 +73,14 @@ class SampleConfig:
     """choose among the k likeliest tokens; null = all"""
     top_p: float | None = None
     """choose among the likeliest tokens that together have probability p; null = all"""
+    min_p: float | None = None
+    """choose among tokens with at least this share of the likeliest one's probability; null =
+    all"""
     seed: int = 1337
     """the same seed gives the same text"""
     explain: bool = False
     """print for each new token the nearest prototypes, and the coordinates that contribute most to
-    its distance. p is the model's probability, before temperature, top_k and top_p"""
+    its distance. p is the model's probability, before temperature, top_k, top_p and min_p"""
     json: bool = False
     """print one line of JSON for each text, and nothing else on stdout. Its keys: prompt, text
     (what was added), tokens (the ids of text), finish_reason (eot or length)"""
@@ -108,8 +111,10 @@ class SampleConfig:
             found.append(f"temperature={self.temperature} must not be negative")
         if self.top_k is not None and self.top_k < 1:
             found.append(f"top_k={self.top_k} must be at least 1 (null = all)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} is not in (0, 1]")
+        for key in ("top_p", "min_p"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value <= 1:
+                found.append(f"{key}={value} is not in (0, 1]")
         found += [
             f"{text!r} is a run's folder, not a prompt: use --out_dir={text}"
             for text in self.start
@@ -215,7 +220,7 @@ class Explainer:
         width = self.head.weight.shape[1]
         return (
             f"Each token below is shown with {what}, and with p, its probability before"
-            " temperature, top_k and top_p.\n"
+            " temperature, top_k, top_p and min_p.\n"
             f"nearest shows the {self.nearest} likeliest tokens in the same way.\n"
             f"coordinates shows which of the {width} coordinates of hidden state and prototype"
             f" contribute most to {value}, and the share of each."
@@ -338,7 +343,7 @@ def show(text: str, texts: Texts, row: int, explainer: Explainer | None) -> None
             legend = [explainer.legend()] if row == 0 else []
             lines = explainer.lines[row][: len(texts.tokens[row])]
             print("\n".join(["", *legend, *lines]), flush=True)
-        else:
+        if not explainer or len(texts.texts) > 1:
             print("---------------", flush=True)
 
 
@@ -481,6 +486,7 @@ def main() -> None:
             temperature=c.temperature,
             top_k=c.top_k,
             top_p=c.top_p,
+            min_p=c.min_p,
         )
         began = time.perf_counter()
         # The first token reads the prompt, and may load compiled kernels.

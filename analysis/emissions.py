@@ -206,6 +206,7 @@ def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str)
         right.barh(names, watt_hours, left=base, color=color, label=part.upper(), height=0.6)
         base += watt_hours
     right.set_xlabel("energy, Wh")
+    right.locator_params(axis="x", nbins=4)
     right.invert_yaxis()
     figures.legend_below(figure, [right])
     return figure

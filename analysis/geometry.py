@@ -47,6 +47,7 @@ from analysis.runs import (
     unequal_settings,
     unequal_training,
     windows,
+    write_table,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
@@ -67,7 +68,8 @@ class GeometryConfig(AnalysisConfig):
     """Geometry"""
 
     words: str | None = None
-    """words, separated by spaces, whose nearest prototypes to print"""
+    """words, separated by spaces or commas, whose nearest prototypes to print. A word of several
+    tokens is shown by the last one, in brackets"""
     checkpoint: Literal["newest", "best"] = "newest"
     """which checkpoint of each run"""
     split: Literal["val", "test"] = "val"
@@ -301,9 +303,9 @@ def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int 
         else:
             order = distance(w[i : i + 1], w, model.head.name, **model.head.geometry())[0].argsort()
         near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:count]
-        rows.append(
-            {"word": repr(tokenizer.decode_token(i)), "nearest": "  ".join(map(repr, near))}
-        )
+        piece = tokenizer.decode_token(i)
+        name = repr(piece) if piece.strip() == word else f"{word!r} (…{piece})"
+        rows.append({"word": name, "nearest": "  ".join(map(repr, near))})
     return tables.text(rows, ["word", "nearest"])
 
 
@@ -313,10 +315,11 @@ def coverage(data: Data) -> str:
     every = [pair for name in RELATIONS for pair in pairs(name)]
     kept = sum(len(token_pairs(tokenizer, name)) for name in RELATIONS)
     words = [word for pair in every for word in pair]
-    whole = sum(len(tokenizer.encode(f" {word}")) == 1 for word in words)
+    whole = sum(len(tokenizer.encode(f" {word}")) == 1 for word in words) / len(words)
+    unsure = ": the parallelograms are mostly of pieces of words" if whole < 0.5 else ""
     return (
         f"{data.tokenizer}: {kept} of {len(every)} pairs of words have tokens of their own,"
-        f" {whole / len(words):.0%} of the words are one token"
+        f" {whole:.0%} of the words are one token{unsure}"
     )
 
 
@@ -424,7 +427,8 @@ def main() -> None:
         rows += measure(run, model, d, states[-1][-1])
         maps.append((run.name, model.head.prototypes(), d.load_tokenizer()))
         if c.words:
-            texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), c.words.split())}")
+            words = c.words.replace(",", " ").split()
+            texts.append(f"\n{run.name}\n{neighbours(model, d.load_tokenizer(), words)}")
     note(unequal_training(runs, iterations))
     note(unequal_settings(runs))
     print(tables.text(rows, COLUMNS))
@@ -444,7 +448,7 @@ def main() -> None:
     elif len(runs) > 1:
         cka = similarity(runs, states)
         print(tables.text(cka, CKA_COLUMNS))
-        tables.write_csv(out.with_name(f"{out.stem}_cka.csv"), cka)
+        write_table(cka, out.with_name(f"{out.stem}_cka.csv"))
     publish(rows, out, lambda: draw(maps))
 
 

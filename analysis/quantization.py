@@ -168,7 +168,7 @@ def main() -> None:
         tables.text(
             rows,
             [
-                *("run", "head", "link", "bits"),
+                *("run", "head", "link", "bits", "tokens"),
                 Column("loss", form=".4f"),
                 *(Column(key, form="+.4f") for key in ("increase", "low", "high")),
                 Column("kl", form=".4f"),

@@ -377,7 +377,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
             ["Device", together([str(e.get("device", "unknown")) for e in environments])],
         ],
         "notes": notes + agree.notes,
-        "summary": summary_table(summaries, agree),
+        "summary": summary_table(summaries, agree, to_best),
         "charts": [dataclasses.asdict(chart) for chart in CHARTS],
         "same_step": len(set(steps)) == 1,
         "runs": [

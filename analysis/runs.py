@@ -345,12 +345,19 @@ def head_styles(runs: list[Run]) -> list[dict[str, str]]:
     return figures.head_styles([(h["head"], h["link"]) for h in heads])
 
 
+def write_table(rows: list[dict], out: Path) -> None:
+    """Writes a CSV file, and prints its name."""
+    how = "replaced" if out.exists() else "wrote"
+    write_csv(out, rows)
+    print(f"{how} {out}")
+
+
 def publish(rows: list[dict], out: Path, draw: Callable[[], Figure]) -> None:
     """Writes the CSV file `out`, and beside it the picture that `draw` makes. Prints both names."""
+    how, picture = "replaced" if out.exists() else "wrote", out.with_suffix(".png")
     write_csv(out, rows)
-    picture = out.with_suffix(".png")
     figures.save(draw(), picture)
-    print(f"wrote {out} and {picture}")
+    print(f"{how} {out} and {picture}")
 
 
 def about(run: Run) -> dict:

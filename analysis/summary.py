@@ -58,8 +58,8 @@ COLUMNS = (
 AXES = {"performance": "bits_per_byte", "interpretability": "components", "sustainability": "kwh"}
 
 # Energy is ranked only if all runs took at least so many minutes. In a shorter run much of it goes
-# to start-up, compilation and evaluation.
-RANKED_MINUTES = 5.0
+# to start-up, compilation and evaluation. The same holds for time, but for far shorter runs.
+RANKED_MINUTES, TIMED_MINUTES = 5.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def agreement(
     return Agreement(
         losses=warning is None and windows is None,
         bits=windows is None and len(objectives) == 1 and _same_texts(runs, data),
-        work=same_work,
+        work=same_work and all((s["minutes"] or 0) >= TIMED_MINUTES for s in summaries),
         energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),
         windows=warning is None and len(losses) == len(runs) and same_size,
         notes=notes,
@@ -204,8 +204,15 @@ def _same_texts(runs: list[Run], data: list[Data] | None) -> bool:
     return data is not None and not (texts_differ(data) or lossy(data))
 
 
-def summary_table(summaries: list[dict], agree: Agreement) -> dict:
-    """The summary as texts. The best of a column is marked if its values can be compared."""
+def summary_table(summaries: list[dict], agree: Agreement, differences: dict | None) -> dict:
+    """The summary as texts. The best of a column is marked if its values can be compared.
+
+    differences: from `paired`. A loss is marked only if it is that of the run which is the best
+        there, and if no other run is within noise of it.
+    """
+    decided = None
+    if differences is not None and not any(differences["noise"]):
+        decided = differences["best"]
     rows = [
         [{"text": "–" if text == "-" else text, "best": False} for text in line]
         for line in tables.cells(summaries, COLUMNS)
@@ -218,9 +225,10 @@ def summary_table(summaries: list[dict], agree: Agreement) -> dict:
         values = [s[column.key] for s in summaries]
         finite = [v for v in values if v is not None and math.isfinite(v)]
         if len(values) > 1 and finite:
-            best = column.best(finite)
-            for row, value in zip(rows, values, strict=True):
-                row[i]["best"] = value == best
+            best, is_loss = column.best(finite), column.needs in ("losses", "bits")
+            for j, (row, value) in enumerate(zip(rows, values, strict=True)):
+                by_chance = is_loss and differences is not None and j != decided
+                row[i]["best"] = value == best and not by_chance
     return {"columns": [column.title or column.key for column in COLUMNS], "rows": rows}
 
 

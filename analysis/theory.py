@@ -202,13 +202,14 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
     middle.set_title("Difference from a softmax")
     nothing = {
         left: "no run has a distance",
-        middle: "no run recorded it:\nit needs the harmonic link\nand a Euclidean distance",
+        middle: "no run recorded it:\nit needs the harmonic link\nand a distance of kernel l2",
     }
     for axes, sentence in nothing.items():
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower right")
         else:
             axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center")
+            axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
     for name in TOY:
         right.plot(toy(name)["norms"], label=name, color=figures.head_color(name))
     right.set_xscale("log")

@@ -643,7 +643,7 @@ def test_energy_is_ranked_between_runs_that_are_long_enough(home):
             for m in (30.0, minutes)
         ]
         agree = summary.agreement(runs, None, summaries, [{}, {}], [])
-        assert agree.work and agree.energy == ranked
+        assert agree.work == (minutes is not None) and agree.energy == ranked
         found = summary.radar(summaries, dataclasses.replace(agree, losses=True, bits=True))
         assert (found is not None) == ranked
         if ranked:

@@ -665,7 +665,7 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
             assert tables.text(gradients.measure(run), gradients.COLUMNS)
             everything = dict(losses=True, bits=True, work=True, energy=True, windows=True)
             agree = summary.Agreement(**everything)
-            shown = summary.summary_table([summary.summarize(run, model, metrics)], agree)
+            shown = summary.summary_table([summary.summarize(run, model, metrics)], agree, None)
             assert len(shown["rows"][0]) == len(summary.COLUMNS) and report.curves(metrics)
             theory.measure(run, model, 4, run.data(), "val")
 

@@ -147,6 +147,9 @@ def test_sampling_respects_top_k_top_p_and_padding():
     assert set(pick(logits, 1.0, None, 0.7, generators).tolist()) == {0, 1}
     assert set(pick(logits, 1.0, None, 0.6, generators).tolist()) == {0}
     assert set(pick(logits, 0, None, None, generators).tolist()) == {0}
+    # The second token has 0.37 of the first one's probability.
+    for least, kept in ((0.36, {0, 1}), (0.38, {0}), (1.0, {0})):
+        assert set(Sampler(min_p=least).pick(logits, generators).tolist()) == kept
     equal = torch.zeros(500, 7)
     assert len(set(pick(equal, 1.0, 3, None, generators[:500]).tolist())) == 3
     model = build("gpt").eval()

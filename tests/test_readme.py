@@ -131,7 +131,8 @@ def test_every_command_parses(monkeypatch):
 
 def test_every_flag_in_prose_exists():
     """`--flag` between backticks is a flag of some script that the pages speak of."""
-    known = {"key", "help", "max-restarts", "rdzv_conf", "rdzv_id"}
+    known = {"key", "help"}  # and those of torchrun
+    known |= {"max-restarts", "rdzv_conf", "rdzv_id", "shutdown-timeout", "signals-to-handle"}
     for name in ("model", "sample", "prepare_openwebtext", "training.config"):
         known |= names_of(importlib.import_module(name))
     for room in ("analysis", "benchmarks", "interop", "studies"):

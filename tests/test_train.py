@@ -818,6 +818,21 @@ def test_senseless_settings_are_named(tiny_data, config, words):
     )
 
 
+def test_a_text_that_is_read_often_and_a_rate_that_rises_are_named(train, tiny_data):
+    tokens = load_data(tiny_data).splits["train"].tokens
+    iterations = 9 * tokens // (TINY["batch_size"] * TINY["block_size"])
+    words = "reads the training text 9 times"
+    for times, named in ((1, True), (2, False)):
+        config = TrainConfig(batch_size=TINY["batch_size"], max_iters=iterations // times)
+        model = ModelConfig(block_size=TINY["block_size"])
+        notes = advice.senseless_settings(model, config, load_data(tiny_data))
+        assert any(words in note for note in notes) == named
+    train(head="cosine", max_iters=4, warmup_iters=1)
+    rises = "because its decay now ends at iteration"
+    assert rises not in train(init_from="resume", max_iters=4, learning_rate=None)[2]
+    assert f"{rises} 40" in train(init_from="resume", max_iters=40, eval_interval=40)[2]
+
+
 def test_a_small_start_of_cross_entropy_is_named():
     def notes(optimizer="adamw", **settings):
         model = ModelConfig(**{"head": "cross_entropy", "n_embd": 192, **settings})

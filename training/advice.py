@@ -4,6 +4,7 @@ train.py prints them when it starts.
 """
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from model import ModelConfig
 from text.token_files import Data
 from training.config import TrainConfig
 from training.data import split_warnings
+from training.schedule import learning_rate
 from training.telemetry import duration
 
 COMPILING = 30  # Seconds to compile a small model on a CPU. Two cores of a Xeon took about 25.
@@ -173,10 +175,42 @@ def _multiplies_bfloat16() -> bool:
     )
 
 
+MANY_EPOCHS = 8  # A run that reads the text so many times gets a note.
+
+
+def _epochs(model: ModelConfig, c: TrainConfig, data: Data) -> float:
+    """How many times a run reads the training text."""
+    tokens = c.batch_size * c.gradient_accumulation_steps * model.block_size
+    return c.max_iters * tokens / data.splits["train"].tokens
+
+
+def rising_rate(c: TrainConfig, iteration: int, changed: dict) -> str | None:
+    """A note if a resumed run continues at a higher learning rate than it had, else None.
+
+    changed: settings that it changes, key -> [before, now].
+    """
+    earlier = {key: old for key, (old, _) in changed.items() if key in vars(c)}
+    before = learning_rate(iteration - 1, replace(c, **earlier))
+    now = learning_rate(iteration, c)
+    if now <= 1.05 * before or iteration < c.warmup_iters:
+        return None
+    return (
+        f"the learning rate rises from {before:.2g} to {now:.2g}, because its decay now ends at"
+        f" iteration {c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters}: the loss may"
+        " rise at first. To plan for more iterations, set --lr_decay_iters at the first start"
+    )
+
+
 def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> list[str]:
     """Notes about numbers that make no sense with another setting, or with the data."""
     c, found = config, split_warnings(data, model.block_size)
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
+    epochs = _epochs(model, c, data)
+    if epochs > MANY_EPOCHS:
+        found.append(
+            f"max_iters={c.max_iters} reads the training text {epochs:.0f} times: watch whether the"
+            " validation loss rises, or lower --max_iters"
+        )
     windows = (data.splits["val"].tokens - 1) // model.block_size
     if 0 < c.max_iters <= 2 * c.warmup_iters and c.warmup_iters > 1:
         half = "all" if c.warmup_iters >= c.max_iters else "half or more"

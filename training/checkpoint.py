@@ -238,6 +238,8 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
     if Path(out_dir).is_file():
         there = " (it is a file, not a run's folder)"
     instead = runs_instead(out_dir) or ": train it first, or name another --out_dir"
+    if (Path(out_dir) / "config.json").is_file():
+        instead = ": it is a model in Hugging Face's format. Load it with transformers"
     raise UserError(f"{out_dir} holds no checkpoint{there}{instead}")
 
 

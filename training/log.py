@@ -8,7 +8,13 @@ import time
 import torch
 
 from training import checkpoint
-from training.advice import about_products, senseless_settings, slow_settings, small_start
+from training.advice import (
+    about_products,
+    rising_rate,
+    senseless_settings,
+    slow_settings,
+    small_start,
+)
 from training.distributed import torchrun_command
 from training.folder import RunFolder
 from training.run import Run
@@ -160,6 +166,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
                 "the validation loss is of other windows from here on: earlier losses do not count"
                 " for the best checkpoint"
             )
+        if not c.eval_only and (rises := rising_rate(c, run.progress.iteration, changed)):
+            notes.append(rises)
     if not c.eval_only:
         left = c.max_iters - run.progress.iteration
         flops = run.work.flops_per_token * run.work.tokens
