@@ -344,11 +344,12 @@ def _backward_maximum(x, y, raw, s, first, dx, dy, p):
 
 
 @_parallel
-def _recompute_near(raw, first, x, y, xx, yy, near):
+def _recompute_near(raw, first, x, y, xx, yy, near, has_near, is_near):
     """Turns inner products into squared distances, in place.
 
     They are |x|^2 + |y|^2 - 2 x.y, or sum (x - y)^2 if that is less than `near` times its first two
-    terms.
+    terms. Such pairs are marked: has_near (R,) gets a mark for each row that has one, and only
+    then the row of is_near (R, V) gets a mark for each pair.
     """
     for i in prange(x.shape[0]):
         row, own, count = raw[i, first : first + y.shape[0]], xx[i], 0
@@ -358,8 +359,12 @@ def _recompute_near(raw, first, x, y, xx, yy, near):
             row[j] = r
             count += r < near * both
         if count > 0:
+            if not has_near[i]:
+                has_near[i] = True
+                is_near[i] = False
             for j in range(row.size):
                 if row[j] < near * (own + yy[j]):
+                    is_near[i, first + j] = True
                     total = f32(0)
                     for c in range(x.shape[1]):
                         d = x[i, c] - y[j, c]
@@ -477,6 +482,17 @@ def _sum_slopes(slope, sums):
 
 
 @njit(**OPTIONS)
+def _sum_far_slopes(slope, sums, is_near):
+    """`_sum_slopes` without the pairs that are near."""
+    total = f32(0)
+    for j in range(slope.size):
+        far = f32(0) if is_near[j] else slope[j]
+        total += far
+        sums[j] += far
+    return total
+
+
+@njit(**OPTIONS)
 def _sum_terms(e, p, y, weight, total, u, v, sums, strength, link, floor):
     """`_sum_slopes` for the derivative with respect to u + v, whose size divides e."""
     whole, share = f32(0), weight / total
@@ -509,6 +525,8 @@ def _epilogue(
     sums,
     strengths,
     scratch,
+    has_near,
+    is_near,
     link,
     terms,
     numbers,
@@ -517,7 +535,8 @@ def _epilogue(
     """Turns a chunk of raw values (R, V or more) into losses (R,) and slopes.
 
     slope: gets the derivatives of sum(weight * losses) with respect to raw values.
-    row_sums (R,), sums (threads, V): get the sums of slopes over columns and rows. For a distance
+    row_sums (R,), sums (threads, V): get the sums of slopes over columns and rows, without those of
+        pairs that `_recompute_near` has marked in has_near (R,) and is_near (R, V). For a distance
         with a denominator they are sums of derivatives with respect to u + v. Each thread adds to
         its own row of `sums`.
     strengths (R,): gets the derivative with respect to n or s.
@@ -547,7 +566,11 @@ def _epilogue(
                 )
                 if strange:
                     into[:] = np.nan
-                if not terms:
+                if terms:
+                    continue
+                if has_near[i]:
+                    row_sums[i] = _sum_far_slopes(into, sums[t], is_near[i])
+                else:
                     row_sums[i] = _sum_slopes(into, sums[t])
 
 
@@ -978,6 +1001,7 @@ def _array(x: torch.Tensor) -> np.ndarray:
 CHUNK = 20 * 2**20
 
 
+NEAR_PAIRS = 2**12  # Near pairs to pull at a time.
 LINKS = {"harmonic": HARMONIC, "softmax": SOFTMAX, CONTROL_NAME: CONTROL}
 
 
@@ -1028,6 +1052,8 @@ class _Work:
         self.sums = self.x.new_zeros(self.threads, V)
         self.losses, self.row_sums, self.strengths = self.x.new_empty(3, N)
         self.zeros = self.x.new_zeros(max(N, V))
+        self.has_near = torch.zeros(self.rows, dtype=torch.bool)
+        self.is_near = torch.empty(self.rows, V, dtype=torch.bool)  # Used where has_near is set.
         self._measure()
         self.dx = self.x.new_zeros(N, C) if needs_grad else None
         self.dy = self.y.new_gradient() if needs_grad else None
@@ -1103,6 +1129,7 @@ def _measure_pairs(work: _Work, part: slice):
     """Writes the raw values of a chunk of rows and all prototypes to `work.raw`."""
     own, n = work.x[part], part.stop - part.start
     padded = at_least_four(own)
+    work.has_near.zero_()
     for first, block in work.y.blocks():
         here = slice(first, first + len(block))
         if work.matmul and work.products is FLOAT32:
@@ -1120,9 +1147,9 @@ def _measure_pairs(work: _Work, part: slice):
             )
         if work.kernel == "l2":
             sizes_of_both = _array(work.xx[part]), _array(work.yy[here])
-            _recompute_near(
-                _array(work.raw), first, _array(own), _array(block), *sizes_of_both, f32(NEAR)
-            )
+            marks = _array(work.has_near), _array(work.is_near)
+            pairs_here = _array(work.raw), first, _array(own), _array(block)
+            _recompute_near(*pairs_here, *sizes_of_both, f32(NEAR), *marks)
         block = None
 
 
@@ -1147,6 +1174,8 @@ def _turn_into_slopes(work: _Work, part: slice):
         _array(work.sums),
         _array(work.strengths[part]),
         _array(work.scratch),
+        _array(work.has_near),
+        _array(work.is_near),
         LINKS[problem.spec.link],
         sides.u is not None,
         np.array([problem.strength, root, distance.factor, floor, problem.spec.skip / V], f32),
@@ -1160,6 +1189,7 @@ def _pull_products(work: _Work, part: slice):
     for first, block in work.y.blocks():
         here = slice(first, first + len(block))
         slope, into = work.slope[:n, here], work.dy[here]
+        near = _take_near(work, slope, first) if work.has_near.any() else None
         if work.products is FLOAT32:
             work.dx[part].addmm_(slope, block)
             into.addmm_(slope.T, own, beta=float(part.start > 0))
@@ -1167,7 +1197,31 @@ def _pull_products(work: _Work, part: slice):
             more_dx, more_dy = work.products.gradients(slope, own, block)
             work.dx[part] += more_dx
             into.add_(more_dy) if part.start else into.copy_(more_dy)
+        if near is not None:
+            _pull_near(near, own, block, work.dx[part], into)
         block = None
+
+
+def _take_near(work: _Work, slope: torch.Tensor, first: int):
+    """Takes the slopes of near pairs out of a chunk: (their rows, columns and slopes).
+
+    The columns are those of a block of prototypes, which begins at `first`.
+    """
+    rows = work.has_near[: len(slope)].nonzero()[:, 0]
+    i, j = work.is_near[rows, first : first + slope.shape[1]].nonzero(as_tuple=True)
+    i = rows[i]
+    taken = slope[i, j]
+    slope[i, j] = 0
+    return i, j, taken
+
+
+def _pull_near(near, x, y, dx, dy):
+    """Adds the gradients of near pairs, from their differences, as those of -2 x.y for other pairs
+    will be: times -1/2."""
+    for i, j, slopes in zip(*(torch.split(t, NEAR_PAIRS) for t in near), strict=True):
+        pull = slopes[:, None] * (y[j] - x[i])
+        dx.index_add_(0, i, pull)
+        dy.index_add_(0, j, -pull)
 
 
 def _pull_elementwise(work: _Work, part: slice):

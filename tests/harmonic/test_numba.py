@@ -291,3 +291,20 @@ def test_compiled_kernels_take_views_and_follow_torchs_threads():
     expected = torch.autograd.grad(harmonic_loss(h, w, y, "manhattan", impl="dense"), (h, w))
     for one in found:
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "euclidean_squared", "mahalanobis"])
+def test_gradients_of_near_pairs_keep_their_digits(name, monkeypatch):
+    """States beside a prototype that is not their target: there |h|^2 + |w|^2 - 2 h.w cancels."""
+    monkeypatch.setattr(numba, "CHUNK", 3 * V)  # several chunks
+    h, w = vectors(torch.float32)
+    for near in (1e-2, 1e-4, 1e-6):
+        h[:5] = w[20:25] + near * torch.randn(5, C)
+        targets, found = torch.arange(N), []
+        for dtype, impl in ((torch.float64, "dense"), (torch.float32, "numba")):
+            x, y = (t.detach().to(dtype).requires_grad_() for t in (h, w))
+            harmonic_loss(x, y, targets, name, exponent=8.0, impl=impl, skip=0).backward()
+            found.append((x.grad.double(), y.grad.double()))
+        for exact, own in zip(*found, strict=True):
+            error = (own - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(exact.norm() * 1e-6)
+            assert error.max() < 2e-5, (near, error.max())
