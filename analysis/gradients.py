@@ -6,7 +6,7 @@ prototypes.
 The papers on these heads (arXiv 2502.01628, 2603.10225) do not define "gradient stability". These
 are the measures here, over all steps but the first tenth. Norms are those before clipping.
 
-steps         steps whose norm is finite, of the whole run
+steps         steps whose norm is finite, the first tenth included
 not_finite    the other steps, such as skipped ones. The printed table has it if there are any
 mean          mean of the gradient norms
 cv            coefficient of variation: standard deviation divided by mean

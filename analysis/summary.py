@@ -211,8 +211,16 @@ def summary_table(summaries: list[dict], agree: Agreement, differences: dict | N
         there, and if no other run is within noise of it.
     """
     decided = None
-    if differences is not None and not any(differences["noise"]):
-        decided = differences["best"]
+    if differences is not None:
+        best = differences["best"]
+        others = [
+            noise
+            for i, (noise, (mean, *_)) in enumerate(
+                zip(differences["noise"], differences["rows"], strict=True)
+            )
+            if i != best and not isinstance(mean, str)  # NaN is a text there
+        ]
+        decided = None if any(others) else best
     rows = [
         [{"text": "–" if text == "-" else text, "best": False} for text in line]
         for line in tables.cells(summaries, COLUMNS)

@@ -111,10 +111,11 @@ class Flat(yaml.SafeLoader):
     """Reads YAML, but refuses a key that is given twice: the first value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} is given {keys.count(key)} times")
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise UserError(f"{key} is given {keys.count(key)} times")
         return super().construct_mapping(node, deep)
 
 
@@ -127,7 +128,9 @@ def read_yaml(path: str | Path) -> dict:
         raise UserError(f"no config file {path}{nearest(str(path), there) if there else ''}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Flat) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist, not UTF-8
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -229,7 +232,7 @@ def parse(
         path = positional.pop(0)
         given += [(f"{path}: ", k, v) for k, v in read_yaml(path).items()]
     given += [("--", k, v) for k, v in flags]
-    values, problems = _read(parser, schemas, words, given)
+    values, problems = _read(parser, schemas, types, words, given)
     if positional and words is None:
         more = " and only one config file may be given" if config_file else ""
         problems.append(f"unexpected word {positional[0]!r}: flags are --key=value{more}")
@@ -273,15 +276,15 @@ def _usage(words: str | None, config_file: bool) -> str:
 def _read(
     parser: jsonargparse.ArgumentParser,
     schemas: tuple[type, ...],
+    hints: dict[str, typing.Any],
     words: str | None,
     given: list[tuple],
 ) -> tuple[dict, list[str]]:
-    """Converts settings (where it was given, key, value).
+    """Converts settings (where it was given, key, value). hints: the type of each setting.
 
     Returns: values by key, and the problems of the other settings.
     """
     settings = {f.name: f for s in schemas for f in dataclasses.fields(s)}
-    hints = {name: hint for s in schemas for name, hint in typing.get_type_hints(s).items()}
     values: dict[str, typing.Any] = {}
     problems: list[str] = []
     texts: list[tuple[str, str, str]] = []
@@ -293,11 +296,13 @@ def _read(
         elif key == words and where == "--":
             values.setdefault(key, []).append(value)
         elif where != "--" and _is_no_text(value, hints[key]):
-            what = "is empty" if value is None else f"{value} is not a text"
-            problems.append(f"{where}{key}: {what}; write a text in quotes")
+            what = "is empty: write a text"
+            if value is not None:
+                what = f"YAML reads the value as {value}, which is not a text: put it in quotes"
+            problems.append(f"{where}{key}: {what}")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            texts.append((where, key, _as_list(text) if _is_list(hints[key]) else text))
+            texts.append((where, key, _as_list(text, hints[key]) if _is_list(hints[key]) else text))
     # All settings in one call, which is faster. If that fails, one by one to find the wrong ones.
     try:
         found = parser.parse_args([f"--{key}={text}" for _, key, text in texts])
@@ -313,6 +318,8 @@ def _read(
 
 def _is_no_text(value: object, hint: typing.Any) -> bool:
     """Whether a YAML value, such as 5, yes or a date, stands for a setting that is a text."""
+    if _is_list(hint):
+        return False
     choices = set(typing.get_args(hint) or [hint])
     allowed = isinstance(value, str) or (value is None and type(None) in choices)
     return choices <= {str, type(None)} and not allowed
@@ -322,20 +329,13 @@ def _is_list(hint: typing.Any) -> bool:
     return list in [typing.get_origin(h) for h in (hint, *typing.get_args(hint))]
 
 
-def _as_list(text: str) -> str:
-    """`8,4` as the list `["8", "4"]`. What is a list or null already stays."""
-    if text.lstrip().startswith("[") or text == "null":
+def _as_list(text: str, hint: typing.Any) -> str:
+    """`8,4` as the list `[8,4]`. An empty text, a list and null stay as they are."""
+    if not text or text.lstrip().startswith("[") or text == "null":
         return text
-    return json.dumps([_number(part) for part in text.split(",")])
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    of_texts = str in typing.get_args(hint)
+    return json.dumps(parts) if of_texts else f"[{','.join(parts)}]"
 
 
 def _expected(text: str, setting: dataclasses.Field) -> str:

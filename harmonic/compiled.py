@@ -57,7 +57,7 @@ def raw_values(
 def _raw_values(
     x: Tensor, y: Tensor, kernel: str, options: dict[str, Any], y_is_finite: bool
 ) -> Tensor | None:
-    module = None if kernel in ("l2", "dot") else _numba_for(x)
+    module = None if kernel in ("l2", "dot") or transformed() else _numba_for(x)
     if module is None:
         return None
     found = module.find(kernel, options)

@@ -166,7 +166,8 @@ class HarmonicHead(nn.Module):
         if strength is not None:
             self.set_strength(float(strength))
             if self.log_strength is not None:
-                state_dict.setdefault(f"{prefix}log_strength", self.log_strength.detach().clone())
+                first = torch.tensor([math.log(float(strength))], dtype=self.log_strength.dtype)
+                state_dict.setdefault(f"{prefix}log_strength", first)
         elif self.log_strength is None and f"{prefix}weight" in state_dict:
             self.fixed_strength = getattr(self, "built_strength", self.fixed_strength)
         super()._load_from_state_dict(
@@ -238,9 +239,9 @@ class HarmonicHead(nn.Module):
     def _strength_number(self) -> float:
         """The strength; on the meta device, where a trained one has no value, its first one."""
         strength = self.strength
-        if isinstance(strength, Tensor) and strength.is_meta:
-            return float(self.fixed_strength)
-        return float(torch.as_tensor(strength).item())
+        if isinstance(strength, Tensor) and not strength.is_meta:
+            return strength.item()
+        return float(self.fixed_strength)
 
     def kind(self) -> str:
         """The distance, its options and the link, such as "minkowski, p = 3, harmonic link"."""

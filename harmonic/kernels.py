@@ -79,7 +79,7 @@ def _canberra_terms(
     x: Tensor, y: Tensor, floor: float = 0.0, q: float = 0.0, weighted: bool = False
 ) -> Tensor:
     difference, s = (x - y).abs(), x.abs() + y.abs()
-    if weighted:
+    if weighted and q > 4:
         # The ratio below does not depend on the scale of s, so neither does its gradient. At scale
         # 1 no power overflows.
         largest = s.detach().amax(-1, keepdim=True)
@@ -90,13 +90,8 @@ def _canberra_terms(
     factor = s.pow(q - 1)
     if not weighted:
         return difference * factor
-    return (
-        difference
-        * factor
-        / torch.where(zero, 0.0, s * factor)
-        .sum(-1, keepdim=True)
-        .clamp_min(torch.finfo(s.dtype).tiny)
-    )
+    total = torch.where(zero, 0.0, s * factor).sum(-1, keepdim=True)
+    return difference * factor / total.clamp_min(torch.finfo(s.dtype).tiny)
 
 
 def _canberra(x: Tensor, y: Tensor, **options: Any) -> Tensor:

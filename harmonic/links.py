@@ -47,6 +47,8 @@ def logits(
 def log_ratio(level: Tensor, nearest: Tensor) -> Tensor:
     """log(level / nearest) for 0 < nearest <= level; exact where both are close."""
     ratio = (level - nearest) / nearest
+    if ratio.device.type == "cpu" and not torch.compiler.is_compiling() and (ratio < 1e37).all():
+        return ratio.log1p()
     return torch.where(ratio < 1e37, ratio.log1p(), level.log() - nearest.log())
 
 

@@ -92,7 +92,7 @@ def _hard(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
     return (x > 0).to(x.dtype) + (soft - soft.detach())
 
 
-# In P = A A' + eps I: keeps P positive definite if A has no numbers of 1e5 or more.
+# In P = A A' + eps I: keeps P positive definite, unless the norm of A is above some 10^4.
 EPSILON_FULL = 1e-6
 
 

@@ -557,6 +557,25 @@ def test_a_tokenizer_that_loses_characters_is_named(home, capsys):
     assert capsys.readouterr().err.count("50.0% of the tokens of a text are unknown") == 1
 
 
+@pytest.mark.parametrize("gap", [0.5, 0.001])
+def test_a_loss_is_marked_only_if_the_windows_tell_it_apart(gap):
+    noise = np.random.default_rng(0).normal(0, 0.1, (3, 64))
+    losses = [5 + gap * i + noise[i] for i in range(3)]
+    summaries = [
+        {column.key: None for column in summary.COLUMNS if hasattr(column, "key")}
+        | {"best_val_loss": 5 + gap * i, "perplexity": 150.0 + i}
+        for i in range(3)
+    ]
+    agree = summary.Agreement(losses=True, bits=True, work=False, energy=False, windows=True)
+    table = summary.summary_table(summaries, agree, summary.paired(summaries, losses))
+    marks = [[cell["best"] for cell in row] for row in table["rows"]]
+    assert [any(row) for row in marks] == [gap > 0.1, False, False]
+    diverged = [*losses, np.full(64, math.nan)]
+    summaries.append(dict(summaries[2], best_val_loss=math.nan, perplexity=math.nan))
+    table = summary.summary_table(summaries, agree, summary.paired(summaries, diverged))
+    assert any(cell["best"] for cell in table["rows"][0]) == (gap > 0.1)
+
+
 def test_the_lead_says_only_what_the_windows_tell(home):
     runs, summaries = (
         find_runs([home / "out/ce", home / "out/cosine"]),

@@ -10,7 +10,8 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 from test_analysis import call, home  # noqa: F401  (a fixture)
 
-from analysis import confidence
+from analysis import confidence, quantization
+from base.command_line import parse
 from base.errors import UserError
 from text.token_files import load_data
 
@@ -102,3 +103,16 @@ def test_the_same_text_with_another_tokenizer_is_no_other_domain(home):  # noqa:
 def test_bert_is_refused(home, monkeypatch):  # noqa: F811
     with pytest.raises(Exception, match="bert predicts masked tokens"):
         call(confidence.main, monkeypatch, home / "out" / "bert")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("wikitext2", ["wikitext2"]), ("1984, 007,", ["1984", "007"]), ('["a,b"]', ["a,b"])],
+)
+def test_lists_need_no_brackets(given, expected):
+    (c,) = parse(["out/a", f"--other={given}"], confidence.ConfidenceConfig, words="runs")
+    assert c.other == expected
+    (q,) = parse(["out/a", "--bits=8,4"], quantization.QuantizationConfig, words="runs")
+    assert q.bits == [8, 4]
+    with pytest.raises(UserError, match=r"--bits=\[8,x\]: expected a list"):
+        parse(["out/a", "--bits=8,x"], quantization.QuantizationConfig, words="runs")

@@ -417,9 +417,12 @@ def test_already_prepared(tmp_path, capsys):
     run(*flags, "--num_proc=2")
     assert "already prepared" in capsys.readouterr().out
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    for name in ("train.bin", "tokenizer.json", "meta.json"):  # damaged, but of the same size
+    for name in ("train.bin", "meta.json", "tokenizer.json"):
         whole = (tmp_path / "out" / name).read_bytes()
+        # Two are damaged, but of the same size, and one is gone.
         (tmp_path / "out" / name).write_bytes(whole[:-9] + b"8" + whole[-8:])
+        if name == "tokenizer.json":
+            (tmp_path / "out" / name).unlink()
         with pytest.raises(UserError, match=r"damaged one.*--overwrite=true"):
             run(*flags)
         (tmp_path / "out" / name).write_bytes(whole)

@@ -3,6 +3,7 @@ every bad input."""
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -524,9 +525,11 @@ def test_bad_input(train, tmp_path, case):
         ("model:\n  n_layer: 2\n", "expected flat"),
         ("n_layers: 2\n", "did you mean n_layer?"),
         ("seed: 1\nn_layer: 2\nseed: 2\n", "seed is given 2 times"),
+        ("<<: {seed: 1}\n<<: {n_layer: 2}\nnonsense: 1\n", "nonsense: unknown key"),
+        ("wandb: !!map foo\n", "is not YAML"),
         ("5: 2\n", "5 is not the name of a setting"),
-        ("tokenizer: 0123\n", "tokenizer: 83 is not a text"),
-        ("init_from: true\n", "init_from: True is not a text"),
+        ("tokenizer: 0123\n", "tokenizer: YAML reads the value as 83, which is not a text"),
+        ("init_from: true\n", "init_from: YAML reads the value as True"),
         ("head:\n", "head=null: unknown head"),
         ("wandb: 2024-01-01\n", "expected true or false"),
         (None, "no config file"),
@@ -831,6 +834,12 @@ def test_a_text_that_is_read_often_and_a_rate_that_rises_are_named(train, tiny_d
     rises = "because its decay now ends at iteration"
     assert rises not in train(init_from="resume", max_iters=4, learning_rate=None)[2]
     assert f"{rises} 40" in train(init_from="resume", max_iters=40, eval_interval=40)[2]
+    # At the end of a short warm-up the rate rises by itself.
+    train(head="cosine", max_iters=2, warmup_iters=2, out_dir="early", lr_decay_iters=90)
+    resume = dict(init_from="resume", out_dir="early", max_iters=3, lr_decay_iters=90)
+    assert "the learning rate rises" not in train(**resume, warmup_iters=2)[2]
+    faster = train(**resume | {"max_iters": 4}, warmup_iters=2, learning_rate=0.9)[2]
+    assert "the learning rate rises from" in faster
 
 
 def test_a_small_start_of_cross_entropy_is_named():
@@ -1108,12 +1117,28 @@ def test_an_overwrite_that_fails_leaves_the_old_run(train, tmp_path, monkeypatch
     def fail(*_):
         raise UserError("wandb does not start")
 
-    for part in ("Metrics", "write_yaml"):
+    rename, count = Path.rename, itertools.count()
+
+    def fail_at_the_second(path, to):
+        return fail() if next(count) == 1 else rename(path, to)
+
+    for part, broken in (
+        ("training.folder.Metrics", fail),
+        ("training.folder.write_yaml", fail),
+        ("pathlib.Path.rename", fail_at_the_second),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"training.folder.{part}", fail)
+            patch.setattr(part, broken)
             status, _, err = train(head="manhattan", overwrite=True)
         assert status == 2 and "wandb does not start" in err
         assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    # A start that was killed in the middle.
+    (tmp_path / "run/.replaced").mkdir()
+    (tmp_path / "run/ckpt").rename(tmp_path / "run/.replaced/ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.folder.Metrics", fail)
+        train(head="manhattan", overwrite=True)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     status, _, err = train(head="manhattan", overwrite=True)
     assert status == 0 and not (tmp_path / "run/.replaced").exists(), err
 
@@ -1135,15 +1160,14 @@ def test_processes_with_different_settings_or_data_do_not_train(train, tmp_path,
 
     def two(processes, value):
         resume, settings, torchrun = value
-        return [
-            value,
-            (resume, {**settings, "learning_rate": 7.0, "the data's val": "x"}, torchrun),
-        ]
+        other = {**settings, "learning_rate": 7.0, "the data's val": "x", "of_a_newer_version": 1}
+        return [value, (resume, other, torchrun)]
 
     monkeypatch.setattr("training.distributed.Processes.gather", two)
     status, _, err = train()
     assert status == 2 and "learning_rate (" in err and "and 7.0)" in err
-    assert "the data's val (" in err and "n_layer" not in err and not (tmp_path / "run").exists()
+    assert "the data's val (" in err and "of_a_newer_version (None and 1)" in err
+    assert "n_layer" not in err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

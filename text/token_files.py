@@ -16,7 +16,14 @@ import numpy as np
 from base.errors import UserError, nearest
 from base.files import sha256, unseal, write_whole
 from text.foreign import NANOGPT_META, ids_problem, layout
-from text.tokenizers import TRAINED_FILES, Tokenizer, is_trained, load_tokenizer, same_tokens
+from text.tokenizers import (
+    TRAINED_FILES,
+    Tokenizer,
+    is_trained,
+    load_tokenizer,
+    same_tokens,
+    tokenizer_file,
+)
 
 VERIFIED = ".verified.json"  # Beside meta.json: the files that matched their sha256 last time.
 
@@ -198,6 +205,12 @@ def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
             f"or name the tokenizer of existing .bin files with --tokenizer={name}"
         )
     return _without_meta(folder, tokenizer)
+
+
+def has_tokenizer(data: Data) -> bool:
+    """Whether the file of its tokenizer is there, if the tokenizer was trained."""
+    file = tokenizer_file(data.tokenizer) if is_trained(data.tokenizer) else None
+    return file is None or any((data.folder / name).is_file() for name in (file, NANOGPT_META))
 
 
 def documents_of(data: Data, split: str) -> Iterator[np.ndarray]:

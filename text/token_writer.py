@@ -18,8 +18,8 @@ import numpy as np
 from base.errors import UserError
 from base.files import fsync, locked, seal
 from text.documents import Tally
-from text.token_files import VERIFIED, load_data, verify
-from text.tokenizers import TRAINED_FILES, Tokenizer, is_trained, tokenizer_file
+from text.token_files import VERIFIED, has_tokenizer, load_data, verify
+from text.tokenizers import TRAINED_FILES, Tokenizer, tokenizer_file
 
 SPLITS = ("train", "val", "test")
 
@@ -152,8 +152,6 @@ def _is_same(out: Path, identity: dict) -> bool:
             return False
         data = load_data(out)
         verify(data)
-        if is_trained(data.tokenizer):
-            data.load_tokenizer()
-        return True
+        return has_tokenizer(data)
     except (OSError, ValueError, KeyError, TypeError):  # A UserError is a ValueError.
         return False

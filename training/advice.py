@@ -190,14 +190,17 @@ def rising_rate(c: TrainConfig, iteration: int, changed: dict) -> str | None:
     changed: settings that it changes, key -> [before, now].
     """
     earlier = {key: old for key, (old, _) in changed.items() if key in vars(c)}
-    before = learning_rate(iteration - 1, replace(c, **earlier))
+    before = learning_rate(iteration, replace(c, **earlier))
     now = learning_rate(iteration, c)
-    if now <= 1.05 * before or iteration < c.warmup_iters:
+    if now <= 1.05 * before:
         return None
+    rises = f"the learning rate rises from {before:.2g} to {now:.2g}"
+    if not {"max_iters", "lr_decay_iters", "decay_iters"} & set(changed):
+        return rises
+    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     return (
-        f"the learning rate rises from {before:.2g} to {now:.2g}, because its decay now ends at"
-        f" iteration {c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters}: the loss may"
-        " rise at first. To plan for more iterations, set --lr_decay_iters at the first start"
+        f"{rises}, because its decay now ends at iteration {end}: the loss may rise at first. To"
+        " plan for more iterations, set --lr_decay_iters at the first start"
     )
 
 

@@ -180,14 +180,12 @@ class TrainConfig:
 
     def _sign_problems(self) -> list[str]:
         found = []
-        positive = ("learning_rate", "head_learning_rate", "timeout")
-        for key in (*positive, "weight_decay", "prototype_decay", "grad_clip", "min_lr"):
-            value, what = (
-                getattr(self, key),
-                "be positive" if key in positive else "not be negative",
-            )
-            if value is not None and not (value > 0 or value == 0 and key not in positive):
-                found.append(f"{key}={value} must {what}")
+        for key in ("learning_rate", "head_learning_rate", "timeout"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                found.append(f"{key}={getattr(self, key)} must be positive")
+        for key in ("weight_decay", "prototype_decay", "grad_clip", "min_lr"):
+            if getattr(self, key) is not None and getattr(self, key) < 0:
+                found.append(f"{key}={getattr(self, key)} must not be negative")
         if self.timeout > MOST_SECONDS:
             found.append(f"timeout={self.timeout:g} is above {MOST_SECONDS:,} seconds")
         return found

@@ -142,7 +142,7 @@ def torchrun_command(world: int) -> str:
     if world == 1:
         return "python"
     if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
-        return "torchrun, on each machine as before,"
+        return "torchrun, on each machine with the flags of before:"
     return f"torchrun --standalone --nproc_per_node={world}"
 
 
@@ -348,7 +348,8 @@ class StopSignals:
         """
         if self.parent not in (None, os.getppid()) and not self.asked:
             self.asked = signal.SIGTERM
-            say("torchrun has died; stopping", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK") == "0":
+                say("torchrun has died; stopping", file=sys.stderr)
         if self.group is None:
             return self.asked
         answer = 0

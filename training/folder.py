@@ -10,12 +10,9 @@ from pathlib import Path
 from base.command_line import write_yaml
 from base.errors import UserError
 from base.files import locked
-from model import ModelConfig
-from text.token_files import Data
 from text.tokenizers import TRAINED_FILES, copy_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
-from training.distributed import Processes
 from training.run import Run
 from training.start import check_out_dir
 from training.telemetry import Emissions, Metrics, environment, write_environment
@@ -67,7 +64,7 @@ class RunFolder:
 
     def _fill(self, run: Run, resumed: Path | None, changed: dict) -> None:
         """Writes the first files. If that fails, the files of an earlier run stay."""
-        m, c, p, iteration = run.m, run.c, run.processes, run.progress.iteration
+        c = run.c
         check_out_dir(c)  # Another start may have trained here meanwhile.
         if c.init_from != "scratch" and _newer(self.path, resumed):
             raise UserError(
@@ -76,18 +73,11 @@ class RunFolder:
         if resumed:
             checkpoint.set_aside(self.path, resumed)
         with contextlib.nullcontext() if resumed else _replaced(self.path, c):
-            self._write_first(m, c, p, run.data, iteration, changed)
+            self._write_first(run, changed)
         self.writer = checkpoint.Writer(self.path)
 
-    def _write_first(
-        self,
-        m: ModelConfig,
-        c: TrainConfig,
-        p: Processes,
-        data: Data,
-        iteration: int,
-        changed: dict,
-    ) -> None:
+    def _write_first(self, run: Run, changed: dict) -> None:
+        m, c, p, data, iteration = run.m, run.c, run.processes, run.data, run.progress.iteration
         copy_tokenizer(data.tokenizer, data.folder, self.path)
         stored = replace(
             c,
@@ -159,29 +149,35 @@ def _newer(out_dir: Path, resumed: Path | None) -> bool:
 def _replaced(out_dir: Path, c: TrainConfig) -> Iterator[None]:
     """Sets the files of an earlier run aside, and removes them at the end.
 
-    They come back if there is an error inside.
+    They come back if there is an error inside. If the process is killed, they come back at the
+    next start.
     """
+    aside = out_dir / ".replaced"
+    _put_back(aside)
     if c.init_from == "auto" and (out_dir / "config.yaml").exists():
         print(f"{out_dir} holds no checkpoint yet: starting again")
-    aside = out_dir / ".replaced"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     names = ["ckpt", "tensorboard", "config.yaml", "metrics.jsonl", *TRAINED_FILES]
     if c.init_from == "scratch":  # With auto, these belong to an earlier start of the same run.
         names += ["environment.json", *(path.name for path in out_dir.glob("emissions*.csv*"))]
-    for name in names:
-        if (out_dir / name).exists():
-            (out_dir / name).rename(aside / name)
     try:
+        aside.mkdir(exist_ok=True)
+        for name in names:
+            if (out_dir / name).exists():
+                (out_dir / name).rename(aside / name)
         yield
     except BaseException:
-        for path in [*(out_dir / name for name in names), *aside.iterdir()]:
-            if path.parent == aside:
-                path.rename(out_dir / path.name)
-            elif path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        aside.rmdir()
+        _put_back(aside)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # On NFS, files that are open stay for a while.
+
+
+def _put_back(aside: Path) -> None:
+    """Moves files that were set aside back, in place of newer ones of the same names."""
+    if not aside.is_dir():
+        return
+    for path in aside.iterdir():
+        newer = aside.parent / path.name
+        if newer.is_dir():
+            shutil.rmtree(newer, ignore_errors=True)
+        path.replace(newer)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -145,8 +145,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     if p.world > 1:
         processes += f" ({c.parallel})"
     run.say(
-        f"{m.arch}, {m.n_layer} layers, {m.n_embd} wide, {model.parameter_count() / 1e6:.2f} M"
-        f" parameters, head {model.head.extra_repr()}\n"
+        f"{m.arch}, {m.n_layer} layer{'s' * (m.n_layer > 1)}, {m.n_embd} wide,"
+        f" {model.parameter_count() / 1e6:.2f} M parameters, head {model.head.extra_repr()}\n"
         f"data {data.folder}: {data.splits['train'].tokens:,} training tokens, {data.tokenizer}; "
         f"an iteration is {run.work.tokens:,} tokens ({windows})\n"
         f"{processes}, {dtype}{', compiled' if c.compile else ''}"

@@ -22,8 +22,8 @@ from base.output import say
 from harmonic import HarmonicHead
 from harmonic.compiled import load
 from model import Model, ModelConfig
-from text.token_files import Data, check_tokenizer, data_folder, load_data
-from text.tokenizers import is_trained
+from text.token_files import Data, check_tokenizer, data_folder, has_tokenizer, load_data
+from text.tokenizers import tokenizer_file
 from training import checkpoint, distributed
 from training.config import TrainConfig
 from training.data import split_problems
@@ -122,10 +122,15 @@ def resume_problems(
 ) -> list[str]:
     """Why a run with the stored settings `base` cannot be resumed with this configuration."""
     found = [
-        f"cannot resume {out_dir} with {k}={v}: the run has {k}={base[k]}"
+        f"cannot resume {out_dir} with {k}={_shown(v)}: the run has {k}={_shown(base[k])}"
         for k, v in vars(model).items()
         if k not in ModelConfig.free_settings() and k in base and v != base[k]
     ]
+    if found:
+        found.append(
+            "a resumed run keeps its model: leave these settings and config files out, or start"
+            f" from its weights with --init_from={out_dir} and another --out_dir"
+        )
     if config.optimizer != (before := base.get("optimizer", config.optimizer)):
         found.append(
             f"cannot resume {out_dir} with optimizer={config.optimizer}: its checkpoint holds the"
@@ -157,6 +162,11 @@ def resume_problems(
             f" {REORDERED}"
         )
     return found
+
+
+def _shown(value: object) -> str:
+    """A value as a user writes it."""
+    return "null" if value is None else str(value)
 
 
 def differences(base: dict, *configs: ModelConfig | TrainConfig) -> dict:
@@ -231,9 +241,12 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
 
 def _missing(data: Data, config: TrainConfig) -> list[str]:
     """What a run needs beside token files and is not there: a tokenizer, packages, a country."""
-    if is_trained(data.tokenizer):
-        data.load_tokenizer()  # The run gets a copy of its file. UserError if that is missing.
     problems = check_loggers(config.tensorboard, config.wandb)
+    if not has_tokenizer(data):
+        problems.append(
+            f"{data.folder} has no {tokenizer_file(data.tokenizer)}: prepare the folder again with"
+            " prepare_openwebtext.py --overwrite=true"
+        )
     measured = config.emissions and not config.eval_only
     if measured and (problem := country_problem(config.emissions_country)):
         problems.append(problem)
@@ -322,7 +335,7 @@ def check_out_dir(c: TrainConfig) -> None:
 
 # What may differ between processes: places on their machines, and what to do at the start.
 OWN = {f.name for f in fields(TrainConfig) if "of_a_start" in f.metadata}
-OWN |= {"device", "dataset", "tokenizer"}
+OWN |= {"device", "dataset", "tokenizer", "emissions_country"}
 
 
 def start_processes(
@@ -335,31 +348,29 @@ def start_processes(
         would train.
     """
     p = distributed.start(device, c.backend, c.timeout)
-    slots = c.batch_size * c.gradient_accumulation_steps
-    if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
-        need = f"a multiple of {p.world}" if c.parallel == "fsdp" else f"at least {p.world}"
-        raise shared_error(
-            f"{p.world} processes cannot share {slots} windows an iteration (batch_size *"
-            f" gradient_accumulation_steps): make that product {need}"
-        )
     settings = {k: v for k, v in {**vars(m), **vars(c)}.items() if k not in OWN}
-    settings |= {f"the data's {name}": s.identity()[:12] for name, s in data.splits.items()}
+    for name in ("train", "val"):
+        settings[f"the data's {name}"] = data.splits[name].identity()[:12]
     every = p.gather((resume, settings, torchrun_process()))
     if len({resume for resume, *_ in every}) > 1:
         raise shared_error(
             f"the processes do not see the same {c.out_dir}: it must be on a disk that all"
             " machines share"
         )
-    values = {key: [settings.get(key) for _, settings, _ in every] for key in settings}
-    different = [
-        f"{key} ({' and '.join(dict.fromkeys(map(str, found)))})"
-        for key, found in values.items()
-        if len(set(map(str, found))) > 1
-    ]
+    keys = dict.fromkeys(key for _, settings, _ in every for key in settings)
+    values = {key: dict.fromkeys(str(s.get(key)) for _, s, _ in every) for key in keys}
+    different = [f"{key} ({' and '.join(v)})" for key, v in values.items() if len(v) > 1]
     if different:
         raise shared_error(
             f"the processes would train with different settings: {listed(different)}. Start all"
             " machines with the same command and the same data"
+        )
+    slots = c.batch_size * c.gradient_accumulation_steps
+    if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
+        need = f"a multiple of {p.world}" if c.parallel == "fsdp" else f"at least {p.world}"
+        raise shared_error(
+            f"{p.world} processes cannot share {slots} windows an iteration (batch_size *"
+            f" gradient_accumulation_steps): make that product {need}"
         )
     p.torchruns = sorted({torchrun for *_, torchrun in every})
     return p

@@ -108,6 +108,9 @@ class Metrics:
                     allow_val_change=True,
                 )
             except module.Error as error:
+                self.file.close()
+                if self.board:
+                    self.board.close()
                 raise UserError(
                     f"wandb does not start ({error}): leave --wandb out, or set"
                     " WANDB_MODE=offline to send the numbers later"

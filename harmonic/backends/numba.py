@@ -621,8 +621,10 @@ def _cube_slope(x, y, s, p, r):
 
 
 def _power_term(x, y, p, r):
-    power = p * _log(_greater(abs(x - y), f32(1e-37)))
-    return f32(0) if power < f32(-87) else f32(np.inf) if power > f32(88.7) else _exp(power)
+    d = abs(x - y)
+    power = p * _log(_greater(d, f32(1e-37)))
+    value = f32(np.inf) if power > f32(88.7) else _exp(power)
+    return f32(0) if (d <= f32(1e-37)) | (power < f32(-87)) else value
 
 
 def _power_slope(x, y, s, p, r):

@@ -196,7 +196,7 @@ class NearestHead:
         farthest candidate. So the V - k others together have at most V - k times its weight. With
         "hnsw" the bound is an estimate, because the graph may have missed near prototypes.
         """
-        found = found.cpu().double()
+        found = (found.cpu() if found.device.type == "mps" else found).double()
         real = found > -math.inf
         farthest = found.masked_fill(~real, math.inf).amin(-1)
         others = (self.vocab_size - real.sum(-1)).double()

@@ -220,7 +220,7 @@ def test_a_trained_strength_without_a_value_and_one_that_was_set():
     assert learning.exponent.item() == pytest.approx(9)
 
 
-def test_forward_mode_works_for_a_large_table_too():
+def test_torch_func_works_for_a_large_table_too():
     head = HarmonicHead(128, 8192, "cosine")  # large enough for a compiled map
     h, targets = torch.randn(2, 128), torch.tensor([3, 5])
     x = h.clone().requires_grad_()

@@ -293,6 +293,16 @@ def test_compiled_kernels_take_views_and_follow_torchs_threads():
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("p", [0.05, 0.9, 8.0])
+def test_equal_coordinates_add_nothing_to_a_power(p):
+    h, w = (x.relu() for x in vectors(torch.float32))
+    found = [
+        harmonic_loss(h.to(dtype), w.to(dtype), torch.arange(N), "minkowski", p=p, exponent=4.0)
+        for dtype in (torch.float64, torch.float32)
+    ]
+    torch.testing.assert_close(found[1].double(), found[0], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["euclidean", "euclidean_squared", "mahalanobis"])
 def test_gradients_of_near_pairs_keep_their_digits(name, monkeypatch):
     """States beside a prototype that is not their target: there |h|^2 + |w|^2 - 2 h.w cancels."""

@@ -64,12 +64,15 @@ def test_nothing_lowers_the_precision_of_the_head(lowered):
         with torch.autocast("cpu", torch.bfloat16):
             inside = everything()
     elif lowered == "fp32_precision":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        try:
-            inside = everything()
-            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        finally:
-            torch.backends.mkldnn.matmul.fp32_precision = "none"
+        matmul = torch.backends.mkldnn.matmul
+        for place in (matmul, torch.backends):  # its own setting, or one for everything
+            place.fp32_precision = "bf16" if place is matmul else "tf32"
+            try:
+                inside = everything()
+                assert matmul.fp32_precision == place.fp32_precision != "ieee"
+            finally:
+                place.fp32_precision = "none"
+        assert matmul.fp32_precision == "none"
     else:
         torch.set_float32_matmul_precision("medium")
         inside = everything()
