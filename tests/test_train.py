@@ -1135,12 +1135,13 @@ def test_an_overwrite_that_fails_leaves_the_old_run(train, tmp_path, monkeypatch
     # A start that was killed in the middle.
     (tmp_path / "run/.replaced").mkdir()
     (tmp_path / "run/ckpt").rename(tmp_path / "run/.replaced/ckpt")
+    assert "run/.replaced: move them back" in train(init_from="resume")[2]
     with monkeypatch.context() as patch:
         patch.setattr("training.folder.Metrics", fail)
         train(head="manhattan", overwrite=True)
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     status, _, err = train(head="manhattan", overwrite=True)
-    assert status == 0 and not (tmp_path / "run/.replaced").exists(), err
+    assert status == 0 and not list((tmp_path / "run").glob(".[rd]e*")), err
 
 
 def test_a_run_that_ended_while_this_start_waited_is_not_replaced(train, tmp_path, monkeypatch):

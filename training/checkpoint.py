@@ -34,6 +34,7 @@ from training.config import TrainConfig
 from training.telemetry import evaluated_alike_since, listed
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
+SET_ASIDE = ".replaced"  # Where the files of a run are while another start replaces it.
 
 
 def own_weights(model: Model) -> dict[str, torch.Tensor]:
@@ -238,7 +239,12 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
     if Path(out_dir).is_file():
         there = " (it is a file, not a run's folder)"
     instead = runs_instead(out_dir) or ": train it first, or name another --out_dir"
-    if (Path(out_dir) / "config.json").is_file():
+    if (Path(out_dir) / SET_ASIDE).is_dir():
+        instead = (
+            f". An interrupted --overwrite=true has left its files in {Path(out_dir) / SET_ASIDE}:"
+            " move them back"
+        )
+    elif (Path(out_dir) / "config.json").is_file():
         instead = ": it is a model in Hugging Face's format. Load it with transformers"
     raise UserError(f"{out_dir} holds no checkpoint{there}{instead}")
 

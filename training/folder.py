@@ -12,6 +12,7 @@ from base.errors import UserError
 from base.files import locked
 from text.tokenizers import TRAINED_FILES, copy_tokenizer
 from training import checkpoint
+from training.checkpoint import SET_ASIDE
 from training.config import TrainConfig
 from training.run import Run
 from training.start import check_out_dir
@@ -152,7 +153,7 @@ def _replaced(out_dir: Path, c: TrainConfig) -> Iterator[None]:
     They come back if there is an error inside. If the process is killed, they come back at the
     next start.
     """
-    aside = out_dir / ".replaced"
+    aside, rest = out_dir / SET_ASIDE, out_dir / ".deleted"
     _put_back(aside)
     if c.init_from == "auto" and (out_dir / "config.yaml").exists():
         print(f"{out_dir} holds no checkpoint yet: starting again")
@@ -168,7 +169,10 @@ def _replaced(out_dir: Path, c: TrainConfig) -> Iterator[None]:
     except BaseException:
         _put_back(aside)
         raise
-    shutil.rmtree(aside, ignore_errors=True)  # On NFS, files that are open stay for a while.
+    # On NFS, files that are open stay for a while. They must not come back later.
+    shutil.rmtree(rest, ignore_errors=True)
+    aside.rename(rest)
+    shutil.rmtree(rest, ignore_errors=True)
 
 
 def _put_back(aside: Path) -> None:
