@@ -144,6 +144,7 @@ def tensors_of(model: Model, c: ModelConfig) -> dict[str, torch.Tensor]:
         found[f"{form.head}.table"] = found.pop(f"{form.head}.weight")
     if form.head_bias in found:  # A mask token beyond the vocabulary is never predicted.
         found[form.head_bias][c.real_vocab_size :] = torch.finfo(torch.float32).min
+        found[f"{form.head}.bias"] = found[form.head_bias]  # which an untied BERT uses
     return found
 
 
@@ -256,7 +257,7 @@ def card(
     form, documents, base = format_of(model.config), "", ""
     if stored["doc_mask"]:
         documents = " It saw each document alone (`doc_mask`): give it one at a time."
-    if stored.get("source"):
+    if stored.get("source") and not Path(stored["source"]).exists():  # a name on the hub
         base = f"\nbase_model: {stored['source']}"
     return CARD.format(
         **{k: v for k, v in stored.items() if k != "tie_weights"},

@@ -148,6 +148,9 @@ def convert(
                     " (tie_word_embeddings)"
                 )
             plain[head] = first
+    own_bias = f"{form.head}.bias"
+    if form.head_bias is not None and not config.tie_weights and own_bias in plain:
+        plain[form.head_bias] = plain.pop(own_bias)  # An untied BERT uses this one.
     if problems := _misfits(plain, table, form):
         more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(
@@ -169,8 +172,10 @@ def _misfits(tensors: dict[str, torch.Tensor], table: dict[str, Tensor], form: F
     """Problems with tensors that are missing, unknown, or of another shape than in the table."""
     expected = {n: s for t in table.values() for n, s in zip(t.names, t.shapes(), strict=True)}
     lost = [n for n in expected if n not in tensors]
-    if form.transform is not None and all(n.startswith(form.transform) for n in lost):
-        lost = []  # The encoder was saved alone. The head's transform gets new weights.
+    if form.transform is not None:
+        own = [n for n in expected if n.startswith(form.transform) and n != f"{form.head}.weight"]
+        if set(own) <= set(lost) and all(n.startswith(form.transform) for n in lost):
+            lost = []  # The encoder was saved alone. The head's transform gets new weights.
     found = [f"{n} is missing" for n in lost]
     for name in tensors:
         if name not in expected and not IGNORED.fullmatch(name):
@@ -454,7 +459,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
-    if index.is_file():
+    if index.is_file() and not (folder / files[0]).is_file():  # As in transformers.
         try:
             files = sorted(
                 {Path(file).name for file in json.loads(index.read_bytes())["weight_map"].values()}

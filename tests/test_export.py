@@ -25,6 +25,7 @@ RUNS = {
         arch="gpt", head="cross_entropy", bias=False, tie_weights=False, vocab_size=320
     ),
     "bert": dict(arch="bert", head="cross_entropy", vocab_size=320),
+    "bert-untied": dict(arch="bert", head="cross_entropy", tie_weights=False, learning_rate=0.1),
     "qwen2": dict(arch="qwen", n_kv_head=1, head="cross_entropy"),
     "qwen3": dict(arch="qwen", qk_norm=True, head_dim=10, head="cross_entropy", tie_weights=False),
     "gpt-cosine": dict(arch="gpt", head="cosine", learn_exponent=True, vocab_size=320),

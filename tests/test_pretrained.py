@@ -109,6 +109,13 @@ def test_an_encoder_alone_gets_a_new_transform(gpt2, tmp_path, capsys):
         torch.equal(model.tokens.weight, theirs.bert.embeddings.word_embeddings.weight)
         and model.tokens.weight is model.head.weight
     )
+    theirs.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole/model.safetensors"
+    tensors = load_file(file)
+    for lost in ("cls.predictions.transform.dense.weight", "cls.predictions.bias"):
+        save_file({k: v for k, v in tensors.items() if k != lost}, file)
+        with pytest.raises(UserError, match=f"{lost} is missing"):
+            load(tmp_path / "whole")
 
 
 def nanogpt(theirs, path, **changes):
@@ -229,6 +236,8 @@ def test_tied_tables_that_differ_are_refused(copy):
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{"])
 def test_a_wrong_index_is_named(copy, content):
     (copy / "model.safetensors.index.json").write_text(content)
+    load(copy)  # A whole file is preferred, as in transformers.
+    (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model.safetensors.index.json is wrong"):
         load(copy)
 

@@ -901,3 +901,26 @@ def test_what_trl_reads_is_computed_from_the_logits():
     torch.testing.assert_close(found.mean_logits, torch.where(kept, mean, 0.0), **close)
     assert torch.equal(found.is_top1, kept & (log_p.argmax(-1) == y)) and found.is_top1.any()
     assert torch.equal(found.label_mask, kept) and kept.sum() > 256
+
+
+def test_the_state_of_a_swapped_model_has_its_strength_and_kind():
+    def swapped(name, **settings):
+        model = hugging_face("gpt2", tie_word_embeddings=False)
+        swap_head(model, name, **settings)
+        return model
+
+    state = swapped("euclidean", exponent=64.0).state_dict()
+    same = swapped("euclidean")
+    same.load_state_dict(state)
+    assert float(same.get_output_embeddings().exponent) == 64
+    with pytest.raises(RuntimeError, match="head of another kind"):
+        swapped("cosine", link="softmax").load_state_dict(state)
+
+
+def test_load_swapped_takes_the_arguments_of_from_pretrained(tmp_path):
+    model = hugging_face("gpt2")
+    swap_head(model, "cosine")
+    model.save_pretrained(tmp_path / "swapped")
+    loaded = load_swapped(tmp_path / "swapped", use_cache=False, attn_pdrop=0.3)
+    assert loaded.config.use_cache is False and loaded.config.attn_pdrop == 0.3
+    assert load_swapped(tmp_path / "swapped", config=loaded.config).config.attn_pdrop == 0.3

@@ -1311,7 +1311,9 @@ def test_a_sharded_head_equals_one_process(tiny_data, tmp_path, arch, head):
     run_shared(tiny_data, tmp_path / "two", 2, parallel="fsdp", **settings)
     for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         for key in a:
-            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["iter"], key)
+            # The gradient of |h - w| jumps where h and w cross, so rounding may change its norm.
+            rel = 5e-3 if head == "manhattan" and "grad_norm" in key else 1e-4
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=rel), (a["iter"], key)
 
 
 @pytest.mark.slow
@@ -1668,6 +1670,6 @@ def test_more_processes_than_windows(tiny_data, tmp_path):
     done = script(*launcher(2), "train.py", *flags)
     assert (
         done.returncode != 0
-        and "2 processes share 1 windows" in done.stderr
+        and "2 processes cannot share 1 windows" in done.stderr
         and not (tmp_path / "run").exists()
     )

@@ -218,10 +218,12 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     if model.vocab_size == 0:
         model.vocab_size = 64 * math.ceil(rows / 64)  # GPUs are faster with multiples of 64.
     if model.vocab_size < rows:
+        fix = "leave --vocab_size out"
+        if source and model.vocab_size == source.settings["vocab_size"]:
+            fix = f"that is the size of {source.name}, so it cannot read this data"
         problems.append(
             f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
-            f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''}):"
-            " leave --vocab_size out"
+            f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''}): {fix}"
         )
     if model.doc_mask and model.eot_id is None:
         model.eot_id = data.eot_id

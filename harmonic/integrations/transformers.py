@@ -39,6 +39,7 @@ PREFIX = "harmonic_"  # Begins the model type in the config.json of a swapped mo
 MORE_WITH_LOGITS = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
     "output_multiplier", "output_router_logits", "logits_soft_cap", "output_logit_soft_cap",
+    "z_loss_coefficient",
 )  # fmt: skip
 # Names of heads whose table was called `weight` in folders of older versions.
 HEADS_BEFORE = ("lm_head", "lm_head.decoder", "predictions.decoder", "vocab_projector", "embed_out")
@@ -86,14 +87,22 @@ class ModelHead(HarmonicHead):
         self.table = nn.Parameter(self._parameters.pop("weight").data)  # (V, C)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Without the strength, which is in the configuration."""
+        """The strength is no tensor, because files of transformers have it in the configuration. It
+        is metadata, as the kind of the head."""
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            about = destination._metadata[prefix[:-1]]
+            about["head"] = self.kind()
+            if self.strength_name is not None and self.log_strength is None:
+                about["strength"] = float(self.strength)
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *arguments):
         """Also takes the state of a plain model, whose output layer has a `weight`."""
         if f"{prefix}table" not in state_dict and f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}table"] = state_dict.pop(f"{prefix}weight")
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if "strength" in local_metadata and local_metadata["head"] == self.kind():
+            self.set_strength(local_metadata["strength"])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
     def __getattr__(self, name):
         if name == "weight":
@@ -425,6 +434,7 @@ class Swapped:
             and getattr(self, "loss_type", None)
             in (None, "ForCausalLM" if self.can_generate() else "ForMaskedLM")
             and given.get("ignore_index", IGNORE_INDEX) == IGNORE_INDEX
+            and given.get("entity_labels") is None  # LUKE has a second loss
             and not router
         )
 
@@ -711,7 +721,11 @@ def load_swapped(folder: str | Path, **arguments: Any) -> Any:
         raise ValueError(f"{folder} holds no swapped head")
     plain = CONFIG_MAPPING[stored["model_type"].removeprefix(PREFIX)]
     kind = _harmonic_config(plain)
-    config = kind.from_dict({**stored, "model_type": kind.model_type})
+    config = arguments.pop("config", None)
+    if config is None:
+        config, arguments = kind.from_dict(
+            {**stored, "model_type": kind.model_type}, return_unused_kwargs=True, **arguments
+        )
     return harmonic_class(_stored_class(stored, plain)).from_pretrained(
         folder, config=config, **arguments
     )

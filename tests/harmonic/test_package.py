@@ -69,14 +69,13 @@ def test_a_distance_is_added_as_documented(copied):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_kernel_is_added_as_documented(copied, compiled):
     """The kernel of the same page, with and without its functions for Numba."""
-    row, code = re.findall(r"^    ```python\n(.*?)    ```", DOCUMENT.read_text(), re.S | re.M)
+    row, code, call = re.findall(r"^    ```python\n(.*?)    ```", DOCUMENT.read_text(), re.S | re.M)
     entry = '"log1p": Distance("sum log(1 + |h-w|)", "log1p", degree=None, source="ours"),'
     formula = "def log1p(h: Tensor, w: Tensor) -> Tensor:\n    return (h - w).abs().log1p().sum(-1)"
     add(copied / "harmonic/kernels.py", row, after="KERNELS = {")
     add(copied / "harmonic/distances.py", entry, after="DISTANCES = {")
     add(copied / "harmonic/reference.py", formula, before=LAST)
     if compiled:
-        call = '("log1p", None): _compile("log1p", _log1p_term, _log1p_slope),'
         add(copied / "harmonic/backends/numba.py", textwrap.dedent(code), before="COMPILED = {")
         add(copied / "harmonic/backends/numba.py", call, after="COMPILED = {")
     assert passed(copied, "-m", "pytest", "tests/harmonic", "-k", "log1p or golden") > 30
