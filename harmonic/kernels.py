@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import transformed
 from .maps import unit
 from .precision import FLOAT32, Products, inner_products
 from .twice import plain_gradients, wants_graph
@@ -264,6 +265,8 @@ def paired(h: Tensor, w: Tensor, kernel: str, options: dict[str, Any]) -> Tensor
 
 
 def _blocks(h: Tensor, w: Tensor, value: Callable[..., Tensor], **options: Any) -> Tensor:
+    if transformed():  # torch.func has no rule for `_Blocks`.
+        return value(h[:, None], w, **options)
     raw: Tensor = _Blocks.apply(h, w, value, options)  # type: ignore[no-untyped-call]  # torch
     return raw
 

@@ -121,8 +121,8 @@ def test_create_graph_changes_no_gradient_of_tied_prototypes(name, reduction):
     assert (one - two).abs().max() < 1e-4 * two.abs().max()
 
 
-@pytest.mark.parametrize("name", ["euclidean", "cosine", "manhattan"])
-def test_transforms_of_torch_func_are_right_or_refused(name):
+@pytest.mark.parametrize("name", HEADS)
+def test_transforms_of_torch_func_are_right(name):
     """A tangent through the loss's operator would be 0 without a word."""
     h, w = vectors(torch.float32)
     v, y = torch.randn_like(h), torch.arange(N)
@@ -131,12 +131,8 @@ def test_transforms_of_torch_func_are_right_or_refused(name):
         lambda loss: torch.func.jvp(loss, (h,), (v,))[1],
         lambda loss: (torch.func.grad(loss)(h) * v).sum(),
     ):
-        if name == "manhattan":
-            with pytest.raises(RuntimeError, match="functorch"):
-                transform(lambda h: harmonic_loss(h, w, y, name))
-        else:
-            found = transform(lambda h: harmonic_loss(h, w, y, name))
-            torch.testing.assert_close(found, (exact * v).sum(), rtol=1e-5, atol=1e-5)
+        found = transform(lambda h: harmonic_loss(h, w, y, name))
+        torch.testing.assert_close(found, (exact * v).sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_strength_that_was_set_is_part_of_the_state():
