@@ -326,6 +326,7 @@ def _is_no_text(value: object, hint: typing.Any) -> bool:
 
 
 def _is_list(hint: typing.Any) -> bool:
+    """Whether a type is a list, or a list or null."""
     return list in [typing.get_origin(h) for h in (hint, *typing.get_args(hint))]
 
 

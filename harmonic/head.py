@@ -25,6 +25,7 @@ def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _check_sizes(n_embd: int, vocab_size: int, real_vocab_size: int | None) -> None:
+    """Raises ValueError for an empty table, or more tokens than rows."""
     if n_embd < 1 or vocab_size < 1:
         raise ValueError(f"a table of {vocab_size} prototypes of {n_embd} coordinates is empty")
     if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:

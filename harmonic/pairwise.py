@@ -61,6 +61,7 @@ def exactly(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sums_in_float32(device: torch.device) -> Iterator[None]:
+    """Inside, CUDA does not add products of float16 matrices in float16."""
     if device.type != "cuda" or not torch.backends.cuda.matmul.allow_fp16_accumulation:
         yield
         return

@@ -78,6 +78,7 @@ class RunFolder:
         self.writer = checkpoint.Writer(self.path)
 
     def _write_first(self, run: Run, changed: dict) -> None:
+        """Writes settings, tokenizer and environment, and opens metrics.jsonl."""
         m, c, p, data, iteration = run.m, run.c, run.processes, run.data, run.progress.iteration
         copy_tokenizer(data.tokenizer, data.folder, self.path)
         stored = replace(

@@ -1205,9 +1205,9 @@ def _pull_products(work: _Work, part: slice):
 
 
 def _take_near(work: _Work, slope: torch.Tensor, first: int):
-    """Takes the slopes of near pairs out of a chunk: (their rows, columns and slopes).
+    """Sets the slopes of near pairs to 0 in a chunk (R, B), whose prototypes begin at `first`.
 
-    The columns are those of a block of prototypes, which begins at `first`.
+    Returns: the rows, columns and slopes of those P pairs, (P,) each.
     """
     rows = work.has_near[: len(slope)].nonzero()[:, 0]
     i, j = work.is_near[rows, first : first + slope.shape[1]].nonzero(as_tuple=True)
@@ -1218,8 +1218,10 @@ def _take_near(work: _Work, slope: torch.Tensor, first: int):
 
 
 def _pull_near(near, x, y, dx, dy):
-    """Adds the gradients of near pairs, from their differences, as those of -2 x.y for other pairs
-    will be: times -1/2."""
+    """Adds -1/2 times the gradients of near pairs to dx (R, C) and dy (B, C), as `loss` expects.
+
+    They come from the differences of x (R, C) and y (B, C). near: from `_take_near`.
+    """
     for i, j, slopes in zip(*(torch.split(t, NEAR_PAIRS) for t in near), strict=True):
         pull = slopes[:, None] * (y[j] - x[i])
         dx.index_add_(0, i, pull)
