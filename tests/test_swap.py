@@ -540,6 +540,13 @@ def test_hooks_of_accelerate_run_on_the_model_they_are_on():
 def test_the_configuration_is_the_models_own(tmp_path):
     """Another model made from it has a dot product, and a folder's makes as many swapped models as
     one likes."""
+    untried = transformers.XGLMForCausalLM(
+        transformers.XGLMConfig(
+            vocab_size=V, d_model=32, ffn_dim=40, num_layers=1, attention_heads=2
+        )
+    )
+    swap_head(untried, "cosine")
+    assert type(AutoModelForCausalLM.from_config(untried.config)) is type(untried)
     plain = hugging_face("gpt2")
     shared = plain.config
     model = type(plain)(shared)

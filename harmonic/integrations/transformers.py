@@ -278,11 +278,20 @@ def _own_config(model):
     config = copy.copy(shared)
     if not shared.__class__.model_type.startswith(PREFIX):
         config.__class__ = _harmonic_config(type(shared))
+        _register(config.__class__.model_type)
     config.model_type = config.__class__.model_type.removeprefix(PREFIX)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = config
     return config
+
+
+def _register(model_type: str):
+    """Lets AutoModelForCausalLM.from_config make a model from the configuration of a swapped one."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type in CONFIG_MAPPING:
+        CONFIG_MAPPING.__getitem__(model_type)  # `_Types` adds what is missing.
 
 
 def _check_model(model, old, match_to):
