@@ -287,7 +287,7 @@ def _own_config(model):
 
 
 def _register(model_type: str):
-    """Lets AutoModelForCausalLM.from_config make a model from the configuration of a swapped one."""
+    """Lets AutoModelForCausalLM.from_config read the configuration of a swapped model."""
     from transformers import CONFIG_MAPPING
 
     if model_type in CONFIG_MAPPING:
