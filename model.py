@@ -837,8 +837,8 @@ class Model(nn.Module):
             explain: called in each step with (hidden states (B, C), tokens (B,)).
             head: computes the logits instead of the model's head: (B, C) -> (B, V).
             sampling: temperature, top_k, top_p, min_p: see Sampler.
-        Raises: ValueError for a masked language model or an empty prompt. RuntimeError if logits
-            are not finite or the weights have changed.
+        Raises: ValueError for a masked language model, an empty prompt or sampling that is not
+            valid. RuntimeError if logits are not finite or the weights have changed.
         """
         if not self.config.architecture.causal:
             raise ValueError(f"{self.config.arch} is a masked language model: it does not generate")
@@ -1019,6 +1019,16 @@ class Sampler:
     top_p: float | None = None
     min_p: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting that no distribution has."""
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens")
+        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name}={share} must be in (0, 1], or None for all tokens")
+
     def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """A token for each row of logits: (B, V) -> (B,)."""
         largest = logits.amax(-1, keepdim=True)
@@ -1029,7 +1039,7 @@ class Sampler:
         p = ((logits - largest) / self.temperature).softmax(-1, dtype=torch.float32)
         if self.top_k is not None and self.top_k < p.shape[-1]:
             p = p * largest_k(p, self.top_k)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             ordered, tokens = p.sort(-1, descending=True)
             before = ordered.cumsum(-1) - ordered
             outside = before >= self.top_p * ordered.sum(-1, keepdim=True)

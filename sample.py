@@ -34,7 +34,7 @@ from base.command_line import cli, parse
 from base.errors import UserError, check
 from harmonic import HarmonicHead, contributions, paired_distance
 from harmonic.integrations.faiss import NearestHead
-from model import Model
+from model import Diverged, Model
 from text.sources import special_file
 from text.token_files import tokenizer_folder
 from text.tokenizers import Tokenizer, load_tokenizer
@@ -358,7 +358,12 @@ def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
             "finish_reason": "eot" if texts.ended[row] else "length",
         }
         with tqdm.external_write_mode():
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(json.dumps(line, ensure_ascii=not is_utf8(sys.stdout)), flush=True)
+
+
+def is_utf8(stream: Any) -> bool:
+    """Whether a stream can write all characters."""
+    return str(stream.encoding).lower().replace("-", "") == "utf8"
 
 
 def complete(texts: Texts, steps: Iterator[list[int]], total: int) -> Iterator[int]:
@@ -386,17 +391,22 @@ def grow(
 
 def read_prompts(c: SampleConfig, tokenizer: Tokenizer, masked: bool) -> list[list[int]]:
     """The ids of every prompt. UserError lists everything that is wrong with them."""
-    problems, prompts, starts = [], [], list(c.start)
+    problems, prompts, texts = [], [], []
+    for text in c.start:
+        try:
+            texts.append(read_prompt(text))
+        except UserError as error:
+            problems.append(str(error))
     if c.prompts:
         lines = [
             line for line in read_text(c.prompts, f"--prompts={c.prompts}").split("\n") if line
         ]
         if not lines:
             raise UserError(f"--prompts={c.prompts}: the file has no prompts")
-        starts += lines
-    for text in starts:
+        texts += lines
+    for text in texts:
         try:
-            prompts.append(encode(read_prompt(text), tokenizer, masked))
+            prompts.append(encode(text, tokenizer, masked))
         except UserError as error:
             problems.append(str(error))
     check(problems)
@@ -446,13 +456,32 @@ def print_bounds(nearest: NearestHead, kind: str) -> None:
     )
 
 
+def read_tokenizer(model: Model, stored: dict, c: SampleConfig) -> Tokenizer:
+    """The tokenizer of a run. UserError if it has more tokens than the model."""
+    folder = tokenizer_folder(Path(c.out_dir), stored["dataset"])
+    tokenizer = load_tokenizer(stored["tokenizer"], folder)
+    if tokenizer.vocab_size > model.config.real_vocab_size:
+        raise UserError(
+            f"{c.out_dir} has a model of {model.config.real_vocab_size} tokens, and its tokenizer"
+            f" {tokenizer.name} in {folder} has {tokenizer.vocab_size}: put the tokenizer of its"
+            " training text there"
+        )
+    return tokenizer
+
+
 def main() -> None:
     (c,) = parse(sys.argv[1:], SampleConfig, words="start")
+    try:
+        sample(c)
+    except Diverged as error:
+        raise UserError(f"{c.out_dir}: {error}") from None
+
+
+def sample(c: SampleConfig) -> None:
+    """Loads a run and writes texts, or predicts the masked tokens of prompts."""
     device = check_device(c.device)
     model, stored, manifest = checkpoint.load_run(c.out_dir, device)
-    tokenizer = load_tokenizer(
-        stored["tokenizer"], tokenizer_folder(Path(c.out_dir), stored["dataset"])
-    )
+    tokenizer = read_tokenizer(model, stored, c)
     masked = not model.config.architecture.causal
     if masked:
         refuse_writing(c)

@@ -33,6 +33,7 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.errors import UserError
 from harmonic import HarmonicHead, paired_distance
 from model import Model
 from text.token_files import Data
@@ -124,13 +125,13 @@ def draw(runs: list, shares: list[np.ndarray]) -> Figure:
         axes.plot(
             np.linspace(0, 1, len(values)),
             np.sort(values),
-            label=run.name,
+            label=figures.literal(run.name),
             color=style["color"],
             ls=style["linestyle"],
         )
     axes.set_xlabel("share of the tokens, smallest value first")
     axes.set_ylabel("share of the gradient that reaches h")
-    axes.legend()
+    figures.legend_below(figure, [axes])
     return figure
 
 
@@ -142,6 +143,8 @@ def main() -> None:
     for run in numbered(runs):
         model, _ = run.load(which=c.checkpoint)
         h, y = spread(model, run.data(), c.split, c.tokens)
+        if not h.isfinite().all():
+            raise UserError(f"{run.name} has hidden states that are not finite: it has diverged")
         values = gradient_shares(model.head, h, y).numpy()
         shares.append(values)
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))

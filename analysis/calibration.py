@@ -145,7 +145,7 @@ def draw(rows: list[dict]) -> Figure:
     for axes, (by, (measure, label)) in zip(panels.flat, labels.items(), strict=True):
         for run, style in styles.items():
             mine = [row for row in rows if row["run"] == run and row["by"] == by]
-            axes.plot(*_curve(by, mine), marker=".", label=run, **style)
+            axes.plot(*_curve(by, mine), marker=".", label=figures.literal(run), **style)
         axes.set_ylabel(measure)
         axes.set_xlabel(label)
     panels[0, 0].set_xscale("log")

@@ -299,7 +299,7 @@ def draw(runs: list, rows: list[dict]) -> Figure:
                 at = SCORES.index(r["score"]) + place
                 panel.vlines(at, r["auroc_low"], r["auroc_high"], style["color"])
                 panel.plot(at, r["auroc"], **dot)
-        axes[0].plot([], [], label=run.name, **dot)
+        axes[0].plot([], [], label=figures.literal(run.name), **dot)
     middle = step * (len(runs) - 1) / 2
     axes[0].set_xticks([middle, 1 + middle], ["before", "after"])
     axes[0].set_xlim(middle - 0.6, middle + 1.6)
@@ -311,7 +311,7 @@ def draw(runs: list, rows: list[dict]) -> Figure:
         panel.axhline(0.5, color=figures.GREY, linewidth=1, linestyle=":", label="chance")
         panel.set_ylim(-0.02, 1.02)
         panel.set_xlabel("score of a window")
-        panel.set_ylabel(f"AUROC against {other}")
+        panel.set_ylabel(f"AUROC against {figures.literal(other)}")
     figures.legend_below(figure, axes)
     return figure
 

@@ -192,14 +192,13 @@ def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str)
     for run, lines, style in zip(runs, metrics, head_styles(runs), strict=True):
         points = evaluations(run, lines, key)
         minutes, losses = [t / 60 for t, _ in points], [loss for _, loss in points]
-        left.plot(minutes, losses, marker=".", label=run.name, **style)
+        left.plot(minutes, losses, marker=".", label=figures.literal(run.name), **style)
     if rows[0]["target"] is not None:
         line: dict[str, Any] = dict(color=figures.GREY, linewidth=1, linestyle=":")
         left.axhline(rows[0]["target"], label="target", **line)
     left.set_xlabel("time in training steps, minutes")
     left.set_ylabel(f"validation loss, {UNITS[key]}")
-    left.legend()
-    names, base = [r["run"] for r in rows], np.zeros(len(rows))
+    names, base = [figures.literal(r["run"]) for r in rows], np.zeros(len(rows))
     # Colours are for heads, so parts are greys.
     for part, color in (("cpu", "0.3"), ("gpu", "0.55"), ("ram", "0.8")):
         watt_hours = np.array([1000 * (r[f"kwh_{part}"] or 0) for r in rows])
@@ -208,7 +207,7 @@ def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str)
     right.set_xlabel("energy, Wh")
     right.locator_params(axis="x", nbins=4)
     right.invert_yaxis()
-    figures.legend_below(figure, [right])
+    figures.legend_below(figure, [left, right])
     return figure
 
 

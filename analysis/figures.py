@@ -15,7 +15,7 @@ from cycler import cycler
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
 from base.files import write_result
@@ -107,14 +107,28 @@ def dots(name: str, link: str | None) -> dict[str, Any]:
     return {"color": color, "markerfacecolor": "white" if link == "softmax" else color}
 
 
-def legend_below(figure: FigureBase, panels: Iterable[Axes], ncols: int = 4) -> None:
-    """One legend for all panels, under them, so that it covers no data."""
+def literal(name: str) -> str:
+    """A label that shows `name` as it is. matplotlib takes `$` for a formula, and leaves labels
+    that begin with `_` out of legends."""
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def legend_below(figure: Figure | SubFigure, panels: Iterable[Axes], ncols: int = 4) -> None:
+    """One legend for all panels, under them, so that it covers no data.
+
+    ncols: the most columns. Long names get fewer.
+    """
     entries: dict[Any, Artist] = {}
     for axes in panels:
         for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, line)
     if entries:
-        place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(ncols, len(entries))}
+        # A character of 9 points is about 0.08 inches wide, and a line with its margins 0.6.
+        entry = 0.6 + 0.08 * max(map(len, entries))
+        room = max(1, int(figure.bbox.width / figure.dpi / entry))
+        columns = min(ncols, len(entries), room)
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
         figure.legend(list(entries.values()), list(entries), **place)
 
 

@@ -136,20 +136,26 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def word_ids(tokenizer: Tokenizer, word: str) -> int:
-    """The token of a word that follows a space. If it has several tokens, the last one."""
-    return tokenizer.encode(f" {word}")[-1]
+def word_tokens(tokenizer: Tokenizer, word: str) -> list[int]:
+    """The tokens of a word that follows a space; none if it has a character that is no token."""
+    try:
+        return tokenizer.encode(f" {word}")
+    except UserError:
+        return []
 
 
 def token_pairs(tokenizer: Tokenizer, relation: str) -> list[tuple[int, int]]:
-    """The pairs of a relation as tokens.
+    """The pairs of a relation as tokens. A word of several tokens is the last one.
 
-    A pair is left out if both words have one token, or if an earlier pair has one of its tokens in
-    the same place, such as "est" for "largest" and "smallest".
+    A pair is left out if both words have one token, if an earlier pair has one of its tokens in the
+    same place, such as "est" for "largest" and "smallest", or if a word has no token.
     """
     kept: list[tuple[int, int]] = []
     for pair in pairs(relation):
-        first, second = (word_ids(tokenizer, word) for word in pair)
+        ids = [word_tokens(tokenizer, word) for word in pair]
+        if not all(ids):
+            continue
+        first, second = (tokens[-1] for tokens in ids)
         if first != second and all(first != a and second != b for a, b in kept):
             kept.append((first, second))
     return kept
@@ -297,7 +303,7 @@ def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int 
     """
     w, rows = model.head.prototypes().detach(), []
     for word in words:
-        i = word_ids(tokenizer, word)
+        i = tokenizer.encode(f" {word}")[-1]
         if model.head.is_control:
             order = torch.nn.functional.cosine_similarity(w[i : i + 1], w).argsort(descending=True)
         else:
@@ -315,7 +321,7 @@ def coverage(data: Data) -> str:
     every = [pair for name in RELATIONS for pair in pairs(name)]
     kept = sum(len(token_pairs(tokenizer, name)) for name in RELATIONS)
     words = [word for pair in every for word in pair]
-    whole = sum(len(tokenizer.encode(f" {word}")) == 1 for word in words) / len(words)
+    whole = sum(len(word_tokens(tokenizer, word)) == 1 for word in words) / len(words)
     unsure = ": the parallelograms are mostly of pieces of words" if whole < 0.5 else ""
     return (
         f"{data.tokenizer}: {kept} of {len(every)} pairs of words have tokens of their own,"
@@ -380,7 +386,10 @@ def draw(maps: list[tuple]) -> Figure:
         for relation, color in zip(shown, colors, strict=True):
             arrow = {"arrowstyle": "->", "color": color, "lw": 1}
             for first, second in pairs(relation)[:3]:
-                tokens = [word_ids(tokenizer, word) for word in (first, second)]
+                ids = [word_tokens(tokenizer, word) for word in (first, second)]
+                if not all(ids):
+                    continue
+                tokens = [word[-1] for word in ids]
                 a, b = plane[tokens].tolist()
                 axes.annotate("", b, a, arrowprops=arrow)
                 for place, word, token in zip((a, b), (first, second), tokens, strict=True):
@@ -390,7 +399,7 @@ def draw(maps: list[tuple]) -> Figure:
         share = variance / variance.sum()
         axes.set_xlabel(f"first principal component, {share[0]:.1%} of the variance")
         axes.set_ylabel(f"second, {share[1]:.1%}")
-        axes.set_title(name)
+        axes.set_title(figures.literal(name))
     return figure
 
 

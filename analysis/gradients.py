@@ -176,7 +176,8 @@ def draw(runs: list[Run]) -> Figure:
             if not len(values):
                 continue
             curve = smooth(values)
-            axes.plot(curve["step"], curve["median"], label=run.name, **style)
+            name = figures.literal(run.name)
+            axes.plot(curve["step"], curve["median"], label=name, **style)
             axes.fill_between(
                 curve["step"], curve["low"], curve["high"], color=style["color"], alpha=0.2, lw=0
             )

@@ -144,7 +144,8 @@ def draw(runs: list, rows: list[dict]) -> Figure:
         mine.sort(key=lambda r: r["bits"])
         bits, increases = [r["bits"] for r in mine], np.array([r["increase"] for r in mine])
         color, line = style["color"], style["linestyle"]
-        axes.plot(bits, increases, marker="o", ms=3, label=run.name, color=color, ls=line)
+        name = figures.literal(run.name)
+        axes.plot(bits, increases, marker="o", ms=3, label=name, color=color, ls=line)
         axes.fill_between(
             bits, [r["low"] for r in mine], [r["high"] for r in mine], color=color, alpha=0.15
         )
@@ -152,7 +153,7 @@ def draw(runs: list, rows: list[dict]) -> Figure:
     axes.set_xticks(sorted({r["bits"] for r in rows if "increase" in r}))
     axes.set_xlabel("bits of a coordinate of a prototype")
     axes.set_ylabel("increase of the loss, nats a token")
-    axes.legend()
+    figures.legend_below(figure, [axes])
     return figure
 
 

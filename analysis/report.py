@@ -35,7 +35,7 @@ from analysis.summary import (
 )
 from base.command_line import cli, parse
 from base.errors import UserError
-from model import Model
+from model import Diverged, Model
 from text.token_files import Data
 from text.tokenizers import Tokenizer
 from training.distributed import check_device
@@ -113,11 +113,14 @@ class ReportConfig:
 
     def problems(self) -> list[str]:
         least = {"samples": 0, "max_new_tokens": 1, "temperature": 0, "top_k": 1}
-        return [
+        found = [
             f"{k}={getattr(self, k)} must be at least {low}"
             for k, low in least.items()
-            if getattr(self, k) < low
+            if not getattr(self, k) >= low
         ]
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
+        return found
 
 
 def thin(points: list[tuple[int, float]]) -> dict:
@@ -296,8 +299,13 @@ class Entry:
     """its losses of validation windows, (windows,); None if the data is missing or too short"""
     samples: list = field(default_factory=list)
     """what it writes after each excerpt; empty if there are no excerpts"""
-    note: str | None = None
-    """a sentence on what could not be done"""
+    notes: list[str] = field(default_factory=list)
+    """sentences on what could not be done"""
+
+    def cannot(self, sentence: str) -> None:
+        """Adds a note, and prints it."""
+        self.notes.append(sentence)
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 def examine(
@@ -317,8 +325,7 @@ def examine(
     if data is None:
         return entry
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        entry.note = f"{run.name} has weights that are not finite, because training has diverged"
-        print(f"note: {entry.note}", file=sys.stderr)
+        entry.cannot(f"{run.name} has weights that are not finite, because training has diverged")
         entry.samples = [[] for _ in texts]
         return entry
     entry.map = prototype_map(model, data)
@@ -331,14 +338,16 @@ def examine(
         entry.losses = window_losses(model, data)
     except UserError as error:
         # The page still has the curves if the split is too short to score.
-        entry.note = f"{run.name} is not compared window by window: {error}"
-        print(f"note: {entry.note}", file=sys.stderr)
-    if texts:
+        entry.cannot(f"{run.name} is not compared window by window: {error}")
+    try:
         words = data.load_tokenizer()
         if run.objective.masked:
             entry.samples = predicted_tokens(model, words, texts)
-        else:
+        elif texts:
             entry.samples = continuations(model, words, data.eot_id, texts, c)
+    except (UserError, Diverged) as error:
+        entry.cannot(f"{run.name} has no samples: {error}")
+        entry.samples = [[] for _ in texts]
     return entry
 
 
@@ -360,7 +369,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     each: list[Data | None] = [*data] if data else [None] * len(runs)
     for run, d in zip(numbered(runs), each, strict=True):
         entries.append(examine(run, d, texts, c, device))
-    notes += [entry.note for entry in entries if entry.note]
+    notes += [sentence for entry in entries for sentence in entry.notes]
     summaries = [entry.summary for entry in entries]
     losses = [entry.losses for entry in entries if entry.losses is not None]
     environments = [read_environment(run) for run in runs]

@@ -17,8 +17,9 @@ from analysis.tables import write_csv
 from base.errors import UserError, check
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
+from text.sources import special_file
 from text.token_files import Data, check_tokenizer, data_folder, load_data
-from text.tokenizers import Tokenizer
+from text.tokenizers import Tokenizer, well_formed
 from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
@@ -141,7 +142,7 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
             load_data(data_folder(dataset), config.tokenizer)
             config.dataset = dataset
         short = name if names.count(name) == 1 else str(path)
-        runs.append(Run(path, short, model_config, config, trained_on))
+        runs.append(Run(path, well_formed(short), model_config, config, trained_on))
         note(uneven(runs[-1]))
     return runs
 
@@ -332,6 +333,8 @@ def writable(path: Path) -> Path:
     """Returns `path` if a file can be written there. Raises UserError if not."""
     if path.is_dir():
         raise UserError(f"--out={path} is a folder: name a file")
+    if path.exists() and (special := special_file(path.stat().st_mode)):
+        raise UserError(f"--out={path} is a {special}: name a file")
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

@@ -184,14 +184,15 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
     figure = figures.figure(3.2)
     left, middle, right = figure.subplots(1, 3)
     for run, rho, style in zip(runs, found, head_styles(runs), strict=True):
+        label = figures.literal(run.name)
         rho = rho[rho.isfinite()].sort().values
         if len(rho):  # A control has no distance.
-            left.plot(rho, torch.linspace(0, 1, len(rho)), label=run.name, **style)
+            left.plot(rho, torch.linspace(0, 1, len(rho)), label=label, **style)
         lines = [m for m in read_metrics(run.path) if "kl_to_softmax" in m]
         if lines:
             iterations = [m["iter"] for m in lines]
             divergences = [m["kl_to_softmax"] for m in lines]
-            middle.plot(iterations, divergences, marker=".", label=run.name, **style)
+            middle.plot(iterations, divergences, marker=".", label=label, **style)
     left.axvline(1, color=figures.GREY, linewidth=0.8, linestyle=":")
     left.set_xlabel("rho: own distance / nearest other")
     left.set_ylabel("share of tokens with a lower rho")
@@ -205,9 +206,7 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
         middle: "no run recorded it:\nit needs the harmonic link\nand a distance of kernel l2",
     }
     for axes, sentence in nothing.items():
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower right")
-        else:
+        if not axes.get_legend_handles_labels()[0]:
             axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center")
             axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
     for name in TOY:
@@ -217,6 +216,7 @@ def draw(runs: list[Run], found: list[torch.Tensor]) -> Figure:
     right.set_ylabel("norm of all prototypes")
     right.set_title("Toy: five separable points")
     right.legend(loc="upper left")
+    figures.legend_below(figure, [left, middle])
     return figure
 
 

@@ -51,9 +51,12 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
 
 
 def write_result(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Writes a result for the user as `write_whole` does. UserError if it cannot be written."""
+    """Writes a result for the user as `write_whole` does. UserError if it cannot be written.
+
+    If `path` is a link, the file that it points to is written.
+    """
     try:
-        write_whole(path, content)
+        write_whole(path.resolve(), content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from analysis.runs import (
     unequal_settings,
     unequal_training,
     uneven,
+    writable,
 )
 from analysis.tables import Column
 from base.command_line import cli, write_yaml
@@ -612,8 +614,15 @@ def test_a_run_that_diverged_is_on_the_page(home, tmp_path, monkeypatch):
         return model, manifest
 
     monkeypatch.setattr(Run, "load", diverged)
+
+    def unknown(*_):
+        raise UserError("tokenizer char does not know 'F'")
+
+    monkeypatch.setattr("analysis.report.continuations", unknown)
     report = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/cosine")
-    assert any("ce has weights that are not finite" in n for n in report.document()["notes"])
+    notes = report.document()["notes"]
+    assert any("ce has weights that are not finite" in n for n in notes)
+    assert any("cosine has no samples: tokenizer char does not know" in n for n in notes)
 
 
 def test_runs_of_other_data_are_named(home, monkeypatch):
@@ -708,6 +717,23 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(
     with pytest.raises(UserError, match=re.escape(message.format(home=home, tmp=tmp_path))):
         call(main, monkeypatch, *filled, *out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_device_is_no_result_and_a_link_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match=f"--out={path} is a (named pipe|device)"):
+            writable(path)
+    (tmp_path / "link").symlink_to("target")
+    tables.write_csv(tmp_path / "link", [{"a": 1}])
+    assert (tmp_path / "link").is_symlink() and "1" in (tmp_path / "target").read_text()
+
+
+def test_a_folder_whose_name_is_no_utf8(home, tmp_path):
+    shutil.copytree(home / "out/ce", tmp_path / "caf\udce9")
+    (run,) = find_runs([str(tmp_path / "caf\udce9")])
+    tables.write_csv(tmp_path / "a.csv", [{"run": run.name}])
+    assert run.name == "caf\ufffd" and run.load()
 
 
 def test_a_result_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):

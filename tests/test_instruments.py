@@ -22,6 +22,7 @@ from analysis import (
     calibration,
     compare,
     emissions,
+    figures,
     geometry,
     gradients,
     perplexity,
@@ -35,6 +36,7 @@ from analysis.runs import find_runs
 from base.errors import UserError
 from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
+from text.tokenizers.characters import Characters
 from training import checkpoint
 from training.objective import objective_of
 from training.telemetry import Emissions, Metrics, clock, energy, read_metrics, write_environment
@@ -188,6 +190,27 @@ def test_words_that_share_a_token_count_once():
 
     kept = geometry.token_pairs(LastTokens(), "good: best")
     assert kept == [(ends["good"], ends["best"]), (ends["large"], ends["est"])]
+
+
+def test_words_with_unknown_characters_are_left_out():
+    small = Characters(" abcdefghijklmnopqrstuvwxyz", unknown=False).tokenizer()
+    assert not geometry.token_pairs(small, "country: capital")
+    assert geometry.token_pairs(small, "good: best")
+
+
+def test_names_of_runs_are_shown_as_they_are():
+    long = [f"wikitext2-width256-lr2e-3-cosine-n16-seed{i}" for i in range(3)]
+    names = ["_hidden", r"x$\frac$", "a$b$", *long]
+    figure = figures.figure(3)
+    axes = figure.subplots()
+    for name in names:
+        axes.plot([0, 1], label=figures.literal(name))
+    figures.legend_below(figure, [axes])
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    shown = [entry.get_text().replace(r"\$", "$").strip() for entry in legend.get_texts()]
+    box = legend.get_window_extent()
+    assert shown == names and 0 <= box.x0 and box.x1 <= figure.bbox.x1
 
 
 def test_relations_are_pairs():

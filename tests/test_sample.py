@@ -1,5 +1,7 @@
 """sample.py as a user runs it."""
 
+import io
+import json
 import os
 import shutil
 import sys
@@ -9,7 +11,8 @@ from conftest import TINY, script_here, text
 from test_data import write_nanogpt
 
 from base.command_line import cli
-from text.tokenizers import EOT
+from model import Diverged
+from text.tokenizers import EOT, train_bpe
 
 
 @pytest.fixture(scope="session")
@@ -264,6 +267,40 @@ def test_bad_input(sample, runs, case):
     status, out, err = sample(name, *(word.replace("{home}", str(runs)) for word in words))
     assert status == 2 and out == "" and "Traceback" not in err
     assert all(e in err for e in expected), err
+
+
+def test_runs_that_cannot_write(sample, runs, tmp_path, monkeypatch):
+    """The tokenizer is another run's, or training has diverged."""
+    shutil.copytree(runs / "gpt", tmp_path / "gpt")
+    words = " ".join(f"{a}{b}{a}" for a in "abcdefghij" for b in "klmnopqrst")
+    train_bpe([words] * 9, 341, tmp_path / "gpt")
+    status, _, err = sample(tmp_path / "gpt", "--start=a")
+    assert status == 2 and "has a model of 300 tokens, and its tokenizer" in err
+
+    def diverged(*_, **__):
+        raise Diverged("logits are not finite")
+
+    monkeypatch.setattr("model.Model.generate", diverged)
+    status, _, err = sample("gpt", "--start=a")
+    assert status == 2 and "logits are not finite" in err and "Traceback" not in err
+
+
+def test_json_in_a_terminal_without_unicode(monkeypatch):
+    import sample as module
+
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", written)
+    texts = module.Texts(Emoji(), [[0]], None)
+    module.write_json(texts, iter([[1]]), 1)
+    written.flush()
+    assert json.loads(written.buffer.getvalue())["text"] == "é😀"
+
+
+class Emoji:
+    """A tokenizer with one text for every token but 0."""
+
+    def stream_decoder(self):
+        return lambda token: "é😀" if token else ""
 
 
 def test_an_unknown_character_in_a_word_piece_prompt(monkeypatch):

@@ -137,6 +137,16 @@ def test_logits_that_are_not_finite_are_no_text(temperature, value):
         next(model.generate([[1]], 1, temperature=temperature))
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2}],
+)
+def test_sampling_that_no_distribution_has_is_refused(sampling):
+    (name,) = sampling
+    with pytest.raises(ValueError, match=name):
+        next(build("gpt").eval().generate([[1]], 1, **sampling))
+
+
 @pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])
 def test_an_empty_prompt_is_refused(prompts):
     with pytest.raises(ValueError, match="a prompt is empty"):
@@ -184,6 +194,9 @@ def test_explained_shares(name):
 
 def test_prompts_from_a_file_and_json(sample, tmp_path):  # noqa: F811
     path = tmp_path / "prompts.txt"
+    (tmp_path / "secret").write_text("music")
+    path.write_text(f"FILE:{tmp_path / 'secret'}\n")
+    assert "FILE:" in sample("gpt", f"--prompts={path}", "--json", "--max_new_tokens=1")[1]
     path.write_text("the old king\n\nmusic\n")
     words = ["--max_new_tokens=60", "--seed=5", "--temperature=1.5", "--num_samples=2"]
     status, out, err = sample("gpt", f"--prompts={path}", "--json", "--stop_at_eot", *words)

@@ -192,6 +192,13 @@ def test_stream_holds_back_half_a_character():
     assert gpt2.decode(ids[:1]) == "\ufffd"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen"])
+def test_a_text_that_the_library_cannot_take_is_named(name):
+    """tiktoken panics at about a million spaces in a row."""
+    with pytest.raises(UserError, match=f"tokenizer {name} fails for the document .*'start"):
+        load_tokenizer(name).encode("start" + " " * 1_000_000 + "x")
+
+
 def test_stream_of_bert_starts_without_space():
     bert = load_tokenizer("bert")
     stream = bert.stream_decoder()

@@ -137,8 +137,19 @@ def from_tiktoken(
 ) -> Tokenizer:
     """A Tokenizer of a tiktoken Encoding. normalize: changes a text before it is encoded."""
 
+    def encode(text: str) -> list[int]:
+        try:
+            return encoding.encode_ordinary(normalize(text))
+        except BaseException as error:  # The panic of a library in Rust is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(
+                f"tokenizer {name} fails for the document that begins {text[:40]!r}, perhaps"
+                " because it has a million spaces in a row: shorten that place"
+            ) from None
+
     def encode_texts(texts: list[str]) -> list[list[int]]:
-        return [encoding.encode_ordinary(normalize(text)) for text in texts]
+        return [encode(text) for text in texts]
 
     return Tokenizer(
         name=name,
