@@ -301,8 +301,8 @@ class ModelConfig:
 
     def _head_problems(self) -> list[str]:
         found, control = [], HEADS[self.head].is_control
-        if not self.head_init_std > 0:
-            found.append(f"head_init_std={self.head_init_std} must be positive")
+        if not 0 < self.head_init_std < math.inf:
+            found.append(f"head_init_std={self.head_init_std} must be positive and finite")
         if control:
             given = {"exponent": self.exponent, "scale": self.scale}
             if self.link != "harmonic":
@@ -315,7 +315,7 @@ class ModelConfig:
         elif self.link == "softmax" and None not in (self.exponent, self.scale):
             found.append(f"exponent={self.exponent} does nothing with link=softmax and a scale")
         try:
-            HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments())
+            HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments() | {"init_std": 1.0})
         except ValueError as error:
             found.append(f"head={self.head}: {error}")
         return found

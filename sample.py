@@ -56,8 +56,8 @@ class SampleConfig:
     """the run's folder; its newest checkpoint is used"""
     start: list[str] = field(default_factory=list)
     """prompts, as in --start="The" "A second one". FILE:prompt.txt reads one prompt from a file
-    (UTF-8; line ends become \\n). Without a prompt the model begins a document. <|endoftext|> in a
-    prompt ([SEP] for bert) is the end-of-text token"""
+    (UTF-8; line ends become \\n, and a last one stays). Without a prompt the model begins a
+    document. <|endoftext|> in a prompt ([SEP] for bert) is the end-of-text token"""
     prompts: str = ""
     """a file with one prompt a line (UTF-8); empty lines are skipped. Prompts of --start come
     first"""
@@ -497,10 +497,13 @@ def sample(c: SampleConfig) -> None:
         rows = [p for p in prompts or [[tokenizer.start_id]] for _ in range(c.num_samples)]
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
+            of_prompt = ""
+            if longest - c.max_new_tokens > model.config.block_size:
+                of_prompt = ". Of a longer prompt the model sees only the end"
             print(
                 f"note: a text of {longest} tokens does not fit into"
                 f" block_size={model.config.block_size}: the context slides, and its older half is"
-                " dropped each time it is full",
+                f" dropped each time it is full{of_prompt}",
                 file=sys.stderr,
             )
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None

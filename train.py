@@ -20,7 +20,6 @@ Exit status:
 import math
 import signal
 import sys
-import time
 
 from base.loading import say_loading
 
@@ -198,7 +197,7 @@ def train(run: Run, folder: RunFolder) -> None:
             signals.restore()
     if not at_once:
         p.barrier()  # Wait for the others: torchrun stops every process once one exits.
-    conclude(run, folder, time.perf_counter() - log.began, used, stopped, strange)
+    conclude(run, folder, log, used, stopped, strange)
 
 
 def check_skipped(run: Run, step: Step, log: Log) -> None:

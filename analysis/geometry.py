@@ -310,7 +310,8 @@ def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int 
             order = distance(w[i : i + 1], w, model.head.name, **model.head.geometry())[0].argsort()
         near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:count]
         piece = tokenizer.decode_token(i)
-        name = repr(piece) if piece.strip() == word else f"{word!r} (…{piece})"
+        # A word of several tokens has no prototype of its own, so that of its last token is shown.
+        name = repr(piece) if piece.strip() == word else f"the end {piece!r} of {word!r}"
         rows.append({"word": name, "nearest": "  ".join(map(repr, near))})
     return tables.text(rows, ["word", "nearest"])
 

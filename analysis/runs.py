@@ -25,7 +25,7 @@ from training.config import TrainConfig
 from training.data import validation_windows
 from training.objective import Objective, batches_of, objective_of
 from training.schedule import learning_rate
-from training.telemetry import clock, energy, listed, other_iterations, timed
+from training.telemetry import clock, energy, listed, other_iterations, starts, timed
 
 # Settings that a comparison of heads keeps the same. Left out are those whose defaults depend on
 # others, and those that a sweep chooses for each head.
@@ -33,6 +33,13 @@ SAME = (
     "arch", "n_layer", "n_head", "n_embd", "block_size", "tie_weights", "qk_norm", "dropout",
     "label_smoothing", "doc_mask", "source", "optimizer", "lr_schedule", "warmup_iters",
     "weight_decay", "beta1", "beta2", "grad_clip", "dtype",
+)  # fmt: skip
+
+
+# Settings beside SAME with which a resumed run learns otherwise than before.
+LEARNS = (
+    *SAME, "learning_rate", "head_learning_rate", "prototype_decay", "min_lr", "seed",
+    "lr_decay_iters", "decay_iters",
 )  # fmt: skip
 
 
@@ -144,6 +151,7 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
         short = name if names.count(name) == 1 else str(path)
         runs.append(Run(path, well_formed(short), model_config, config, trained_on))
         note(uneven(runs[-1]))
+        note(changed(runs[-1]))
     return runs
 
 
@@ -292,6 +300,18 @@ def uneven(run: Run) -> str | None:
         f"{run.name} was resumed with iterations of another size: its tokens, times and energies"
         " are computed as if all had the last size, so they are wrong"
     )
+
+
+def changed(run: Run) -> str | None:
+    """A sentence if a resume has changed settings with which a run learns, else None."""
+    found, follows = [], run.config.lr_decay_iters is None and run.config.lr_schedule != "constant"
+    for start in starts(run.path):
+        for key, (before, now) in start.get("changed", {}).items():
+            if key in LEARNS or (key == "max_iters" and follows):
+                found.append(f"{key}={now} from iteration {start['iter']} on ({before} before)")
+            elif key == "text":
+                found.append(f"another training text from iteration {start['iter']} on")
+    return f"{run.name} was resumed with other settings: {listed(found, 3)}" if found else None
 
 
 def unequal_windows(runs: list[Run]) -> str | None:

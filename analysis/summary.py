@@ -13,6 +13,7 @@ from analysis.geometry import spectrum
 from analysis.runs import (
     Run,
     caution,
+    changed,
     energy_of,
     lossy,
     seeds,
@@ -60,6 +61,9 @@ AXES = {"performance": "bits_per_byte", "interpretability": "components", "susta
 # Energy is ranked only if all runs took at least so many minutes. In a shorter run much of it goes
 # to start-up, compilation and evaluation. The same holds for time, but for far shorter runs.
 RANKED_MINUTES, TIMED_MINUTES = 5.0, 0.2
+# In runs on a quiet machine, the speed at the 90th percentile is 1.05 to 1.2 times that at the
+# 10th, and beside other programs 1.3 to 5 times.
+STEADY = 1.25
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def short(value: float, digits: int = 5) -> float | str:
 
 
 def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
-    """The values of a run: the keys of COLUMNS, `energy` and `last_val_loss`.
+    """The values of a run: the keys of COLUMNS, `energy`, `last_val_loss`, and `speed_spread`, the
+    90th percentile of its speed divided by the 10th.
 
     A value is None if the run does not have it. metrics: from `read_metrics`.
     Raises: UserError if the run has no evaluation.
@@ -125,6 +130,7 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
         "minutes": minutes,
         "last_val_loss": evaluations[-1]["val_loss"],
+        "speed_spread": speeds[-1 - len(speeds) // 10] / speeds[len(speeds) // 10] if speeds else 1,
     }
 
 
@@ -163,7 +169,6 @@ def agreement(
     windows = unequal_windows(runs)
     tokenizers = {r.config.tokenizer for r in runs}
     objectives = {r.objective.masked for r in runs}
-    machines = {(e.get("device"), e.get("world_size"), e.get("threads")) for e in environments}
     unequal = unequal_training(runs, [s["iterations"] for s in summaries])
 
     notes = []
@@ -172,12 +177,14 @@ def agreement(
             notes.append(f"Beware: the last validation loss of {run.name} is {s['last_val_loss']}.")
     notes += unlike_splits(data or [])
     sizes = [sentence for run in runs if (sentence := uneven(run))]
-    notes += [f"{sentence}." for sentence in sizes]
+    resumed = [sentence for run in runs if (sentence := changed(run))]
+    notes += [f"{sentence}." for sentence in (*sizes, *resumed)]
     not_ranked = "energy and time are not ranked"
+    unlike = unlike_conditions(runs, summaries, environments)
     for applies, sentence in (
         (warning, f"{warning}"),
         (unequal, f"{unequal}. More training lowers a loss, and {not_ranked}"),
-        (len(machines) > 1, f"the runs ran on different machines or threads: {not_ranked}"),
+        (unlike, f"{unlike}: {not_ranked}"),
         (
             len(tokenizers) > 1,
             f"tokens of different tokenizers are not the same work: {not_ranked}",
@@ -188,7 +195,7 @@ def agreement(
             notes.append(f"{sentence[0].upper()}{sentence[1:]}.")
     notes += filter(None, [unequal_settings(runs), without_twin(runs)])
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
-    same_work = unequal is None and not sizes and len(machines) == len(tokenizers) == 1
+    same_work = unequal is None and unlike is None and not sizes and len(tokenizers) == 1
     return Agreement(
         losses=warning is None and windows is None,
         bits=windows is None and len(objectives) == 1 and _same_texts(runs, data),
@@ -197,6 +204,28 @@ def agreement(
         windows=warning is None and len(losses) == len(runs) and same_size,
         notes=notes,
     )
+
+
+def unlike_conditions(
+    runs: list[Run], summaries: list[dict], environments: list[dict]
+) -> str | None:
+    """Why times of the runs cannot be compared although their work is the same, or None."""
+    machines = {
+        (start.get("device"), start.get("world_size"), start.get("threads"))
+        for environment in environments
+        for start in (environment, *environment.get("earlier", []))
+    }
+    disturbed = [
+        run.name for run, s in zip(runs, summaries, strict=True) if s["speed_spread"] > STEADY
+    ]
+    if len(machines) > 1:
+        return "the runs ran on different machines or threads"
+    if disturbed and len(runs) > 1:
+        return (
+            f"the speed of {listed(disturbed, 3)} changed while it ran, as it does beside other"
+            " programs"
+        )
+    return None
 
 
 def _same_texts(runs: list[Run], data: list[Data] | None) -> bool:

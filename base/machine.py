@@ -2,7 +2,14 @@
 
 import os
 
+import psutil
+
 
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def idle_cores() -> float:
+    """How many of the cores that this process may use are idle now. It looks for 0.1 s."""
+    return cores() * (1 - psutil.cpu_percent(0.1) / 100)

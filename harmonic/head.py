@@ -24,12 +24,16 @@ def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
     return before.to(after.device) if after.dtype in narrow and before.dtype in wide else after
 
 
-def _check_sizes(n_embd: int, vocab_size: int, real_vocab_size: int | None) -> None:
-    """Raises ValueError for an empty table, or more tokens than rows."""
+def _check_table(
+    n_embd: int, vocab_size: int, real_vocab_size: int | None, init_std: float
+) -> None:
+    """Raises ValueError for an empty table, more tokens than rows, or a negative init_std."""
     if n_embd < 1 or vocab_size < 1:
         raise ValueError(f"a table of {vocab_size} prototypes of {n_embd} coordinates is empty")
     if real_vocab_size is not None and not 0 < real_vocab_size <= vocab_size:
         raise ValueError(f"real_vocab_size {real_vocab_size} is not in 1..{vocab_size}")
+    if not 0 <= init_std < math.inf:
+        raise ValueError(f"init_std must be a finite number from 0 on, got {init_std}")
 
 
 class HarmonicHead(nn.Module):
@@ -99,7 +103,7 @@ class HarmonicHead(nn.Module):
                 f"scale={scale} is for the softmax link: set link=softmax too, or an exponent"
                 " instead of the scale"
             )
-        _check_sizes(n_embd, vocab_size, real_vocab_size)
+        _check_table(n_embd, vocab_size, real_vocab_size, init_std)
         check_how(impl, skip)
         if bias and name != "cross_entropy":
             raise ValueError(f"{name} takes no bias")

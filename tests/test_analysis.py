@@ -650,9 +650,14 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     assert any("iterations of another size" in note for note in d["notes"])
     assert not marked(d) & {"kWh", "tokens/s", "minutes"}
     runs = find_runs([home / "out/ce", home / "out/cosine"])
-    summaries = [{"iterations": 4, "last_val_loss": 5.0, "minutes": 30.0}] * 2
-    found = summary.agreement(runs, None, summaries, [{"threads": 1}, {"threads": 2}], [])
-    assert not found.work and any("or threads" in note for note in found.notes)
+    usual = {"iterations": 4, "last_val_loss": 5.0, "minutes": 30.0, "speed_spread": 1.0}
+    summaries = [usual] * 2
+    resumed = {"threads": 2, "earlier": [{"threads": 1}]}
+    for other in ({"threads": 1}, resumed):
+        found = summary.agreement(runs, None, summaries, [{"threads": 2}, other], [])
+        assert not found.work and any("or threads" in note for note in found.notes)
+    found = summary.agreement(runs, None, [usual, usual | {"speed_spread": 1.4}], [{}, {}], [])
+    assert not found.work and "The speed of cosine changed while it ran" in found.notes[-2]
     other = dataclasses.replace(runs[1].config, tokenizer="char", eval_iters=1)
     runs = [runs[0], dataclasses.replace(runs[1], config=other)]
     found = summary.agreement(runs, None, summaries, [{}, {}], [])
@@ -662,12 +667,29 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     }
 
 
+def test_settings_that_a_resume_changed_are_named(home, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(home / "out/ce", tmp_path / "ce")
+    changes = {"learning_rate": [1e-3, 2e-3], "batch_size": [4, 8], "text": ["a", "b"]}
+    changes |= {"max_iters": [4, 8]}
+    start = {"iter": 2, "changed": changes}
+    (run / "environment.json").write_text(
+        json.dumps({"iter": 4, "changed": {}, "earlier": [start]})
+    )
+    sentence = (
+        "ce was resumed with other settings: learning_rate=0.002 from iteration 2 on (0.001"
+        " before), another training text from iteration 2 on, max_iters=8 from iteration 2 on (4"
+        " before)"
+    )
+    assert f"{sentence}." in make_report(monkeypatch, tmp_path / "r.html", run).document()["notes"]
+    assert sentence in capsys.readouterr().err
+
+
 def test_energy_is_ranked_between_runs_that_are_long_enough(home):
     runs = find_runs([home / "out/ce", home / "out/cosine"])
     for minutes, ranked in ((summary.RANKED_MINUTES, True), (4.9, False), (None, False)):
         summaries = [
             {"iterations": 4, "last_val_loss": 5.0, "minutes": m, "bits_per_byte": m or 1.0}
-            | {"components": 9, "kwh": 2.0}
+            | {"components": 9, "kwh": 2.0, "speed_spread": 1.2}
             for m in (30.0, minutes)
         ]
         agree = summary.agreement(runs, None, summaries, [{}, {}], [])

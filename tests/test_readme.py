@@ -217,7 +217,7 @@ def test_a_chain_of_commands_runs(tmp_path):
     )
     sample = sample.replace("out/manhattan", "out/mine/cosine-softmax") + " --max_new_tokens=3"
     for command in (*own.splitlines(), sample):
-        words = shlex.split(command)[1:]
+        words = shlex.split(command, comments=True)[1:]
         if words[0] == "train.py":
             words += [f"--{key}={value}" for key, value in TINY.items()]
         if words[0] == "prepare_openwebtext.py":

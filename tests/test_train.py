@@ -427,6 +427,10 @@ def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
 BAD = {
     "unknown key": (dict(n_layr=3), ["n_layr: unknown key", "did you mean n_layer?"]),
     "negative theta": (dict(arch="qwen", rope_theta=-1), ["rope_theta=-1.0 must be positive"]),
+    "negative std": (
+        dict(head_init_std=-1, dropout=2),
+        ["2 problems", "head_init_std=-1.0 must be positive", "dropout=2.0 is not in"],
+    ),
     "huge timeout": (dict(timeout=1e300), ["timeout=1e+300 is above 2,000,000 seconds"]),
     "no such source": (dict(source="nowhere/x"), ["source=nowhere/x"]),
     "unknown head": (dict(head="euclidian"), ["unknown head", "did you mean euclidean?"]),
@@ -770,6 +774,7 @@ def test_slow_settings_are_named(monkeypatch, call, model, config, words):
         torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True}
     )
     monkeypatch.setattr(advice, "cores", lambda: torch.get_num_threads())
+    monkeypatch.setattr(advice, "idle_cores", lambda: 8)
     usual = dict(device="cpu", dtype="float32", flops=1e10, iterations=1)
     assert advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual) == []
     assert (
@@ -783,10 +788,15 @@ def test_slow_settings_are_named(monkeypatch, call, model, config, words):
     assert words in found
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(advice, "cores", lambda: 8)
-    assert (
-        "1 thread of 8 cores"
-        in advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual)[0]
-    )
+
+    def notes():
+        return advice.slow_settings(ModelConfig(), TrainConfig(compile=False), **usual)
+
+    assert "1 thread of 8 cores" in notes()[0]
+    monkeypatch.setattr(advice, "idle_cores", lambda: 1.2)
+    assert notes() == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert "other programs use" in notes()[0] and "OMP_NUM_THREADS=1" in notes()[0]
 
 
 SENSELESS = [

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from base.machine import cores
+from base.machine import cores, idle_cores
 from harmonic import HEADS, HarmonicHead
 from harmonic.compiled import load
 from harmonic.distances import resolve
@@ -66,10 +66,16 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float, iterations: in
             " use --dtype=float32"
         )
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
-    if alone and threads == 1 < available:
+    idle = idle_cores()
+    if alone and threads == 1 < available and idle > 0.7 * available:
         found.append(
             f"torch uses 1 thread of {available} cores: set OMP_NUM_THREADS={available}, or leave"
             " it unset"
+        )
+    if alone and threads > 1 and idle < 0.7 * threads:
+        found.append(
+            f"other programs use this machine's cores. Beside them, {threads} threads can be many"
+            f" times slower than fewer: try OMP_NUM_THREADS={max(1, round(idle))}"
         )
     if torch.cuda.is_available():
         found.append("this machine has a GPU, but the run is on the CPU: use --device=cuda")

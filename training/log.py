@@ -182,7 +182,7 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
 def conclude(
     run: Run,
     folder: RunFolder,
-    seconds: float,
+    log: Log,
     used: tuple[float, float] | None,
     stopped: int,
     strange: NotFinite | None,
@@ -190,8 +190,8 @@ def conclude(
     """Prints how the run ended. Exits if its status is not 0.
 
     Args:
-        seconds: how long it took.
-        used: (kWh, kg CO2e), or None if not measured.
+        log: knows when and where this start began.
+        used: (kWh, kg CO2e) of this start, or None if not measured.
         stopped: the signal that stopped it, or 0.
         strange: the error, if a loss or gradient was not finite.
     """
@@ -213,6 +213,8 @@ def conclude(
         run.say(f"\n{name}: stopped at iteration {at}{energy}; {how}", file=sys.stderr)
         sys.exit(128 + stopped)
     best = run.progress.best_loss
-    run.say(f"done: {out_dir}, best val loss {best:.4f}, {duration(seconds)}{energy}")
+    took = f"{duration(time.perf_counter() - log.began)}{energy}"
+    since = f" since iteration {log.first}" if log.first else ""
+    run.say(f"done: {out_dir}, best val loss {best:.4f}, {took}{since}")
     if folder.writer and folder.writer.error:
         sys.exit(4)

@@ -394,7 +394,7 @@ def environment(device: str, world: int, torchruns: list[str]) -> dict:
         for p in ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "codecarbon")
         if _installed(p)
     }
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "python": platform.python_version(),
         "versions": versions,
