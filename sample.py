@@ -56,11 +56,12 @@ class SampleConfig:
     """the run's folder; its newest checkpoint is used"""
     start: list[str] = field(default_factory=list)
     """prompts, as in --start="The" "A second one". FILE:prompt.txt reads one prompt from a file
-    (UTF-8; line ends become \\n, and a last one stays). Without a prompt the model begins a
-    document. <|endoftext|> in a prompt ([SEP] for bert) is the end-of-text token"""
+    (UTF-8; line ends become \\n, and a last one stays), FILE:- from standard input. Without a
+    prompt the model begins a document. <|endoftext|> in a prompt ([SEP] for bert) is the
+    end-of-text token"""
     prompts: str = ""
-    """a file with one prompt a line (UTF-8); empty lines are skipped. Prompts of --start come
-    first"""
+    """a file with one prompt a line (UTF-8), or - for standard input; empty lines are skipped.
+    Prompts of --start come first"""
     num_samples: int = 1
     """texts for each prompt"""
     max_new_tokens: int = 200
@@ -136,16 +137,21 @@ def read_prompt(text: str) -> str:
 
 
 def read_text(name: str, flag: str) -> str:
-    """Reads a UTF-8 file. A byte-order mark is dropped, and line ends become `\\n`.
+    """Reads a UTF-8 file, or standard input for `-`. A byte-order mark is dropped, and line ends
+    become `\\n`.
 
     flag: the flag that names the file, for error messages.
     Raises: UserError if it cannot be read or is not UTF-8 text.
     """
-    path = Path(name)
+    given = name == "-"
     try:
-        if special := special_file(path.stat().st_mode):
-            raise UserError(f"{flag}: a {special}, which may never end; save its text in a file")
-        prompt = path.read_text(encoding="utf-8-sig")
+        if not given and (special := special_file(os.stat(name).st_mode)):
+            raise UserError(
+                f"{flag}: a {special}, which may never end; save its text in a file, or give it on"
+                " standard input and name -"
+            )
+        with open(0 if given else name, encoding="utf-8-sig", closefd=not given) as file:
+            prompt = file.read()
     except OSError as error:
         raise UserError(f"{flag}: {error.strerror}") from None
     except UnicodeDecodeError:

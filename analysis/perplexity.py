@@ -112,7 +112,7 @@ def problems(
 ) -> list[str]:
     """Why a split cannot be scored, one sentence each. Empty if it can."""
     if split not in data.splits:
-        return [f"{data.folder} has no split {split}"]
+        return [f"{data.folder} has no split {split}: it has {', '.join(data.splits)}"]
     masked = objective_of(config.arch).masked
     found, needed = [], config.block_size + 1 if masked else 2
     if data.splits[split].tokens < needed:

@@ -103,6 +103,16 @@ def test_prompt_from_a_file(sample, tmp_path):
             == sample("gpt", f"--start={prompt}", *words)[1]
             != ""
         ), data
+    expected = sample("gpt", "--start=the old\nking\n", *words)[1]
+    path.write_bytes(b"the old\r\nking\r\n")
+    before = os.dup(0)
+    try:
+        with open(path) as file:
+            os.dup2(file.fileno(), 0)
+        assert sample("gpt", "--start=FILE:-", *words)[1] == expected
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 def test_prompt_files_that_are_no_text(sample, tmp_path):

@@ -200,7 +200,8 @@ def path_problem(name: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             return f"{name} is a link to {os.readlink(path)}, which does not exist"
-        return f"no file or folder {name}"
+        several = " (put spaces between sources, not commas)" if "," in name else ""
+        return f"no file or folder {name}{several}"
     except OSError as error:
         return f"{name}: {error.strerror}"
     if stat.S_ISDIR(mode):

@@ -238,7 +238,7 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
     there = "" if Path(out_dir).is_dir() else " (the folder does not exist)"
     if Path(out_dir).is_file():
         there = " (it is a file, not a run's folder)"
-    instead = runs_instead(out_dir) or ": train it first, or name another --out_dir"
+    instead = runs_instead(out_dir) or ": train it first, or name another run's folder"
     if (Path(out_dir) / SET_ASIDE).is_dir():
         instead = (
             f". An interrupted --overwrite=true has left its files in {Path(out_dir) / SET_ASIDE}:"
