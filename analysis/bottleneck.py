@@ -130,7 +130,7 @@ def draw(runs: list, shares: list[np.ndarray]) -> Figure:
             ls=style["linestyle"],
         )
     axes.set_xlabel("share of the tokens, smallest value first")
-    axes.set_ylabel("share of the gradient that reaches h")
+    axes.set_ylabel("share of the gradient")
     figures.legend_below(figure, [axes])
     return figure
 
