@@ -195,7 +195,7 @@ class ModelConfig:
     head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
     """precision of the head's matrix products: float32; split (two half-precision parts, nearly as
     exact as float32); autocast (the dtype of the trunk). auto on a GPU = split for distances, and
-    autocast for cross_entropy and cosine_linear; auto elsewhere = float32"""
+    autocast for controls; auto elsewhere = float32"""
 
     @classmethod
     def free_settings(cls) -> set[str]:

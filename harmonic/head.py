@@ -40,8 +40,7 @@ class HarmonicHead(nn.Module):
     """The output layer of a language model: prototypes (V, C), a distance and a link.
 
     `head(h)` gives the logits of all tokens, so F.cross_entropy, sampling and top-k work unchanged.
-    `head.loss(h, targets)` gives the loss. It never holds all logits, except with label smoothing
-    or impl="dense".
+    `head.loss(h, targets)` gives the loss. It never holds all logits, except with impl="dense".
 
     The prototypes of a distance stay float32 when you cast the model to half precision. Prototypes
     that are tied to an embedding are cast with it.

@@ -1,7 +1,7 @@
 """The two links from distances to logits. Each has one number, its strength.
 
     harmonic   logit_v = -n log d(h, w_v)   so p_v = d_v^-n / sum_j d_j^-n (2502.01628, eq. 2)
-    softmax    logit_v = -s d(h, w_v)       the control: the same distance without HarMax
+    softmax    logit_v = -s d(h, w_v)       the twin: the same distance without HarMax
 
 The strength is the exponent n of the harmonic link, or the scale s of the softmax link.
 """

@@ -1,20 +1,20 @@
 """HarMax in log space: logits and loss.
 
     harmonic   logit_v = -n log d(h, w_v)   so p_v = d_v^-n / sum_j d_j^-n (2502.01628, eq. 2)
-    softmax    logit_v = -s d(h, w_v)       the control: the same distance without HarMax
+    softmax    logit_v = -s d(h, w_v)       the twin: the same distance without HarMax
 
-All arithmetic is float32, also inside torch.autocast. float64 vectors stay float64. The one
-exception is `precision`, below. No logit of a distance is clamped, smoothed or filled in. Besides
-the constants of the formulas there is one: the floor under the logarithm, which `kernels.py`
-explains.
+Arithmetic is float32, also inside torch.autocast; float64 vectors stay float64. Only matrix
+products may be less exact: see `precision` below. No logit of a distance is clamped or smoothed.
+The only constant that the formulas do not have is the floor under the logarithm (`kernels.py`).
 
 Three arguments choose how a loss is computed:
 
     impl       "auto": the fastest one for this device and distance. "chunked": plain PyTorch, with
                a few chunks of rows in memory, however large N is. "numba" (CPU), "triton" (CUDA):
                the same with compiled kernels, in float32. "dense": all logits at once, (N, V).
-    skip       Elementwise kernels skip pairs whose gradient |dL/draw| is below skip / V of the
-               target's. The skipped gradients of a row add up to less than `skip` of it.
+    skip       Kernels without a matrix product skip a pair if its gradient is below skip / V times
+               that of the target. The gradients that a row skips together are below `skip` times
+               the target's.
     precision  How heads with a matrix product multiply (kernels l2, l2_plus, dot and along).
                "float32". "split": nearly as exact, and several times faster on a GPU. "autocast":
                in the type of torch.autocast. "auto": on CUDA, split for distances and autocast for

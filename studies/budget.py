@@ -9,7 +9,7 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
 (--stages and --heads train a part of it):
 
     LONG heads   cross_entropy, cosine and its twin
-        sweep        2 M tokens, seed 1337: the same three learning rates; then, at the best one,
+        sweep        2 M tokens, seed 1337: three learning rates for every head; then, at the best,
                      half and twice the head's strength. The strength is the exponent, the exponent
                      to which a twin's scale is matched, or for heads without one the size of the
                      first prototypes. While the best setting is on the edge of what was tried, the
@@ -24,7 +24,7 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
     other HEADS  sweep, 0.6M and 2M in the same way, then 6M with the first seed
     CONTROLS     sweep and 2M. They tell tail, normalisation and distance apart
     then for all
-        6M, 20M      the two other seeds, where they are still missing
+        6M, 20M      the two other seeds, where they are still missing (20M: LONG heads)
         0.6M, 2M     two more seeds
         imdb, wiki   2 M tokens of other corpora, three seeds
         cost         the energy of a token of the other heads

@@ -1,6 +1,7 @@
 """The study of heads: every distance with both links, and cross-entropy.
 
-All heads have the same model, the same tokens in the same order, and equally many settings.
+All heads have the same model and the same tokens in the same order. The main ones have about
+equally many settings, and variants of a family fewer.
 
     python prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
     python prepare_openwebtext.py --source=imdb --tokenizer=bpe:4096 --out_dir=data/imdb_bpe
