@@ -116,6 +116,8 @@ class SampleConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value <= 1:
                 found.append(f"{key}={value} is not in (0, 1]")
+        if [*self.start, f"FILE:{self.prompts}"].count("FILE:-") > 1:
+            found.append("only one of --start and --prompts can be standard input (-)")
         found += [
             f"{text!r} is a run's folder, not a prompt: use --out_dir={text}"
             for text in self.start
@@ -466,9 +468,9 @@ def read_tokenizer(model: Model, stored: dict, c: SampleConfig) -> Tokenizer:
     """The tokenizer of a run. UserError if it has more tokens than the model."""
     folder = tokenizer_folder(Path(c.out_dir), stored["dataset"])
     tokenizer = load_tokenizer(stored["tokenizer"], folder)
-    if tokenizer.vocab_size > model.config.real_vocab_size:
+    if tokenizer.vocab_size > model.head.real_vocab_size:
         raise UserError(
-            f"{c.out_dir} has a model of {model.config.real_vocab_size} tokens, and its tokenizer"
+            f"{c.out_dir} has a model of {model.head.real_vocab_size} tokens, and its tokenizer"
             f" {tokenizer.name} in {folder} has {tokenizer.vocab_size}: put the tokenizer of its"
             " training text there"
         )

@@ -5,6 +5,7 @@ A head has the same colour in every figure. Heads of one family have shades of o
 of a line shows the link.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -128,6 +129,9 @@ def legend_below(figure: Figure | SubFigure, panels: Iterable[Axes], ncols: int 
         entry = 0.6 + 0.08 * max(map(len, entries))
         room = max(1, int(figure.bbox.width / figure.dpi / entry))
         columns = min(ncols, len(entries), room)
+        rows = math.ceil(len(entries) / columns)
+        if rows > 1 and isinstance(figure, Figure):  # The legend takes no room from the panels.
+            figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
         figure.legend(list(entries.values()), list(entries), **place)
 

@@ -303,7 +303,8 @@ def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int 
     """
     w, rows = model.head.prototypes().detach(), []
     for word in words:
-        i = tokenizer.encode(f" {word}")[-1]
+        tokens = tokenizer.encode(f" {word}")
+        i = tokens[-1]
         if model.head.is_control:
             order = torch.nn.functional.cosine_similarity(w[i : i + 1], w).argsort(descending=True)
         else:
@@ -311,7 +312,7 @@ def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int 
         near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:count]
         piece = tokenizer.decode_token(i)
         # A word of several tokens has no prototype of its own, so that of its last token is shown.
-        name = repr(piece) if piece.strip() == word else f"the end {piece!r} of {word!r}"
+        name = repr(piece) if len(tokens) == 1 else f"the end {piece!r} of {word!r}"
         rows.append({"word": name, "nearest": "  ".join(map(repr, near))})
     return tables.text(rows, ["word", "nearest"])
 

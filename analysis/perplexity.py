@@ -362,7 +362,7 @@ def draw(rows: list[dict]) -> Figure:
     values = [row[key] for row in rows]
     colors = [figures.head_color(row["head"]) for row in rows]
     bars = axes.barh(range(len(rows)), values, color=colors, height=0.6)
-    axes.set_yticks(range(len(rows)), [row["run"] for row in rows], parse_math=False)
+    axes.set_yticks(range(len(rows)), [figures.literal(row["run"]) for row in rows])
     axes.bar_label(bars, [f"{value:.4f}" for value in values], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.15)

@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from training.config import TrainConfig
 from training.data import validation_windows
 from training.objective import Objective, batches_of, objective_of
 from training.schedule import learning_rate
-from training.telemetry import clock, energy, listed, other_iterations, starts, timed
+from training.telemetry import clock, energy, kept_starts, listed, other_iterations, timed
 
 # Settings that a comparison of heads keeps the same. Left out are those whose defaults depend on
 # others, and those that a sweep chooses for each head.
@@ -36,11 +36,13 @@ SAME = (
 )  # fmt: skip
 
 
-# Settings beside SAME with which a resumed run learns otherwise than before.
-LEARNS = (
-    *SAME, "learning_rate", "head_learning_rate", "prototype_decay", "min_lr", "seed",
-    "lr_decay_iters", "decay_iters",
+# Settings of the learning rate over time, and all settings with which a resumed run learns
+# otherwise than before.
+SCHEDULE = (
+    "learning_rate", "min_lr", "lr_schedule", "warmup_iters", "max_iters", "lr_decay_iters",
+    "decay_iters",
 )  # fmt: skip
+LEARNS = (*SAME, *SCHEDULE, "head_learning_rate", "prototype_decay", "seed")
 
 
 @dataclass
@@ -139,7 +141,7 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
             problems.append(f"{path} is named twice")
     check(problems)
 
-    names = [p.resolve().name for p in paths]
+    names = [well_formed(p.resolve().name) for p in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
         model_config, config = checkpoint.read_config(path)
@@ -148,8 +150,8 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
             # Checked here, so that an analysis that reads no data refuses a wrong folder too.
             load_data(data_folder(dataset), config.tokenizer)
             config.dataset = dataset
-        short = name if names.count(name) == 1 else str(path)
-        runs.append(Run(path, well_formed(short), model_config, config, trained_on))
+        short = name if names.count(name) == 1 else well_formed(str(path))
+        runs.append(Run(path, short, model_config, config, trained_on))
         note(uneven(runs[-1]))
         note(changed(runs[-1]))
     return runs
@@ -304,13 +306,21 @@ def uneven(run: Run) -> str | None:
 
 def changed(run: Run) -> str | None:
     """A sentence if a resume has changed settings with which a run learns, else None."""
-    found, follows = [], run.config.lr_decay_iters is None and run.config.lr_schedule != "constant"
-    for start in starts(run.path):
-        for key, (before, now) in start.get("changed", {}).items():
-            if key in LEARNS or (key == "max_iters" and follows):
-                found.append(f"{key}={now} from iteration {start['iter']} on ({before} before)")
-            elif key == "text":
-                found.append(f"another training text from iteration {start['iter']} on")
+    found, later = [], run.config
+    for start in reversed(kept_starts(run.path)):
+        at, changes = start["iter"], start["changed"]
+        before = replace(later, **{k: old for k, (old, _) in changes.items() if k in vars(later)})
+        # A schedule that was the same until here is no change, such as the decay of a fork.
+        same = not changes or np.allclose(
+            [learning_rate(i, before) for i in range(at)],
+            [learning_rate(i, later) for i in range(at)],
+        )
+        for key, (old, now) in changes.items():
+            if key == "text":
+                found.append(f"another training text from iteration {at} on")
+            elif key in LEARNS and not (same and key in SCHEDULE):
+                found.append(f"{key}={now} from iteration {at} on ({old} before)")
+        later = before
     return f"{run.name} was resumed with other settings: {listed(found, 3)}" if found else None
 
 
@@ -351,6 +361,10 @@ def note(sentence: str | None) -> None:
 
 def writable(path: Path) -> Path:
     """Returns `path` if a file can be written there. Raises UserError if not."""
+    try:
+        path = path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError):  # RuntimeError: a link that leads back to itself
+        raise UserError(f"--out={path} is a link that cannot be followed: name a file") from None
     if path.is_dir():
         raise UserError(f"--out={path} is a folder: name a file")
     if path.exists() and (special := special_file(path.stat().st_mode)):

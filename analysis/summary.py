@@ -28,7 +28,7 @@ from base.errors import UserError
 from harmonic import HEADS
 from model import Model
 from text.token_files import Data, other_kind
-from training.telemetry import clock, evaluated_alike_since, listed, timed
+from training.telemetry import clock, evaluated_alike_since, kept_starts, listed, timed
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ def unlike_conditions(
     """Why times of the runs cannot be compared although their work is the same, or None."""
     machines = {
         (start.get("device"), start.get("world_size"), start.get("threads"))
-        for environment in environments
-        for start in (environment, *environment.get("earlier", []))
+        for run, environment in zip(runs, environments, strict=True)
+        for start in (environment, *kept_starts(run.path))
     }
     disturbed = [
         run.name for run, s in zip(runs, summaries, strict=True) if s["speed_spread"] > STEADY

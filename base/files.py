@@ -57,8 +57,9 @@ def write_result(path: Path, content: str | bytes | Callable[[Path], object]) ->
     """
     try:
         write_whole(path.resolve(), content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads back to itself
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written: {why}") from None
 
 
 @contextlib.contextmanager

@@ -12,4 +12,7 @@ def cores() -> int:
 
 def idle_cores() -> float:
     """How many of the cores that this process may use are idle now. It looks for 0.1 s."""
-    return cores() * (1 - psutil.cpu_percent(0.1) / 100)
+    used = psutil.cpu_percent(0.1, percpu=True)
+    if hasattr(os, "sched_getaffinity"):
+        used = [used[core] for core in os.sched_getaffinity(0) if core < len(used)]
+    return sum(1 - percent / 100 for percent in used)

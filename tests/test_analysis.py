@@ -22,6 +22,7 @@ from analysis.runs import (
     AnalysisConfig,
     Run,
     caution,
+    changed,
     default_out,
     find_runs,
     lossy,
@@ -652,10 +653,18 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     runs = find_runs([home / "out/ce", home / "out/cosine"])
     usual = {"iterations": 4, "last_val_loss": 5.0, "minutes": 30.0, "speed_spread": 1.0}
     summaries = [usual] * 2
-    resumed = {"threads": 2, "earlier": [{"threads": 1}]}
-    for other in ({"threads": 1}, resumed):
-        found = summary.agreement(runs, None, summaries, [{"threads": 2}, other], [])
-        assert not found.work and any("or threads" in note for note in found.notes)
+    found = summary.agreement(runs, None, summaries, [{"threads": 2}, {"threads": 1}], [])
+    assert not found.work and any("or threads" in note for note in found.notes)
+    earlier = [{"iter": 0, "threads": 1}, None, {"iter": 2, "changed": None, "threads": 2}]
+    now = {"iter": 3, "threads": 2, "earlier": earlier}
+    (run / "environment.json").write_text(json.dumps(now))
+    runs[1] = find_runs([run])[0]
+    for second, alike in ((0, True), (1, False)):  # The second start replaces the first.
+        now["earlier"][2]["iter"] = second
+        (run / "environment.json").write_text(json.dumps(now))
+        found = summary.agreement(runs, None, summaries, [{"threads": 2}] * 2, [])
+        assert found.work == alike
+    runs = find_runs([home / "out/ce", home / "out/cosine"])
     found = summary.agreement(runs, None, [usual, usual | {"speed_spread": 1.4}], [{}, {}], [])
     assert not found.work and "The speed of cosine changed while it ran" in found.notes[-2]
     other = dataclasses.replace(runs[1].config, tokenizer="char", eval_iters=1)
@@ -670,18 +679,26 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
 def test_settings_that_a_resume_changed_are_named(home, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(home / "out/ce", tmp_path / "ce")
     changes = {"learning_rate": [1e-3, 2e-3], "batch_size": [4, 8], "text": ["a", "b"]}
-    changes |= {"max_iters": [4, 8]}
-    start = {"iter": 2, "changed": changes}
-    (run / "environment.json").write_text(
-        json.dumps({"iter": 4, "changed": {}, "earlier": [start]})
-    )
+    lost = {"iter": 2, "changed": {"seed": [1, 2]}}  # No step of it is left.
+    now = {"iter": 4, "changed": {}, "earlier": [lost, {"iter": 2, "changed": changes}]}
+    (run / "environment.json").write_text(json.dumps(now))
     sentence = (
         "ce was resumed with other settings: learning_rate=0.002 from iteration 2 on (0.001"
-        " before), another training text from iteration 2 on, max_iters=8 from iteration 2 on (4"
-        " before)"
+        " before), another training text from iteration 2 on"
     )
     assert f"{sentence}." in make_report(monkeypatch, tmp_path / "r.html", run).document()["notes"]
     assert sentence in capsys.readouterr().err
+    # A decay that begins after the fork is no change. A longer one is.
+    for before, found in ("constant", None), ("cosine", "lr_schedule=wsd from iteration 4"):
+        config = dataclasses.replace(
+            find_runs([run])[0].config,
+            **dict(lr_schedule="wsd", max_iters=8, decay_iters=2, warmup_iters=0),
+        )
+        changed_to = {"lr_schedule": [before, "wsd"], "max_iters": [4, 8], "decay_iters": [None, 2]}
+        now = {"iter": 4, "changed": changed_to}
+        (run / "environment.json").write_text(json.dumps(now))
+        said = changed(dataclasses.replace(find_runs([run])[0], config=config))
+        assert said is None if found is None else found in said
 
 
 def test_energy_is_ranked_between_runs_that_are_long_enough(home):
@@ -746,6 +763,14 @@ def test_a_device_is_no_result_and_a_link_stays(tmp_path):
     for path in (tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(UserError, match=f"--out={path} is a (named pipe|device)"):
             writable(path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("no/target")
+    with pytest.raises(UserError, match="a link that cannot be followed"):
+        writable(tmp_path / "loop")
+    with pytest.raises(UserError, match="cannot be written"):
+        tables.write_csv(tmp_path / "loop", [{"a": 1}])
+    with pytest.raises(UserError, match="the folder .*no does not exist"):
+        writable(tmp_path / "nowhere")
     (tmp_path / "link").symlink_to("target")
     tables.write_csv(tmp_path / "link", [{"a": 1}])
     assert (tmp_path / "link").is_symlink() and "1" in (tmp_path / "target").read_text()

@@ -207,6 +207,7 @@ def test_names_of_runs_are_shown_as_they_are():
         axes.plot([0, 1], label=figures.literal(name))
     figures.legend_below(figure, [axes])
     figure.draw_without_rendering()
+    assert axes.get_position().height * figure.get_figheight() > 2
     (legend,) = figure.legends
     shown = [entry.get_text().replace(r"\$", "$").strip() for entry in legend.get_texts()]
     box = legend.get_window_extent()

@@ -11,7 +11,7 @@ from test_sample import runs, sample  # noqa: F401
 
 from harmonic import HEADS, HarmonicHead
 from harmonic.prepared import fingerprint
-from model import ModelConfig, Texts
+from model import ModelConfig, Sampler, Texts
 from sample import Explainer, write, write_json
 from sample import Texts as ShownTexts
 
@@ -145,6 +145,13 @@ def test_sampling_that_no_distribution_has_is_refused(sampling):
     (name,) = sampling
     with pytest.raises(ValueError, match=name):
         next(build("gpt").eval().generate([[1]], 1, **sampling))
+
+
+def test_top_p_of_one_keeps_all_tokens(monkeypatch):
+    logits = 5 * torch.randn(1, 50_257, generator=torch.Generator().manual_seed(0))
+    clocks = torch.ones_like(logits).index_fill_(1, logits.argmin(-1), 1e-30)
+    monkeypatch.setattr("model.exponential_clocks", lambda p, generators: clocks)
+    assert Sampler(top_p=1.0).pick(logits, []) == logits.argmin()
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from conftest import ROOT, TINY, script, script_here
 from safetensors.torch import load_file
 
 import train as train_script
+from base import machine
 from base.command_line import cli
 from base.errors import UserError
 from base.files import locked, seal, sha256, unseal
@@ -188,6 +190,7 @@ def test_resuming_gives_the_same_run(train, tmp_path, settings):
         **{k: None for k in ("dataset", *TINY) if k != "max_iters"},
     )
     assert status == 0 and "resuming at iteration 3 of 6" in out, err
+    assert re.search(r"done: halves, .* since iteration 3$", out, re.M)
     one, two = (
         [
             {k: v for k, v in r.items() if k not in ("tokens_per_s", "elapsed_s")}
@@ -765,6 +768,13 @@ def test_a_run_says_how_its_head_multiplies(settings, words):
     with torch.autocast("cpu", torch.bfloat16):
         found = advice.about_products(head)
     assert found is None if words is None else words in found
+
+
+def test_idle_cores_are_those_of_the_process(monkeypatch):
+    used = [100.0, 30.0, 0.0, 50.0]
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: used)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2}, raising=False)
+    assert machine.idle_cores() == pytest.approx(1.7)
 
 
 @pytest.mark.parametrize(("call", "model", "config", "words"), SLOW)

@@ -3,6 +3,7 @@
 train.py prints them when it starts.
 """
 
+import math
 import os
 from dataclasses import replace
 
@@ -66,13 +67,13 @@ def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float, iterations: in
             " use --dtype=float32"
         )
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
-    idle = idle_cores()
-    if alone and threads == 1 < available and idle > 0.7 * available:
+    idle = idle_cores() if alone else math.nan
+    if threads == 1 < available and idle > 0.7 * available:
         found.append(
             f"torch uses 1 thread of {available} cores: set OMP_NUM_THREADS={available}, or leave"
             " it unset"
         )
-    if alone and threads > 1 and idle < 0.7 * threads:
+    if threads > 1 and idle < 0.7 * threads:
         found.append(
             f"other programs use this machine's cores. Beside them, {threads} threads can be many"
             f" times slower than fewer: try OMP_NUM_THREADS={max(1, round(idle))}"

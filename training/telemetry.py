@@ -264,11 +264,7 @@ def clock(run: Path, metrics: list[dict], tokens: int) -> list[tuple[float, floa
         metrics: from `read_metrics`.
         tokens: the number of tokens in an iteration.
     """
-    begin: list[int] = []
-    for environment in starts(run):
-        while begin and begin[-1] > environment["iter"]:
-            begin.pop()  # A later start went back before this one, and removed its lines.
-        begin.append(environment["iter"])
+    begin = [start["iter"] for start in kept_starts(run)]
     found, elapsed, before, steps, start = [], 0.0, 0.0, 0.0, 0
     for m in metrics:
         if "elapsed_s" in m:
@@ -439,7 +435,19 @@ def starts(out_dir: Path) -> list[dict]:
     now = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     earlier = now.get("earlier", []) if now else []
     found = [*earlier, now] if now and isinstance(earlier, list) else []
-    return [s for s in found if isinstance(s, dict) and isinstance(s.get("iter"), int)]
+    known = [s for s in found if isinstance(s, dict) and isinstance(s.get("iter"), int)]
+    return [{**s, "changed": s.get("changed") or {}} for s in known]
+
+
+def kept_starts(out_dir: Path) -> list[dict]:
+    """The starts of a run of which something is left. A start that went back to where an earlier
+    one began has replaced it."""
+    kept: list[dict] = []
+    for start in starts(out_dir):
+        while kept and kept[-1]["iter"] >= start["iter"]:
+            kept.pop()
+        kept.append(start)
+    return kept
 
 
 def evaluated_alike_since(out_dir: Path) -> int:

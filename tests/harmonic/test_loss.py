@@ -424,6 +424,7 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n(monkeypatch):
         (lambda h, w, y: HarmonicHead(C, V, "cosine", impl="cuda"), "unknown impl 'cuda'"),
         (lambda h, w, y: HarmonicHead(C, V, "cosine", skip=3.0), r"skip must be in \[0, 1\)"),
         (lambda h, w, y: HarmonicHead(C, 0, "cosine"), "0 prototypes"),
+        (lambda h, w, y: HarmonicHead(C, V, init_std=-1.0), "init_std must be a finite number"),
         (
             lambda h, w, y: HarmonicHead(C, V, "cosine").set_strength(-3),
             "must be a positive number",
