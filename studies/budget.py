@@ -78,17 +78,19 @@ class Head:
     """A head and its strength.
 
     exponent: of the harmonic link, or the one to which the softmax link's scale is matched at the
-        start. None for a head without one.
+        start. None for a head without one. init_std: of the first prototypes. These are where the
+        sweep begins.
     """
 
     head: str
     link: str = "harmonic"
     exponent: float | None = None
+    init_std: float = 0.02
     learn_scale: bool = False
 
 
 HEADS = {
-    "cross_entropy": Head("cross_entropy"),
+    "cross_entropy": Head("cross_entropy", init_std=0.05),
     "cosine": Head("cosine", exponent=16),
     "cosine softmax": Head("cosine", "softmax", 16),
     "euclidean": Head("euclidean", exponent=1024),
@@ -98,8 +100,9 @@ HEADS = {
 }
 CONTROLS = {
     "student_t": Head("student_t", exponent=1024),  # euclidean's HarMax without the pole
-    "stablemax": Head("stablemax"),  # a power-law tail without a distance
-    "nGPT": Head("cosine_scaled"),  # cosines with a scale for each token
+    "stablemax": Head("stablemax", init_std=0.05),  # a power-law tail without a distance
+    # Cosines with a scale for each token, the norm of its prototype: 0.8 * sqrt(256) at the start.
+    "nGPT": Head("cosine_scaled", init_std=0.8),
     "IsoMax+": Head("euclidean_normalized", "softmax", 32, learn_scale=True),
 }
 ALL = {**HEADS, **CONTROLS}
@@ -275,7 +278,7 @@ def base(name: str) -> dict:
         "tokens": 2.0,
         "name": name,
         "exponent": "" if exponent is None else exponent,
-        "init_std": 0.05 if exponent is None else 0.02,
+        "init_std": ALL[name].init_std,
         "learning_rate": math.nan,
         "dropout": 0.0,
         "seed": SWEEP_SEED,
