@@ -2,8 +2,6 @@
 
 import os
 
-import psutil
-
 
 def cores() -> int:
     """The number of cores that this process may use."""
@@ -12,6 +10,8 @@ def cores() -> int:
 
 def idle_cores() -> float:
     """How many of the cores that this process may use are idle now. It looks for 0.1 s."""
+    import psutil  # Not at the top: benchmarks.gpu runs on machines without it.
+
     used = psutil.cpu_percent(0.1, percpu=True)
     if hasattr(os, "sched_getaffinity"):
         used = [used[core] for core in os.sched_getaffinity(0) if core < len(used)]

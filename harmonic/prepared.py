@@ -30,8 +30,8 @@ def fingerprint(tensors: list[Tensor]) -> tuple[Any, ...]:
     """
     counted = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
     # One copy from the device for all of them. As bytes, for NaN does not equal itself.
-    numbers = torch.cat([_some(t.detach()).view(torch.uint8) for t in tensors]).cpu()
-    return *counted, numbers.numpy().tobytes()
+    numbers = torch.cat([_some(t.detach()).view(torch.uint8) for t in tensors])
+    return *counted, bytes(numbers.tolist())
 
 
 def _some(tensor: Tensor) -> Tensor:

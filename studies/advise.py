@@ -46,6 +46,7 @@ from studies.verdict import BASELINE, Losses, conclude, differences
 from text.token_files import Data, data_folder, load_data
 from training import checkpoint
 from training.config import TrainConfig
+from training.data import split_problems
 from training.telemetry import read_metrics
 
 DEFAULT = "configs/advise.yaml"
@@ -446,13 +447,18 @@ def configure(argv: list[str]) -> tuple[AdviseConfig, ModelConfig, TrainConfig, 
     for name in c.names():
         problems += dataclasses.replace(m, head=name).problems()
     check(problems)
-    return c, m, t, load_data(data_folder(t.dataset), t.tokenizer)
+    data = load_data(data_folder(t.dataset), t.tokenizer)
+    check(split_problems(data, m.block_size))
+    return c, m, t, data
 
 
 def main() -> None:
     c, m, t, data = configure(sys.argv[1:])
     began, out = time.monotonic(), Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be a folder: {error.strerror}") from None
     table = Table(out / f"{data.folder.name}.csv", COLUMNS, KEY)
     study = Study(c, m, t, data, table)
     config = out / f"{study.dataset}-{study.setup}.yaml"

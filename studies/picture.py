@@ -8,12 +8,18 @@ means a higher probability. A dot product can only cut the plane into cones from
 distance gives each prototype a region around itself.
 """
 
+import sys
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib.colors
 import torch
 
 from analysis import figures
+from base.command_line import cli, parse
+from base.files import write_result
 from harmonic import harmonic_logits
 
 PROTOTYPES = torch.tensor(
@@ -45,7 +51,16 @@ def title(name: str) -> str:
     return name + "".join(f", {k}={v:g}" for k, v in numbers.items())
 
 
+@dataclass
+class PictureConfig:
+    """The picture of the heads in a plane"""
+
+    out: str = "results/heads.png"
+    """the picture to write"""
+
+
 def main() -> None:
+    (c,) = parse(sys.argv[1:], PictureConfig)
     side = torch.linspace(-EDGE, EDGE, 400)
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     palette = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS])
@@ -64,9 +79,11 @@ def main() -> None:
     figure.supxlabel("first coordinate of the hidden state", fontsize=9)
     figure.supylabel("second coordinate", fontsize=9)
     # figures.save would reduce it to 256 colours, which show as bands.
-    figure.savefig("results/heads.png", dpi=160)
-    print("wrote results/heads.png")
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=160)
+    write_result(Path(c.out), drawn.getvalue())
+    print(f"wrote {c.out}")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -127,7 +127,6 @@ def _best(found: dict, where: str, minutes: Callable[[int], float]) -> str:
         return f"cannot tell: no head can be compared with {BASELINE} {where}."
     to_baseline.sort(key=_mean)
     better = [d for d in to_baseline if d.better]
-    nearest = to_baseline[0]
     if better:
         best = better[0]
         sentence = f"{best.head} is better than {BASELINE} by {best.size()} {where}."
@@ -135,16 +134,21 @@ def _best(found: dict, where: str, minutes: Callable[[int], float]) -> str:
         if others:
             sentence += f" Also better: {others}. The order among these is not tested."
         return sentence
-    if all(d.worse for d in to_baseline):
+    unclear = [d for d in to_baseline if not d.worse]
+    if not unclear:
+        nearest = to_baseline[0]
         return (
             f"{BASELINE} is better than every other head: the nearest, {nearest.head}, is worse by"
             f" {nearest.size()} {where}."
         )
+    nearest = unclear[0]
+    worse = ", ".join(d.head for d in to_baseline if d.worse)
+    decided = f" {BASELINE} is better than {worse}." if worse else ""
     bound = abs(nearest.mean) + nearest.half
     return (
         f"cannot tell: {nearest.head} and {BASELINE} differ by less than {bound:.3f} nats a token"
         f" {where}; {nearest.head} minus {BASELINE} is"
-        f" {interval(nearest.mean, nearest.half)}. {_more(nearest, len(found), minutes)}"
+        f" {interval(nearest.mean, nearest.half)}. {_more(nearest, len(found), minutes)}{decided}"
     )
 
 

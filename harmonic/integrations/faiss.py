@@ -65,6 +65,17 @@ def supported() -> list[str]:
     return found
 
 
+def _faiss() -> Any:
+    """The package faiss. ImportError says how to install it."""
+    try:
+        import faiss
+    except ImportError:
+        raise ImportError(
+            "nearest-prototype decoding needs the package faiss: pip install faiss-cpu"
+        ) from None
+    return faiss
+
+
 class NearestHead:
     """A frozen copy of a head that gives logits only to the nearest prototypes.
 
@@ -95,6 +106,7 @@ class NearestHead:
             raise ValueError(f"unknown index {index!r}; choose from {', '.join(INDEXES)}")
         if candidates < 1:
             raise ValueError(f"candidates={candidates} must be at least 1")
+        self.faiss = _faiss()
         self.head, self.sources = head, head.tensors()
         self.made_of = fingerprint(self.sources)
         self.distance, self.metric = distance, name
@@ -133,12 +145,7 @@ class NearestHead:
         return x.contiguous().numpy()
 
     def _build(self, kind: str) -> Any:
-        try:
-            import faiss
-        except ImportError:
-            raise ImportError(
-                "nearest-prototype decoding needs the package faiss: pip install faiss-cpu"
-            ) from None
+        faiss = self.faiss
         table = self._searchable(self.table, self.bias)
         which = getattr(faiss, self.metric)
         if kind == "flat":
