@@ -89,7 +89,7 @@ def test_a_prepared_head_follows_its_weights(change, learnt):
 def test_the_fingerprint_of_tensors(monkeypatch):
     """NaN equals itself, and every place of a small or transposed tensor counts. NumPy, which the
     package does not require, is not used."""
-    monkeypatch.delattr(torch.Tensor, "numpy")
+    monkeypatch.setattr(torch.Tensor, "numpy", None)
     small = [torch.tensor(3.0), torch.tensor([torch.nan, 1.0]), torch.zeros(0)]
     assert fingerprint(small) == fingerprint(small)
     table = torch.randn(4, 3)
