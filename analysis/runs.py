@@ -362,17 +362,17 @@ def note(sentence: str | None) -> None:
 def writable(path: Path) -> Path:
     """Returns `path` if a file can be written there. Raises UserError if not."""
     try:
-        path = path.resolve() if path.is_symlink() else path
+        target = path.resolve() if path.is_symlink() else path
     except (OSError, RuntimeError):  # RuntimeError: a link that leads back to itself
         raise UserError(f"--out={path} is a link that cannot be followed: name a file") from None
-    if path.is_dir():
+    if target.is_dir():
         raise UserError(f"--out={path} is a folder: name a file")
-    if path.exists() and (special := special_file(path.stat().st_mode)):
+    if target.exists() and (special := special_file(target.stat().st_mode)):
         raise UserError(f"--out={path} is a {special}: name a file")
-    if not path.parent.is_dir():
-        raise UserError(f"--out={path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out={path}: the folder {path.parent} is not writable")
+    if not target.parent.is_dir():
+        raise UserError(f"--out={path}: the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"--out={path}: the folder {target.parent} is not writable")
     return path
 
 
