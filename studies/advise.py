@@ -433,10 +433,14 @@ def configure(argv: list[str]) -> tuple[AdviseConfig, ModelConfig, TrainConfig, 
     """
     if not argv or argv[0].startswith("-"):
         argv = [DEFAULT, *argv]
-    c, m, t = parse(argv, AdviseConfig, ModelConfig, TrainConfig, config_file=True)
     given = [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")]
     own = (*OF_A_HEAD, *OF_A_RUN)
     problems = [f"--{name}: the study sets it itself" for name in given if name in own]
+    try:
+        c, m, t = parse(argv, AdviseConfig, ModelConfig, TrainConfig, config_file=True)
+    except UserError:
+        check(problems)  # Such a flag may be the cause.
+        raise
     if t.init_from != "scratch" or t.source:
         problems.append("the study trains from scratch: leave out init_from and source")
     check(problems)

@@ -199,3 +199,5 @@ def test_mistakes_are_told_at_once():
     done = script_here("-m", "studies.advise", "--head=cosine", "--init_from=gpt2")
     assert done.returncode == 2 and "--head: the study sets it itself" in done.stderr
     assert "trains from scratch" in done.stderr
+    done = script_here("-m", "studies.advise", "--link=softmax")
+    assert done.returncode == 2 and "--link: the study sets it itself" in done.stderr
