@@ -339,11 +339,13 @@ def examine(
     except UserError as error:
         # The page still has the curves if the split is too short to score.
         entry.cannot(f"{run.name} is not compared window by window: {error}")
+    if not texts:
+        return entry
     try:
         words = data.load_tokenizer()
         if run.objective.masked:
             entry.samples = predicted_tokens(model, words, texts)
-        elif texts:
+        else:
             entry.samples = continuations(model, words, data.eot_id, texts, c)
     except (UserError, Diverged) as error:
         entry.cannot(f"{run.name} has no samples: {error}")
