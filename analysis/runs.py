@@ -363,8 +363,10 @@ def writable(path: Path) -> Path:
     """Returns `path` if a file can be written there. Raises UserError if not."""
     try:
         target = path.resolve() if path.is_symlink() else path
-    except (OSError, RuntimeError):  # RuntimeError: a link that leads back to itself
+    except RuntimeError:  # A link that leads back to itself.
         raise UserError(f"--out={path} is a link that cannot be followed: name a file") from None
+    except OSError as error:
+        raise UserError(f"--out={path}: {error.strerror}") from None
     if target.is_dir():
         raise UserError(f"--out={path} is a folder: name a file")
     if target.exists() and (special := special_file(target.stat().st_mode)):

@@ -8,6 +8,7 @@ the command line. `cli` prints them in one message, without a traceback, and exi
 import argparse
 import codecs
 import dataclasses
+import errno
 import functools
 import inspect
 import io
@@ -75,28 +76,44 @@ codecs.register_error("show_bytes", show_bytes)
 def cli(main: Callable[[], object]) -> None:
     """Runs `main()`. For a UserError it prints the message on stderr and exits with status 2.
 
-    Ctrl-C exits with status 130 and a word, unless `main` handles it.
+    The same holds for a file that the system refuses, and for output that a full disk does not
+    take. Ctrl-C exits with status 130 and a word, unless `main` handles it.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `say_loading`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="show_bytes")
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # Only one process on each machine speaks.
     try:
         main()
+        sys.stdout.flush()  # A full disk is an error here, where a message can say so.
     except UserError as error:
-        name = script_name()
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # Only one process on each machine.
-            print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2, f"{script_name()}: {error}" if first else None)
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"\n{script_name()}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has closed it. This avoids Python's error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        leave(130, f"\n{script_name()}: interrupted" if first else None)
+    except BrokenPipeError:  # The reader of a pipe (head, less) has closed it.
+        drop_output()
+        leave(1, None)
+    except OSError as error:
+        if error.filename is not None:
+            leave(2, f"{script_name()}: {error.filename}: {error.strerror}")
+        if error.errno != errno.ENOSPC:
+            raise  # Not a matter of files: it may be a fault of the program.
+        drop_output()
+        leave(2, f"{script_name()}: output: {error.strerror}")
+
+
+def leave(status: int, message: str | None) -> typing.NoReturn:
+    """Ends the process with a message on stderr."""
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def drop_output() -> None:
+    """Sends what is left of the output to nowhere, so that Python does not fail on it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def script_name() -> str:

@@ -758,7 +758,10 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="skip steps that cannot end within this time"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="skip steps that cannot end within this time (default: 9)",
     )
     parser.add_argument("--only", help="names of steps, separated by commas")
     parser.add_argument(

@@ -249,7 +249,7 @@ class _Progress:
         seconds = (time.monotonic() - self.began) / self.finished * (self.total - self.done)
         name = " ".join(str(value) for value in job.key.values() if str(value))
         left = tqdm.format_interval(seconds)
-        tqdm.write(f"{name}: {text} ({self.done} of {self.total}, {left} left)")
+        tqdm.write(f"{name}: {text} ({self.done} of {self.total} known so far, {left} left)")
 
 
 def _startable(todo: list[Job], running: list[Job], workers: int) -> list[Job]:

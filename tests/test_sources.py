@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from conftest import ROOT
 from test_prepare import documents, fails, make_documents, run, write_jsonl
 
 from base.command_line import cli, read_yaml, show_bytes, write_yaml
@@ -266,6 +268,29 @@ def test_any_folder_name_can_be_trained_on_and_sampled_from(
     )
     cli(sample.main)
     assert capsys.readouterr().out.startswith("the old king")
+
+
+@pytest.mark.parametrize(
+    ("main", "message"),
+    [
+        (lambda: Path("a" * 300).is_file() or open("a" * 300), "aaa: File name too long"),
+        (lambda: Path("no/such/file").read_text(), "no/such/file: No such file"),
+    ],
+)
+def test_what_the_system_refuses_is_one_message(main, message, capfd):
+    with pytest.raises(SystemExit) as stop:
+        cli(main)
+    assert stop.value.code == 2 and message in capfd.readouterr().err
+
+
+def test_output_to_a_full_disk_is_one_message(tmp_path):
+    """Python itself would write at exit, fail there, and exit with status 120."""
+    code = "from base.command_line import cli; cli(lambda: print('a'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "-c: output: No space left on device\n")
 
 
 def test_any_file_name_is_printed_and_stored(tmp_path, monkeypatch):

@@ -286,7 +286,7 @@ def test_the_runner_adds_what_a_table_lacks(tmp_path, capsys):
         runner.complete(table, wanted, 1, lambda rows: rows[0]["b"])
     rows = pairs_table(tmp_path / "t.csv").rows
     assert [(r["a"], r["b"]) for r in rows] == [("1", "old"), ("2", "new 2")]
-    assert "2: new 2 (2 of 2, 00:00 left)" in capsys.readouterr().out
+    assert "2: new 2 (2 of 2 known so far, 00:00 left)" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_a_study_with_a_word_on_how_to_resume_it(tmp_path, capsys):
