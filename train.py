@@ -51,8 +51,8 @@ from training.start import (
     configure,
     differences,
     fit_to_data,
-    go_on,
     precision,
+    restore,
     start_processes,
 )
 from training.step import Gradients, Progress, Step, Work
@@ -87,7 +87,7 @@ def main() -> None:
     model, of_source = make_model(m, c, data, p, source, evaluate)
     progress, resumed, changed = Progress(), None, differences(stored or {}, m, c)
     if stored is not None:
-        progress, resumed = go_on(c, data, p, model, scaler, changed)
+        progress, resumed = restore(c, data, p, model, scaler, changed)
         ended = progress.iteration >= c.max_iters and progress.evaluated == progress.iteration
         if (ended or progress.iteration > c.max_iters) and not c.eval_only:
             done = f"{c.out_dir} is already trained to iteration {progress.iteration}"
@@ -103,12 +103,25 @@ def main() -> None:
     optimizer = make_optimizer(model, c, p.device.split(":")[0])
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
-    gradients = Gradients(model, p, sharded=p.world > 1 and c.parallel == "fsdp")
 
     batches = batches_of(data, m)
-    work = Work.of(c, model, batches)
-    trained = (model, wrapped, optimizer, scaler, autocast, gradients)
-    run = Run(m, c, data, batches, p, *trained, evaluate, progress, work, of_source)
+    run = Run(
+        m=m,
+        c=c,
+        data=data,
+        batches=batches,
+        processes=p,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=autocast,
+        gradients=Gradients(model, p, sharded=p.world > 1 and c.parallel == "fsdp"),
+        evaluate=evaluate,
+        progress=progress,
+        work=Work.of(c, model, batches),
+        of_source=of_source,
+    )
     if c.eval_only:
         introduce(run, dtype, changed)
         run.say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))
@@ -163,7 +176,7 @@ def train(run: Run, folder: RunFolder) -> None:
     c, p, at = run.c, run.processes, run.progress
     log = Log(run, folder)
     profile = Profile(folder.path / "profile", c.profile if p.main else 0, p.device)
-    stopped, at_once, strange = 0, False, None
+    stopped, at_once, diverged = 0, False, None
     run.model.train()
     signals = distributed.StopSignals(p, c.timeout)
     try:
@@ -185,9 +198,9 @@ def train(run: Run, folder: RunFolder) -> None:
     except KeyboardInterrupt:  # the second Ctrl-C
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:
-        strange = error
+        diverged = error
     except UserError as error:  # The data was changed.
-        strange = save_and_raise(run, folder, log, error)
+        diverged = save_and_raise(run, folder, log, error)
     finally:
         try:
             profile.close()
@@ -197,7 +210,7 @@ def train(run: Run, folder: RunFolder) -> None:
             signals.restore()
     if not at_once:
         p.barrier()  # Wait for the others: torchrun stops every process once one exits.
-    conclude(run, folder, log, used, stopped, strange)
+    conclude(run, folder, log, used, stopped, diverged)
 
 
 def check_skipped(run: Run, step: Step, log: Log) -> None:

@@ -25,7 +25,7 @@ from base.errors import check
 from benchmarks.head import seconds
 from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
 from harmonic.kernels import pairs
-from harmonic.pairwise import exactly, log_distance, operands
+from harmonic.pairwise import full_float32, log_distance, operands
 from training.data import validation_windows
 from training.objective import batches_of
 
@@ -67,7 +67,7 @@ def shares(
     head: HarmonicHead, h: torch.Tensor, y: torch.Tensor, skip: float
 ) -> tuple[float, float]:
     """The share of pairs, and of 4 x 4 tiles, that are skipped."""
-    with exactly(h.device):
+    with full_float32(h.device):
         both = operands(h.detach(), head.prototypes().detach(), head.name, **head.geometry())
         raw = pairs(both.x, both.y, both.distance.kernel, both.options).detach().requires_grad_()
         log_d = log_distance(

@@ -13,7 +13,7 @@ from torch import Tensor
 from .distances import HEADS, Distance, resolve
 from .links import resolve_exponent, resolve_strength
 from .loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
-from .pairwise import exactly, log_pairs, operands, paired_distance
+from .pairwise import full_float32, log_pairs, operands, paired_distance
 from .precision import PRECISIONS, Products, choose_products
 from .prepared import PreparedHead
 
@@ -421,7 +421,7 @@ def softmax_linearization_kl(h: Tensor, head: HarmonicHead) -> float | None:
     """
     if head.distance.kernel != "l2" or not head.is_harmonic:
         return None
-    with exactly(h.device):
+    with full_float32(h.device):
         both = operands(h, head.prototypes(), head.name, **head.geometry())
         root = both.distance.root()
         log_r = log_pairs(both) / root - math.log(both.distance.factor)

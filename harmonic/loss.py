@@ -31,7 +31,14 @@ from .backends import IMPLS, Problem, Spec
 from .backends.autograd import evaluate
 from .distances import HEADS, resolve
 from .links import logits, resolve_strength
-from .pairwise import check_vectors, draw_seed, exactly, fast_log_pairs, operands, together
+from .pairwise import (
+    check_vectors,
+    draw_seed,
+    fast_log_pairs,
+    full_float32,
+    operands,
+    same_precision,
+)
 from .precision import choose_products
 
 IGNORE_INDEX = -100  # This target marks a position without a loss, as in F.cross_entropy.
@@ -68,7 +75,7 @@ def harmonic_logits(  # noqa: PLR0913
     Raises: ValueError for unknown names, numbers that are not positive, or sizes that do not match.
     """
     check_bias(bias, name, len(w), h.device)
-    with exactly(h.device):
+    with full_float32(h.device):
         both = operands(h.reshape(-1, h.shape[-1]), w, name, training, **settings)
         link, strength = resolve_strength(name, w.shape[-1], link, exponent, scale, **settings)
         return logits(fast_log_pairs(both), strength, link, bias).view(*h.shape[:-1], len(w))
@@ -126,7 +133,7 @@ def harmonic_loss(  # noqa: PLR0913
     trained = distance.prepared(filled)
     how = (ignore_index, reduction, impl, float(skip), products, check_finite)
     spec = Spec(name, options, link, list(trained), rows, *how)
-    states, prototypes = together(h.reshape(-1, h.shape[-1]), w)
+    states, prototypes = same_precision(h.reshape(-1, h.shape[-1]), w)
     if not isinstance(strength, Tensor):  # `full` would make torch.compile compile each value.
         strength = torch.ones((), dtype=states.dtype, device=states.device) * strength
     bias = None if bias is None else bias.to(states).contiguous()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .head import HarmonicHead
-from .pairwise import exactly, fast_log_pairs, operands
+from .pairwise import fast_log_pairs, full_float32, operands
 
 NEAR = 1e-4  # Nats: perplexity within 0.01 %.
 EQUAL = 1e-6  # Nats: equal up to rounding.
@@ -73,7 +73,7 @@ def match(head: HarmonicHead, states: Tensor, weight: Tensor, bias: Tensor | Non
                 f"the {name} {tuple(tensor.shape)} of the model have values that are not finite"
             )
     head.padded_prototypes()[: len(weight)] = weight
-    with exactly(states.device):
+    with full_float32(states.device):
         h = _spread(states.float(), ROWS)
         w = weight[:rows].float()
         w = w - w.mean(0)  # This changes all logits of a state by the same number.

@@ -29,7 +29,7 @@ class Operands(NamedTuple):
     options: dict[str, Any]
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """x in float32; float64 stays. ValueError for integers."""
     if not x.is_floating_point():
         raise ValueError(
@@ -38,14 +38,14 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def together(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def same_precision(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Both vectors in float32, or in float64 if one of them is."""
-    h, w = wide(h), wide(w)
+    h, w = at_least_float32(h), at_least_float32(w)
     return (h, w) if h.dtype == w.dtype else (h.double(), w.double())
 
 
 @contextlib.contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> Iterator[None]:
     """Inside, arithmetic is full float32: no autocast, no TF32 and no sums in float16.
 
     The caller's settings come back afterwards.
@@ -160,7 +160,7 @@ def operands(
     """Checks and maps states and prototypes. The result is all that kernel and epilogue need."""
     distance, settings = resolve(name, **settings)
     check_vectors(h, w, paired)
-    h, w = together(h, w)
+    h, w = same_precision(h, w)
     drawn = draw_seed(distance, training)
     seed = None if drawn is None else int(drawn)
     of_map, of_kernel = distance.map_settings(settings), distance.kernel_options(settings)
@@ -223,7 +223,7 @@ def distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
     """
     if resolve(name, **settings)[0].is_control:
         raise ValueError(f"{name} is a control, not a distance")
-    with exactly(h.device):
+    with full_float32(h.device):
         both = operands(h.reshape(-1, h.shape[-1]), w, name, **settings)
         return log_pairs(both).exp().view(*h.shape[:-1], len(w))
 
@@ -233,7 +233,7 @@ def paired_distance(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
 
     For a control, its logits. Settings and errors are those of `distance`.
     """
-    with exactly(h.device):
+    with full_float32(h.device):
         both = operands(h, w, name, paired=True, **settings)
         raw = paired_values(both.x, both.y, both.distance.kernel, both.options)
         value = log_distance(both.distance, raw, both.u, both.v, both.options)
@@ -250,13 +250,13 @@ def contributions(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
     they are shares of sum |h w|. Full Mahalanobis mixes coordinates: with d = h - w they are shares
     of sum |d (P d)|. Settings are those of `distance`.
     """
-    with exactly(h.device):
+    with full_float32(h.device):
         both = operands(h, w, name, paired=True, **settings)
         chosen = both.distance
         terms = KERNELS[chosen.kernel].terms(both.x, both.y, **both.options).abs()
         if chosen.map is not None and chosen.map.multiplies:
             factor = chosen.prepared(resolve(name, **settings)[1]).get("factor")
             if factor is not None:  # P = factor factor'
-                x, y = together(h, w)
+                x, y = same_precision(h, w)
                 terms = ((x - y) * ((both.x - both.y) @ factor.to(x.dtype).T)).abs()
     return terms / terms.sum(-1, keepdim=True).clamp_min(torch.finfo(terms.dtype).tiny)

@@ -187,9 +187,9 @@ class Multiply(torch.autograd.Function):
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, Tensor, None]:
         if wants_graph():
             x, y = ctx.saved_tensors
-            from .pairwise import exactly
+            from .pairwise import full_float32
 
-            with exactly(slopes.device):
+            with full_float32(slopes.device):
                 return slopes @ y, slopes.T @ x, None
         return *ctx.products.gradients(slopes, *ctx.saved_tensors), None
 

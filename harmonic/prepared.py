@@ -9,7 +9,7 @@ from .compiled import raw_values
 from .distances import resolve
 from .kernels import above, floor, l2_pairs, pairs
 from .links import CONTROL, logits
-from .pairwise import check_vectors, exactly, log_distance, mapped, wide
+from .pairwise import at_least_float32, check_vectors, full_float32, log_distance, mapped
 from .precision import FLOAT32
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class PreparedHead:
         self.link = CONTROL if self.distance.is_control else head.link
         self.bias = None if head.bias is None else head.bias[: head.real_vocab_size]
         kernel, w = self.distance.kernel, head.prototypes().detach()
-        with exactly(w.device):
-            self.prototypes = mapped(self.distance, wide(w), None, self.of_map)
+        with full_float32(w.device):
+            self.prototypes = mapped(self.distance, at_least_float32(w), None, self.of_map)
             self.finite = bool(self.prototypes.sum().isfinite())
             self.terms = self.squares = self.floor = None
             if self.distance.denominator is not None:
@@ -96,8 +96,8 @@ class PreparedHead:
             self._prepare()
         y = self.prototypes
         check_vectors(h, y)
-        with exactly(h.device):
-            rows = wide(h.reshape(-1, h.shape[-1])).to(y.dtype)
+        with full_float32(h.device):
+            rows = at_least_float32(h.reshape(-1, h.shape[-1])).to(y.dtype)
             x = mapped(self.distance, rows, None, self.of_map)
             u = None
             if self.distance.denominator is not None:

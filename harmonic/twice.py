@@ -19,13 +19,13 @@ def plain_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], upstream: Tensor
 ) -> list[Tensor | None]:
     """The differentiable gradient of function(*inputs) for each input, None for one without."""
-    from .pairwise import exactly
+    from .pairwise import full_float32
 
     # An input may have been computed from another one, such as states from tied prototypes. Views
     # stand for inputs that are independent: the caller adds up the rest.
     inputs = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
     trained = [x for x in inputs if x is not None and x.requires_grad]
-    with exactly(upstream.device):
+    with full_float32(upstream.device):
         found = torch.autograd.grad(
             function(*inputs), trained, upstream, create_graph=True, allow_unused=True
         )

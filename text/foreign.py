@@ -1,10 +1,11 @@
 """Token files of other projects: nanoGPT's characters, llm.c's header, ids of another width.
 
-No code in a file is executed. meta.pkl is read as a list of instructions, and only those that build
-dictionaries of numbers and texts are followed.
+No code in a file is executed. From meta.pkl only what Python builds without an import is read:
+dictionaries, lists, numbers and texts.
 """
 
-import pickletools
+import io
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,33 @@ MANY_IDS = 1000  # In ordinary text, some of so many tokens are words.
 
 # ---- nanoGPT's meta.pkl --------------------------------------------------------------------------
 
-TEXTS = ("SHORT_BINUNICODE", "BINUNICODE", "UNICODE")
-NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1")
-PUTS = ("BINPUT", "LONG_BINPUT", "PUT")
-GETS = ("BINGET", "LONG_BINGET", "GET")
-NOTHING = ("PROTO", "FRAME")
-MARK = object()
+# What `pickle` raises for a file that is cut short, or no pickle, and what a wrong mapping raises.
+NOT_A_VOCABULARY = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Refuses everything that needs an import. So nothing in a file can call a function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it holds {module}.{name}, which is more than numbers and text")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ValueError("it refers to another file")
 
 
 def nanogpt_characters(path: Path) -> str:
     """The characters in nanoGPT's meta.pkl, in the order of ids. UserError for another file."""
     try:
-        meta = read_plain_pickle(path.read_bytes())
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         names = meta["itos"]
         characters = "".join(names[i] for i in range(len(names)))
         if len(characters) != len(names) or len(set(characters)) != len(names) or not characters:
@@ -42,65 +58,11 @@ def nanogpt_characters(path: Path) -> str:
         if meta["stoi"] != {character: i for i, character in names.items()}:
             raise ValueError("itos and stoi differ")
         characters.encode("utf-8")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except NOT_A_VOCABULARY as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         problem = f"{path} is not nanoGPT's vocabulary of characters ({what})"
         raise UserError(f"{problem}; nothing in it was run") from None
     return characters
-
-
-def read_plain_pickle(data: bytes) -> Any:
-    """The dictionaries, numbers and texts in a pickle. Nothing in it is executed.
-
-    Raises: ValueError if it holds anything else.
-    """
-    stack: list[Any] = []
-    memo: dict[Any, Any] = {}
-    for instruction, argument, _ in pickletools.genops(data):
-        name = instruction.name
-        if name == "STOP":
-            return stack.pop()
-        elif name in TEXTS or name in NUMBERS:
-            stack.append(argument)
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in PUTS:
-            memo[argument] = stack[-1]
-        elif name in GETS:
-            stack.append(memo[argument])
-        elif name not in NOTHING:
-            _dictionary(name, stack)
-    raise ValueError("it is cut short")
-
-
-def _dictionary(name: str, stack: list) -> None:
-    """Follows an instruction that makes or fills a dictionary. ValueError for any other."""
-    if name == "EMPTY_DICT":
-        stack.append({})
-    elif name == "MARK":
-        stack.append(MARK)
-    elif name == "DICT":
-        stack.append(_pairs(_to_mark(stack)))
-    elif name == "SETITEMS":
-        pairs = _pairs(_to_mark(stack))
-        stack[-1].update(pairs)
-    elif name == "SETITEM":
-        value, key = stack.pop(), stack.pop()
-        stack[-1][key] = value
-    else:
-        raise ValueError(f"it holds {name}, which is more than numbers and text")
-
-
-def _to_mark(stack: list) -> list:
-    """Removes the last mark and all above it from the stack. Returns what was above it."""
-    at = max(i for i, value in enumerate(stack) if value is MARK)
-    taken = stack[at + 1 :]
-    del stack[at:]
-    return taken
-
-
-def _pairs(values: list) -> dict:
-    return dict(zip(values[::2], values[1::2], strict=True))
 
 
 # ---- llm.c's header ------------------------------------------------------------------------------

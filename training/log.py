@@ -185,7 +185,7 @@ def conclude(
     log: Log,
     used: tuple[float, float] | None,
     stopped: int,
-    strange: NotFinite | None,
+    diverged: NotFinite | None,
 ) -> None:
     """Prints how the run ended. Exits if its status is not 0.
 
@@ -193,12 +193,12 @@ def conclude(
         log: knows when and where this start began.
         used: (kWh, kg CO2e) of this start, or None if not measured.
         stopped: the signal that stopped it, or 0.
-        strange: the error, if a loss or gradient was not finite.
+        diverged: the error, if a loss or gradient was not finite.
     """
     out_dir = folder.path
     energy = f", {used[0] * 1000:.2f} Wh, {used[1] * 1000:.2f} g CO2e" if used else ""
-    if strange:
-        run.say(strange, file=sys.stderr)
+    if diverged:
+        run.say(diverged, file=sys.stderr)
         run.say(f"last good checkpoint: {checkpoint.last_good(out_dir)}", file=sys.stderr)
         sys.exit(3)
     if stopped:

@@ -324,11 +324,11 @@ def check_out_dir(c: TrainConfig) -> None:
     out_dir = Path(c.out_dir)
     holds_run = (out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()
     if c.init_from == "scratch" and not c.overwrite and holds_run:
-        go_on = ""
+        resume = ""
         if checkpoint.folders(out_dir):
-            go_on = f"resume it with --init_from=resume --out_dir={out_dir}, "
+            resume = f"resume it with --init_from=resume --out_dir={out_dir}, "
         raise UserError(
-            f"{out_dir} already holds a run: {go_on}replace it with --overwrite=true, or name"
+            f"{out_dir} already holds a run: {resume}replace it with --overwrite=true, or name"
             " another --out_dir"
         )
     if out_dir.exists() and not out_dir.is_dir():
@@ -395,7 +395,7 @@ def precision(
     return dtype, autocast, torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
 
-def go_on(
+def restore(
     c: TrainConfig,
     data: Data,
     p: Processes,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import transformed
-from ..pairwise import exactly, map_both
+from ..pairwise import full_float32, map_both
 from ..twice import plain_gradients, wants_graph
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
@@ -61,7 +61,7 @@ def _dense(problem: Problem) -> Tensor:
     Tests compare the backends with it.
     """
     problem = _weighed(problem)
-    with exactly(problem.states.device):
+    with full_float32(problem.states.device):
         table = problem.prototypes[: problem.spec.rows]
         settings, options = problem.map_settings(problem.parameters), problem.kernel_options
         seed = None if problem.seed is None else int(problem.seed)
@@ -101,7 +101,7 @@ def _operator(  # noqa: PLR0913
     problem = _weighed(problem)
     if upstream is not None:
         problem = replace(problem, weights=problem.weights * upstream)
-    with exactly(states.device), _recording():
+    with full_float32(states.device), _recording():
         found, gradients = _kept_rows(problem, needs_grad)
     if gradients is None:
         return found, []

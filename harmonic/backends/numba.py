@@ -400,15 +400,15 @@ def _energies(raw, e, own, low, u, v, bias, link, terms, floor, root, factor):
         elif root != 1:
             for j in range(e.size):
                 e[j] = _exp(root * _log(e[j]))
-    nearest, strange = f32(np.inf), 0
+    nearest, nans = f32(np.inf), 0
     for j in range(e.size):
         nearest = e[j] if e[j] < nearest else nearest
-        strange += raw[j] != raw[j]
+        nans += raw[j] != raw[j]
     if link == CONTROL:  # The bias may be NaN too.
         for j in range(e.size):
-            strange += e[j] != e[j]
+            nans += e[j] != e[j]
     # The softmax is NaN too if the nearest is infinitely far (an overflow), or its logit infinite.
-    return nearest, strange > 0 or abs(nearest) == f32(np.inf)
+    return nearest, nans > 0 or abs(nearest) == f32(np.inf)
 
 
 @njit(**OPTIONS)
@@ -548,12 +548,12 @@ def _epilogue(
         e, p = scratch[t, 0], scratch[t, 1]
         for i in range(t * R // threads, (t + 1) * R // threads):
             row, y = raw[i, :V], targets[i]
-            nearest, strange = _energies(
+            nearest, invalid = _energies(
                 row, e, own[i], low, u[i], v, bias, link, terms, floor, root, factor
             )
             total, moment = _probabilities(e, p, nearest, strength, link, root)
             far = root * _log_ratio(e[y], nearest) if link == HARMONIC else e[y] - nearest
-            losses[i] = np.nan if strange else math.log(total) + strength * far
+            losses[i] = np.nan if invalid else math.log(total) + strength * far
             if needs_grad:
                 into = slope[i, :V]
                 strengths[i] = weight[i] * (far - moment / total)
@@ -564,7 +564,7 @@ def _epilogue(
                 _slopes(
                     row, e, p, into, y, weight[i], total, own[i], low, strength, link, root, skip
                 )
-                if strange:
+                if invalid:
                     into[:] = np.nan
                 if terms:
                     continue

@@ -19,7 +19,7 @@ from ..distances import DISTANCES, HEADS, Distance, resolve
 from ..head import HarmonicHead
 from ..kernels import paired
 from ..links import CONTROL, logits
-from ..pairwise import exactly, log_distance, mapped, wide
+from ..pairwise import at_least_float32, full_float32, log_distance, mapped
 from ..prepared import fingerprint
 
 INDEXES = ("flat", "hnsw")
@@ -117,7 +117,7 @@ class NearestHead:
         self.link = CONTROL if distance.is_control else head.link
         bias = None if head.bias is None else head.bias[: head.real_vocab_size]
         self.bias = None if bias is None else bias.detach().float().cpu()
-        with exactly(torch.device("cpu")):
+        with full_float32(torch.device("cpu")):
             self.table = self._mapped(head.prototypes())
         self.vocab_size = len(self.table)
         self.count = min(candidates, self.vocab_size)
@@ -126,7 +126,9 @@ class NearestHead:
 
     def _mapped(self, x: Tensor) -> Tensor:
         """Applies the map of the distance, on the CPU in float32: (..., C) -> (..., C)."""
-        return mapped(self.distance, wide(x.detach()).float().cpu(), None, self.map_settings)
+        return mapped(
+            self.distance, at_least_float32(x.detach()).float().cpu(), None, self.map_settings
+        )
 
     def _searchable(self, x: Tensor, last: Tensor | None) -> Any:
         """Mapped vectors (N, C) in the form that the faiss metric needs, as a NumPy array.
@@ -171,7 +173,7 @@ class NearestHead:
             raise RuntimeError(
                 "the head's weights have changed since its index was built: make a new NearestHead"
             )
-        with exactly(torch.device("cpu")):
+        with full_float32(torch.device("cpu")):
             x = self._mapped(h)
             one = None if self.bias is None else torch.ones(len(x))
             ids = torch.from_numpy(self.index.search(self._searchable(x, one), self.count)[1])
