@@ -645,10 +645,12 @@ class Model(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compiles each block. Blocks have the same code, so one compilation serves all.
 
+        Every batch size is compiled by itself. Training and evaluation have few of them, and code
+        for any size is slower.
         options: of torch.compile.
         """
         for block in self.blocks:
-            block.compile(fullgraph=True, **options)
+            block.compile(fullgraph=True, dynamic=False, **options)
 
     def parameter_count(self) -> int:
         """The number of parameters. Tied ones count once."""
@@ -785,8 +787,8 @@ class Model(nn.Module):
         x = self.trunk(idx, recompute=recompute)
         # The transform and the head see the masked positions alone, 15 % of the tokens.
         if not self.config.architecture.causal:
-            kept = targets != IGNORE_INDEX
-            x, targets = x[kept], targets[kept]
+            kept = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]  # Waits for a GPU once.
+            x, targets = x.flatten(0, -2)[kept], targets.flatten()[kept]
         if self.transform is not None:
             x = self.transform(x)
         loss = self.loss(x, targets, reduction)

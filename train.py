@@ -67,7 +67,6 @@ def main() -> None:
     device = distributed.check_device(c.device)
     data = fit_to_data(m, c, source)
     check_compiler(c, device)
-    check_kernels(m, device)
     if c.verify_resume:
         longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
         decay = None if c.lr_schedule == "constant" else longest
@@ -78,6 +77,7 @@ def main() -> None:
 
     # Processes and data.
     p = start_processes(m, c, data, device, stored is not None)
+    p.from_main(lambda: check_kernels(m, p.device))
     p.on_each_machine(lambda: verify(data))
     dtype, autocast, scaler = precision(c, p)
     evaluate = Evaluation(data, m, c, p, autocast)

@@ -20,7 +20,8 @@ head      the loss at GPT-2's size inside bfloat16 autocast, compared with F.lin
           of gradients relative to the largest entry (benchmarks/head.py)
 train     an iteration of GPT-2 124M, compared with a loop like nanoGPT's (benchmarks/train_gpu.py)
 train.py  the command itself on random tokens: its speed, float16, resuming
-nccl      DistributedDataParallel and FSDP2 over NCCL in one process, and torchrun
+nccl      DistributedDataParallel and FSDP2 over NCCL in one process, and torchrun: with two GPUs it
+          starts two processes with FSDP2, with one GPU a process that needs no NCCL
 sample    sample.py with and without its cache of keys and values
 study     short runs of heads at GPT-2's size, with several seeds, on the largest token files in
           data/
@@ -309,11 +310,8 @@ def script(scale: Scale, *words: str, torchrun: bool = False) -> str:
     if scale.rehearse and not torchrun:
         printed, status = here(words)
     else:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-            if torchrun
-            else []
-        )
+        processes = f"--nproc_per_node={min(2, max(1, torch.cuda.device_count()))}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", processes] if torchrun else []
         command = [sys.executable, *launcher, *words]
         done = subprocess.run(
             command,
@@ -445,7 +443,7 @@ def run_resume(scale: Scale) -> dict:
 
 
 def run_torchrun(scale: Scale) -> dict:
-    """torchrun with one process."""
+    """torchrun with one process, or with two if there are two GPUs."""
     backend = "nccl" if scale.device == "cuda" else "gloo"
     flags = scale.small | dict(compile=False, backend=backend, parallel="fsdp", head="cosine")
     return results(train(scale, "torchrun", scale.config, torchrun=True, **flags))

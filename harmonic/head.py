@@ -204,6 +204,11 @@ class HarmonicHead(nn.Module):
         return not self.is_control and self.link == "harmonic"
 
     @property
+    def has_linearization(self) -> bool:
+        """Whether `softmax_linearization_kl` is defined."""
+        return self.is_harmonic and self.distance.kernel == "l2"
+
+    @property
     def strength(self) -> float | Tensor:
         """n or s: a float, or a 0-dim tensor if it is trained. 1 for a control."""
         return self.fixed_strength if self.log_strength is None else self.log_strength.exp()[0]
@@ -419,7 +424,7 @@ def softmax_linearization_kl(h: Tensor, head: HarmonicHead) -> float | None:
 
     Returns: None for a head whose kernel is not l2 or whose link is not harmonic.
     """
-    if head.distance.kernel != "l2" or not head.is_harmonic:
+    if not head.has_linearization:
         return None
     with full_float32(h.device):
         both = operands(h, head.prototypes(), head.name, **head.geometry())

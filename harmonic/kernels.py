@@ -35,6 +35,7 @@ from .twice import plain_gradients, wants_graph
 
 # Numbers in a block of (rows, prototypes, coordinates). 2^18 floats, 1 MiB, fit in a core's cache.
 BLOCK = 2**18
+GPU_BLOCK = 2**26
 EXPORTED = 2**22  # Numbers for each state in a block of an exported program: 16 MiB.
 # The matmul form of l2 loses log2((|h|^2 + |w|^2) / d^2) bits. Pairs that lose more than 4 bits are
 # computed again from the difference.
@@ -185,7 +186,9 @@ def sizes(kernel: str, x: Tensor, **options: Any) -> Tensor:
     """The raw values of x and the zero vector, without gradient: (..., C) -> (...)."""
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     rows = x.detach().reshape(-1, x.shape[-1])
-    parts = torch.split(rows, max(1, BLOCK // max(1, x.shape[-1])))
+    # On a GPU many small kernels take longer than few large ones.
+    block = BLOCK if x.device.type == "cpu" else GPU_BLOCK
+    parts = torch.split(rows, max(1, block // max(1, x.shape[-1])))
     found = [KERNELS[kernel].value(part, zero, **options) for part in parts]
     return torch.cat(found).view(x.shape[:-1])
 

@@ -1129,6 +1129,46 @@ def test_a_damaged_cache_of_the_compiler_is_named(capsys, monkeypatch):
     assert "/cache/ab/main.so, in the cache of torch.compile, is damaged" in err
 
 
+def test_too_little_memory_is_one_message(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def on_a_gpu():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79 GiB. Of the allocated"
+            " memory 70 GiB is allocated by PyTorch"
+        )
+
+    for main, words in (
+        (lambda: torch.empty(10**15), "no room for a tensor of 3,725,290.3 GiB. Halve --batch"),
+        (on_a_gpu, "Tried to allocate 20.00 GiB. GPU 0 has 79 GiB. Halve --batch_size"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            distributed.run(main)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path):
+    """An old driver, or a build of PyTorch for CPUs. A hidden GPU is not used, and no error."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(distributed, "DEVICE_FILE", tmp_path)
+    with pytest.raises(UserError, match="needs a driver that supports CUDA 13.0. .* --device=cpu"):
+        distributed.check_device("auto")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="is a build for CPUs"):
+        distributed.check_device("auto")
+    assert distributed.check_device("cpu") == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.check_device("auto") in ("cpu", "mps")
+
+
+def test_windows_that_do_not_divide_among_processes_are_named():
+    assert advice.uneven_shares(480, 8) is None
+    assert "divide evenly among 8 processes" in advice.uneven_shares(60, 8)
+    assert "64 windows would take as long" in advice.uneven_shares(60, 8)
+
+
 def test_an_overwrite_that_fails_leaves_the_old_run(train, tmp_path, monkeypatch):
     """Whatever fails after the old files were set aside, they come back."""
     train(head="cosine")

@@ -51,6 +51,16 @@ def slow_settings(
     return found + _slow_heads(model, device, dtype)
 
 
+def uneven_shares(windows: int, processes: int) -> str | None:
+    """A note if the processes get different numbers of an iteration's windows."""
+    if not windows % processes:
+        return None
+    return (
+        f"{windows} windows an iteration do not divide evenly among {processes} processes, so some"
+        f" wait for others: {-(-windows // processes) * processes} windows would take as long"
+    )
+
+
 def _slow_on_a_cpu(config: TrainConfig, dtype: str, flops: float, iterations: int) -> list[str]:
     found, threads, available = [], torch.get_num_threads(), cores()
     each = flops / (CPU_RATE * threads * int(os.environ.get("WORLD_SIZE", 1)))

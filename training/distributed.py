@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -30,6 +31,11 @@ from base.output import say
 from model import Model
 
 T = TypeVar("T")
+LESS_MEMORY = (
+    "Halve --batch_size and double --gradient_accumulation_steps, set"
+    " --activation_checkpointing=true, or train a smaller model"
+)
+DEVICE_FILE = Path("/dev/nvidia0")  # On Linux, the driver's first GPU.
 # Keeps every DistributedDataParallel until its process ends; see `run`.
 _KEPT: list[DistributedDataParallel] = []
 
@@ -104,9 +110,14 @@ class Processes:
             return model
         kind = self.device.split(":")[0]
         if parallel == "ddp":
+            # Blocks are compiled one by one, so gradients are exchanged while earlier blocks still
+            # compute theirs. By default PyTorch would cut each block in two for that.
+            torch._dynamo.config.optimize_ddp = False
             _KEPT.append(
                 DistributedDataParallel(
-                    model, device_ids=[self.local_rank] if kind == "cuda" else None
+                    model,
+                    device_ids=[self.local_rank] if kind == "cuda" else None,
+                    gradient_as_bucket_view=True,  # No second copy of the gradients.
                 )
             )
             return _KEPT[-1]
@@ -175,6 +186,11 @@ def check_device(device: str) -> str:
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
+        if why := unusable_gpu():
+            raise UserError(
+                f"this machine has an NVIDIA GPU, but PyTorch cannot use it: {why}. To use the CPU,"
+                " say --device=cpu"
+            )
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         kind = torch.device(device).type
@@ -195,6 +211,16 @@ def check_device(device: str) -> str:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device={device}: this machine has no MPS device; use --device=cpu")
     return device
+
+
+def unusable_gpu() -> str | None:
+    """Why PyTorch cannot use this machine's NVIDIA GPU. None if there is none, or it is hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not DEVICE_FILE.exists():
+        return None
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is a build for CPUs"
+    return f"PyTorch {torch.__version__} needs a driver that supports CUDA {torch.version.cuda}"
 
 
 def start(device: str, backend: str, timeout: float) -> Processes:
@@ -230,7 +256,12 @@ def start(device: str, backend: str, timeout: float) -> Processes:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         store = _own_store(store, rank, world, timeout)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout),
+            device_id=torch.device(device) if kind == "cuda" else None,
         )
     return Processes(rank, local_rank, world, device)
 
@@ -261,10 +292,17 @@ def _own_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist
 
 
 def _explain(main: Callable[[], object]) -> None:
-    """Runs main. A damaged file in the cache of torch.compile becomes a UserError."""
+    """Runs main. Too little memory, and a damaged file in the cache of torch.compile, become
+    UserErrors."""
     try:
         main()
     except Exception as error:
+        found = re.search(r"DefaultCPUAllocator: can't allocate memory.*?(\d+) bytes", str(error))
+        if found or isinstance(error, torch.OutOfMemoryError):
+            what = str(error).partition(". Of the allocated")[0]
+            if found:
+                what = f"there is no room for a tensor of {int(found[1]) / 2**30:,.1f} GiB"
+            raise UserError(f"out of memory: {what}. {LESS_MEMORY}") from error
         found = re.search(r"ImportError: (\S+\.so): (file too short|invalid ELF)", str(error))
         if not found:
             raise

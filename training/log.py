@@ -14,6 +14,7 @@ from training.advice import (
     senseless_settings,
     slow_settings,
     small_start,
+    uneven_shares,
 )
 from training.distributed import torchrun_command
 from training.folder import RunFolder
@@ -171,6 +172,7 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     if not c.eval_only:
         left = c.max_iters - run.progress.iteration
         flops = run.work.flops_per_token * run.work.tokens
+        notes += filter(None, [uneven_shares(slots, p.world)])
         notes += slow_settings(m, c, p.device.split(":")[0], dtype, flops, left)
         notes += senseless_settings(m, c, data)
     if run.progress.iteration == 0 and c.init_from in ("scratch", "auto"):
