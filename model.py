@@ -146,8 +146,8 @@ class ModelConfig:
     """share of each target's probability that training spreads over all tokens (an ablation, which
     holds all logits in memory); evaluation never smooths"""
     bias: bool | None = None
-    """biases in linear layers and LayerNorms (qwen: in Q, K, V); null = as the architecture was
-    published"""
+    """biases in the linear layers and norms of blocks (qwen: in Q, K, V); null = as the
+    architecture was published. The layers after bert's blocks always have biases"""
     doc_mask: bool = False
     """tokens attend only to their own document, and positions restart where it begins. On CUDA this
     is FlexAttention, which skips blocks that share no document. On a CPU, or if training has
@@ -190,8 +190,9 @@ class ModelConfig:
     """how the loss is computed: dense holds all logits in memory; chunked holds a chunk of rows;
     numba (CPU) and triton (CUDA) are compiled kernels; auto = the fastest that is available"""
     head_skip: float = free(1e-6)
-    """distances without matrix products, such as manhattan, skip tokens whose gradients together
-    are less than this share of the target's gradient; 0 = skip none"""
+    """compiled kernels skip tokens whose gradients together are less than this share of the
+    target's gradient; 0 = skip none. On a GPU only for distances without matrix products, such as
+    manhattan"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
     """precision of the head's matrix products: float32; split (two half-precision parts, nearly as
     exact as float32); autocast (the dtype of the trunk). auto on a GPU = split for distances, and
@@ -524,8 +525,13 @@ class Attention(nn.Module):
         """Attention: q (B, H, T, D), k and v (B, key/value heads, T or more, D) -> (B, H, T, D)."""
         if isinstance(mask, BlockMask):
             return block_attention(q, k, v, mask)
-        T = q.shape[2]
+        T, seen = q.shape[2], k.shape[2]
         causal = self.causal and mask is None
+        if causal and 1 < T < seen:  # Several tokens after those in the cache.
+            mask, causal = (
+                torch.ones(T, seen, dtype=torch.bool, device=q.device).tril(seen - T),
+                False,
+            )
         # This is an `if`, because with a dynamic T `causal and T > 1` is a symbol and not a bool.
         if T == 1:
             causal = False

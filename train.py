@@ -68,6 +68,11 @@ def main() -> None:
     data = fit_to_data(m, c, source)
     check_compiler(c, device)
     if c.verify_resume:
+        if stored is not None:
+            raise UserError(
+                "--verify_resume trains two new runs. To give them the settings of this one:"
+                f" train.py {c.out_dir}/config.yaml --verify_resume"
+            )
         longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
         decay = None if c.lr_schedule == "constant" else longest
         verify_resume(sys.argv[1:], decay, c.source)
@@ -85,9 +90,10 @@ def main() -> None:
     # The model: a new one, that of --source, or that of the newest checkpoint.
     torch.manual_seed(c.seed)
     model, of_source = make_model(m, c, data, p, source, evaluate)
-    progress, resumed, changed = Progress(), None, differences(stored or {}, m, c)
+    progress, resumed = Progress(), None
     if stored is not None:
-        progress, resumed = restore(c, data, p, model, scaler, changed)
+        resumed = restore(c, data, p, model, scaler, differences(stored, m, c))
+        progress = resumed.progress
         ended = progress.iteration >= c.max_iters and progress.evaluated == progress.iteration
         if (ended or progress.iteration > c.max_iters) and not c.eval_only:
             done = f"{c.out_dir} is already trained to iteration {progress.iteration}"
@@ -102,7 +108,7 @@ def main() -> None:
     # The optimiser.
     optimizer = make_optimizer(model, c, p.device.split(":")[0])
     if resumed:
-        checkpoint.load_optimizer(model, optimizer, resumed)
+        checkpoint.load_optimizer(model, optimizer, resumed.folder)
 
     batches = batches_of(data, m)
     run = Run(
@@ -123,12 +129,12 @@ def main() -> None:
         of_source=of_source,
     )
     if c.eval_only:
-        introduce(run, dtype, changed)
+        introduce(run, dtype, resumed.differs if resumed else {})
         run.say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))
         return
-    folder = RunFolder(run, resumed, changed)
+    folder = RunFolder(run, resumed)
     p.barrier()
-    introduce(run, dtype, changed)
+    introduce(run, dtype, resumed.differs if resumed else {})
     train(run, folder)
 
 
@@ -318,9 +324,13 @@ def write_sample(run: Run, folder: RunFolder) -> None:
 
 
 def evaluate_and_save(run: Run, folder: RunFolder) -> None:
-    """Evaluates, prints the results, and saves a checkpoint unless this is iteration 0."""
+    """Evaluates, prints the results, and saves a checkpoint unless training is still to begin.
+
+    Raises: NotFinite if the validation loss is not finite, with --on_nan=skip only at the end.
+    """
     at = run.progress
     found = run.evaluate(run.model)
+    loss = found["val_loss"]
     if at.iteration == 0:
         found |= run.of_source
     words = []
@@ -329,9 +339,12 @@ def evaluate_and_save(run: Run, folder: RunFolder) -> None:
         words.append(f"val loss {value:.4f}" if exact else f"{key.replace('_', ' ')} {value:.4g}")
     run.say(f"iter {at.iteration}: " + "  ".join(words))
     folder.write({"iter": at.iteration, **found})
-    at.best_loss, at.evaluated = min(at.best_loss, found["val_loss"]), at.iteration
-    if at.iteration > 0:
-        folder.save(run, found["val_loss"])
+    at.evaluated = at.iteration
+    if not math.isfinite(loss) and (run.c.on_nan == "stop" or at.iteration == run.c.max_iters):
+        raise not_finite(at.iteration, f"validation loss {loss}", [])
+    if at.iteration > 0 or run.c.max_iters == 0:
+        at.best_loss = min(at.best_loss, loss)
+        folder.save(run, loss)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model, ModelConfig
 from training.objective import objective_of
-from training.telemetry import clock, evaluated_alike_since, read_metrics, timed
+from training.telemetry import clock, evaluated_alike_since, kept_starts, read_metrics, timed
 
 UNITS = {"val_loss": "nats a token", "bits_per_byte": "bits a byte"}
 
@@ -79,7 +79,7 @@ def evaluations(run: Run, metrics: list[dict], key: str) -> list[tuple[float, fl
 
 def comparable(run: Run, metrics: list[dict]) -> list[dict]:
     """The evaluations on the windows of the last one. A resume may have changed the windows."""
-    since = evaluated_alike_since(run.path)
+    since = evaluated_alike_since(kept_starts(run.path))
     found = [m for m in metrics if "val_loss" in m]
     return [m for m in found if m["iter"] > since] or found
 

@@ -102,7 +102,7 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
     evaluations = [m for m in metrics if "val_loss" in m]
     if not evaluations:
         raise UserError(f"{run.path}/metrics.jsonl has no validation loss yet")
-    since = evaluated_alike_since(run.path)
+    since = evaluated_alike_since(kept_starts(run.path))
     evaluations = [m for m in evaluations if m["iter"] > since] or evaluations
     best = min(evaluations, key=lambda m: (math.isnan(m["val_loss"]), m["val_loss"]))
     trained = [m["iter"] + 1 for m in metrics if "train_loss" in m]

@@ -7,12 +7,14 @@ the command line. `cli` prints them in one message, without a traceback, and exi
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import errno
 import functools
 import inspect
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -34,6 +36,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # jsonargparse raises these for a value of the wrong type.
 WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
+UNREAD: typing.Any = object()  # In place of such a value.
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -320,17 +323,36 @@ def _read(
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             texts.append((where, key, _as_list(text, hints[key]) if _is_list(hints[key]) else text))
-    # All settings in one call, which is faster. If that fails, one by one to find the wrong ones.
-    try:
-        found = parser.parse_args([f"--{key}={text}" for _, key, text in texts])
-        values |= {key: getattr(found, key) for _, key, _ in texts}
-    except WRONG_VALUE:
-        for where, key, text in texts:
-            try:
-                values[key] = getattr(parser.parse_args([f"--{key}={text}"]), key)
-            except WRONG_VALUE:
-                problems.append(f"{where}{key}={text}: {_expected(text, settings[key])}")
+    found = _converted(parser, texts)
+    values |= {key: value for (_, key, _), value in zip(texts, found, strict=True)}
+    for (where, key, text), value in zip(texts, found, strict=True):
+        if value is UNREAD or _is_odd(text, value):
+            values.pop(key, None)
+            problems.append(f"{where}{key}={text}: {_expected(text, settings[key])}")
     return values, problems
+
+
+def _converted(
+    parser: jsonargparse.ArgumentParser, texts: list[tuple[str, str, str]]
+) -> list[typing.Any]:
+    """The value of each setting (where it was given, key, text), or UNREAD for a wrong type."""
+    with contextlib.suppress(*WRONG_VALUE):  # All in one call, which is faster.
+        found = parser.parse_args([f"--{key}={text}" for _, key, text in texts])
+        return [getattr(found, key) for _, key, _ in texts]
+    values = []
+    for _, key, text in texts:
+        value = UNREAD
+        with contextlib.suppress(*WRONG_VALUE):
+            value = getattr(parser.parse_args([f"--{key}={text}"]), key)
+        values.append(value)
+    return values
+
+
+def _is_odd(text: str, value: object) -> bool:
+    """Whether YAML reads a text as a number that nobody means: .inf, 1e400, or 1:30 as 90."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not math.isfinite(value) or ":" in text
 
 
 def _is_no_text(value: object, hint: typing.Any) -> bool:

@@ -227,7 +227,7 @@ def joules() -> float | None:
 def peak_flops(device: str) -> float | None:
     """The peak FLOP/s of the card, from its data sheet.
 
-    None if it is unknown, or if the package jsonargparse is missing.
+    None if it is unknown, or if a package that `training` needs is missing.
     """
     try:
         from training import telemetry

@@ -678,8 +678,10 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
 
 def test_settings_that_a_resume_changed_are_named(home, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(home / "out/ce", tmp_path / "ce")
-    changes = {"learning_rate": [1e-3, 2e-3], "batch_size": [4, 8], "text": ["a", "b"]}
-    lost = {"iter": 2, "changed": {"seed": [1, 2]}}  # No step of it is left.
+    changes = {"learning_rate": [5e-3, 2e-3], "batch_size": [4, 8], "text": ["a", "b"]}
+    changes |= {"seed": [2, 1]}
+    # No step of this start is left.
+    lost = {"iter": 2, "changed": {"seed": [1, 2], "learning_rate": [1e-3, 5e-3]}}
     now = {"iter": 4, "changed": {}, "earlier": [lost, {"iter": 2, "changed": changes}]}
     (run / "environment.json").write_text(json.dumps(now))
     sentence = (

@@ -36,14 +36,14 @@ from harmonic import CONTROLS, DISTANCES, HEADS, HarmonicHead
 from model import Model, ModelConfig
 from tests.faults.storm import workers
 from text.token_files import load_data
-from training import advice, checkpoint, distributed, folder
+from training import advice, checkpoint, distributed, folder, telemetry
 from training.config import TrainConfig
 from training.distributed import StopSignals, launcher
 from training.evaluation import Evaluation
 from training.optimizers import make_optimizer
 from training.start import runs_train
 from training.step import Gradients
-from training.telemetry import Metrics, norms, read_metrics
+from training.telemetry import Metrics, kept_starts, norms, read_metrics
 from training.verify import history
 
 COMBINATIONS = [(d, link) for d in DISTANCES for link in ("harmonic", "softmax")] + [
@@ -434,7 +434,11 @@ BAD = {
         dict(head_init_std=-1, dropout=2),
         ["2 problems", "head_init_std=-1.0 must be positive", "dropout=2.0 is not in"],
     ),
-    "huge timeout": (dict(timeout=1e300), ["timeout=1e+300 is above 2,000,000 seconds"]),
+    "huge timeout": (dict(timeout=1e300), ["timeout=1e+300 is not in 1..2,000,000 seconds"]),
+    "no numbers": (
+        dict(learning_rate=".inf", grad_clip="1e400", max_iters="1:30"),
+        ["3 problems", "learning_rate=.inf: expected a number", "max_iters=1:30: expected a whole"],
+    ),
     "no such source": (dict(source="nowhere/x"), ["source=nowhere/x"]),
     "unknown head": (dict(head="euclidian"), ["unknown head", "did you mean euclidean?"]),
     "another name": (dict(head="softmax"), ["unknown head", "did you mean cross_entropy?"]),
@@ -683,6 +687,81 @@ def test_losses_of_other_windows_do_not_count_for_the_best(train, tmp_path):
     assert f"best val loss {min(later.values()):.4f}" in out, out
     status, out, _ = train(**{**again, "eval_iters": 3, "max_iters": 5})
     assert "best val loss 0.1000" not in out
+
+
+def test_a_start_that_evaluated_nothing_changes_no_windows(train, tmp_path, monkeypatch):
+    """It was killed as soon as it had written its settings. The next start has the first ones."""
+    flags = dict(head="cosine", eval_interval=1, eval_iters=4, max_iters=2)
+    assert train(**flags)[0] == 0
+    first = checkpoint.folders(tmp_path / "run")[0]
+    manifest = unseal((first / "manifest.json").read_text())
+    (first / "manifest.json").write_text(seal({**manifest, "val_loss": 0.1, "best_val_loss": 0.1}))
+    again = dict(flags, init_from="resume", max_iters=4)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train", killed)
+        assert train(**{**again, "eval_iters": 3})[0] == 130
+    status, _, err = train(**again)
+    assert status == 0 and "other windows" not in err and "eval_iters" not in err, err
+    assert checkpoint.best(tmp_path / "run") == first and first.is_dir()
+    changes = [start["changed"] for start in kept_starts(tmp_path / "run")]
+    assert changes == [{}, {"max_iters": [2, 4]}]
+
+
+def test_a_refused_logger_leaves_the_run(train, tmp_path, monkeypatch):
+    """W&B without a key, at a first start and at a resume."""
+
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("no API key")
+
+    monkeypatch.setattr("training.start.check_loggers", lambda *_: [])
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    status, _, err = train(head="cosine", wandb=True)
+    assert status == 2 and "wandb does not start (no API key)" in err
+    assert train(head="cosine")[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    status, _, err = train(head="cosine", wandb=True, init_from="resume", max_iters=9)
+    assert status == 2 and "wandb does not start" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_ends_with_nan_does_not_say_done(train, tmp_path):
+    """Its last step destroys the weights, which no training loss shows."""
+    for flags in (dict(), dict(on_nan="skip")):
+        huge = dict(head="cross_entropy", max_iters=1, warmup_iters=0, learning_rate=1e38)
+        status, out, err = train(**huge, **flags, overwrite=True)
+        assert status == 3 and "stopped: validation loss nan at iteration 1" in err, err
+        assert "done" not in out and "last good checkpoint: none" in err
+
+
+def test_the_best_loss_is_that_of_a_checkpoint(train, tmp_path):
+    """The loss before training is lower, and no checkpoint has it."""
+    status, out, _ = train(head="cross_entropy", learning_rate=0.5, warmup_iters=0, max_iters=2)
+    saved = [m["val_loss"] for m in checkpoint.manifests(tmp_path / "run").values()]
+    assert status == 0 and f"best val loss {min(saved):.4f}" in out
+    first = next(m["val_loss"] for m in read_metrics(tmp_path / "run") if "val_loss" in m)
+    assert first < min(saved)
+
+
+def test_no_iteration_leaves_a_checkpoint(train, tmp_path):
+    assert train(head="cosine", max_iters=0)[0] == 0
+    assert [f.name for f in checkpoint.folders(tmp_path / "run")] == ["iter_000000"]
+    status, out, _ = train(head="cosine", init_from="resume", max_iters=2)
+    assert status == 0 and "done" in out
+
+
+def test_eval_only_needs_no_empty_folder(train, tmp_path):
+    assert train(head="cosine", max_iters=2)[0] == 0
+    status, out, _ = train(head="cosine", eval_only=True)
+    assert status == 0 and "val_loss" in out
+    status, _, err = train(init_from="resume", verify_resume=True)
+    assert status == 2 and "train.py run/config.yaml --verify_resume" in err
 
 
 def test_a_config_of_another_version_is_read(train, tmp_path):
@@ -1145,6 +1224,26 @@ def test_too_little_memory_is_one_message(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             distributed.run(main)
         assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("GRID A100-10C", None),
+        ("NVIDIA A40-8Q", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("Tesla V100S-PCIE-32GB", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_its_own(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert telemetry.peak_flops("cuda:0") == peak
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path):
@@ -1633,7 +1732,8 @@ def test_which_signals_stop_and_how():
 
 def test_skipping_ends_when_nothing_else_happens(train):
     flags = dict(head="euclidean", learning_rate=1e30, grad_clip=0, warmup_iters=0, on_nan="skip")
-    assert train(max_iters=60, **flags)[0] == 0
+    flags |= dict(eval_interval=30)
+    assert train(max_iters=60, **flags)[0] == 3  # Its last validation loss is NaN.
     flags |= dict(init_from="resume", sample_interval=70)
     status, out, err = train(max_iters=300, **flags)
     assert status == 3 and "100 iterations in a row skipped at iteration 10" in err

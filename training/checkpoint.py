@@ -31,7 +31,7 @@ from base.files import fsync, seal, sha256, unseal
 from base.output import say
 from model import Model, ModelConfig
 from training.config import TrainConfig
-from training.telemetry import evaluated_alike_since, listed
+from training.telemetry import evaluated_alike_since, kept_starts, listed
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
 SET_ASIDE = ".replaced"  # Where the files of a run are while another start replaces it.
@@ -263,7 +263,7 @@ def best(out_dir: Path) -> Path | None:
     If a resume has changed the validation windows, only later ones count, once there are any.
     """
     scored = {f: m for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
-    since = evaluated_alike_since(out_dir)
+    since = evaluated_alike_since(kept_starts(out_dir))
     late = {f: m for f, m in scored.items() if m["iter"] > since}
     found = {f: m["val_loss"] for f, m in (late or scored).items()}
     return min(found, key=lambda f: (math.isnan(found[f]), found[f])) if found else None

@@ -76,7 +76,7 @@ def index(seed: int, step: int, slot: int, slots: int, tokens: int, block_size: 
     slots: the number of windows in an iteration; slot is below it. tokens: of the split.
 
     Windows are drawn without replacement. Each epoch has its own order of windows, and its own
-    offset, so that the borders of windows move. The last tokens of the split, fewer than
+    offset, so that the borders of windows move. The last tokens of the split, at most
     block_size, are never targets.
     """
     windows = max(1, (tokens - 1) // block_size - 1)

@@ -15,7 +15,7 @@ from training import checkpoint
 from training.checkpoint import SET_ASIDE
 from training.config import TrainConfig
 from training.run import Run
-from training.start import check_out_dir
+from training.start import Restored, check_out_dir
 from training.telemetry import Emissions, Metrics, environment, write_environment
 
 
@@ -26,11 +26,10 @@ class RunFolder:
     energy. All processes may call all methods.
     """
 
-    def __init__(self, run: Run, resumed: Path | None, changed: dict):
+    def __init__(self, run: Run, resumed: Restored | None):
         """
         Args:
-            resumed: the checkpoint that the run resumes from, or None.
-            changed: settings that differ from the last start, for environment.json.
+            resumed: what the run resumes from, or None.
         Raises: UserError if the folder cannot be written.
         """
         c, p = run.c, run.processes
@@ -39,17 +38,17 @@ class RunFolder:
         self.writer: checkpoint.Writer | None = None  # The same.
         self.emissions: Emissions | None = None
         self.lock = contextlib.ExitStack()  # Held by the main process.
-        p.from_main(lambda: self._open(run, resumed, changed))
+        p.from_main(lambda: self._open(run, resumed))
         if c.emissions and p.local_rank == 0:  # One tracker for each machine.
             node = int(os.environ.get("GROUP_RANK", 0))
             self.emissions = Emissions(self.path, c.emissions_country, node)
 
-    def _open(self, run: Run, resumed: Path | None, changed: dict) -> None:
+    def _open(self, run: Run, resumed: Restored | None) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.enter_context(locked(self.path / ".lock"))
             try:
-                self._fill(run, resumed, changed)
+                self._fill(run, resumed)
             except BaseException:
                 self.lock.close()
                 raise
@@ -63,23 +62,25 @@ class RunFolder:
             message = f"out_dir={self.path} cannot be written: {error.strerror}{named}"
             raise UserError(message) from None
 
-    def _fill(self, run: Run, resumed: Path | None, changed: dict) -> None:
+    def _fill(self, run: Run, resumed: Restored | None) -> None:
         """Writes the first files. If that fails, the files of an earlier run stay."""
         c = run.c
         check_out_dir(c)  # Another start may have trained here meanwhile.
-        if c.init_from != "scratch" and _newer(self.path, resumed):
+        if c.init_from != "scratch" and _newer(self.path, resumed.folder if resumed else None):
             raise UserError(
                 f"another process has written a checkpoint in {self.path} meanwhile: start again"
             )
         if resumed:
-            checkpoint.set_aside(self.path, resumed)
+            checkpoint.set_aside(self.path, resumed.folder)
         with contextlib.nullcontext() if resumed else _replaced(self.path, c):
-            self._write_first(run, changed)
+            self._write_first(run, resumed.changed if resumed else {})
         self.writer = checkpoint.Writer(self.path)
 
     def _write_first(self, run: Run, changed: dict) -> None:
-        """Writes settings, tokenizer and environment, and opens metrics.jsonl."""
+        """Opens metrics.jsonl, and writes settings, tokenizer and environment."""
         m, c, p, data, iteration = run.m, run.c, run.processes, run.data, run.progress.iteration
+        settings = {**vars(m), **vars(c)}
+        self.metrics = Metrics(self.path, iteration, c.tensorboard, c.wandb, settings)
         copy_tokenizer(data.tokenizer, data.folder, self.path)
         stored = replace(
             c,
@@ -93,8 +94,6 @@ class RunFolder:
         write_environment(
             self.path, environment(p.device, p.world, p.torchruns), iteration, changed
         )
-        settings = {**vars(m), **vars(c)}
-        self.metrics = Metrics(self.path, iteration, c.tensorboard, c.wandb, settings)
 
     def write(self, record: dict) -> None:
         """Adds a row to metrics.jsonl."""

@@ -157,7 +157,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     if products is not None:
         run.say(products)
     if run.progress.iteration:
-        run.say(f"resuming at iteration {run.progress.iteration} of {c.max_iters}")
+        of = "" if c.eval_only else f" of {c.max_iters}"
+        run.say(f"resuming at iteration {run.progress.iteration}{of}")
     notes = []
     if changed:
         what = [OTHER.get(k, f"{k}={now} (was {old})") for k, (old, now) in changed.items()]

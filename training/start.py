@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from training.telemetry import (
     check_loggers,
     country_problem,
     evaluated_alike_since,
+    kept_starts,
     listed,
-    other_windows,
 )
 
 REORDERED = (
@@ -104,8 +104,20 @@ def configure(
             )
     check(problems)
     if source:
-        check(source.problems(model))
+        check(source.problems(model) + ignored_by_a_swap(source, model, dict(flags)))
     return model, config, base if resume else None, source
+
+
+def ignored_by_a_swap(source: Any, model: ModelConfig, flags: dict) -> list[str]:
+    """Why flags do nothing if the model to start from gets another head."""
+    if model.head == source.head:
+        return []
+    return [
+        f"{key}={flags[key]} does nothing: a swapped head has its own prototypes, which are matched"
+        " to the old head"
+        for key in ("tie_weights", "head_init_std")
+        if key in flags
+    ]
 
 
 def _find(find: Callable[[str], Any], name: str, flag: str) -> Any:
@@ -323,7 +335,7 @@ def check_out_dir(c: TrainConfig) -> None:
     """Raises UserError if out_dir holds another run, or is not a folder."""
     out_dir = Path(c.out_dir)
     holds_run = (out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()
-    if c.init_from == "scratch" and not c.overwrite and holds_run:
+    if c.init_from == "scratch" and not c.overwrite and holds_run and not c.eval_only:
         resume = ""
         if checkpoint.folders(out_dir):
             resume = f"resume it with --init_from=resume --out_dir={out_dir}, "
@@ -395,6 +407,22 @@ def precision(
     return dtype, autocast, torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
 
+@dataclass
+class Restored:
+    """What a resumed run begins with.
+
+    folder: the checkpoint that was loaded.
+    changed: the settings that this start changes, compared with the last start: key -> [before,
+        now]. If the text differs, it has the keys `text` and `val_text`.
+    differs: the same, compared with the start that wrote the checkpoint.
+    """
+
+    progress: Progress
+    folder: Path
+    changed: dict
+    differs: dict
+
+
 def restore(
     c: TrainConfig,
     data: Data,
@@ -402,12 +430,10 @@ def restore(
     model: Model,
     scaler: torch.amp.GradScaler,
     changed: dict,
-) -> tuple[Progress, Path]:
-    """Loads the newest good checkpoint. Returns its progress and its folder.
+) -> Restored:
+    """Loads the newest good checkpoint.
 
-    changed: the settings that this start changes. If the text differs, the keys `text` and
-        `val_text` are added.
-
+    changed: the settings that this start changes, compared with the last start.
     Raises: UserError if there is none, or if the run was trained on another file or tokenizer.
     """
     out_dir = Path(c.out_dir)
@@ -429,12 +455,13 @@ def restore(
     ):
         if before not in (None, now):  # Older checkpoints have no val_data.
             changed[key] = [before, now]
-    since = p.from_main(
-        lambda: evaluated_alike_since(out_dir)
-    )  # A killed start may have changed it.
-    if other_windows(changed) or manifest["iter"] <= since:
+    this_start = {"iter": manifest["iter"], "changed": changed}
+    # A start that was killed or refused may have changed the windows, too.
+    kept = p.from_main(lambda: kept_starts(out_dir, this_start))
+    if manifest["iter"] <= evaluated_alike_since(kept):
         manifest["best_val_loss"] = math.inf
     iteration = manifest["iter"]
     evaluated = -1 if manifest["val_loss"] is None else iteration
     skipped = manifest["skipped"], manifest.get("skipped_in_a_row", 0)
-    return Progress(iteration, manifest["best_val_loss"], evaluated, *skipped), folder
+    progress = Progress(iteration, manifest["best_val_loss"], evaluated, *skipped)
+    return Restored(progress, folder, changed, kept[-1]["changed"])

@@ -24,6 +24,7 @@ from base.output import say
 # torch.cuda.get_device_name returns.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
@@ -35,9 +36,12 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
+    "V100-PCIE": 112e12,  # fp16
     "V100": 125e12,  # fp16
     "T4": 65e12,  # fp16
 }
+# Slower or faster cards whose names contain one of these, and parts of a card.
+OTHER_CARDS = re.compile(r"Laptop|4090 D|3090 Ti|\bMIG\b|GRID|-\d+[ABCQ]\b")
 
 
 def peak_flops(device: str) -> float | None:
@@ -45,14 +49,10 @@ def peak_flops(device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next(
-        (
-            flops
-            for key, flops in PEAK_FLOPS.items()
-            if re.search(rf"\b{key}\b", name) and "Laptop" not in name
-        ),
-        None,
-    )
+    if OTHER_CARDS.search(name):
+        return None
+    known = (flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name))
+    return next(known, None)
 
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -82,18 +82,8 @@ class Metrics:
         wandb: bool = False,
         config: dict | None = None,
     ):
-        path = out_dir / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_whole(path, "".join(f"{line}\n" for line in lines if _stays(line, iteration)))
-        self.file = open(path, "ab", buffering=0)
-        self.backlog = b""  # Lines that wait, because the disk was full.
         self.board = self.wandb = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out_dir / "tensorboard", purge_step=iteration)
-        if wandb:
+        if wandb:  # First, because it may refuse to start. Then nothing else was changed.
             import wandb as module
 
             kept = out_dir / "wandb/id"
@@ -108,15 +98,22 @@ class Metrics:
                     allow_val_change=True,
                 )
             except module.Error as error:
-                self.file.close()
-                if self.board:
-                    self.board.close()
                 raise UserError(
                     f"wandb does not start ({error}): leave --wandb out, or set"
                     " WANDB_MODE=offline to send the numbers later"
                 ) from None
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(self.wandb.id, encoding="utf-8")
+        path = out_dir / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_whole(path, "".join(f"{line}\n" for line in lines if _stays(line, iteration)))
+        self.file = open(path, "ab", buffering=0)
+        self.backlog = b""  # Lines that wait, because the disk was full.
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out_dir / "tensorboard", purge_step=iteration)
 
     def write(self, record: dict) -> None:
         """Writes a record, which has `iter`. JSON has no NaN and infinity, so they become texts."""
@@ -439,22 +436,34 @@ def starts(out_dir: Path) -> list[dict]:
     return [{**s, "changed": s.get("changed") or {}} for s in known]
 
 
-def kept_starts(out_dir: Path) -> list[dict]:
+def kept_starts(out_dir: Path, now: dict | None = None) -> list[dict]:
     """The starts of a run of which something is left. A start that went back to where an earlier
-    one began has replaced it."""
+    one began has replaced it. Then `changed` says how it differs from the one before both.
+
+    now: the `iter` and `changed` of a start that environment.json does not have yet.
+    """
     kept: list[dict] = []
-    for start in starts(out_dir):
+    for start in [*starts(out_dir), *([now] if now else [])]:
+        changed = start["changed"]
         while kept and kept[-1]["iter"] >= start["iter"]:
-            kept.pop()
-        kept.append(start)
+            changed = _together(kept.pop()["changed"], changed)
+        # Nothing was trained before iteration 0 that could differ.
+        kept.append({**start, "changed": changed if start["iter"] else {}})
     return kept
 
 
-def evaluated_alike_since(out_dir: Path) -> int:
+def _together(first: dict, then: dict) -> dict:
+    """The changes of two starts in a row, key -> [before, now], as those of one."""
+    found = dict(first)
+    for key, (before, now) in then.items():
+        found[key] = [first[key][0] if key in first else before, now]
+    return {key: both for key, both in found.items() if both[0] != both[1]}
+
+
+def evaluated_alike_since(kept: list[dict]) -> int:
     """The iteration of the newest start of a run with other validation windows than before; -1 if
-    there is none. Losses up to it cannot be compared with later ones."""
-    changes = [(s.get("iter", -1), s.get("changed", {})) for s in starts(out_dir)]
-    return max((at for at, changed in changes if other_windows(changed)), default=-1)
+    there is none. Losses up to it cannot be compared with later ones. kept: `kept_starts`."""
+    return max((s["iter"] for s in kept if other_windows(s["changed"])), default=-1)
 
 
 def other_windows(changed: dict) -> bool:
