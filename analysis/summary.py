@@ -194,11 +194,13 @@ def agreement(
         if applies:
             notes.append(f"{sentence[0].upper()}{sentence[1:]}.")
     notes += filter(None, [unequal_settings(runs), without_twin(runs)])
+    # Bits per byte are of the same text only if no tokenizer loses any of it.
+    same_texts = data is not None and not (texts_differ(data) or lossy(data))
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
     same_work = unequal is None and unlike is None and not sizes and len(tokenizers) == 1
     return Agreement(
         losses=warning is None and windows is None,
-        bits=windows is None and len(objectives) == 1 and _same_texts(runs, data),
+        bits=windows is None and len(objectives) == 1 and same_texts,
         work=same_work and all((s["minutes"] or 0) >= TIMED_MINUTES for s in summaries),
         energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),
         windows=warning is None and len(losses) == len(runs) and same_size,
@@ -226,11 +228,6 @@ def unlike_conditions(
             " programs"
         )
     return None
-
-
-def _same_texts(runs: list[Run], data: list[Data] | None) -> bool:
-    """Whether bits per byte of the runs are of the same text, and no tokenizer loses any of it."""
-    return data is not None and not (texts_differ(data) or lossy(data))
 
 
 def summary_table(summaries: list[dict], agree: Agreement, differences: dict | None) -> dict:

@@ -87,9 +87,6 @@ class ParityConfig:
     out: str = "results/parity.csv"
     """the CSV file"""
 
-    def problems(self) -> list[str]:
-        return []
-
 
 def build(settings: dict[str, Any], seed: int = 0) -> Any:
     """A transformers model whose weights are all random, also its biases and norms."""

@@ -16,8 +16,6 @@ import functools
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +24,7 @@ import torch
 from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
+from benchmarks.head import seconds
 from harmonic import HarmonicHead
 from model import Model, ModelConfig
 from training.telemetry import processor
@@ -78,13 +77,6 @@ class SamplingConfig:
     """the model to measure; null = both"""
     out: str = "results/sampling.csv"
     """the table; it is written only if both models are measured"""
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """The time of one call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def lengths(places: int) -> list[int]:
