@@ -528,11 +528,9 @@ class Attention(nn.Module):
         T, seen = q.shape[2], k.shape[2]
         causal = self.causal and mask is None
         if causal and 1 < T < seen:  # Several tokens after those in the cache.
-            mask, causal = (
-                torch.ones(T, seen, dtype=torch.bool, device=q.device).tril(seen - T),
-                False,
-            )
-        # This is an `if`, because with a dynamic T `causal and T > 1` is a symbol and not a bool.
+            mask = torch.ones(T, seen, dtype=torch.bool, device=q.device).tril(seen - T)
+            causal = False
+        # With a dynamic T, `causal and T > 1` would be a symbol and not a bool.
         if T == 1:
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
@@ -649,11 +647,10 @@ class Model(nn.Module):
                 nn.init.zeros_(p)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles each block. Blocks have the same code, so one compilation serves all.
+        """Compiles each block. For each batch size all blocks share one compilation.
 
-        Every batch size is compiled by itself. Training and evaluation have few of them, and code
-        for any size is slower.
-        options: of torch.compile.
+        Training and evaluation have few batch sizes, and code for any size is slower.
+        options: other options of torch.compile.
         """
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, **options)

@@ -11,13 +11,14 @@ run's folder.
 Exit status:
     0               the run is trained
     2               the input is wrong; nothing is lost
-    3               a loss or gradient is not finite
+    3               a loss or gradient is not finite, also a validation loss
     4               the run is trained, but its last checkpoint could not be written
     129, 130,       stopped by SIGHUP, Ctrl-C, SIGUSR1 or SIGTERM, with a checkpoint of the last
     138, 143        iteration if the disk had room; a second Ctrl-C stops at once, without one
 """
 
 import math
+import shlex
 import signal
 import sys
 
@@ -67,11 +68,13 @@ def main() -> None:
     device = distributed.check_device(c.device)
     data = fit_to_data(m, c, source)
     check_compiler(c, device)
+    check_kernels(m, device)
     if c.verify_resume:
         if stored is not None:
             raise UserError(
-                "--verify_resume trains two new runs. To give them the settings of this one:"
-                f" train.py {c.out_dir}/config.yaml --verify_resume"
+                "--verify_resume works with new runs, not with --init_from=resume. For the settings"
+                f" of this run: python train.py {shlex.quote(c.out_dir)}/config.yaml"
+                " --verify_resume"
             )
         longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
         decay = None if c.lr_schedule == "constant" else longest
@@ -82,7 +85,6 @@ def main() -> None:
 
     # Processes and data.
     p = start_processes(m, c, data, device, stored is not None)
-    p.from_main(lambda: check_kernels(m, p.device))
     p.on_each_machine(lambda: verify(data))
     dtype, autocast, scaler = precision(c, p)
     evaluate = Evaluation(data, m, c, p, autocast)

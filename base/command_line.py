@@ -9,7 +9,6 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
-import errno
 import functools
 import inspect
 import io
@@ -87,24 +86,33 @@ def cli(main: Callable[[], object]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="show_bytes")
+    try:
+        _explain(main)
+    except SystemExit:
+        flush()
+        raise
+    if status := flush():
+        sys.exit(status)
+
+
+def _explain(main: Callable[[], object]) -> None:
+    """Runs `main()`. Errors that a user can fix, and Ctrl-C, become a message and SystemExit."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # Only one process on each machine speaks.
     try:
         main()
-        sys.stdout.flush()  # A full disk is an error here, where a message can say so.
     except UserError as error:
         leave(2, f"{script_name()}: {error}" if first else None)
     except KeyboardInterrupt:
         leave(130, f"\n{script_name()}: interrupted" if first else None)
     except BrokenPipeError:  # The reader of a pipe (head, less) has closed it.
-        drop_output()
-        leave(1, None)
+        leave(flush() or 1, None)
     except OSError as error:
+        # Each process speaks here, because its files may be its own.
         if error.filename is not None:
             leave(2, f"{script_name()}: {error.filename}: {error.strerror}")
-        if error.errno != errno.ENOSPC:
-            raise  # Not a matter of files: it may be a fault of the program.
-        drop_output()
-        leave(2, f"{script_name()}: output: {error.strerror}")
+        if status := flush():  # A `print` failed, because the disk of the output is full.
+            sys.exit(status)
+        raise  # It names no file, so it may be a fault of the program.
 
 
 def leave(status: int, message: str | None) -> typing.NoReturn:
@@ -114,9 +122,20 @@ def leave(status: int, message: str | None) -> typing.NoReturn:
     sys.exit(status)
 
 
-def drop_output() -> None:
-    """Sends what is left of the output to nowhere, so that Python does not fail on it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def flush() -> int:
+    """Writes out what was printed. If that fails it says why, and drops what is left, so that
+    Python does not fail on it at exit. Returns the exit status of the failure, or 0."""
+    if sys.stdout is None:  # It was closed before the program started.
+        return 0
+    try:
+        sys.stdout.flush()
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 1
+        print(f"{script_name()}: output: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def script_name() -> str:
@@ -137,6 +156,17 @@ class Flat(yaml.SafeLoader):
                 if keys.count(key) > 1:
                     raise UserError(f"{key} is given {keys.count(key)} times")
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        """A number. 1:30, which YAML takes for 90, stays a text."""
+        if ":" in node.value:
+            return str(node.value)
+        whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    Flat.add_constructor(f"tag:yaml.org,2002:{_kind}", Flat.construct_number)
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -325,8 +355,9 @@ def _read(
             texts.append((where, key, _as_list(text, hints[key]) if _is_list(hints[key]) else text))
     found = _converted(parser, texts)
     values |= {key: value for (_, key, _), value in zip(texts, found, strict=True)}
-    for (where, key, text), value in zip(texts, found, strict=True):
-        if value is UNREAD or _is_odd(text, value):
+    last = {key: i for i, (_, key, _) in enumerate(texts)}  # It overrides the earlier ones.
+    for i, ((where, key, text), value) in enumerate(zip(texts, found, strict=True)):
+        if value is UNREAD or (last[key] == i and _is_odd(text, value)):
             values.pop(key, None)
             problems.append(f"{where}{key}={text}: {_expected(text, settings[key])}")
     return values, problems
@@ -349,10 +380,10 @@ def _converted(
 
 
 def _is_odd(text: str, value: object) -> bool:
-    """Whether YAML reads a text as a number that nobody means: .inf, 1e400, or 1:30 as 90."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return not math.isfinite(value) or ":" in text
+    """Whether YAML has made an infinite number of a text, or read 1:30 as 90."""
+    numbers = value if isinstance(value, list) else [value]
+    numbers = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
+    return bool(numbers) and (":" in text or not all(map(math.isfinite, numbers)))
 
 
 def _is_no_text(value: object, hint: typing.Any) -> bool:

@@ -19,6 +19,8 @@ computes its own loss, with the kernels of the language model. These are the sta
     grokking   Addition modulo 113 from 30 % of the examples, for longer.
     decoder    Addition modulo 31 with the language model's decoder instead of the MLP: a sweep and
                runs.
+    tuned      The other tasks, and addition from half of the examples, with settings that a sweep
+               on the same task and share chose, also by test accuracy.
 """
 
 import itertools
@@ -461,6 +463,10 @@ def batches(c: AlgorithmicConfig) -> list[Batch]:
         found.append(Batch("fraction", "addition", "mlp", *h, i / 10, c.steps, few_seeds))
     for h in FEW:
         found.append(Batch("grokking", "addition113", "mlp", *h, 0.3, 4 * c.steps, few_seeds))
+    for task, h in itertools.product(c.tasks.split(), FEW):
+        share = 0.5 if task == "addition" else 0.8
+        found.append(Batch("sweep", task, "mlp", *h, share, c.steps // 2, 2))
+        found.append(Batch("tuned", task, "mlp", *h, share, c.steps, c.seeds))
     return [b for b in found if b.model in c.models.split() and c.only in (None, b.head)]
 
 
@@ -600,12 +606,14 @@ def cost(rows: list[dict]) -> tuple[float, float]:
 
 
 def swept(rows: list[Row]) -> dict[tuple, dict]:
-    """The results of sweeps: (model, head, link) -> {(multiple, learning rate): cost}."""
+    """The results of sweeps: (task, share of examples, model, head, link) -> {(multiple, learning
+    rate): cost}."""
     groups: dict[tuple, dict[Setting, list[Row]]] = {}
     for r in rows:
         if r["stage"] == "sweep":
             setting = float(r["multiple"]), float(r["learning_rate"])
-            sweep = groups.setdefault((r["model"], r["head"], r["link"]), {})
+            kind = r["task"], float(r["fraction"]), r["model"], r["head"], r["link"]
+            sweep = groups.setdefault(kind, {})
             sweep.setdefault(setting, []).append(r)
     found = {}
     for key, settings in groups.items():
@@ -620,7 +628,10 @@ def wanted(table: Table, c: AlgorithmicConfig) -> list[Job]:
     for batch in batches(c):
         chosen = None
         if batch.stage != "sweep":
-            chosen = choice(sweeps.get((batch.model, batch.head, batch.link)))
+            kind = ("addition", 0.8)
+            if batch.stage == "tuned":
+                kind = (batch.task, batch.fraction)
+            chosen = choice(sweeps.get((*kind, batch.model, batch.head, batch.link)))
             if chosen is None:
                 continue
         found.append(Job(batch.key(), run, (batch, chosen, c.runs)))

@@ -23,6 +23,7 @@ import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
+from scipy.stats import binomtest
 
 from analysis import figures
 from analysis.geometry import principal
@@ -38,7 +39,7 @@ from studies.algorithmic import (
     curves_file,
     swept,
 )
-from studies.intervals import mean_and_half, wilson
+from studies.intervals import mean_and_half
 from studies.runner import Row, Table
 from studies.search import on_edge
 
@@ -71,6 +72,16 @@ def median_step(rows: list[Row], key: str) -> float:
     return float(np.median([float(r[key] or "inf") for r in rows]))
 
 
+def median_gap(rows: list[Row]) -> float | None:
+    """The median, over all seeds, of the steps from 99 % in training to 99 % in the test.
+
+    None if half of them never reached it.
+    """
+    ends = [(float(r["train_99"] or "inf"), float(r["test_99"] or "inf")) for r in rows]
+    median = float(np.median([math.inf if math.isinf(b) else b - a for a, b in ends]))
+    return None if math.isinf(median) else median
+
+
 def step(value: float) -> str:
     return "never" if math.isinf(value) else f"{value:.0f}"
 
@@ -86,7 +97,7 @@ def select(rows: list[Row], stage: str, task: str, head: str, link: str) -> list
 
 def success(rows: list[Row]) -> str:
     k = sum(r["test_99"] != "" for r in rows)
-    low, high = wilson(k, len(rows))
+    low, high = binomtest(k, len(rows)).proportion_ci(method="wilson")
     return f"{k}/{len(rows)} ({100 * low:.0f}-{100 * high:.0f} %)"
 
 
@@ -94,7 +105,17 @@ def success(rows: list[Row]) -> str:
 
 
 def main_table(rows: list[Row]) -> str:
-    tasks = list(dict.fromkeys(r["task"] for r in rows if r["stage"] == "main"))
+    """Every head on every task, with settings swept on addition."""
+    return _task_table(rows, "main")
+
+
+def tuned_table(rows: list[Row]) -> str:
+    """A few heads, with settings swept on the task itself."""
+    return _task_table(rows, "tuned")
+
+
+def _task_table(rows: list[Row], stage: str) -> str:
+    tasks = list(dict.fromkeys(r["task"] for r in rows if r["stage"] == stage))
     columns = [Column("head")]
     for task in tasks:
         columns.append(Column(f"{task} success", f"{task}: seeds that reach 99 %"))
@@ -104,7 +125,7 @@ def main_table(rows: list[Row]) -> str:
     for head, link in HEADS:
         line = {"head": title(head, link)}
         for task in tasks:
-            if mine := select(rows, "main", task, head, link):
+            if mine := select(rows, stage, task, head, link):
                 line[f"{task} success"] = success(mine)
                 line[f"{task} steps"] = step(median_step(mine, "test_99"))
                 line[f"{task} top2"] = np.median([float(r["top2"]) for r in mine])
@@ -122,14 +143,13 @@ def gap_table(rows: list[Row]) -> str:
     lines = []
     for (stage, task, model), (head, link) in itertools.product(runs, FEW):
         if mine := select(rows, stage, task, head, link):
-            known, general = median_step(mine, "train_99"), median_step(mine, "test_99")
             last = [float(r["test_accuracy"]) for r in mine]
             line = {
                 "model": model,
                 "head": title(head, link),
-                "train": step(known),
-                "test": step(general),
-                "gap": None if math.isinf(general) else general - known,
+                "train": step(median_step(mine, "train_99")),
+                "test": step(median_step(mine, "test_99")),
+                "gap": median_gap(mine),
                 "success": success(mine),
                 "end": f"{sum(a >= 0.99 for a in last)}/{len(last)}",
                 "accuracy": np.mean(last),
@@ -140,7 +160,7 @@ def gap_table(rows: list[Row]) -> str:
         Column("head"),
         Column("train", "step of 99 % in training"),
         Column("test", "step of 99 % in the test"),
-        Column("gap", form=".0f"),
+        Column("gap", "median gap", ".0f"),
         Column("success", "seeds that reach 99 % in the test"),
         Column("end", "seeds at 99 % at the end"),
         Column("accuracy", "final test accuracy", ".3f"),
@@ -175,12 +195,30 @@ def task_twins(rows: list[Row]) -> str:
     return _less_twins(runs, "top2", "task", {r["task"]: r["task"] for r in runs})
 
 
-def _less_twins(runs: list[Row], measure: str, place: str, titles: dict[str, str]) -> str:
+def tuned_twins(rows: list[Row]) -> str:
+    """Test accuracy minus the softmax twin's, with settings swept on the task itself."""
+    runs = [r for r in rows if r["stage"] == "tuned"]
+    return _less_twins(runs, "test_accuracy", "task", {r["task"]: r["task"] for r in runs})
+
+
+def step_twins(rows: list[Row]) -> str:
+    """The step of 99 % in the test minus the softmax twin's, of each task.
+
+    Nothing where a seed of either head never reached it.
+    """
+    runs = [r for r in rows if r["stage"] == "main"]
+    tasks = {r["task"]: r["task"] for r in runs}
+    return _less_twins(runs, "test_99", "task", tasks, form="+.1f")
+
+
+def _less_twins(
+    runs: list[Row], measure: str, place: str, titles: dict[str, str], form: str = "+.2f"
+) -> str:
     """Differences of a measure, paired by seed: a line for each of FEW that has a twin, a column
     for each value of `place`."""
     values = {}
     for r in runs:
-        values[r["head"], r["link"], r[place], r["seed"]] = float(r[measure])
+        values[r["head"], r["link"], r[place], r["seed"]] = float(r[measure] or "inf")
     seeds = dict.fromkeys(r["seed"] for r in runs)
     lines = []
     for head in dict.fromkeys(name for name, link in FEW if link == "softmax"):
@@ -192,8 +230,8 @@ def _less_twins(runs: list[Row], measure: str, place: str, titles: dict[str, str
                 twin = values.get((head, "softmax", where, seed))
                 if mine is not None and twin is not None:
                     differences.append(mine - twin)
-            if differences:
-                line[where] = interval(*mean_and_half(differences), "+.2f")
+            if differences and np.isfinite(differences).all():
+                line[where] = interval(*mean_and_half(differences), form)
         lines.append(line)
     columns = [Column(where, title) for where, title in titles.items()]
     return markdown(lines, [Column("head"), *columns])
@@ -359,7 +397,14 @@ def main() -> None:
     rows = Table(c.table, COLUMNS, KEY).rows
     if not rows:
         raise UserError(f"no rows in {c.table}: python -m studies.algorithmic writes them")
-    tables = {"The tasks": main_table, "Grokking": gap_table, "Data efficiency": fraction_table}
+    tables = {
+        "The tasks": main_table,
+        "Steps, minus the softmax twin's": step_twins,
+        "Settings swept on the task itself": tuned_table,
+        "Their test accuracy, minus the softmax twin's": tuned_twins,
+        "Grokking (the median gap of the seeds)": gap_table,
+        "Data efficiency": fraction_table,
+    }
     for name, table in tables.items():
         print(f"{name}\n\n{table(rows)}\n")
     print(f"{on_edge(list(swept(rows).values()))}\n")

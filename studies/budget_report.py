@@ -3,7 +3,7 @@
     # prints Markdown; writes results/budget.png
     python -m studies.budget_report
 
-Three questions: Do cosines keep their lead over cross_entropy with more tokens? Does the harmonic
+Three questions: Do distances keep their lead over cross_entropy with more tokens? Does the harmonic
 link differ from its softmax twin? Does the order of heads after 0.6 M tokens predict the later
 ones? Differences are of test losses, paired by seed, with 95 % intervals (Student's t). The
 p-values of a table are corrected for their number (Holm), the intervals are not.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
-from scipy.stats import rankdata, spearmanr, ttest_1samp
+from scipy.stats import rankdata, spearmanr
 
 from analysis import figures
 from analysis.tables import Column, Columns, interval, markdown
@@ -41,7 +41,7 @@ from studies.budget import (
     summary,
 )
 from studies.budget import TOKENS as AN_ITERATION
-from studies.intervals import holm, mean_and_half
+from studies.intervals import holm, mean_and_half, p_value
 from studies.runner import Row, Table
 from studies.search import Setting, next_setting, number
 
@@ -52,6 +52,7 @@ TOKENS = {"0.6M": 0.6, "2M": 2.0, "6M": 6.0, "20M": 20.0}
 BUDGETS = {stage: f"{tokens:g} M" for stage, tokens in TOKENS.items()}
 BUDGETS |= {"dropout": "20 M, dropout 0.1", "imdb": "2 M of imdb", "wiki": "2 M of wiki"}
 # A head, and the head that it is compared with.
+LEADS = [(head, BASELINE) for head in HEADS if head != BASELINE]
 NORMALISED = [("cosine", BASELINE), ("cosine softmax", BASELINE)]
 TWINS = [(head, f"{head} softmax") for head in HEADS if f"{head} softmax" in HEADS]
 # Stages whose runs are long enough for a validation loss to turn.
@@ -214,7 +215,7 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
         if (some := differences(rows, stage, head, other))
     }
     tests = {
-        key: float(ttest_1samp(values, 0).pvalue)
+        key: p_value(values)
         for key, values in found.items()
         if len(values) > 1 and np.isfinite(values).all()
     }
@@ -251,9 +252,9 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     return markdown(lines, [*columns, *more])
 
 
-def normalised(rows: list[Row]) -> str:
-    """Do cosines keep their lead over cross_entropy?"""
-    return compared(rows, NORMALISED)
+def leads(rows: list[Row]) -> str:
+    """Do distances keep their lead over cross_entropy?"""
+    return compared(rows, LEADS)
 
 
 def links(rows: list[Row]) -> str:
@@ -526,7 +527,7 @@ def main() -> None:
         "Settings": settings,
         "Do these settings serve 20 M tokens?": checks,
         "Test losses": summary,
-        "Do cosines keep their lead over cross_entropy?": normalised,
+        "Do distances keep their lead over cross_entropy?": leads,
         "Does the harmonic link differ from its softmax twin?": links,
         "Does the order after 0.6 M tokens predict the later ones?": ranks,
         "Does the middle of a run predict its end?": halfway,

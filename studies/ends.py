@@ -16,7 +16,6 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from scipy.stats import ttest_1samp
 from torch import Tensor
 
 from analysis.confidence import auroc, calibration, encoded_windows, own_windows, score
@@ -28,7 +27,7 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model
 from studies import budget
-from studies.intervals import holm, mean_and_half
+from studies.intervals import holm, mean_and_half, p_value
 from studies.runner import Job, Row, Table, complete, run_name
 from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer
@@ -204,7 +203,13 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
         as a test.
     """
     found = {(m, name): differences(rows, stage, name, m) for m in MEASURES for name in heads}
-    p = holm({key: _p(pairs) for key, pairs in found.items() if len(pairs) > 1})
+    p = holm(
+        {
+            key: p_value(pairs) if len(set(pairs)) > 1 else 1.0
+            for key, pairs in found.items()
+            if len(pairs) > 1
+        }
+    )
     lines: list[dict[str, object]] = []
     for measure, (words, form) in MEASURES.items():
         line: dict[str, object] = {"measure": words}
@@ -219,11 +224,6 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
         lines.append(line)
     others = [Column(name, f"{name} minus cross_entropy") for name in heads]
     return markdown(lines, ["measure", BASELINE, *others])
-
-
-def _p(pairs: list[float]) -> float:
-    """The p-value of a t-test that the mean is 0; 1 for equal values, which show no variance."""
-    return float(ttest_1samp(pairs, 0).pvalue) if len(set(pairs)) > 1 else 1.0
 
 
 def tables(rows: list[Row]) -> str:

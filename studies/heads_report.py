@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import ttest_rel
 
 from analysis import figures
 from analysis.tables import Column, Columns, interval, markdown, read_csv
@@ -43,7 +42,7 @@ from studies.heads import (
     RATES,
     loss,
 )
-from studies.intervals import holm, mean_and_half
+from studies.intervals import holm, mean_and_half, p_value
 from studies.runner import Row
 from studies.search import Setting, number, on_edge
 from training.objective import objective_of
@@ -142,8 +141,13 @@ def paired(runs: dict[str, Row], others: dict[str, Row]) -> Pair | None:
 
     runs, others: seed -> row.
     """
-    differences = [final(r) - final(others[seed]) for seed, r in runs.items() if seed in others]
+    differences = by_seeds(runs, others)
     return mean_and_half(differences) if differences else None
+
+
+def by_seeds(runs: dict[str, Row], others: dict[str, Row]) -> list[float]:
+    """The differences of losses of each seed that both have."""
+    return [final(r) - final(others[seed]) for seed, r in runs.items() if seed in others]
 
 
 def shown(pair: Pair | None, form: str = "+.3f") -> str:
@@ -331,9 +335,7 @@ def p_values(rows: list[Row]) -> str:
         p = {}
         for key, other in pairs.items():
             if key != other and other in every:
-                seeds = [seed for seed in every[key] if seed in every[other]]
-                losses = [[final(every[k][seed]) for seed in seeds] for k in (key, other)]
-                p[key] = float(ttest_rel(*losses).pvalue)
+                p[key] = p_value(by_seeds(every[key], every[other]))
         for key, corrected in holm(p).items():
             difference = paired(every[key], every[pairs[key]])
             line = {"name": key[0], "link": key[1], "less": kind, "p": p[key], "holm": corrected}

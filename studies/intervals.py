@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
@@ -13,11 +14,17 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of the share k / n; 95 % for the default z."""
-    middle = k / n + z * z / (2 * n)
-    half = z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+def p_value(differences: list[float]) -> float:
+    """The p-value of a t-test that the mean is 0.
+
+    NaN for one value, or for values that are not finite. Equal values show no variance: 0, or 1 if
+    all are 0.
+    """
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        return math.nan
+    if len(set(differences)) == 1:
+        return 0.0 if differences[0] else 1.0
+    return float(ttest_1samp(differences, 0).pvalue)
 
 
 def holm(p: dict) -> dict:

@@ -22,10 +22,9 @@ from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from harmonic.links import resolve_exponent
 from model import ModelConfig
-from studies.intervals import holm, mean_and_half
+from studies.intervals import holm, mean_and_half, p_value
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
 from studies.search import Setting, beyond, number
-from studies.verdict import p_value
 from training.config import TrainConfig
 from training.telemetry import read_metrics
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from analysis.tables import interval
-from studies.intervals import holm, mean_and_half
+from studies.intervals import holm, mean_and_half, p_value
 
 BASELINE = "cross_entropy"
 LEVEL = 0.05
@@ -57,14 +57,6 @@ class Difference:
     def size(self) -> str:
         """The size without a sign, such as "0.120 ± 0.030 nats a token"."""
         return f"{interval(abs(self.mean), self.half, '.3f')} nats a token"
-
-
-def p_value(values: list[float]) -> float:
-    """The p-value of a t-test that the mean is zero."""
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    if error == 0:
-        return 0.0 if values[0] else 1.0
-    return float(2 * student.sf(abs(np.mean(values)) / error, len(values) - 1))
 
 
 def differences(losses: Losses, twins: dict[str, str]) -> dict[tuple[str, str], Difference]:

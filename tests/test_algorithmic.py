@@ -6,13 +6,11 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from conftest import ROOT, script_here
 
 from studies import algorithmic, algorithmic_report
 from studies.algorithmic import TASKS, Batch
-from studies.intervals import wilson
 from studies.runner import Table
 from studies.search import beyond, on_edge, search
 
@@ -118,18 +116,43 @@ def test_levels_reached_and_intervals():
     accuracy = torch.tensor([[0.1, 0.2], [0.95, 0.3], [0.5, 0.4]])
     first, never = algorithmic.reached([0, 10, 20], accuracy, 0.9)
     assert first == 10 and math.isnan(never)
-    for k, n in ((0, 20), (13, 20), (20, 20)):
-        expected = scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
-        assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    # Wilson's interval of k of n (Brown, Cai and DasGupta 2001, equation 4).
+    z, p, n = 1.96, 13 / 20, 20
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    found = algorithmic_report.success([{"test_99": "9"}] * 13 + [{"test_99": ""}] * 7)
+    assert found == f"13/20 ({100 * (middle - half):.0f}-{100 * (middle + half):.0f} %)"
     rows = [{"test_99": x} for x in ("100", "300", "", "")]
     assert (
         math.isinf(algorithmic_report.median_step(rows, "test_99"))
         and algorithmic_report.median_step(rows[:3], "test_99") == 300
     )
+    # The medians are 200 and 280. The gaps of the seeds are 240, 40, 80 and 120.
+    ends = [(160, 400), (200, 240), (200, 280), (200, 320)]
+    rows = [{"train_99": str(a), "test_99": str(b)} for a, b in ends]
+    assert algorithmic_report.median_gap(rows) == 100
+    rows += [{"train_99": "100", "test_99": ""} for _ in range(5)]
+    assert algorithmic_report.median_gap(rows) is None
+
+
+def test_steps_are_compared_where_every_seed_gets_there():
+    rows = []
+    for task, link, steps in (
+        ("addition", "harmonic", (80, 90)),
+        ("addition", "softmax", (130, 100)),
+        ("lattice", "harmonic", (30, 30)),
+        ("lattice", "softmax", (40, "")),
+    ):
+        for seed, step in enumerate(steps):
+            row = dict(stage="main", task=task, head="euclidean", link=link, seed=str(seed))
+            rows.append(row | {"test_99": str(step)})
+    # Half of the interval is 12.706 * 20.
+    assert "| euclidean | -30.0 ± 254.1 | - |" in algorithmic_report.step_twins(rows)
 
 
 def test_the_best_setting_of_a_sweep_is_chosen():
-    row = dict(stage="sweep", model="mlp", head="cosine", link="harmonic")
+    row = dict(stage="sweep", task="addition", fraction="0.8", model="mlp")
+    row |= dict(head="cosine", link="harmonic")
     found = [
         row | dict(learning_rate="0.01", multiple="0.25", test_accuracy=a, test_loss="1")
         for a in ("0.5", "0.9")
@@ -139,9 +162,9 @@ def test_the_best_setting_of_a_sweep_is_chosen():
         for x in ("nan", "0.9")
     ]
     sweeps = algorithmic.swept(found)
-    assert sweeps.keys() == {("mlp", "cosine", "harmonic")}
+    assert sweeps.keys() == {("addition", 0.8, "mlp", "cosine", "harmonic")}
     # Equal accuracy: the lower loss.
-    assert algorithmic.choice(sweeps["mlp", "cosine", "harmonic"]) == (0.01, 0.25)
+    assert algorithmic.choice(sweeps["addition", 0.8, "mlp", "cosine", "harmonic"]) == (0.01, 0.25)
     assert algorithmic.choice(None) is None
 
 

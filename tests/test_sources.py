@@ -283,14 +283,35 @@ def test_what_the_system_refuses_is_one_message(main, message, capfd):
     assert stop.value.code == 2 and message in capfd.readouterr().err
 
 
-def test_output_to_a_full_disk_is_one_message(tmp_path):
-    """Python itself would write at exit, fail there, and exit with status 120."""
-    code = "from base.command_line import cli; cli(lambda: print('a'))"
-    with open("/dev/full", "w") as full:
+def test_output_that_cannot_be_written(tmp_path):
+    """Python itself would write at exit, fail there, and exit with status 120. A full file is not
+    the output's fault, and a closed output is no error."""
+    full = "-c: output: No space left on device\n"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    for main, redirection, expected in (
+        ("print(1)", "> /dev/full", (2, full)),
+        ("print(1) or sys.exit(4)", "> /dev/full", (4, full)),
+        ("print(1, flush=True)", "> /dev/full", (2, full)),
+        ("print(1)", ">&-", (0, "")),
+        ("print(1) or sys.exit(4)", ">&-", (4, "")),
+    ):
+        code = f"import sys; from base.command_line import cli; cli(lambda: {main})"
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+            ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, code],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    assert (done.returncode, done.stderr) == (2, "-c: output: No space left on device\n")
+        assert (done.returncode, done.stderr) == expected, (main, redirection)
+
+    def full_file():
+        print(1)
+        with open("/dev/full", "w", buffering=1) as file:
+            file.write("a\n")
+
+    with pytest.raises(OSError, match="No space left"):
+        cli(full_file)
 
 
 def test_any_file_name_is_printed_and_stored(tmp_path, monkeypatch):

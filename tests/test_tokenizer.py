@@ -336,8 +336,8 @@ class Evil:
 BAD_META = {
     "code": (pickle.dumps({**nanogpt_meta("ab"), "more": Evil()}), "more than numbers and text"),
     "code, protocol 0": (pickle.dumps(Evil(), 0), "more than numbers and text"),
-    "cut": (pickle.dumps(nanogpt_meta("abc"))[:-20], "truncated"),
-    "empty": (b"", "Ran out of input"),
+    "cut": (pickle.dumps(nanogpt_meta("abc"))[:-20], "exhausted"),
+    "empty": (b"", "cut short"),
     "no pickle": (b"\x80\x04hello", "Memo value not found"),
     "a number": (pickle.dumps(3), "not subscriptable"),
     "other keys": (pickle.dumps({"a": 1}), "it has no 'itos'"),

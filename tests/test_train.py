@@ -434,10 +434,15 @@ BAD = {
         dict(head_init_std=-1, dropout=2),
         ["2 problems", "head_init_std=-1.0 must be positive", "dropout=2.0 is not in"],
     ),
-    "huge timeout": (dict(timeout=1e300), ["timeout=1e+300 is not in 1..2,000,000 seconds"]),
+    "huge timeout": (dict(timeout=1e300), ["timeout=1e+300 is above 2,000,000 seconds"]),
     "no numbers": (
         dict(learning_rate=".inf", grad_clip="1e400", max_iters="1:30"),
-        ["3 problems", "learning_rate=.inf: expected a number", "max_iters=1:30: expected a whole"],
+        [
+            "3 problems",
+            "learning_rate=.inf: expected a number",
+            "grad_clip=1e400: expected a number",
+            "max_iters=1:30: expected a whole",
+        ],
     ),
     "no such source": (dict(source="nowhere/x"), ["source=nowhere/x"]),
     "unknown head": (dict(head="euclidian"), ["unknown head", "did you mean euclidean?"]),
@@ -756,12 +761,33 @@ def test_no_iteration_leaves_a_checkpoint(train, tmp_path):
     assert status == 0 and "done" in out
 
 
-def test_eval_only_needs_no_empty_folder(train, tmp_path):
+def test_what_a_folder_with_a_run_is_not_for(train, tmp_path):
+    """To evaluate a new model, or to test resuming."""
     assert train(head="cosine", max_iters=2)[0] == 0
-    status, out, _ = train(head="cosine", eval_only=True)
-    assert status == 0 and "val_loss" in out
+    status, _, err = train(head="cosine", eval_only=True)
+    assert status == 2 and "run holds a run: --init_from=resume evaluates it" in err
     status, _, err = train(init_from="resume", verify_resume=True)
-    assert status == 2 and "train.py run/config.yaml --verify_resume" in err
+    assert status == 2 and "python train.py run/config.yaml --verify_resume" in err
+
+
+def test_checkpoints_of_other_windows_do_not_count_for_the_best(train, tmp_path):
+    """A start evaluated the checkpoint that it began with over other windows, and was killed."""
+    flags = dict(head="cosine", eval_interval=1, eval_iters=4, max_iters=2)
+    assert train(**flags)[0] == 0
+    last = checkpoint.folders(tmp_path / "run")[-1]
+    manifest = unseal((last / "manifest.json").read_text())
+    assert manifest["windows"] == 4 * TINY["batch_size"]
+    low = {"val_loss": 0.1, "best_val_loss": 0.1, "windows": 1}
+    (last / "manifest.json").write_text(seal({**manifest, **low}))
+    status, out, _ = train(**dict(flags, init_from="resume", max_iters=4))
+    assert status == 0 and "best val loss 0.1000" not in out
+    assert checkpoint.best(tmp_path / "run") != last
+
+
+def test_a_text_counts_as_changed_only_if_the_checkpoint_has_another():
+    """The second start had another text and left nothing. The third has the first text again."""
+    changes = telemetry._together({"val_text": ["a", "b"], "seed": [1, 2]}, {"seed": [2, 3]})
+    assert changes == {"seed": [1, 3]}
 
 
 def test_a_config_of_another_version_is_read(train, tmp_path):
@@ -1218,8 +1244,8 @@ def test_too_little_memory_is_one_message(capsys, monkeypatch):
         )
 
     for main, words in (
-        (lambda: torch.empty(10**15), "no room for a tensor of 3,725,290.3 GiB. Halve --batch"),
-        (on_a_gpu, "Tried to allocate 20.00 GiB. GPU 0 has 79 GiB. Halve --batch_size"),
+        (lambda: torch.empty(10**15), "memory: no room for a tensor of 3,725,290.3 GiB. Make --ba"),
+        (on_a_gpu, "Tried to allocate 20.00 GiB. GPU 0 has 79 GiB. Make --batch_size smaller"),
     ):
         with pytest.raises(SystemExit) as stop:
             distributed.run(main)
@@ -1247,18 +1273,25 @@ def test_the_peak_of_a_gpu_is_its_own(monkeypatch, name, peak):
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path):
-    """An old driver, or a build of PyTorch for CPUs. A hidden GPU is not used, and no error."""
+    """With an old driver. No error if the GPU is hidden, or if this PyTorch is for CPUs."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(distributed, "DEVICE_FILE", tmp_path)
-    with pytest.raises(UserError, match="needs a driver that supports CUDA 13.0. .* --device=cpu"):
-        distributed.check_device("auto")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(UserError, match="is a build for CPUs"):
-        distributed.check_device("auto")
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old. Please update it.")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError, match=r"GPU \(The NVIDIA .* is too old\).* --device=cpu"):
+            distributed.check_device(device)
     assert distributed.check_device("cpu") == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert distributed.check_device("auto") in ("cpu", "mps")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert distributed.check_device("auto") in ("cpu", "mps")
 
 

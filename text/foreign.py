@@ -37,8 +37,11 @@ NOT_A_VOCABULARY = (
 )
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Refuses everything that needs an import. So nothing in a file can call a function."""
+class PlainUnpickler(pickle._Unpickler):
+    """Refuses everything that needs an import. So nothing in a file can call a function.
+
+    It is the reader in Python. That in C allocates as much memory as a file asks for.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"it holds {module}.{name}, which is more than numbers and text")
@@ -59,7 +62,7 @@ def nanogpt_characters(path: Path) -> str:
             raise ValueError("itos and stoi differ")
         characters.encode("utf-8")
     except NOT_A_VOCABULARY as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error) or "it is cut short"
         problem = f"{path} is not nanoGPT's vocabulary of characters ({what})"
         raise UserError(f"{problem}; nothing in it was run") from None
     return characters

@@ -265,6 +265,9 @@ def best(out_dir: Path) -> Path | None:
     scored = {f: m for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
     since = evaluated_alike_since(kept_starts(out_dir))
     late = {f: m for f, m in scored.items() if m["iter"] > since}
+    if late:  # Older checkpoints do not say how many windows their loss is of.
+        windows = list(late.values())[-1].get("windows")
+        late = {f: m for f, m in late.items() if m.get("windows", windows) == windows}
     found = {f: m["val_loss"] for f, m in (late or scored).items()}
     return min(found, key=lambda f: (math.isnan(found[f]), found[f])) if found else None
 

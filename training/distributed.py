@@ -32,8 +32,9 @@ from model import Model
 
 T = TypeVar("T")
 LESS_MEMORY = (
-    "Halve --batch_size and double --gradient_accumulation_steps, set"
-    " --activation_checkpointing=true, or train a smaller model"
+    "Make --batch_size smaller and --gradient_accumulation_steps and --eval_iters as much larger,"
+    " set --activation_checkpointing=true, or train a smaller model. If the run has a checkpoint,"
+    " --init_from=resume continues from there"
 )
 DEVICE_FILE = Path("/dev/nvidia0")  # On Linux, the driver's first GPU.
 # Keeps every DistributedDataParallel until its process ends; see `run`.
@@ -187,10 +188,7 @@ def check_device(device: str) -> str:
         if torch.cuda.is_available():
             return "cuda"
         if why := unusable_gpu():
-            raise UserError(
-                f"this machine has an NVIDIA GPU, but PyTorch cannot use it: {why}. To use the CPU,"
-                " say --device=cpu"
-            )
+            raise UserError(f"{why}: use --device=cpu to train on the CPU")
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         kind = torch.device(device).type
@@ -199,10 +197,8 @@ def check_device(device: str) -> str:
     if kind not in ("cpu", "cuda", "mps"):
         raise UserError(f"device={device}: unknown device; use auto, cpu, cuda or mps")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"device={device}: this machine has no CUDA device (or torch is a CPU build); use"
-            " --device=cpu"
-        )
+        why = unusable_gpu() or "this machine has no CUDA device, or this PyTorch is for CPUs"
+        raise UserError(f"device={device}: {why}; use --device=cpu")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, and the"
@@ -214,13 +210,20 @@ def check_device(device: str) -> str:
 
 
 def unusable_gpu() -> str | None:
-    """Why PyTorch cannot use this machine's NVIDIA GPU. None if there is none, or it is hidden."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or not DEVICE_FILE.exists():
+    """Why PyTorch cannot use this machine's NVIDIA GPU, such as an old driver.
+
+    None if there is no GPU, if CUDA_VISIBLE_DEVICES hides it, or if this PyTorch is for CPUs.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and not re.match(r"\d|GPU-|MIG-", visible.strip())
+    if hidden or torch.version.cuda is None or not DEVICE_FILE.exists():
         return None
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} is a build for CPUs"
-    return f"PyTorch {torch.__version__} needs a driver that supports CUDA {torch.version.cuda}"
+    why = "it does not say why"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        why = str(error).partition(" Please ")[0].rstrip(".")
+    return f"PyTorch cannot use this machine's GPU ({why})"
 
 
 def start(device: str, backend: str, timeout: float) -> Processes:
@@ -301,8 +304,8 @@ def _explain(main: Callable[[], object]) -> None:
         if found or isinstance(error, torch.OutOfMemoryError):
             what = str(error).partition(". Of the allocated")[0]
             if found:
-                what = f"there is no room for a tensor of {int(found[1]) / 2**30:,.1f} GiB"
-            raise UserError(f"out of memory: {what}. {LESS_MEMORY}") from error
+                what = f"out of memory: no room for a tensor of {int(found[1]) / 2**30:,.1f} GiB"
+            raise UserError(f"{what}. {LESS_MEMORY}") from error
         found = re.search(r"ImportError: (\S+\.so): (file too short|invalid ELF)", str(error))
         if not found:
             raise

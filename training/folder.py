@@ -70,10 +70,10 @@ class RunFolder:
             raise UserError(
                 f"another process has written a checkpoint in {self.path} meanwhile: start again"
             )
-        if resumed:
-            checkpoint.set_aside(self.path, resumed.folder)
         with contextlib.nullcontext() if resumed else _replaced(self.path, c):
             self._write_first(run, resumed.changed if resumed else {})
+        if resumed:
+            checkpoint.set_aside(self.path, resumed.folder)
         self.writer = checkpoint.Writer(self.path)
 
     def _write_first(self, run: Run, changed: dict) -> None:
@@ -117,6 +117,7 @@ class RunFolder:
         self.metrics.sync()
         counters = {
             "val_loss": loss,
+            "windows": run.c.eval_iters * run.c.batch_size,  # of the validation loss
             "best_val_loss": at.best_loss,
             "skipped": at.skipped,
             "skipped_in_a_row": at.skipped_in_a_row,

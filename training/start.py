@@ -33,9 +33,9 @@ from training.step import Progress
 from training.telemetry import (
     check_loggers,
     country_problem,
-    evaluated_alike_since,
     kept_starts,
     listed,
+    other_windows,
 )
 
 REORDERED = (
@@ -116,7 +116,7 @@ def ignored_by_a_swap(source: Any, model: ModelConfig, flags: dict) -> list[str]
         f"{key}={flags[key]} does nothing: a swapped head has its own prototypes, which are matched"
         " to the old head"
         for key in ("tie_weights", "head_init_std")
-        if key in flags
+        if flags.get(key, "false") != "false"
     ]
 
 
@@ -286,6 +286,8 @@ def check_kernels(m: ModelConfig, device: str) -> None:
     """Raises UserError if --head_impl names kernels that this head or machine does not have."""
     if m.head_impl in ("auto", "dense", "chunked"):
         return
+    if device == "cuda":  # Not all processes of torchrun on the first GPU.
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     head = HarmonicHead(m.n_embd, 2, m.head, **m.head_arguments()).to(device)
     try:
         head.loss(torch.ones(1, m.n_embd, device=device), torch.zeros(1, device=device).long())
@@ -335,8 +337,13 @@ def check_out_dir(c: TrainConfig) -> None:
     """Raises UserError if out_dir holds another run, or is not a folder."""
     out_dir = Path(c.out_dir)
     holds_run = (out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()
-    if c.init_from == "scratch" and not c.overwrite and holds_run and not c.eval_only:
+    if c.init_from == "scratch" and not c.overwrite and holds_run:
         resume = ""
+        if c.eval_only:
+            raise UserError(
+                f"{out_dir} holds a run: --init_from=resume evaluates it. To evaluate another"
+                " model, name another --out_dir"
+            )
         if checkpoint.folders(out_dir):
             resume = f"resume it with --init_from=resume --out_dir={out_dir}, "
         raise UserError(
@@ -413,8 +420,8 @@ class Restored:
 
     folder: the checkpoint that was loaded.
     changed: the settings that this start changes, compared with the last start: key -> [before,
-        now]. If the text differs, it has the keys `text` and `val_text`.
-    differs: the same, compared with the start that wrote the checkpoint.
+        now]. If the text is not that of the checkpoint, it has the keys `text` and `val_text`.
+    differs: the same, but settings too are compared with the start that wrote the checkpoint.
     """
 
     progress: Progress
@@ -456,12 +463,13 @@ def restore(
         if before not in (None, now):  # Older checkpoints have no val_data.
             changed[key] = [before, now]
     this_start = {"iter": manifest["iter"], "changed": changed}
-    # A start that was killed or refused may have changed the windows, too.
-    kept = p.from_main(lambda: kept_starts(out_dir, this_start))
-    if manifest["iter"] <= evaluated_alike_since(kept):
+    # A start that was killed or refused may have changed settings, too.
+    differs = p.from_main(lambda: kept_starts(out_dir, this_start))[-1]["changed"]
+    windows = c.eval_iters * c.batch_size
+    if other_windows(differs) or manifest.get("windows", windows) != windows:
         manifest["best_val_loss"] = math.inf
     iteration = manifest["iter"]
     evaluated = -1 if manifest["val_loss"] is None else iteration
     skipped = manifest["skipped"], manifest.get("skipped_in_a_row", 0)
     progress = Progress(iteration, manifest["best_val_loss"], evaluated, *skipped)
-    return Restored(progress, folder, changed, kept[-1]["changed"])
+    return Restored(progress, folder, changed, differs)

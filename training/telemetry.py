@@ -40,8 +40,11 @@ PEAK_FLOPS = {
     "V100": 125e12,  # fp16
     "T4": 65e12,  # fp16
 }
-# Slower or faster cards whose names contain one of these, and parts of a card.
+# Cards of another speed, and parts of a card, whose names contain a key of PEAK_FLOPS.
 OTHER_CARDS = re.compile(r"Laptop|4090 D|3090 Ti|\bMIG\b|GRID|-\d+[ABCQ]\b")
+
+
+TEXTS = ("text", "val_text")  # What a resume can change besides settings.
 
 
 def peak_flops(device: str) -> float | None:
@@ -447,16 +450,18 @@ def kept_starts(out_dir: Path, now: dict | None = None) -> list[dict]:
         changed = start["changed"]
         while kept and kept[-1]["iter"] >= start["iter"]:
             changed = _together(kept.pop()["changed"], changed)
-        # Nothing was trained before iteration 0 that could differ.
-        kept.append({**start, "changed": changed if start["iter"] else {}})
+        kept.append({**start, "changed": changed})
     return kept
 
 
 def _together(first: dict, then: dict) -> dict:
-    """The changes of two starts in a row, key -> [before, now], as those of one."""
-    found = dict(first)
+    """The changes of two starts in a row, key -> [before, now], as those of one.
+
+    Texts are compared with the checkpoint, so only the second start's count.
+    """
+    found = {key: both for key, both in first.items() if key not in TEXTS}
     for key, (before, now) in then.items():
-        found[key] = [first[key][0] if key in first else before, now]
+        found[key] = [found[key][0] if key in found else before, now]
     return {key: both for key, both in found.items() if both[0] != both[1]}
 
 
@@ -468,8 +473,7 @@ def evaluated_alike_since(kept: list[dict]) -> int:
 
 def other_windows(changed: dict) -> bool:
     """Whether changed settings, key -> [before, now], change the windows of the validation loss."""
-    texts = any(key in changed for key in ("text", "val_text"))
-    return texts or _resized(changed, "eval_iters", "batch_size")
+    return any(key in changed for key in TEXTS) or _resized(changed, "eval_iters", "batch_size")
 
 
 def other_iterations(out_dir: Path) -> bool:

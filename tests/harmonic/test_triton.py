@@ -27,7 +27,7 @@ runs = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="no GPU; test_in_the_interpreter runs it without one",
 )
-SPILLED = 96  # bytes a thread
+SPILLED = 16  # bytes a thread
 compiles = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
 
 
@@ -426,6 +426,10 @@ def test_in_the_interpreter(which):
     assert " passed" in done.stdout, done.stdout[-1000:]
 
 
+def may_spill(kernel: str, variant: str) -> int:
+    return 96 if (kernel, variant) == ("gradient", "canberra by rows") else SPILLED
+
+
 @compiles
 @pytest.mark.parametrize(
     "turn, turns, arch",
@@ -447,17 +451,19 @@ def test_compiles(turn, turns, arch):
     step = [(name, work) for name, work in step if name[0] != "tile" or "+raw" in name[1]]
     for name, work in step[turn::turns]:
         found = gpu_compile.compiled(*work, arch)
-        assert max(found["spill_stores"], found["spill_loads"]) <= SPILLED, (name, found)
+        assert max(found["spill_stores"], found["spill_loads"]) <= may_spill(*name), (name, found)
 
 
 @compiles
 def test_table_of_registers():
-    """results/gpu_compile.csv lists today's kernels, and none spills more than a few registers
-    around its inner loop."""
+    """results/gpu_compile.csv lists today's kernels. None but canberra's gradient spills more than
+    a few registers."""
     gpu_compile = pytest.importorskip("benchmarks.gpu_compile")
     rows = list(csv.DictReader((ROOT / "results" / "gpu_compile.csv").open()))
     assert Counter((r["kernel"], r["variant"]) for r in rows) == dict.fromkeys(
         gpu_compile.variants(), 3
     )
     assert {r["arch"] for r in rows} == {"sm_80", "sm_90", "sm_100"}
-    assert not [r for r in rows if max(int(r["spill_stores"]), int(r["spill_loads"])) > SPILLED]
+    for r in rows:
+        spilled = max(int(r["spill_stores"]), int(r["spill_loads"]))
+        assert spilled <= may_spill(r["kernel"], r["variant"]), r
