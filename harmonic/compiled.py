@@ -47,7 +47,7 @@ def raw_values(
     y_is_finite: the caller knows that y is finite. This saves a pass over the table.
     """
     if torch.compiler.is_dynamo_compiling():
-        from .untraced import raw_values as untraced
+        from .graph_breaks import raw_values as untraced
 
         return untraced(x, y, kernel, options, y_is_finite)
     return _raw_values(x, y, kernel, options, y_is_finite)

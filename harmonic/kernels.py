@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from .compiled import transformed
+from .double_backward import plain_gradients, wants_graph
 from .maps import unit
 from .precision import FLOAT32, Products, inner_products
-from .twice import plain_gradients, wants_graph
 
 # Numbers in a block of (rows, prototypes, coordinates). 2^18 floats, 1 MiB, fit in a core's cache.
 BLOCK = 2**18
@@ -217,7 +217,7 @@ def pairs(
         return _exported(x, y, kernel, options)
     how = products if x.dtype == torch.float32 else FLOAT32
     if torch.compiler.is_dynamo_compiling():
-        from .untraced import pairs as untraced
+        from .graph_breaks import pairs as untraced
 
         return untraced(x, y, kernel, options, how)
     return _pairs(x, y, kernel, options, how)

@@ -59,7 +59,7 @@ def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
     if torch.compiler.is_exporting():
         return unit(x, 2)
     if torch.compiler.is_dynamo_compiling():
-        from .untraced import fast_unit
+        from .graph_breaks import fast_unit
 
         return fast_unit(x)
     return _fast_unit(x)

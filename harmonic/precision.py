@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .twice import wants_graph
+from .double_backward import wants_graph
 
 # Whether torch.mm can return float32 for half-precision operands: PyTorch 2.8 or newer, and CUDA.
 HAS_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "") and not torch.version.hip

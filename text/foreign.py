@@ -62,7 +62,9 @@ def nanogpt_characters(path: Path) -> str:
             raise ValueError("itos and stoi differ")
         characters.encode("utf-8")
     except NOT_A_VOCABULARY as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error) or "it is cut short"
+        what = str(error) or "it is cut short"
+        if isinstance(error, KeyError):
+            what = f"it has no {error}"
         problem = f"{path} is not nanoGPT's vocabulary of characters ({what})"
         raise UserError(f"{problem}; nothing in it was run") from None
     return characters

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..compiled import transformed
+from ..double_backward import plain_gradients, wants_graph
 from ..pairwise import full_float32, map_both
-from ..twice import plain_gradients, wants_graph
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
 
@@ -27,7 +27,7 @@ def evaluate(problem: Problem) -> Tensor:
     """The loss of a problem, differentiable: a scalar, or (N,) for reduction="none"."""
     if problem.spec.impl == "dense" or transformed():
         if torch.compiler.is_dynamo_compiling():
-            from ..untraced import dense
+            from ..graph_breaks import dense
 
             return dense(problem)
         return _dense(problem)

@@ -39,11 +39,11 @@ from numba import njit, prange
 from numba.core import types as nb
 from numba.extending import intrinsic
 
+from ..double_backward import plain_gradients, wants_graph
 from ..kernels import KERNELS, NEAR, sizes
 from ..links import CONTROL as CONTROL_NAME
 from ..maps import unit
 from ..precision import FLOAT32, Multiply
-from ..twice import plain_gradients, wants_graph
 from . import Backend, Problem, Result
 from .mapped import Sides
 

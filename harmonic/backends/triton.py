@@ -44,11 +44,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ..double_backward import plain_gradients, wants_graph
 from ..kernels import KERNELS, NEAR
 from ..links import log_ratio
 from ..maps import unit
 from ..precision import FLOAT32
-from ..twice import plain_gradients, wants_graph
 from . import Backend, Problem, Result
 from .mapped import Sides
 

@@ -670,8 +670,8 @@ def __getattr__(name: str):
 # The files that a folder needs. Compiled kernels are only in the installed package.
 SOURCES = (
     "__init__.py", "compiled.py", "distances.py", "head.py", "kernels.py", "links.py", "loss.py",
-    "maps.py", "match.py", "pairwise.py", "precision.py", "prepared.py", "twice.py",
-    "untraced.py",
+    "maps.py", "match.py", "pairwise.py", "precision.py", "prepared.py", "double_backward.py",
+    "graph_breaks.py",
     "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py",
     "integrations/__init__.py", "integrations/modeling_harmonic.py", "integrations/transformers.py",
 )  # fmt: skip
