@@ -10,7 +10,7 @@ run's folder.
 
 Exit status:
     0               the run is trained
-    2               the input is wrong; nothing is lost
+    2               the input is wrong, or there is too little memory; checkpoints stay
     3               a loss or gradient is not finite, also a validation loss
     4               the run is trained, but its last checkpoint could not be written
     129, 130,       stopped by SIGHUP, Ctrl-C, SIGUSR1 or SIGTERM, with a checkpoint of the last

@@ -309,6 +309,8 @@ def changed(run: Run) -> str | None:
     found, later = [], run.config
     for start in reversed(kept_starts(run.path)):
         at, changes = start["iter"], start["changed"]
+        if not at:  # Nothing was trained before.
+            continue
         before = replace(later, **{k: old for k, (old, _) in changes.items() if k in vars(later)})
         # A schedule that was the same until here is no change, such as the decay of a fork.
         same = not changes or np.allclose(

@@ -9,6 +9,7 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import errno
 import functools
 import inspect
 import io
@@ -75,24 +76,29 @@ def show_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("show_bytes", show_bytes)
 
 
-def cli(main: Callable[[], object]) -> None:
+def cli(main: Callable[[], object], prints: bool = True) -> None:
     """Runs `main()`. For a UserError it prints the message on stderr and exits with status 2.
 
     The same holds for a file that the system refuses, and for output that a full disk does not
     take. Ctrl-C exits with status 130 and a word, unless `main` handles it.
+    prints: whether what it prints is its result. If not, lost output does not change the status.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `say_loading`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="show_bytes")
+    status: str | int | None = 1  # of an exception that nobody has foreseen
     try:
         _explain(main)
-    except SystemExit:
-        flush()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
         raise
-    if status := flush():
-        sys.exit(status)
+    finally:
+        lost = flush()
+        if lost and not status and prints:
+            sys.exit(lost)
 
 
 def _explain(main: Callable[[], object]) -> None:
@@ -105,37 +111,43 @@ def _explain(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         leave(130, f"\n{script_name()}: interrupted" if first else None)
     except BrokenPipeError:  # The reader of a pipe (head, less) has closed it.
-        leave(flush() or 1, None)
+        leave(1, None)
     except OSError as error:
         # Each process speaks here, because its files may be its own.
         if error.filename is not None:
             leave(2, f"{script_name()}: {error.filename}: {error.strerror}")
-        if status := flush():  # A `print` failed, because the disk of the output is full.
-            sys.exit(status)
+        if error.errno == errno.ENOSPC:  # Of the output, which `flush` tells, or of an open file.
+            leave(2, None if flush() else f"{script_name()}: {error.strerror}")
         raise  # It names no file, so it may be a fault of the program.
 
 
 def leave(status: int, message: str | None) -> typing.NoReturn:
     """Ends the process with a message on stderr."""
-    if message:
-        print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr can be a full disk, too.
+        if message:
+            print(message, file=sys.stderr)
     sys.exit(status)
 
 
 def flush() -> int:
-    """Writes out what was printed. If that fails it says why, and drops what is left, so that
-    Python does not fail on it at exit. Returns the exit status of the failure, or 0."""
-    if sys.stdout is None:  # It was closed before the program started.
-        return 0
-    try:
-        sys.stdout.flush()
-        return 0
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 1
-        print(f"{script_name()}: output: {error.strerror}", file=sys.stderr)
-        return 2
+    """Writes out what was printed. What cannot be written is dropped, so that Python does not fail
+    on it at exit. Returns 0, or the exit status if some of the output is lost."""
+    status = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:  # None: closed before the program started.
+                stream.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+            if stream is sys.stdout:
+                status = 1 if isinstance(error, BrokenPipeError) else 2
+            if status == 2:
+                with contextlib.suppress(OSError):
+                    print(f"{script_name()}: output: {error.strerror}", file=sys.stderr)
+    return status
 
 
 def script_name() -> str:
@@ -158,8 +170,9 @@ class Flat(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
-        """A number. 1:30, which YAML takes for 90, stays a text."""
-        if ":" in node.value:
+        """A number. What YAML reads in another way than Python stays a text: 1:30 (as 90), 010 (as
+        8) and .inf."""
+        if re.search(r":|inf|nan|^[-+]?0\d", node.value.lower()):
             return str(node.value)
         whole = node.tag.endswith(":int")
         return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
@@ -180,7 +193,7 @@ def read_yaml(path: str | Path) -> dict:
         values = yaml.load(path.read_text(encoding="utf-8"), Flat) or {}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist, not UTF-8
+    except (yaml.YAMLError, ValueError, IndexError) as error:  # such as a date that is none
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

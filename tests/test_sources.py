@@ -20,7 +20,7 @@ import zstandard
 from conftest import ROOT
 from test_prepare import documents, fails, make_documents, run, write_jsonl
 
-from base.command_line import cli, read_yaml, show_bytes, write_yaml
+from base.command_line import cli, parse, read_yaml, show_bytes, write_yaml
 from base.errors import UserError
 from base.files import seal, unseal
 from text.documents import cut, pieces
@@ -284,16 +284,20 @@ def test_what_the_system_refuses_is_one_message(main, message, capfd):
 
 
 def test_output_that_cannot_be_written(tmp_path):
-    """Python itself would write at exit, fail there, and exit with status 120. A full file is not
-    the output's fault, and a closed output is no error."""
+    """Python itself would write at exit, fail there, and exit with status 120."""
     full = "-c: output: No space left on device\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     for main, redirection, expected in (
         ("print(1)", "> /dev/full", (2, full)),
-        ("print(1) or sys.exit(4)", "> /dev/full", (4, full)),
+        ("print('x' * 10**5)", "> /dev/full", (2, full.replace("output: ", ""))),
         ("print(1, flush=True)", "> /dev/full", (2, full)),
+        ("print(1) or sys.exit(4)", "> /dev/full", (4, full)),
+        ("print(1) or 1 / 0", "> /dev/full 2> /dev/full", (1, "")),
+        ("print(1) or open('no/such/file')", "> /dev/full 2> /dev/full", (2, "")),
+        ("print(1), prints=False", "> /dev/full", (0, full)),
         ("print(1)", ">&-", (0, "")),
         ("print(1) or sys.exit(4)", ">&-", (4, "")),
+        ("sys.stdout.close()", "", (0, "")),
     ):
         code = f"import sys; from base.command_line import cli; cli(lambda: {main})"
         done = subprocess.run(
@@ -305,13 +309,27 @@ def test_output_that_cannot_be_written(tmp_path):
         )
         assert (done.returncode, done.stderr) == expected, (main, redirection)
 
+
+def test_a_full_file_is_one_message_and_the_output_stays(capfd):
     def full_file():
         print(1)
         with open("/dev/full", "w", buffering=1) as file:
             file.write("a\n")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SystemExit) as stop:
         cli(full_file)
+    out, err = capfd.readouterr()
+    assert (stop.value.code, out) == (2, "1\n") and "No space left on device" in err
+
+
+def test_numbers_of_a_config_file_are_those_of_a_command_line(tmp_path):
+    """010 is ten, as for --seed=010, and an overridden .inf does not matter."""
+    (tmp_path / "c.yaml").write_text(
+        "seed: 010\nlearning_rate: .inf\nbeta1: 5e-1\nbatch_size: 0x10"
+    )
+    words = [str(tmp_path / "c.yaml"), "--learning_rate=1"]
+    (found,) = parse(words, TrainConfig, config_file=True)
+    assert (found.seed, found.learning_rate, found.beta1, found.batch_size) == (10, 1, 0.5, 16)
 
 
 def test_any_file_name_is_printed_and_stored(tmp_path, monkeypatch):

@@ -348,6 +348,8 @@ BAD_META = {
     "gaps": (pickle.dumps({"itos": {0: "a", 2: "c"}, "stoi": {"a": 0, "c": 2}}), "it has no 1"),
     "differ": (pickle.dumps({"itos": {0: "a", 1: "c"}, "stoi": {"a": 1, "c": 0}}), "differ"),
     "unbalanced": (b"\x80\x04u.", "not nanoGPT's vocabulary"),
+    "cut in a length": (b"\x80\x05\x95\x12\x04", "not nanoGPT's vocabulary"),
+    "much memory": (b"\x80\x05\x96\xff\xff\xff\xff\x00\x00\x00\x00.", "it has no 150"),
     "nothing": (b"\x80\x04.", "not nanoGPT's vocabulary"),
 }
 

@@ -6,6 +6,7 @@ dictionaries, lists, numbers and texts.
 
 import io
 import pickle
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ MANY_IDS = 1000  # In ordinary text, some of so many tokens are words.
 # What `pickle` raises for a file that is cut short, or no pickle, and what a wrong mapping raises.
 NOT_A_VOCABULARY = (
     pickle.UnpicklingError,
+    struct.error,
     EOFError,
     ValueError,
     LookupError,
@@ -40,8 +42,11 @@ NOT_A_VOCABULARY = (
 class PlainUnpickler(pickle._Unpickler):
     """Refuses everything that needs an import. So nothing in a file can call a function.
 
-    It is the reader in Python. That in C allocates as much memory as a file asks for.
+    It is the reader in Python. That in C allocates as much memory as a file asks for, and so does
+    the instruction that is left out here.
     """
+
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"it holds {module}.{name}, which is more than numbers and text")

@@ -264,10 +264,15 @@ def best(out_dir: Path) -> Path | None:
     """
     scored = {f: m for f, m in manifests(out_dir).items() if m["val_loss"] is not None}
     since = evaluated_alike_since(kept_starts(out_dir))
-    late = {f: m for f, m in scored.items() if m["iter"] > since}
-    if late:  # Older checkpoints do not say how many windows their loss is of.
-        windows = list(late.values())[-1].get("windows")
-        late = {f: m for f, m in late.items() if m.get("windows", windows) == windows}
+
+    def counts(manifest: dict) -> bool:
+        """Whether its loss is of the same windows as the newest one."""
+        newest = list(scored.values())[-1]
+        if "windows" in manifest and "windows" in newest:
+            return all(manifest[key] == newest[key] for key in ("windows", "val_data"))
+        return bool(manifest["iter"] > since)  # Another version wrote one of the two.
+
+    late = {f: m for f, m in scored.items() if counts(m)}
     found = {f: m["val_loss"] for f, m in (late or scored).items()}
     return min(found, key=lambda f: (math.isnan(found[f]), found[f])) if found else None
 

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from base.command_line import cli
+from base.command_line import cli, flush
 from base.errors import UserError
 from base.output import say
 from model import Model
@@ -322,7 +322,7 @@ def run(main: Callable[[], object]) -> None:
     lock, and joins a thread that waits for that lock.
     """
     if "RANK" not in os.environ:
-        cli(lambda: _explain(main))
+        cli(lambda: _explain(main), prints=False)
         return
 
     def tell() -> None:
@@ -337,14 +337,13 @@ def run(main: Callable[[], object]) -> None:
 
     status = 0
     try:
-        cli(tell)
+        cli(tell, prints=False)
     except SystemExit as stop:
         status = int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(status)
 
 

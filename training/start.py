@@ -339,6 +339,8 @@ def check_out_dir(c: TrainConfig) -> None:
     holds_run = (out_dir / "config.yaml").exists() or (out_dir / "ckpt").exists()
     if c.init_from == "scratch" and not c.overwrite and holds_run:
         resume = ""
+        if c.eval_only and c.source:
+            return  # It writes nothing.
         if c.eval_only:
             raise UserError(
                 f"{out_dir} holds a run: --init_from=resume evaluates it. To evaluate another"

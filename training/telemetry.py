@@ -479,7 +479,7 @@ def other_windows(changed: dict) -> bool:
 def other_iterations(out_dir: Path) -> bool:
     """Whether a start of a run has changed the number of windows in an iteration."""
     keys = "batch_size", "gradient_accumulation_steps"
-    return any(_resized(s.get("changed", {}), *keys) for s in starts(out_dir))
+    return any(_resized(s["changed"], *keys) for s in starts(out_dir) if s["iter"])
 
 
 def _resized(changed: dict, *keys: str) -> bool:
