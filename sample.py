@@ -213,6 +213,10 @@ class Explainer:
         power = 1 / row.root(**row.kernel_options(row.options | self.head.options))
         if row.has_products:
             self.share = "of sum |h w|"
+        elif row.map is not None and row.map.multiplies:
+            self.share = "of sum |d (P d)|, with d = h - w"
+        elif row.kernel == "l2_plus":
+            self.share = "of sum (h - w)^2"
         elif power != 1:
             self.share = f"of d^{power:g}"
         else:

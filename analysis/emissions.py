@@ -101,7 +101,9 @@ def time_to(target: float, points: list[tuple[float, float]]) -> float | None:
     """
     for (t0, a), (t1, b) in zip([*points[:1], *points], points, strict=False):
         if b <= target:
-            return t1 if a <= target or a == b else t0 + (t1 - t0) * (a - target) / (a - b)
+            if a <= target or not math.isfinite(a):
+                return t1
+            return t0 + (t1 - t0) * (a - target) / (a - b)
     return None
 
 

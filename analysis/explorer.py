@@ -136,10 +136,14 @@ def measure_of(head: HarmonicHead) -> str:
             text += " A long prototype is near to many tokens."
     else:
         text = f"Nearest means the smallest distance of two prototypes h and w: {distance.formula}."
+    if distance.map is not None and distance.map.multiplies:  # It mixes coordinates.
+        return f"{text} The share of a coordinate is its part of sum |d (P d)|, with d = h - w."
     if distance.has_squares:
         text += " The share of a coordinate is its part of the sum of squares."
     if distance.kernel == "linf":
         text += " The coordinate that attains the maximum has the whole share."
+    if distance.kernel == "lse":
+        text += " The share of a coordinate is its weight in the smooth maximum."
     if distance.map is not None:
         text += " Coordinates are counted after the head's map of both vectors."
     return text

@@ -134,6 +134,8 @@ def measure(run: Run) -> list[dict]:
             "not_finite": not_finite(metrics, key),
             **(found if count else dict.fromkeys(found)),
         }
+        if part != "all":  # Clipping looks at the norm of all gradients.
+            row["clip_rate"] = None
         row |= dict.fromkeys(("loss_spikes", "radius_start", "radius_end", "growth"))
         if part == "all":
             row |= {

@@ -12,8 +12,8 @@ gamma_5 ...  (smallest d_j of the others) - d_y at the 5 % and 50 % quantiles of
              predicted right. For a head without a distance it is the difference of the logits
 R, |W|       the largest |h|, and the Frobenius norm of the prototypes
 bound_5 ...  R |W| / (gamma sqrt N), the term of the PAC-Bayes bound of 2603.10225. N is the number
-             of tokens predicted in training, with repeats. Scaling h and w changes this term, but
-             not the loss of a homogeneous distance
+             of tokens predicted in training, with repeats. Scaling h and w changes this term
+             (except for squared distances), but not a harmonic loss of a homogeneous distance
 bound holds  share of tokens for which the bound on p_y above holds; only for the harmonic link
 
 The picture shows the margins, the KL to the linearised softmax over training, and a toy example:
@@ -42,6 +42,7 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.errors import UserError
 from harmonic import HEADS, HarmonicHead, distance
 from model import Model
 from text.token_files import Data
@@ -100,7 +101,12 @@ def margins(
 def measure(
     run: Run, model: Model, iteration: int, data: Data, split: str
 ) -> tuple[dict, torch.Tensor]:
-    """The row of a run at an iteration, and the margin rho of each token (N,)."""
+    """The row of a run at an iteration, and the margin rho of each token (N,).
+
+    Raises: UserError if a prototype is not finite.
+    """
+    if not model.head.prototypes().isfinite().all():
+        raise UserError(f"{run.path} has prototypes that are not finite: the training diverged")
     h, targets = states_of(model, data, split)
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0

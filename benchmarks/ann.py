@@ -1,7 +1,8 @@
 """The speed and the errors of decoding from the nearest prototypes, compared with all logits.
 
     python -m benchmarks.ann out/demo/cosine out/demo/cross_entropy    # about 15 minutes
-    python -m benchmarks.ann --heads=manhattan --graphs=[]             # one head, exact search
+    # one head, exact search
+    python -m benchmarks.ann --heads=manhattan --graphs=[] --out=out/ann.csv
 
 Each head that faiss can search is measured at GPT-2's size, with random prototypes, N(0, 0.02^2),
 and random layer-normalised states. Random prototypes have no clusters, which is the worst case for
@@ -81,6 +82,8 @@ class AnnConfig:
     def problems(self) -> list[str]:
         unknown = [name for name in self.heads + self.graphs if name not in supported()]
         found = [f"faiss cannot search {name}" for name in unknown]
+        if self.vocab_size < TOP or self.candidates < TOP:
+            found.append(f"vocab_size and candidates must be at least {TOP}, for recall_{TOP}")
         if self.N < 8:
             found.append(f"N={self.N} must be at least 8")
         if self.rounds < 1:

@@ -39,6 +39,7 @@ import harmonic.precision
 from analysis import tables
 from analysis.runs import find_runs
 from base.command_line import cli, parse
+from base.errors import check
 from harmonic import HEADS as TABLE
 from harmonic import HarmonicHead, harmonic_loss, match
 from harmonic.precision import FLOAT32, SPLIT, Products
@@ -130,6 +131,11 @@ def trained_and_matched(folders: list[str], name: str) -> list[Case]:
     """The cases with trained and, for a distance, with matched prototypes."""
     runs = find_runs(folders)
     first, last = runs[0], runs[-1]
+    check(
+        [f"name two runs, not {len(runs)}"] * (len(runs) != 2)
+        + [f"{first.path}: the first run must be of cross_entropy"]
+        * (first.model_config.head != "cross_entropy")
+    )
     run = first if TABLE[name].is_control else last
     model, _ = run.load()
     head = HarmonicHead(

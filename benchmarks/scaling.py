@@ -35,6 +35,7 @@ from tqdm import tqdm
 from analysis import figures, tables
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.errors import UserError
 from model import Model, ModelConfig
 from training.config import TrainConfig
 from training.distributed import launcher
@@ -78,6 +79,10 @@ class ScalingConfig:
     out: str = "results/scaling.csv"
     """the table; the figure is written beside it"""
 
+    def problems(self) -> list[str]:
+        found = [f"rounds={self.rounds} must be at least 1"] * (self.rounds < 1)
+        return found + [f"iters={self.iters} must be at least 5"] * (self.iters < 5)
+
 
 # Kinds of measured runs: how, scaling and processes.
 KINDS = (
@@ -113,7 +118,9 @@ def train(c: ScalingConfig, home: str, how: str, scaling: str, processes: int) -
         settings["parallel"] = how
     flags = [f"--{k}={v}" for k, v in settings.items()]
     words = ["env", "OMP_NUM_THREADS=1", sys.executable, *launcher(processes), "train.py", *flags]
-    subprocess.run(words, check=True, capture_output=True)
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"train.py ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     speeds = [m["tokens_per_s"] for m in read_metrics(f"{home}/run") if "tokens_per_s" in m]
     return statistics.median(speeds[4:])
 

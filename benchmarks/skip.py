@@ -1,7 +1,7 @@
 """Measures the effect of skipping negligible pairs: time, and errors of gradients.
 
     python -m benchmarks.skip out/manhattan out/canberra      # trained runs, elementwise heads
-    python -m benchmarks.skip  # only random input, at the demo's size
+    python -m benchmarks.skip --out=out/skip.csv  # only random input, at the demo's size
 
 In each row, pairs whose slope |dL/draw| is below skip / V of the target's are skipped (see
 `harmonic_loss`). The kernels save time when all pairs of a 4 x 4 tile are skipped. For several
@@ -36,7 +36,7 @@ class SkipConfig:
 
     runs: list[str] = field(default_factory=list)
     """run folders"""
-    skips: str = "1e-6,1e-4,1e-2"
+    skips: list[float] = field(default_factory=lambda: [1e-6, 1e-4, 1e-2])
     """values of `skip` to measure"""
     N: int = 1024
     """number of states"""
@@ -131,7 +131,7 @@ def main() -> None:
             for r in matmul
         ]
     )
-    skips, rows = [float(s) for s in c.skips.split(",")], []
+    skips, rows = c.skips, []
     g = torch.Generator().manual_seed(0)
     head = HarmonicHead(192, 4096, "manhattan", exponent="dim")
     h = F.layer_norm(torch.randn(c.N, 192, generator=g), (192,))

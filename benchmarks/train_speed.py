@@ -36,6 +36,7 @@ from tqdm import tqdm
 from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.errors import UserError
 from model import Model, ModelConfig
 from text.token_files import load_data
 from training.checkpoint import snapshot
@@ -72,6 +73,10 @@ class SpeedConfig:
     """a folder prepared with bpe:4096"""
     out: str = "results/train_speed.csv"
     """the table"""
+
+    def problems(self) -> list[str]:
+        found = [f"rounds={self.rounds} must be at least 1"] * (self.rounds < 1)
+        return found + [f"iters={self.iters} must be at least 9"] * (self.iters < 9)
 
 
 class Plain(nn.Module):
@@ -153,12 +158,16 @@ def train(c: SpeedConfig, out: Path, **flags: object) -> list[dict]:
         max_iters=c.iters,
     )
     settings |= flags
-    subprocess.run(
-        [sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    printed([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())])
     return read_metrics(out)
+
+
+def printed(command: list[str]) -> str:
+    """What a command prints. UserError, with the end of its messages, if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"it ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
 def cells(what: str, value: str, ratio: str, to: str, dtype: str = "float32") -> dict[str, str]:
@@ -196,13 +205,7 @@ def steps(c: SpeedConfig, home: Path) -> list[dict]:
                     f"--iters={c.iters}",
                     f"--dataset={c.dataset}",
                 ]
-                done = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.train_speed", *words],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                )
-                speed = float(done.stdout)
+                speed = float(printed([sys.executable, "-m", "benchmarks.train_speed", *words]))
             found[who, dtype].append(speed)
     rows, compared = [], {("train.py", "bfloat16"): ["float32", "bfloat16"]}
     for who, dtype in kinds:

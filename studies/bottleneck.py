@@ -9,6 +9,7 @@ defines the share.
 """
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from analysis.tables import Column, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
 from harmonic import CONTROLS
+from model import ModelConfig
 from studies.runner import Job, Row, Table, TrainingConfig, complete
+from training.config import TrainConfig
 
 STAGES = (20, 60, 150, 300, 500)
 TOKENS = 64
@@ -53,6 +56,18 @@ class BottleneckStudyConfig(TrainingConfig):
     runs: str = "out/bottleneck"
     """folder of the runs"""
 
+    def problems(self) -> list[str]:
+        model, _ = parse([self.config], ModelConfig, TrainConfig, config_file=True)
+        found = super().problems()
+        if model.n_embd != WIDTH:
+            found.append(
+                f"config={self.config}: n_embd={model.n_embd}, but the rows of the table are of"
+                f" {WIDTH}"
+            )
+        if self.nproc_per_node != 1:
+            found.append("nproc_per_node: each run of this study is one process")
+        return found
+
 
 def stages(c: BottleneckStudyConfig, head: str, link: str) -> list[dict]:
     """Trains a head stage by stage. Returns a row for each stage. UserError if training fails."""
@@ -66,7 +81,8 @@ def stages(c: BottleneckStudyConfig, head: str, link: str) -> list[dict]:
         words = [f"--{name}={value}" for name, value in flags.items()]
         start = ["--overwrite=true"] if stage == STAGES[0] else ["--init_from=resume"]
         command = [sys.executable, "train.py", c.config, f"--out_dir={folder}", *words, *start]
-        done = subprocess.run(command, capture_output=True, text=True)
+        one = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"} if c.workers > 1 else {}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **one})
         if done.returncode:
             raise UserError(f"{folder} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
         (run,) = find_runs([str(folder)])

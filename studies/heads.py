@@ -489,9 +489,9 @@ def measure(c: StudyConfig, run: Path, s: Row) -> dict:
         torch.set_num_threads(1)
     metrics = read_metrics(run)
     losses = [m for m in metrics if "val_loss" in m]
-    model, *_ = checkpoint.load_run(run)
+    model, settings, _ = checkpoint.load_run(run)
     prototypes = model.head.prototypes()
-    steady = stability(metrics, read_yaml(c.config).get("grad_clip", 1.0))
+    steady = stability(metrics, settings["grad_clip"])
     shape = spectrum(prototypes)
     row = {
         "val_loss": f"{losses[-1]['val_loss']:.6f}",
@@ -545,6 +545,12 @@ def main() -> None:
         return [training(s) for s in Plan(table, c, base).settings()]
 
     complete_trainings(c, table, wanted, functools.partial(measure, c))
+    if set("34") & set(c.stages) and not Plan(table, c, base).champions:
+        print(
+            f"stages 3 and 4 need the best heads of stage 2, and {c.out} lacks some of them: run"
+            " stages 1 and 2 of all heads first (without --only)",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -367,7 +367,8 @@ class VisionConfig:
     """the table; its rows are not computed again, even with other seeds, epochs, limit or size, so
     name another table for other settings"""
     runs: str = "out/vision"
-    """folder of the models, from which the pictures are drawn"""
+    """folder of the models, from which the pictures are drawn; for another table name another
+    folder"""
     datasets: str = "mnist5k fashion_mnist"
     """names or folders, separated by spaces; the sweep uses the first"""
     backbones: str = "linear mlp cnn"
@@ -393,6 +394,10 @@ class VisionConfig:
         for b in self.backbones.split():
             if b not in BACKBONES:
                 found.append(f"backbones: unknown {b}; choose from {', '.join(BACKBONES)}")
+        if 0 < self.limit < 1 / HELD_OUT:
+            found.append(
+                f"limit={self.limit}: a tenth of the images is held out, so take 10 or more"
+            )
         if not self.datasets.split() or not self.backbones.split():
             found.append("datasets and backbones: name at least one of each")
         if self.only not in (None, *(head for head, _ in HEADS)):
@@ -475,7 +480,8 @@ def run(c: VisionConfig, key: Row, chosen: tuple[float, float] | None) -> list[d
         model, row = run_one(key, images, rate, multiple, seed, c.epochs)
         rows.append(row | tested(model, images, prototypes=key["backbone"] == "linear"))
         if seed == 1:
-            write_whole(folder / "model.pt", functools.partial(torch.save, model.state_dict()))
+            kept = {"weights": model.state_dict(), "val_loss": row["val_loss"]}
+            write_whole(folder / "model.pt", functools.partial(torch.save, kept))
     emissions.stop()
     if used := energy(folder):
         # CodeCarbon measures the whole machine for each of the workers.

@@ -189,8 +189,12 @@ def stored(
         path = model_file(c, dataset, backbone, head, link)
         mine = select(rows, dataset, backbone, head, link)
         if mine and path.is_file():
+            kept = torch.load(path, weights_only=True)
+            if kept.get("val_loss") != mine[0]["val_loss"]:
+                print(f"{path} is of another table than {c.table}: left out of the pictures")
+                continue
             model = Classifier(images, backbone, head, link, float(mine[0]["multiple"]))
-            model.load_state_dict(torch.load(path, weights_only=True))
+            model.load_state_dict(kept["weights"])
             if link == "softmax":
                 model.head.set_strength(float(mine[0]["scale"]))
             found[head, link] = model.eval()

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from analysis import explorer
 from analysis.runs import Run
 from base.errors import UserError
 from harmonic import HarmonicHead, contributions, distance
+from sample import Explainer
 
 HEADS = ("cross_entropy", "cosine_linear", "cosine", "manhattan", "chebyshev", "mahalanobis")
 
@@ -65,6 +67,22 @@ def test_the_numbers_are_those_of_the_head(monkeypatch, name):
     at = unpack(found["coordinates"], "<u2", count, kept, largest).long()
     torch.testing.assert_close(shares, parts.gather(-1, at), atol=0.005, rtol=0)
     torch.testing.assert_close(shares, parts.topk(largest).values, atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("mahalanobis", "part of sum |d (P d)|", "of sum |d (P d)|, with d = h - w"),
+        ("mahalanobis_diagonal", "part of the sum of squares", "of d^2"),
+        ("chebyshev_smooth", "weight in the smooth maximum", "of d"),
+        ("student_t", "part of the sum of squares", "of sum (h - w)^2"),
+        ("cross_entropy", "part of the sum of |h w|", "of sum |h w|"),
+    ],
+)
+def test_shares_of_coordinates_are_called_what_they_are(name, words, line):
+    head = HarmonicHead(4, 6, name)
+    assert words in explorer.measure_of(head)
+    assert Explainer(SimpleNamespace(head=head), None, 1).share == line
 
 
 def test_different_tokenizers_are_refused(home, tmp_path, monkeypatch):

@@ -259,6 +259,7 @@ def test_time_and_energy_to_a_target():
         emissions.time_to(5.5, points) == pytest.approx(15)
         and emissions.time_to(9.0, points) == 0.0
     )
+    assert emissions.time_to(5.0, [(0, 9.0), (10, math.nan), (20, 4.0)]) == 20
     assert emissions.time_to(4.0, points) is None and emissions.time_to(5.0, points) == 20.0
 
 

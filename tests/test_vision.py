@@ -167,6 +167,12 @@ def test_a_run_the_report_and_its_pictures(tmp_path):
     assert all(
         (tmp_path / f"v_{name}.png").stat().st_size > 1500 for name in ("prototypes", "gradcam")
     )
+    # Models of another table are not in its pictures.
+    report = vision_report.ReportConfig(runs=str(tmp_path / "runs"))
+    images = vision.load("digits", 0, 300)
+    for table_rows, count in ((rows, 1), ([{**r, "val_loss": "9"} for r in rows], 0)):
+        found = vision_report.stored(report, table_rows, images, "digits", "linear")
+        assert len(found) == count
     assert float(rows[-1]["kwh"]) > 0 and vision_report.places(rows) == [
         ("digits", "linear"),
         ("digits", "cnn"),
@@ -180,6 +186,7 @@ def test_a_run_the_report_and_its_pictures(tmp_path):
         ("--backbones=vgg", "unknown vgg"),
         ("--only=cosin", "is not a head"),
         ("--limit=-1", "limit=-1"),
+        ("--limit=5", "limit=5: a tenth of the images is held out"),
     ],
 )
 def test_bad_flags(flag, words, tmp_path):
