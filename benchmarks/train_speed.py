@@ -3,10 +3,10 @@
     python -m benchmarks.train_speed                # about 15 minutes on 2 cores
     python -m benchmarks.train_speed --only=steps
 
-steps        tokens/s of train.py (from its metrics), divided by those of a plain eager loop like
-             nanoGPT's. The model is a GPT with 6 layers, width 384, 256 tokens of context, 8
-             windows, a vocabulary of 4,096 and cross_entropy. Processes alternate, and the result
-             is a median over rounds.
+steps        tokens/s of train.py (from its metrics), divided by those of a plain loop like
+             nanoGPT's. Each compiles its model; the loop is also measured without. The model is a
+             GPT with 6 layers, width 384, 256 tokens of context, 8 windows, a vocabulary of 4,096
+             and cross_entropy. Processes alternate, and the result is a median over rounds.
 shares       the parts of an iteration's time: data, trunk, head, norms and clipping, optimiser
 sample       tokens/s of sample.py for 512 new tokens with the cache of keys and values, divided by
              those without it
@@ -15,6 +15,7 @@ memory       resident memory of train.py over 10,000 iterations of a tiny model
 """
 
 import contextlib
+import json
 import re
 import statistics
 import subprocess
@@ -65,6 +66,8 @@ class SpeedConfig:
     """what to measure; null = all but plain; plain = only the plain loop, with the given dtype"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """autocast type of only=plain"""
+    compile: bool = False
+    """compile the loop of only=plain"""
     iters: int = 24
     """iterations of a process; the first 8 do not count"""
     rounds: int = 3
@@ -77,6 +80,9 @@ class SpeedConfig:
     def problems(self) -> list[str]:
         found = [f"rounds={self.rounds} must be at least 1"] * (self.rounds < 1)
         return found + [f"iters={self.iters} must be at least 9"] * (self.iters < 9)
+
+
+PLAIN, COMPILED, OURS = "plain loop", "plain loop, compiled", "train.py"
 
 
 class Plain(nn.Module):
@@ -120,6 +126,8 @@ def plain(c: SpeedConfig) -> float:
     """
     torch.manual_seed(0)
     model = Plain(SIZE["n_layer"], SIZE["n_head"], SIZE["n_embd"], SIZE["block_size"])
+    if c.compile:
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=c.dtype == "bfloat16")
     T, times = SIZE["block_size"], []
@@ -184,38 +192,33 @@ def cells(what: str, value: str, ratio: str, to: str, dtype: str = "float32") ->
 
 
 def steps(c: SpeedConfig, home: Path) -> list[dict]:
-    """The speed of train.py and of the plain loop."""
-    kinds = [
-        (who, dtype) for dtype in ("float32", "bfloat16") for who in ("plain loop", "train.py")
-    ]
+    """The speed of train.py and of the plain loop, as it is and compiled."""
+    kinds = [(who, dtype) for dtype in ("float32", "bfloat16") for who in (PLAIN, COMPILED, OURS)]
     found: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     for _ in tqdm(range(c.rounds), "steps", disable=None):
         for who, dtype in kinds:
-            if who == "train.py":
-                speeds = [
-                    r["tokens_per_s"]
-                    for r in train(c, home / "steps", dtype=dtype)
-                    if "tokens_per_s" in r
-                ]
+            if who == OURS:
+                lines = train(c, home / "steps", dtype=dtype)
+                speeds = [r["tokens_per_s"] for r in lines if "tokens_per_s" in r]
                 speed = statistics.median(speeds[8:])
             else:
                 words = [
                     "--only=plain",
                     f"--dtype={dtype}",
+                    f"--compile={json.dumps(who == COMPILED)}",
                     f"--iters={c.iters}",
                     f"--dataset={c.dataset}",
                 ]
                 speed = float(printed([sys.executable, "-m", "benchmarks.train_speed", *words]))
             found[who, dtype].append(speed)
-    rows, compared = [], {("train.py", "bfloat16"): ["float32", "bfloat16"]}
+    rows = []
     for who, dtype in kinds:
-        for base in compared.get((who, dtype), ["float32"]):
-            ratio = statistics.median(
-                a / b for a, b in zip(found[who, dtype], found["plain loop", base], strict=True)
-            )
-            speed = statistics.median(found[who, dtype])
-            value, times = f"{speed:.0f} tokens/s", f"{ratio:.2f}"
-            rows.append(cells(who, value, times, f"plain loop, {base}", dtype))
+        base = (COMPILED, dtype) if who == OURS else (PLAIN, "float32")
+        ratio = statistics.median(
+            a / b for a, b in zip(found[who, dtype], found[base], strict=True)
+        )
+        value = f"{statistics.median(found[who, dtype]):.0f} tokens/s"
+        rows.append(cells(who, value, f"{ratio:.2f}", ", ".join(base), dtype))
     return rows
 
 
