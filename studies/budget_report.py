@@ -41,7 +41,7 @@ from studies.budget import (
     summary,
 )
 from studies.budget import TOKENS as AN_ITERATION
-from studies.intervals import holm, mean_and_half, p_value
+from studies.intervals import holm, mean_and_half, p_value, shown_p
 from studies.runner import Row, Table
 from studies.search import Setting, next_setting, number
 
@@ -55,6 +55,16 @@ BUDGETS |= {"dropout": "20 M, dropout 0.1", "imdb": "2 M of imdb", "wiki": "2 M 
 LEADS = [(head, BASELINE) for head in HEADS if head != BASELINE]
 NORMALISED = [("cosine", BASELINE), ("cosine softmax", BASELINE)]
 TWINS = [(head, f"{head} softmax") for head in HEADS if f"{head} softmax" in HEADS]
+# A control, and a head from which it differs in one part.
+PARTS = [
+    ("student_t", "euclidean"),  # without the pole
+    ("student_t", BASELINE),
+    ("stablemax", BASELINE),  # with a power law, but no distance
+    ("nGPT", "cosine softmax"),  # with a scale for each token
+    ("nGPT", BASELINE),
+    ("IsoMax+", "euclidean softmax"),  # on the sphere, with a trained scale
+    ("IsoMax+", BASELINE),
+]
 # Stages whose runs are long enough for a validation loss to turn.
 LATE = ("6M", "20M")
 # Ranks of fewer heads say nothing.
@@ -202,8 +212,10 @@ def _setting(row: Row) -> Setting:
     return float(row[strength(row["name"])]), float(row["learning_rate"])
 
 
-def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
-    """A line for each pair of heads and each budget that has runs.
+def compared(
+    rows: list[Row], pairs: Iterable[tuple[str, str]], stages: Iterable[str] = tuple(BUDGETS)
+) -> str:
+    """A line for each pair of heads and each of these stages that has runs.
 
     p-values are corrected for all tests that are planned, so that they change little with the runs
     of other heads.
@@ -211,7 +223,7 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     found = {
         (head, other, stage): some
         for head, other in pairs
-        for stage in BUDGETS
+        for stage in stages
         if (some := differences(rows, stage, head, other))
     }
     tests = {
@@ -222,7 +234,7 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
     planned = {
         (head, other, stage): 1.0  # A test whose runs are missing counts too.
         for head, other in pairs
-        for stage in BUDGETS
+        for stage in stages
         if stage != "dropout" and (stage != "20M" or head in LONG)  # Those have one seed, or none.
     }
     corrected = holm(planned | tests)
@@ -231,7 +243,8 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
         head, other, stage = key
         p = corrected[key] if key in tests else None
         line = {"head": head, "less": other, "tokens": BUDGETS[stage], "seeds": len(values)}
-        line |= {"difference": interval(*mean_and_half(values)), "p": p}
+        line |= {"difference": interval(*mean_and_half(values))}
+        line |= {"p": None if p is None else shown_p(p)}
         if since := change(rows, stage, head, other):
             line["change"] = interval(*mean_and_half(since))
         lines.append(line | {"verdict": verdict(values, p)})
@@ -245,7 +258,7 @@ def compared(rows: list[Row], pairs: Iterable[tuple[str, str]]) -> str:
         Column("difference", unit="nats"),
     ]
     more: Columns = [
-        Column("p", "p, Holm", ".3f"),
+        Column("p", "p, Holm"),
         "verdict",
         Column("change", "change since 0.6 M"),
     ]
@@ -260,6 +273,11 @@ def leads(rows: list[Row]) -> str:
 def links(rows: list[Row]) -> str:
     """Does the harmonic link differ from its softmax twin?"""
     return compared(rows, TWINS)
+
+
+def controls(rows: list[Row]) -> str:
+    """What makes a difference: the pole, the tail, the norms or the distance?"""
+    return compared(rows, PARTS, ("2M",))
 
 
 def ranks(rows: list[Row]) -> str:
@@ -528,6 +546,7 @@ def main() -> None:
         "Do these settings serve 20 M tokens?": checks,
         "Test losses": summary,
         "Do distances keep their lead over cross_entropy?": leads,
+        "What makes a difference: the pole, the tail, the norms or the distance?": controls,
         "Does the harmonic link differ from its softmax twin?": links,
         "Does the order after 0.6 M tokens predict the later ones?": ranks,
         "Does the middle of a run predict its end?": halfway,

@@ -27,7 +27,7 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model
 from studies import budget
-from studies.intervals import holm, mean_and_half, p_value
+from studies.intervals import holm, mean_and_half, p_value, shown_p
 from studies.runner import Job, Row, Table, complete, run_name
 from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer
@@ -218,7 +218,7 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
             if pairs := found.get((measure, name)):
                 line[name] = interval(*mean_and_half(pairs), f"+{form}")
                 if tested and len(set(pairs)) > 1:
-                    line[name] = f"{line[name]} (p {p[measure, name]:.3f})"
+                    line[name] = f"{line[name]} (p {shown_p(p[measure, name])})"
             elif own:  # cross_entropy, or a measure that it does not have.
                 line[name] = ("" if name == BASELINE else "is ") + format(np.mean(own), form)
         lines.append(line)

@@ -27,6 +27,11 @@ def p_value(differences: list[float]) -> float:
     return float(ttest_1samp(differences, 0).pvalue)
 
 
+def shown_p(p: float) -> str:
+    """A p-value with three digits, such as `0.012` or `< 0.001`."""
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def holm(p: dict) -> dict:
     """Corrects p-values for the number of tests (Holm 1979). p: name -> p-value.
 

@@ -42,6 +42,7 @@ TABLES = {
     "budget checks": (budget, "budget.csv", budget_report.checks),
     "budget": (budget, "budget.csv", budget.summary),
     "budget leads": (budget, "budget.csv", budget_report.leads),
+    "budget controls": (budget, "budget.csv", budget_report.controls),
     "budget links": (budget, "budget.csv", budget_report.links),
     "budget ranks": (budget, "budget.csv", budget_report.ranks),
     "budget middle": (budget, "budget.csv", budget_report.halfway),
