@@ -13,7 +13,8 @@ gamma_5 ...  (smallest d_j of the others) - d_y at the 5 % and 50 % quantiles of
 R, |W|       the largest |h|, and the Frobenius norm of the prototypes
 bound_5 ...  R |W| / (gamma sqrt N), the term of the PAC-Bayes bound of 2603.10225. N is the number
              of tokens predicted in training, with repeats. Scaling h and w changes this term
-             (except for squared distances), but not a harmonic loss of a homogeneous distance
+             (except for squared distances and dot products), but not a harmonic loss of a
+             homogeneous distance
 bound holds  share of tokens for which the bound on p_y above holds; only for the harmonic link
 
 The picture shows the margins, the KL to the linearised softmax over training, and a toy example:

@@ -55,7 +55,7 @@ BUDGETS |= {"dropout": "20 M, dropout 0.1", "imdb": "2 M of imdb", "wiki": "2 M 
 LEADS = [(head, BASELINE) for head in HEADS if head != BASELINE]
 NORMALISED = [("cosine", BASELINE), ("cosine softmax", BASELINE)]
 TWINS = [(head, f"{head} softmax") for head in HEADS if f"{head} softmax" in HEADS]
-# A control, and a head from which it differs in one part.
+# A control, and a near relative or cross_entropy.
 PARTS = [
     ("student_t", "euclidean"),  # without the pole
     ("student_t", BASELINE),
@@ -256,13 +256,12 @@ def compared(
         "tokens",
         "seeds",
         Column("difference", unit="nats"),
-    ]
-    more: Columns = [
         Column("p", "p, Holm"),
         "verdict",
-        Column("change", "change since 0.6 M"),
     ]
-    return markdown(lines, [*columns, *more])
+    if any("change" in line for line in lines):
+        columns = [*columns, Column("change", "change since 0.6 M")]
+    return markdown(lines, columns)
 
 
 def leads(rows: list[Row]) -> str:

@@ -180,23 +180,36 @@ def model_file(c: ReportConfig, dataset: str, backbone: str, head: str, link: st
     return Path(c.runs) / run_name(key) / "model.pt"
 
 
+def weights(
+    c: ReportConfig, rows: list[Row], dataset: str, backbone: str, head: str, link: str
+) -> dict | None:
+    """The saved weights of the first seed. None if there are none, or if another table or version
+    has written them."""
+    path = model_file(c, dataset, backbone, head, link)
+    mine = select(rows, dataset, backbone, head, link)
+    if not mine or not path.is_file():
+        return None
+    kept = torch.load(path, weights_only=True)
+    if kept.get("val_loss") != mine[0]["val_loss"]:
+        print(f"{path} is of another table or version: left out", file=sys.stderr)
+        return None
+    found: dict = kept["weights"]
+    return found
+
+
 def stored(
     c: ReportConfig, rows: list[Row], images: Images, dataset: str, backbone: str
 ) -> dict[tuple[str, str], Classifier]:
     """The saved models of the first seed, by head and link."""
     found = {}
     for head, link in HEADS:
-        path = model_file(c, dataset, backbone, head, link)
-        mine = select(rows, dataset, backbone, head, link)
-        if mine and path.is_file():
-            kept = torch.load(path, weights_only=True)
-            if kept.get("val_loss") != mine[0]["val_loss"]:
-                print(f"{path} is of another table than {c.table}: left out of the pictures")
-                continue
-            model = Classifier(images, backbone, head, link, float(mine[0]["multiple"]))
-            model.load_state_dict(kept["weights"])
+        kept = weights(c, rows, dataset, backbone, head, link)
+        if kept is not None:
+            first = select(rows, dataset, backbone, head, link)[0]
+            model = Classifier(images, backbone, head, link, float(first["multiple"]))
+            model.load_state_dict(kept)
             if link == "softmax":
-                model.head.set_strength(float(mine[0]["scale"]))
+                model.head.set_strength(float(first["scale"]))
             found[head, link] = model.eval()
     return found
 
@@ -294,8 +307,9 @@ def main() -> None:
     for backbone, ending, draw, heads in pictures:
         kept = []
         for dataset, other in places(rows):
-            files = [model_file(c, dataset, backbone, *head) for head in heads]
-            if other == backbone and any(file.is_file() for file in files):
+            if other == backbone and any(
+                weights(c, rows, dataset, backbone, *head) is not None for head in heads
+            ):
                 kept.append(dataset)
         if kept:
             draw(c, rows, kept[0], Path(c.out + ending))

@@ -159,7 +159,7 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
         for seed, loss in enumerate(losses)
     ]
     found = budget_report.controls([*more, dict(more[0], stage="6M")])
-    assert "| student_t | euclidean | 2 M | 3 | +0.103 ± 0.014 | 0.007 | behind | - |" in found
+    assert "| student_t | euclidean | 2 M | 3 | +0.103 ± 0.014 | 0.007 | behind |" in found
     assert "| 6 M |" not in found
     links = budget_report.links(rows)
     assert (

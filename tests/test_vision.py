@@ -173,6 +173,13 @@ def test_a_run_the_report_and_its_pictures(tmp_path):
     for table_rows, count in ((rows, 1), ([{**r, "val_loss": "9"} for r in rows], 0)):
         found = vision_report.stored(report, table_rows, images, "digits", "linear")
         assert len(found) == count
+    for path in (tmp_path / "runs").rglob("model.pt"):  # as another version wrote it
+        torch.save(torch.load(path, weights_only=True)["weights"], path)
+    (tmp_path / "v_prototypes.png").unlink()
+    words = [f"--{key}={tmp_path / value}" for key, value in (("table", "v.csv"), ("out", "v"))]
+    done = script_here("-m", "studies.vision_report", *words, f"--runs={tmp_path / 'runs'}")
+    assert done.returncode == 0 and "of another table or version" in done.stderr
+    assert not (tmp_path / "v_prototypes.png").exists()
     assert float(rows[-1]["kwh"]) > 0 and vision_report.places(rows) == [
         ("digits", "linear"),
         ("digits", "cnn"),

@@ -322,7 +322,10 @@ def run(main: Callable[[], object]) -> None:
     lock, and joins a thread that waits for that lock.
     """
     if "RANK" not in os.environ:
-        cli(lambda: _explain(main), prints=False)
+        # With these flags the printed words are the result. Otherwise that is the run's folder.
+        printing = ("--eval_only", "--verify_resume", "--help", "-h")
+        prints = any(word.startswith(printing) for word in sys.argv)
+        cli(lambda: _explain(main), prints=prints)
         return
 
     def tell() -> None:
