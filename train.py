@@ -18,7 +18,6 @@ Exit status:
 """
 
 import math
-import shlex
 import signal
 import sys
 
@@ -39,14 +38,12 @@ from training.distributed import Processes
 from training.evaluation import Evaluation, sample_text
 from training.folder import RunFolder
 from training.log import Log, NotFinite, conclude, introduce, not_finite
-from training.objective import batches_of
 from training.optimizers import make_optimizer, set_learning_rate
 from training.profiling import Profile
 from training.run import Run
 from training.schedule import learning_rate
 from training.start import (
-    check_compiler,
-    check_kernels,
+    check_machine,
     check_out_dir,
     compile_kernels,
     configure,
@@ -56,7 +53,7 @@ from training.start import (
     restore,
     start_processes,
 )
-from training.step import Gradients, Progress, Step, Work
+from training.step import Progress, Step
 from training.verify import verify_resume
 
 MOST_SKIPPED = 100  # With --on_nan=skip, so many skipped iterations in a row stop the run.
@@ -67,18 +64,9 @@ def main() -> None:
     m, c, stored, source = configure(sys.argv[1:], pretrained.find)
     device = distributed.check_device(c.device)
     data = fit_to_data(m, c, source)
-    check_compiler(c, device)
-    check_kernels(m, device)
+    check_machine(m, c, device)
     if c.verify_resume:
-        if stored is not None:
-            raise UserError(
-                "--verify_resume works with new runs, not with --init_from=resume. For the settings"
-                f" of this run: python train.py {shlex.quote(c.out_dir)}/config.yaml"
-                " --verify_resume"
-            )
-        longest = max(c.lr_decay_iters or c.max_iters, c.warmup_iters)
-        decay = None if c.lr_schedule == "constant" else longest
-        verify_resume(sys.argv[1:], decay, c.source)
+        verify_resume(sys.argv[1:], c, new=stored is None)
         return
     check_out_dir(c)
     compile_kernels(m, device)
@@ -96,8 +84,7 @@ def main() -> None:
     if stored is not None:
         resumed = restore(c, data, p, model, scaler, differences(stored, m, c))
         progress = resumed.progress
-        ended = progress.iteration >= c.max_iters and progress.evaluated == progress.iteration
-        if (ended or progress.iteration > c.max_iters) and not c.eval_only:
+        if progress.ended(c.max_iters) and not c.eval_only:
             done = f"{c.out_dir} is already trained to iteration {progress.iteration}"
             if p.main:
                 print(f"{done}; raise --max_iters to train longer")
@@ -111,33 +98,27 @@ def main() -> None:
     optimizer = make_optimizer(model, c, p.device.split(":")[0])
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed.folder)
-
-    batches = batches_of(data, m)
     run = Run(
         m=m,
         c=c,
         data=data,
-        batches=batches,
         processes=p,
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
         scaler=scaler,
         autocast=autocast,
-        gradients=Gradients(model, p, sharded=p.world > 1 and c.parallel == "fsdp"),
         evaluate=evaluate,
         progress=progress,
-        work=Work.of(c, model, batches),
         of_source=of_source,
     )
-    if c.eval_only:
-        introduce(run, dtype, resumed.differs if resumed else {})
-        run.say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))
-        return
-    folder = RunFolder(run, resumed)
+    folder = None if c.eval_only else RunFolder(run, resumed)
     p.barrier()
     introduce(run, dtype, resumed.differs if resumed else {})
-    train(run, folder)
+    if folder is None:
+        run.say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))
+    else:
+        train(run, folder)
 
 
 def make_model(

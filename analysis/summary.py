@@ -194,7 +194,6 @@ def agreement(
         if applies:
             notes.append(f"{sentence[0].upper()}{sentence[1:]}.")
     notes += filter(None, [unequal_settings(runs), without_twin(runs)])
-    # Bits per byte are of the same text only if no tokenizer loses any of it.
     same_texts = data is not None and not (texts_differ(data) or lossy(data))
     same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
     same_work = unequal is None and unlike is None and not sizes and len(tokenizers) == 1

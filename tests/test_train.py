@@ -1560,7 +1560,7 @@ def test_verify_resume_notices_a_difference(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "argv", [str(script)])
     with pytest.raises(SystemExit) as stop:
-        verify.verify_resume([], 100)
+        verify.verify_resume([], TrainConfig(lr_decay_iters=100), new=True)
     out = capsys.readouterr().out
     assert (
         stop.value.code == 1

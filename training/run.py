@@ -12,7 +12,6 @@ from text.token_files import Data
 from training.config import TrainConfig
 from training.distributed import Processes
 from training.evaluation import Evaluation
-from training.objective import Batches
 from training.step import Gradients, Progress, Work
 
 
@@ -28,18 +27,21 @@ class Run:
     m: ModelConfig
     c: TrainConfig
     data: Data
-    batches: Batches
     processes: Processes
     model: Model
     wrapped: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: contextlib.AbstractContextManager
-    gradients: Gradients
     evaluate: Evaluation
     progress: Progress
-    work: Work
     of_source: dict[str, float]
+
+    def __post_init__(self) -> None:
+        c, p = self.c, self.processes
+        self.batches = self.evaluate.batches
+        self.work = Work.of(c, self.model, self.batches)
+        self.gradients = Gradients(self.model, p, p.world > 1 and c.parallel == "fsdp")
 
     def say(self, *words: object, file: TextIO | None = None) -> None:
         """Prints in the main process only. See `base.output.say`."""

@@ -267,8 +267,13 @@ def _missing(data: Data, config: TrainConfig) -> list[str]:
     return problems
 
 
-def check_compiler(c: TrainConfig, device: str) -> None:
-    """Raises UserError if compile=true has no C++ compiler."""
+def check_machine(m: ModelConfig, c: TrainConfig, device: str) -> None:
+    """Raises UserError if compile=true has no C++ compiler, or head_impl no kernels."""
+    _check_compiler(c, device)
+    _check_kernels(m, device)
+
+
+def _check_compiler(c: TrainConfig, device: str) -> None:
     if c.compile and device == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -282,8 +287,7 @@ def check_compiler(c: TrainConfig, device: str) -> None:
             ) from None
 
 
-def check_kernels(m: ModelConfig, device: str) -> None:
-    """Raises UserError if --head_impl names kernels that this head or machine does not have."""
+def _check_kernels(m: ModelConfig, device: str) -> None:
     if m.head_impl in ("auto", "dense", "chunked"):
         return
     if device == "cuda":  # Not all processes of torchrun on the first GPU.

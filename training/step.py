@@ -27,6 +27,11 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
 
+    def ended(self, iterations: int) -> bool:
+        """Whether a run of so many iterations has been trained and evaluated."""
+        evaluated = self.iteration == iterations and self.evaluated == iterations
+        return evaluated or self.iteration > iterations
+
 
 @dataclass
 class Step:

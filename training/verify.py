@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from base.errors import UserError
 from base.files import sha256
 from training import checkpoint
+from training.config import TrainConfig
 from training.distributed import launcher
 from training.telemetry import read_metrics
 
@@ -34,7 +36,7 @@ def history(run: Path) -> list[dict]:
     ]
 
 
-def verify_resume(argv: list[str], decay: int | None, source: str | None = None) -> None:
+def verify_resume(argv: list[str], c: TrainConfig, new: bool) -> None:
     """Compares a killed and resumed run with an uninterrupted one, and prints the result.
 
     The first run is killed (SIGKILL) after a checkpoint and resumed for INTERVAL iterations. The
@@ -42,12 +44,15 @@ def verify_resume(argv: list[str], decay: int | None, source: str | None = None)
     and optimiser state, must be equal. Under torchrun both use the same number of processes.
 
     Args:
-        argv: the command line of train.py.
-        decay: the iteration at which the decay of the learning rate ends, as in the full run; None
-            for a constant rate.
-        source: the model to start from, if any.
-    Raises: SystemExit with status 1 if anything differs, and UserError if a run fails.
+        argv: the command line of train.py, and c: its configuration.
+        new: whether it starts a new run.
+    Raises: SystemExit with status 1 if anything differs, and UserError if a run fails or is old.
     """
+    if not new:
+        raise UserError(
+            "--verify_resume works with new runs, not with --init_from=resume. For the settings of"
+            f" this run: python train.py {shlex.quote(c.out_dir)}/config.yaml --verify_resume"
+        )
     processes, here = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != here:
         raise UserError(
@@ -67,8 +72,10 @@ def verify_resume(argv: list[str], decay: int | None, source: str | None = None)
         overwrite=False,
     )
     flags = [f"--{k}={v}" for k, v in fixed.items()]
-    flags += [] if decay is None else [f"--lr_decay_iters={decay}"]
-    flags += [f"--source={source}"] if source else []
+    if c.lr_schedule != "constant":  # The rate falls as in the full run.
+        flags.append(f"--lr_decay_iters={max(c.lr_decay_iters or c.max_iters, c.warmup_iters)}")
+    if c.source:
+        flags.append(f"--source={c.source}")
     command = [sys.executable, *launcher(processes), sys.argv[0], *argv, *flags]
     with (
         stopped_by_signals(),
