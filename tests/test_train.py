@@ -1158,7 +1158,7 @@ def start(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
     ("number", "processes"),
     [
         (signal.SIGTERM, 2),
-        (signal.SIGINT, 1),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 1, marks=pytest.mark.slow),
