@@ -90,7 +90,7 @@ def cli(main: Callable[[], object], prints: bool = True) -> None:
             stream.reconfigure(errors="show_bytes")
     status: str | int | None = 1  # of an exception that nobody has foreseen
     try:
-        _explain(main)
+        _report_errors(main)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -101,7 +101,7 @@ def cli(main: Callable[[], object], prints: bool = True) -> None:
             sys.exit(lost)
 
 
-def _explain(main: Callable[[], object]) -> None:
+def _report_errors(main: Callable[[], object]) -> None:
     """Runs `main()`. Errors that a user can fix, and Ctrl-C, become a message and SystemExit."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # Only one process on each machine speaks.
     try:

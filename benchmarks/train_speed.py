@@ -174,7 +174,8 @@ def printed(command: list[str]) -> str:
     """What a command prints. UserError, with the end of its messages, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"it ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        words = " ".join(command[1:])
+        raise UserError(f"{words} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 

@@ -45,8 +45,8 @@ def verify_resume(argv: list[str], c: TrainConfig, new: bool) -> None:
 
     Args:
         argv: the command line of train.py, and c: its configuration.
-        new: whether it starts a new run.
-    Raises: SystemExit with status 1 if anything differs, and UserError if a run fails or is old.
+        new: whether it starts a new run, rather than resuming one.
+    Raises: SystemExit with status 1 if anything differs, UserError if a run fails or is not new.
     """
     if not new:
         raise UserError(
