@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from base.command_line import cli, parse
 from base.errors import UserError, check
+from base.files import special_file
 from harmonic import HarmonicHead, contributions, paired_distance
 from harmonic.integrations.faiss import NearestHead
 from model import Diverged, Model
-from text.sources import special_file
 from text.token_files import tokenizer_folder
 from text.tokenizers import Tokenizer, load_tokenizer
 from training import checkpoint

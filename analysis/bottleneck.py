@@ -23,6 +23,7 @@ from analysis import figures, tables
 from analysis.runs import (
     AnalysisConfig,
     about,
+    check_finite,
     default_out,
     find_runs,
     head_styles,
@@ -33,7 +34,6 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import UserError
 from harmonic import HarmonicHead, paired_distance
 from model import Model
 from text.token_files import Data
@@ -143,8 +143,8 @@ def main() -> None:
     for run in numbered(runs):
         model, _ = run.load(which=c.checkpoint)
         h, y = spread(model, run.data(), c.split, c.tokens)
-        if not h.isfinite().all():
-            raise UserError(f"{run.name} has hidden states that are not finite: it has diverged")
+        check_finite(run, "prototypes", model.head.prototypes())
+        check_finite(run, "hidden states", h)
         values = gradient_shares(model.head, h, y).numpy()
         shares.append(values)
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from analysis.geometry import frequency, principal
 from analysis.page import write_page
-from analysis.runs import Run, find_runs, writable
+from analysis.runs import Run, check_finite, find_runs
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.files import writable
 from harmonic import HarmonicHead, contributions, harmonic_logits
 from text.token_files import Data, tokenizer_folder
 from text.tokenizers import Tokenizer, load_tokenizer, same_tokens
@@ -155,8 +156,7 @@ def describe(run: Run, head: HarmonicHead, chosen: torch.Tensor, bar: tqdm) -> d
     Raises: UserError if a prototype is not finite.
     """
     table = head.prototypes().detach().float()
-    if not table.isfinite().all():
-        raise UserError(f"{run.path} has prototypes that are not finite: the training diverged")
+    check_finite(run, "prototypes", table)
     found = neighbours(head, table[chosen.to(table.device)], bar)
     return {
         "name": run.name,

@@ -39,6 +39,7 @@ from analysis.runs import (
     Run,
     about,
     caution,
+    check_finite,
     default_out,
     find_runs,
     note,
@@ -239,6 +240,7 @@ def measure(run: Run, model: Model, data: Data, states: torch.Tensor) -> list[di
     """The rows of a run: prototypes, input embedding (if not tied) and hidden states.
 
     Each is followed by its row of chance. states: (N, C), those that the head sees.
+    Raises: UserError if one of them is not finite.
     """
     tokenizer, counts, rows = data.load_tokenizer(), frequency(data), []
     real = model.head.prototypes().detach().cpu()
@@ -249,6 +251,7 @@ def measure(run: Run, model: Model, data: Data, states: torch.Tensor) -> list[di
     often = counts > 0
     order = torch.randperm(int(often.sum()), generator=torch.Generator().manual_seed(0))
     for name, x in what.items():
+        check_finite(run, name, x)
         for chance in (False, True):
             y = matched_null(x) if chance else x
             row = {

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from analysis.compare import window_losses
 from analysis.geometry import frequency, principal
 from analysis.page import write_page
-from analysis.runs import Run, about, find_runs, numbered, writable
+from analysis.runs import Run, about, find_runs, numbered
 from analysis.summary import (
     agreement,
     energy_parts,
@@ -35,6 +35,7 @@ from analysis.summary import (
 )
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.files import writable
 from model import Diverged, Model
 from text.token_files import Data
 from text.tokenizers import Tokenizer

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from analysis import figures
 from analysis.tables import write_csv
 from base.errors import UserError, check
+from base.files import writable
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
-from text.sources import special_file
 from text.token_files import Data, check_tokenizer, data_folder, load_data
 from text.tokenizers import Tokenizer, well_formed
 from training import checkpoint
@@ -355,29 +355,18 @@ def numbered(runs: list[Run]) -> Iterator[Run]:
         yield run
 
 
+def check_finite(run: Run, what: str, x: torch.Tensor) -> None:
+    """Raises a UserError if `x`, `what` of a run, has a number that is not finite."""
+    if not x.isfinite().all():
+        raise UserError(
+            f"{run.path} has {what} that are not finite, because training diverged: leave it out"
+        )
+
+
 def note(sentence: str | None) -> None:
     """Prints a sentence on stderr, if there is one."""
     if sentence:
         print(f"note: {sentence}", file=sys.stderr)
-
-
-def writable(path: Path) -> Path:
-    """Returns `path` if a file can be written there. Raises UserError if not."""
-    try:
-        target = path.resolve() if path.is_symlink() else path
-    except RuntimeError:  # A link that leads back to itself.
-        raise UserError(f"--out={path} is a link that cannot be followed: name a file") from None
-    except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror}") from None
-    if target.is_dir():
-        raise UserError(f"--out={path} is a folder: name a file")
-    if target.exists() and (special := special_file(target.stat().st_mode)):
-        raise UserError(f"--out={path} is a {special}: name a file")
-    if not target.parent.is_dir():
-        raise UserError(f"--out={path}: the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise UserError(f"--out={path}: the folder {target.parent} is not writable")
-    return path
 
 
 def head_styles(runs: list[Run]) -> list[dict[str, str]]:

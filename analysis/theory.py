@@ -34,6 +34,7 @@ from analysis.runs import (
     AnalysisConfig,
     Run,
     about,
+    check_finite,
     default_out,
     find_runs,
     head_styles,
@@ -43,7 +44,6 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import UserError
 from harmonic import HEADS, HarmonicHead, distance
 from model import Model
 from text.token_files import Data
@@ -106,8 +106,7 @@ def measure(
 
     Raises: UserError if a prototype is not finite.
     """
-    if not model.head.prototypes().isfinite().all():
-        raise UserError(f"{run.path} has prototypes that are not finite: the training diverged")
+    check_finite(run, "prototypes", model.head.prototypes())
     h, targets = states_of(model, data, split)
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0

@@ -9,11 +9,20 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from base.errors import UserError
+
+NOT_FILES = [
+    (stat.S_ISFIFO, "named pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+]
 
 
 def sha256(path: Path) -> str:
@@ -60,6 +69,42 @@ def write_result(path: Path, content: str | bytes | Callable[[Path], object]) ->
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads back to itself
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be written: {why}") from None
+
+
+def special_file(mode: int) -> str | None:
+    """`named pipe`, `socket` or `device`; None for a regular file or a folder."""
+    for test, name in NOT_FILES:
+        if test(mode):
+            return name
+    return None
+
+
+def writable(path: Path) -> Path:
+    """Returns --out=`path` if a file can be written there. Raises UserError if not."""
+    try:
+        target = path.resolve() if path.is_symlink() else path
+    except RuntimeError:  # A link that leads back to itself.
+        raise UserError(f"--out={path} is a link that cannot be followed: name a file") from None
+    except OSError as error:
+        raise UserError(f"--out={path}: {error.strerror}") from None
+    if target.is_dir():
+        raise UserError(f"--out={path} is a folder: name a file")
+    if target.exists() and (special := special_file(target.stat().st_mode)):
+        raise UserError(f"--out={path} is a {special}: name a file")
+    if not target.parent.is_dir():
+        raise UserError(f"--out={path}: the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"--out={path}: the folder {target.parent} is not writable")
+    return path
+
+
+def result_file(path: str | Path) -> Path:
+    """The file of --out, which a program checks before long work. Raises UserError if it cannot be
+    written. If it exists, a note on stderr says that it will be replaced."""
+    path = writable(Path(path))
+    if path.exists():
+        print(f"note: {path} will be replaced", file=sys.stderr)
+    return path
 
 
 @contextlib.contextmanager

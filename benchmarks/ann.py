@@ -33,6 +33,7 @@ from analysis.runs import Run, find_runs
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import check
+from base.files import result_file
 from benchmarks.head import seconds
 from benchmarks.skip import states
 from harmonic import HarmonicHead
@@ -157,13 +158,13 @@ def main() -> None:
             if run.model_config.head not in supported()
         ]
     )
-    rows = []
+    rows, out = [], result_file(c.out)
     for name, head, h, index in cases(c, runs):
         rows.append(measure(name, head, h, index, c))
-        tables.write_csv(c.out, rows)
+        tables.write_csv(out, rows)
         print(tables.text(rows[-1:], [Column(key) for key in rows[0]]), flush=True)
     print(tables.markdown(rows, COLUMNS))
-    print(f"wrote {c.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import check
+from base.files import result_file
 from harmonic.backends import triton as gpu
 from harmonic.precision import FLOAT32, SPLIT, Products
 
@@ -100,11 +101,6 @@ class CompileConfig:
     def table(self) -> Path:
         kind = "instructions" if self.instructions else "compile"
         return Path(self.out or f"results/gpu_{kind}.csv")
-
-    def problems(self) -> list[str]:
-        out = self.table()
-        missing = f"--out={out}: the folder {out.parent} does not exist"
-        return [] if out.parent.is_dir() else [missing]
 
 
 def cases() -> Iterator[tuple[SimpleNamespace, bool, bool, Products]]:
@@ -431,11 +427,12 @@ def main() -> None:
     (c,) = parse(sys.argv[1:], CompileConfig)
     if triton.knobs.runtime.interpret:
         check(["TRITON_INTERPRET is set: nothing would be compiled"])
-    out = c.table()
+    out = result_file(c.table())
     if c.instructions:
         rows = instruction_rows(c.archs)
         print(tables.markdown(rows, list(dict.fromkeys(key for row in rows for key in row))))
         tables.write_csv(out, rows)
+        print(f"wrote {out}")
         return
     rows = []
     work = [(name, wanted, arch) for name, wanted in variants().items() for arch in c.archs]
@@ -452,6 +449,7 @@ def main() -> None:
         f" {max(r['registers'] for r in rows)}"
     )
     tables.write_csv(out, rows)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from analysis import tables
 from base.command_line import cli, parse
+from base.files import result_file
 from benchmarks.gpu_compile import CLOCK, MULTIPROCESSORS, RATES, SIZE
 
 # The card
@@ -100,15 +101,8 @@ class PredictConfig:
     """the CSV file"""
 
     def problems(self) -> list[str]:
-        found = (
-            []
-            if Path(self.instructions).is_file()
-            else [f"--instructions={self.instructions} does not exist"]
-        )
-        folder = Path(self.out).parent
-        return found + (
-            [] if folder.is_dir() else [f"--out={self.out}: the folder {folder} does not exist"]
-        )
+        there = Path(self.instructions).is_file()
+        return [] if there else [f"--instructions={self.instructions} does not exist"]
 
 
 @dataclass(frozen=True)
@@ -364,11 +358,12 @@ def table(work: Work, floors: dict[tuple[str, str], float], known: dict) -> list
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], PredictConfig)
+    out = result_file(c.out)
     floors, known = read_floors(c.instructions), read_measured(c.measured)
     rows = [row for work in (GPT2, QWEN, HEAD) for row in table(work, floors, known)]
     print(tables.markdown(rows, COLUMNS))
-    tables.write_csv(c.out, rows, COLUMNS)
-    print(f"wrote {c.out}")
+    tables.write_csv(out, rows, COLUMNS)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -516,12 +516,10 @@ def main() -> None:
     from tqdm import tqdm
 
     from base.command_line import parse
-    from base.errors import check
+    from base.files import result_file
 
     (c,) = parse(sys.argv[1:], BenchmarkConfig, words="heads")
-    out = c.table()
-    if not out.parent.is_dir():
-        check([f"--out={out}: the folder {out.parent} does not exist"])
+    out = result_file(c.table())
     rows = []
     if c.growth:
         rows = growth(c, out)

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 
 from analysis import tables
 from analysis.perplexity import likelihood
-from analysis.runs import Run, about, find_runs, windows, writable
+from analysis.runs import Run, about, find_runs, windows
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.files import result_file
 from interop import pretrained
 from interop.export import ExportConfig, export
 from interop.linear import STATES
@@ -164,7 +165,7 @@ def measure(run: Run, folder: Path) -> dict:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], LinearConfig, words="runs")
-    out, runs = writable(Path(c.out)), find_runs(c.runs)
+    out, runs = result_file(c.out), find_runs(c.runs)
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(run, Path(folder) / str(i)) for i, run in enumerate(runs)]
     tables.write_csv(out, rows, [column.key for column in COLUMNS])

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.files import result_file
 from interop import pretrained
 from model import Model, ModelConfig
 from text.packages import package_files
@@ -250,10 +251,11 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], ParityConfig)
+    out = result_file(c.out)
     rows = [*map(measure, CASES), measure_minilm()]
-    tables.write_csv(c.out, rows, COLUMNS)
+    tables.write_csv(out, rows, COLUMNS)
     print(markdown(rows))
-    print(f"wrote {c.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

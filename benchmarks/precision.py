@@ -23,7 +23,6 @@ import contextlib
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,6 +39,7 @@ from analysis import tables
 from analysis.runs import find_runs
 from base.command_line import cli, parse
 from base.errors import check
+from base.files import result_file
 from harmonic import HEADS as TABLE
 from harmonic import HarmonicHead, harmonic_loss, match
 from harmonic.precision import FLOAT32, SPLIT, Products
@@ -60,10 +60,6 @@ class PrecisionConfig:
     """two run folders, the first with cross_entropy; none = only fresh prototypes"""
     out: str = "results/precision.csv"
     """the CSV file"""
-
-    def problems(self) -> list[str]:
-        folder = Path(self.out).parent
-        return [] if folder.is_dir() else [f"--out={self.out}: the folder {folder} does not exist"]
 
 
 class AsTensorCores(Products):
@@ -222,7 +218,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], PrecisionConfig, words="runs")
-    rows, cases = [], []
+    rows, cases, out = [], [], result_file(c.out)
     for name in HEADS:
         cases += [fresh(name)] + (trained_and_matched(c.runs, name) if c.runs else [])
     for case in tqdm(cases, disable=None, leave=False):
@@ -231,9 +227,9 @@ def main() -> None:
             exponents = [*sorted({float(case.head.strength), 4.0 * case.states.shape[1]})]
         for n in exponents:
             rows += compare(case, n)
-            tables.write_csv(c.out, rows)
+            tables.write_csv(out, rows)
     print(markdown(rows))
-    print(f"wrote {c.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

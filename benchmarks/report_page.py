@@ -21,6 +21,7 @@ from analysis import tables
 from analysis.runs import find_runs
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.files import result_file
 from training.telemetry import read_metrics
 
 ROUNDS = 5
@@ -89,6 +90,7 @@ def copies(run: Path, metrics: Path, count: int, home: Path) -> list[Path]:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], PageConfig, words="run")
+    out = result_file(c.out)
     (run, *others) = find_runs(c.run)
     if others:
         raise UserError("name one run")
@@ -112,9 +114,9 @@ def main() -> None:
         }
         for width in (1400, 400):
             row[f"open_{width}_s"] = f"{opening(page, width) - opening(empty, width):.2f}"
-    tables.write_csv(c.out, [row])
+    tables.write_csv(out, [row])
     print(tables.text([row], list(row)))
-    print(f"wrote {c.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.files import result_file
 from benchmarks.head import seconds
 from harmonic import HarmonicHead
 from model import Model, ModelConfig
@@ -153,13 +154,14 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], SamplingConfig)
-    rows = []
+    rows, out = [], result_file(c.out) if c.model is None else None
     for name in SIZES:
         if c.model in (None, name):
             rows += measure(name)
     print(tables.text(rows, COLUMNS))
-    if c.model is None:
-        tables.write_csv(c.out, rows, COLUMNS)
+    if out:
+        tables.write_csv(out, rows, COLUMNS)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

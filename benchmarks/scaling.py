@@ -36,6 +36,7 @@ from analysis import figures, tables
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.files import result_file
 from model import Model, ModelConfig
 from training.config import TrainConfig
 from training.distributed import launcher
@@ -235,6 +236,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], ScalingConfig)
+    out = result_file(c.out)
     rows = measured(c) + [
         row
         for name in ("gpt2_124m", "qwen2_0.5b")
@@ -243,9 +245,11 @@ def main() -> None:
         for row in calculated(c, name, how, network)
         if network == "between" or row["processes"] > c.per_node
     ]
-    tables.write_csv(c.out, rows, COLUMNS)
-    chart(rows, Path(c.out).with_suffix(".png"))
+    tables.write_csv(out, rows, COLUMNS)
+    picture = out.with_suffix(".png")
+    chart(rows, picture)
     print(tables.text(rows, COLUMNS))
+    print(f"wrote {out} and {picture}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from analysis import tables
 from analysis.runs import Run, find_runs
 from base.command_line import cli, parse
 from base.errors import check
+from base.files import result_file
 from benchmarks.head import seconds
 from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
 from harmonic.kernels import pairs
@@ -131,7 +132,7 @@ def main() -> None:
             for r in matmul
         ]
     )
-    skips, rows = c.skips, []
+    skips, rows, out = c.skips, [], result_file(c.out)
     g = torch.Generator().manual_seed(0)
     head = HarmonicHead(192, 4096, "manhattan", exponent="dim")
     h = F.layer_norm(torch.randn(c.N, 192, generator=g), (192,))
@@ -141,8 +142,8 @@ def main() -> None:
         head, h, y = states(run, c.N)
         rows += measure(run.name, head, h, y, skips, c.rounds)
     print(tables.text(rows, list(rows[0])))
-    tables.write_csv(c.out, rows)
-    print(f"wrote {c.out}")
+    tables.write_csv(out, rows)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from analysis.runs import find_runs
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.files import result_file
 from benchmarks.head import exponent
 from harmonic import HEADS
 from interop import pretrained
@@ -47,6 +48,7 @@ class SwapConfig:
 
 def main() -> None:
     (c,) = parse(sys.argv[1:], SwapConfig, words="run")
+    out = result_file(c.out)
     (run, *others) = find_runs(c.run)
     if others or run.model_config.head != "cross_entropy":
         raise UserError("name one run, trained with --head=cross_entropy")
@@ -77,9 +79,9 @@ def main() -> None:
                 "seconds": took,
             }
         )
-    tables.write_csv(c.out, rows, COLUMNS)
+    tables.write_csv(out, rows, COLUMNS)
     print(markdown(rows))
-    print(f"wrote {c.out}")
+    print(f"wrote {out}")
 
 
 def markdown(rows: list[dict]) -> str:

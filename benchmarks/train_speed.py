@@ -38,6 +38,7 @@ from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.files import result_file
 from model import Model, ModelConfig
 from text.token_files import load_data
 from training.checkpoint import snapshot
@@ -392,15 +393,16 @@ def main() -> None:
     if c.only == "plain":
         print(plain(c))
         return
-    rows = []
+    rows, out = [], result_file(c.out) if c.only is None else None
     with tempfile.TemporaryDirectory(prefix="speed-") as home:
         for measure in (steps, shares, sample, checkpoint, memory):
             if c.only in (None, measure.__name__):
                 new = measure(c, Path(home))
                 rows += new
                 print(tables.text(new, COLUMNS))
-    if c.only is None:
-        tables.write_csv(c.out, rows, COLUMNS)
+    if out:
+        tables.write_csv(out, rows, COLUMNS)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

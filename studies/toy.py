@@ -27,6 +27,7 @@ from analysis import figures
 from analysis.tables import Column, cells, markdown, text, write_csv
 from analysis.theory import toy
 from base.command_line import cli, parse
+from base.files import result_file, writable
 from harmonic import CONTROLS, DISTANCES
 from studies.algorithmic import OTHERS
 
@@ -184,6 +185,7 @@ def main() -> None:
     (c,) = parse(sys.argv[1:], ToyConfig)
     # For such small tensors a second thread is slower.
     torch.set_num_threads(1)
+    table, picture = result_file(c.out + ".csv"), writable(Path(c.out + ".png"))
     points, targets = circle()
     heads = [name for name in (*CONTROLS, *DISTANCES) if name not in ("euclidean_squared", *OTHERS)]
     five, around = {}, {}
@@ -195,9 +197,9 @@ def main() -> None:
     rows += [row(name, "circle", found, centres(points, targets)) for name, found in around.items()]
     print(text(rows, COLUMNS))
     shown = [dict(zip(rows[0], line, strict=True)) for line in cells(rows, COLUMNS)]
-    write_csv(c.out + ".csv", shown)
-    draw(five, around, targets, Path(c.out + ".png"))
-    print(f"wrote {c.out}.csv and {c.out}.png")
+    write_csv(table, shown)
+    draw(five, around, targets, picture)
+    print(f"wrote {table} and {picture}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import figures, page, perplexity, report, summary, tables
+from analysis import (
+    bottleneck,
+    explorer,
+    figures,
+    geometry,
+    page,
+    perplexity,
+    report,
+    summary,
+    tables,
+    theory,
+)
 from analysis.runs import (
     AnalysisConfig,
     Run,
@@ -30,11 +41,11 @@ from analysis.runs import (
     unequal_settings,
     unequal_training,
     uneven,
-    writable,
 )
 from analysis.tables import Column
 from base.command_line import cli, write_yaml
 from base.errors import UserError
+from base.files import writable
 from model import Model, ModelConfig
 from text.token_files import load_data
 from text.tokenizers import copy_tokenizer, load_tokenizer, train_bpe, train_tokenizer
@@ -605,16 +616,27 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]])
 
 
-def test_a_run_that_diverged_is_on_the_page(home, tmp_path, monkeypatch):
+@pytest.fixture
+def diverged(monkeypatch):
+    """The run `ce` loads as if it had diverged."""
     load = Run.load
 
-    def diverged(run, *how):
-        model, manifest = load(run, *how)
+    def loaded(run, *how, **more):
+        model, manifest = load(run, *how, **more)
         if run.name == "ce":
             model.head.weight.data[3] = math.nan
         return model, manifest
 
-    monkeypatch.setattr(Run, "load", diverged)
+    monkeypatch.setattr(Run, "load", loaded)
+
+
+@pytest.mark.parametrize("analysis", [bottleneck, explorer, geometry, theory])
+def test_a_run_that_diverged_is_named(home, tmp_path, monkeypatch, diverged, analysis):
+    with pytest.raises(UserError, match="out/ce has prototypes that are not finite.*leave it out"):
+        call(analysis.main, monkeypatch, home / "out/ce", f"--out={tmp_path}/x.csv")
+
+
+def test_a_run_that_diverged_is_on_the_page(home, tmp_path, monkeypatch, diverged):
 
     def unknown(*_):
         raise UserError("tokenizer char does not know 'F'")
@@ -758,6 +780,19 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(
     with pytest.raises(UserError, match=re.escape(message.format(home=home, tmp=tmp_path))):
         call(main, monkeypatch, *filled, *out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+MEASURE = (
+    "ann", "gpu_compile", "gpu_predict", "head", "linear_export", "parity", "precision",
+    "report_page", "sampling", "scaling", "skip", "swap", "train_speed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*(f"benchmarks.{name}" for name in MEASURE), "studies.toy"])
+def test_a_benchmark_checks_its_file_before_it_measures(tmp_path, monkeypatch, name):
+    main = pytest.importorskip(name).main
+    with pytest.raises(UserError, match="the folder .*no does not exist"):
+        call(main, monkeypatch, f"--out={tmp_path}/no/x.csv")
 
 
 def test_a_device_is_no_result_and_a_link_stays(tmp_path):

@@ -7,10 +7,8 @@ import pytest
 import torch
 from test_analysis import call, home  # noqa: F401  (a fixture)
 
-from analysis import bottleneck as measure
 from analysis.bottleneck import gradient_shares, jacobian, spread
 from analysis.runs import find_runs, predictions
-from base.errors import UserError
 from harmonic import CONTROLS, HarmonicHead
 from studies import bottleneck
 
@@ -87,12 +85,6 @@ def test_tokens_are_spread_over_the_split(home, name):  # noqa: F811
         if name == "ce":  # What is masked in a window of bert depends on the other windows.
             places = torch.cdist(h, every).argmin(1) / len(every)
             assert places[0] < 0.15 and places[-1] > 0.75 and places.diff().abs().max() < 0.4
-
-
-def test_a_run_that_diverged_has_no_share(home, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(measure, "spread", lambda *_: (torch.full((2, 16), math.nan), None))
-    with pytest.raises(UserError, match="ce has hidden states that are not finite"):
-        call(measure.main, monkeypatch, home / "out/ce")
 
 
 def test_the_studys_table():

@@ -12,19 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from base.errors import UserError, nearest
-from base.files import sha256
+from base.files import sha256, special_file
 from text.readers import COMPRESSED, KINDS, Broken, compression_of, kind_of, records
 
 SKIP_HINT = "--on_bad_file=skip leaves out what cannot be read"
 NOUNS = ("folder", "pipe", "socket", "device", "link", "file")  # These reasons have a plural.
 SHOWN = 8  # The summary of skipped files names so many reasons, and counts the others together.
-
-NOT_FILES = [
-    (stat.S_ISFIFO, "named pipe"),
-    (stat.S_ISSOCK, "socket"),
-    (stat.S_ISCHR, "device"),
-    (stat.S_ISBLK, "device"),
-]
 
 
 # ---- which files there are -----------------------------------------------------------------------
@@ -220,14 +213,6 @@ def path_problem(name: str) -> str | None:
 def known_kinds() -> str:
     """The kinds of files that can be read, in words."""
     return f"{', '.join(KINDS)}, also compressed ({', '.join(COMPRESSED)})"
-
-
-def special_file(mode: int) -> str | None:
-    """`named pipe`, `socket` or `device`; None for a regular file or a folder."""
-    for test, name in NOT_FILES:
-        if test(mode):
-            return name
-    return None
 
 
 # ---- their documents -----------------------------------------------------------------------------
