@@ -13,7 +13,6 @@ the state.
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 
 from analysis import figures, tables
 from analysis.runs import (
-    AnalysisConfig,
+    ModelAnalysisConfig,
     about,
     check_finite,
     default_out,
@@ -31,27 +30,25 @@ from analysis.runs import (
     predictions,
     publish,
     windows,
+    with_float64,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HarmonicHead, paired_distance
 from model import Model
 from text.token_files import Data
+from training.distributed import check_device
 from training.objective import objective_of
 
 RANK = 1e-12  # Directions whose singular value is this much less than the largest do not count.
 
 
 @dataclass
-class BottleneckConfig(AnalysisConfig):
+class BottleneckConfig(ModelAnalysisConfig):
     """The gradient that reaches the hidden state"""
 
     tokens: int = 64
     """how many tokens of the split to measure, spread evenly over it"""
-    split: Literal["val", "test"] = "val"
-    """the split to take tokens from"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """which checkpoint of each run"""
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -138,14 +135,14 @@ def draw(runs: list, shares: list[np.ndarray]) -> Figure:
 def main() -> None:
     (c,) = parse(sys.argv[1:], BottleneckConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
-    out = default_out(c, runs, "bottleneck")
+    device, out = with_float64(check_device(c.device)), default_out(c, runs, "bottleneck")
     rows, shares = [], []
     for run in numbered(runs):
-        model, _ = run.load(which=c.checkpoint)
+        model, _ = run.load(device, c.checkpoint)
         h, y = spread(model, run.data(), c.split, c.tokens)
         check_finite(run, "prototypes", model.head.prototypes())
         check_finite(run, "hidden states", h)
-        values = gradient_shares(model.head, h, y).numpy()
+        values = gradient_shares(model.head, h, y).cpu().numpy()
         shares.append(values)
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
         rows.append(

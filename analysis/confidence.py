@@ -29,7 +29,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ from scipy.stats import mannwhitneyu, norm
 from analysis import figures, tables
 from analysis.calibration import calibration_error
 from analysis.runs import (
-    AnalysisConfig,
+    ModelAnalysisConfig,
     Run,
     about,
     default_out,
@@ -52,6 +51,7 @@ from analysis.runs import (
     numbered,
     publish,
     windows,
+    with_float64,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
@@ -59,6 +59,7 @@ from base.errors import UserError, check
 from model import Model
 from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer, same_tokens
+from training.distributed import check_device
 
 DRAWS = 500
 FLOOR_DRAWS = 20
@@ -67,7 +68,7 @@ SCORES = ("max", "energy", "nearest", "loss")
 
 
 @dataclass
-class ConfidenceConfig(AnalysisConfig):
+class ConfidenceConfig(ModelAnalysisConfig):
     """Calibration and detection"""
 
     other: list[str] = field(default_factory=list)
@@ -76,10 +77,6 @@ class ConfidenceConfig(AnalysisConfig):
     windows: int = 64
     """how many windows of each text to score, spread evenly over its split. All logits of the run's
     own text are held in memory, so use fewer with a large vocabulary"""
-    split: Literal["val", "test"] = "val"
-    """the split to take windows from"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """which checkpoint of each run"""
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -151,13 +148,16 @@ def _stacked(found: list[np.ndarray], data: Data) -> torch.Tensor:
 
 @torch.inference_mode()
 def score(model: Model, x: torch.Tensor, keep_logits: bool = False) -> Scored:
-    """Scores windows x (B, T + 1): T inputs, and the targets one token later."""
+    """Scores windows x (B, T + 1): T inputs, and the targets one token later.
+
+    The result is on the CPU. All logits of a device may not fit into its memory.
+    """
     head, kept = model.head, []
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
-    for window in x:
+    for window in x.to(model.tokens.weight.device):
         logits = head(model.hidden(window[None, :-1])[0])
         if keep_logits:
-            kept.append(logits.float())
+            kept.append(logits.float().cpu())
         logits = logits.double()
         log_p = logits.log_softmax(-1)
         scores["max"].append(log_p.amax(-1).exp().mean().item())
@@ -326,10 +326,10 @@ def main() -> None:
             if run.objective.masked
         ]
     )
-    out = default_out(c, runs, "confidence")
+    device, out = with_float64(check_device(c.device)), default_out(c, runs, "confidence")
     rows = []
     for run in numbered(runs):
-        model, _ = run.load(which=c.checkpoint)
+        model, _ = run.load(device, c.checkpoint)
         rows += measure(run, model, run.data(), c)
     numbers = ["temperature", "ece_floor", "ece", "ece_low", "ece_high", "ece_scaled"]
     numbers += ["ece_scaled_low", "ece_scaled_high"]

@@ -24,7 +24,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ from scipy.stats import spearmanr
 from analysis import figures, tables
 from analysis.relations import RELATIONS, pairs
 from analysis.runs import (
-    AnalysisConfig,
+    ModelAnalysisConfig,
     Run,
     about,
     caution,
@@ -65,18 +65,12 @@ STATES = 4096
 
 
 @dataclass
-class GeometryConfig(AnalysisConfig):
+class GeometryConfig(ModelAnalysisConfig):
     """Geometry"""
 
     words: str | None = None
     """words, separated by spaces or commas, whose nearest prototypes to print. A word of several
     tokens is shown by the last one, in brackets"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """which checkpoint of each run"""
-    split: Literal["val", "test"] = "val"
-    """the split whose text gives the hidden states"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
 
 
 def principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -29,7 +29,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from analysis import calibration, figures, tables
 from analysis.geometry import frequency
 from analysis.runs import (
-    AnalysisConfig,
+    ModelAnalysisConfig,
     Run,
     about,
     caution,
@@ -67,11 +66,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
-class PerplexityConfig(AnalysisConfig):
+class PerplexityConfig(ModelAnalysisConfig):
     """Perplexity"""
 
-    split: Literal["val", "test"] = "val"
-    """the split of the runs' data to score"""
     stride: int = 0
     """tokens from one window to the next, at most block_size; 0 = block_size // 2 (with documents:
     block_size). bert does not use it"""
@@ -85,12 +82,8 @@ class PerplexityConfig(AnalysisConfig):
     corpus_bytes: int = 1_000_000
     """about how many bytes of the corpus, and of the run's own split, to score: documents spread
     evenly"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """which checkpoint of each run"""
     batch_size: int = 16
     """windows computed at once"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
 
     def problems(self) -> list[str]:
         found = [f"stride={self.stride} must not be negative"] if self.stride < 0 else []

@@ -19,7 +19,6 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 from analysis import figures, tables
 from analysis.compare import difference
 from analysis.runs import (
-    AnalysisConfig,
+    ModelAnalysisConfig,
     about,
     default_out,
     find_runs,
@@ -37,18 +36,20 @@ from analysis.runs import (
     numbered,
     predictions,
     publish,
+    with_float64,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
 from harmonic import HarmonicHead
 from model import Model
 from text.token_files import Data
+from training.distributed import check_device
 
 ROWS = 512  # Logits of so many states are held at a time.
 
 
 @dataclass
-class QuantizationConfig(AnalysisConfig):
+class QuantizationConfig(ModelAnalysisConfig):
     """Heads with rounded prototypes"""
 
     bits: list[int] = field(default_factory=lambda: [8, 6, 4, 3])
@@ -57,10 +58,6 @@ class QuantizationConfig(AnalysisConfig):
     """how many coordinates share a scale, such as 32; null = all coordinates of a prototype"""
     tokens: int = 16384
     """how many tokens of the split to score, in windows spread evenly over it"""
-    split: Literal["val", "test"] = "val"
-    """the split to take tokens from"""
-    checkpoint: Literal["newest", "best"] = "newest"
-    """which checkpoint of each run"""
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -160,10 +157,10 @@ def draw(runs: list, rows: list[dict]) -> Figure:
 def main() -> None:
     (c,) = parse(sys.argv[1:], QuantizationConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
-    out = default_out(c, runs, "quantization")
+    device, out = with_float64(check_device(c.device)), default_out(c, runs, "quantization")
     rows = []
     for run in numbered(runs):
-        model, _ = run.load(which=c.checkpoint)
+        model, _ = run.load(device, c.checkpoint)
         rows += [{**about(run), **row} for row in compare(model, run.data(), c)]
     print(
         tables.text(

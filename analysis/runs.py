@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -115,6 +116,18 @@ class AnalysisConfig:
         if self.out is None or self.out.endswith(".csv"):
             return []
         return [f"out={self.out} must end in .csv"]
+
+
+@dataclass
+class ModelAnalysisConfig(AnalysisConfig):
+    """The flags of every analysis that computes with the models."""
+
+    checkpoint: Literal["newest", "best"] = "newest"
+    """which checkpoint of each run"""
+    split: Literal["val", "test"] = "val"
+    """the split of the data to measure on"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
 
 
 def find_runs(folders: list[str], weights: bool = True, dataset: str | None = None) -> list[Run]:
@@ -353,6 +366,11 @@ def numbered(runs: list[Run]) -> Iterator[Run]:
     for i, run in enumerate(runs, 1):
         print(f"run {i} of {len(runs)}: {run.name}", file=sys.stderr, flush=True)
         yield run
+
+
+def with_float64(device: str) -> str:
+    """The device, or cpu in place of mps, which has no float64 numbers."""
+    return "cpu" if device == "mps" else device
 
 
 def check_finite(run: Run, what: str, x: torch.Tensor) -> None:

@@ -24,14 +24,13 @@ with five separable points the loss of a distance head has a finite minimiser.
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
 
 from analysis import figures, tables
 from analysis.runs import (
-    AnalysisConfig,
+    ModelAnalysisConfig,
     Run,
     about,
     check_finite,
@@ -57,15 +56,8 @@ TOY = ("cross_entropy", "euclidean", "manhattan", "cosine")
 
 
 @dataclass
-class TheoryConfig(AnalysisConfig):
+class TheoryConfig(ModelAnalysisConfig):
     """Margins and bounds"""
-
-    checkpoint: Literal["newest", "best"] = "newest"
-    """which checkpoint of each run"""
-    split: Literal["val", "test"] = "val"
-    """the split to take tokens from"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class SpeedConfig:
     dataset: str = "data/wiki"
     """a folder prepared with bpe:4096"""
     out: str = "results/train_speed.csv"
-    """the table"""
+    """the table; it is written only without --only"""
 
     def problems(self) -> list[str]:
         found = [f"rounds={self.rounds} must be at least 1"] * (self.rounds < 1)
@@ -167,17 +167,18 @@ def train(c: SpeedConfig, out: Path, **flags: object) -> list[dict]:
         max_iters=c.iters,
     )
     settings |= flags
-    printed([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())])
+    finished([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())])
     return read_metrics(out)
 
 
-def printed(command: list[str]) -> str:
-    """What a command prints. UserError, with the end of its messages, if it fails."""
+def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command, and keeps what it prints. UserError, with the end of its messages, if it
+    fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         words = " ".join(command[1:])
         raise UserError(f"{words} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout
+    return done
 
 
 def cells(what: str, value: str, ratio: str, to: str, dtype: str = "float32") -> dict[str, str]:
@@ -211,7 +212,8 @@ def steps(c: SpeedConfig, home: Path) -> list[dict]:
                     f"--iters={c.iters}",
                     f"--dataset={c.dataset}",
                 ]
-                speed = float(printed([sys.executable, "-m", "benchmarks.train_speed", *words]))
+                plain_loop = [sys.executable, "-m", "benchmarks.train_speed", *words]
+                speed = float(finished(plain_loop).stdout)
             found[who, dtype].append(speed)
     rows = []
     for who, dtype in kinds:
@@ -300,9 +302,7 @@ def sample(c: SpeedConfig, home: Path) -> list[dict]:
         ]
         speeds = []
         for _ in range(c.rounds):
-            done = subprocess.run(
-                [sys.executable, "sample.py", *words], check=True, capture_output=True, text=True
-            )
+            done = finished([sys.executable, "sample.py", *words])
             said = re.findall(r"([\d,]+) tokens/s", done.stderr)[0]
             speeds.append(float(said.replace(",", "")))
         found[cache] = statistics.median(speeds)
@@ -377,7 +377,8 @@ def memory(c: SpeedConfig, home: Path) -> list[dict]:
             if done >= mark and mark not in seen:
                 seen[mark] = about.memory_info().rss / 2**20
         time.sleep(0.02)
-    process.wait()
+    if process.wait() or len(seen) < len(marks):
+        raise UserError(f"train.py ended with status {process.returncode}")
     first, last = (seen[mark] for mark in marks)
     what, base = "resident memory at iteration 10,000", "at iteration 1,000"
     return [cells(what, f"{last:.0f} MiB", f"{last / first:.3f}", base)]
