@@ -34,6 +34,7 @@ from text.tokenizers import Tokenizer
 from training import checkpoint
 
 STAGES = ("2M", "6M", "20M")
+RATE_STAGE = "2M rate"  # cross_entropy with the learning rate of the distances
 # Other texts, and their folders under data/. None is the code of PyTorch.
 TEXTS = {"imdb": "imdb_bpe", "wiki": "wiki", "python": None}
 SPLIT: Literal["val", "test"] = "test"
@@ -177,7 +178,7 @@ def jobs(c: EndsConfig) -> list[Job]:
     found = []
     for row in Table(c.table, budget.COLUMNS, budget.KEY).rows:
         folder = Path(c.runs) / run_name({key: row[key] for key in budget.KEY})
-        if row["stage"] in STAGES and checkpoint.folders(folder):
+        if row["stage"] in (*STAGES, RATE_STAGE) and checkpoint.folders(folder):
             key = {name: row[name] for name in KEY}
             found.append(Job(key, measure, (folder, row["dataset"])))
     return found
@@ -226,23 +227,44 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
     return markdown(lines, ["measure", BASELINE, *others])
 
 
+def seeds(rows: list[Row], stage: str, name: str) -> int:
+    """The number of runs of a head that were measured after a stage."""
+    return len({row["seed"] for row in rows if (row["stage"], row["name"]) == (stage, name)})
+
+
+def titled(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
+    """A table with its title."""
+    count = ", ".join(f"{name} {seeds(rows, stage, name)}" for name in (BASELINE, *heads))
+    title = f"After {stage.replace('M', ' million')} tokens. Seeds: {count}."
+    return f"{title}\n\n{table(rows, stage, heads, tested)}"
+
+
 def tables(rows: list[Row]) -> str:
     """Two tables of each stage that has runs of cross_entropy: with the heads that are trained
     longest, whose differences are tested, and with all others."""
     found = []
     for stage in STAGES:
-        seeds = {
-            name: len({row["seed"] for row in rows if (row["stage"], row["name"]) == (stage, name)})
-            for name in budget.ALL
-        }
-        here = [name for name in budget.ALL if seeds[name] and name != BASELINE]
+        here = [name for name in budget.ALL if seeds(rows, stage, name) and name != BASELINE]
         for tested in (True, False):
             heads = [name for name in here if (name in budget.LONG) == tested]
-            if heads and seeds[BASELINE]:
-                count = ", ".join(f"{name} {seeds[name]}" for name in (BASELINE, *heads))
-                title = f"After {stage.replace('M', ' million')} tokens. Seeds: {count}."
-                found.append(f"{title}\n\n{table(rows, stage, heads, tested)}")
+            if heads and seeds(rows, stage, BASELINE):
+                found.append(titled(rows, stage, heads, tested))
     return "\n\n".join(found) or "No runs yet."
+
+
+def rate_table(rows: list[Row]) -> str:
+    """Are these differences those of the learning rate? All runs are compared with cross_entropy at
+    the learning rate of the distances. Its other runs are a column of their own."""
+    if not seeds(rows, RATE_STAGE, BASELINE):
+        return "No runs yet."
+    own, found = f"{BASELINE} at its own rate", []
+    for row in rows:
+        if row["stage"] == RATE_STAGE:
+            found.append({**row, "stage": "2M"})
+        elif row["stage"] == "2M":
+            found.append({**row, "name": own} if row["name"] == BASELINE else row)
+    heads = [name for name in budget.HEADS if seeds(found, "2M", name) and name != BASELINE]
+    return titled(found, "2M", [own, *heads], tested=False)
 
 
 def main() -> None:
@@ -254,6 +276,7 @@ def main() -> None:
     found = Table(c.out, COLUMNS, KEY)
     complete(found, lambda: jobs(c), c.workers, lambda rows: f"{len(rows)} measures")
     print(tables(found.rows))
+    print(f"\nAre these differences those of the learning rate?\n\n{rate_table(found.rows)}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ TABLES = {
     "budget measures": (budget, "budget.csv", budget_report.measures),
     "budget energy": (budget, "budget.csv", budget_report.energy),
     "budget ends": (ends, "ends.csv", ends.tables),
+    "budget rate": (ends, "ends.csv", ends.rate_table),
     "optimizers": (optimizers, "optimizers.csv", optimizers.tuned_rates),
     "optimizers tuned": (optimizers, "optimizers.csv", optimizers.tuned),
     "bottleneck": (bottleneck, "bottleneck.csv", bottleneck.summary),

@@ -59,6 +59,23 @@ def test_the_table_pairs_runs_by_seed():
     assert first.startswith(found) and "| 0.2000 | +0.1500 ± 0.6353 |" in second
 
 
+def test_the_rate_is_told_apart_from_the_head():
+    def row(stage, name, seed, value):
+        return {"stage": stage, "name": name, "seed": seed, "measure": "ece", "value": value}
+
+    rows = [row("2M", "cross_entropy", s, v) for s, v in (("1", "0.1"), ("2", "0.3"))]
+    assert ends.rate_table(rows) == "No runs yet."
+    rows += [row("2M", "cosine", s, v) for s, v in (("1", "0.2"), ("2", "0.6"), ("3", "0.9"))]
+    rows += [row("2M rate", "cross_entropy", s, v) for s, v in (("1", "0.2"), ("2", "0.5"))]
+    found = ends.rate_table(rows)
+    assert "Seeds: cross_entropy 2, cross_entropy at its own rate 2, cosine 3." in found
+    half = {
+        d: f"{scipy.stats.sem(d) * scipy.stats.t.ppf(0.975, 1):.4f}" for d in ((0, 0.1), (0.1, 0.2))
+    }
+    line = f"0.3500 | -0.1500 ± {half[0.1, 0.2]} | +0.0500 ± {half[0, 0.1]} |"
+    assert f"| expected calibration error | {line}" in found
+
+
 def test_jobs_are_runs_whose_weights_are_here(tmp_path):
     c = ends.EndsConfig(table="results/budget.csv", runs=str(tmp_path))
     assert ends.jobs(c) == []
