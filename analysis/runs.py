@@ -141,7 +141,7 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
     """
     if not folders:
         raise UserError("name one run's folder or more, such as out/run")
-    paths, problems = [Path(f) for f in folders], []
+    paths, problems = _without_results([Path(f) for f in folders]), []
     for i, path in enumerate(paths):
         if not path.is_dir():
             problems.append(f"no run {path}{_similar(path)}")
@@ -168,6 +168,20 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
         note(uneven(runs[-1]))
         note(changed(runs[-1]))
     return runs
+
+
+def _without_results(paths: list[Path]) -> list[Path]:
+    """Leaves out the tables and pictures of earlier analyses, which `out/*` has too.
+
+    Raises: UserError if nothing else is named.
+    """
+    results = [path for path in paths if path.suffix in (".csv", ".png") and path.is_file()]
+    rest = [path for path in paths if path not in results]
+    if not rest:
+        raise UserError(f"{results[0]} is not a run's folder")
+    if results:
+        note(f"{listed([str(path) for path in results], 3)}: no run, left out")
+    return rest
 
 
 def _similar(missing: Path) -> str:

@@ -24,7 +24,7 @@ from base.errors import UserError, nearest
 from harmonic import IGNORE_INDEX, HarmonicHead, match
 from harmonic.match import ROWS
 from interop.formats import FORMATS, GPT2, Format, format_of
-from model import Model, ModelConfig
+from model import ARCHITECTURES, Model, ModelConfig
 from text.token_files import Data
 from text.tokenizers import BPE_FILE, read_characters, rust_tokenizer, rust_vocabulary
 from training import checkpoint
@@ -208,7 +208,7 @@ class Pretrained:
 
     def problems(self, config: ModelConfig) -> list[str]:
         """The settings of a configuration that contradict this model, in words."""
-        free = {*FREE, "tie_weights"}
+        free = {*FREE, *self.free_strength(config), "tie_weights", "head_init_std"}
         if config.head != self.head:  # The swap replaces all settings of the head.
             free |= {key for key in self.settings if HEAD_KEY.match(key)}
         found = [
@@ -216,6 +216,11 @@ class Pretrained:
             for key, value in self.settings.items()
             if key not in free and getattr(config, key) != value
         ]
+        if found:
+            found.append(
+                "a start from a model keeps its shape and head: leave these settings out, on the"
+                " command line and in the config file"
+            )
         if config.block_size > self.longest:
             found.append(
                 f"block_size={config.block_size}: {self.name} reads at most {self.longest} tokens"
@@ -231,10 +236,15 @@ class Pretrained:
             )
         if self.head not in ("cross_entropy", config.head):
             found.append(
-                f"head={config.head}: a head is swapped for one of cross_entropy, and {self.name}"
-                f" has {self.head}"
+                f"head={config.head}: only a model with cross_entropy can get another head, and"
+                f" {self.name} has {self.head}"
             )
         return found
+
+    def free_strength(self, config: ModelConfig) -> tuple[str, ...]:
+        """The settings of n or s, which may change if the head stays and does not learn them."""
+        learnt = self.settings.get("learn_exponent") or self.settings.get("learn_scale")
+        return () if learnt or config.head != self.head else ("exponent", "scale")
 
     def reads(self, data: Data) -> str | None:
         """Why the model cannot read the tokens of the data, in words; None if it can.
@@ -266,7 +276,8 @@ class Pretrained:
         """The model with its own head. Block size, vocabulary and dropout are those of `config`."""
         own = ModelConfig(**self.settings)
         weights = self.weights(own)
-        own = replace(own, **{key: getattr(config, key) for key in FREE})
+        free = {*FREE, *self.free_strength(config)}
+        own = replace(own, **{key: getattr(config, key) for key in free})
         if "positions.weight" in weights:
             weights["positions.weight"] = weights["positions.weight"][: own.block_size]
         for name in TABLES:
@@ -331,13 +342,16 @@ def _from_run(path: Path) -> Pretrained:
     if lost := {"block_size", "vocab_size", "tokenizer"} - set(stored):
         raise UserError(f"{path}/config.yaml has no {', '.join(sorted(lost))}")
 
+    arch = stored.get("arch", ModelConfig.arch)
+
     def weights(_: ModelConfig) -> dict[str, torch.Tensor]:
         return checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
 
     return Pretrained(
         name=str(path),
         settings={k: v for k, v in stored.items() if k in ModelConfig.__dataclass_fields__},
-        longest=stored["block_size"],
+        # Rotary positions are computed, so there can be any number of them.
+        longest=sys.maxsize if ARCHITECTURES[arch].rotary else stored["block_size"],
         tokenizer=stored["tokenizer"],
         vocabulary=_vocabulary(path),
         weights=weights,

@@ -27,6 +27,7 @@ from scipy.stats import binomtest
 
 from analysis import figures
 from analysis.geometry import principal
+from analysis.intervals import mean_and_half
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
@@ -39,7 +40,6 @@ from studies.algorithmic import (
     curves_file,
     swept,
 )
-from studies.intervals import mean_and_half
 from studies.runner import Row, Table
 from studies.search import on_edge
 

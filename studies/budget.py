@@ -48,11 +48,11 @@ import torch
 from analysis.calibration import calibration_error, examine
 from analysis.geometry import spectrum
 from analysis.gradients import stability
+from analysis.intervals import mean_and_half
 from analysis.tables import Column, Columns, interval, markdown
 from base.command_line import cli, parse
 from base.errors import nearest
 from studies.heads import costs, test_loss
-from studies.intervals import mean_and_half
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
 from studies.search import next_setting, number
 from text.token_files import data_folder, load_data

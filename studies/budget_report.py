@@ -24,6 +24,7 @@ from matplotlib.ticker import LogLocator
 from scipy.stats import rankdata, spearmanr
 
 from analysis import figures
+from analysis.intervals import holm, mean_and_half, p_value, shown_p
 from analysis.tables import Column, Columns, interval, markdown
 from base.command_line import cli, parse
 from studies.budget import (
@@ -41,7 +42,6 @@ from studies.budget import (
     summary,
 )
 from studies.budget import TOKENS as AN_ITERATION
-from studies.intervals import holm, mean_and_half, p_value, shown_p
 from studies.runner import Row, Table
 from studies.search import Setting, next_setting, number
 

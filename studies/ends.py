@@ -20,6 +20,7 @@ from torch import Tensor
 
 from analysis.confidence import auroc, calibration, encoded_windows, own_windows, score
 from analysis.geometry import frequency, mean_cosine, parallelogram, rank_correlation, spectrum
+from analysis.intervals import holm, mean_and_half, p_value, shown_p
 from analysis.quantization import QuantizationConfig, compare
 from analysis.runs import predictions
 from analysis.tables import Column, interval, markdown
@@ -27,7 +28,6 @@ from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model
 from studies import budget
-from studies.intervals import holm, mean_and_half, p_value, shown_p
 from studies.runner import Job, Row, Table, complete, run_name
 from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer

@@ -31,6 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import figures
+from analysis.intervals import holm, mean_and_half, p_value
 from analysis.tables import Column, Columns, interval, markdown, read_csv
 from base.command_line import cli, parse
 from base.errors import UserError
@@ -42,7 +43,6 @@ from studies.heads import (
     RATES,
     loss,
 )
-from studies.intervals import holm, mean_and_half, p_value
 from studies.runner import Row
 from studies.search import Setting, number, on_edge
 from training.objective import objective_of

@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.intervals import holm, mean_and_half, p_value
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from harmonic.links import resolve_exponent
 from model import ModelConfig
-from studies.intervals import holm, mean_and_half, p_value
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
 from studies.search import Setting, beyond, number
 from training.config import TrainConfig

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
+from analysis.intervals import holm, mean_and_half, p_value
 from analysis.tables import interval
-from studies.intervals import holm, mean_and_half, p_value
 
 BASELINE = "cross_entropy"
 LEVEL = 0.05

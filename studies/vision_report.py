@@ -20,12 +20,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import figures
+from analysis.intervals import mean_and_half
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from base.errors import UserError
 from studies.algorithmic import HEADS
 from studies.algorithmic_report import title
-from studies.intervals import mean_and_half
 from studies.runner import Row, Table, run_name
 from studies.search import on_edge
 from studies.vision import (

@@ -313,18 +313,43 @@ def test_a_matched_head_needs_float32(train, gpt2):
 
 
 def test_a_run_and_its_own_head_go_on(train, tmp_path):
-    assert train(head="cosine", max_iters=3)[0] == 0
-    status, out, _ = train(init_from="run", out_dir="next", head="cosine", max_iters=1)
+    """Also with another n and, where positions are rotary, with longer windows."""
+    model = dict(head="cosine", arch="qwen")
+    assert train(**model, max_iters=3)[0] == 0
+    status, out, _ = train(init_from="run", out_dir="next", **model, max_iters=1)
     before = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ][-1]
     after = json.loads((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()[0])
     assert status == 0 and before["val_loss"] == after["val_loss"] and "swapped" not in out
-    status, _, err = train(init_from="run", out_dir="third", head="euclidean")
+    other = dict(exponent=9.0, block_size=2 * TINY["block_size"], max_iters=1)
+    status, out, err = train(init_from="run", out_dir="other", **{**model, **other})
+    assert status == 0 and "n = 9" in out, err
+    again, stored, _ = checkpoint.load_run(tmp_path / "other")
+    assert (
+        again.head.strength == stored["exponent"] == 9
+        and stored["block_size"] == other["block_size"]
+    )
+    status, _, err = train(
+        init_from="run",
+        out_dir="third",
+        arch="qwen",
+        head="euclidean",
+        link="softmax",
+        head_init_std=0.5,
+    )
+    assert (
+        status == 2 and "only a model with cross_entropy can get another head, and run has" in err
+    )
+    status, _, err = train(
+        init_from="run", out_dir="third", **model, link="softmax", head_init_std=0.5
+    )
     assert (
         status == 2
-        and "head=euclidean: a head is swapped for one of cross_entropy, and run has cosine" in err
+        and "has link=harmonic, not softmax" in err
+        and "leave these settings out" in err
     )
+    assert "head_init_std=0.5 does nothing: the prototypes are those of run" in err
 
 
 def test_what_contradicts_the_model_is_listed(train, gpt2, tmp_path):

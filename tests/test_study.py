@@ -12,9 +12,10 @@ import pytest
 import scipy.stats
 from conftest import ROOT, script_here
 
+from analysis import intervals
 from base.command_line import read_yaml
 from base.errors import UserError
-from studies import heads, heads_report, intervals, page, runner
+from studies import heads, heads_report, page, runner
 from studies.runner import Job, Table
 from training import checkpoint, distributed
 

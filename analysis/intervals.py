@@ -1,4 +1,4 @@
-"""Confidence intervals and tests for the tables of studies."""
+"""Confidence intervals and tests over seeds."""
 
 import math
 
