@@ -318,7 +318,10 @@ class ModelConfig:
         try:
             HarmonicHead(self.n_embd, 1, self.head, **self.head_arguments() | {"init_std": 1.0})
         except ValueError as error:
-            found.append(f"head={self.head}: {error}")
+            # The message names a setting as HarmonicHead does.
+            said = str(error).removeprefix(f"{self.head}: ")
+            said = said.replace("has no setting '", "has no setting '--head_")
+            found.append(f"head={self.head}: {said}")
         return found
 
 

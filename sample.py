@@ -53,7 +53,9 @@ class SampleConfig:
     """Sampling"""
 
     out_dir: str = "out/run"
-    """the run's folder; its newest checkpoint is used"""
+    """the run's folder"""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """which checkpoint of the run"""
     start: list[str] = field(default_factory=list)
     """prompts, as in --start="The" "A second one". FILE:prompt.txt reads one prompt from a file
     (UTF-8; line ends become \\n, and a last one stays), FILE:- from standard input. Without a
@@ -68,6 +70,8 @@ class SampleConfig:
     """tokens to add. When a text reaches block_size, the older half of the context is dropped"""
     stop_at_eot: bool = False
     """end a text at the end-of-text token, which is not shown"""
+    stop: str | None = None
+    """end a text after this text, such as --stop=. for one sentence"""
     temperature: float = 0.8
     """below 1 safer choices, above 1 more random ones; 0 = always the likeliest token"""
     top_k: int | None = 200
@@ -84,7 +88,7 @@ class SampleConfig:
     its distance. p is the model's probability, before temperature, top_k, top_p and min_p"""
     json: bool = False
     """print one line of JSON for each text, and nothing else on stdout. Its keys: prompt, text
-    (what was added), tokens (the ids of text), finish_reason (eot or length)"""
+    (what was added), tokens (the ids of text), finish_reason (eot, stop or length)"""
     ann: bool = False
     """compute logits for the nearest prototypes only, which faiss finds (pip install faiss-cpu)"""
     ann_candidates: int = 512
@@ -126,6 +130,7 @@ class SampleConfig:
         for key in ("ann_candidates", "ann_index"):
             if not self.ann and getattr(self, key) != type(self).__dict__[key]:
                 found.append(f"{key}={getattr(self, key)} does nothing without --ann")
+        found += ["stop is empty: name a text, or leave it out"] * (self.stop == "")
         if self.json and self.explain:
             found.append(
                 "json=true and explain=true exclude each other: the JSON has no explanations"
@@ -298,18 +303,27 @@ def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]])
 class Texts:
     """The texts of all rows while they grow.
 
-    eot_id: the token that ends a text; None if nothing does.
+    eot_id: the token that ends a text; None if none does.
+    stop: ends a text that it appears in; None if nothing does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]], eot_id: int | None):
-        self.eot_id = eot_id
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: list[list[int]],
+        eot_id: int | None,
+        stop: str | None = None,
+    ):
+        self.eot_id, self.stop = eot_id, stop
         self.streams = [tokenizer.stream_decoder() for _ in prompts]
         self.texts = [
             "".join(map(stream, ids)) for stream, ids in zip(self.streams, prompts, strict=True)
         ]
         # The ids that were added, with the end-of-text token.
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.ended = [False] * len(prompts)
+        self.lengths = [len(text) for text in self.texts]  # of the prompts
+        # Why each text has ended: "eot" or "stop", and "" while it grows.
+        self.ended = [""] * len(prompts)
 
     def add(self, tokens: list[int]) -> list[str]:
         """Adds the next token of each row. Returns what each text gains: "" if it has ended."""
@@ -317,14 +331,30 @@ class Texts:
         for row, token in enumerate(tokens):
             if not self.ended[row]:
                 self.tokens[row].append(token)
-                self.ended[row] = token == self.eot_id
-                pieces[row] = "" if self.ended[row] else self.streams[row](token)
-                self.texts[row] += pieces[row]
+                if token == self.eot_id:
+                    self.ended[row] = "eot"
+                else:
+                    pieces[row] = self._until_stop(row, self.streams[row](token))
+                    self.texts[row] += pieces[row]
         return pieces
 
+    def _until_stop(self, row: int, piece: str) -> str:
+        """What a piece adds to a text: nothing after `stop`, which may have begun before it."""
+        if self.stop is None:
+            return piece
+        before = max(self.lengths[row], len(self.texts[row]) - len(self.stop) + 1)
+        tail = self.texts[row][before:]
+        found = (tail + piece).find(self.stop)
+        if found < 0:
+            return piece
+        self.ended[row] = "stop"
+        return piece[: found + len(self.stop) - len(tail)]
+
     def whole(self, row: int) -> str:
-        """A complete text. It ends with what the decoder still holds, such as half a character."""
-        return self.texts[row] + self.streams[row](None)
+        """A complete text. Unless `stop` has ended it, it ends with what the decoder still holds,
+        such as half a character."""
+        rest = "" if self.ended[row] == "stop" else self.streams[row](None)
+        return self.texts[row] + rest
 
 
 def write(
@@ -367,7 +397,7 @@ def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
             "prompt": prompts[row],
             "text": texts.whole(row)[len(prompts[row]) :],
             "tokens": texts.tokens[row],
-            "finish_reason": "eot" if texts.ended[row] else "length",
+            "finish_reason": texts.ended[row] or "length",
         }
         with tqdm.external_write_mode():
             print(json.dumps(line, ensure_ascii=not is_utf8(sys.stdout)), flush=True)
@@ -436,6 +466,7 @@ def refuse_writing(c: SampleConfig) -> None:
     for flag, asked in (
         ("num_samples", c.num_samples > 1),
         ("stop_at_eot", c.stop_at_eot),
+        ("stop", c.stop is not None),
         ("json", c.json),
         ("ann", c.ann),
         *((key, getattr(c, key) != getattr(SampleConfig(), key)) for key in OF_WRITING),
@@ -492,7 +523,7 @@ def main() -> None:
 def sample(c: SampleConfig) -> None:
     """Loads a run and writes texts, or predicts the masked tokens of prompts."""
     device = check_device(c.device)
-    model, stored, manifest = checkpoint.load_run(c.out_dir, device)
+    model, stored, manifest = checkpoint.load_run(c.out_dir, device, c.checkpoint)
     tokenizer = read_tokenizer(model, stored, c)
     masked = not model.config.architecture.causal
     if masked:
@@ -506,6 +537,11 @@ def sample(c: SampleConfig) -> None:
         if masked:
             return predict_masked(model, tokenizer, prompts)
 
+        if c.temperature == 0 and c.num_samples > 1:
+            print(
+                f"note: with temperature=0 the {c.num_samples} texts of a prompt are equal",
+                file=sys.stderr,
+            )
         rows = [p for p in prompts or [[tokenizer.start_id]] for _ in range(c.num_samples)]
         longest = max(map(len, rows)) + c.max_new_tokens
         if longest > model.config.block_size:
@@ -538,7 +574,7 @@ def sample(c: SampleConfig) -> None:
         ready = time.perf_counter()
         steps = itertools.chain(first, steps)
         shown = rows if prompts else [[] for _ in rows]  # The start token is not shown.
-        texts = Texts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None)
+        texts = Texts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None, c.stop)
         if c.json:
             write_json(texts, steps, c.max_new_tokens)
         else:

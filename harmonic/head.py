@@ -127,6 +127,26 @@ class HarmonicHead(nn.Module):
         trained = {key: t.to(wide) for key, t in distance.parameters(n_embd).items()}
         self.distance_parameters = nn.ParameterDict(trained)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. Refuses a table that does not fit, and an option of the distance.
+
+        A new table may have more rows than tokens. They are padding.
+        """
+        if name in getattr(HEADS.get(self.__dict__.get("name", "")), "options", ()):
+            raise AttributeError(
+                f"{name} cannot be set later: build a head with HarmonicHead(..., {name}={value})"
+            )
+        old = self.__dict__.get("_parameters", {}).get("weight")
+        # FSDP sets parts of a table, of one dimension.
+        if name == "weight" and old is not None and isinstance(value, Tensor) and value.dim() == 2:
+            rows, width = value.shape
+            if width != old.shape[-1] or rows < self.real_vocab_size:
+                raise ValueError(
+                    f"a table of {rows} x {width} does not fit a head of {self.real_vocab_size}"
+                    f" prototypes of {old.shape[-1]} coordinates: build another head"
+                )
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """torch.nn's hook behind `.to`, `.half` and `.cuda`: every tensor becomes fn(tensor)."""
         kept = fn if self.is_control else lambda tensor: _at_least_float32(tensor, fn(tensor))
@@ -134,10 +154,14 @@ class HarmonicHead(nn.Module):
         return applied
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Adds the kind of the head, and a strength that was set after the head was built."""
+        """Adds the kind of the head and its strength to the metadata. A strength that was set after
+        the head was built is a tensor too, because files of tensors have no metadata."""
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["head"] = self.kind()
+            about = destination._metadata[prefix[:-1]]
+            about["head"] = self.kind()
+            if self.strength_name is not None and self.log_strength is None:
+                about["strength"] = float(self.fixed_strength)
         built = getattr(self, "built_strength", self.fixed_strength)  # Old pickles have none.
         if self.log_strength is None and self.fixed_strength != built:
             strength = torch.tensor(self.fixed_strength, dtype=torch.float64)
@@ -153,7 +177,8 @@ class HarmonicHead(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Reads the strength. Without one it is that of the head when it was built.
+        """Reads the strength. Without one, as in a file of tensors, it is that of the head when it
+        was built.
 
         The state of a head of another kind is an error: its prototypes mean something else.
         """
@@ -173,7 +198,8 @@ class HarmonicHead(nn.Module):
                 first = torch.tensor([math.log(float(strength))], dtype=self.log_strength.dtype)
                 state_dict.setdefault(f"{prefix}log_strength", first)
         elif self.log_strength is None and f"{prefix}weight" in state_dict:
-            self.fixed_strength = getattr(self, "built_strength", self.fixed_strength)
+            built = getattr(self, "built_strength", self.fixed_strength)
+            self.fixed_strength = local_metadata.get("strength", built)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -260,12 +286,14 @@ class HarmonicHead(nn.Module):
         return ", ".join([self.name, *options, *link])
 
     def describe(self) -> str:
-        """The head in words, such as "euclidean, harmonic link, n = 768"."""
+        """The head in words, such as "euclidean, harmonic link, n = 768", with options that differ
+        from the distance's own."""
         if self.is_control:
             return self.name
-        symbol = "n" if self.is_harmonic else "s"
-        strength = self._strength_number()
-        return f"{self.name}, {self.link} link, {symbol} = {strength:.4g}"
+        own = HEADS[self.name].options
+        options = [f"{k} = {v:g}" for k, v in sorted(self.options.items()) if v != own.get(k)]
+        strength = f"{'n' if self.is_harmonic else 's'} = {self._strength_number():.4g}"
+        return ", ".join([self.name, *options, f"{self.link} link", strength])
 
     @torch.no_grad()
     def set_strength(self, value: float) -> None:

@@ -150,9 +150,9 @@ def test_any_prompt_that_is_not_empty(sample):
     assert sample("bert", "--start=the [MASK] king[SEP]")[0] == 0
 
 
-def test_stop_at_eot(sample):
-    """A text is the one without the flag up to its first end-of-text token: alone, in a batch,
-    cached or not, explained or not."""
+def test_a_text_stops(sample):
+    """A text is the one without the flag up to its first end-of-text token, or to the end of
+    --stop: alone, in a batch, cached or not, explained or not."""
     words = ["--max_new_tokens=120", "--seed=5", "--temperature=1.5"]
     prompts = ["the old king", f"a red{EOT}", "music"]
     for extra in (
@@ -166,13 +166,17 @@ def test_stop_at_eot(sample):
             sample("gpt", *extra, *words, "--stop_at_eot")[1],
         )
         assert whole.count(EOT) > len(extra) - 1, "the test needs texts that end"
-        shown = []
+        shown, cut = [], []
+        stop = whole[len(prompts[0]) + 9 :][:3]  # of the first text, and not one token
         for written, prompt in zip(
             whole.split("\n---------------\n"), extra[1:4] or [""], strict=False
         ):
-            first = written.find(EOT, len(prompt))
+            first, word = written.find(EOT, len(prompt)), written.find(stop, len(prompt))
             shown.append(written if first < 0 else written[:first])
+            cut.append(written if word < 0 else written[: word + 3])
         assert stopped == "".join(f"{part}\n---------------\n" for part in shown)
+        stopped = sample("gpt", *extra, *words, f"--stop={stop}")[1]
+        assert stopped == "".join(f"{part}\n---------------\n" for part in cut)
     one = sample("gpt", "--start=music", *words, "--explain", "--stop_at_eot")[1]
     assert one.count("nearest:") < 120 and repr(EOT) in one.splitlines()[-3], (
         "the last token explained is the end"

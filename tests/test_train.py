@@ -485,7 +485,7 @@ BAD = {
         dict(head="cosine", exponent="dims"),
         ["exponent=dims: expected a number, dim/4, sqrt_dim, dim, 2dim or 4dim"],
     ),
-    "useless option": (dict(head="manhattan", head_p=2), ["manhattan has no setting 'p'"]),
+    "useless option": (dict(head="manhattan", head_p=2), ["manhattan has no setting '--head_p'"]),
     "no cuda": (dict(device="cuda"), ["device=cuda: this machine has no CUDA device"]),
     "unknown device": (dict(device="gpu"), ["unknown device"]),
     "batch_size": (dict(batch_size=0), ["batch_size=0 must be at least 1"]),

@@ -141,7 +141,7 @@ def test_a_head_says_what_it_is():
         HarmonicHead(64, V, "cross_entropy"),
     ]
     assert [head.describe() for head in heads] == [
-        "minkowski, harmonic link, n = 256",
+        "minkowski, p = 2, harmonic link, n = 256",
         "cosine, softmax link, s = 3",
         "cross_entropy",
     ]
@@ -227,3 +227,22 @@ def test_torch_func_works_for_a_large_table_too():
     head.loss(x, targets).backward()
     found = torch.func.grad(lambda h: head.loss(h, targets))(h)
     torch.testing.assert_close(found, x.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_brings_its_n_and_what_does_not_fit_is_refused(tmp_path):
+    head = HarmonicHead(C, V, "minkowski", exponent=8.0, p=4.0)
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    again = HarmonicHead(C, V, "minkowski", exponent=64.0, p=4.0)
+    again.load_state_dict(torch.load(tmp_path / "head.pt"))
+    h = torch.randn(N, C)
+    assert again.exponent == 8 and torch.equal(again(h), head(h))
+    for shape in ((V - 1, C), (V, C + 1)):
+        with pytest.raises(ValueError, match=f"a table of {shape[0]} x {shape[1]} does not fit"):
+            head.weight = torch.nn.Parameter(torch.zeros(shape))
+    head.weight = torch.nn.Parameter(torch.randn(V + 3, C))  # The rest is padding.
+    assert head(h).shape == (N, V) and f"(padded to {V + 3})" in repr(head)
+    with pytest.raises(AttributeError, match="p cannot be set later"):
+        head.p = 3.0
+    for wrong, meant in (("n", "exponent"), ("s", "scale"), ("head", "name")):
+        with pytest.raises(ValueError, match=f"no setting '{wrong}'; did you mean {meant}"):
+            HarmonicHead(C, V, **{wrong: 8})
