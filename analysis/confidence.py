@@ -337,6 +337,8 @@ def main() -> None:
     print(
         tables.text(calibrated, ["run", "head", "link", *(Column(n, form=".3f") for n in numbers)])
     )
+    if any(r[f"{key}_high"] < r[key] for r in calibrated for key in ("ece", "ece_scaled")):
+        note("chance makes an ece too large; its interval corrects that, so it may lie below it")
     if c.other:
         columns = [Column(key, form=".3f") for key in ("auroc", "auroc_low", "auroc_high")]
         detected = [r for r in rows if "auroc" in r]

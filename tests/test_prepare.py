@@ -669,8 +669,8 @@ def test_bad_parquet(tmp_path):
         (["--source=a.txt", "--column=text"], "a .txt file has no columns"),
         (
             ["--source=empty_folder"],
-            "no file to read in the folder empty_folder; left out 1 file: 1 .md; known kinds are"
-            " .txt",
+            "no file to read in the folder empty_folder; left out 1 file: 1 .md; text needs a name"
+            " in .txt; known kinds are .txt",
         ),
         (["--source="], "--source is empty"),
         (["--source=folder", "--out_dir=folder/out"], "lies in a folder that is read"),

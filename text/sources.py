@@ -17,6 +17,7 @@ from text.readers import COMPRESSED, KINDS, Broken, compression_of, kind_of, rec
 
 SKIP_HINT = "--on_bad_file=skip leaves out what cannot be read"
 NOUNS = ("folder", "pipe", "socket", "device", "link", "file")  # These reasons have a plural.
+TEXTS = (".md", ".rst", ".tex", ".text", ".html", "without an ending")  # May be text to train on.
 SHOWN = 8  # The summary of skipped files names so many reasons, and counts the others together.
 
 
@@ -128,7 +129,8 @@ def left_out_line(left_out: collections.Counter) -> str:
     noun = "file" if total == 1 else "files"
     if "hidden folder" in left_out:
         noun = "folder" if total == 1 else "files and folders"
-    return f"left out {total:,} {noun}: {', '.join(parts)}"
+    hint = "; text needs a name in .txt" if any(what in TEXTS for what in left_out) else ""
+    return f"left out {total:,} {noun}: {', '.join(parts)}{hint}"
 
 
 # ---- what is wrong with them ---------------------------------------------------------------------
@@ -206,7 +208,7 @@ def path_problem(name: str) -> str | None:
     if special := special_file(mode):
         return f"{name} is a {special}: save its text in a file, and name that"
     if kind_of(path) is None:
-        return f"{name}: unknown kind of file; known are {known_kinds()}"
+        return f"{name}: unknown kind of file; known are {known_kinds()}. Text needs a name in .txt"
     return None
 
 

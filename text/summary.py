@@ -31,7 +31,7 @@ def print_splits(
     how_split = tally.how_split
     share = splits["val"]["tokens"] / sum(s["tokens"] for s in splits.values())
     if fraction is not None and not 0.5 < share / fraction < 2:
-        how_split += f", which are {share:.1%} of the tokens"
+        how_split += f"; val has {share:.1%} of the tokens"
     print(f"split: {how_split}")
     print(
         f"read: {tally.read:,} {'document' if tally.read == 1 else 'documents'}. Dropped:"

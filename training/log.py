@@ -203,6 +203,10 @@ def conclude(
     if diverged:
         run.say(diverged, file=sys.stderr)
         run.say(f"last good checkpoint: {checkpoint.last_good(out_dir)}", file=sys.stderr)
+        run.say(
+            "a lower --learning_rate, more --warmup_iters or a --grad_clip may prevent it",
+            file=sys.stderr,
+        )
         sys.exit(3)
     if stopped:
         how = "no checkpoint was written yet: --overwrite=true starts it again"
