@@ -71,7 +71,7 @@ class SampleConfig:
     stop_at_eot: bool = False
     """end a text at the end-of-text token, which is not shown"""
     stop: str | None = None
-    """end a text after this text, such as --stop=. for one sentence"""
+    """end a text after this text, such as --stop=. for one sentence, or --stop=$'\\n' for a line"""
     temperature: float = 0.8
     """below 1 safer choices, above 1 more random ones; 0 = always the likeliest token"""
     top_k: int | None = 200
@@ -88,7 +88,8 @@ class SampleConfig:
     its distance. p is the model's probability, before temperature, top_k, top_p and min_p"""
     json: bool = False
     """print one line of JSON for each text, and nothing else on stdout. Its keys: prompt, text
-    (what was added), tokens (the ids of text), finish_reason (eot, stop or length)"""
+    (what was added), tokens (its ids; after a stop the last may be longer than text),
+    finish_reason (eot, stop or length)"""
     ann: bool = False
     """compute logits for the nearest prototypes only, which faiss finds (pip install faiss-cpu)"""
     ann_candidates: int = 512
@@ -512,6 +513,23 @@ def read_tokenizer(model: Model, stored: dict, c: SampleConfig) -> Tokenizer:
     return tokenizer
 
 
+def print_notes(c: SampleConfig, longest: int, block_size: int) -> None:
+    """Prints what a user may not expect. longest: the tokens of the longest prompt."""
+    if c.temperature == 0 and c.num_samples > 1:
+        print(
+            f"note: with temperature=0 the {c.num_samples} texts of a prompt are equal",
+            file=sys.stderr,
+        )
+    if longest + c.max_new_tokens > block_size:
+        of_prompt = ". Of a longer prompt the model sees only the end" * (longest > block_size)
+        print(
+            f"note: a text of {longest + c.max_new_tokens} tokens does not fit into"
+            f" block_size={block_size}: the context slides, and its older half is dropped each"
+            f" time it is full{of_prompt}",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     (c,) = parse(sys.argv[1:], SampleConfig, words="start")
     try:
@@ -537,23 +555,8 @@ def sample(c: SampleConfig) -> None:
         if masked:
             return predict_masked(model, tokenizer, prompts)
 
-        if c.temperature == 0 and c.num_samples > 1:
-            print(
-                f"note: with temperature=0 the {c.num_samples} texts of a prompt are equal",
-                file=sys.stderr,
-            )
         rows = [p for p in prompts or [[tokenizer.start_id]] for _ in range(c.num_samples)]
-        longest = max(map(len, rows)) + c.max_new_tokens
-        if longest > model.config.block_size:
-            of_prompt = ""
-            if longest - c.max_new_tokens > model.config.block_size:
-                of_prompt = ". Of a longer prompt the model sees only the end"
-            print(
-                f"note: a text of {longest} tokens does not fit into"
-                f" block_size={model.config.block_size}: the context slides, and its older half is"
-                f" dropped each time it is full{of_prompt}",
-                file=sys.stderr,
-            )
+        print_notes(c, max(map(len, rows)), model.config.block_size)
         explainer = Explainer(model, tokenizer, len(rows)) if c.explain else None
         nearest = nearest_head(model.head, c) if c.ann else None
         steps = model.generate(

@@ -18,6 +18,7 @@ import itertools
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ from analysis.runs import (
     LEARNS,
     ModelAnalysisConfig,
     Run,
-    about,
     caution,
     default_out,
     find_runs,
@@ -39,12 +39,15 @@ from analysis.runs import (
     publish,
     unequal_settings,
     unequal_training,
+    windows,
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
+from harmonic.links import resolve_strength
 from model import Model, ModelConfig
 from text.token_files import Data
+from training import checkpoint
 from training.distributed import check_device
 from training.objective import objective_of
 from training.telemetry import listed
@@ -62,8 +65,8 @@ COLUMNS: tables.Columns = (
     Column("p_holm", "p, Holm"),
     "verdict",
 )
-# Settings that say nothing about what was trained.
-NOT_COMPARED = {*ModelConfig.free_settings(), "seed"}
+# Settings that may change when a run is resumed, and that change what it learns.
+COUNTED = {"dropout", "head_precision", "head_skip"}
 
 
 @dataclass
@@ -136,10 +139,11 @@ def compare(losses: list[np.ndarray]) -> tuple[int, list[Difference]]:
 
 @dataclass
 class Pair:
-    """How many nats a token the runs of one group are worse than those of another.
+    """How many nats a token the runs of one group are worse than those of another, on the seeds
+    that both have.
 
-    seeds: how many seeds both have. mean, low, high: of the differences, with their 95 % interval.
-    p: not corrected. These are NaN if a run diverged.
+    seeds: their number. mean, low, high: of the differences, with their 95 % interval. p: not
+    corrected. These are NaN if a run diverged, and else mean is not negative.
     """
 
     group: str
@@ -152,19 +156,32 @@ class Pair:
 
 
 def settings(run: Run) -> dict[str, object]:
-    """All settings of a run that change what it learns, but for its seed."""
-    found = {k: v for k, v in vars(run.model_config).items() if k not in NOT_COMPARED}
-    found |= {k: v for k, v in vars(run.config).items() if k in LEARNS and k not in NOT_COMPARED}
-    found |= {"dropout": run.model_config.dropout, "dataset": run.trained_on}
-    return found | about(run) | {"run": None, "tokens": run.tokens_per_iteration()}
+    """All settings that change what a run learns, but for its seed, and how far it was trained."""
+    m = run.model_config
+    left_out = {"exponent", "scale", *(ModelConfig.free_settings() - COUNTED)}
+    found = {name: value for name, value in vars(m).items() if name not in left_out}
+    found |= {name: getattr(run.config, name) for name in LEARNS if hasattr(run.config, name)}
+    del found["seed"]
+    link, strength = resolve_strength(
+        m.head, m.n_embd, m.link, m.exponent, m.scale, **m.head_options()
+    )
+    newest = list(checkpoint.manifests(run.path).values())[-1:]
+    return found | {
+        "link": link,
+        "n" if link == "harmonic" else "s": float(strength),
+        "source": bool(run.config.source),  # Each seed may go on from a run of its own.
+        "dataset": Path(run.trained_on).name,
+        "tokens an iteration": run.tokens_per_iteration(),
+        "iteration": newest[0]["iter"] if newest else None,
+    }
 
 
 def groups(runs: list[Run]) -> dict[str, dict[int, int]]:
     """Takes runs together that differ only in their seed.
 
     Returns: for each group its name, which has the head, the link of a twin, and the settings in
-        which groups of the same head differ; and seed -> index of the run. The last run of a seed
-        counts.
+        which groups of the same head differ; and seed -> index of the run. Of several runs of a
+        seed the last counts, with a note.
     """
     each = [settings(run) for run in runs]
     found: dict[str, dict[int, int]] = {}
@@ -172,8 +189,17 @@ def groups(runs: list[Run]) -> dict[str, dict[int, int]]:
         alike = [other for other in each if all(other[k] == mine[k] for k in ("head", "link"))]
         name = str(mine["head"]) + (" softmax" if mine["link"] == "softmax" else "")
         more = [f"{k}={v}" for k, v in mine.items() if any(other[k] != v for other in alike)]
-        found.setdefault(", ".join([name, *more]), {})[runs[i].config.seed] = i
+        group, seed = found.setdefault(", ".join([name, *more]), {}), runs[i].config.seed
+        if seed in group:
+            note(f"{runs[group[seed]].name} is left out: {runs[i].name} has the same seed")
+        group[seed] = i
     return found
+
+
+def mean_loss(group: dict[int, int], losses: list[np.ndarray]) -> float:
+    """The mean loss of a group's runs; infinite if one diverged."""
+    loss = float(np.mean([losses[i].mean() for i in group.values()]))
+    return loss if math.isfinite(loss) else math.inf
 
 
 def means(
@@ -185,30 +211,24 @@ def means(
         mean, half = mean_and_half([float(losses[i].mean()) for i in mine.values()])
         loss = tables.interval(mean, half, ".4f")
         rows.append({"head": name, "seeds": " ".join(map(str, sorted(mine))), "loss": loss})
-    return rows, ("head", "seeds", Column("loss", "nats/token"))
+    return rows, ("head", "seeds", Column("loss", "nats/token, all seeds"))
 
 
 def pairs(found: dict[str, dict[int, int]], losses: list[np.ndarray]) -> list[Pair]:
-    """Compares all groups that have a seed in common, the worse minus the better.
-
-    losses: of the windows of each run.
-    """
-
-    def mean(name: str) -> float:
-        loss = float(np.mean([losses[i].mean() for i in found[name].values()]))
-        return math.inf if math.isnan(loss) else loss
-
+    """Compares all groups that have a seed in common. losses: of the windows of each run."""
     result = []
-    for better, worse in itertools.combinations(sorted(found, key=mean), 2):
-        both = [
-            (losses[found[worse][s]], losses[found[better][s]])
-            for s in found[worse]
-            if s in found[better]
-        ]
+    order = sorted(found, key=lambda name: mean_loss(found[name], losses))
+    for better, worse in itertools.combinations(order, 2):
+        shared = [seed for seed in found[worse] if seed in found[better]]
+        both = [(losses[found[worse][seed]], losses[found[better][seed]]) for seed in shared]
+        if not both:
+            continue
+        if sum(a.mean() - b.mean() for a, b in both) < 0:  # Other seeds have decided the order.
+            worse, better, both = better, worse, [(b, a) for a, b in both]
         if len(both) == 1:
             d = difference(*both[0])
             result.append(Pair(worse, better, 1, d.mean, d.low, d.high, d.p))
-        elif both:
+        else:
             each = [float(a.mean() - b.mean()) for a, b in both]
             middle, half = mean_and_half(each)
             low, high = middle - half, middle + half
@@ -231,21 +251,34 @@ def verdict(pair: Pair, p: float) -> str:
     return "behind" if pair.seeds > 1 else "behind on this text"
 
 
-def in_words(found: list[Pair]) -> str | None:
-    """The result in a sentence, if any two groups have two seeds in common, else None."""
-    if not any(pair.seeds > 1 for pair in found):
-        return None
-    best = found[0].minus
-    level = [
-        pair.group
-        for pair, p in zip(found, corrected(found), strict=True)
-        if pair.minus == best and not verdict(pair, p).startswith("behind")
+def in_words(found: dict[str, dict[int, int]], losses: list[np.ndarray]) -> str | None:
+    """The result over seeds in sentences; None if no two groups have two seeds in common."""
+    all_pairs = pairs(found, losses)
+    several = [
+        (pair, verdict(pair, p))
+        for pair, p in zip(all_pairs, corrected(all_pairs), strict=True)
+        if pair.seeds > 1 and math.isfinite(pair.mean)
     ]
-    text = f"Over its seeds {best} has the lowest mean loss"
-    all_pairs = "`python -m analysis.compare` lists all differences with their intervals."
+    names = [name for pair, _ in several for name in (pair.group, pair.minus)]
+    if not names:
+        return None
+    best = min(dict.fromkeys(names), key=lambda name: mean_loss(found[name], losses))
+    behind, level = [], []
+    for pair, said in several:
+        if pair.minus == best and said == "behind":
+            behind.append(pair.group)
+        elif best in (pair.group, pair.minus):
+            level.append(pair.minus if pair.group == best else pair.group)
+    text = f"Of the heads with several seeds {best} has the lowest mean loss."
     if level:
-        return f"{text}, but it is not told apart from {listed(level, 3)}. {all_pairs}"
-    return f"{text}, and every other head with the same seeds is behind it. {all_pairs}"
+        text += f" It is not told apart from {listed(level, 3)}."
+    if behind:
+        text += f" On the seeds that both have, {listed(behind, 3)} {_is(behind)} behind it."
+    return f"{text} `python -m analysis.compare --checkpoint=best` lists all differences."
+
+
+def _is(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def draw(runs: list[Run], found: dict[str, dict[int, int]], losses: list[np.ndarray]) -> Figure:
@@ -268,15 +301,26 @@ def draw(runs: list[Run], found: dict[str, dict[int, int]], losses: list[np.ndar
     return figure
 
 
+def check_comparable(runs: list[Run], data: list[Data], split: str, count: int) -> None:
+    """Raises UserError if the losses of runs cannot be compared. count: of their groups."""
+    if problem := caution(runs, data, split):
+        raise UserError(problem)
+    lengths = {run.model_config.block_size for run in runs}
+    if len(lengths) > 1:
+        raise UserError("the runs have different block_size, so they have no windows in common")
+    if count < 2:
+        raise UserError("these runs differ in nothing but their seed: name runs of two heads")
+    for d in data:
+        if len(windows(d, split, max(lengths), 2)) < 2:
+            raise UserError(f"{d.folder}: its split {split} has one window, which has no interval")
+
+
 def main() -> None:
     (c,) = parse(sys.argv[1:], CompareConfig, words="runs")
     runs = find_runs(c.runs, dataset=c.dataset)
     device, out = check_device(c.device), default_out(c, runs, "compare")
-    data = [run.data() for run in runs]
-    if problem := caution(runs, data, c.split):
-        raise UserError(problem)
-    if len({run.model_config.block_size for run in runs}) > 1:
-        raise UserError("the runs have different block_size, so they have no windows in common")
+    data, found = [run.data() for run in runs], groups(runs)
+    check_comparable(runs, data, c.split, len(found))
     losses, iterations = [], []
     for run, d in zip(numbered(runs), data, strict=True):
         model, manifest = run.load(device, c.checkpoint)
@@ -284,7 +328,6 @@ def main() -> None:
         losses.append(window_losses(model, d, c.split))
     note(unequal_training(runs, iterations))
     note(unequal_settings(runs))
-    found = groups(runs)
     print(tables.text(*means(found, losses)))
     compared = pairs(found, losses)
     rows: list[dict] = [

@@ -43,6 +43,7 @@ from analysis.runs import (
     ModelAnalysisConfig,
     Run,
     about,
+    check_finite,
     default_out,
     find_runs,
     head_styles,
@@ -330,6 +331,7 @@ def main() -> None:
     rows = []
     for run in numbered(runs):
         model, _ = run.load(device, c.checkpoint)
+        check_finite(run, "prototypes", model.head.prototypes())
         rows += measure(run, model, run.data(), c)
     numbers = ["temperature", "ece_floor", "ece", "ece_low", "ece_high", "ece_scaled"]
     numbers += ["ece_scaled_low", "ece_scaled_high"]

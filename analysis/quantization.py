@@ -30,6 +30,7 @@ from analysis.compare import difference
 from analysis.runs import (
     ModelAnalysisConfig,
     about,
+    check_finite,
     default_out,
     find_runs,
     head_styles,
@@ -161,6 +162,7 @@ def main() -> None:
     rows = []
     for run in numbered(runs):
         model, _ = run.load(device, c.checkpoint)
+        check_finite(run, "prototypes", model.head.prototypes())
         rows += [{**about(run), **row} for row in compare(model, run.data(), c)]
     print(
         tables.text(

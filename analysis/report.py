@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.compare import groups, in_words, pairs, window_losses
+from analysis.compare import groups, in_words, window_losses
 from analysis.geometry import frequency, principal
 from analysis.page import write_page
 from analysis.runs import Run, about, find_runs, numbered
@@ -378,7 +378,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     environments = [read_environment(run) for run in runs]
     agree = agreement(runs, data, summaries, environments, losses)
     to_best = paired(summaries, losses) if agree.windows else None
-    over_seeds = in_words(pairs(groups(runs), losses)) if agree.windows else None
+    over_seeds = in_words(groups(runs), losses) if agree.windows else None
     steps = [run.tokens_per_iteration() for run in runs]
     return {
         "title": " vs ".join(r.name for r in runs) if len(runs) <= 3 else f"{len(runs)} runs",

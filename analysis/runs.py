@@ -180,7 +180,7 @@ def _without_results(paths: list[Path]) -> list[Path]:
     if not rest:
         raise UserError(f"{results[0]} is not a run's folder")
     if results:
-        note(f"{listed([str(path) for path in results], 3)}: no run, left out")
+        note(f"{listed([str(path) for path in results], 3)}: not a run, skipped")
     return rest
 
 
@@ -391,7 +391,7 @@ def check_finite(run: Run, what: str, x: torch.Tensor) -> None:
     """Raises a UserError if `x`, `what` of a run, has a number that is not finite."""
     if not x.isfinite().all():
         raise UserError(
-            f"{run.path} has {what} that are not finite, because training diverged: leave it out"
+            f"{run.path} has {what} that are not finite: its training diverged. Leave it out"
         )
 
 
@@ -434,4 +434,6 @@ def default_out(c: AnalysisConfig, runs: list[Run], name: str) -> Path:
     Raises: UserError if it cannot be written.
     """
     parent = Path(os.path.normpath(runs[0].path / ".."))
-    return writable(Path(c.out) if c.out else parent / f"{name}.csv")
+    out = Path(c.out) if c.out else parent / f"{name}.csv"
+    writable(out.with_suffix(".png"))
+    return writable(out)

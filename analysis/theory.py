@@ -100,6 +100,7 @@ def measure(
     """
     check_finite(run, "prototypes", model.head.prototypes())
     h, targets = states_of(model, data, split)
+    check_finite(run, "hidden states", h)
     rho, gamma, p = margins(model.head, h, targets)
     predicted = gamma > 0
     metrics = read_metrics(run.path)

@@ -388,10 +388,6 @@ def _positive(name: str, key: str, value: Any) -> float:
     return number
 
 
-# Names of settings that a user may try, and those they stand for.
-_MEANT = {"n": "exponent", "s": "scale", "head": "name", "distance": "name", "dim": "n_embd"}
-
-
 def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
     """Looks a head up. Returns its row of the table, and its settings with defaults filled in.
 
@@ -410,8 +406,6 @@ def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:
     for key in settings:
         if key not in valid:
             has = f"; it has {', '.join(valid)}" if valid else ""
-            if meant := _MEANT.get(key):
-                has = f"; did you mean {meant}?"
             raise ValueError(f"{name} has no setting {key!r}{has}")
     for key, value in row.options.items():
         settings[key] = _positive(name, key, settings.get(key, value))

@@ -36,6 +36,16 @@ def _check_table(
         raise ValueError(f"init_std must be a finite number from 0 on, got {init_std}")
 
 
+def _known(options: dict[str, Any], link: str) -> dict[str, Any]:
+    """The options. Raises ValueError for one that has another name here."""
+    strength = "scale" if link == "softmax" else "exponent"
+    meant = {"n": strength, "s": strength, "head": "name", "distance": "name"}
+    for key in options:
+        if key in meant:
+            raise ValueError(f"a head has no setting {key!r}; did you mean {meant[key]}?")
+    return options
+
+
 class HarmonicHead(nn.Module):
     """The output layer of a language model: prototypes (V, C), a distance and a link.
 
@@ -66,6 +76,9 @@ class HarmonicHead(nn.Module):
     Raises: ValueError for a name, number or combination that is not valid.
     """
 
+    # Options of the distances, which a head has for good.
+    FIXED = frozenset(option for head in HEADS.values() for option in head.options)
+
     def __init__(  # noqa: PLR0913
         self,
         n_embd: int,
@@ -86,7 +99,7 @@ class HarmonicHead(nn.Module):
         **options: float,
     ):
         super().__init__()
-        distance, _ = resolve(name, **options)
+        distance, _ = resolve(name, **_known(options, link))
         kind, strength = resolve_strength(name, n_embd, link, exponent, scale, **options)
         if distance.is_control and (learn_exponent or learn_scale):
             raise ValueError(f"{name} has no exponent or scale to learn")
@@ -128,24 +141,33 @@ class HarmonicHead(nn.Module):
         self.distance_parameters = nn.ParameterDict(trained)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute. Refuses a table that does not fit, and an option of the distance.
+        """Sets an attribute. Refuses a table that does not fit, and what cannot be set later.
 
         A new table may have more rows than tokens. They are padding.
         """
-        if name in getattr(HEADS.get(self.__dict__.get("name", "")), "options", ()):
-            raise AttributeError(
-                f"{name} cannot be set later: build a head with HarmonicHead(..., {name}={value})"
-            )
-        old = self.__dict__.get("_parameters", {}).get("weight")
-        # FSDP sets parts of a table, of one dimension.
-        if name == "weight" and old is not None and isinstance(value, Tensor) and value.dim() == 2:
-            rows, width = value.shape
-            if width != old.shape[-1] or rows < self.real_vocab_size:
-                raise ValueError(
-                    f"a table of {rows} x {width} does not fit a head of {self.real_vocab_size}"
-                    f" prototypes of {old.shape[-1]} coordinates: build another head"
-                )
+        if name in self.FIXED or (name == "name" and "name" in self.__dict__):
+            raise AttributeError(f"{name} cannot be set later: build another head")
+        if name in ("n", "s"):
+            raise AttributeError(f"no {name}: set head.exponent (n) or head.scale (s)")
+        if name in ("weight", "table"):
+            old = self.__dict__.get("_parameters", {}).get(name)
+            # Libraries that shard a table may hold its parts in one dimension.
+            if (
+                isinstance(old, Tensor)
+                and isinstance(value, Tensor)
+                and old.dim() == value.dim() == 2
+            ):
+                self._check_fits(value, old.shape[1])
         super().__setattr__(name, value)
+
+    def _check_fits(self, table: Tensor, width: int) -> None:
+        """Raises ValueError for a table (V, C) that has not the head's width or too few rows."""
+        rows = self.real_vocab_size if "weight" in self._parameters else 0  # The other one grows.
+        if table.shape[1] != width or len(table) < rows:
+            raise ValueError(
+                f"a table of {len(table)} x {table.shape[1]} does not fit a head of"
+                f" {self.real_vocab_size} prototypes of {width} coordinates: build another head"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """torch.nn's hook behind `.to`, `.half` and `.cuda`: every tensor becomes fn(tensor)."""
@@ -192,17 +214,21 @@ class HarmonicHead(nn.Module):
                 state_dict[f"{prefix}distance_parameters.{key}"] = own
             return
         strength = state_dict.pop(f"{prefix}strength", None)
-        if strength is not None:
-            self.set_strength(float(strength))
-            if self.log_strength is not None:
-                first = torch.tensor([math.log(float(strength))], dtype=self.log_strength.dtype)
-                state_dict.setdefault(f"{prefix}log_strength", first)
-        elif self.log_strength is None and f"{prefix}weight" in state_dict:
-            built = getattr(self, "built_strength", self.fixed_strength)
-            self.fixed_strength = local_metadata.get("strength", built)
+        if strength is not None and self.log_strength is not None:
+            first = torch.tensor([math.log(float(strength))], dtype=self.log_strength.dtype)
+            state_dict.setdefault(f"{prefix}log_strength", first)
+        errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if len(error_msgs) > errors:
+            return
+        if strength is not None:
+            self.set_strength(float(strength))
+        elif self.log_strength is None and "strength" in local_metadata:
+            self.fixed_strength = local_metadata["strength"]
+        elif self.log_strength is None and f"{prefix}weight" in state_dict:
+            self.fixed_strength = getattr(self, "built_strength", self.fixed_strength)
 
     def extra_repr(self) -> str:
         rows, coordinates = self.padded_prototypes().shape

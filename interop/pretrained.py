@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,20 @@ class Pretrained:
     def head(self) -> str:
         return self.settings.get("head", "cross_entropy")
 
+    def defaults(self, given: Container[str]) -> dict:
+        """The settings of a run that starts from this model, but for those that are given.
+
+        A twin has an exponent or a scale, so the one that is given replaces the other.
+        """
+        found = dict(self.settings)
+        for key, other in (("exponent", "scale"), ("scale", "exponent")):
+            if key in given:
+                found.pop(other, None)
+        return found
+
     def problems(self, config: ModelConfig) -> list[str]:
         """The settings of a configuration that contradict this model, in words."""
-        free = {*FREE, *self.free_strength(config), "tie_weights", "head_init_std"}
+        free = {*FREE, *self.free_strength(config), "tie_weights"}
         if config.head != self.head:  # The swap replaces all settings of the head.
             free |= {key for key in self.settings if HEAD_KEY.match(key)}
         found = [
@@ -342,7 +353,8 @@ def _from_run(path: Path) -> Pretrained:
     if lost := {"block_size", "vocab_size", "tokenizer"} - set(stored):
         raise UserError(f"{path}/config.yaml has no {', '.join(sorted(lost))}")
 
-    arch = stored.get("arch", ModelConfig.arch)
+    arch = ARCHITECTURES.get(stored.get("arch", ModelConfig.arch))
+    rotary = arch is not None and arch.rotary
 
     def weights(_: ModelConfig) -> dict[str, torch.Tensor]:
         return checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
@@ -351,7 +363,7 @@ def _from_run(path: Path) -> Pretrained:
         name=str(path),
         settings={k: v for k, v in stored.items() if k in ModelConfig.__dataclass_fields__},
         # Rotary positions are computed, so there can be any number of them.
-        longest=sys.maxsize if ARCHITECTURES[arch].rotary else stored["block_size"],
+        longest=sys.maxsize if rotary else stored["block_size"],
         tokenizer=stored["tokenizer"],
         vocabulary=_vocabulary(path),
         weights=weights,

@@ -23,7 +23,7 @@ The list of runs is in order of priority. Wherever it is stopped, what is done i
         cost         0.3 M tokens, one run at a time, to measure the energy of a token, three seeds
     other HEADS  sweep, 0.6M and 2M in the same way, then 6M with the first seed
     CONTROLS     sweep and 2M. They tell tail, normalisation and distance apart
-    2M rate      cross_entropy with the learning rate of the distances, five seeds
+    2M rate      cross_entropy with the learning rate of cosine, five seeds
     then for all
         6M, 20M      the two other seeds, where they are still missing (20M: LONG heads)
         0.6M, 2M     two more seeds
@@ -190,7 +190,8 @@ class Plan:
         if not self.done(swept):
             return found
         found += self.runs("2M", 2.0, early, CONTROLS)
-        found += self.runs("2M rate", 2.0, SEEDS, ["cross_entropy"], learning_rate=RATES[0])
+        rate = self.winner("cosine")["learning_rate"]
+        found += self.runs("2M rate", 2.0, SEEDS, ["cross_entropy"], learning_rate=rate)
         found += self.runs("6M", 6.0, early[1:], others)
         found += self.runs("20M", 20.0, early[1:], LONG)
         found += self.runs("0.6M", 0.6, late, HEADS)

@@ -196,9 +196,10 @@ def differences(rows: list[Row], stage: str, name: str, measure: str) -> list[fl
     return [mine[seed] - base[seed] for seed in mine if seed in base]
 
 
-def table(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
+def table(rows: list[Row], stage: str, heads: list[str], tested: bool, base: str = BASELINE) -> str:
     """A line for each measure: cross_entropy's mean, and the paired difference of each head.
 
+    base: what cross_entropy is called.
     tested: whether to show p of a t-test of the differences, with Holm's correction for all of the
         table. There is none for counts whose difference is the same in every seed, but they count
         as a test.
@@ -223,8 +224,8 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
             elif own:  # cross_entropy, or a measure that it does not have.
                 line[name] = ("" if name == BASELINE else "is ") + format(np.mean(own), form)
         lines.append(line)
-    others = [Column(name, f"{name} minus cross_entropy") for name in heads]
-    return markdown(lines, ["measure", BASELINE, *others])
+    others = [Column(name, f"{name} minus {base}") for name in heads]
+    return markdown(lines, ["measure", Column(BASELINE, base), *others])
 
 
 def seeds(rows: list[Row], stage: str, name: str) -> int:
@@ -232,11 +233,14 @@ def seeds(rows: list[Row], stage: str, name: str) -> int:
     return len({row["seed"] for row in rows if (row["stage"], row["name"]) == (stage, name)})
 
 
-def titled(rows: list[Row], stage: str, heads: list[str], tested: bool) -> str:
+def titled(
+    rows: list[Row], stage: str, heads: list[str], tested: bool, base: str = BASELINE
+) -> str:
     """A table with its title."""
-    count = ", ".join(f"{name} {seeds(rows, stage, name)}" for name in (BASELINE, *heads))
+    names = {BASELINE: base, **{name: name for name in heads}}
+    count = ", ".join(f"{shown} {seeds(rows, stage, name)}" for name, shown in names.items())
     title = f"After {stage.replace('M', ' million')} tokens. Seeds: {count}."
-    return f"{title}\n\n{table(rows, stage, heads, tested)}"
+    return f"{title}\n\n{table(rows, stage, heads, tested, base)}"
 
 
 def tables(rows: list[Row]) -> str:
@@ -264,7 +268,7 @@ def rate_table(rows: list[Row]) -> str:
         elif row["stage"] == "2M":
             found.append({**row, "name": own} if row["name"] == BASELINE else row)
     heads = [name for name in budget.HEADS if seeds(found, "2M", name) and name != BASELINE]
-    return titled(found, "2M", [own, *heads], tested=False)
+    return titled(found, "2M", [own, *heads], tested=False, base=f"{BASELINE} at their rate")
 
 
 def main() -> None:

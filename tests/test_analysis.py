@@ -19,11 +19,13 @@ import torch
 
 from analysis import (
     bottleneck,
+    confidence,
     explorer,
     figures,
     geometry,
     page,
     perplexity,
+    quantization,
     report,
     summary,
     tables,
@@ -619,21 +621,31 @@ def test_the_lead_says_only_what_the_windows_tell(home):
 @pytest.fixture
 def diverged(monkeypatch):
     """The run `ce` loads as if it had diverged."""
-    load = Run.load
+    load, how = Run.load, {"what": "head"}
 
-    def loaded(run, *how, **more):
-        model, manifest = load(run, *how, **more)
-        if run.name == "ce":
+    def loaded(run, *words, **more):
+        model, manifest = load(run, *words, **more)
+        if run.name == "ce" and how["what"] == "head":
             model.head.weight.data[3] = math.nan
+        elif run.name == "ce":
+            model.final_norm.weight.data[3] = math.nan
         return model, manifest
 
     monkeypatch.setattr(Run, "load", loaded)
+    return how
 
 
-@pytest.mark.parametrize("analysis", [bottleneck, explorer, geometry, theory])
+@pytest.mark.parametrize(
+    "analysis", [bottleneck, confidence, explorer, geometry, quantization, theory]
+)
 def test_a_run_that_diverged_is_named(home, tmp_path, monkeypatch, diverged, analysis):
-    with pytest.raises(UserError, match="out/ce has prototypes that are not finite.*leave it out"):
+    """Also with prototypes that are finite, where it is about hidden states."""
+    with pytest.raises(UserError, match="out/ce has prototypes that are not finite.*Leave it out"):
         call(analysis.main, monkeypatch, home / "out/ce", f"--out={tmp_path}/x.csv")
+    if analysis in (bottleneck, theory):
+        diverged["what"] = "norm"
+        with pytest.raises(UserError, match="out/ce has hidden states that are not finite"):
+            call(analysis.main, monkeypatch, home / "out/ce", f"--out={tmp_path}/x.csv")
 
 
 def test_a_run_that_diverged_is_on_the_page(home, tmp_path, monkeypatch, diverged):

@@ -26,9 +26,7 @@ def test_the_sweep_decides_and_every_run_is_one_that_train_takes(tmp_path, monke
         done += todo
     for key in done:
         head = budget.ALL[key["name"]]
-        if key["stage"] == "2M rate":
-            assert (key["name"], key["learning_rate"]) == ("cross_entropy", min(budget.RATES))
-        elif key["stage"] not in budget.UNTESTED:
+        if key["stage"] not in budget.UNTESTED:
             assert key["learning_rate"] == 8 * max(budget.RATES)  # three steps beyond the edge
             assert key["exponent"] == (head.exponent or "")
     # A rate at the edge is left at the best strength too, where no other rate was tried.

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from test_analysis import call, home  # noqa: F401
+from test_analysis import call, home, make_report  # noqa: F401
 
 from analysis import compare
 from analysis.runs import find_runs
@@ -33,27 +33,39 @@ def runs(home):  # noqa: F811
     ]
 
 
-def test_runs_that_differ_in_their_seed_are_one_group(runs):
+def test_runs_that_differ_in_their_seed_are_one_group(runs, capsys):
     (ce, cosine, other), members = zip(*compare.groups(runs).items(), strict=True)
-    assert ce == "cross_entropy" and other == "cosine, exponent=3.0"
-    assert cosine.startswith("cosine, exponent=") and members == (
-        {1: 0, 2: 1},
-        {2: 2, 1: 3, 3: 4},
-        {1: 5},
+    assert (ce, other) == ("cross_entropy", "cosine, n=3.0") and cosine.startswith("cosine, n=")
+    assert members == ({1: 0, 2: 1}, {2: 2, 1: 3, 3: 4}, {1: 5})
+    run, twin = (
+        runs[0],
+        replace(runs[2], model_config=replace(runs[2].model_config, link="softmax")),
     )
-    twin = replace(runs[2], model_config=replace(runs[2].model_config, link="softmax"))
     assert list(compare.groups([runs[2], twin])) == ["cosine", "cosine softmax"]
-    # Where a run was stored and how often it printed changes nothing.
-    elsewhere = replace(runs[0], config=replace(runs[0].config, log_interval=7, seed=5))
-    assert list(compare.groups([runs[0], elsewhere])) == ["cross_entropy"]
+    assert capsys.readouterr().err == ""
+
+    def other_run(model=(), **config):
+        changed = replace(run.config, seed=1, **config)
+        return replace(run, config=changed, model_config=replace(run.model_config, **dict(model)))
+
+    for same in (dict(log_interval=7), dict(out_dir="x"), dict(model={"head_impl": "dense"})):
+        assert len(compare.groups([run, other_run(**same)])) == 1
+        assert "ce has the same seed" in capsys.readouterr().err
+    for one in (
+        dict(learning_rate=0.1), dict(weight_decay=0.3), dict(max_iters=7), dict(batch_size=2),
+        dict(source="x"), dict(model={"dropout": 0.3}), dict(model={"head_precision": "split"}),
+        dict(model={"head_skip": 0.5}), dict(model={"n_layer": 9}),
+    ):  # fmt: skip
+        assert len(compare.groups([run, other_run(**one)])) == 2, one
+    assert len(compare.groups([run, replace(run, trained_on="elsewhere/data")])) == 2
+    assert len(compare.groups([run, replace(run, trained_on=f"/moved/{run.trained_on}")])) == 1
 
 
 def test_groups_are_compared_seed_by_seed():
     found = {"a": {1: 0, 2: 1, 3: 2}, "b": {2: 3, 1: 4, 4: 5}, "c": {3: 6}, "d": {9: 7}}
     rng = np.random.default_rng(0)
-    losses = list(
-        rng.normal(size=(8, 50)) / 10 + np.array([4, 4.1, 4.2, 5, 5.2, 5.1, 7, 6])[:, None]
-    )
+    middles = np.array([4, 4.1, 4.2, 5, 5.2, 5.1, 7, 6])
+    losses = list(rng.normal(size=(8, 50)) / 10 + middles[:, None])
     pairs = {(p.group, p.minus): p for p in compare.pairs(found, losses)}
     assert list(pairs) == [("b", "a"), ("c", "a")]  # All others have no seed in common.
     b, c = pairs.values()
@@ -66,14 +78,31 @@ def test_groups_are_compared_seed_by_seed():
     p = compare.corrected([b, c])
     assert p == pytest.approx([b.p, min(1, 2 * c.p)]) and b.p > c.p  # Holm, in the order of pairs
     assert compare.verdict(c, p[1]) == "behind on this text"
-    assert (
-        compare.verdict(b, 0.2) == "not told apart" and compare.verdict(b, math.nan) == "not finite"
-    )
-    assert "but it is not told apart from b" in compare.in_words([replace(b, p=0.3)])
-    assert "every other head with the same seeds is behind" in compare.in_words(
-        [replace(b, p=0.01, low=0.5)]
-    )
-    assert compare.in_words([c]) is None
+    assert compare.verdict(b, 0.2) == "not told apart"
+    assert compare.verdict(b, math.nan) == "not finite"
+
+
+def test_the_result_in_words():
+    """It is about heads with several seeds, whatever other runs there are."""
+
+    def say(groups, values):
+        losses = [np.full(3, value) for value in values]
+        return compare.in_words(groups, losses), compare.pairs(groups, losses)
+
+    three, two = {1: 0, 2: 1, 3: 2}, {1: 3, 2: 4, 3: 5}
+    text, _ = say({"a": three, "b": two}, [4, 4.1, 4.2, 5.0, 5.11, 5.2])
+    assert "a has the lowest mean loss. On the seeds that both have, b is behind it." in text
+    text, _ = say({"a": three, "b": two}, [4, 4.1, 4.2, 4.1, 4.0, 4.3])
+    assert "a has the lowest mean loss. It is not told apart from b." in text
+    # A seed that the other has not decides the means, but not the comparison.
+    text, (pair,) = say({"a": three | {4: 6}, "b": two}, [5, 5.1, 5.2, 4.8, 4.901, 4.998, 2])
+    assert (pair.group, pair.minus) == ("a", "b") and pair.mean == pytest.approx(0.2, abs=0.01)
+    assert "a has the lowest mean loss. It is not told apart from b." in text
+    # One seed proves nothing, and a run that diverged is no tie.
+    text, _ = say({"lone": {1: 6}, "a": three, "b": two}, [4, 4.1, 4.2, 5.0, 5.11, 5.2, 1])
+    assert "a has the lowest" in text and "lone" not in text
+    assert say({"a": {1: 0}, "b": {1: 1}}, [4, 5])[0] is None
+    assert say({"a": three, "b": two}, [4, 4, 4, 4, math.nan, 4])[0] is None
 
 
 def test_the_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -81,13 +110,22 @@ def test_the_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
     call(compare.main, monkeypatch, home / "out/ce", home / "out/cosine", f"--out={out}")
     printed = capsys.readouterr()
     assert "seeds in common" in printed.out and out.with_suffix(".png").stat().st_size > 5000
-    assert "hold" in printed.err and "train more seeds" in printed.err
+    assert "train more seeds" in printed.err
     (row,) = csv.DictReader(out.open())
     assert float(row["mean"]) > 0 and row["seeds"] == "1"
     # Tables of earlier analyses are no runs, and runs of other data cannot be compared.
-    call(compare.main, monkeypatch, home / "out/ce", out, f"--out={out}")
-    assert "x.csv: no run, left out" in capsys.readouterr().err
-    with pytest.raises(UserError, match="x.csv is not a run's folder"):
-        call(compare.main, monkeypatch, out)
-    with pytest.raises(UserError, match="other|tokenizer|text"):
-        call(compare.main, monkeypatch, home / "out/ce", home / "out/other", f"--out={out}")
+    for words, message in (
+        ([home / "out/ce", out], "differ in nothing but their seed"),
+        ([out], "x.csv is not a run's folder"),
+        ([home / "out/ce", home / "out/other"], "the runs have different"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(compare.main, monkeypatch, *words, f"--out={out}")
+    assert "x.csv: not a run, skipped" in capsys.readouterr().err
+    (row,) = csv.DictReader(out.open())  # Nothing is lost.
+
+
+def test_the_report_begins_with_the_seeds(home, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("analysis.report.in_words", lambda found, losses: f"{len(found)} heads.")
+    page = make_report(monkeypatch, tmp_path / "r.html", home / "out/ce", home / "out/cosine")
+    assert page.document()["lead"] == "2 heads."

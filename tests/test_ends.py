@@ -68,7 +68,9 @@ def test_the_rate_is_told_apart_from_the_head():
     rows += [row("2M", "cosine", s, v) for s, v in (("1", "0.2"), ("2", "0.6"), ("3", "0.9"))]
     rows += [row("2M rate", "cross_entropy", s, v) for s, v in (("1", "0.2"), ("2", "0.5"))]
     found = ends.rate_table(rows)
-    assert "Seeds: cross_entropy 2, cross_entropy at its own rate 2, cosine 3." in found
+    assert (
+        "Seeds: cross_entropy at their rate 2, cross_entropy at its own rate 2, cosine 3." in found
+    )
     half = {
         d: f"{scipy.stats.sem(d) * scipy.stats.t.ppf(0.975, 1):.4f}" for d in ((0, 0.1), (0.1, 0.2))
     }

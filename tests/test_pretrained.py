@@ -349,7 +349,7 @@ def test_a_run_and_its_own_head_go_on(train, tmp_path):
         and "has link=harmonic, not softmax" in err
         and "leave these settings out" in err
     )
-    assert "head_init_std=0.5 does nothing: the prototypes are those of run" in err
+    assert "has head_init_std=0.02, not 0.5" in err
 
 
 def test_what_contradicts_the_model_is_listed(train, gpt2, tmp_path):

@@ -485,7 +485,10 @@ BAD = {
         dict(head="cosine", exponent="dims"),
         ["exponent=dims: expected a number, dim/4, sqrt_dim, dim, 2dim or 4dim"],
     ),
-    "useless option": (dict(head="manhattan", head_p=2), ["manhattan has no setting '--head_p'"]),
+    "useless option": (
+        dict(head="manhattan", head_p=2),
+        ["head_p does nothing with head=manhattan"],
+    ),
     "no cuda": (dict(device="cuda"), ["device=cuda: this machine has no CUDA device"]),
     "unknown device": (dict(device="gpu"), ["unknown device"]),
     "batch_size": (dict(batch_size=0), ["batch_size=0 must be at least 1"]),

@@ -79,7 +79,7 @@ def configure(
     source = None
     if start and not resume:
         source = _find(find, start, "init_from" if given.get("init_from") == start else "source")
-        base = source.settings
+        base = source.defaults(given)
     if resume:
         if not checkpoint.folders(out_dir):
             checkpoint.newest(out_dir)  # Raises the UserError.
@@ -104,18 +104,20 @@ def configure(
             )
     check(problems)
     if source:
-        check(source.problems(model) + ignored_at_a_start(source, model, dict(flags)))
+        check(source.problems(model) + ignored_by_a_swap(source, model, dict(flags)))
     return model, config, base if resume else None, source
 
 
-def ignored_at_a_start(source: Any, model: ModelConfig, flags: dict) -> list[str]:
-    """Why flags do nothing for a model that starts from the weights of another."""
-    keys, why = ["head_init_std"], f"the prototypes are those of {source.name}"
-    if model.head != source.head:
-        keys = ["tie_weights", "head_init_std"]
-        why = "a swapped head has its own prototypes, which are matched to the old head"
-    found = {key: flags[key] for key in keys if flags.get(key, "false") != "false"}
-    return [f"{key}={value} does nothing: {why}" for key, value in found.items()]
+def ignored_by_a_swap(source: Any, model: ModelConfig, flags: dict) -> list[str]:
+    """Why flags do nothing if the model to start from gets another head."""
+    if model.head == source.head:
+        return []
+    return [
+        f"{key}={flags[key]} does nothing: a swapped head has its own prototypes, which are matched"
+        " to the old head"
+        for key in ("tie_weights", "head_init_std")
+        if flags.get(key, "false") != "false"
+    ]
 
 
 def _find(find: Callable[[str], Any], name: str, flag: str) -> Any:

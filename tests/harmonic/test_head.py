@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from head_cases import LINKS, C, N, V
+from torch.nn.utils import prune
 
 from harmonic import (
     CONTROLS,
@@ -241,8 +242,21 @@ def test_a_state_brings_its_n_and_what_does_not_fit_is_refused(tmp_path):
             head.weight = torch.nn.Parameter(torch.zeros(shape))
     head.weight = torch.nn.Parameter(torch.randn(V + 3, C))  # The rest is padding.
     assert head(h).shape == (N, V) and f"(padded to {V + 3})" in repr(head)
-    with pytest.raises(AttributeError, match="p cannot be set later"):
-        head.p = 3.0
-    for wrong, meant in (("n", "exponent"), ("s", "scale"), ("head", "name")):
+    for key, value in (("p", 3.0), ("a", 1.0), ("name", "manhattan"), ("n", 20.0), ("s", 2.0)):
+        with pytest.raises(AttributeError, match=f"{key} cannot be set later|head.exponent"):
+            setattr(head, key, value)
+    # A state that does not fit changes nothing, and one of pruned prototypes has its n.
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        HarmonicHead(C, V, "minkowski", exponent=2.0, p=4.0).load_state_dict(head.state_dict())
+    small = HarmonicHead(C, V - 1, "minkowski", exponent=2.0, p=4.0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        small.load_state_dict(again.state_dict())
+    assert small.exponent == 2
+    pruned = [HarmonicHead(C, V, "cosine", exponent=n) for n in (4.0, 9.0)]
+    for one in pruned:
+        prune.l1_unstructured(one, "weight", 0.5)
+    pruned[1].load_state_dict(pruned[0].state_dict())
+    assert pruned[1].exponent == 4
+    for wrong, meant in (("n", "exponent"), ("s", "exponent"), ("head", "name")):
         with pytest.raises(ValueError, match=f"no setting '{wrong}'; did you mean {meant}"):
             HarmonicHead(C, V, **{wrong: 8})
