@@ -316,10 +316,11 @@ class ModelConfig:
         elif self.link == "softmax" and None not in (self.exponent, self.scale):
             found.append(f"exponent={self.exponent} does nothing with link=softmax and a scale")
         arguments, own = self.head_arguments() | {"init_std": 1.0}, HEADS[self.head].options
-        for option in self.head_options().keys() - own.keys():
-            del arguments[option]
-            has = "".join(f", which has --head_{name}" for name in own)
-            found.append(f"head_{option} does nothing with head={self.head}{has}")
+        for option, value in self.head_options().items():
+            if option not in own:
+                del arguments[option]
+                has = "".join(f", which has head_{name}" for name in own)
+                found.append(f"head_{option}={value:g} does nothing with head={self.head}{has}")
         try:
             HarmonicHead(self.n_embd, 1, self.head, **arguments)
         except ValueError as error:

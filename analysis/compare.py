@@ -266,15 +266,16 @@ def in_words(found: dict[str, dict[int, int]], losses: list[np.ndarray]) -> str 
     behind, level = [], []
     for pair, said in several:
         if pair.minus == best and said == "behind":
-            behind.append(pair.group)
+            half = (pair.high - pair.low) / 2
+            behind.append(f"{pair.group} ({tables.interval(pair.mean, half, '.3f')} nats)")
         elif best in (pair.group, pair.minus):
             level.append(pair.minus if pair.group == best else pair.group)
-    text = f"Of the heads with several seeds {best} has the lowest mean loss."
+    text = f"Of the heads with several seeds, {best} has the lowest mean loss."
     if level:
         text += f" It is not told apart from {listed(level, 3)}."
     if behind:
         text += f" On the seeds that both have, {listed(behind, 3)} {_is(behind)} behind it."
-    return f"{text} `python -m analysis.compare --checkpoint=best` lists all differences."
+    return f"{text} python -m analysis.compare --checkpoint=best lists all differences."
 
 
 def _is(names: list[str]) -> str:

@@ -468,7 +468,7 @@ def test_every_parameter_is_in_one_group_and_prototypes_have_their_own():
         (dict(n_kv_head=3), "n_head=4 is not divisible by n_kv_head=3"),
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(dropout=1.0), "dropout=1.0"),
-        (dict(head="manhattan", head_p=2.0), "head_p does nothing with head=manhattan"),
+        (dict(head="manhattan", head_p=2.0), "head_p=2 does nothing with head=manhattan"),
         (dict(head="minkowski", head_p=-1.0), "p must be positive"),
         (dict(head="cross_entropy", exponent=2.0), "exponent=2.0 does nothing"),
         (dict(head="cosine", scale=2.0), "scale=2.0 is for the softmax link"),

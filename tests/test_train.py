@@ -487,7 +487,7 @@ BAD = {
     ),
     "useless option": (
         dict(head="manhattan", head_p=2),
-        ["head_p does nothing with head=manhattan"],
+        ["head_p=2 does nothing with head=manhattan"],
     ),
     "no cuda": (dict(device="cuda"), ["device=cuda: this machine has no CUDA device"]),
     "unknown device": (dict(device="gpu"), ["unknown device"]),
