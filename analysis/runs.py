@@ -171,11 +171,13 @@ def find_runs(folders: list[str], weights: bool = True, dataset: str | None = No
 
 
 def _without_results(paths: list[Path]) -> list[Path]:
-    """Leaves out the tables and pictures of earlier analyses, which `out/*` has too.
+    """Leaves out the tables, pictures and pages of earlier analyses, which `out/*` has too.
 
     Raises: UserError if nothing else is named.
     """
-    results = [path for path in paths if path.suffix in (".csv", ".png") and path.is_file()]
+    results = [
+        path for path in paths if path.suffix in (".csv", ".png", ".html") and path.is_file()
+    ]
     rest = [path for path in paths if path not in results]
     if not rest:
         raise UserError(f"{results[0]} is not a run's folder")
