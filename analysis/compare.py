@@ -274,12 +274,8 @@ def in_words(found: dict[str, dict[int, int]], losses: list[np.ndarray]) -> str 
     if level:
         text += f" It is not told apart from {listed(level, 3)}."
     if behind:
-        text += f" On the seeds that both have, {listed(behind, 3)} {_is(behind)} behind it."
+        text += f" On the seeds that both have, it leads {listed(behind, 3)}."
     return f"{text} python -m analysis.compare --checkpoint=best lists all differences."
-
-
-def _is(names: list[str]) -> str:
-    return "is" if len(names) == 1 else "are"
 
 
 def draw(runs: list[Run], found: dict[str, dict[int, int]], losses: list[np.ndarray]) -> Figure:

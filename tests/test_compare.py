@@ -91,7 +91,7 @@ def test_the_result_in_words():
 
     three, two = {1: 0, 2: 1, 3: 2}, {1: 3, 2: 4, 3: 5}
     text, _ = say({"a": three, "b": two}, [4, 4.1, 4.2, 5.0, 5.11, 5.2])
-    assert "a has the lowest mean loss. On the seeds that both have, b (1.003 ± " in text
+    assert "a has the lowest mean loss. On the seeds that both have, it leads b (1.003 ± " in text
     text, _ = say({"a": three, "b": two}, [4, 4.1, 4.2, 4.1, 4.0, 4.3])
     assert "a has the lowest mean loss. It is not told apart from b." in text
     # A seed that the other has not decides the means, but not the comparison.
