@@ -44,13 +44,13 @@ from analysis.runs import (
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
+from base.output import listed
 from harmonic.links import resolve_strength
 from model import Model, ModelConfig
 from text.token_files import Data
 from training import checkpoint
 from training.distributed import check_device
 from training.objective import objective_of
-from training.telemetry import listed
 
 WINDOWS, DRAWS = 256, 10_000
 

@@ -46,8 +46,9 @@ from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
 from model import Model, ModelConfig
+from training.environment import evaluated_alike_since, kept_starts
+from training.metrics import clock, read_metrics, timed
 from training.objective import objective_of
-from training.telemetry import clock, evaluated_alike_since, kept_starts, read_metrics, timed
 
 UNITS = {"val_loss": "nats a token", "bits_per_byte": "bits a byte"}
 
@@ -127,7 +128,7 @@ def times(
 ) -> tuple[float | None, float | None, float | None]:
     """Seconds of the whole run, of its steps and evaluations, and of its steps only.
 
-    used: from `telemetry.energy`, or None. Returns: None for what was not recorded.
+    used: from `training.emissions.energy`, or None. Returns: None for what was not recorded.
     """
     elapsed = steps = None
     if timed(metrics):

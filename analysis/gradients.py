@@ -32,7 +32,7 @@ from analysis.runs import AnalysisConfig, Run, about, default_out, find_runs, he
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.errors import UserError
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 # A spike is above SPIKE times the median of the WINDOW steps before. SKIP is the share of steps at
 # the start that are left out.

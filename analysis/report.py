@@ -40,7 +40,7 @@ from model import Diverged, Model
 from text.token_files import Data
 from text.tokenizers import Tokenizer
 from training.distributed import check_device
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # The most points of a curve. Each has the lowest, mean and highest value of its iterations.

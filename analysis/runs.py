@@ -17,6 +17,7 @@ from analysis import figures
 from analysis.tables import write_csv
 from base.errors import UserError, check
 from base.files import writable
+from base.output import listed
 from harmonic import HEADS, IGNORE_INDEX
 from model import Model, ModelConfig
 from text.token_files import Data, check_tokenizer, data_folder, load_data
@@ -24,9 +25,11 @@ from text.tokenizers import Tokenizer, well_formed
 from training import checkpoint
 from training.config import TrainConfig
 from training.data import validation_windows
+from training.emissions import energy
+from training.environment import kept_starts, other_iterations
+from training.metrics import clock, timed
 from training.objective import Objective, batches_of, objective_of
 from training.schedule import learning_rate
-from training.telemetry import clock, energy, kept_starts, listed, other_iterations, timed
 
 # Settings that a comparison of heads keeps the same. Left out are those whose defaults depend on
 # others, and those that a sweep chooses for each head.

@@ -25,10 +25,12 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.errors import UserError
+from base.output import listed
 from harmonic import HEADS
 from model import Model
 from text.token_files import Data, other_kind
-from training.telemetry import clock, evaluated_alike_since, kept_starts, listed, timed
+from training.environment import evaluated_alike_since, kept_starts
+from training.metrics import clock, timed
 
 
 @dataclass(frozen=True)

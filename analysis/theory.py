@@ -47,7 +47,7 @@ from harmonic import HEADS, HarmonicHead, distance
 from model import Model
 from text.token_files import Data
 from training.distributed import check_device
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 # How many validation tokens are measured, and how many of them at a time.
 TOKENS, ROWS = 4096, 256

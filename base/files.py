@@ -25,6 +25,15 @@ NOT_FILES = [
 ]
 
 
+def json_object(text: str) -> dict | None:
+    """The JSON object in a text. None if it is not one, such as a killed run's last line."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file in hexadecimal. OSError if it cannot be read."""
     with open(path, "rb") as file:

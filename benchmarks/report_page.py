@@ -22,7 +22,7 @@ from analysis.runs import find_runs
 from base.command_line import cli, parse
 from base.errors import UserError
 from base.files import result_file
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 ROUNDS = 5
 

@@ -25,10 +25,10 @@ from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
 from base.files import result_file
+from base.machine import processor
 from benchmarks.head import seconds
 from harmonic import HarmonicHead
 from model import Model, ModelConfig
-from training.telemetry import processor
 
 TOKENS = 512
 HEADS = ("cross_entropy", "cosine", "euclidean", "manhattan")

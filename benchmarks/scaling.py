@@ -40,7 +40,7 @@ from base.files import result_file
 from model import Model, ModelConfig
 from training.config import TrainConfig
 from training.distributed import launcher
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 COLUMNS = [
     "model",

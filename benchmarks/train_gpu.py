@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from base.machine import peak_flops
 from model import Model, ModelConfig
 from training.config import TrainConfig
 from training.optimizers import make_optimizer
@@ -222,18 +223,6 @@ def joules() -> float | None:
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(board) / 1000
     except pynvml.NVMLError:
         return None
-
-
-def peak_flops(device: str) -> float | None:
-    """The peak FLOP/s of the card, from its data sheet.
-
-    None if it is unknown, or if a package that `training` needs is missing.
-    """
-    try:
-        from training import telemetry
-    except ImportError:
-        return None
-    return telemetry.peak_flops(device)
 
 
 def measure(s: Sizes, loop: Loop) -> dict[str, str]:

@@ -43,9 +43,10 @@ from model import Model, ModelConfig
 from text.token_files import load_data
 from training.checkpoint import snapshot
 from training.config import TrainConfig
+from training.metrics import read_metrics
 from training.objective import batches_of
 from training.optimizers import make_optimizer
-from training.telemetry import norms, read_metrics
+from training.step import norms
 
 SIZE: dict[str, Any] = dict(n_layer=6, n_head=6, n_embd=384, block_size=256)
 BATCH, VOCABULARY = 8, 4096

@@ -33,7 +33,8 @@ from model import Model, ModelConfig
 from text.token_files import Data, data_folder, load_data, tokenizer_folder
 from text.tokenizers import MASK, Tokenizer, load_tokenizer, rust_tokenizer
 from training import checkpoint
-from training.telemetry import energy, read_metrics
+from training.emissions import energy
+from training.metrics import read_metrics
 
 # Arguments of a head that do not change its logits.
 COMPUTING = ("impl", "skip", "precision", "init_std")

@@ -47,7 +47,7 @@ from text.token_files import Data, data_folder, load_data
 from training import checkpoint
 from training.config import TrainConfig
 from training.data import split_problems
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 DEFAULT = "configs/advise.yaml"
 # Factors of the config's learning rate, and factors of a head's default strength.

@@ -57,7 +57,7 @@ from studies.runner import Row, Table, Training, TrainingConfig, complete_traini
 from studies.search import next_setting, number
 from text.token_files import data_folder, load_data
 from training import checkpoint
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 RATES = (1.5e-3, 3e-3, 6e-3)
 SWEEP_SEED, SEEDS = 1337, (2001, 2002, 2003, 2004, 2005)

@@ -50,8 +50,9 @@ from studies.search import beyond, number
 from text.token_files import data_folder, load_data
 from training import checkpoint
 from training.data import validation_windows
+from training.emissions import energy
+from training.metrics import read_metrics
 from training.objective import batches_of
-from training.telemetry import energy, read_metrics
 
 FAMILIES = (
     "cosine",

@@ -26,7 +26,7 @@ from model import ModelConfig
 from studies.runner import Row, Table, Training, TrainingConfig, complete_trainings
 from studies.search import Setting, beyond, number
 from training.config import TrainConfig
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 RATES = (1e-3, 2e-3, 4e-3)
 STEPS = (0.5, 2.0)  # from one strength or rate to the next

@@ -203,7 +203,7 @@ def train(
     """
     # Imported here, because torch takes seconds to import.
     from training.distributed import launcher
-    from training.telemetry import clock, read_metrics
+    from training.metrics import clock, read_metrics
 
     folder = Path(c.runs) / run_name(training.key)
     folder.mkdir(parents=True, exist_ok=True)

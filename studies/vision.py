@@ -45,7 +45,7 @@ from studies.algorithmic import HEADS, choice, match_scale
 from studies.runner import Job, Row, Table, complete, run_name
 from studies.search import Setting, number, search
 from text.packages import cache_folder, package_file
-from training.telemetry import Emissions, energy
+from training.emissions import Emissions, energy
 
 # ---- data --------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,44 @@ TINY = dict(
     eval_iters=2, eval_interval=100,
     log_interval=1, compile=False, emissions=False, learning_rate=1e-3,
 )  # fmt: skip
+
+
+def start_training(tmp_path, tiny_data, processes=1, torchrun=(), saved=True, **flags):
+    """A real training process in a process group of its own, once it has a checkpoint (or, not
+    `saved`, metrics) -> Popen."""
+    from training import checkpoint
+    from training.distributed import launcher
+
+    settings = {
+        **TINY,
+        "dataset": tiny_data,
+        "max_iters": 100_000,
+        "eval_interval": 20,
+        "out_dir": tmp_path / "run",
+        **flags,
+    }
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            *launcher(processes, *torchrun),
+            "train.py",
+            *(f"--{k}={v}" for k, v in settings.items()),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (
+        checkpoint.manifests(tmp_path / "run")
+        if saved
+        else (tmp_path / "run/metrics.jsonl").exists()
+    ):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    return process
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ from text.token_files import load_data
 from text.tokenizers import copy_tokenizer, load_tokenizer, train_bpe, train_tokenizer
 from training import checkpoint
 from training.config import TrainConfig
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TEXT = [

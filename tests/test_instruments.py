@@ -38,8 +38,10 @@ from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
 from text.tokenizers.characters import Characters
 from training import checkpoint
+from training.emissions import Emissions, energy
+from training.environment import write_environment
+from training.metrics import Metrics, clock, read_metrics
 from training.objective import objective_of
-from training.telemetry import Emissions, Metrics, clock, energy, read_metrics, write_environment
 
 g = np.random.default_rng(0)
 

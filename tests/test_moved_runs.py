@@ -8,7 +8,7 @@ import yaml
 from conftest import TINY, script_here
 
 from training import checkpoint
-from training.telemetry import energy
+from training.emissions import energy
 
 READERS = {
     "resume": ("train.py", "--init_from=resume", "--max_iters=4", "--out_dir=RUN"),

@@ -1,1 +1,1 @@
-"""Training: settings, batches, checkpoints, processes, evaluation, telemetry."""
+"""Training: settings, batches, checkpoints, processes, evaluation, records of runs."""

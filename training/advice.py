@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from base.machine import cores, idle_cores
+from base.output import duration
 from harmonic import HEADS, HarmonicHead
 from harmonic.compiled import load
 from harmonic.distances import resolve
@@ -18,7 +19,6 @@ from text.token_files import Data
 from training.config import TrainConfig
 from training.data import split_warnings
 from training.schedule import learning_rate
-from training.telemetry import duration
 
 COMPILING = 30  # Seconds to compile a small model on a CPU. Two cores of a Xeon took about 25.
 # The most that compiling saves of an iteration's time. This is assumed, not measured.

@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from base.command_line import known, parse, read_yaml
 from base.errors import UserError
 from base.files import fsync, seal, sha256, unseal
-from base.output import say
+from base.output import listed, say
 from model import Model, ModelConfig
 from training.config import TrainConfig
-from training.telemetry import evaluated_alike_since, kept_starts, listed
+from training.environment import evaluated_alike_since, kept_starts
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "train_state.safetensors", "manifest.json"
 SET_ASIDE = ".replaced"  # Where the files of a run are while another start replaces it.

@@ -14,9 +14,11 @@ from text.tokenizers import TRAINED_FILES, copy_tokenizer
 from training import checkpoint
 from training.checkpoint import SET_ASIDE
 from training.config import TrainConfig
+from training.emissions import Emissions
+from training.environment import environment, write_environment
+from training.metrics import Metrics
 from training.run import Run
 from training.start import Restored, check_out_dir
-from training.telemetry import Emissions, Metrics, environment, write_environment
 
 
 class RunFolder:

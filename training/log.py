@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from base.machine import peak_flops
+from base.output import duration, listed
 from training import checkpoint
 from training.advice import (
     about_products,
@@ -17,10 +19,10 @@ from training.advice import (
     uneven_shares,
 )
 from training.distributed import torchrun_command
+from training.environment import other_windows
 from training.folder import RunFolder
 from training.run import Run
 from training.step import Step
-from training.telemetry import duration, listed, other_windows, peak_flops
 
 # How a note calls what has changed beside settings.
 OTHER = {"text": "another training text", "val_text": "another validation text"}

@@ -18,7 +18,7 @@ import torch
 
 from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
-from base.output import say
+from base.output import listed, say
 from harmonic import HarmonicHead
 from harmonic.compiled import load
 from model import Model, ModelConfig
@@ -28,15 +28,11 @@ from training import checkpoint, distributed
 from training.config import TrainConfig
 from training.data import split_problems
 from training.distributed import Processes, shared_error, torchrun_process
+from training.emissions import country_problem
+from training.environment import kept_starts, other_windows
+from training.metrics import check_loggers
 from training.objective import objective_of
 from training.step import Progress
-from training.telemetry import (
-    check_loggers,
-    country_problem,
-    kept_starts,
-    listed,
-    other_windows,
-)
 
 REORDERED = (
     "in another data order it would read some windows twice in this epoch and others not at all;"

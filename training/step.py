@@ -9,7 +9,6 @@ from model import Model
 from training.config import TrainConfig
 from training.distributed import Processes, local
 from training.objective import Batches
-from training.telemetry import norms
 
 
 @dataclass
@@ -93,6 +92,17 @@ class Work:
         predicted = batches.objective.predicted(length)
         flops = model.flops_per_token(predicted / length)
         return Work(slots * length, slots * predicted, flops)
+
+
+def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of each tensor: (n,), float32.
+
+    On a CPU, PyTorch's norm of 50,304 x 768 numbers is 0.3 % too small. Row by row it is exact, up
+    to rounding.
+    """
+    if tensors[0].device.type == "cpu":
+        return torch.stack([t.norm(dim=-1).norm() for t in tensors])
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 class Gradients:

@@ -20,7 +20,7 @@ from base.files import sha256
 from training import checkpoint
 from training.config import TrainConfig
 from training.distributed import launcher
-from training.telemetry import read_metrics
+from training.metrics import read_metrics
 
 INTERVAL = 10  # Iterations between checkpoints.
 BEYOND = 3  # The process is killed so many iterations after a checkpoint.

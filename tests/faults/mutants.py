@@ -38,7 +38,8 @@ ROOMS = {
     ],
     "training": [
         "tests/test_data.py", "tests/test_optimizers.py", "tests/test_train.py",
-        "tests/test_instruments.py", "tests/test_moved_runs.py",
+        "tests/test_resume.py", "tests/test_stops.py", "tests/test_processes.py",
+        "tests/test_settings.py", "tests/test_instruments.py", "tests/test_moved_runs.py",
     ],
 }  # fmt: skip
 # Code that only a GPU runs, or that makes text for a person.
