@@ -4,5 +4,6 @@ import sys
 
 from base.loading import say_loading
 
-if sys.argv[0] == "-m":  # Python is looking for the module of `python -m analysis.NAME`.
+# Python is looking for the module of `python -m analysis.NAME`. (`python -m analysis` is quick.)
+if sys.argv[0] == "-m" and "analysis" not in sys.orig_argv:
     say_loading()

@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def test_every_command_parses(monkeypatch):
             assert set(words[1:]) <= targets, (where, command)
         if words[0] != "python" or words[1] == "-c" or words[1:3] == ["-m", "venv"]:
             continue
-        if words[-1] == "--help":
+        if words[-1] == "--help" or words[1:] == ["-m", "analysis"]:
             continue
         try:
             check_script(words[1:], monkeypatch)
@@ -127,6 +128,15 @@ def test_every_command_parses(monkeypatch):
         checked.add(words[2] if words[1] == "-m" else words[1])
     for name in ("prepare_openwebtext.py", "train.py", "sample.py", "analysis.report"):
         assert name in checked
+
+
+@pytest.mark.parametrize("folder", ["analysis", "studies", "benchmarks", "interop"])
+def test_a_folder_lists_its_scripts(capsys, folder):
+    runpy.run_module(folder, run_name="__main__")
+    listed = capsys.readouterr().out
+    for path in (ROOT / folder).glob("*.py"):
+        is_script = '\nif __name__ == "__main__":' in path.read_text()
+        assert is_script == (f"python -m {folder}.{path.stem}\n    " in listed), path
 
 
 def test_every_flag_in_prose_exists():

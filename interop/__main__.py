@@ -1,0 +1,7 @@
+"""Lists the commands of this folder: `python -m interop`."""
+
+from pathlib import Path
+
+from base.listing import list_scripts
+
+list_scripts(Path(__file__).parent)
