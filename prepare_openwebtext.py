@@ -165,7 +165,7 @@ def prepare(config: PrepareConfig) -> None:
     if config.on_bad_file == "skip":
         settings["on_bad_file"] = "skip"
     if is_prepared(out, identity | {"settings": settings}, config.overwrite):
-        print(f"{out} is already prepared")
+        print(f"{shown(out)} is already prepared")
         return
 
     with partial_folder(out) as folder:
@@ -194,7 +194,13 @@ def prepare(config: PrepareConfig) -> None:
     print_warnings(splits, tokenizer, config.fraction, out)
     seconds = time.perf_counter() - start
     tokens = sum(split["tokens"] for split in splits.values())
-    print(f"{out}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+    print(f"{shown(out)}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+
+
+def shown(folder: Path) -> Path:
+    """The folder as a user would write it: relative if it is inside the current folder."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def read(config: PrepareConfig, found: Found, tally: Tally) -> Iterator[tuple[str, str]]:

@@ -152,6 +152,7 @@ def test_bert_noise():
             and (window[chosen] != 0).all()
         )
         assert (x[~chosen] == window[~chosen]).all()
+        assert (x[chosen] != 0).all()  # With doc_mask it would begin a document.
         counts += (
             (x[chosen] == 101).sum(),
             ((x[chosen] != 101) & (x[chosen] != window[chosen])).sum(),

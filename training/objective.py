@@ -66,7 +66,7 @@ class MaskedLM:
     (1810.04805, section 3.1).
 
     Of these, 80 % become the mask token, 10 % a random token, and 10 % stay. End-of-text tokens are
-    chosen last.
+    chosen last, and are no random tokens.
     """
 
     masked = True
@@ -90,7 +90,9 @@ class MaskedLM:
         action = rng.random(len(chosen))
         x[chosen[action < 0.8]] = data.mask_id
         other = chosen[action >= 0.9]
-        x[other] = rng.integers(0, data.vocab_size, len(other))
+        random = rng.integers(0, data.vocab_size, len(other))
+        # An end-of-text token would begin a document where there is none.
+        x[other] = np.where(random == data.eot_id, window[other], random)
         return x, y
 
 
