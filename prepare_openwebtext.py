@@ -198,7 +198,7 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def shown(folder: Path) -> Path:
-    """The folder as a user would write it: relative if it is inside the current folder."""
+    """The folder (absolute, links followed), relative if it is inside the current folder."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 

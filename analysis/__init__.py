@@ -4,6 +4,7 @@ import sys
 
 from base.loading import say_loading
 
-# Python is looking for the module of `python -m analysis.NAME`. (`python -m analysis` is quick.)
-if sys.argv[0] == "-m" and "analysis" not in sys.orig_argv:
+# Python is looking for the module of `python -m analysis.NAME`. (`python -m analysis` needs no
+# PyTorch.)
+if sys.argv[0] == "-m" and ("-m", "analysis") not in zip(sys.orig_argv, sys.orig_argv[1:]):
     say_loading()

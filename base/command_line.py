@@ -154,7 +154,8 @@ def script_name() -> str:
     """The script that runs, as a user calls it: `train.py`, `python -m analysis.report`."""
     script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
     if script.is_relative_to(root) and script.parent != root:  # in a room: run as a module
-        return f"python -m {'.'.join(script.relative_to(root).with_suffix('').parts)}"
+        parts = script.relative_to(root).with_suffix("").parts
+        return f"python -m {'.'.join(parts).removesuffix('.__main__')}"
     return script.name
 
 

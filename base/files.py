@@ -26,7 +26,7 @@ NOT_FILES = [
 
 
 def json_object(text: str) -> dict | None:
-    """The JSON object in a text. None if it is not one, such as a killed run's last line."""
+    """The JSON object in a text. None if it is not one, for example if it was cut off."""
     try:
         found = json.loads(text)
     except ValueError:

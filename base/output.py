@@ -1,4 +1,4 @@
-"""What is printed, and words for it."""
+"""Prints messages, and puts lists and durations into words."""
 
 import sys
 from typing import TextIO

@@ -7,8 +7,8 @@
     python -m benchmarks.gpu --rehearse
 
 A step makes one row of results/gpu.csv. Its `code` is a hash of the library, model.py, train.py,
-training/ and the file that measures it. A step is skipped if the table has its row for this card
-and this code, or if it cannot end within --minutes. Steps run in other processes
+training/, base/machine.py and the file that measures it. A step is skipped if the table has its
+row for this card and this code, or if it cannot end within --minutes. Steps run in other processes
 (benchmarks/gpu_runner.py), so a step that crashes or hangs does not affect the others. Its row says
 `failed` and why, and the exit status is 1. If a package or data is missing, the row says `absent`.
 `kernels`, `head` and `train` need nothing but PyTorch, Triton and NumPy.

@@ -111,6 +111,7 @@ def code(file: str) -> str:
     paths = [
         *ROOT.glob("harmonic/**/*.py"),
         *ROOT.glob("training/*.py"),
+        ROOT / "base/machine.py",
         ROOT / "model.py",
         ROOT / "train.py",
         ROOT / file,

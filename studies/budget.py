@@ -1,4 +1,4 @@
-"""How heads end, not how they start: loss against tokens, from 0.6 to 20 million.
+"""Trains heads on 0.6 to 20 million tokens, to see how they end and not only how they start.
 
     python prepare_openwebtext.py --source=wikitext2 --tokenizer=bpe:4096 --out_dir=data/wikitext2
     python prepare_openwebtext.py --source=wiki --tokenizer=bpe:4096 --out_dir=data/wiki

@@ -1,4 +1,4 @@
-"""What longer training changes, from results/budget.csv, as far as the study has got.
+"""What longer training changes, from the rows in results/budget.csv so far.
 
     # prints Markdown; writes results/budget.png
     python -m studies.budget_report

@@ -1,4 +1,4 @@
-"""What else a head changes than the loss: calibration, detection of other text, rounded prototypes,
+"""What a head changes besides the loss: calibration, detection of other text, rounded prototypes,
 rare tokens and the shape of the prototypes, at the end of the runs of studies.budget.
 
     python prepare_openwebtext.py --source=imdb --tokenizer=bpe:4096 --out_dir=data/imdb_bpe

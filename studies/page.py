@@ -1,5 +1,5 @@
-"""Fills in the tables on the pages of results/ from the studies' rows, as far as they have got. The
-pages' words are written by hand.
+"""Fills in the tables on the pages of results/ from the studies' rows so far. The pages' words are
+written by hand.
 
     python -m studies.page
 """

@@ -7,7 +7,6 @@ import importlib
 import json
 import logging
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -131,12 +130,18 @@ def test_every_command_parses(monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["analysis", "studies", "benchmarks", "interop"])
-def test_a_folder_lists_its_scripts(capsys, folder):
-    runpy.run_module(folder, run_name="__main__")
-    listed = capsys.readouterr().out
+def test_a_folder_lists_its_scripts(folder):
+    done = script_here("-m", folder)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    listed = done.stdout
     for path in (ROOT / folder).glob("*.py"):
         is_script = '\nif __name__ == "__main__":' in path.read_text()
         assert is_script == (f"python -m {folder}.{path.stem}\n    " in listed), path
+
+
+def test_a_word_after_a_folder_is_refused():
+    done = script_here("-m", "analysis", "report", "out/a")
+    assert done.returncode == 2 and "write python -m analysis.report" in done.stderr
 
 
 def test_every_flag_in_prose_exists():

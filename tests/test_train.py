@@ -21,8 +21,6 @@ from training.verify import history
 COMBINATIONS = [(d, link) for d in DISTANCES for link in ("harmonic", "softmax")] + [
     (c, "harmonic") for c in CONTROLS
 ]
-
-
 # Every head and link with one of the architectures in turn, the other pairs in the slow tests.
 EVERY_HEAD = [
     pytest.param(arch, *pair, marks=[] if (turn + i) % 3 == 0 else pytest.mark.slow)

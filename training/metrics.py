@@ -1,4 +1,4 @@
-"""metrics.jsonl: writing it, also to TensorBoard and W&B, and reading it."""
+"""Writes metrics.jsonl, sends it to TensorBoard and W&B, and reads it."""
 
 import bisect
 import errno

@@ -65,8 +65,8 @@ class MaskedLM:
     """Masked language modelling: predicts 15 % of the tokens from all others, as BERT does
     (1810.04805, section 3.1).
 
-    Of these, 80 % become the mask token, 10 % a random token, and 10 % stay. End-of-text tokens are
-    chosen last, and are no random tokens.
+    Of these, 80 % become the mask token, 10 % a random token, and 10 % stay. Where the random token
+    would be the data's end-of-text token, the token stays too. End-of-text tokens are chosen last.
     """
 
     masked = True
@@ -91,7 +91,7 @@ class MaskedLM:
         x[chosen[action < 0.8]] = data.mask_id
         other = chosen[action >= 0.9]
         random = rng.integers(0, data.vocab_size, len(other))
-        # An end-of-text token would begin a document where there is none.
+        # With doc_mask, the data's end-of-text token would begin a document where there is none.
         x[other] = np.where(random == data.eot_id, window[other], random)
         return x, y
 
