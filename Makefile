@@ -70,7 +70,7 @@ bench: $(VENV)/installed data/wiki/meta.json
 	$(RUN) -m benchmarks.train_speed
 	$(RUN) -m benchmarks.scaling
 	$(RUN) -m benchmarks.parity
-	test -d out/demo/cross_entropy && $(RUN) -m benchmarks.swap out/demo/cross_entropy
+	if [ -d out/demo/cross_entropy ]; then $(RUN) -m benchmarks.swap out/demo/cross_entropy; fi
 
 # The code that the CUDA kernels compile to: registers and spills, without a GPU.
 bench-gpu: $(VENV)/installed-dev

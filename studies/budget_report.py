@@ -156,7 +156,8 @@ def progress(rows: list[Row]) -> str:
         Column("planned", "runs planned, at least"),
     ]
     table = markdown(lines, columns)
-    return f"{len(rows)} of {planned.total()} runs are done.\n\n{table}"
+    kept = (done & planned).total()  # A sweep can have more than the planned ones.
+    return f"{kept} of {planned.total()} planned runs are done.\n\n{table}"
 
 
 def settings(rows: list[Row]) -> str:

@@ -178,7 +178,7 @@ def test_the_report_answers_from_the_rows_that_are_there(tmp_path):
     ]
     assert "| cosine | 3 | 0.003 | 16 | 5.1000 |" in budget_report.settings(sweep)
     progress = budget_report.progress(rows)
-    assert "17 of 263 runs are done" in progress and "| 0.6M | 10 | 35 |" in progress
+    assert "17 of 263 planned runs are done" in progress and "| 0.6M | 10 | 35 |" in progress
     budget_report.draw(rows, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").stat().st_size > 10_000
     assert budget_report.turns(rows) == budget_report.NOTHING
