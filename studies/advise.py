@@ -7,7 +7,7 @@ As for train.py, start with a YAML config and override it with flags. The defaul
 of configs/advise.yaml. cross_entropy always takes part. So does the softmax twin of every head: the
 same distance without HarMax.
 
-1. Calibration: each head trains for a few iterations. Their speed tells how many fit into the time.
+1. Timing: each head trains for a few iterations. Their speed tells how many fit into the time.
 2. Sweep: each head trains with three learning rates, then with half and twice its strength. So all
    heads have equally many settings. The lowest validation loss wins. A head without an exponent
    sweeps the scale of its prototypes instead. There is one seed, and runs are half as long as in
@@ -55,10 +55,10 @@ RATES = (0.5, 1, 2)
 STRENGTHS = (0.5, 2)
 SETTINGS = len(RATES) + len(STRENGTHS)
 SWEEP_SEED, FIRST_SEED = 1337, 1338
-CALIBRATION = 20  # Iterations.
+TIMED = 20  # Iterations.
 # With fewer iterations in a final run, the ranking says little.
 LEAST = 100
-# The part of the time that is planned. Runs may be slower than the calibration.
+# The part of the time that is planned. Runs may be slower than the timing runs.
 PLANNED = 0.9
 # Settings of train.py that the study itself sets.
 OF_A_HEAD = ("head", "link", "exponent", "scale", "learn_exponent", "learn_scale")
@@ -133,7 +133,7 @@ class Costs:
 
     speeds: list[Speed]
     spent: float
-    """seconds of the calibration's runs"""
+    """seconds of the timing runs"""
     workers: int
     seeds: int
 
@@ -198,29 +198,29 @@ class Study:
             "iterations": str(iterations),
         }
 
-    def calibration(self) -> list[dict]:
-        """The keys of the calibration's runs."""
+    def timing(self) -> list[dict]:
+        """The keys of the timing runs."""
         setting = self.t.learning_rate, 1.0
-        return [self.key("speed", name, CALIBRATION, setting, SWEEP_SEED) for name in self.heads]
+        return [self.key("speed", name, TIMED, setting, SWEEP_SEED) for name in self.heads]
 
     def speeds(self) -> dict[str, Speed]:
-        """The speed of each head. UserError if a run of the calibration was not finite."""
+        """The speed of each head. UserError if a timing run was not finite."""
         found = {}
-        for key in self.calibration():
+        for key in self.timing():
             row = self.table.row(key)
             if not row["tokens_per_s"]:
                 raise UserError(
-                    f"{key['name']}: a loss was not finite within {CALIBRATION} iterations: lower"
+                    f"{key['name']}: a loss was not finite within {TIMED} iterations: lower"
                     f" --learning_rate={self.t.learning_rate:g}"
                 )
             iteration = self.tokens / float(row["tokens_per_s"])
-            fixed = float(row["seconds"]) - CALIBRATION * iteration
+            fixed = float(row["seconds"]) - TIMED * iteration
             found[key["name"]] = Speed(max(0.0, fixed), iteration)
         return found
 
     def costs(self) -> Costs:
-        """The costs of this study, once the calibration is done."""
-        spent = sum(float(self.table.row(key)["seconds"]) for key in self.calibration())
+        """The costs of this study, once the timing is done."""
+        spent = sum(float(self.table.row(key)["seconds"]) for key in self.timing())
         return Costs(list(self.speeds().values()), spent, self.c.workers, self.c.seeds)
 
     def sweep(self, name: str, iterations: int) -> dict[tuple[float, float], float | None]:
@@ -471,10 +471,8 @@ def main() -> None:
         str(config), str(table.path), str(out / "runs"), c.workers, c.nproc_per_node
     )
 
-    # Calibration.
-    complete_trainings(
-        how, table, lambda: [study.training(key) for key in study.calibration()], measure
-    )
+    # Timing.
+    complete_trainings(how, table, lambda: [study.training(key) for key in study.timing()], measure)
     print(speed_table(study.speeds()))
     costs = study.costs()
     iterations = costs.iterations(c.minutes)
@@ -488,7 +486,7 @@ def main() -> None:
     print(
         f"{len(study.heads)} heads x ({SETTINGS} settings + {c.seeds} seeds):"
         f" {iterations // 2} iterations each in the sweep, then {iterations} ({tokens:,} tokens),"
-        f" in about {PLANNED * c.minutes:.3g} minutes with the calibration"
+        f" in about {PLANNED * c.minutes:.3g} minutes with the timing"
     )
 
     # Sweep and final runs.
