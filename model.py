@@ -1054,6 +1054,7 @@ class Sampler:
             ordered, tokens = p.sort(-1, descending=True)
             before = ordered.cumsum(-1) - ordered
             outside = before >= self.top_p * ordered.sum(-1, keepdim=True)
+            outside[..., 0] = False  # With a tiny top_p the product is 0.
             p = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(outside, 0.0))
         if self.min_p is not None:
             p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)

@@ -17,9 +17,16 @@ memory grow with the corpus: the hashes that find copies (about 100 bytes a docu
 8 million documents of OpenWebText) and, while bpe:N is trained, its distinct words.
 """
 
+import contextlib
 import os
 import sys
 import time
+
+from base.loading import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # While the modules below are imported.
+
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +44,13 @@ from text.readers import plain_name
 from text.sources import Found, contents_hash, find, read_files, source_names, source_problems
 from text.summary import print_splits, print_warnings
 from text.token_writer import is_prepared, partial_folder, publish, write_meta, write_tokens
-from text.tokenizers import is_trained, load_tokenizer, name_problems, train_tokenizer
+from text.tokenizers import (
+    Tokenizer,
+    is_trained,
+    load_tokenizer,
+    name_problems,
+    train_tokenizer,
+)
 
 
 @dataclass
@@ -127,13 +140,20 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises: UserError. Nothing is left behind then.
     """
+    [config] = parse(sys.argv[1:] if argv is None else argv, PrepareConfig, words="source")
+    prepare(config)
+
+
+@contextlib.contextmanager
+def errors_named() -> Iterator[None]:
+    """Turns an error of the system, such as a full disk, into a UserError that says where."""
     try:
-        [config] = parse(sys.argv[1:] if argv is None else argv, PrepareConfig, words="source")
-        prepare(config)
-    except OSError as error:  # a full disk, a folder that may not be written
-        raise UserError(
-            f"{error.filename or 'writing the token files'}: {error.strerror or error}"
-        ) from None
+        yield
+    except OSError as error:
+        if error.strerror is None:  # Of the network.
+            raise UserError(str(error)) from None
+        where = error.filename or "writing the token files"
+        raise UserError(f"{where}: {error.strerror}") from None
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -168,14 +188,8 @@ def prepare(config: PrepareConfig) -> None:
         print(f"{shown(out)} is already prepared")
         return
 
-    with partial_folder(out) as folder:
-        # Choose the tokenizer. bpe:N and char are first trained on the training split.
-        if is_trained(config.tokenizer):
-            documents = read(config, found, Tally())
-            texts = (text for split, text in documents if split == "train")
-            texts = tqdm(texts, "training the tokenizer", unit=" documents", disable=None)
-            train_tokenizer(config.tokenizer, texts, folder)
-        tokenizer = load_tokenizer(config.tokenizer, folder)
+    with errors_named(), partial_folder(out) as folder:
+        tokenizer = make_tokenizer(config, found, folder)
 
         # Encode the documents in parallel, and write the token files.
         tally = Tally()
@@ -187,7 +201,9 @@ def prepare(config: PrepareConfig) -> None:
 
         # Describe them in meta.json, and put everything in its place.
         write_meta(folder, identity, settings, tokenizer, splits, tally)
-        publish(folder, out)
+        # In the meantime another process or the user may have written there.
+        if not is_prepared(out, identity | {"settings": settings}, config.overwrite):
+            publish(folder, out)
 
     # Say what was done.
     print_splits(splits, tally, config.fraction, found.left_out)
@@ -201,6 +217,25 @@ def shown(folder: Path) -> Path:
     """The folder (absolute, links followed), relative if it is inside the current folder."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def make_tokenizer(config: PrepareConfig, found: Found, folder: Path) -> Tokenizer:
+    """Loads the tokenizer. bpe:N and char are first trained on the training split."""
+    if is_trained(config.tokenizer):
+        tally, splits = Tally(), set[str]()
+        texts = training_texts(read(config, found, tally), splits)
+        texts = tqdm(texts, "training the tokenizer", unit=" documents", disable=None)
+        train_tokenizer(config.tokenizer, texts, folder)
+        check_splits(splits, tally)
+    return load_tokenizer(config.tokenizer, folder)
+
+
+def training_texts(documents: Iterable[tuple[str, str]], splits: set[str]) -> Iterator[str]:
+    """The texts of the training split. Adds the name of each split that has a document."""
+    for split, text in documents:
+        splits.add(split)
+        if split == "train":
+            yield text
 
 
 def read(config: PrepareConfig, found: Found, tally: Tally) -> Iterator[tuple[str, str]]:

@@ -41,6 +41,7 @@ from text.tokenizers import Tokenizer, load_tokenizer
 from training import checkpoint
 from training.distributed import check_device
 
+MOST_TOKENS = 100_000_000  # Room for all new tokens is reserved at once.
 MASKS = ("[MASK]", "<|mask|>")  # A prompt may write the mask in both ways, for any tokenizer.
 
 
@@ -111,6 +112,8 @@ class SampleConfig:
             for k in ("num_samples", "max_new_tokens", "ann_candidates")
             if getattr(self, k) < 1
         ]
+        too_long = f"max_new_tokens={self.max_new_tokens} must be at most {MOST_TOKENS}"
+        found += [too_long] * (self.max_new_tokens > MOST_TOKENS)
         if not 0 <= self.seed < 2**31:
             found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
         if self.temperature < 0:
@@ -406,7 +409,7 @@ def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
 
 def is_utf8(stream: Any) -> bool:
     """Whether a stream can write all characters."""
-    return str(stream.encoding).lower().replace("-", "") == "utf8"
+    return str(getattr(stream, "encoding", None)).lower().replace("-", "") == "utf8"
 
 
 def complete(texts: Texts, steps: Iterator[list[int]], total: int) -> Iterator[int]:

@@ -194,7 +194,9 @@ def read_yaml(path: str | Path) -> dict:
         values = yaml.load(path.read_text(encoding="utf-8"), Flat) or {}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError, IndexError) as error:  # such as a date that is none
+    except RecursionError:
+        raise UserError(f"{path} is not YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # such as `!!bool x`
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -364,8 +366,10 @@ def _read(
             if value is not None:
                 what = f"YAML reads the value as {value}, which is not a text: put it in quotes"
             problems.append(f"{where}{key}: {what}")
+        elif hints[key] == (str | None):  # The parser would read `#` and `---` as YAML: as nothing.
+            values[key] = None if value == "null" else value
         else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            text = value if isinstance(value, str) else _as_json(value)
             texts.append((where, key, _as_list(text, hints[key]) if _is_list(hints[key]) else text))
     found = _converted(parser, texts)
     values |= {key: value for (_, key, _), value in zip(texts, found, strict=True)}
@@ -375,6 +379,14 @@ def _read(
             values.pop(key, None)
             problems.append(f"{where}{key}={text}: {_expected(text, settings[key])}")
     return values, problems
+
+
+def _as_json(value: object) -> str:
+    """A value of a YAML file as JSON."""
+    try:
+        return json.dumps(value, default=str)
+    except ValueError:  # It contains itself, by an anchor.
+        return "a value that contains itself"
 
 
 def _converted(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,15 @@ def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
     assert data.splits["val"].bytes == 20 * len("Hello world")
 
 
+def test_a_tokenizer_beside_token_files_is_theirs(tiny_data, tmp_path):
+    for name in ("train.bin", "val.bin", "tokenizer.json"):
+        shutil.copy(tiny_data / name, tmp_path)
+    for given in (None, "gpt2"):
+        with pytest.raises(UserError, match="--tokenizer=bpe:N"):
+            load_data(tmp_path, given)
+    assert load_data(tmp_path, "bpe:300").vocab_size == 300
+
+
 def write_llmc(path, ids, magic=20240520, version=1, tokens=None, dtype=np.uint16):
     """A token file as llm.c's dev/data/data_common.py writes it."""
     header = np.zeros(256, np.int32)
@@ -215,8 +225,9 @@ def test_llm_c_header_is_skipped_and_checked(tmp_path):
     assert train.read(1199, 1).tolist() == [995] and train.offset == 1024
     ((x, _),) = Batches(data, NEXT_TOKEN, 16).training(1, 0, range(3), 3, 3)
     assert set(x.unique().tolist()) == {995, 15496, 50256}
-    with pytest.raises(UserError, match="it holds the id 50,256, but bert has 30,522"):
-        load_data(tmp_path, "bert")
+    for other in ("qwen", "bert"):
+        with pytest.raises(UserError, match=f"use --tokenizer=gpt2, not {other}"):
+            load_data(tmp_path, other)
     for changes, says in [
         (
             dict(tokens=1201),
@@ -297,10 +308,7 @@ def test_nanogpts_character_folder(tmp_path):
     for other in ("gpt2", "qwen", "bert"):
         with pytest.raises(
             UserError,
-            match=(
-                "holds nanoGPT's meta.pkl, so its tokens are characters: use --tokenizer=char,"
-                f" not {other}"
-            ),
+            match=(f"holds meta.pkl, the file of its tokenizer: use --tokenizer=char, not {other}"),
         ):
             load_data(tmp_path, other)
     data = load_data(tmp_path, "char")

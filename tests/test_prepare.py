@@ -443,7 +443,7 @@ def test_already_prepared(tmp_path, capsys):
         run(*flags)
 
 
-def test_other_files_are_never_replaced(tmp_path):
+def test_other_files_are_never_replaced(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(50))
     out = tmp_path / "out"
     out.mkdir()
@@ -454,6 +454,27 @@ def test_other_files_are_never_replaced(tmp_path):
     assert contents(out) == {"thesis.doc": b"years of work"}
     (out / "thesis.doc").unlink()
     run(f"--source={source}", f"--out_dir={out}")  # an empty folder is fine
+
+    def write(*arguments):
+        (out / "thesis.doc").write_text("a day's work")
+        write_meta(*arguments)
+
+    write_meta = prepare.write_meta
+    monkeypatch.setattr(prepare, "write_meta", write)
+    with pytest.raises(UserError, match="holds other files"):
+        run(f"--source={source}", f"--out_dir={out}", "--val_fraction=0.2", "--overwrite=true")
+    assert (out / "thesis.doc").read_text() == "a day's work"
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(50))
+    flags = [f"--source={source}", f"--out_dir={tmp_path / 'out'}"]
+    run(*flags)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(UserError, match="another preparation"):
+        run(*flags, "--val_fraction=0.2")
+    assert contents(tmp_path / "out") == before and not (tmp_path / ".out.old").exists()
 
 
 def start(flags: list[str], partial: Path, writes: bool = True) -> subprocess.Popen:

@@ -10,8 +10,9 @@ import pytest
 from conftest import TINY, script_here, text
 from test_data import write_nanogpt
 
-from base.command_line import cli
+from base.command_line import cli, parse
 from model import Diverged
+from sample import SampleConfig
 from text.tokenizers import EOT, train_bpe
 
 
@@ -148,6 +149,12 @@ def test_any_prompt_that_is_not_empty(sample):
     inside = sample("gpt", f"--start=the old king.{EOT}the", *words)
     assert inside[0] == 0 and inside[1].startswith(f"the old king.{EOT}the")
     assert sample("bert", "--start=the [MASK] king[SEP]")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["#", "### ", "---", "\n#", "# Title", "~", "--", "5", "true"])
+def test_a_text_on_the_command_line_is_not_yaml(text):
+    [config] = parse([f"--stop={text}"], SampleConfig)
+    assert config.stop == text
 
 
 def test_a_text_stops(sample):

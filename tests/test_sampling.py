@@ -154,6 +154,7 @@ def test_top_p_of_one_keeps_all_tokens(monkeypatch):
     clocks = torch.ones_like(logits).index_fill_(1, logits.argmin(-1), 1e-30)
     monkeypatch.setattr("model.exponential_clocks", lambda p, generators: clocks)
     assert Sampler(top_p=1.0).pick(logits, []) == logits.argmin()
+    assert Sampler(top_p=1e-50).pick(logits, []) == logits.argmax()
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])

@@ -372,6 +372,7 @@ BAD = {  # file: (its bytes, documents kept, files and records skipped)
     "quote.csv": (b"".join([b"id,text\n", *ROWS, b'1,"unclosed\n', b"2,lost\n"]), 20, 0, 2),
     "latin1.csv": (b"".join([b"id,text\n", *ROWS, b"1,caf\xe9\n"]), None, 1, 0),
     "columns.csv": (b"id,label\n1,2\n", 0, 1, 0),
+    "blank.csv": (b"\n1,2\n", 0, 1, 0),
     "columns.parquet": (None, 0, 1, 0),
     "no.parquet": (b"PAR1 not really", 0, 1, 0),
     "cut.jsonl.gz": (gzip.compress(b"".join(LINES))[:-20], None, 1, 0),
@@ -402,6 +403,25 @@ def test_on_bad_file(tmp_path, capsys, name):
     if kept == 0:
         message = fails(tmp_path / "corpus", f"--source={bad}", "--on_bad_file=skip")
         assert "no documents left" in message and "skipped 1 file that cannot be read" in message
+
+
+def test_an_empty_table_and_a_hidden_link_stop_nothing(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_jsonl(corpus / "a.jsonl", GOOD)
+    (corpus / "empty.csv").touch()
+    (corpus / ".loop").symlink_to(".loop")
+    assert run(f"--source={corpus}", f"--out_dir={tmp_path / 'out'}")["documents_read"] == len(GOOD)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
+def test_blank_documents_are_counted(tmp_path, tokenizer):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("  \n")
+    (corpus / "b.txt").write_text("")
+    message = fails(tmp_path, f"--source={corpus}", f"--tokenizer={tokenizer}")
+    assert "no documents left for train and val: 2 read, 2 of them empty" in message
 
 
 def test_good_files_need_no_flag(tmp_path):

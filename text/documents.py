@@ -27,7 +27,7 @@ class Tally:
         read: documents read.
         duplicates, empty: documents dropped as copies, or because they were empty.
         files: files that cannot be read. records: lines, rows or items that cannot be read.
-        named: the problems of the first few of those.
+        problems: how many problems these have. named: the first few of them.
         how_split: how documents were divided into splits, in words.
     """
 
@@ -36,14 +36,16 @@ class Tally:
     empty: int = 0
     files: int = 0
     records: int = 0
+    problems: int = 0
     named: list[str] = field(default_factory=list)
     how_split: str = ""
 
     def skip(self, broken: Broken) -> None:
         """Counts a file or record that cannot be read."""
+        self.problems += 1
         self.files += broken.file
         self.records += 0 if broken.file else broken.lines
-        if len(self.named) < NAMED:
+        if self.problems <= NAMED:
             self.named.append(broken.problem)
 
     def skipped_line(self) -> str:
@@ -56,7 +58,7 @@ class Tally:
             parts.append(f"{self.records:,} {noun}")
         if not parts:
             return ""
-        more = "; ..." if self.files + self.records > NAMED else ""
+        more = "; ..." if self.problems > NAMED else ""
         return f"skipped {' and '.join(parts)} that cannot be read: {'; '.join(self.named)}{more}"
 
 

@@ -204,6 +204,7 @@ def read_text(path: Path, column: str | None) -> Documents:
         return
     with as_text(path) as file:
         while piece := file.read(TEXT_PIECE):
+            piece += file.readline(TEXT_PIECE)  # The rest of a line is not a blank line.
             while (line := file.readline(TEXT_PIECE)).strip() and len(piece) < 2 * TEXT_PIECE:
                 piece += line
             yield piece + line
@@ -250,7 +251,11 @@ def read_csv(path: Path, column: str | None) -> Documents:
     with as_text(path) as file:
         rows = csv.reader(file, strict=True)
         try:
-            names = next(rows, [])
+            names = next(rows, None)
+            if names is None:
+                return
+            if not names:
+                raise Unreadable(f"{path} line 1 is empty: it should name the columns")
             index = names.index(text_column(names, column, path))
             yield from _rows(rows, names, index, path)
         except csv.Error as error:  # The error is in the line of names.

@@ -98,7 +98,7 @@ def _search(folder: Path, found: Found) -> list[tuple[bool, Path, str]]:
 def _classify(entry: os.DirEntry) -> str:
     """`folder`, `file`, or the reason why an entry of a folder is skipped."""
     if entry.name.startswith("."):
-        return "hidden folder" if entry.is_dir() else "hidden"
+        return "hidden folder" if entry.is_dir(follow_symlinks=False) else "hidden"
     try:
         mode = entry.stat().st_mode
     except OSError:

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from base.errors import UserError, nearest
-from base.files import sha256, unseal, write_whole
+from base.files import json_object, sha256, unseal, write_whole
 from text.foreign import NANOGPT_META, ids_problem, layout
 from text.tokenizers import (
+    BPE_FILE,
+    CHAR_FILE,
     TRAINED_FILES,
     Tokenizer,
     is_trained,
@@ -199,7 +201,7 @@ def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
             f" --source={folder} --out_dir=data/NAME, and name --dataset=NAME"
         )
     if tokenizer is None:
-        name = "char" if (folder / NANOGPT_META).is_file() else "gpt2"
+        _, name = _tokenizer_of(folder) or ("", "gpt2")
         raise UserError(
             f"{folder} has no meta.json: prepare it with prepare_openwebtext.py, "
             f"or name the tokenizer of existing .bin files with --tokenizer={name}"
@@ -239,8 +241,8 @@ def verify(data: Data) -> None:
     """
     stamp = data.folder / VERIFIED
     try:
-        known = json.loads(stamp.read_bytes())
-    except (OSError, ValueError):
+        known = json_object(stamp.read_text(encoding="utf-8", errors="replace")) or {}
+    except OSError:
         known = {}
     now = {}
     for split in data.splits.values():
@@ -311,10 +313,11 @@ def _without_meta(folder: Path, tokenizer: str) -> Data:
 
     Raises: UserError if its ids are not those of the tokenizer.
     """
-    if tokenizer != "char" and (folder / NANOGPT_META).is_file():
+    file, own = _tokenizer_of(folder) or ("", tokenizer)
+    if tokenizer.partition(":")[0] != own.partition(":")[0]:
         raise UserError(
-            f"{folder} holds nanoGPT's {NANOGPT_META}, so its tokens are characters: use"
-            f" --tokenizer=char, not {tokenizer}"
+            f"{folder} holds {file}, the file of its tokenizer: use --tokenizer={own}, not"
+            f" {tokenizer}"
         )
     words = load_tokenizer(tokenizer, folder)
     splits = {name: _token_file(folder / f"{name}.bin", words) for name in ("train", "val")}
@@ -327,12 +330,24 @@ def _without_meta(folder: Path, tokenizer: str) -> Data:
     return Data(folder, tokenizer, words.vocab_size, words.eot_id, words.mask_id, splits)
 
 
+def _tokenizer_of(folder: Path) -> tuple[str, str] | None:
+    """The file of a tokenizer in a folder without meta.json, and its --tokenizer. None if there is
+    none."""
+    names = {BPE_FILE: "bpe:N (N is its number of tokens)", CHAR_FILE: "char", NANOGPT_META: "char"}
+    return next(((file, name) for file, name in names.items() if (folder / file).is_file()), None)
+
+
 def _token_file(path: Path, words: Tokenizer) -> Split:
     """A token file without meta.json.
 
     Raises: UserError if it cannot be text of the tokenizer.
     """
     found = layout(path, words.dtype)
+    if found.offset and words.name != "gpt2":  # Only llm.c's files have a header.
+        raise UserError(
+            f"{path} holds GPT-2's tokens, as its header says: use --tokenizer=gpt2, not"
+            f" {words.name}"
+        )
     split = Split(path, found.dtype, found.tokens, 0, offset=found.offset)
     places = {0, split.tokens // 2 // 4 * 4, max(0, split.tokens - SAMPLE) // 4 * 4}
     sample = np.concatenate([split.read(place, SAMPLE) for place in sorted(places)])

@@ -18,6 +18,7 @@ import numpy as np
 from base.errors import UserError
 from base.files import fsync, locked, seal
 from text.documents import Tally
+from text.parallel import ctrl_c_held
 from text.token_files import VERIFIED, has_tokenizer, load_data, verify
 from text.tokenizers import TRAINED_FILES, Tokenizer, tokenizer_file
 
@@ -87,7 +88,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
     Raises: UserError if another process is writing into it.
     """
-    folder = out.with_name(f".{out.name}.partial")
+    folder, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -96,6 +97,8 @@ def partial_folder(out: Path) -> Iterator[Path]:
             raise UserError(f"another preparation is writing {out}") from None
         try:
             shutil.rmtree(folder, ignore_errors=True)  # A killed preparation has left it.
+            if old.exists() and not out.exists():  # It was killed between the renames of `publish`.
+                os.rename(old, out)
             folder.mkdir()
             yield folder
         except BaseException as error:
@@ -111,9 +114,10 @@ def publish(folder: Path, out: Path) -> None:
         fsync(path)
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(folder, out)
+    with ctrl_c_held():
+        if out.exists():
+            os.rename(out, old)
+        os.rename(folder, out)
     fsync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -128,6 +132,10 @@ def is_prepared(out: Path, identity: dict, overwrite: bool) -> bool:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir={out} is a file: name another")
+    if os.path.ismount(out):
+        raise UserError(
+            f"--out_dir={out} is a mount point, which cannot be replaced: name a folder inside it"
+        )
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if not overwrite and "meta.json" in names and _is_same(out, identity):
         return True

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BPE_FILE",
+    "CHAR_FILE",
     "EOT",
     "MASK",
     "TOKENIZERS",

@@ -54,7 +54,8 @@ def load_gpt2() -> Tokenizer:
     """
     import tiktoken
 
-    folder = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_folder() / "tiktoken")))
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or cache_folder() / "tiktoken")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     for file, sha256 in GPT2_FILES.items():
         path = folder / hashlib.sha1((GPT2_ADDRESS + file).encode()).hexdigest()
         if not path.is_file():
