@@ -932,3 +932,90 @@ def test_load_swapped_takes_the_arguments_of_from_pretrained(tmp_path):
     loaded = load_swapped(tmp_path / "swapped", use_cache=False, attn_pdrop=0.3)
     assert loaded.config.use_cache is False and loaded.config.attn_pdrop == 0.3
     assert load_swapped(tmp_path / "swapped", config=loaded.config).config.attn_pdrop == 0.3
+
+
+def test_what_a_resize_adds_to_a_padded_matched_head_does_not_win():
+    model = hugging_face("qwen2", tie_word_embeddings=False).eval()
+    model.lm_head.weight.data.mul_(20)  # Rows of padding that are far from the matched ones.
+    ids = torch.randint(V - 10, (4, 12))
+    swap_head(model, "euclidean", match_to=ids, real_vocab_size=V - 5)
+    model.resize_token_embeddings(V - 4)
+    assert model(ids).logits.softmax(-1)[..., V - 5].mean() < 0.1
+
+
+def test_a_resize_keeps_the_hooks_of_accelerate():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = hugging_face("qwen2", tie_word_embeddings=False)
+    swap_head(model, "cosine")
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    model.resize_token_embeddings(V + 5)
+    ids = torch.randint(V, (2, 6))
+    assert model.eval()(ids).logits.shape[-1] == V + 5
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.lm_head.table.grad.abs().sum() > 0
+
+
+def test_a_multimodal_model_stays_untied(tmp_path):
+    text = transformers.Qwen2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8, projection_dim=16,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=49, tie_word_embeddings=True
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(45, (2, 8))
+    swap_head(model, "euclidean", match_to=ids)
+    model.save_pretrained(tmp_path)
+    for load in (load_swapped, transformers.AutoModelForImageTextToText.from_pretrained):
+        again = load(tmp_path).eval()
+        again.resize_token_embeddings(55)
+        torch.testing.assert_close(again(ids).logits[..., :50], model(ids).logits)
+    assert text.tie_word_embeddings  # The configuration that was given is as it was.
+
+
+def test_every_auto_class_reads_the_head_or_saves_a_plain_folder(tmp_path):
+    model = hugging_face("gpt2").eval()
+    swap_head(model, "cosine", exponent=8.0)
+    model.save_pretrained(tmp_path, True)
+    code, config = (tmp_path / name for name in ("modeling_harmonic.py", "config.json"))
+    assert code.stat().st_mtime_ns >= config.stat().st_mtime_ns  # Or push_to_hub leaves it out.
+    ids = torch.randint(V, (2, 6))
+    again = transformers.AutoModelForPreTraining.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "trunk")
+    stored = json.loads((tmp_path / "trunk/config.json").read_text())
+    assert stored["model_type"] == "gpt2" and not {"auto_map", "harmonic"} & set(stored)
+
+
+def test_a_refused_swap_leaves_the_model_as_it_was():
+    model = hugging_face("gpt2")
+    model.transformer.h[0].eval()
+    for arguments in ({"scale": 4.0}, {"match_to": torch.full((1, 9), V)}):
+        with pytest.raises(ValueError):
+            swap_head(model, "cosine", **arguments)
+        assert type(model.config) is transformers.GPT2Config
+    swap_head(model, "cosine", match_to=torch.randint(V, (2, 9)))
+    assert not model.transformer.h[0].training and model.training
+    with pytest.raises(ValueError, match="Swap first, then wrap"):
+        swap_head(torch.compile(hugging_face("gpt2")), "cosine")
+    deberta = transformers.DebertaV2Config(
+        vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, legacy=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"16 rows for {V} tokens"):
+        swap_head(transformers.DebertaV2ForMaskedLM(deberta), "cosine")
+
+
+def test_a_dot_product_can_get_a_bias(tmp_path):
+    model = hugging_face("gpt2").eval()
+    head = swap_head(model, "cross_entropy", bias=True)
+    head.bias.data.normal_()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(V, (2, 6))
+    torch.testing.assert_close(load_swapped(tmp_path).eval()(ids).logits, model(ids).logits)

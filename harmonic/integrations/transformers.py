@@ -85,6 +85,7 @@ class ModelHead(HarmonicHead):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.table = nn.Parameter(self._parameters.pop("weight").data)  # (V, C)
+        self.padded = self._rows < len(self.table)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The strength is no tensor, because files of transformers have it in the configuration. It
@@ -190,21 +191,15 @@ class ModelHead(HarmonicHead):
         )  # fmt: skip
 
     @torch.no_grad()
-    def resized(self, table: torch.Tensor, tokens: int) -> "ModelHead":
-        """The same head with another table (V', C). If it is padded, `tokens` rows are tokens."""
-        new = copy.copy(self)
-        new._parameters, new._modules = dict(self._parameters), dict(self._modules)
-        new.table = (
-            table
-            if isinstance(table, nn.Parameter)
-            else nn.Parameter(table, self.table.requires_grad)
-        )
+    def resize(self, table: torch.Tensor, tokens: int) -> None:
+        """Takes another table (V', C). If the head is padded, `tokens` rows of it are tokens."""
+        if not isinstance(table, nn.Parameter):
+            table = nn.Parameter(table, self.table.requires_grad)
+        self.table = table
         if self.bias is not None:
-            new.bias = nn.Parameter(
-                F.pad(self.bias, (0, len(table) - len(self.bias))), self.bias.requires_grad
-            )
-        new.real_vocab_size = min(tokens, len(table))
-        return new
+            bias = F.pad(self.bias, (0, len(table) - len(self.bias)))
+            self.bias = nn.Parameter(bias, self.bias.requires_grad)
+        self.real_vocab_size = min(tokens, len(table))
 
 
 def swap_head(
@@ -233,10 +228,12 @@ def swap_head(
         its logits afterwards, adds a loss or reads the `weight` of its output layer, or arguments
         that `HarmonicHead` does not accept.
     """
-    if not hasattr(model, "get_output_embeddings"):
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"swap_head takes a model of transformers, not {type(model).__name__}: it changes the"
-            " model in place and returns the head"
+            " model in place and returns the head. Swap first, then wrap or compile"
         )
     old = model.get_output_embeddings()
     _check_model(model, old, match_to)
@@ -244,9 +241,6 @@ def swap_head(
     weight, bias = old.table if swapped else old.weight, getattr(old, "bias", None)
     if name == "cross_entropy" and bias is not None:
         arguments["bias"] = True
-    config = _own_config(model)
-    # TRL and PEFT would load the plain model of that name again.
-    config._name_or_path = model.name_or_path = ""
     head = ModelHead(weight.shape[1], len(weight), name, **arguments)
     head.padded = "real_vocab_size" in arguments
     head.to(weight.device)
@@ -254,11 +248,15 @@ def swap_head(
         head.table = weight
     else:
         match(head, _states(model, old, match_to), weight, bias)
-        config.tie_word_embeddings = False
-    if head.bias is not None:
+    if head.bias is not None and bias is not None:
         head.bias = bias
     if not head.is_control and not head.given:
-        arguments[head.strength_name] = float(head.strength)
+        arguments[head.strength_name] = head._strength_number()
+    config = _own_config(model)
+    # TRL and PEFT would load the plain model of that name again.
+    config._name_or_path = model.name_or_path = ""
+    if match_to is not None:
+        _untie(model)
     where = _path(model, old)
     model.set_output_embeddings(head.train(model.training))
     config.harmonic = {"name": name, **arguments}
@@ -286,6 +284,24 @@ def _own_config(model):
     return config
 
 
+def _untie(model):
+    """Says in the configuration that the prototypes are not the input embedding.
+
+    A multimodal model has a configuration of its text model, too, and takes the setting from there
+    when it is loaded.
+    """
+    model.config.tie_word_embeddings = False
+    text = model.config.get_text_config()
+    if text is model.config:
+        return
+    own = copy.copy(text)
+    own.tie_word_embeddings = False
+    setattr(model.config, next(key for key, v in vars(model.config).items() if v is text), own)
+    for module in model.modules():
+        if getattr(module, "config", None) is text:
+            module.config = own
+
+
 def _register(model_type: str):
     """Lets AutoModelForCausalLM.from_config read the configuration of a swapped model."""
     from transformers import CONFIG_MAPPING
@@ -304,6 +320,17 @@ def _check_model(model, old, match_to):
             f"the output layer of {name} is not a plain torch.nn.Linear but a"
             f" {type(old).__name__}{' with hooks' * bool(old._forward_hooks)}: what it adds would"
             " be lost. Merge or remove it first"
+        )
+    weight = old.table if isinstance(old, ModelHead) else old.weight
+    if weight.is_meta and hasattr(old, "_hf_hook"):
+        raise ValueError(
+            f"the output layer of {name} is offloaded by accelerate: swap the head first, and"
+            " offload the model then"
+        )
+    if len(weight) < (tokens := getattr(config.get_text_config(), "vocab_size", 0)):
+        raise ValueError(
+            f"{name} cannot be swapped: what it calls its output layer has {len(weight)} rows for"
+            f" {tokens} tokens"
         )
     if not hasattr(model, "get_expanded_tied_weights_keys"):
         raise ValueError("swap_head needs transformers 5: pip install -U transformers")
@@ -488,20 +515,26 @@ class Swapped:
         )
         new.requires_grad_(embedding.weight.requires_grad)
         tied = head.table is embedding.weight
-        table = new.weight if tied else _resized_table(head.table, len(new.weight))
+        table = new.weight if tied else _resized_table(head.prototypes(), len(new.weight))
         tokens = (
             head.real_vocab_size
             if new_num_tokens is None and head.padded
             else new_num_tokens or len(new.weight)
         )
         self.set_input_embeddings(new)
-        self.set_output_embeddings(head.resized(table, tokens))
-        _share_bias(self, self.get_output_embeddings())
+        head.resize(table, tokens)
+        _share_bias(self, head)
         if head.padded:
             self.config.harmonic["real_vocab_size"] = min(tokens, len(table))
         return new
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
         """As in transformers. config.json gets a model type of its own.
 
         So no plain class can silently load the folder.
@@ -515,9 +548,9 @@ class Swapped:
         self.config.harmonic = settings
         # A class that came from a folder of an older version has its own file, which transformers
         # copies.
-        if type(self).__reduce_ex__ is _reduce and options.get("is_main_process", True):
+        if type(self).__reduce_ex__ is _reduce and is_main_process:
             _add_code(self, Path(save_directory))
-        super().save_pretrained(save_directory, **options)
+        super().save_pretrained(save_directory, is_main_process, *arguments, **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *arguments: Any, **options: Any) -> Any:
@@ -596,19 +629,40 @@ def _is_usual(plain: type) -> bool:
     return plain.__name__.endswith("ForMaskedLM") or "self.loss_function(" in source
 
 
+def _has_head(plain: type) -> bool:
+    """Whether models of a class of transformers have an output layer for tokens: they name the
+    tensor to which it can be tied."""
+    return bool(plain._tied_weights_keys)
+
+
 class _Config:
     """The first base class of the configuration of a swapped model.
 
     In memory the model type is the plain one, which PEFT and other libraries need. In a folder it
-    is the harmonic one.
+    is the harmonic one, unless the folder is of a model without a head, such as a classifier.
     """
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "model_type": self.model_type}
 
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        super().save_pretrained(save_directory, *arguments, **options)
+        # With push_to_hub transformers uploads only files that are newer than its start.
+        for path in (Path(save_directory) / name for name in CODE):
+            if path.is_file():
+                path.touch()
+
     def to_json_string(self, *arguments: Any, **options: Any) -> str:
+        import transformers
+
         stored = json.loads(super().to_json_string(*arguments, **options))
         stored["model_type"] = type(self).model_type
+        (name,) = stored.get("architectures") or [""]
+        plain = getattr(transformers, name, None)
+        if plain is not None and not _has_head(plain):
+            stored["model_type"] = type(self).model_type.removeprefix(PREFIX)
+            for key in ("harmonic", "auto_map"):
+                stored.pop(key, None)
         return json.dumps(stored, indent=2, sort_keys=True) + "\n"
 
 
@@ -675,6 +729,9 @@ SOURCES = (
     "backends/__init__.py", "backends/autograd.py", "backends/chunked.py", "backends/mapped.py",
     "integrations/__init__.py", "integrations/modeling_harmonic.py", "integrations/transformers.py",
 )  # fmt: skip
+
+
+CODE = ("modeling_harmonic.py", "harmonic_files.py")  # What `write_code` writes.
 
 
 def write_code(folder: Path) -> None:
@@ -748,7 +805,12 @@ def _stored_class(stored: dict, config: type) -> type:
     if hasattr(transformers, name):
         return getattr(transformers, name)
     # `interop.export` writes class names of its own.
-    auto = next(key for key in stored["auto_map"] if key != "AutoConfig")
+    auto = next((key for key in stored.get("auto_map", {}) if key != "AutoConfig"), None)
+    if auto is None:
+        raise ValueError(
+            f"the folder holds a {name}, which is no class of transformers: load it with"
+            f" harmonic.integrations.transformers.harmonic_class({name}).from_pretrained(folder)"
+        )
     return getattr(transformers, auto)._model_mapping[config]
 
 
@@ -779,6 +841,7 @@ class _Types(dict):
             )
             if isinstance(model, type):
                 headed = name in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+                headed = headed or _has_head(model)  # It must not be read as a plain model.
                 auto._model_mapping.register(
                     self[key], harmonic_class(model) if headed else model, exist_ok=True
                 )
@@ -849,11 +912,13 @@ def _states(model, unembedding, ids):
         seen.append(inputs[0])
         raise _Enough
 
-    hook, training = unembedding.register_forward_pre_hook(take), model.training
+    hook = unembedding.register_forward_pre_hook(take)
+    training = {module: module.training for module in model.modules()}
     try:
         model.eval()(input_ids=ids)
     except _Enough:
         return seen[0].reshape(-1, seen[0].shape[-1])
     finally:
         hook.remove()
-        model.train(training)
+        for module, before in training.items():
+            module.training = before
