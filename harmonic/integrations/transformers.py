@@ -228,15 +228,7 @@ def swap_head(
         its logits afterwards, adds a loss or reads the `weight` of its output layer, or arguments
         that `HarmonicHead` does not accept.
     """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"swap_head takes a model of transformers, not {type(model).__name__}: it changes the"
-            " model in place and returns the head. Swap first, then wrap or compile"
-        )
-    old = model.get_output_embeddings()
-    _check_model(model, old, match_to)
+    old = _output_layer(model, match_to)
     swapped = isinstance(old, ModelHead)
     weight, bias = old.table if swapped else old.weight, getattr(old, "bias", None)
     if name == "cross_entropy" and bias is not None:
@@ -310,8 +302,16 @@ def _register(model_type: str):
         CONFIG_MAPPING.__getitem__(model_type)  # `_Types` adds what is missing.
 
 
-def _check_model(model, old, match_to):
-    """Raises ValueError for a model whose head cannot be swapped."""
+def _output_layer(model, match_to) -> nn.Module:
+    """The output layer of a model. Raises ValueError for a model whose head cannot be swapped."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"swap_head takes a model of transformers, not {type(model).__name__}: it changes the"
+            " model in place and returns the head. Swap first, then wrap or compile"
+        )
+    old = model.get_output_embeddings()
     name, config = type(model).__name__, model.config
     if old is None or config.is_encoder_decoder:
         raise ValueError(f"{name} is not a causal or masked language model with an output layer")
@@ -340,19 +340,26 @@ def _check_model(model, old, match_to):
             f"{name} changes logits or loss after its output layer: {', '.join(more)}. Set that to"
             " None in model.config if you can do without it"
         )
-    source, layer = _calling_source(model, old)
-    if f"{layer}.weight" in source:
-        raise ValueError(
-            f"{name} cannot be swapped: its code reads the `weight` of its output layer, and a head"
-            " has none"
-        )
-    if re.search(rf"{re.escape(layer)}\([^()]*\) *[-+]", source):
-        raise ValueError(
-            f"{name} cannot be swapped: its code adds something to the logits of its output layer"
-        )
+    _check_code(model, old)
     if isinstance(old, ModelHead) and match_to is not None:
         raise ValueError(
             f"the head of this model is {old.name} already: match_to needs a dot product's head"
+        )
+    return old
+
+
+def _check_code(model, old):
+    """Raises ValueError for a model whose code does more with its output layer than to call it."""
+    source, layer = _calling_source(model, old)
+    if f"{layer}.weight" in source:
+        raise ValueError(
+            f"{type(model).__name__} cannot be swapped: its code reads the `weight` of its output"
+            " layer, and a head has none"
+        )
+    if re.search(rf"{re.escape(layer)}\([^()]*\) *[-+]", source):
+        raise ValueError(
+            f"{type(model).__name__} cannot be swapped: its code adds something to the logits of"
+            " its output layer"
         )
 
 
