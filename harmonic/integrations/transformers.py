@@ -664,8 +664,8 @@ class _Config:
 
         stored = json.loads(super().to_json_string(*arguments, **options))
         stored["model_type"] = type(self).model_type
-        (name,) = stored.get("architectures") or [""]
-        plain = getattr(transformers, name, None)
+        architectures = stored.get("architectures") or [""]
+        plain = getattr(transformers, architectures[0], None)
         if plain is not None and not _has_head(plain):
             stored["model_type"] = type(self).model_type.removeprefix(PREFIX)
             for key in ("harmonic", "auto_map"):
