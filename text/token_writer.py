@@ -86,6 +86,8 @@ def write_meta(
 def partial_folder(out: Path) -> Iterator[Path]:
     """An empty hidden folder beside `out`. It is removed after any error.
 
+    If a kill has left an earlier preparation under another name, that is put back first.
+
     Raises: UserError if another process is writing into it.
     """
     folder, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
@@ -102,8 +104,9 @@ def partial_folder(out: Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
         except BaseException as error:
+            published = not folder.exists()  # Ctrl-C came while `publish` renamed it.
             shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt) and not published:
                 print(f"\n{out}: nothing was written", file=sys.stderr)
             raise
 
