@@ -105,12 +105,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tiny_data, tmp_path):
             "dataset": tiny_data,
             "max_iters": 300,  # so long that it lives when it is killed
             "eval_interval": 20,
-            # No head with kernels of Numba: the process that compiles them differs in last bits.
             "head": "cross_entropy",
             "dropout": 0.1,
         }.items()
     ]
-    whole = script_here("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
+    # Not in the process of the tests: one that has compiled a kernel of Numba differs in last bits.
+    whole = script("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
