@@ -133,7 +133,7 @@ def draw(rows: list[dict]) -> Figure:
     panels = figure.subplots(2, 2)
     labels = {
         "position": ("loss, nats a token", "position in the window, tokens"),
-        "frequency": ("loss, nats a token", "occurrences in the training text, up to"),
+        "frequency": ("loss, nats a token", "occurrences in 4 M training tokens, up to"),
         "nearest": (
             "loss, nats a token",
             "distance to the nearest prototype, tenths of the tokens",
@@ -163,7 +163,6 @@ def _curve(by: str, rows: list[dict]) -> tuple[list, list]:
     if by == "nearest":
         # Distances of different heads have different units, so x is the tenth of the tokens.
         return list(range(1, len(rows) + 1)), losses
-    if by == "position":
-        # x is the last position in the bin. A logarithmic axis cannot show 0, so that is 0.5.
-        return [max(row["to"] - 1, 0.5) for row in rows], losses
-    return [max(row["to"], 0.5) for row in rows], losses
+    # x is the last position, or number of occurrences, in the bin. A logarithmic axis cannot show
+    # 0, so that is 0.5.
+    return [max(row["to"] - 1, 0.5) for row in rows], losses

@@ -4,20 +4,19 @@
 
 Runs that differ only in their seed are taken together. Two such groups are compared seed by seed:
 `difference` is the mean of the differences of the seeds that both have, in nats a token, with its
-95 % interval (Student's t) and the p-value of a t-test. If both have only one seed in common, its
-two runs are compared window by window (paired by text): the interval is a bootstrap over windows,
-and p is that of a sign-flip permutation test. Such an interval holds for these two trained models.
-It does not cover training again with another seed, so it proves nothing about heads.
+95 % interval and the p-value of Student's t-test. If both have only one seed in common, its two
+runs are compared in the same way window by window. Such an interval holds for these two trained
+models. It does not cover training again with another seed, so it proves nothing about heads.
 
-p is corrected for the number of comparisons (Holm 1979). Losses are those of at most 256 windows,
-spread evenly over the split. Windows of one document are alike, so over few documents an interval
-over windows is too narrow.
+p is corrected for the number of comparisons (Holm 1979); those over seeds and those over windows
+are corrected apart. Losses are those of at most 256 windows, spread evenly over the split. Windows
+of one document are alike, so over few documents an interval over windows is too narrow.
 """
 
 import itertools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from analysis.runs import (
     LEARNS,
     ModelAnalysisConfig,
     Run,
+    about,
     caution,
     default_out,
     find_runs,
@@ -47,14 +47,13 @@ from base.errors import UserError
 from base.output import listed
 from harmonic.links import resolve_strength
 from model import Model, ModelConfig
-from text.token_files import Data
+from text.token_files import Data, documents_of
 from training import checkpoint
 from training.distributed import check_device
 from training.objective import objective_of
 
-WINDOWS, DRAWS = 256, 10_000
-
-
+WINDOWS = 256
+MANY = 30  # With fewer documents a note says that intervals over windows are too narrow.
 COLUMNS: tables.Columns = (
     Column("group", "head"),
     "minus",
@@ -76,9 +75,10 @@ class CompareConfig(ModelAnalysisConfig):
 
 @dataclass
 class Difference:
-    """How many nats a token one run is worse than another.
+    """How many nats a token one run is worse than another, or the runs of one group than another's.
 
-    mean: over windows. low, high: its 95 % interval. p: the p-value of no difference.
+    mean: over windows or seeds. low, high: its 95 % interval. p: the p-value of no difference. All
+    are NaN if a run diverged; p, low and high also if there is only one window.
     """
 
     mean: float
@@ -86,10 +86,16 @@ class Difference:
     high: float
     p: float
 
-    @property
-    def noise(self) -> bool:
-        """Whether chance may explain it. With few windows the interval is too short to say so."""
-        return self.low <= 0 <= self.high or not self.p <= 0.05
+
+def few_documents(data: Data, split: str) -> str | None:
+    """A sentence if a split has so few documents that intervals over windows are too narrow."""
+    count = len(list(itertools.islice(documents_of(data, split), MANY)))
+    if count >= MANY:
+        return None
+    return (
+        f"the split {split} of {data.folder} has few documents ({count}). Windows of one document"
+        " are alike, so intervals and p-values over windows are too small"
+    )
 
 
 @torch.inference_mode()
@@ -108,30 +114,28 @@ def window_losses(model: Model, data: Data, split: str = "val") -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Difference:
-    """The difference a - b of the losses of the same N windows, (N,) each.
-
-    seed: of the bootstrap and the permutations.
-    """
-    d, rng = a - b, np.random.default_rng(seed)
-    mean = d.mean()
-    if not math.isfinite(mean):
+def difference(a: np.ndarray, b: np.ndarray) -> Difference:
+    """The difference a - b of losses that are paired, (N,) each: of windows, or of seeds."""
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Difference(*[math.nan] * 4)
-    means = d[rng.integers(0, len(d), (DRAWS, len(d)))].mean(1)
-    flipped = (rng.integers(0, 2, (DRAWS, len(d)), dtype=np.int8) * 2 - 1) @ d / len(d)
-    p = (1 + (np.abs(flipped) >= abs(mean) - 1e-15).sum()) / (1 + DRAWS)
-    return Difference(
-        float(mean), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975)), float(p)
-    )
+    each = (a - b).tolist()
+    mean, half = mean_and_half(each)
+    return Difference(mean, mean - half, mean + half, p_value(each))
 
 
 def compare(losses: list[np.ndarray]) -> tuple[int, list[Difference]]:
     """Compares each run with the best one. losses: the window losses of each run, (N,) each.
 
-    Returns: the index of the run with the lowest mean, and the difference of each run to it.
+    Returns: the index of the run with the lowest mean, and the difference of each run to it. p is
+        corrected for the comparisons of all pairs, because the best is known only after a look.
     """
     best = int(np.argmin([x.mean() if np.isfinite(x).all() else np.inf for x in losses]))
-    return best, [difference(x, losses[best]) for x in losses]
+    each = [difference(x, losses[best]) for x in losses]
+    pairs = itertools.combinations(range(len(losses)), 2)
+    p = holm({frozenset(pair): difference(*(losses[i] for i in pair)).p for pair in pairs})
+    return best, [
+        d if i == best else replace(d, p=p[frozenset((i, best))]) for i, d in enumerate(each)
+    ]
 
 
 # ---- runs of several seeds ---------------------------------------------------------------------
@@ -139,11 +143,9 @@ def compare(losses: list[np.ndarray]) -> tuple[int, list[Difference]]:
 
 @dataclass
 class Pair:
-    """How many nats a token the runs of one group are worse than those of another, on the seeds
-    that both have.
+    """How much worse the runs of one group are than those of another, on the seeds that both have.
 
-    seeds: their number. mean, low, high: of the differences, with their 95 % interval. p: not
-    corrected. These are NaN if a run diverged, and else mean is not negative.
+    seeds: their number. With one, its windows are compared. p is not corrected.
     """
 
     group: str
@@ -165,15 +167,19 @@ def settings(run: Run) -> dict[str, object]:
     link, strength = resolve_strength(
         m.head, m.n_embd, m.link, m.exponent, m.scale, **m.head_options()
     )
-    newest = list(checkpoint.manifests(run.path).values())[-1:]
     return found | {
         "link": link,
         "n" if link == "harmonic" else "s": float(strength),
         "source": bool(run.config.source),  # Each seed may go on from a run of its own.
         "dataset": Path(run.trained_on).name,
         "tokens an iteration": run.tokens_per_iteration(),
-        "iteration": newest[0]["iter"] if newest else None,
+        "iteration": newest(run),
     }
+
+
+def newest(run: Run) -> int:
+    """The iteration of a run's newest checkpoint; 0 if it has none."""
+    return max((m["iter"] for m in checkpoint.manifests(run.path).values()), default=0)
 
 
 def groups(runs: list[Run]) -> dict[str, dict[int, int]]:
@@ -227,26 +233,27 @@ def pairs(found: dict[str, dict[int, int]], losses: list[np.ndarray]) -> list[Pa
             worse, better, both = better, worse, [(b, a) for a, b in both]
         if len(both) == 1:
             d = difference(*both[0])
-            result.append(Pair(worse, better, 1, d.mean, d.low, d.high, d.p))
         else:
-            each = [float(a.mean() - b.mean()) for a, b in both]
-            middle, half = mean_and_half(each)
-            low, high = middle - half, middle + half
-            result.append(Pair(worse, better, len(both), middle, low, high, p_value(each)))
+            d = difference(*np.array([[x.mean() for x in pair] for pair in both]).T)
+        result.append(Pair(worse, better, len(both), **vars(d)))
     return result
 
 
 def corrected(found: list[Pair]) -> list[float]:
-    """The p-value of each pair, corrected for the number of pairs."""
-    p = holm({i: pair.p for i, pair in enumerate(found)})
+    """The p-value of each pair, corrected for the number of pairs that are compared like it."""
+    p: dict[int, float] = {}
+    for over_seeds in (True, False):
+        p |= holm({i: x.p for i, x in enumerate(found) if (x.seeds > 1) is over_seeds})
     return [p[i] for i in range(len(found))]
 
 
-def verdict(pair: Pair, p: float) -> str:
-    """What a difference says. p: corrected."""
+def verdict(pair: Pair, p: float, alike: bool = True) -> str:
+    """What a difference says. p: corrected. alike: whether all runs trained on as many tokens."""
     if math.isnan(p):
         return "not finite"
-    if p > 0.05 or pair.low <= 0 <= pair.high:
+    if not alike:
+        return "unequal training"
+    if p > 0.05:
         return "not told apart"
     return "behind" if pair.seeds > 1 else "behind on this text"
 
@@ -289,8 +296,9 @@ def draw(runs: list[Run], found: dict[str, dict[int, int]], losses: list[np.ndar
         axes.plot(values, rows, color=figures.GREY, linewidth=0.6, zorder=1)
     for y, name in enumerate(names):
         values = [losses[i].mean() for i in found[name].values()]
-        color = figures.head_color(runs[next(iter(found[name].values()))].model_config.head)
-        axes.scatter(values, [y] * len(values), color=color, s=22, zorder=2)
+        one = about(runs[next(iter(found[name].values()))])
+        style = figures.dots(one["head"], one["link"])
+        axes.plot(values, [y] * len(values), "o", ls="", zorder=2, **style)
     axes.set_yticks(range(len(names)), [figures.literal(name) for name in names])
     axes.invert_yaxis()
     axes.margins(y=0.3 / max(1, len(names)))
@@ -327,10 +335,11 @@ def main() -> None:
     note(unequal_settings(runs))
     print(tables.text(*means(found, losses)))
     compared = pairs(found, losses)
-    rows: list[dict] = [
-        {**vars(pair), "p_holm": p, "verdict": verdict(pair, p)}
-        for pair, p in zip(compared, corrected(compared), strict=True)
-    ]
+    rows: list[dict] = []
+    for pair, p in zip(compared, corrected(compared), strict=True):
+        members = [runs[i] for name in (pair.group, pair.minus) for i in found[name].values()]
+        alike = unequal_training(members, [newest(run) for run in members]) is None
+        rows.append({**vars(pair), "p_holm": p, "verdict": verdict(pair, p, alike)})
     if rows:
         print(tables.text([{**row, "p_holm": shown_p(row["p_holm"])} for row in rows], COLUMNS))
     if any(pair.seeds == 1 for pair in compared):
@@ -338,6 +347,7 @@ def main() -> None:
             "an interval of one seed holds for these two models on this text: train more seeds of"
             " both to learn about the heads"
         )
+        note(few_documents(data[0], c.split))
     if len(compared) < math.comb(len(found), 2):
         note("groups without a seed in common are not compared: train both with the same seeds")
     publish(rows, out, lambda: draw(runs, found, losses))

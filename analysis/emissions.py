@@ -207,6 +207,13 @@ def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str)
         watt_hours = np.array([1000 * (r[f"kwh_{part}"] or 0) for r in rows])
         right.barh(names, watt_hours, left=base, color=color, label=part.upper(), height=0.6)
         base += watt_hours
+    # CodeCarbon assigns some of the energy to no part.
+    rest = np.array([1000 * (r["kwh"] or 0) for r in rows]) - base
+    if (rest > 0.01 * base).any():
+        right.barh(names, rest, left=base, color="0.92", label="rest", height=0.6)
+    for i, row in enumerate(rows):
+        if row["kwh"] is None:
+            right.text(0, i, " not measured", va="center")
     right.set_xlabel("energy, Wh")
     right.locator_params(axis="x", nbins=4)
     right.invert_yaxis()

@@ -90,15 +90,20 @@ def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]
     """The `color` and `linestyle` of each line of a figure.
 
     heads: the head's name and link of each line; the link of a control is None. If several lines
-    have the same head and link, such as two runs, each has another shade. There are up to four.
+    have the same head and link, such as two runs, each has another shade, which no other line has.
+    There are up to four shades; further runs repeat them.
     """
-    styles = []
+    taken = {(head_color(name), LINES[link]) for name, link in heads}
+    styles: list[dict[str, str]] = []
     seen: list[tuple[str, str | None]] = []
     for name, link in heads:
         repeats = seen.count((name, link))
         seen.append((name, link))
-        colors = list(dict.fromkeys(_shaded(head_color(name), i) for i in range(len(SHADES))))
-        styles.append({"color": colors[repeats % len(colors)], "linestyle": LINES[link]})
+        shades = list(dict.fromkeys(_shaded(head_color(name), i) for i in range(len(SHADES))))
+        free = [color for color in shades if (color, LINES[link]) not in taken]
+        color = free[0] if repeats and free else shades[repeats % len(shades)]
+        taken.add((color, LINES[link]))
+        styles.append({"color": color, "linestyle": LINES[link]})
     return styles
 
 

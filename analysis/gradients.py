@@ -67,7 +67,8 @@ def medians_before(values: np.ndarray) -> np.ndarray:
 
 
 def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") -> dict:
-    """The mean, cv, spike_rate and clip_rate of a run's finite gradient norms. NaN if it has none.
+    """The mean, cv, spike_rate and clip_rate of a run's finite gradient norms. NaN if it has none,
+    and cv is NaN if it has one.
 
     Args:
         metrics: from `read_metrics`.
@@ -82,7 +83,7 @@ def stability(metrics: list[dict], clip: float = 1.0, key: str = "grad_norm") ->
     mean = float(norms.mean())
     return {
         "mean": mean,
-        "cv": float(norms.std() / mean) if mean else math.nan,
+        "cv": float(norms.std() / mean) if mean and len(norms) > 1 else math.nan,
         "spike_rate": float((norms > SPIKE * medians).mean()),
         "clip_rate": float((norms > clip).mean()) if clip else 0.0,
     }
@@ -132,30 +133,29 @@ def measure(run: Run) -> list[dict]:
             "part": part,
             "steps": count,
             "not_finite": not_finite(metrics, key),
-            **(found if count else dict.fromkeys(found)),
+            **found,
         }
         if part != "all":  # Clipping looks at the norm of all gradients.
             row["clip_rate"] = None
         row |= dict.fromkeys(("loss_spikes", "radius_start", "radius_end", "growth"))
         if part == "all":
-            row |= {
-                "loss_spikes": loss_spikes(metrics) if len(series(metrics, "train_loss")) else None,
-                **growth(metrics),
-            }
-        rows.append(row)
+            row |= {"loss_spikes": loss_spikes(metrics), **growth(metrics)}
+        # Values are of finite steps, so NaN only says that there are too few of them.
+        few = [key for key, value in row.items() if isinstance(value, float) and math.isnan(value)]
+        rows.append(row | dict.fromkeys(few))
     return rows
 
 
-def smooth(values: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
-    """Cuts a curve (N,) into at most `points` pieces.
+def smooth(steps: np.ndarray, values: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
+    """Cuts a curve, with (N,) steps and values, into at most `points` pieces.
 
-    Returns: arrays with a number for each piece: its middle `step`, its `median`, and the 10 % and
+    Returns: arrays with a number for each piece: its mean `step`, its `median`, and the 10 % and
         90 % quantiles `low` and `high`.
     """
     pieces = np.array_split(np.arange(len(values)), min(points, len(values)))
     low, median, high = np.array([np.quantile(values[p], (0.1, 0.5, 0.9)) for p in pieces]).T
     return {
-        "step": np.array([p.mean() for p in pieces]),
+        "step": np.array([steps[p].mean() for p in pieces]),
         "low": low,
         "median": median,
         "high": high,
@@ -177,9 +177,10 @@ def draw(runs: list[Run]) -> Figure:
             values = series(lines, key)
             if not len(values):
                 continue
-            curve = smooth(values)
-            name = figures.literal(run.name)
-            axes.plot(curve["step"], curve["median"], label=name, **style)
+            finite = [m["iter"] for m in lines if key in m and math.isfinite(m[key])]
+            curve = smooth(np.array(finite), values)
+            name, alone = figures.literal(run.name), "." if len(values) == 1 else ""
+            axes.plot(curve["step"], curve["median"], label=name, marker=alone, **style)
             axes.fill_between(
                 curve["step"], curve["low"], curve["high"], color=style["color"], alpha=0.2, lw=0
             )

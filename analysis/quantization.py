@@ -16,7 +16,6 @@ same_best   share of tokens whose likeliest prediction stays the same
 """
 
 import copy
-import math
 import sys
 from dataclasses import dataclass, field
 
@@ -122,8 +121,6 @@ def compare(
     rows: list[dict] = [{"bits": "full", "tokens": tokens, "loss": windowed[None].mean()}]
     for bits in heads:
         change = difference(windowed[bits], windowed[None])
-        if len(windowed[bits]) < 2:
-            change.low = change.high = math.nan  # One window has no spread.
         kl, same = (sums[bits] / tokens).tolist()
         rows.append(
             {"bits": bits, "tokens": tokens, "loss": windowed[bits].mean()}

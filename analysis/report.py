@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.compare import groups, in_words, window_losses
+from analysis.compare import few_documents, window_losses
 from analysis.geometry import frequency, principal
 from analysis.page import write_page
 from analysis.runs import Run, about, find_runs, numbered
@@ -374,15 +374,16 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
         entries.append(examine(run, d, texts, c, device))
     notes += [sentence for entry in entries for sentence in entry.notes]
     summaries = [entry.summary for entry in entries]
-    losses = [entry.losses for entry in entries if entry.losses is not None]
+    losses = [entry.losses for entry in entries]
     environments = [read_environment(run) for run in runs]
     agree = agreement(runs, data, summaries, environments, losses)
     to_best = paired(summaries, losses) if agree.windows else None
-    over_seeds = in_words(groups(runs), losses) if agree.windows else None
+    if to_best and data and (few := few_documents(data[0], "val")):
+        notes.append(f"{few[0].upper()}{few[1:]}.")
     steps = [run.tokens_per_iteration() for run in runs]
     return {
         "title": " vs ".join(r.name for r in runs) if len(runs) <= 3 else f"{len(runs)} runs",
-        "lead": over_seeds or lead(runs, summaries, to_best),
+        "lead": lead(runs, summaries, agree, losses, to_best),
         "facts": [
             ["Data", together(corpora(runs, data))],
             ["Model", together([entry.model for entry in entries])],

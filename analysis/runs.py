@@ -296,11 +296,12 @@ def unequal_training(runs: list[Run], iterations: list[int]) -> str | None:
 
 
 def unequal_settings(runs: list[Run]) -> str | None:
-    """A sentence if the runs differ in a setting of SAME, in the size of an iteration, in how far
-    the learning rate decays or in the seeds of a head, else None. Heads and peak learning rates may
-    differ: each head is compared at the rate that suits it."""
+    """A sentence if the runs differ in a setting of SAME, in the size of an iteration, in how often
+    they were evaluated, in how far the learning rate decays or in the seeds of a head, else None.
+    Heads and peak learning rates may differ: each head is compared at the rate that suits it."""
     settings = [vars(run.model_config) | vars(run.config) for run in runs]
-    values = {name: [str(s[name]) for s in settings] for name in SAME}
+    # The lowest of many evaluations is lower than that of a few.
+    values = {name: [str(s[name]) for s in settings] for name in (*SAME, "eval_interval")}
     values["dataset"] = [Path(run.trained_on).name for run in runs]
     values["tokens an iteration"] = [f"{run.tokens_per_iteration():,}" for run in runs]
     values["learning rate at the end"] = [
@@ -317,11 +318,11 @@ def unequal_settings(runs: list[Run]) -> str | None:
     return f"The heads are not the only difference: also {listed(found, 4)}." if found else None
 
 
-def seeds(runs: list[Run]) -> dict[tuple[str, str], set[int]]:
+def seeds(runs: list[Run]) -> dict[tuple[str, str | None], set[int]]:
     """The seeds of the runs of each pair of head and link."""
-    found: dict[tuple[str, str], set[int]] = {}
+    found: dict[tuple[str, str | None], set[int]] = {}
     for run in runs:
-        pair = run.model_config.head, run.model_config.link
+        pair = run.model_config.head, about(run)["link"]
         found.setdefault(pair, set()).add(run.config.seed)
     return found
 

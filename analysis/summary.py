@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis import tables
-from analysis.compare import compare
+from analysis.compare import Difference, compare, groups, in_words
 from analysis.geometry import spectrum
+from analysis.intervals import shown_p
 from analysis.runs import (
     Run,
     caution,
@@ -82,6 +83,8 @@ class Agreement:
     """energy: as `work`, and every run is long enough"""
     windows: bool
     """losses of the same windows, one by one"""
+    unequal: str | None = None
+    """why the runs cannot be ranked although their losses are of the same text"""
     notes: list[str] = field(default_factory=list)
     """sentences on what the runs do not show, and why"""
 
@@ -152,7 +155,7 @@ def agreement(
     data: list[Data] | None,
     summaries: list[dict],
     environments: list[dict],
-    losses: list[np.ndarray],
+    losses: list[np.ndarray | None],
 ) -> Agreement:
     """Decides what can be compared between runs.
 
@@ -160,7 +163,7 @@ def agreement(
         data: of each run; None if it was not found.
         summaries: of each run, from `summarize`.
         environments: the environment.json of each run.
-        losses: the window losses of the runs that have them.
+        losses: the window losses of each run; None if it has none.
     """
     warning = None
     if data:
@@ -181,30 +184,28 @@ def agreement(
     sizes = [sentence for run in runs if (sentence := uneven(run))]
     resumed = [sentence for run in runs if (sentence := changed(run))]
     notes += [f"{sentence}." for sentence in (*sizes, *resumed)]
-    not_ranked = "energy and time are not ranked"
     unlike = unlike_conditions(runs, summaries, environments)
-    for applies, sentence in (
-        (warning, f"{warning}"),
-        (unequal, f"{unequal}. More training lowers a loss, and {not_ranked}"),
-        (unlike, f"{unlike}: {not_ranked}"),
-        (
-            len(tokenizers) > 1,
-            f"tokens of different tokenizers are not the same work: {not_ranked}",
-        ),
-        (windows, f"{windows}"),
+    other = "tokens of different tokenizers are not the same work" if len(tokenizers) > 1 else None
+    for sentence, consequence in (
+        (warning, ""),
+        (unequal, ". More training lowers a loss: losses, energy and time are not ranked"),
+        (unlike, ": energy and time are not ranked"),
+        (other, ": energy and time are not ranked"),
+        (windows, ""),
     ):
-        if applies:
-            notes.append(f"{sentence[0].upper()}{sentence[1:]}.")
+        if sentence:
+            notes.append(f"{sentence[0].upper()}{sentence[1:]}{consequence}.")
     notes += filter(None, [unequal_settings(runs), without_twin(runs)])
     same_texts = data is not None and not (texts_differ(data) or lossy(data))
-    same_size = len(blocks) == 1 and len({len(x) for x in losses}) == 1
+    same_size = len(blocks) == 1 and len({len(x) for x in losses if x is not None}) == 1
     same_work = unequal is None and unlike is None and not sizes and len(tokenizers) == 1
     return Agreement(
-        losses=warning is None and windows is None,
-        bits=windows is None and len(objectives) == 1 and same_texts,
+        losses=warning is None and windows is None and unequal is None,
+        bits=windows is None and unequal is None and len(objectives) == 1 and same_texts,
         work=same_work and all((s["minutes"] or 0) >= TIMED_MINUTES for s in summaries),
         energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),
-        windows=warning is None and len(losses) == len(runs) and same_size,
+        windows=warning is None and same_size,
+        unequal=unequal,
         notes=notes,
     )
 
@@ -235,19 +236,11 @@ def summary_table(summaries: list[dict], agree: Agreement, differences: dict | N
     """The summary as texts. The best of a column is marked if its values can be compared.
 
     differences: from `paired`. A loss is marked only if it is that of the run which is the best
-        there, and if no other run is within noise of it.
+        there, and if all other runs are told apart from it.
     """
     decided = None
-    if differences is not None:
-        best = differences["best"]
-        others = [
-            noise
-            for i, (noise, (mean, *_)) in enumerate(
-                zip(differences["noise"], differences["rows"], strict=True)
-            )
-            if i != best and not isinstance(mean, str)  # NaN is a text there
-        ]
-        decided = None if any(others) else best
+    if differences is not None and not any(differences["noise"]):
+        decided = differences["best"]
     rows = [
         [{"text": "–" if text == "-" else text, "best": False} for text in line]
         for line in tables.cells(summaries, COLUMNS)
@@ -262,38 +255,40 @@ def summary_table(summaries: list[dict], agree: Agreement, differences: dict | N
         if len(values) > 1 and finite:
             best, is_loss = column.best(finite), column.needs in ("losses", "bits")
             for j, (row, value) in enumerate(zip(rows, values, strict=True)):
-                by_chance = is_loss and differences is not None and j != decided
-                row[i]["best"] = value == best and not by_chance
+                row[i]["best"] = value == best and (not is_loss or j == decided)
     return {"columns": [column.title or column.key for column in COLUMNS], "rows": rows}
 
 
-def paired(summaries: list[dict], losses: list[np.ndarray]) -> dict | None:
-    """Compares all runs with the best one on the same windows.
+def paired(summaries: list[dict], losses: list[np.ndarray | None]) -> dict | None:
+    """Compares all runs that have window losses with the best of them, on the same windows.
 
-    Sets `difference` in each summary. Returns: the best run's index, the number of windows, and the
-        mean, low and high difference of each run, for a picture. None for a single run.
+    Sets `difference` in each summary. Returns: the best run's index, the number of windows, for a
+        picture the mean, low and high difference of each run (NaN without losses), and for each
+        whether chance may explain its difference. None if no two runs can be compared.
     """
-    if len(losses) < 2:
+    scored = {i: x for i, x in enumerate(losses) if x is not None}
+    if len(scored) < 2:
         return None
-    best, found = compare(losses)
-    if math.isnan(found[best].mean):
+    place, found = compare([*scored.values()])
+    best, each = [*scored][place], dict(zip(scored, found, strict=True))
+    if math.isnan(each[best].mean):
         return None
-    for i, (s, d) in enumerate(zip(summaries, found, strict=True)):
+    rows, noise = [], []
+    for i, s in enumerate(summaries):
+        d = each.get(i, Difference(*[math.nan] * 4))
+        rows.append([short(v) for v in (d.mean, d.low, d.high)])
+        # A run that diverged is no rival. One that could not be scored may be.
+        noise.append(i != best and (i not in each or (math.isfinite(d.mean) and not d.p <= 0.05)))
         if i == best:
             s["difference"] = "the best"
-            continue
-        p = f"p = {d.p:.3f}" if d.p >= 0.001 else "p < 0.001"
-        if not math.isfinite(d.mean):
+        elif i in each and not math.isfinite(d.mean):
             s["difference"] = "not finite"
-            continue
-        noise = "within noise: " if d.noise else ""
-        s["difference"] = f"{noise}{d.mean:.3f} ({d.low:.3f} to {d.high:.3f}), {p}"
-    return {
-        "best": best,
-        "windows": len(losses[0]),
-        "rows": [[short(v) for v in (d.mean, d.low, d.high)] for d in found],
-        "noise": [d.noise for d in found],
-    }
+        elif i in each:
+            s["difference"] = (
+                f"{'within noise: ' if noise[i] else ''}{d.mean:.3f} ({d.low:.3f} to {d.high:.3f}),"
+                f" p {shown_p(d.p)}"
+            )
+    return {"best": best, "windows": len(scored[best]), "rows": rows, "noise": noise}
 
 
 def energy_parts(used: dict) -> dict:
@@ -332,10 +327,16 @@ def single_seeds(runs: list[Run]) -> str | None:
     return f"{few} Other seeds, learning rates or strengths may change the result."
 
 
-def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> str:
+def lead(
+    runs: list[Run],
+    summaries: list[dict],
+    agree: Agreement,
+    losses: list[np.ndarray | None],
+    differences: dict | None,
+) -> str:
     """The result in a sentence or two. Empty if the runs cannot be compared.
 
-    differences: from `paired`.
+    losses: the window losses of each run; None if it has none. differences: from `paired`.
     """
     if not any(math.isfinite(s["best_val_loss"]) for s in summaries):
         return "No run has a finite validation loss."
@@ -344,8 +345,13 @@ def lead(runs: list[Run], summaries: list[dict], differences: dict | None) -> st
             f"{runs[0].name} reaches a validation loss of {summaries[0]['best_val_loss']:.3f}"
             " nats/token."
         )
+    if agree.unequal:
+        return f"These runs cannot be ranked: {agree.unequal}."
     if differences is None:
         return ""
+    scored = [(run, x) for run, x in zip(runs, losses, strict=True) if x is not None]
+    if over_seeds := in_words(groups([run for run, _ in scored]), [x for _, x in scored]):
+        return over_seeds
     best, rows = differences["best"], differences["rows"]
     others = sorted(
         (mean, differences["noise"][i], runs[i].name)

@@ -199,7 +199,7 @@ def differences(rows: list[Row], stage: str, name: str, measure: str) -> list[fl
 def table(rows: list[Row], stage: str, heads: list[str], tested: bool, base: str = BASELINE) -> str:
     """A line for each measure: cross_entropy's mean, and the paired difference of each head.
 
-    base: what cross_entropy is called.
+    base: what cross_entropy is called. The other heads' values are of the seeds that it has too.
     tested: whether to show p of a t-test of the differences, with Holm's correction for all of the
         table. There is none for counts whose difference is the same in every seed, but they count
         as a test.
@@ -212,11 +212,13 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool, base: str
             if len(pairs) > 1
         }
     )
+    common = seeds(rows, stage, BASELINE)
     lines: list[dict[str, object]] = []
     for measure, (words, form) in MEASURES.items():
         line: dict[str, object] = {"measure": words}
         for name in (BASELINE, *heads):
-            own = list(values(rows, stage, name, measure).values())
+            mine = values(rows, stage, name, measure)
+            own = [value for seed, value in mine.items() if seed in common]
             if pairs := found.get((measure, name)):
                 line[name] = interval(*mean_and_half(pairs), f"+{form}")
                 if tested and len(set(pairs)) > 1:
@@ -228,19 +230,19 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool, base: str
     return markdown(lines, ["measure", Column(BASELINE, base), *others])
 
 
-def seeds(rows: list[Row], stage: str, name: str) -> int:
-    """The number of runs of a head that were measured after a stage."""
-    return len({row["seed"] for row in rows if (row["stage"], row["name"]) == (stage, name)})
+def seeds(rows: list[Row], stage: str, name: str) -> set[str]:
+    """The seeds of a head's runs that were measured after a stage."""
+    return {row["seed"] for row in rows if (row["stage"], row["name"]) == (stage, name)}
 
 
 def titled(
     rows: list[Row], stage: str, heads: list[str], tested: bool, base: str = BASELINE
 ) -> str:
     """A table with its title."""
-    names = {BASELINE: base, **{name: name for name in heads}}
-    count = ", ".join(f"{shown} {seeds(rows, stage, name)}" for name, shown in names.items())
-    title = f"After {stage.replace('M', ' million')} tokens. Seeds: {count}."
-    return f"{title}\n\n{table(rows, stage, heads, tested, base)}"
+    common = seeds(rows, stage, BASELINE)
+    count = ", ".join(f"{name} {len(seeds(rows, stage, name) & common)}" for name in heads)
+    title = f"After {stage.replace('M', ' million')} tokens. Seeds: {base} {len(common)}"
+    return f"{title}; in common with it: {count}.\n\n{table(rows, stage, heads, tested, base)}"
 
 
 def tables(rows: list[Row]) -> str:

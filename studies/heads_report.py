@@ -31,7 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.intervals import holm, mean_and_half, p_value
+from analysis.intervals import holm, mean_and_half, p_value, shown_p
 from analysis.tables import Column, Columns, interval, markdown, read_csv
 from base.command_line import cli, parse
 from base.errors import UserError
@@ -200,7 +200,8 @@ def long_runs(rows: list[Row]) -> list[dict]:
             )
     tokens = {key: group[0] for key, group in groups(rows, "5").items()}
     found = []
-    for (head, link), runs in every.items():
+    for key, runs in every.items():
+        head, link = key
         twin = every.get((head, "softmax"), {}) if link == "harmonic" else {}
         first = next(iter(runs.values()))
         row: dict[str, Any] = {
@@ -208,12 +209,13 @@ def long_runs(rows: list[Row]) -> list[dict]:
             "link": link,
             "strength": strength(first),
             "seeds": len(runs),
+            "init_std": first["init_std"],
+            "learning_rate": first["learning_rate"],
         }
-        row |= {key: first[key] for key in ("init_std", "learning_rate")}
         row["loss"], row["half"] = mean_and_half([final(r) for r in runs.values()])
         row["bits"] = float(np.mean([float(r["bits_per_byte"] or "nan") for r in runs.values()]))
-        row["above_ce"] = paired(runs, every.get(BASELINE, {}))
-        row["above_penalty"] = paired(runs, every.get(PENALTY, {}))
+        row["above_ce"] = paired(runs, every.get(BASELINE, {})) if key != BASELINE else None
+        row["above_penalty"] = paired(runs, every.get(PENALTY, {})) if key != PENALTY else None
         row["harmax"] = paired(runs, twin)
         for column in TRAINING:
             values = [float(r[column.key]) for r in runs.values() if r[column.key]]
@@ -338,14 +340,15 @@ def p_values(rows: list[Row]) -> str:
                 p[key] = p_value(by_seeds(every[key], every[other]))
         for key, corrected in holm(p).items():
             difference = paired(every[key], every[pairs[key]])
-            line = {"name": key[0], "link": key[1], "less": kind, "p": p[key], "holm": corrected}
+            line = {"name": key[0], "link": key[1], "less": kind}
+            line |= {"p": shown_p(p[key]), "holm": shown_p(corrected)}
             lines.append(line | {"difference": shown(difference, "+.4f")})
     columns: Columns = [
         *HEAD,
         Column("less", "minus"),
         "difference",
-        Column("p", form=".4f"),
-        Column("holm", "p after Holm's correction", ".3f"),
+        "p",
+        Column("holm", "p after Holm's correction"),
     ]
     return markdown(lines, columns)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.intervals import holm, mean_and_half, p_value
+from analysis.intervals import holm, mean_and_half, p_value, shown_p
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
 from harmonic.links import resolve_exponent
@@ -239,8 +239,7 @@ def comparison(rows: list[Row], best: Mapping[tuple[Head, str], Setting]) -> str
             baseline = losses.get((HEADS[0], name), {})
             if (head, link) in p[name]:
                 value = p[name][head, link]
-                size = f"p {value:.3f}" if value >= 0.001 else "p < 0.001"
-                line[f"{name}_less"] = f"{difference(found, baseline)} ({size})"
+                line[f"{name}_less"] = f"{difference(found, baseline)} (p {shown_p(value)})"
             twin = losses.get(((head, "softmax"), name), {})
             if link == "harmonic" and set(found) == set(twin):
                 line[f"{name}_twin"] = difference(found, twin)

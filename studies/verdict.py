@@ -136,11 +136,10 @@ def _best(found: dict, where: str, minutes: Callable[[int], float]) -> str:
     nearest = unclear[0]
     worse = ", ".join(d.head for d in to_baseline if d.worse)
     decided = f" {BASELINE} is better than {worse}." if worse else ""
-    bound = abs(nearest.mean) + nearest.half
     return (
-        f"cannot tell: {nearest.head} and {BASELINE} differ by less than {bound:.3f} nats a token"
-        f" {where}; {nearest.head} minus {BASELINE} is"
-        f" {interval(nearest.mean, nearest.half)}. {_more(nearest, len(found), minutes)}{decided}"
+        f"cannot tell {where}: {nearest.head} minus {BASELINE} is"
+        f" {interval(nearest.mean, nearest.half)} nats a token."
+        f" {_more(nearest, len(found), minutes)}{decided}"
     )
 
 
@@ -153,7 +152,10 @@ def _more(difference: Difference, comparisons: int, minutes: Callable[[int], flo
     seeds = seeds_needed(difference.values, comparisons)
     if seeds is None:
         return f"More than {MOST_SEEDS} seeds would be needed: train longer instead (--minutes)."
-    return f"--seeds={seeds} --minutes={math.ceil(minutes(seeds))} might tell."
+    return (
+        f"A new study might tell: --seeds={seeds} --minutes={math.ceil(minutes(seeds))} and another"
+        " --out."
+    )
 
 
 def _about_twins(found: dict, head: str, twin: str) -> str:

@@ -398,7 +398,7 @@ def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch, ca
     }
     differences = [c["above the best on this text (95 %)"] for c in cells]
     assert differences.count("the best") == 1 and re.fullmatch(
-        r"(within noise: )?[\d.]+ \(-?[\d.]+ to [\d.]+\), p [=<] [\d.]+", min(differences)
+        r"(within noise: )?[\d.]+ \(-?[\d.]+ to [\d.]+\), p (< )?[\d.]+", min(differences)
     )
     assert (
         d["paired"]["windows"] > 5
@@ -415,7 +415,8 @@ def test_report_is_one_page_with_every_runs_data(home, tmp_path, monkeypatch, ca
         len(texts) == 2 for s in d["samples"] for texts in s["runs"]
     )
     assert d["samples"][0]["runs"][0][0][0][1]  # some text
-    assert [note[:24] for note in d["notes"]] == ["No softmax twin of cosin"]
+    few, twin = d["notes"]
+    assert "has few documents (" in few and twin.startswith("No softmax twin of cosine")
     assert "commit 0123456789 with changes" in d["environments"][0]
     assert "run 2 of 2: cosine" in capsys.readouterr().err
     # Half a minute is too short for a best energy, and long enough for a best time.
@@ -496,7 +497,8 @@ def test_report_compares_bits_per_byte_only_between_tokenizers(home, tmp_path, m
     ).document()
     assert any("only bits/byte may be compared" in note for note in d["notes"])
     best = marked(d)
-    assert "bits/byte" in best and not best & {"best val loss", "final val loss", "perplexity"}
+    # Windows of different tokens cannot be compared one by one, so chance may explain a difference.
+    assert not best & {"bits/byte", "best val loss", "final val loss", "perplexity"}
 
 
 def test_report_without_data_has_curves_and_says_so(home, tmp_path, monkeypatch, capsys):
@@ -586,10 +588,17 @@ def test_a_loss_is_marked_only_if_the_windows_tell_it_apart(gap):
     table = summary.summary_table(summaries, agree, summary.paired(summaries, losses))
     marks = [[cell["best"] for cell in row] for row in table["rows"]]
     assert [any(row) for row in marks] == [gap > 0.1, False, False]
-    diverged = [*losses, np.full(64, math.nan)]
     summaries.append(dict(summaries[2], best_val_loss=math.nan, perplexity=math.nan))
-    table = summary.summary_table(summaries, agree, summary.paired(summaries, diverged))
+    found = summary.paired(summaries, [*losses, np.full(64, math.nan)])
+    table = summary.summary_table(summaries, agree, found)
     assert any(cell["best"] for cell in table["rows"][0]) == (gap > 0.1)
+    # A run without losses may be a rival. The others are still compared.
+    found = summary.paired(summaries, [*losses, None])
+    assert found["noise"][3] and found["rows"][3] == ["nan"] * 3 and found["rows"][1][0] != "nan"
+    for unknown in (found, None):
+        table = summary.summary_table(summaries, agree, unknown)
+        assert not any(cell["best"] for row in table["rows"] for cell in row)
+    assert summary.paired(summaries, [losses[0], None, None, None]) is None
 
 
 def test_the_lead_says_only_what_the_windows_tell(home):
@@ -597,10 +606,12 @@ def test_the_lead_says_only_what_the_windows_tell(home):
         find_runs([home / "out/ce", home / "out/cosine"]),
         [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}],
     )
+    agree = summary.Agreement(losses=True, bits=True, work=True, energy=True, windows=True)
 
-    def lead(rows):
+    def lead(rows, agree=agree):
         noise = [not isinstance(low, str) and low <= 0 for _, low, _ in rows or []]
-        return summary.lead(runs, summaries, rows and {"best": 1, "rows": rows, "noise": noise})
+        found = rows and {"best": 1, "rows": rows, "noise": noise}
+        return summary.lead(runs, summaries, agree, [np.ones(3), np.ones(3)], found)
 
     clear = [[0.02, 0.01, 0.03], [0.0, 0.0, 0.0]]
     assert lead(None) == "" and "cosine has the lowest loss" in lead(clear)
@@ -616,6 +627,8 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     assert summary.single_seeds([runs[1], again]) is None
     assert "its difference to ce is within noise" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])
     assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]])
+    unequal = dataclasses.replace(agree, unequal="they have not trained alike")
+    assert lead(clear, unequal) == "These runs cannot be ranked: they have not trained alike."
 
 
 @pytest.fixture

@@ -55,7 +55,10 @@ def test_the_table_pairs_runs_by_seed():
     assert "6 million" not in found and "20 million" in found
     # A head that is not trained longest adds no test.
     rows += [row("euclidean", s, "ece", v) for s, v in (("1", "0.2"), ("2", "0.5"))]
-    first, second = ends.tables(rows).split("Seeds: cross_entropy 2, euclidean 2.")
+    first, second = ends.tables(rows).split(
+        "Seeds: cross_entropy 2; in common with it: euclidean 2."
+    )
+    assert "Seeds: cross_entropy 2; in common with it: cosine 2." in first
     assert first.startswith(found) and "| 0.2000 | +0.1500 ± 0.6353 |" in second
 
 
@@ -69,7 +72,8 @@ def test_the_rate_is_told_apart_from_the_head():
     rows += [row("2M rate", "cross_entropy", s, v) for s, v in (("1", "0.2"), ("2", "0.5"))]
     found = ends.rate_table(rows)
     assert (
-        "Seeds: cross_entropy at their rate 2, cross_entropy at its own rate 2, cosine 3." in found
+        "Seeds: cross_entropy at their rate 2; in common with it: cross_entropy at its own rate 2,"
+        " cosine 2." in found
     )
     half = {
         d: f"{scipy.stats.sem(d) * scipy.stats.t.ppf(0.975, 1):.4f}" for d in ((0, 0.1), (0.1, 0.2))

@@ -528,20 +528,23 @@ def test_difference_agrees_with_the_paired_t_test():
     for shift in (0.0, 0.05, 0.5):
         b = a - shift + 0.3 * g.standard_normal(200)
         found, t = compare.difference(a, b), scipy.stats.ttest_rel(a, b)
-        assert found.mean == pytest.approx((a - b).mean())
-        assert found.p == pytest.approx(t.pvalue, abs=0.02) or found.p == pytest.approx(
-            1e-4, abs=1e-4
-        )
-        assert found.noise == (found.p > 0.05 or found.low <= 0)
         interval = t.confidence_interval()
-        assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.01)
+        assert (found.mean, found.p) == pytest.approx(((a - b).mean(), t.pvalue))
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    one = compare.difference(np.array([5.0]), np.array([4.0]))  # A single window has no spread.
+    assert one.mean == 1 and math.isnan(one.low) and math.isnan(one.p)
+    assert math.isnan(compare.difference(np.array([5.0, math.nan]), np.ones(2)).mean)
 
 
-def test_few_windows_and_nan_are_no_lead():
-    """Three differences of one sign: their interval does not hold 0, but p is 0.25."""
-    found = compare.difference(np.array([5.1, 5.3, 5.2]), np.array([5.0, 5.0, 5.0]))
-    assert found.low > 0 and found.p > 0.2 and found.noise
-    assert compare.difference(np.array([5.0, math.nan]), np.ones(2)).noise
+def test_the_best_of_equal_runs_seldom_seems_better():
+    """The best is chosen after a look, so its lead is corrected for all pairs of runs: without that
+    about half of such pages would name a winner."""
+    draws = np.random.default_rng(3).normal(5, 0.05, (60, 8, 64))
+    p = [min(d.p for i, d in enumerate(found) if i != best)
+         for best, found in (compare.compare(list(losses)) for losses in draws)]  # fmt: skip
+    assert np.mean(np.array(p) <= 0.05) <= 0.1
+    best, found = compare.compare([np.full(64, math.nan), *draws[0][:2]])
+    assert best > 0 and math.isnan(found[0].p) and found[3 - best].p > 0.05
 
 
 def test_window_losses_average_to_the_likelihood(home):  # noqa: F811

@@ -452,7 +452,7 @@ def test_comparisons_of_the_committed_rows():
         rows, "cosine/harmonic/4,euclidean/harmonic"
     )
     assert (
-        "| cosine | harmonic | its softmax twin | +0.0760 ± 0.0095 | 0.0008 | 0.008 |"
+        "| cosine | harmonic | its softmax twin | +0.0760 ± 0.0095 | 0.001 | 0.008 |"
         in heads_report.p_values(rows)
     )
     with pytest.raises(UserError, match="compare=cosine/harmonic: name two heads"):
