@@ -35,6 +35,7 @@ from text.token_files import Data, verify
 from training import checkpoint, distributed
 from training.config import TrainConfig
 from training.distributed import Processes
+from training.emissions import total
 from training.evaluation import Evaluation, sample_text
 from training.folder import RunFolder
 from training.log import Log, NotFinite, conclude, introduce, not_finite
@@ -116,7 +117,7 @@ def main() -> None:
     p.barrier()
     introduce(run, dtype, resumed.differs if resumed else {})
     if folder is None:
-        run.say(" ".join(f"{k} {v:.4f}" for k, v in evaluate(model).items()))
+        evaluate_only(run)
     else:
         train(run, folder)
 
@@ -155,6 +156,14 @@ def make_model(
             f" divergence from the old head {kl:.2g} nats a token on training text"
         )
     return model, found
+
+
+def evaluate_only(run: Run) -> None:
+    """Prints the validation results. Raises: SystemExit if the loss is not finite."""
+    found = run.evaluate(run.model)
+    run.say(" ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    if not math.isfinite(found["val_loss"]):
+        sys.exit(3)
 
 
 def train(run: Run, folder: RunFolder) -> None:
@@ -197,8 +206,8 @@ def train(run: Run, folder: RunFolder) -> None:
         finally:
             # Not earlier: a signal would kill the process while it writes a checkpoint.
             signals.restore()
-    if not at_once:
-        p.barrier()  # Wait for the others: torchrun stops every process once one exits.
+    if not at_once:  # This waits for the others: torchrun stops every process once one exits.
+        used = total(p.gather(used))
     conclude(run, folder, log, used, stopped, diverged)
 
 
@@ -309,6 +318,7 @@ def write_sample(run: Run, folder: RunFolder) -> None:
 def evaluate_and_save(run: Run, folder: RunFolder) -> None:
     """Evaluates, prints the results, and saves a checkpoint unless training is still to begin.
 
+    A checkpoint whose validation loss is not finite is not saved: a resume could not go on from it.
     Raises: NotFinite if the validation loss is not finite, with --on_nan=skip only at the end.
     """
     at = run.progress
@@ -323,8 +333,10 @@ def evaluate_and_save(run: Run, folder: RunFolder) -> None:
     run.say(f"iter {at.iteration}: " + "  ".join(words))
     folder.write({"iter": at.iteration, **found})
     at.evaluated = at.iteration
-    if not math.isfinite(loss) and (run.c.on_nan == "stop" or at.iteration == run.c.max_iters):
-        raise not_finite(at.iteration, f"validation loss {loss}", [])
+    if not math.isfinite(loss):
+        if run.c.on_nan == "stop" or at.iteration == run.c.max_iters:
+            raise not_finite(at.iteration, f"validation loss {loss}", [])
+        return
     if at.iteration > 0 or run.c.max_iters == 0:
         at.best_loss = min(at.best_loss, loss)
         folder.save(run, loss)

@@ -38,6 +38,9 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
 UNREAD: typing.Any = object()  # In place of such a value.
 
+# Flags that name a file or folder. A shell replaces `~` only at the start of a word.
+PATHS = {"out", "out_dir", "to", "dataset", "source", "init_from", "runs", "prompts", "table"}
+
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that keeps the line breaks of a script's docstring. It gives types in words, such as
@@ -260,6 +263,8 @@ def split_flags(
             value = rest.pop(0)
         elif not equals:
             value = None
+        if value and key in PATHS and value.startswith("~"):
+            value = os.path.expanduser(value)
         flags.append((key, value))
     return words, flags
 

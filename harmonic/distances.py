@@ -78,7 +78,7 @@ class Distance:
     logit: Callable[[Tensor], Tensor] | None = None
     options: dict[str, float] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
-    degree: int | None = 1
+    degree: float | None = 1
     translation_invariant: bool = False
 
     @property

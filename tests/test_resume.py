@@ -329,6 +329,19 @@ def test_a_run_starts_from_another_with_any_strength(train, tmp_path, settings):
         assert status == 0 and f"val_loss {expected:.4f}" in out, err
 
 
+def test_a_start_that_would_lose_or_ignore_a_model_is_refused(train, tmp_path):
+    assert train(out_dir="first")[0] == 0
+    status, _, err = train(init_from="first", out_dir="first", overwrite=True)
+    assert status == 2 and "overwrite=true would delete first, from which the run starts" in err
+    status, _, err = train(init_from="first", source="second", out_dir="third")
+    assert status == 2 and "init_from=first and source=second name two models" in err
+    assert checkpoint.folders(tmp_path / "first") and not (tmp_path / "third").exists()
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third/ckpt.pt").touch()
+    with pytest.raises(UserError, match="ckpt.pt is nanoGPT's. Import it with train.py --init_"):
+        checkpoint.newest(tmp_path / "third")
+
+
 def test_a_damaged_checkpoint_is_refused(train, tmp_path):
     train(head="cosine")
     (folder,) = checkpoint.manifests(tmp_path / "run")

@@ -70,6 +70,11 @@ BAD = {
         ["block_size=10000000 is too long", "train.bin", "val.bin"],
     ),
     "no data": (dict(dataset="nowhere"), ["no data folder", "nowhere", "prepare_openwebtext.py"]),
+    "no folder": (
+        dict(dataset=__file__),
+        ["test_settings.py is a file, not a data folder", "--out_dir=data/test_settings"],
+    ),
+    "home": (dict(dataset="~/nowhere"), [f"no data folder {Path.home()}/nowhere"]),
     "vocab_size": (dict(vocab_size=64), ["vocab_size=64 is smaller than the data's 300"]),
     "tokenizer": (dict(tokenizer="gpt2"), ["tokenizer=gpt2", "prepared with bpe:300"]),
     "eot_id": (
@@ -280,6 +285,19 @@ def test_slow_settings_are_named(monkeypatch, call, model, config, words):
     assert "other programs use" in notes()[0] and "OMP_NUM_THREADS=1" in notes()[0]
 
 
+def test_a_gpu_has_notes_on_half_precision_and_on_other_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for emulated, half, used, count in ((True, "float16", "1", 1), (False, "bfloat16", "8", 0)):
+        has = lambda including_emulation, emulated=emulated: including_emulation or not emulated  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", has)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", used)
+        found = advice.slow_settings(ModelConfig(), TrainConfig(), "cuda", "float32", 1e10, 1)
+        assert f"use --dtype={half}" in found[0]
+        assert sum("energy is that of all 8 GPUs" in note for note in found) == count
+
+
 SENSELESS = [
     (
         dict(max_iters=60, warmup_iters=50),
@@ -287,6 +305,7 @@ SENSELESS = [
     ),
     (dict(max_iters=40, warmup_iters=50), "warmup_iters=50 is all of max_iters=40"),
     (dict(lr_decay_iters=5000), "lr_decay_iters=5000 is far beyond max_iters=1000"),
+    (dict(lr_decay_iters=100), "lr_decay_iters=100 is before max_iters=1000"),
     (dict(eval_interval=2000), "eval_interval=2000 is beyond max_iters=1000"),
     (dict(log_interval=2000), "log_interval=2000 is beyond max_iters=1000"),
     (dict(min_lr=1.0), "min_lr=1 is above learning_rate=0.0006"),

@@ -135,13 +135,13 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, tiny_data):
         n_layer=4,
         n_embd=256,
         batch_size=64,
-        gradient_accumulation_steps=200,
+        gradient_accumulation_steps=2000,
     )
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     time.sleep(1.2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)  # an iteration takes longer
+    _, err = process.communicate(timeout=60)  # an iteration takes longer
     assert (
         process.returncode == 130
         and "Ctrl-C again stops at once" in err
@@ -368,13 +368,14 @@ def test_which_signals_stop_and_how():
         signal.signal(signal.SIGHUP, hangup)
 
 
-def test_skipping_ends_when_nothing_else_happens(train):
+def test_skipping_ends_when_nothing_else_happens(train, tmp_path):
     flags = dict(head="euclidean", learning_rate=1e30, grad_clip=0, warmup_iters=0, on_nan="skip")
     flags |= dict(eval_interval=30)
     assert train(max_iters=60, **flags)[0] == 3  # Its last validation loss is NaN.
-    flags |= dict(init_from="resume", sample_interval=70)
+    flags |= dict(overwrite=True, sample_interval=70)
     status, out, err = train(max_iters=300, **flags)
     assert status == 3 and "100 iterations in a row skipped at iteration 10" in err
+    assert not checkpoint.folders(tmp_path / "run")  # A resume could not go on from one.
     assert "last good checkpoint: none" in err and "no sample: logits are not finite" in out
 
 

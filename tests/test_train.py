@@ -2,6 +2,7 @@
 compiling and loggers."""
 
 import json
+import math
 import shutil
 import subprocess
 
@@ -184,7 +185,7 @@ def test_learnt_exponent_is_reported(train, tmp_path):
     assert values[0] == pytest.approx(4.0) and abs(values[-1] - 4.0) > 0.01
 
 
-def test_eval_only_writes_nothing(train, tmp_path):
+def test_eval_only_writes_nothing(train, tmp_path, monkeypatch):
     train(head="cosine")
     before = (tmp_path / "run/metrics.jsonl").read_text()
     status, out, err = train(init_from="resume", eval_only=True, **{k: None for k in TINY})
@@ -193,6 +194,10 @@ def test_eval_only_writes_nothing(train, tmp_path):
     assert (
         f"val_loss {stored:.4f}" in out and (tmp_path / "run/metrics.jsonl").read_text() == before
     )
+    with monkeypatch.context() as patch:
+        patch.setattr("training.evaluation.Evaluation.__call__", lambda *_: {"val_loss": math.nan})
+        status, out, _ = train(init_from="resume", eval_only=True, **{k: None for k in TINY})
+    assert status == 3 and "val_loss nan" in out
 
 
 @pytest.mark.slow
@@ -228,6 +233,19 @@ def test_tensorboard_and_wandb_offline(tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr
     parts = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert len(parts) == 2 and len({part.name for part in parts}) == 1
+
+
+def test_tensorboard_keeps_the_evaluation_from_which_a_run_resumes(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = dict(head="cross_entropy", eval_interval=2, tensorboard=True)
+    assert train(max_iters=4, **flags)[0] == 0
+    assert train(max_iters=6, init_from="resume", **flags)[0] == 0
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    board = {e.step: e.value for e in events.Scalars("val_loss")}
+    losses = {m["iter"]: m["val_loss"] for m in read_metrics(tmp_path / "run") if "val_loss" in m}
+    assert board == pytest.approx(losses) and list(losses) == [0, 2, 4, 6]
 
 
 # bad input: one message, exit status 2, no traceback, nothing written

@@ -183,6 +183,12 @@ def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
     Raises: UserError if the folder, meta.json or a token file is missing, wrong or truncated.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, not a data folder: make one with prepare_openwebtext.py"
+            f" --source={folder} --out_dir=data/{folder.stem} and train with"
+            f" --dataset={folder.stem}"
+        )
     if not folder.is_dir():
         raise UserError(
             f"no data folder {folder}{_nearest_folder(folder)} (make it with"

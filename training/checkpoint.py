@@ -244,6 +244,11 @@ def newest(out_dir: Path, files: Iterable[str] = (WEIGHTS, STATE)) -> Path:
             f". An interrupted --overwrite=true has left its files in {Path(out_dir) / SET_ASIDE}:"
             " move them back"
         )
+    elif (Path(out_dir) / "ckpt.pt").is_file():
+        instead = (
+            f": its ckpt.pt is nanoGPT's. Import it with train.py --init_from={out_dir}/ckpt.pt"
+            " --dataset=FOLDER --max_iters=0 --out_dir=out/NAME"
+        )
     elif (Path(out_dir) / "config.json").is_file():
         instead = ": it is a model in Hugging Face's format. Load it with transformers"
     raise UserError(f"{out_dir} holds no checkpoint{there}{instead}")

@@ -73,6 +73,13 @@ class Emissions:
         return (data.energy_consumed, data.emissions) if data else None
 
 
+def total(each: list[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """The sum of (kWh, kg CO2e) of all machines; None if none was measured."""
+    measured = [used for used in each if used]
+    kwh, kg = (sum(values) for values in zip(*measured, strict=True)) if measured else (0.0, 0.0)
+    return (kwh, kg) if measured else None
+
+
 def keep_earlier(file: Path) -> None:
     """Renames `emissions.csv` to `emissions_start1.csv`, or to the next free number."""
     if not file.is_file() or file.stat().st_size == 0:

@@ -60,7 +60,7 @@ class Log:
         if not self.pending:
             return
         rows = torch.stack([step.numbers() for step in self.pending])
-        rows = rows.double().cpu() if rows.device.type == "mps" else rows.double()
+        rows = rows.cpu().double() if rows.device.type == "mps" else rows.double()
         own = rows[:, 0].tolist()  # This waits for the device.
         now = time.perf_counter()
         p = self.processes
@@ -85,7 +85,7 @@ class Log:
         record = {
             "iter": iteration,
             "train_loss": loss / self.work.targets,
-            "lr": torch.tensor(step.lr).item(),
+            "lr": step.lr,
             "grad_norm": norm,
             "grad_norm_head": norm_head,
             "grad_norm_trunk": norm_trunk,
@@ -196,7 +196,7 @@ def conclude(
 
     Args:
         log: knows when and where this start began.
-        used: (kWh, kg CO2e) of this start, or None if not measured.
+        used: (kWh, kg CO2e) of this start on all machines, or None if not measured.
         stopped: the signal that stopped it, or 0.
         diverged: the error, if a loss or gradient was not finite.
     """

@@ -53,16 +53,20 @@ class Metrics:
                 ) from None
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(self.wandb.id, encoding="utf-8")
-        path = out_dir / "metrics.jsonl"
+        path, kept_lines = out_dir / "metrics.jsonl", []
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_whole(path, "".join(f"{line}\n" for line in lines if _stays(line, iteration)))
+            kept_lines = [line for line in lines if _stays(line, iteration)]
+            write_whole(path, "".join(f"{line}\n" for line in kept_lines))
         self.file = open(path, "ab", buffering=0)
         self.backlog = b""  # Lines that wait, because the disk was full.
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out_dir / "tensorboard", purge_step=iteration)
+            for record in map(json_object, kept_lines):  # The evaluation at `iteration` is purged.
+                if record and record.get("iter") == iteration:
+                    self._to_board(_numbers(record), iteration)
 
     def write(self, record: dict) -> None:
         """Writes a record, which has `iter`. JSON has no NaN and infinity, so they become texts."""
@@ -71,7 +75,7 @@ class Metrics:
             for k, v in record.items()
         }
         self._append(json.dumps(clean).encode() + b"\n")
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "iter"}
+        numbers = _numbers(record)
         self._to_board(numbers, record["iter"])
         if self.wandb:
             self.wandb.log(numbers, step=record["iter"])
@@ -135,6 +139,11 @@ class Metrics:
             say(f"the end of TensorBoard's file is missing ({error.strerror})", file=sys.stderr)
         if self.wandb:
             self.wandb.finish()
+
+
+def _numbers(record: dict) -> dict:
+    """The numbers of a record, without its iteration."""
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and k != "iter"}
 
 
 def _stays(line: str, iteration: int) -> bool:

@@ -4,7 +4,6 @@ Nothing here writes files.
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ import torch
 
 from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
+from base.files import json_object
 from base.output import listed, say
 from harmonic import HarmonicHead
 from harmonic.compiled import load
@@ -25,6 +25,7 @@ from model import Model, ModelConfig
 from text.token_files import Data, check_tokenizer, data_folder, has_tokenizer, load_data
 from text.tokenizers import tokenizer_file
 from training import checkpoint, distributed
+from training.advice import multiplies_bfloat16
 from training.config import TrainConfig
 from training.data import split_problems
 from training.distributed import Processes, shared_error, torchrun_process
@@ -85,12 +86,7 @@ def configure(
         base["out_dir"] = str(out_dir)  # The folder may have been moved.
     model, config = parse(argv, ModelConfig, TrainConfig, config_file=True, base=base)
     config.init_from, config.source = init_from or "scratch", start or config.source
-    problems = []
-    if given.get("init_from") in ("resume", "auto") and "overwrite" in given and config.overwrite:
-        problems.append(
-            f"overwrite=true deletes the run in {out_dir}, and init_from={given['init_from']}"
-            " resumes it: leave one of them out"
-        )
+    problems = start_problems(given, config, start)
     if resume and base is not None:
         problems += resume_problems(out_dir, base, model, config)
         if start and os.path.normpath(start) != os.path.normpath(base.get("source") or ""):
@@ -102,6 +98,30 @@ def configure(
     if source:
         check(source.problems(model) + ignored_by_a_swap(source, model, dict(flags)))
     return model, config, base if resume else None, source
+
+
+def start_problems(given: dict, c: TrainConfig, start: str | None) -> list[str]:
+    """Why a run cannot start from what it names. given: the settings of the command.
+
+    start: the model that the command names, or None.
+    """
+    found, source = [], given.get("source")
+    if start and source not in (None, "null", start):
+        found.append(
+            f"init_from={start} and source={source} name two models to start from: leave one of"
+            " them out"
+        )
+    if start and c.overwrite and Path(c.out_dir).resolve() == Path(start).resolve():
+        found.append(
+            f"overwrite=true would delete {start}, from which the run starts: name another"
+            " --out_dir"
+        )
+    if given.get("init_from") in ("resume", "auto") and "overwrite" in given and c.overwrite:
+        found.append(
+            f"overwrite=true deletes the run in {c.out_dir}, and init_from={given['init_from']}"
+            " resumes it: leave one of them out"
+        )
+    return found
 
 
 def ignored_by_a_swap(source: Any, model: ModelConfig, flags: dict) -> list[str]:
@@ -196,13 +216,13 @@ def begun_by_this_torchrun(out_dir: Path) -> bool:
     """
     identity = os.environ.get("TORCHELASTIC_RUN_ID")
     try:
-        stored = json.loads((out_dir / "environment.json").read_bytes())
+        stored = json_object((out_dir / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if identity is None or stored.get("torchrun") != identity:
+    if identity is None or stored is None or stored.get("torchrun") != identity:
         return False
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    same = torchrun_process() in stored.get("torchruns", [])
+    same = torchrun_process() in (stored.get("torchruns") or [])
     return identity != "none" or (same and restarts > 0)
 
 
@@ -228,7 +248,10 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     if model.vocab_size < rows:
         fix = "leave --vocab_size out"
         if source and model.vocab_size == source.settings["vocab_size"]:
-            fix = f"that is the size of {source.name}, so it cannot read this data"
+            fix = (
+                f"that is the size of {source.name}. With --vocab_size={64 * math.ceil(rows / 64)}"
+                " the tokens that it lacks get rows of zeros"
+            )
         problems.append(
             f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
             f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''}): {fix}"
@@ -313,7 +336,7 @@ def compile_kernels(m: ModelConfig, device: str) -> None:
         return
     head = HarmonicHead(m.n_embd, 8, m.head, **m.head_arguments())
     states = torch.ones(8, m.n_embd, requires_grad=True)
-    slow = threading.Timer(1, tell, ["loading the kernels of the head, or compiling them once"])
+    slow = threading.Timer(1, tell, ["loading the head's kernels; each kind is compiled once"])
     slow.start()
     try:
         head.loss(states, torch.zeros(8, dtype=torch.long)).backward()
@@ -408,8 +431,7 @@ def precision(
     """
     kind, dtype = p.device.split(":")[0], c.dtype
     if dtype == "auto":
-        has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if has_bfloat16 else "float32"
+        dtype = "bfloat16" if kind == "cuda" and multiplies_bfloat16() else "float32"
     autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
     if dtype != "float32":
         autocast = torch.autocast(kind, getattr(torch, dtype))
