@@ -5,6 +5,7 @@ Distances and backends both import this file, so it imports neither.
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,20 @@ from torch import Tensor
 
 @functools.cache
 def load(name: str) -> ModuleType | None:
-    """The module of a compiled backend, or None if its package is not installed."""
+    """The module of a compiled backend, or None if its package cannot be imported."""
     try:
         return importlib.import_module(f"{__package__}.backends.{name}")
-    except ImportError:
+    except ModuleNotFoundError:
         return None
+    except ImportError as error:
+        _warn(f"{name} is installed, but cannot be imported ({error}), so losses do without it")
+        return None
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Warns once."""
+    warnings.warn(message, stacklevel=4)
 
 
 def transformed() -> bool:

@@ -231,7 +231,10 @@ class HarmonicHead(nn.Module):
             self.fixed_strength = getattr(self, "built_strength", self.fixed_strength)
 
     def extra_repr(self) -> str:
-        rows, coordinates = self.padded_prototypes().shape
+        table = self.padded_prototypes()
+        if table.dim() != 2:  # FSDP shows a flat part of it.
+            return self.describe()
+        rows, coordinates = table.shape
         padded = f" (padded to {rows:,})" if rows != self.real_vocab_size else ""
         return (
             f"{self.describe()}, {self.real_vocab_size:,} prototypes{padded} of {coordinates}"

@@ -311,9 +311,11 @@ class _Blocks(torch.autograd.Function):
 
 
 def _grid(h: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and of prototypes. Each block of pairs has about BLOCK numbers."""
-    width = max(1, min(len(w), BLOCK // (8 * h.shape[-1])))
-    height = max(1, BLOCK // (width * h.shape[-1]))
+    """Slices of rows and of prototypes. A block of pairs has about BLOCK or GPU_BLOCK numbers."""
+    block = BLOCK if h.device.type == "cpu" else GPU_BLOCK
+    least = max(1, min(8, len(h)))  # rows of a block
+    width = max(1, min(len(w), block // (least * h.shape[-1])))
+    height = max(1, block // (width * h.shape[-1]))
     for j in range(0, len(w), width):
         for i in range(0, len(h), height):
             yield slice(i, i + height), slice(j, j + width)

@@ -196,7 +196,7 @@ def choose(problem: Problem) -> Backend:
     suited = "triton" if problem.states.device.type == "cuda" else "numba"
     name = suited if impl == "auto" else impl
     module = load(name)
-    reason = f"the package {name} is not installed"
+    reason = f"the package {name} cannot be imported"
     if module is not None:
         backend: Backend = module.BACKEND
         found = backend.supports(problem)

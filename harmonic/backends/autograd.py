@@ -19,6 +19,7 @@ from torch import Tensor
 from ..compiled import transformed
 from ..double_backward import plain_gradients, wants_graph
 from ..pairwise import full_float32, map_both
+from ..precision import FLOAT32
 from . import Gradients, Problem, Spec, choose
 from .chunked import token_losses
 
@@ -30,6 +31,8 @@ def evaluate(problem: Problem) -> Tensor:
             from ..graph_breaks import dense
 
             return dense(problem)
+        if transformed():  # Our own products have no rule for torch.func either.
+            problem = replace(problem, spec=replace(problem.spec, products=FLOAT32))
         return _dense(problem)
     inputs = (
         problem.states,
@@ -106,13 +109,9 @@ def _operator(  # noqa: PLR0913
     if gradients is None:
         return found, []
     with_bias = [] if gradients.bias is None else [gradients.bias]
-    return found, [
-        gradients.states,
-        gradients.prototypes,
-        gradients.strength,
-        *with_bias,
-        *gradients.parameters,
-    ]
+    every = [gradients.states, gradients.prototypes, gradients.strength, *with_bias]
+    # Contiguous, as they are declared below: that of a Cholesky factor is by columns.
+    return found, [gradient.contiguous() for gradient in (*every, *gradients.parameters)]
 
 
 @contextlib.contextmanager
@@ -143,12 +142,7 @@ def _kept_rows(problem: Problem, needs_grad: bool) -> tuple[Tensor, Gradients | 
         loss, gradients = _run(row, needs_grad)
         gradients = gradients and replace(gradients, states=gradients.states[:0].clone())
         return loss[:0].clone() if problem.spec.reduction == "none" else loss, gradients
-    if (
-        problem.states.device.type != "cpu"
-        or problem.spec.reduction == "none"
-        or problem.seed is not None
-        or weights.all()
-    ):
+    if problem.states.device.type != "cpu" or problem.seed is not None or weights.all():
         return _run(problem, needs_grad)
     kept = weights.nonzero()[:, 0]
     if not len(kept):
@@ -157,6 +151,8 @@ def _kept_rows(problem: Problem, needs_grad: bool) -> tuple[Tensor, Gradients | 
         problem, states=problem.states[kept], targets=problem.targets[kept], weights=weights[kept]
     )
     loss, gradients = _run(part, needs_grad)
+    if problem.spec.reduction == "none":
+        loss = torch.zeros_like(weights).index_put((kept,), loss)
     if gradients is not None:
         states = problem.states.new_zeros(problem.states.shape)  # contiguous, as it was declared
         states[kept] = gradients.states
@@ -260,17 +256,17 @@ def _weighed(problem: Problem) -> Problem:
     loss is NaN, and nothing has to wait for the device.
     """
     targets, spec, dtype = problem.targets, problem.spec, problem.states.dtype
-    finite = problem.states.device.type != "cpu" or check_values(problem)
-    kept = targets != spec.ignore_index
+    on_cpu, kept = problem.states.device.type == "cpu", targets != spec.ignore_index
+    if not on_cpu or not kept.all():  # An ignored state may be NaN.
+        states = torch.where(kept[:, None], problem.states, 0.0)
+        problem = replace(problem, states=states)
+    finite = not on_cpu or check_values(problem)
     known = (targets >= 0) & (targets < spec.rows)
     weights = kept.to(dtype)
     if spec.reduction == "mean":
         weights = weights / weights.sum().clamp_min(1)
     weights = torch.where(known | ~kept, weights, math.nan)
-    targets, states = torch.where(known, targets, 0), problem.states
-    if states.device.type != "cpu" or not kept.all():  # An ignored state may be NaN.
-        states = torch.where(kept[:, None], states, 0.0)
-    return replace(problem, states=states, targets=targets, weights=weights, finite=finite)
+    return replace(problem, targets=torch.where(known, targets, 0), weights=weights, finite=finite)
 
 
 def check_values(problem: Problem) -> bool:

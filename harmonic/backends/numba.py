@@ -1016,6 +1016,8 @@ def supports(problem: Problem) -> str | None:
         return "compiled maxima lose a NaN"
     if distance.is_control and problem.spec.name != "cross_entropy":
         return f"there is no compiled kernel for {problem.spec.name}"
+    if distance.denominator is not None and distance.root(**problem.kernel_options) != 1:
+        return f"there is no compiled kernel for the root of {problem.spec.name}'s quotient"
     if not usable():
         return "this process is a fork of one that ran Numba's kernels"
     if (
@@ -1046,7 +1048,10 @@ class _Work:
         self.matmul = self.kernel in ("l2", "dot")
         self.found = None if self.matmul else find(self.kernel, problem.kernel_options)
         apart = self.kernel in ("linf", "lse")  # Their gradients need the raw values again.
-        self.rows = min(N, max(4, CHUNK // (1 + apart) // V // 4 * 4))
+        most = CHUNK // (1 + apart) // V
+        if not self.matmul:
+            most = min(most, CHUNK // (self.threads * C))  # So `shares` is not larger than `raw`.
+        self.rows = min(N, max(4, most // 4 * 4))
         self.wide = max(V, 4)
         self.raw = self.x.new_empty(max(self.rows, 4), self.wide)
         self.slope = torch.empty_like(self.raw) if apart and needs_grad else self.raw

@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 
 from ..double_backward import plain_gradients, wants_graph
-from ..kernels import KERNELS, NEAR
+from ..kernels import KERNELS, NEAR, sizes
 from ..links import log_ratio
 from ..maps import unit
 from ..precision import FLOAT32
@@ -760,10 +760,11 @@ def launch(kernel, grid: tuple, warps: int, registers: int | None = None, **argu
     """Starts a kernel. All starts are here, so that a tool can list the kernels.
 
     registers: the most that a thread may use. Without a limit ptxas aims for certain occupancies,
-        and spills a few registers to reach one.
+        and spills a few registers to reach one. AMD's compiler has no such limit.
     """
+    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
     with torch.cuda.device_of(next(t for t in arguments.values() if isinstance(t, torch.Tensor))):
-        kernel[grid](num_warps=warps, maxnreg=registers, **arguments)
+        kernel[grid](num_warps=warps, **limit, **arguments)
 
 
 @torch.no_grad()
@@ -815,11 +816,11 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         unit_x=None,
         unit_y=None,
     )
-    k, zero = KERNELS[epilogue.kernel], x.new_zeros(())
     if mode != "dot":
+        power = KERNELS[epilogue.kernel].power(**epilogue.options)
         level |= dict(
-            size_y=k.value(y, zero, **epilogue.options),
-            epsilon=torch.finfo(x.dtype).eps ** k.power(**epilogue.options),
+            size_y=sizes(epilogue.kernel, y, **epilogue.options),
+            epsilon=torch.finfo(x.dtype).eps ** power,
         )
     blocks = triton.cdiv(V, BLOCK)
     chunks = max(1, triton.cdiv(N, max(BLOCK, min(CHUNK // V, CHUNK_ROWS))))
@@ -839,7 +840,7 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         grid = (triton.cdiv(R, BLOCK), blocks)
         level |= dict(targets=targets[s], R=R, u=None if u is None else u[s])
         if mode != "dot":
-            level["size_x"] = k.value(xs, zero, **epilogue.options)
+            level["size_x"] = sizes(epilogue.kernel, xs, **epilogue.options)
         near = x.new_empty(grid, dtype=torch.int32) if mode == "l2" else None
         # `own` stays NaN for a target that is not a prototype.
         best, total, own = (

@@ -113,6 +113,8 @@ def losses_of_strange_input(impl, device="cpu"):
         loss = loss[known] if reduction == "none" else loss
         alike((loss, dx[known], dy), whole)
         assert not dx[ignored].any()
+    on_device = (x.to(device) for x in (states, w, some))
+    assert harmonic_loss(*on_device, "manhattan", impl=impl).isfinite()  # `check_finite` passes.
 
     near = h.clone()
     near[0] = w[7]
