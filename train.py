@@ -163,6 +163,7 @@ def evaluate_only(run: Run) -> None:
     found = run.evaluate(run.model)
     run.say(" ".join(f"{k} {v:.4f}" for k, v in found.items()))
     if not math.isfinite(found["val_loss"]):
+        run.processes.barrier()  # torchrun stops every process once one exits.
         sys.exit(3)
 
 
@@ -318,7 +319,7 @@ def write_sample(run: Run, folder: RunFolder) -> None:
 def evaluate_and_save(run: Run, folder: RunFolder) -> None:
     """Evaluates, prints the results, and saves a checkpoint unless training is still to begin.
 
-    A checkpoint whose validation loss is not finite is not saved: a resume could not go on from it.
+    If the loss is not finite, none is saved: it would take the place of a good one.
     Raises: NotFinite if the validation loss is not finite, with --on_nan=skip only at the end.
     """
     at = run.progress

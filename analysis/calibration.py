@@ -133,7 +133,7 @@ def draw(rows: list[dict]) -> Figure:
     panels = figure.subplots(2, 2)
     labels = {
         "position": ("loss, nats a token", "position in the window, tokens"),
-        "frequency": ("loss, nats a token", "occurrences in 4 M training tokens, up to"),
+        "frequency": ("loss, nats a token", "occurrences in training (first 4 M tokens), up to"),
         "nearest": (
             "loss, nats a token",
             "distance to the nearest prototype, tenths of the tokens",

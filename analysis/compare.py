@@ -9,8 +9,9 @@ runs are compared in the same way window by window. Such an interval holds for t
 models. It does not cover training again with another seed, so it proves nothing about heads.
 
 p is corrected for the number of comparisons (Holm 1979); those over seeds and those over windows
-are corrected apart. Losses are those of at most 256 windows, spread evenly over the split. Windows
-of one document are alike, so over few documents an interval over windows is too narrow.
+are corrected apart. Intervals are not corrected. Losses are those of at most 256 windows, spread
+evenly over the split. Windows of one document are alike, so over few documents an interval over
+windows is too narrow.
 """
 
 import itertools
@@ -129,12 +130,13 @@ def compare(losses: list[np.ndarray]) -> tuple[int, list[Difference]]:
     Returns: the index of the run with the lowest mean, and the difference of each run to it. p is
         corrected for the comparisons of all pairs, because the best is known only after a look.
     """
-    best = int(np.argmin([x.mean() if np.isfinite(x).all() else np.inf for x in losses]))
-    each = [difference(x, losses[best]) for x in losses]
-    pairs = itertools.combinations(range(len(losses)), 2)
-    p = holm({frozenset(pair): difference(*(losses[i] for i in pair)).p for pair in pairs})
+    finite = [i for i, x in enumerate(losses) if np.isfinite(x).all()]
+    best = min(finite, key=lambda i: losses[i].mean(), default=0)
+    pairs = itertools.combinations(finite, 2)
+    p = holm({(i, j): difference(losses[i], losses[j]).p for i, j in pairs})
+    found = [difference(x, losses[best]) for x in losses]
     return best, [
-        d if i == best else replace(d, p=p[frozenset((i, best))]) for i, d in enumerate(each)
+        replace(d, p=p.get((min(i, best), max(i, best)), d.p)) for i, d in enumerate(found)
     ]
 
 
@@ -298,7 +300,7 @@ def draw(runs: list[Run], found: dict[str, dict[int, int]], losses: list[np.ndar
         values = [losses[i].mean() for i in found[name].values()]
         one = about(runs[next(iter(found[name].values()))])
         style = figures.dots(one["head"], one["link"])
-        axes.plot(values, [y] * len(values), "o", ls="", zorder=2, **style)
+        axes.plot(values, [y] * len(values), "o", zorder=2, **style)
     axes.set_yticks(range(len(names)), [figures.literal(name) for name in names])
     axes.invert_yaxis()
     axes.margins(y=0.3 / max(1, len(names)))
@@ -326,12 +328,11 @@ def main() -> None:
     device, out = check_device(c.device), default_out(c, runs, "compare")
     data, found = [run.data() for run in runs], groups(runs)
     check_comparable(runs, data, c.split, len(found))
-    losses, iterations = [], []
-    for run, d in zip(numbered(runs), data, strict=True):
-        model, manifest = run.load(device, c.checkpoint)
-        iterations.append(manifest["iter"])
-        losses.append(window_losses(model, d, c.split))
-    note(unequal_training(runs, iterations))
+    losses = [
+        window_losses(run.load(device, c.checkpoint)[0], d, c.split)
+        for run, d in zip(numbered(runs), data, strict=True)
+    ]
+    note(unequal_training(runs, [newest(run) for run in runs]))
     note(unequal_settings(runs))
     print(tables.text(*means(found, losses)))
     compared = pairs(found, losses)

@@ -208,7 +208,7 @@ def draw(runs: list[Run], metrics: list[list[dict]], rows: list[dict], key: str)
         right.barh(names, watt_hours, left=base, color=color, label=part.upper(), height=0.6)
         base += watt_hours
     # CodeCarbon assigns some of the energy to no part.
-    rest = np.array([1000 * (r["kwh"] or 0) for r in rows]) - base
+    rest = np.maximum(0, np.array([1000 * (r["kwh"] or 0) for r in rows]) - base)
     if (rest > 0.01 * base).any():
         right.barh(names, rest, left=base, color="0.92", label="rest", height=0.6)
     for i, row in enumerate(rows):

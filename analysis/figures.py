@@ -91,7 +91,7 @@ def head_styles(heads: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]
 
     heads: the head's name and link of each line; the link of a control is None. If several lines
     have the same head and link, such as two runs, each has another shade, which no other line has.
-    There are up to four shades; further runs repeat them.
+    There are three or four shades; further runs repeat them.
     """
     taken = {(head_color(name), LINES[link]) for name, link in heads}
     styles: list[dict[str, str]] = []

@@ -140,7 +140,7 @@ def measure(run: Run) -> list[dict]:
         row |= dict.fromkeys(("loss_spikes", "radius_start", "radius_end", "growth"))
         if part == "all":
             row |= {"loss_spikes": loss_spikes(metrics), **growth(metrics)}
-        # Values are of finite steps, so NaN only says that there are too few of them.
+        # Values are of finite steps, so NaN is no sign of one that diverged: there are too few.
         few = [key for key, value in row.items() if isinstance(value, float) and math.isnan(value)]
         rows.append(row | dict.fromkeys(few))
     return rows

@@ -377,7 +377,7 @@ def collect(runs: list[Run], c: ReportConfig, device: str) -> dict:
     losses = [entry.losses for entry in entries]
     environments = [read_environment(run) for run in runs]
     agree = agreement(runs, data, summaries, environments, losses)
-    to_best = paired(summaries, losses) if agree.windows else None
+    to_best = paired(summaries, losses) if agree.windows and not agree.unequal else None
     if to_best and data and (few := few_documents(data[0], "val")):
         notes.append(f"{few[0].upper()}{few[1:]}.")
     steps = [run.tokens_per_iteration() for run in runs]

@@ -16,9 +16,7 @@ from analysis.runs import (
     caution,
     changed,
     energy_of,
-    lossy,
     seeds,
-    texts_differ,
     unequal_settings,
     unequal_training,
     unequal_windows,
@@ -50,7 +48,7 @@ COLUMNS = (
     Column("iterations", form=","),
     Score("best_val_loss", "best val loss", ".4f", best=min, needs="losses"),
     Score("perplexity", form=",.1f", best=min, needs="losses"),
-    Score("bits_per_byte", "bits/byte", ".4f", best=min, needs="bits"),
+    Score("bits_per_byte", "bits/byte", ".4f", best=min, needs="losses"),
     Column("difference", "above the best on this text (95 %)"),
     Column("components", "PCs for 90 %"),
     Score("kwh", "kWh", ".3g", best=min, needs="energy"),
@@ -74,9 +72,7 @@ class Agreement:
     """Which values of the runs can be compared."""
 
     losses: bool
-    """losses in nats per token"""
-    bits: bool
-    """bits per byte"""
+    """losses, in nats per token and bits per byte"""
     work: bool
     """time and speed: the runs did the same work on the same machine"""
     energy: bool
@@ -84,7 +80,7 @@ class Agreement:
     windows: bool
     """losses of the same windows, one by one"""
     unequal: str | None = None
-    """why the runs cannot be ranked although their losses are of the same text"""
+    """why the runs cannot be ranked: a sentence if they trained on different numbers of tokens"""
     notes: list[str] = field(default_factory=list)
     """sentences on what the runs do not show, and why"""
 
@@ -173,8 +169,11 @@ def agreement(
     blocks = {r.model_config.block_size for r in runs}
     windows = unequal_windows(runs)
     tokenizers = {r.config.tokenizer for r in runs}
-    objectives = {r.objective.masked for r in runs}
-    unequal = unequal_training(runs, [s["iterations"] for s in summaries])
+    # A run that diverged may have stopped early. It is no rival, and a note names it.
+    ended = [
+        (r, s) for r, s in zip(runs, summaries, strict=True) if math.isfinite(s["last_val_loss"])
+    ]
+    unequal = unequal_training([r for r, _ in ended], [s["iterations"] for _, s in ended])
 
     notes = []
     for run, s in zip(runs, summaries, strict=True):
@@ -196,12 +195,10 @@ def agreement(
         if sentence:
             notes.append(f"{sentence[0].upper()}{sentence[1:]}{consequence}.")
     notes += filter(None, [unequal_settings(runs), without_twin(runs)])
-    same_texts = data is not None and not (texts_differ(data) or lossy(data))
     same_size = len(blocks) == 1 and len({len(x) for x in losses if x is not None}) == 1
     same_work = unequal is None and unlike is None and not sizes and len(tokenizers) == 1
     return Agreement(
         losses=warning is None and windows is None and unequal is None,
-        bits=windows is None and unequal is None and len(objectives) == 1 and same_texts,
         work=same_work and all((s["minutes"] or 0) >= TIMED_MINUTES for s in summaries),
         energy=same_work and all((s["minutes"] or 0) >= RANKED_MINUTES for s in summaries),
         windows=warning is None and same_size,
@@ -253,7 +250,7 @@ def summary_table(summaries: list[dict], agree: Agreement, differences: dict | N
         values = [s[column.key] for s in summaries]
         finite = [v for v in values if v is not None and math.isfinite(v)]
         if len(values) > 1 and finite:
-            best, is_loss = column.best(finite), column.needs in ("losses", "bits")
+            best, is_loss = column.best(finite), column.needs == "losses"
             for j, (row, value) in enumerate(zip(rows, values, strict=True)):
                 row[i]["best"] = value == best and (not is_loss or j == decided)
     return {"columns": [column.title or column.key for column in COLUMNS], "rows": rows}
@@ -264,10 +261,10 @@ def paired(summaries: list[dict], losses: list[np.ndarray | None]) -> dict | Non
 
     Sets `difference` in each summary. Returns: the best run's index, the number of windows, for a
         picture the mean, low and high difference of each run (NaN without losses), and for each
-        whether chance may explain its difference. None if no two runs can be compared.
+        whether it may be as good as the best. None if no two runs can be compared.
     """
     scored = {i: x for i, x in enumerate(losses) if x is not None}
-    if len(scored) < 2:
+    if len(scored) < 2 or min(map(len, scored.values())) < 2:  # One window has no interval.
         return None
     place, found = compare([*scored.values()])
     best, each = [*scored][place], dict(zip(scored, found, strict=True))
@@ -278,7 +275,8 @@ def paired(summaries: list[dict], losses: list[np.ndarray | None]) -> dict | Non
         d = each.get(i, Difference(*[math.nan] * 4))
         rows.append([short(v) for v in (d.mean, d.low, d.high)])
         # A run that diverged is no rival. One that could not be scored may be.
-        noise.append(i != best and (i not in each or (math.isfinite(d.mean) and not d.p <= 0.05)))
+        unknown = i not in each or (math.isfinite(d.mean) and not d.p <= 0.05)
+        noise.append(i != best and math.isfinite(s["last_val_loss"]) and unknown)
         if i == best:
             s["difference"] = "the best"
         elif i in each and not math.isfinite(d.mean):
@@ -303,7 +301,7 @@ def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
 
     A score is 10 * best / value, so the best run has 10. None if runs cannot be compared.
     """
-    if len(summaries) < 2 or not (agree.losses and agree.bits and agree.energy):
+    if len(summaries) < 2 or not (agree.losses and agree.energy):
         return None
     values = [[s[key] for key in AXES.values()] for s in summaries]
     if any(not v or not math.isfinite(v) for line in values for v in line):
@@ -366,7 +364,9 @@ def lead(
     else:
         mean, _, name = others[0]
         text = f"{text}, {mean:.3f} nats/token below {name}."
-    return " ".join([text, *filter(None, [single_seeds(runs)])])
+    missing = [run.name for run, x in zip(runs, losses, strict=True) if x is None]
+    not_compared = f"{listed(missing, 3)} could not be compared." if missing else None
+    return " ".join([text, *filter(None, [not_compared, single_seeds(runs)])])
 
 
 def without_twin(runs: list[Run]) -> str | None:

@@ -39,7 +39,10 @@ WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
 UNREAD: typing.Any = object()  # In place of such a value.
 
 # Flags that name a file or folder. A shell replaces `~` only at the start of a word.
-PATHS = {"out", "out_dir", "to", "dataset", "source", "init_from", "runs", "prompts", "table"}
+PATHS = {
+    "out", "out_dir", "to", "dataset", "source", "init_from", "run", "runs", "prompts", "table",
+    "config", "corpus", "other", "data", "instructions", "measured",
+}  # fmt: skip
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -263,8 +266,8 @@ def split_flags(
             value = rest.pop(0)
         elif not equals:
             value = None
-        if value and key in PATHS and value.startswith("~"):
-            value = os.path.expanduser(value)
+        if value and key in PATHS:
+            value = ",".join(map(os.path.expanduser, value.split(",")))
         flags.append((key, value))
     return words, flags
 

@@ -153,8 +153,8 @@ def _more(difference: Difference, comparisons: int, minutes: Callable[[int], flo
     if seeds is None:
         return f"More than {MOST_SEEDS} seeds would be needed: train longer instead (--minutes)."
     return (
-        f"A new study might tell: --seeds={seeds} --minutes={math.ceil(minutes(seeds))} and another"
-        " --out."
+        f"To see a difference of this size takes about {seeds} seeds (--seeds={seeds}"
+        f" --minutes={math.ceil(minutes(seeds))})."
     )
 
 

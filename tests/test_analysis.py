@@ -575,16 +575,21 @@ def test_a_tokenizer_that_loses_characters_is_named(home, capsys):
     assert capsys.readouterr().err.count("50.0% of the tokens of a text are unknown") == 1
 
 
+def test_no_two_lines_look_alike():
+    heads = [("euclidean", "softmax"), ("euclidean", "softmax"), ("euclidean_squared", "softmax")]
+    assert len({tuple(style.values()) for style in figures.head_styles(heads)}) == 3
+
+
 @pytest.mark.parametrize("gap", [0.5, 0.001])
 def test_a_loss_is_marked_only_if_the_windows_tell_it_apart(gap):
     noise = np.random.default_rng(0).normal(0, 0.1, (3, 64))
     losses = [5 + gap * i + noise[i] for i in range(3)]
     summaries = [
         {column.key: None for column in summary.COLUMNS if hasattr(column, "key")}
-        | {"best_val_loss": 5 + gap * i, "perplexity": 150.0 + i}
+        | {"best_val_loss": 5 + gap * i, "perplexity": 150.0 + i, "last_val_loss": 5.0}
         for i in range(3)
     ]
-    agree = summary.Agreement(losses=True, bits=True, work=False, energy=False, windows=True)
+    agree = summary.Agreement(losses=True, work=False, energy=False, windows=True)
     table = summary.summary_table(summaries, agree, summary.paired(summaries, losses))
     marks = [[cell["best"] for cell in row] for row in table["rows"]]
     assert [any(row) for row in marks] == [gap > 0.1, False, False]
@@ -606,7 +611,7 @@ def test_the_lead_says_only_what_the_windows_tell(home):
         find_runs([home / "out/ce", home / "out/cosine"]),
         [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}],
     )
-    agree = summary.Agreement(losses=True, bits=True, work=True, energy=True, windows=True)
+    agree = summary.Agreement(losses=True, work=True, energy=True, windows=True)
 
     def lead(rows, agree=agree):
         noise = [not isinstance(low, str) and low <= 0 for _, low, _ in rows or []]
@@ -627,6 +632,8 @@ def test_the_lead_says_only_what_the_windows_tell(home):
     assert summary.single_seeds([runs[1], again]) is None
     assert "its difference to ce is within noise" in lead([[0.02, -0.01, 0.05], [0.0, 0.0, 0.0]])
     assert "0.0" not in lead([["nan", "nan", "nan"], [0.0, 0.0, 0.0]])
+    compared, scored = {"best": 1, "rows": clear, "noise": [True, False]}, [None, np.ones(3)]
+    assert "ce could not be compared." in summary.lead(runs, summaries, agree, scored, compared)
     unequal = dataclasses.replace(agree, unequal="they have not trained alike")
     assert lead(clear, unequal) == "These runs cannot be ranked: they have not trained alike."
 
@@ -760,7 +767,7 @@ def test_energy_is_ranked_between_runs_that_are_long_enough(home):
         ]
         agree = summary.agreement(runs, None, summaries, [{}, {}], [])
         assert agree.work == (minutes is not None) and agree.energy == ranked
-        found = summary.radar(summaries, dataclasses.replace(agree, losses=True, bits=True))
+        found = summary.radar(summaries, dataclasses.replace(agree, losses=True))
         assert (found is not None) == ranked
         if ranked:
             assert [r["values"] for r in found] == [[1.67, 10, 10], [10, 10, 10]]

@@ -38,7 +38,7 @@ from harmonic import IGNORE_INDEX, HarmonicHead
 from model import Model, ModelConfig
 from text.tokenizers.characters import Characters
 from training import checkpoint
-from training.emissions import Emissions, energy
+from training.emissions import Emissions, energy, total
 from training.environment import write_environment
 from training.metrics import Metrics, clock, read_metrics
 from training.objective import objective_of
@@ -253,6 +253,10 @@ def test_geometry_command(home, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 
 # emissions
+
+
+def test_energy_of_all_machines():
+    assert total([(1.0, 0.5), None, (2.0, 0.25)]) == (3.0, 0.75) and total([None]) is None
 
 
 def test_time_and_energy_to_a_target():
@@ -537,8 +541,8 @@ def test_difference_agrees_with_the_paired_t_test():
 
 
 def test_the_best_of_equal_runs_seldom_seems_better():
-    """The best is chosen after a look, so its lead is corrected for all pairs of runs: without that
-    about half of such pages would name a winner."""
+    """The best is chosen after a look, so p is corrected for all pairs of runs. Without that, half
+    of such pages would say that one of the equal runs is worse."""
     draws = np.random.default_rng(3).normal(5, 0.05, (60, 8, 64))
     p = [min(d.p for i, d in enumerate(found) if i != best)
          for best, found in (compare.compare(list(losses)) for losses in draws)]  # fmt: skip
@@ -693,7 +697,7 @@ def test_a_key_that_a_run_has_not_is_a_dash(home, tmp_path, monkeypatch, capsys)
                 assert gradients.measure(run)[0]["mean"] is None
             gradients.draw([run])
             assert tables.text(gradients.measure(run), gradients.COLUMNS)
-            everything = dict(losses=True, bits=True, work=True, energy=True, windows=True)
+            everything = dict(losses=True, work=True, energy=True, windows=True)
             agree = summary.Agreement(**everything)
             shown = summary.summary_table([summary.summarize(run, model, metrics)], agree, None)
             assert len(shown["rows"][0]) == len(summary.COLUMNS) and report.curves(metrics)

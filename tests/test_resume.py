@@ -340,6 +340,11 @@ def test_a_start_that_would_lose_or_ignore_a_model_is_refused(train, tmp_path):
     (tmp_path / "third/ckpt.pt").touch()
     with pytest.raises(UserError, match="ckpt.pt is nanoGPT's. Import it with train.py --init_"):
         checkpoint.newest(tmp_path / "third")
+    # Another project's folder stays, that of the run that is replaced does not.
+    (tmp_path / "fourth/wandb").mkdir(parents=True)
+    assert train(out_dir="fourth")[0] == 0 and (tmp_path / "fourth/wandb").exists()
+    assert train(out_dir="fourth", overwrite=True)[0] == 0
+    assert not (tmp_path / "fourth/wandb").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(train, tmp_path):

@@ -149,10 +149,10 @@ def other_kind(train: float, val: float) -> str | None:
 
 def data_folder(dataset: str) -> Path:
     """`wiki` -> data/wiki. A name with a separator is a path. So is the name of a folder that
-    exists, unless data/ has one of that name too."""
+    or file that exists, unless data/ has a folder of that name too."""
     path, named = Path(dataset), Path("data") / dataset
     is_path = "/" in dataset or len(path.parts) != 1 or dataset == ".."
-    return path if is_path or (path.is_dir() and not named.is_dir()) else named
+    return path if is_path or (path.exists() and not named.is_dir()) else named
 
 
 def check_tokenizer(run: Path, data: Data) -> None:
@@ -186,8 +186,7 @@ def load_data(folder: Path | str, tokenizer: str | None = None) -> Data:
     if folder.is_file():
         raise UserError(
             f"{folder} is a file, not a data folder: make one with prepare_openwebtext.py"
-            f" --source={folder} --out_dir=data/{folder.stem} and train with"
-            f" --dataset={folder.stem}"
+            f" --source={folder} --out_dir=data/{folder.stem}, and name it: --dataset={folder.stem}"
         )
     if not folder.is_dir():
         raise UserError(

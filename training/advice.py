@@ -46,35 +46,33 @@ def slow_settings(
     found = []
     if device == "cpu":
         found += _slow_on_a_cpu(config, dtype, flops, iterations)
-    if device == "cuda" and dtype == "float32" and (faster := _half_precision()):
+    if device == "cuda" and dtype == "float32" and (faster := _half_precision(config)):
         found.append(f"dtype=float32 leaves most of this GPU's speed unused: use --dtype={faster}")
-    if device == "cuda" and config.emissions and not config.eval_only:
-        found += _other_gpus()
     return found + _slow_heads(model, device, dtype)
 
 
-def multiplies_bfloat16() -> bool:
+def gpu_multiplies_bfloat16() -> bool:
     """Whether the GPU has instructions for bfloat16 (Ampere and later). Older ones emulate it."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _half_precision() -> str | None:
+def _half_precision(c: TrainConfig) -> str | None:
     """The type with which the GPU's tensor cores multiply; None if it has none (before Volta)."""
-    if multiplies_bfloat16():
+    if gpu_multiplies_bfloat16():
         return "bfloat16"
     volta = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 0)
-    return "float16" if volta else None
+    return "float16" if volta and c.parallel != "fsdp" else None  # FSDP here has no loss scaler.
 
 
-def _other_gpus() -> list[str]:
-    """A note if energy is also that of GPUs on which the run does not train."""
+def other_gpus(c: TrainConfig, device: str) -> str | None:
+    """A note if the energy will also be that of GPUs on which the run does not train."""
     used, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if used >= there:
-        return []
-    return [
-        f"energy is that of all {there} GPUs of this machine, and the run uses {used}: set"
+    if not c.emissions or not device.startswith("cuda") or used >= there:
+        return None
+    return (
+        f"energy will be that of all {there} GPUs here, and the run uses {used}: set"
         " CUDA_VISIBLE_DEVICES to measure only these"
-    ]
+    )
 
 
 def uneven_shares(windows: int, processes: int) -> str | None:
@@ -269,7 +267,7 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
             f"lr_decay_iters={end} is far beyond max_iters={c.max_iters}: the learning rate hardly"
             " falls"
         )
-    if 0 < end < c.max_iters and c.lr_schedule != "constant":
+    if 0 < end < c.max_iters:
         found.append(
             f"lr_decay_iters={end} is before max_iters={c.max_iters}: later iterations are at the"
             " lowest learning rate"

@@ -76,8 +76,7 @@ class Emissions:
 def total(each: list[tuple[float, float] | None]) -> tuple[float, float] | None:
     """The sum of (kWh, kg CO2e) of all machines; None if none was measured."""
     measured = [used for used in each if used]
-    kwh, kg = (sum(values) for values in zip(*measured, strict=True)) if measured else (0.0, 0.0)
-    return (kwh, kg) if measured else None
+    return (sum(kwh for kwh, _ in measured), sum(kg for _, kg in measured)) if measured else None
 
 
 def keep_earlier(file: Path) -> None:

@@ -12,6 +12,7 @@ from base.output import duration, listed
 from training import checkpoint
 from training.advice import (
     about_products,
+    other_gpus,
     rising_rate,
     senseless_settings,
     slow_settings,
@@ -175,7 +176,7 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     if not c.eval_only:
         left = c.max_iters - run.progress.iteration
         flops = run.work.flops_per_token * run.work.tokens
-        notes += filter(None, [uneven_shares(slots, p.world)])
+        notes += filter(None, [uneven_shares(slots, p.world), other_gpus(c, p.device)])
         notes += slow_settings(m, c, p.device.split(":")[0], dtype, flops, left)
         notes += senseless_settings(m, c, data)
     if run.progress.iteration == 0 and c.init_from in ("scratch", "auto"):
@@ -196,7 +197,8 @@ def conclude(
 
     Args:
         log: knows when and where this start began.
-        used: (kWh, kg CO2e) of this start on all machines, or None if not measured.
+        used: (kWh, kg CO2e) of this start, or None if not measured. Of all machines, but after a
+            second Ctrl-C only of this one.
         stopped: the signal that stopped it, or 0.
         diverged: the error, if a loss or gradient was not finite.
     """

@@ -25,7 +25,7 @@ from model import Model, ModelConfig
 from text.token_files import Data, check_tokenizer, data_folder, has_tokenizer, load_data
 from text.tokenizers import tokenizer_file
 from training import checkpoint, distributed
-from training.advice import multiplies_bfloat16
+from training.advice import gpu_multiplies_bfloat16
 from training.config import TrainConfig
 from training.data import split_problems
 from training.distributed import Processes, shared_error, torchrun_process
@@ -106,10 +106,14 @@ def start_problems(given: dict, c: TrainConfig, start: str | None) -> list[str]:
     start: the model that the command names, or None.
     """
     found, source = [], given.get("source")
-    if start and source not in (None, "null", start):
+    if (
+        start
+        and source not in (None, "null")
+        and os.path.normpath(source) != os.path.normpath(start)
+    ):
         found.append(
             f"init_from={start} and source={source} name two models to start from: leave one of"
-            " them out"
+            " them out, or set --source=null"
         )
     if start and c.overwrite and Path(c.out_dir).resolve() == Path(start).resolve():
         found.append(
@@ -246,16 +250,7 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     if model.vocab_size == 0:
         model.vocab_size = 64 * math.ceil(rows / 64)  # GPUs are faster with multiples of 64.
     if model.vocab_size < rows:
-        fix = "leave --vocab_size out"
-        if source and model.vocab_size == source.settings["vocab_size"]:
-            fix = (
-                f"that is the size of {source.name}. With --vocab_size={64 * math.ceil(rows / 64)}"
-                " the tokens that it lacks get rows of zeros"
-            )
-        problems.append(
-            f"vocab_size={model.vocab_size} is smaller than the data's {rows}"
-            f" ({data.tokenizer}{' and its mask token' if rows > data.vocab_size else ''}): {fix}"
-        )
+        problems.append(_too_small(model.vocab_size, rows, data, source))
     if model.doc_mask and model.eot_id is None:
         model.eot_id = data.eot_id
     if model.doc_mask and model.eot_id is not None and model.eot_id >= data.vocab_size:
@@ -270,6 +265,20 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
         )
     check(problems)
     return data
+
+
+def _too_small(vocab_size: int, rows: int, data: Data, source: Any) -> str:
+    """Why a vocabulary has too few rows for the data, which needs `rows`, and what helps."""
+    fix = "leave --vocab_size out"
+    if source and vocab_size == source.settings["vocab_size"]:
+        fix = f"that is the size of {source.name}"
+        if source.reads(data) is None:
+            more = 64 * math.ceil(rows / 64)
+            fix += f". With --vocab_size={more} the tokens that it lacks get rows of zeros"
+    mask = " and its mask token" if rows > data.vocab_size else ""
+    return (
+        f"vocab_size={vocab_size} is smaller than the data's {rows} ({data.tokenizer}{mask}): {fix}"
+    )
 
 
 def _missing(data: Data, config: TrainConfig) -> list[str]:
@@ -431,7 +440,7 @@ def precision(
     """
     kind, dtype = p.device.split(":")[0], c.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if kind == "cuda" and multiplies_bfloat16() else "float32"
+        dtype = "bfloat16" if kind == "cuda" and gpu_multiplies_bfloat16() else "float32"
     autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
     if dtype != "float32":
         autocast = torch.autocast(kind, getattr(torch, dtype))
