@@ -94,8 +94,8 @@ def short(value: float, digits: int = 5) -> float | str:
 
 
 def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
-    """The values of a run: the keys of COLUMNS, `energy`, `last_val_loss`, and `speed_spread`, the
-    90th percentile of its speed divided by the 10th.
+    """The values of a run: the keys of COLUMNS, `energy`, `diverged`, and `speed_spread`, the 90th
+    percentile of its speed divided by the 10th. `diverged` names a last loss that is not finite.
 
     A value is None if the run does not have it. metrics: from `read_metrics`.
     Raises: UserError if the run has no evaluation.
@@ -130,9 +130,21 @@ def summarize(run: Run, model: Model, metrics: list[dict]) -> dict:
         "co2": used and 1000 * used["emissions"],
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
         "minutes": minutes,
-        "last_val_loss": evaluations[-1]["val_loss"],
+        "diverged": diverged(run, metrics),
         "speed_spread": speeds[-1 - len(speeds) // 10] / speeds[len(speeds) // 10] if speeds else 1,
     }
+
+
+def diverged(run: Run, metrics: list[dict]) -> str | None:
+    """The first number that is not finite among a run's last losses and gradient norm, in words."""
+    names = {"val_loss": "validation loss", "train_loss": "training loss"}
+    if run.config.dtype != "float16":  # There a gradient may overflow now and then.
+        names["grad_norm"] = "gradient norm"
+    for key, words in names.items():
+        last = next((m[key] for m in reversed(metrics) if key in m), 0.0)
+        if not math.isfinite(last):
+            return f"its last {words} is {last}"
+    return None
 
 
 def unlike_splits(data: list[Data]) -> list[str]:
@@ -170,15 +182,14 @@ def agreement(
     windows = unequal_windows(runs)
     tokenizers = {r.config.tokenizer for r in runs}
     # A run that diverged may have stopped early. It is no rival, and a note names it.
-    ended = [
-        (r, s) for r, s in zip(runs, summaries, strict=True) if math.isfinite(s["last_val_loss"])
-    ]
+    ended = [(r, s) for r, s in zip(runs, summaries, strict=True) if not s["diverged"]]
     unequal = unequal_training([r for r, _ in ended], [s["iterations"] for _, s in ended])
+    same_length = unequal_training(runs, [s["iterations"] for s in summaries]) is None
 
     notes = []
     for run, s in zip(runs, summaries, strict=True):
-        if not math.isfinite(s["last_val_loss"]):
-            notes.append(f"Beware: the last validation loss of {run.name} is {s['last_val_loss']}.")
+        if s["diverged"]:
+            notes.append(f"Beware: {run.name} diverged ({s['diverged']}). It is not ranked.")
     notes += unlike_splits(data or [])
     sizes = [sentence for run in runs if (sentence := uneven(run))]
     resumed = [sentence for run in runs if (sentence := changed(run))]
@@ -196,7 +207,7 @@ def agreement(
             notes.append(f"{sentence[0].upper()}{sentence[1:]}{consequence}.")
     notes += filter(None, [unequal_settings(runs), without_twin(runs)])
     same_size = len(blocks) == 1 and len({len(x) for x in losses if x is not None}) == 1
-    same_work = unequal is None and unlike is None and not sizes and len(tokenizers) == 1
+    same_work = same_length and unlike is None and not sizes and len(tokenizers) == 1
     return Agreement(
         losses=warning is None and windows is None and unequal is None,
         work=same_work and all((s["minutes"] or 0) >= TIMED_MINUTES for s in summaries),
@@ -263,20 +274,20 @@ def paired(summaries: list[dict], losses: list[np.ndarray | None]) -> dict | Non
         picture the mean, low and high difference of each run (NaN without losses), and for each
         whether it may be as good as the best. None if no two runs can be compared.
     """
-    scored = {i: x for i, x in enumerate(losses) if x is not None}
-    if len(scored) < 2 or min(map(len, scored.values())) < 2:  # One window has no interval.
+    scored = {i: x for i, x in enumerate(losses) if x is not None and not summaries[i]["diverged"]}
+    if len(scored) < 2:
         return None
     place, found = compare([*scored.values()])
     best, each = [*scored][place], dict(zip(scored, found, strict=True))
-    if math.isnan(each[best].mean):
+    if math.isnan(each[best].mean) or len(scored[best]) < 2:  # One window has no interval.
         return None
     rows, noise = [], []
     for i, s in enumerate(summaries):
         d = each.get(i, Difference(*[math.nan] * 4))
         rows.append([short(v) for v in (d.mean, d.low, d.high)])
         # A run that diverged is no rival. One that could not be scored may be.
-        unknown = i not in each or (math.isfinite(d.mean) and not d.p <= 0.05)
-        noise.append(i != best and math.isfinite(s["last_val_loss"]) and unknown)
+        rival = not s["diverged"] and (i not in each or math.isfinite(d.mean))
+        noise.append(i != best and rival and not d.p <= 0.05)
         if i == best:
             s["difference"] = "the best"
         elif i in each and not math.isfinite(d.mean):
@@ -301,7 +312,11 @@ def radar(summaries: list[dict], agree: Agreement) -> list[dict] | None:
 
     A score is 10 * best / value, so the best run has 10. None if runs cannot be compared.
     """
-    if len(summaries) < 2 or not (agree.losses and agree.energy):
+    if (
+        len(summaries) < 2
+        or not (agree.losses and agree.energy)
+        or any(s["diverged"] for s in summaries)
+    ):
         return None
     values = [[s[key] for key in AXES.values()] for s in summaries]
     if any(not v or not math.isfinite(v) for line in values for v in line):
@@ -347,9 +362,14 @@ def lead(
         return f"These runs cannot be ranked: {agree.unequal}."
     if differences is None:
         return ""
-    scored = [(run, x) for run, x in zip(runs, losses, strict=True) if x is not None]
+    each = [
+        (run, x) for run, s, x in zip(runs, summaries, losses, strict=True) if not s["diverged"]
+    ]
+    missing = [run.name for run, x in each if x is None]
+    rest = f" {listed(missing, 3)} could not be compared." if missing else ""
+    scored = [(run, x) for run, x in each if x is not None]
     if over_seeds := in_words(groups([run for run, _ in scored]), [x for _, x in scored]):
-        return over_seeds
+        return over_seeds + rest
     best, rows = differences["best"], differences["rows"]
     others = sorted(
         (mean, differences["noise"][i], runs[i].name)
@@ -364,9 +384,7 @@ def lead(
     else:
         mean, _, name = others[0]
         text = f"{text}, {mean:.3f} nats/token below {name}."
-    missing = [run.name for run, x in zip(runs, losses, strict=True) if x is None]
-    not_compared = f"{listed(missing, 3)} could not be compared." if missing else None
-    return " ".join([text, *filter(None, [not_compared, single_seeds(runs)])])
+    return " ".join([text + rest, *filter(None, [single_seeds(runs)])])
 
 
 def without_twin(runs: list[Run]) -> str | None:

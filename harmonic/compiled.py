@@ -18,17 +18,10 @@ def load(name: str) -> ModuleType | None:
     """The module of a compiled backend, or None if its package cannot be imported."""
     try:
         return importlib.import_module(f"{__package__}.backends.{name}")
-    except ModuleNotFoundError:
-        return None
     except ImportError as error:
-        _warn(f"{name} is installed, but cannot be imported ({error}), so losses do without it")
+        if error.name != name:  # It is there, but does not work.
+            warnings.warn(f"the kernels of {name} are not used: {error}", stacklevel=2)
         return None
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Warns once."""
-    warnings.warn(message, stacklevel=4)
 
 
 def transformed() -> bool:

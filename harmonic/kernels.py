@@ -300,7 +300,7 @@ class _Blocks(torch.autograd.Function):
             )
             return dh, dw, None, None
         dh, dw = torch.zeros_like(h), torch.zeros_like(w)
-        for rows, columns in _grid(h, w):
+        for rows, columns in _grid(h, w, 8):  # PyTorch keeps several numbers of each.
             with torch.enable_grad():
                 x, y = h[rows].detach().requires_grad_(), w[columns].detach().requires_grad_()
                 raw = ctx.value(x[:, None], y, **ctx.options)
@@ -310,9 +310,10 @@ class _Blocks(torch.autograd.Function):
         return dh, dw, None, None
 
 
-def _grid(h: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and of prototypes. A block of pairs has about BLOCK or GPU_BLOCK numbers."""
-    block = BLOCK if h.device.type == "cpu" else GPU_BLOCK
+def _grid(h: Tensor, w: Tensor, parts: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Slices of rows and of prototypes. A block of pairs has about BLOCK numbers, or on a GPU
+    GPU_BLOCK / parts."""
+    block = BLOCK if h.device.type == "cpu" else GPU_BLOCK // parts
     least = max(1, min(8, len(h)))  # rows of a block
     width = max(1, min(len(w), block // (least * h.shape[-1])))
     height = max(1, block // (width * h.shape[-1]))

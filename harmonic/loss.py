@@ -19,8 +19,8 @@ Three arguments choose how a loss is computed:
                "float32". "split": nearly as exact, and several times faster on a GPU. "autocast":
                in the type of torch.autocast. "auto": on CUDA, split for distances and autocast for
                dot products; elsewhere float32. Norms, logarithms, sums and impl="dense" are always
-               float32. Only gradients of logits and of impl="dense" come from PyTorch's own
-               backward pass, which uses TF32 if you allow it. See `precision.py`.
+               float32. Only gradients of logits, of impl="dense" and by torch.func come from
+               PyTorch's own backward pass, which uses TF32 if you allow it. See `precision.py`.
 """
 
 from typing import Any

@@ -153,8 +153,8 @@ def _more(difference: Difference, comparisons: int, minutes: Callable[[int], flo
     if seeds is None:
         return f"More than {MOST_SEEDS} seeds would be needed: train longer instead (--minutes)."
     return (
-        f"To see a difference of this size takes about {seeds} seeds (--seeds={seeds}"
-        f" --minutes={math.ceil(minutes(seeds))})."
+        f"With {seeds} seeds ({math.ceil(minutes(seeds))} minutes) a true difference of this size"
+        " would be clear about half of the time."
     )
 
 

@@ -55,8 +55,8 @@ def test_what_cannot_be_told_is_said_with_what_might_tell():
     first, twins = conclude(losses(cross_entropy=5.0, cosine=4.996, twin=5.1))
     assert first.startswith("cannot tell after 1.0 M tokens of wiki (3 seeds): cosine minus cross_")
     assert first.endswith(
-        "takes about 10 seeds (--seeds=10 --minutes=100). cross_entropy is better than cosine"
-        " softmax."
+        "With 10 seeds (100 minutes) a true difference of this size would be clear about half of"
+        " the time. cross_entropy is better than cosine softmax."
     )
     # The head with the lower mean is decided, and the other one is not.
     found = losses(cross_entropy=5.0, cosine=5.1, twin=5.4)

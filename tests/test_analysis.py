@@ -575,6 +575,18 @@ def test_a_tokenizer_that_loses_characters_is_named(home, capsys):
     assert capsys.readouterr().err.count("50.0% of the tokens of a text are unknown") == 1
 
 
+def test_a_run_that_diverged_is_known_by_its_last_numbers(home):
+    (run,) = find_runs([home / "out/ce"])
+    rows = [{"iter": 0, "val_loss": 5.0}, {"iter": 0, "train_loss": 5.0, "grad_norm": 1.0}]
+    assert summary.diverged(run, rows) is None
+    rows += [{"iter": 1, "train_loss": 5.0, "grad_norm": math.inf}]
+    assert summary.diverged(run, rows) == "its last gradient norm is inf"
+    half = dataclasses.replace(run, config=dataclasses.replace(run.config, dtype="float16"))
+    assert summary.diverged(half, rows) is None
+    rows += [{"iter": 2, "train_loss": math.nan, "grad_norm": math.nan}]
+    assert summary.diverged(half, rows) == "its last training loss is nan"
+
+
 def test_no_two_lines_look_alike():
     heads = [("euclidean", "softmax"), ("euclidean", "softmax"), ("euclidean_squared", "softmax")]
     assert len({tuple(style.values()) for style in figures.head_styles(heads)}) == 3
@@ -586,13 +598,14 @@ def test_a_loss_is_marked_only_if_the_windows_tell_it_apart(gap):
     losses = [5 + gap * i + noise[i] for i in range(3)]
     summaries = [
         {column.key: None for column in summary.COLUMNS if hasattr(column, "key")}
-        | {"best_val_loss": 5 + gap * i, "perplexity": 150.0 + i, "last_val_loss": 5.0}
+        | {"best_val_loss": 5 + gap * i, "perplexity": 150.0 + i, "diverged": None}
         for i in range(3)
     ]
     agree = summary.Agreement(losses=True, work=False, energy=False, windows=True)
     table = summary.summary_table(summaries, agree, summary.paired(summaries, losses))
     marks = [[cell["best"] for cell in row] for row in table["rows"]]
     assert [any(row) for row in marks] == [gap > 0.1, False, False]
+    assert summary.paired(summaries, [x[:1] for x in losses]) is None  # One window has no interval.
     summaries.append(dict(summaries[2], best_val_loss=math.nan, perplexity=math.nan))
     found = summary.paired(summaries, [*losses, np.full(64, math.nan)])
     table = summary.summary_table(summaries, agree, found)
@@ -604,12 +617,19 @@ def test_a_loss_is_marked_only_if_the_windows_tell_it_apart(gap):
         table = summary.summary_table(summaries, agree, unknown)
         assert not any(cell["best"] for row in table["rows"] for cell in row)
     assert summary.paired(summaries, [losses[0], None, None, None]) is None
+    # A run that diverged after a good checkpoint is no rival, and not the best.
+    summaries[3]["diverged"] = "its last training loss is nan"
+    found = summary.paired(summaries, [*losses, losses[0] - 1])
+    assert found["best"] != 3 and not found["noise"][3]
+    agree = summary.Agreement(losses=True, work=False, energy=False, windows=True)
+    table = summary.summary_table(summaries, agree, found)
+    assert any(cell["best"] for cell in table["rows"][0]) == (gap > 0.1)
 
 
 def test_the_lead_says_only_what_the_windows_tell(home):
     runs, summaries = (
         find_runs([home / "out/ce", home / "out/cosine"]),
-        [{"best_val_loss": 5.01}, {"best_val_loss": 5.0}],
+        [{"best_val_loss": 5.01, "diverged": None}, {"best_val_loss": 5.0, "diverged": None}],
     )
     agree = summary.Agreement(losses=True, work=True, energy=True, windows=True)
 
@@ -705,7 +725,7 @@ def test_energy_is_not_ranked_between_machines(home, tmp_path, monkeypatch):
     assert any("iterations of another size" in note for note in d["notes"])
     assert not marked(d) & {"kWh", "tokens/s", "minutes"}
     runs = find_runs([home / "out/ce", home / "out/cosine"])
-    usual = {"iterations": 4, "last_val_loss": 5.0, "minutes": 30.0, "speed_spread": 1.0}
+    usual = {"iterations": 4, "diverged": None, "minutes": 30.0, "speed_spread": 1.0}
     summaries = [usual] * 2
     found = summary.agreement(runs, None, summaries, [{"threads": 2}, {"threads": 1}], [])
     assert not found.work and any("or threads" in note for note in found.notes)
@@ -761,7 +781,7 @@ def test_energy_is_ranked_between_runs_that_are_long_enough(home):
     runs = find_runs([home / "out/ce", home / "out/cosine"])
     for minutes, ranked in ((summary.RANKED_MINUTES, True), (4.9, False), (None, False)):
         summaries = [
-            {"iterations": 4, "last_val_loss": 5.0, "minutes": m, "bits_per_byte": m or 1.0}
+            {"iterations": 4, "diverged": None, "minutes": m, "bits_per_byte": m or 1.0}
             | {"components": 9, "kwh": 2.0, "speed_spread": 1.2}
             for m in (30.0, minutes)
         ]

@@ -148,8 +148,8 @@ def other_kind(train: float, val: float) -> str | None:
 
 
 def data_folder(dataset: str) -> Path:
-    """`wiki` -> data/wiki. A name with a separator is a path. So is the name of a folder that
-    or file that exists, unless data/ has a folder of that name too."""
+    """`wiki` -> data/wiki. A name with a separator is a path. So is the name of a folder or
+    file that exists, unless data/ has a folder of that name too."""
     path, named = Path(dataset), Path("data") / dataset
     is_path = "/" in dataset or len(path.parts) != 1 or dataset == ".."
     return path if is_path or (path.exists() and not named.is_dir()) else named

@@ -163,8 +163,8 @@ def _replaced(out_dir: Path, c: TrainConfig) -> Iterator[None]:
     names = ["ckpt", "tensorboard", "config.yaml", "metrics.jsonl", *TRAINED_FILES]
     if c.init_from == "scratch":  # With auto, these belong to an earlier start of the same run.
         names += ["environment.json", *(path.name for path in out_dir.glob("emissions*.csv*"))]
-    if c.overwrite:
-        names += ["profile", "wandb"]
+        if c.overwrite:
+            names += ["profile", "wandb"]
     try:
         aside.mkdir(exist_ok=True)
         for name in names:

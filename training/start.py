@@ -241,8 +241,8 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
             f"sample_interval: arch={model.arch} is a masked language model and writes no text:"
             " leave --sample_interval out"
         )
-    if source and (problem := source.reads(data)):
-        problems.append(problem)
+    unreadable = source.reads(data) if source else None
+    problems += filter(None, [unreadable])
     if model.real_vocab_size == 0 or (
         source and model.real_vocab_size == source.settings["real_vocab_size"]
     ):
@@ -250,7 +250,7 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     if model.vocab_size == 0:
         model.vocab_size = 64 * math.ceil(rows / 64)  # GPUs are faster with multiples of 64.
     if model.vocab_size < rows:
-        problems.append(_too_small(model.vocab_size, rows, data, source))
+        problems.append(_too_small(model.vocab_size, rows, data, source, unreadable is None))
     if model.doc_mask and model.eot_id is None:
         model.eot_id = data.eot_id
     if model.doc_mask and model.eot_id is not None and model.eot_id >= data.vocab_size:
@@ -267,12 +267,15 @@ def fit_to_data(model: ModelConfig, config: TrainConfig, source: Any) -> Data:
     return data
 
 
-def _too_small(vocab_size: int, rows: int, data: Data, source: Any) -> str:
-    """Why a vocabulary has too few rows for the data, which needs `rows`, and what helps."""
+def _too_small(vocab_size: int, rows: int, data: Data, source: Any, readable: bool) -> str:
+    """Why a vocabulary has too few rows for the data, which needs `rows`, and what helps.
+
+    readable: whether the tokens of `source` are those of the data.
+    """
     fix = "leave --vocab_size out"
     if source and vocab_size == source.settings["vocab_size"]:
         fix = f"that is the size of {source.name}"
-        if source.reads(data) is None:
+        if readable:
             more = 64 * math.ceil(rows / 64)
             fix += f". With --vocab_size={more} the tokens that it lacks get rows of zeros"
     mask = " and its mask token" if rows > data.vocab_size else ""

@@ -152,7 +152,9 @@ def _kept_rows(problem: Problem, needs_grad: bool) -> tuple[Tensor, Gradients | 
     )
     loss, gradients = _run(part, needs_grad)
     if problem.spec.reduction == "none":
-        loss = torch.zeros_like(weights).index_put((kept,), loss)
+        losses = torch.zeros_like(weights)
+        losses[kept] = loss
+        loss = losses
     if gradients is not None:
         states = problem.states.new_zeros(problem.states.shape)  # contiguous, as it was declared
         states[kept] = gradients.states

@@ -1049,8 +1049,8 @@ class _Work:
         self.found = None if self.matmul else find(self.kernel, problem.kernel_options)
         apart = self.kernel in ("linf", "lse")  # Their gradients need the raw values again.
         most = CHUNK // (1 + apart) // V
-        if not self.matmul:
-            most = min(most, CHUNK // (self.threads * C))  # So `shares` is not larger than `raw`.
+        if needs_grad and not self.matmul:
+            most = min(most, CHUNK // (self.threads * C))  # numbers of `shares`
         self.rows = min(N, max(4, most // 4 * 4))
         self.wide = max(V, 4)
         self.raw = self.x.new_empty(max(self.rows, 4), self.wide)

@@ -121,10 +121,11 @@ def test_compiled_logits_equal_eager_ones(name):
     torch.testing.assert_close(found[1], found[0])
 
 
-def test_transposed_states_with_an_ignored_target_compile():
+@pytest.mark.parametrize("name", ["euclidean", "mahalanobis"])
+def test_transposed_states_with_an_ignored_target_compile(name):
     """The compiler has to know the strides of all gradients. Those of mahalanobis's factor are of
     a Cholesky factor, which LAPACK writes by columns."""
-    head, x = HarmonicHead(16, 50, "mahalanobis"), torch.randn(1, 16, 6)
+    head, x = HarmonicHead(16, 50, name), torch.randn(1, 16, 6)
     targets = torch.tensor([[1, 2, -100, 3, 4, 5]])
     found = []
     for function in (head.loss, torch.compile(head.loss, fullgraph=True)):
