@@ -541,7 +541,7 @@ def test_numbers_that_are_not_finite_show(home, tmp_path, monkeypatch):
     assert d["runs"][0]["curves"]["train_loss"]["y"] == [6.0, "nan", 5.5, 5.25]
     cells = dict(zip(d["summary"]["columns"], d["summary"]["rows"][0], strict=True))
     assert cells["best val loss"]["text"] == "6.0000" and any(
-        "the last validation loss of ce is nan" in note for note in d["notes"]
+        "ce diverged (its last validation loss is nan)" in note for note in d["notes"]
     )
     assert "inf" in d["runs"][0]["curves"]["grad_norm"]["y"]
 
