@@ -129,16 +129,29 @@ class HarmonicHead(nn.Module):
         # A model that is built in half precision has float32 prototypes too.
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         dtype = torch.get_default_dtype() if distance.is_control else wide
-        table = torch.empty(vocab_size, n_embd, dtype=dtype)
-        self.weight = nn.Parameter(table.normal_(std=init_std))
-        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
         self.fixed_strength = self.built_strength = strength
         self.given = (scale if kind == "softmax" else exponent) is not None
-        learns = learn_exponent or learn_scale
-        log_strength = torch.tensor([math.log(strength)], dtype=wide)
-        self.log_strength = nn.Parameter(log_strength) if learns else None
+        log_strength = nn.Parameter(torch.empty(1, dtype=wide))
+        self.log_strength = log_strength if learn_exponent or learn_scale else None
         trained = {key: t.to(wide) for key, t in distance.parameters(n_embd).items()}
         self.distance_parameters = nn.ParameterDict(trained)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gives all parameters the values of a new head, in place. One that was built on the meta
+        device needs this after `to_empty`."""
+        table = self.padded_prototypes()
+        table.normal_(std=self.init_std)
+        if self.bias is not None:
+            self.bias.zero_()
+        if self.log_strength is not None:
+            self.log_strength.fill_(math.log(self.fixed_strength))
+        for key, first in self.distance.parameters(table.shape[1]).items():
+            self.distance_parameters[key].copy_(first)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute. Refuses a table that does not fit, and what cannot be set later.

@@ -120,14 +120,16 @@ def _task_table(rows: list[Row], stage: str) -> str:
     for task in tasks:
         columns.append(Column(f"{task} success", f"{task}: seeds that reach 99 %"))
         columns.append(Column(f"{task} steps", "median steps"))
+        columns.append(Column(f"{task} accuracy", "mean accuracy", ".2f"))
         columns.append(Column(f"{task} top2", "top 2 PCs", ".2f"))
     lines = []
     for head, link in HEADS:
-        line = {"head": title(head, link)}
+        line: dict[str, Any] = {"head": title(head, link)}
         for task in tasks:
             if mine := select(rows, stage, task, head, link):
                 line[f"{task} success"] = success(mine)
                 line[f"{task} steps"] = step(median_step(mine, "test_99"))
+                line[f"{task} accuracy"] = np.mean([float(r["test_accuracy"]) for r in mine])
                 line[f"{task} top2"] = np.median([float(r["top2"]) for r in mine])
         if len(line) > 1:
             lines.append(line)

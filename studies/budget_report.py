@@ -157,7 +157,8 @@ def progress(rows: list[Row]) -> str:
     ]
     table = markdown(lines, columns)
     kept = (done & planned).total()  # A sweep can have more than the planned ones.
-    return f"{kept} of {planned.total()} planned runs are done.\n\n{table}"
+    done_of = f"{kept} of {planned.total()} planned runs are done"
+    return f"{done_of}, not counting those that a sweep adds beyond an edge.\n\n{table}"
 
 
 def settings(rows: list[Row]) -> str:

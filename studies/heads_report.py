@@ -477,7 +477,7 @@ def stage_four(rows: list[Row]) -> str:
         "seeds",
         "loss",
         Column("less_own", "minus unchanged"),
-        Column("less_ce", "minus cross_entropy"),
+        Column("less_ce", "minus unchanged cross_entropy"),
         Column("less_twin", "minus its unchanged softmax twin"),
     ]
     return markdown(lines, columns)

@@ -116,6 +116,8 @@ class ModelHead(HarmonicHead):
         return super().__getattr__(name)
 
     def padded_prototypes(self) -> torch.Tensor:
+        if "weight" in self._parameters:  # HarmonicHead.__init__ has not ended.
+            return self._parameters["weight"]
         return self.table
 
     @property

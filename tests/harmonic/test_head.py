@@ -221,6 +221,22 @@ def test_a_trained_strength_without_a_value_and_one_that_was_set():
     assert learning.exponent.item() == pytest.approx(9)
 
 
+@pytest.mark.parametrize("name", ["cosine", "mahalanobis", "cross_entropy"])
+def test_parameters_of_a_head_from_the_meta_device_are_reset(name):
+    settings = {"bias": True} if name == "cross_entropy" else {"learn_exponent": True}
+    torch.manual_seed(0)
+    expected = HarmonicHead(C, V, name, init_std=0.5, **settings).state_dict()
+    with torch.device("meta"):
+        head = HarmonicHead(C, V, name, init_std=0.5, **settings)
+    head.to_empty(device="cpu")
+    for p in head.parameters():
+        p.data.fill_(torch.nan)
+    torch.manual_seed(0)
+    head.reset_parameters()
+    for key, value in head.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 def test_torch_func_works_for_a_large_table_too():
     head = HarmonicHead(128, 8192, "cosine")  # large enough for a compiled map
     h, targets = torch.randn(2, 128), torch.tensor([3, 5])
