@@ -38,7 +38,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 WRONG_VALUE = (jsonargparse.ArgumentError, ValueError, TypeError)
 UNREAD: typing.Any = object()  # In place of such a value.
 
-# Flags that name a file or folder. A shell replaces `~` only at the start of a word.
+# Settings that name a file or folder. A shell replaces `~` only at the start of a word.
 PATHS = {
     "out", "out_dir", "to", "dataset", "source", "init_from", "run", "runs", "prompts", "table",
     "config", "corpus", "other", "data", "instructions", "measured",
@@ -210,7 +210,14 @@ def read_yaml(path: str | Path) -> dict:
         raise UserError(f"{path}: expected flat `key: value` lines")
     if strange := [key for key in values if not isinstance(key, str)]:
         raise UserError(f"{path}: {strange[0]} is not the name of a setting")
-    return values
+    return {key: _at_home(key, value) for key, value in values.items()}
+
+
+def _at_home(key: str, value: typing.Any) -> typing.Any:
+    """The value of a setting. If it names files or folders, `~` is replaced."""
+    if key not in PATHS or not isinstance(value, str):
+        return value
+    return ",".join(map(os.path.expanduser, value.split(",")))
 
 
 def known(stored: dict, where: str | Path, *schemas: type) -> dict:
@@ -266,9 +273,7 @@ def split_flags(
             value = rest.pop(0)
         elif not equals:
             value = None
-        if value and key in PATHS:
-            value = ",".join(map(os.path.expanduser, value.split(",")))
-        flags.append((key, value))
+        flags.append((key, _at_home(key, value)))
     return words, flags
 
 

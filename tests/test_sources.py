@@ -322,14 +322,15 @@ def test_a_full_file_is_one_message_and_the_output_stays(capfd):
     assert (stop.value.code, out) == (2, "1\n") and "No space left on device" in err
 
 
-def test_numbers_of_a_config_file_are_those_of_a_command_line(tmp_path):
-    """010 is ten, as for --seed=010, and an overridden .inf does not matter."""
+def test_values_of_a_config_file_are_those_of_a_command_line(tmp_path):
+    """010 is ten, as for --seed=010, and an overridden .inf does not matter. `~` is a folder."""
     (tmp_path / "c.yaml").write_text(
-        "seed: 010\nlearning_rate: .inf\nbeta1: 5e-1\nbatch_size: 0x10"
+        "seed: 010\nlearning_rate: .inf\nbeta1: 5e-1\nbatch_size: 0x10\nout_dir: ~/run\n"
     )
     words = [str(tmp_path / "c.yaml"), "--learning_rate=1"]
     (found,) = parse(words, TrainConfig, config_file=True)
     assert (found.seed, found.learning_rate, found.beta1, found.batch_size) == (10, 1, 0.5, 16)
+    assert found.out_dir == str(Path.home() / "run")
 
 
 def test_any_file_name_is_printed_and_stored(tmp_path, monkeypatch):
