@@ -301,6 +301,8 @@ class ModelConfig:
         return found
 
     def _head_problems(self) -> list[str]:
+        if self.head not in HEADS:
+            return [f"head={self.head} is unknown: choose from {', '.join(HEADS)}"]
         found, control = [], HEADS[self.head].is_control
         if not 0 < self.head_init_std < math.inf:
             found.append(f"head_init_std={self.head_init_std} must be positive and finite")

@@ -16,6 +16,7 @@ loss).
 
 import difflib
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -344,7 +345,8 @@ CONTROLS = {
         source="nGPT, 2410.01131, sec. 2.1",
     ),
 }
-HEADS = {**DISTANCES, **CONTROLS}
+# A view: a distance that is added to DISTANCES is a head too.
+HEADS = ChainMap(CONTROLS, DISTANCES)
 
 # What others call some heads. Messages about an unknown name suggest the head.
 OTHER_NAMES = {

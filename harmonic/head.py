@@ -421,12 +421,34 @@ class HarmonicHead(nn.Module):
             **self.geometry(),
         }
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Logits of all tokens: (..., C) -> (..., real_vocab_size).
+    def forward(
+        self,
+        h: Tensor,
+        targets: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits of all tokens: (..., C) -> (..., real_vocab_size). With targets: the loss, as
+        `loss` gives it.
 
-        torch.compile breaks its graph here. It does not at `loss`.
+        torch.compile breaks its graph at logits. It does not at a loss.
         """
-        return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
+        if targets is None:
+            return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
+        return harmonic_loss(
+            h,
+            self.padded_prototypes(),
+            targets,
+            self.name,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            impl=self.impl,
+            skip=self.skip,
+            precision=self.precision,
+            rows=self.real_vocab_size,  # A slice of the table would copy its gradient.
+            check_finite=False,
+            **self._settings(),
+        )
 
     def tensors(self) -> list[Tensor]:
         """All that its logits depend on: the table, and what is trained beside it."""
@@ -448,20 +470,9 @@ class HarmonicHead(nn.Module):
         h: (..., C), targets: (...) -> a scalar, or (...) for reduction="none". Where h or w is not
         finite the loss is NaN, and there is no error.
         """
-        return harmonic_loss(
-            h,
-            self.padded_prototypes(),
-            targets,
-            self.name,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            impl=self.impl,
-            skip=self.skip,
-            precision=self.precision,
-            rows=self.real_vocab_size,  # A slice of the table would copy its gradient.
-            check_finite=False,
-            **self._settings(),
-        )
+        # A call, so that hooks run: those of pruning, spectral_norm and FSDP prepare the table.
+        found: Tensor = self(h, targets, ignore_index, reduction)
+        return found
 
     @torch.no_grad()
     def target_distance(self, h: Tensor, targets: Tensor) -> Tensor | None:

@@ -823,7 +823,7 @@ import torch.distributed as dist
 from test_swap import V, hugging_face
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from harmonic import swap_head
+from harmonic import HarmonicHead, swap_head
 
 def make():
     model = hugging_face("qwen2", tie_word_embeddings=False)
@@ -851,6 +851,15 @@ for way in ways:
     gradient = model.lm_head.table.grad
     if gradient is not None:
         torch.testing.assert_close(getattr(gradient, "full_tensor", lambda: gradient)(), plain.lm_head.table.grad, rtol=1e-4, atol=1e-6)
+# The head alone, as a part of a model of one's own.
+mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+h, y = torch.randn(6, 32), torch.randint(V, (6,))
+for name in ("cosine", "mahalanobis", "cross_entropy"):
+    head = HarmonicHead(32, V, name)
+    expected = head.loss(h, y)
+    found = fully_shard(head, mesh=mesh).loss(h, y)
+    torch.testing.assert_close(found, expected)
+    found.backward()
 print("wrapped", flush=True)
 os._exit(0)
 """  # noqa: E501

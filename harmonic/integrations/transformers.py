@@ -129,7 +129,9 @@ class ModelHead(HarmonicHead):
     def real_vocab_size(self, rows: int) -> None:
         self._rows = rows
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, targets=None, *how, **named) -> torch.Tensor:
+        if targets is not None:
+            return super().forward(h, targets, *how, **named)
         request = _request.get()
         if request is None:
             return self._logits(h)
@@ -146,10 +148,10 @@ class ModelHead(HarmonicHead):
         if request.each:
             request.found = self._score(states, labels, request.count)
         elif request.count is None:
-            request.found = self.loss(states, labels)
+            request.found = super().forward(states, labels)
         else:  # Trainer divides by the number of targets in all micro-batches.
             count = torch.as_tensor(request.count, device=h.device).clamp(min=1)
-            request.found = self.loss(states, labels, reduction="sum") / count
+            request.found = super().forward(states, labels, reduction="sum") / count
         if not request.logits:
             return h.new_empty(*h.shape[:-1], 0)
         return self._logits(h)
@@ -166,7 +168,7 @@ class ModelHead(HarmonicHead):
     def _score(self, h, labels, count):
         """The output that TRL's trainers read; see `trl.trainer.utils.FusedCausalLMOutput`."""
         kept = labels != IGNORE_INDEX
-        log_p = -self.loss(h, labels, reduction="none")
+        log_p = -super().forward(h, labels, reduction="none")
         entropy, top = torch.zeros_like(log_p), torch.zeros_like(kept)
         mean, squares = torch.zeros_like(log_p), torch.zeros_like(log_p)
         with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from head_cases import LINKS, C, N, V
-from torch.nn.utils import prune
+from torch.nn.utils import prune, spectral_norm
 
 from harmonic import (
     CONTROLS,
@@ -219,6 +219,22 @@ def test_a_trained_strength_without_a_value_and_one_that_was_set():
     learning = HarmonicHead(8, 20, "euclidean", learn_exponent=True)
     learning.load_state_dict(fixed.state_dict())
     assert learning.exponent.item() == pytest.approx(9)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "cross_entropy"])
+@pytest.mark.parametrize("prepare", [prune.RandomUnstructured.apply, spectral_norm])
+def test_the_loss_is_of_the_weight_that_hooks_prepare(name, prepare):
+    """... as the logits are, also after a step of an optimiser."""
+    torch.manual_seed(0)
+    head = HarmonicHead(C, V, name)
+    prepare(head, "weight", *([0.5] if prepare is not spectral_norm else []))
+    h, y = torch.randn(N, C), torch.randint(0, V, (N,))
+    head.loss(h, y).backward()
+    torch.optim.SGD(head.parameters(), lr=1.0).step()
+    head.eval()
+    loss = head.loss(h, y)  # before the logits, whose hooks would prepare the weight
+    torch.testing.assert_close(loss, F.cross_entropy(head(h), y))
+    assert torch.equal(loss, head(h, y)) and head(h, y, reduction="none").shape == (N,)
 
 
 @pytest.mark.parametrize("name", ["cosine", "mahalanobis", "cross_entropy"])

@@ -6,7 +6,10 @@ import shutil
 import textwrap
 
 import pytest
+import torch
 from conftest import ROOT, script
+
+from harmonic import DISTANCES
 
 DOCUMENT = ROOT / "docs/add_a_distance.md"
 LAST = "def distance(name: str) -> Callable[..., Tensor]:"  # of reference.py
@@ -58,11 +61,21 @@ def passed(folder, *command):
 def test_a_distance_is_added_as_documented(copied):
     """The entry and the formula of docs/add_a_distance.md: the tests of all heads pass for it,
     unedited."""
-    entry, formula = re.findall(r"^```python\n(.*?)```", DOCUMENT.read_text(), re.S | re.M)
+    entry, formula, _ = re.findall(r"^```python\n(.*?)```", DOCUMENT.read_text(), re.S | re.M)
     add(copied / "harmonic/distances.py", entry, after="DISTANCES = {")
     add(copied / "harmonic/reference.py", formula, before=LAST)
     command = re.search(r"python (-m pytest .* -k \w+)", DOCUMENT.read_text()).group(1)
     assert passed(copied, *command.split()) > 30
+
+
+def test_a_distance_is_added_by_a_program_as_documented(monkeypatch):
+    *_, program = re.findall(r"^```python\n(.*?)```", DOCUMENT.read_text(), re.S | re.M)
+    monkeypatch.setitem(DISTANCES, "hellinger", None)  # It is taken out again after the test.
+    found = {}
+    exec(program, found)
+    h, w = torch.randn(3, 32), found["head"].weight
+    d = (h.softmax(-1).sqrt()[:, None] - w.softmax(-1).sqrt()).square().sum(-1)
+    torch.testing.assert_close(found["head"](h), -32 * d.log(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow
