@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from harmonic import EXPONENTS, HEADS, IGNORE_INDEX, HarmonicHead
-from harmonic.distances import OTHER_NAMES
+from harmonic.distances import OTHER_NAMES, resolve
 
 # Tokens along a side of a block in FlexAttention's masks. Its kernels' tiles divide 128.
 MASK_BLOCK = 128
@@ -301,8 +301,10 @@ class ModelConfig:
         return found
 
     def _head_problems(self) -> list[str]:
-        if self.head not in HEADS:
-            return [f"head={self.head} is unknown: choose from {', '.join(HEADS)}"]
+        try:
+            resolve(self.head)
+        except ValueError as error:
+            return [f"head={self.head}: {error}"]
         found, control = [], HEADS[self.head].is_control
         if not 0 < self.head_init_std < math.inf:
             found.append(f"head_init_std={self.head_init_std} must be positive and finite")

@@ -7,7 +7,7 @@ Start with `HarmonicHead`, a module, or `harmonic_loss`, a function. `swap_head`
 model of transformers. The package works with any PyTorch model.
 """
 
-from .distances import CONTROLS, DISTANCES, HEADS, Distance
+from .distances import CONTROLS, DISTANCES, HEADS, Distance, add_distance
 from .head import HarmonicHead, softmax_linearization_kl
 from .integrations.transformers import load_swapped, swap_head
 from .links import EXPONENTS, default_scale
@@ -27,6 +27,7 @@ __all__ = [
     "Distance",
     "HarmonicHead",
     "PreparedHead",
+    "add_distance",
     "contributions",
     "default_scale",
     "distance",

@@ -16,7 +16,6 @@ loss).
 
 import difflib
 import math
-from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -345,8 +344,7 @@ CONTROLS = {
         source="nGPT, 2410.01131, sec. 2.1",
     ),
 }
-# A view: a distance that is added to DISTANCES is a head too.
-HEADS = ChainMap(CONTROLS, DISTANCES)
+HEADS = {**DISTANCES, **CONTROLS}
 
 # What others call some heads. Messages about an unknown name suggest the head.
 OTHER_NAMES = {
@@ -388,6 +386,18 @@ def _positive(name: str, key: str, value: Any) -> float:
             " use chebyshev, which is p = inf, or chebyshev_smooth"
         )
     return number
+
+
+def add_distance(name: str, distance: Distance) -> None:
+    """Adds a distance for the rest of the program. ValueError if there is a head of this name."""
+    if name in HEADS:
+        raise ValueError(f"there is a head {name!r} already")
+    DISTANCES[name] = HEADS[name] = distance
+
+
+def is_option(name: str) -> bool:
+    """Whether any head has an option of this name."""
+    return any(name in row.options for row in HEADS.values())
 
 
 def resolve(name: str, **settings: Any) -> tuple[Distance, dict[str, Any]]:

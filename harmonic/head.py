@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distances import HEADS, Distance, resolve
+from .distances import HEADS, Distance, is_option, resolve
 from .links import resolve_exponent, resolve_strength
 from .loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
 from .pairwise import full_float32, log_pairs, operands, paired_distance
@@ -76,9 +76,6 @@ class HarmonicHead(nn.Module):
     Raises: ValueError for a name, number or combination that is not valid.
     """
 
-    # Options of the distances, which a head has for good.
-    FIXED = frozenset(option for head in HEADS.values() for option in head.options)
-
     def __init__(  # noqa: PLR0913
         self,
         n_embd: int,
@@ -130,7 +127,7 @@ class HarmonicHead(nn.Module):
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         dtype = torch.get_default_dtype() if distance.is_control else wide
         self.init_std = init_std
-        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd, dtype=dtype))
+        self.weight = table = nn.Parameter(torch.empty(vocab_size, n_embd, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
         self.fixed_strength = self.built_strength = strength
         self.given = (scale if kind == "softmax" else exponent) is not None
@@ -138,27 +135,35 @@ class HarmonicHead(nn.Module):
         self.log_strength = log_strength if learn_exponent or learn_scale else None
         trained = {key: t.to(wide) for key, t in distance.parameters(n_embd).items()}
         self.distance_parameters = nn.ParameterDict(trained)
-        self.reset_parameters()
+        self._fill(table)
+
+    def reset_parameters(self) -> None:
+        """Gives all parameters the values of a new head, in place. A trained n or s gets the value
+        that was set last. A head that was built on the meta device needs this after `to_empty`."""
+        self._fill(self.padded_prototypes())
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Gives all parameters the values of a new head, in place. One that was built on the meta
-        device needs this after `to_empty`."""
-        table = self.padded_prototypes()
+    def _fill(self, table: Tensor) -> None:
+        """Draws the table (V, C), and sets the other parameters to their first values."""
         table.normal_(std=self.init_std)
         if self.bias is not None:
             self.bias.zero_()
         if self.log_strength is not None:
             self.log_strength.fill_(math.log(self.fixed_strength))
         for key, first in self.distance.parameters(table.shape[1]).items():
-            self.distance_parameters[key].copy_(first)
+            own = self.distance_parameters[key]
+            if hasattr(own, "placements"):  # sharded by FSDP2
+                from torch.distributed.tensor import distribute_tensor
+
+                first = distribute_tensor(first.to(own.device), own.device_mesh, own.placements)
+            own.copy_(first)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute. Refuses a table that does not fit, and what cannot be set later.
 
         A new table may have more rows than tokens. They are padding.
         """
-        if name in self.FIXED or (name == "name" and "name" in self.__dict__):
+        if is_option(name) or (name == "name" and "name" in self.__dict__):
             raise AttributeError(f"{name} cannot be set later: build another head")
         if name in ("n", "s"):
             raise AttributeError(f"no {name}: set head.exponent (n) or head.scale (s)")
@@ -435,6 +440,12 @@ class HarmonicHead(nn.Module):
         """
         if targets is None:
             return harmonic_logits(h, self.prototypes(), self.name, **self._settings())
+        return self._loss(h, targets, ignore_index, reduction)
+
+    def _loss(
+        self, h: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
+    ) -> Tensor:
+        """As `loss`, without hooks."""
         return harmonic_loss(
             h,
             self.padded_prototypes(),
@@ -470,8 +481,11 @@ class HarmonicHead(nn.Module):
         h: (..., C), targets: (...) -> a scalar, or (...) for reduction="none". Where h or w is not
         finite the loss is NaN, and there is no error.
         """
-        # A call, so that hooks run: those of pruning, spectral_norm and FSDP prepare the table.
-        found: Tensor = self(h, targets, ignore_index, reduction)
+        if targets is None:
+            raise ValueError("a loss needs targets, got None")
+        # A call, so that hooks run: those of pruning, spectral_norm and FSDP2 prepare the table.
+        # By name, because a hook that changes h would drop the other positional arguments.
+        found: Tensor = self(h, targets=targets, ignore_index=ignore_index, reduction=reduction)
         return found
 
     @torch.no_grad()

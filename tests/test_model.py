@@ -470,7 +470,7 @@ def test_every_parameter_is_in_one_group_and_prototypes_have_their_own():
         (dict(dropout=1.0), "dropout=1.0"),
         (dict(head="manhattan", head_p=2.0), "head_p=2 does nothing with head=manhattan"),
         (dict(head="minkowski", head_p=-1.0), "p must be positive"),
-        (dict(head="mine"), "head=mine is unknown: choose from euclidean"),
+        (dict(head="mine"), "head=mine: unknown distance 'mine'"),
         (dict(head="cross_entropy", exponent=2.0), "exponent=2.0 does nothing"),
         (dict(head="cosine", scale=2.0), "scale=2.0 is for the softmax link"),
         (dict(head="cosine", learn_scale=True), "set learn_exponent"),

@@ -860,6 +860,10 @@ for name in ("cosine", "mahalanobis", "cross_entropy"):
     found = fully_shard(head, mesh=mesh).loss(h, y)
     torch.testing.assert_close(found, expected)
     found.backward()
+    with torch.device("meta"):
+        head = fully_shard(HarmonicHead(32, V, name), mesh=mesh)
+    head.to_empty(device="cpu").reset_parameters()
+    assert head.loss(h, y).isfinite()
 print("wrapped", flush=True)
 os._exit(0)
 """  # noqa: E501

@@ -116,8 +116,6 @@ class ModelHead(HarmonicHead):
         return super().__getattr__(name)
 
     def padded_prototypes(self) -> torch.Tensor:
-        if "weight" in self._parameters:  # HarmonicHead.__init__ has not ended.
-            return self._parameters["weight"]
         return self.table
 
     @property
@@ -129,9 +127,15 @@ class ModelHead(HarmonicHead):
     def real_vocab_size(self, rows: int) -> None:
         self._rows = rows
 
-    def forward(self, h: torch.Tensor, targets=None, *how, **named) -> torch.Tensor:
+    def forward(
+        self,
+        h: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
         if targets is not None:
-            return super().forward(h, targets, *how, **named)
+            return self._loss(h, targets, ignore_index, reduction)
         request = _request.get()
         if request is None:
             return self._logits(h)
@@ -148,10 +152,10 @@ class ModelHead(HarmonicHead):
         if request.each:
             request.found = self._score(states, labels, request.count)
         elif request.count is None:
-            request.found = super().forward(states, labels)
+            request.found = self._loss(states, labels)
         else:  # Trainer divides by the number of targets in all micro-batches.
             count = torch.as_tensor(request.count, device=h.device).clamp(min=1)
-            request.found = super().forward(states, labels, reduction="sum") / count
+            request.found = self._loss(states, labels, reduction="sum") / count
         if not request.logits:
             return h.new_empty(*h.shape[:-1], 0)
         return self._logits(h)
@@ -168,7 +172,7 @@ class ModelHead(HarmonicHead):
     def _score(self, h, labels, count):
         """The output that TRL's trainers read; see `trl.trainer.utils.FusedCausalLMOutput`."""
         kept = labels != IGNORE_INDEX
-        log_p = -super().forward(h, labels, reduction="none")
+        log_p = -self._loss(h, labels, reduction="none")
         entropy, top = torch.zeros_like(log_p), torch.zeros_like(kept)
         mean, squares = torch.zeros_like(log_p), torch.zeros_like(log_p)
         with torch.no_grad():

@@ -235,6 +235,10 @@ def test_the_loss_is_of_the_weight_that_hooks_prepare(name, prepare):
     loss = head.loss(h, y)  # before the logits, whose hooks would prepare the weight
     torch.testing.assert_close(loss, F.cross_entropy(head(h), y))
     assert torch.equal(loss, head(h, y)) and head(h, y, reduction="none").shape == (N,)
+    head.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    torch.testing.assert_close(head.loss(h, y), F.cross_entropy(head(h), y))
+    with pytest.raises(ValueError, match="a loss needs targets"):
+        head.loss(h, None)
 
 
 @pytest.mark.parametrize("name", ["cosine", "mahalanobis", "cross_entropy"])
