@@ -240,7 +240,8 @@ class Plan:
     def changed(self, name: str, column: str, factor: float) -> dict:
         """A head's longest run with another setting than its sweep's best."""
         (run,) = self.runs("20M settings", 20.0, SEEDS[:1], [name])
-        return {**run, column: run[column] * factor}
+        value = run[column] * factor
+        return {**run, column: int(value) if value == int(value) else value}  # 32, not 32.0
 
     def runs(
         self,
