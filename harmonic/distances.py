@@ -116,14 +116,20 @@ class Distance:
         known = KERNELS[self.kernel].options
         return {k: v for k, v in options.items() if k in self.options and k not in known}
 
-    def prepared(self, settings: dict[str, Any]) -> dict[str, Tensor]:
-        """The trained parameters among the settings, in the form that the map takes."""
+    def prepared(self, settings: dict[str, Any], exported: bool = False) -> dict[str, Tensor]:
+        """The trained parameters among the settings, in the form that the map takes.
+
+        exported: see `Map`.
+        """
+        if not self.map:
+            return {}
         trained = {k: v for k, v in settings.items() if k not in self.options}
-        return self.map.prepare(**trained) if self.map else {}
+        return ((exported and self.map.exported) or self.map.prepare)(**trained)
 
     def map_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The options and trained parameters that the map takes."""
-        return self.map_options(settings) | self.prepared(settings)
+        exported = torch.compiler.is_exporting()
+        return self.map_options(settings) | self.prepared(settings, exported)
 
 
 def _half(**options: Any) -> float:

@@ -25,6 +25,8 @@ class Map:
         take, and the result of `prepare`.
     parameters: a function from C to {name: initial tensor}.
     prepare: turns trained parameters into settings of the function, once for both operands.
+    exported: `prepare` for torch.export of distances and logits, with operators that ONNX knows.
+        Mapped vectors may have more coordinates then. None: `prepare`.
     noisy: whether it draws noise while training.
     cheap: whether it takes only a few operations per coordinate. A cheap map is computed again
         where that saves memory.
@@ -37,6 +39,7 @@ class Map:
     function: Callable[..., Tensor]
     parameters: Callable[[int], dict[str, Tensor]] = lambda dim: {}
     prepare: Callable[..., dict[str, Any]] = lambda **parameters: parameters
+    exported: Callable[..., dict[str, Any]] | None = None
     noisy: bool = False
     cheap: bool = True
     multiplies: bool = False
@@ -102,13 +105,17 @@ def _positive(factor: Tensor | None = None) -> dict[str, Tensor]:
         return {}
     place = "cpu" if factor.device.type == "mps" else factor.device  # MPS has no float64.
     identity = torch.eye(len(factor), dtype=torch.float64, device=place)
-    if torch.compiler.is_exporting():
-        # ONNX has no factorisation. [A, sqrt(eps) I] is also such an L, but twice as wide.
-        beside = math.sqrt(EPSILON_FULL) * identity.to(factor)
-        return {"factor": torch.cat((factor, beside), 1)}
     wide = factor.to(place).double()  # Only the factorisation needs float64.
     triangle, failed = torch.linalg.cholesky_ex(wide @ wide.T + EPSILON_FULL * identity)
     return {"factor": torch.where(failed > 0, math.nan, triangle).to(factor)}
+
+
+def _positive_exported(factor: Tensor | None = None) -> dict[str, Tensor]:
+    """`_positive` for ONNX, which has no factorisation: L = [A, sqrt(eps) I], twice as wide."""
+    if factor is None:
+        return {}
+    beside = math.sqrt(EPSILON_FULL) * torch.eye(len(factor)).to(factor)
+    return {"factor": torch.cat((factor, beside), 1)}
 
 
 def _triangle(factor: Tensor | None = None) -> dict[str, Tensor]:
@@ -141,6 +148,7 @@ FULL = Map(
     _linear,
     parameters=lambda dim: {"factor": torch.eye(dim) * math.sqrt(1 - EPSILON_FULL)},
     prepare=_positive,
+    exported=_positive_exported,
     cheap=False,
     multiplies=True,
 )

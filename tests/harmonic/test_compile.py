@@ -91,13 +91,14 @@ def test_a_schedule_of_the_strength_does_not_compile_each_value(link):
     assert counter.frame_count <= 2
 
 
-def test_a_models_loss_is_exported():
+@pytest.mark.parametrize("name", ["manhattan", "mahalanobis"])
+def test_a_models_loss_is_exported(name):
     """torch.export of a module that returns the loss."""
 
     class Trained(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk, self.head = torch.nn.Linear(C, C), HarmonicHead(C, V, "manhattan")
+            self.trunk, self.head = torch.nn.Linear(C, C), HarmonicHead(C, V, name)
 
         def forward(self, x, y):
             return self.head.loss(self.trunk(x), y)
