@@ -190,9 +190,8 @@ class ModelConfig:
     """how the loss is computed: dense holds all logits in memory; chunked holds a chunk of rows;
     numba (CPU) and triton (CUDA) are compiled kernels; auto = the fastest that is available"""
     head_skip: float = free(1e-6)
-    """compiled kernels skip tokens whose gradients together are less than this share of the
-    target's gradient; 0 = skip none. On a GPU only for distances without matrix products, such as
-    manhattan"""
+    """numba's kernels skip tokens whose gradients together are less than this share of the
+    target's gradient; 0 = skip none. On a GPU nothing is skipped"""
     head_precision: Literal["auto", "float32", "split", "autocast"] = free("auto")
     """precision of the head's matrix products: float32; split (two half-precision parts, nearly as
     exact as float32); autocast (the dtype of the trunk). auto on a GPU = split for distances, and

@@ -224,8 +224,6 @@ class Explainer:
             self.share = "of sum |h w|"
         elif row.map is not None and row.map.multiplies:
             self.share = "of sum |d (P d)|, with d = h - w"
-        elif row.kernel == "l2_plus":
-            self.share = "of sum (h - w)^2"
         elif power != 1:
             self.share = f"of d^{power:g}"
         else:

@@ -140,7 +140,8 @@ def measure_of(head: HarmonicHead) -> str:
     if distance.map is not None and distance.map.multiplies:  # It mixes coordinates.
         return f"{text} The share of a coordinate is its part of sum |d (P d)|, with d = h - w."
     if distance.has_squares:
-        text += " The share of a coordinate is its part of the sum of squares."
+        what = "the sum of squares" if distance.kernel == "l2" else "d^2"
+        text += f" The share of a coordinate is its part of {what}."
     if distance.kernel == "linf":
         text += " The coordinate that attains the maximum has the whole share."
     if distance.kernel == "lse":

@@ -12,9 +12,8 @@ Three arguments choose how a loss is computed:
     impl       "auto": the fastest one for this device and distance. "chunked": plain PyTorch, with
                a few chunks of rows in memory, however large N is. "numba" (CPU), "triton" (CUDA):
                the same with compiled kernels, in float32. "dense": all logits at once, (N, V).
-    skip       Compiled kernels skip a pair if its gradient is below skip / V times that of the
+    skip       Numba's kernels skip a pair if its gradient is below skip / V times that of the
                target. The gradients that a row skips together are below `skip` times the target's.
-               Numba does so with every distance, Triton with those without a matrix product.
     precision  How heads with a matrix product multiply (kernels l2, l2_plus, dot and along).
                "float32". "split": nearly as exact, and several times faster on a GPU. "autocast":
                in the type of torch.autocast. "auto": on CUDA, split for distances and autocast for

@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_head(monkeypatch, name):
         ("mahalanobis", "part of sum |d (P d)|", "of sum |d (P d)|, with d = h - w"),
         ("mahalanobis_diagonal", "part of the sum of squares", "of d^2"),
         ("chebyshev_smooth", "weight in the smooth maximum", "of d"),
-        ("student_t", "part of the sum of squares", "of sum (h - w)^2"),
+        ("student_t", "part of d^2", "of d^2"),
         ("cross_entropy", "part of the sum of |h w|", "of sum |h w|"),
     ],
 )
