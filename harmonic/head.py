@@ -14,7 +14,7 @@ from .distances import HEADS, Distance, is_option, resolve
 from .links import resolve_exponent, resolve_strength
 from .loss import IGNORE_INDEX, SKIP, check_how, harmonic_logits, harmonic_loss
 from .pairwise import full_float32, log_pairs, operands, paired_distance
-from .precision import PRECISIONS, Products, choose_products
+from .precision import Products, choose_products
 from .prepared import PreparedHead
 
 
@@ -113,13 +113,9 @@ class HarmonicHead(nn.Module):
                 " instead of the scale"
             )
         _check_table(n_embd, vocab_size, real_vocab_size, init_std)
-        check_how(impl, skip)
+        check_how(impl, skip, precision)
         if bias and name != "cross_entropy":
             raise ValueError(f"{name} takes no bias")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}"
-            )
         self.name, self.link, self.options = name, link, options
         self.impl, self.skip, self.precision = impl, skip, precision
         self.real_vocab_size = real_vocab_size or vocab_size

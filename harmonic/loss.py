@@ -39,7 +39,7 @@ from .pairwise import (
     operands,
     same_precision,
 )
-from .precision import choose_products
+from .precision import PRECISIONS, choose_products
 
 IGNORE_INDEX = -100  # This target marks a position without a loss, as in F.cross_entropy.
 REDUCTIONS = ("mean", "sum", "none")
@@ -124,7 +124,7 @@ def harmonic_loss(  # noqa: PLR0913
     distance, filled = resolve(name, **settings)
     link, strength = resolve_strength(name, w.shape[-1], link, exponent, scale, **settings)
     rows = len(w) if rows is None else rows
-    check_how(impl, skip)
+    check_how(impl, skip, precision)
     check_bias(bias, name, rows, h.device)
     _check(h, w, targets, reduction, rows)
     precision = "float32" if impl == "dense" else precision  # Tests compare the others with it.
@@ -143,10 +143,12 @@ def harmonic_loss(  # noqa: PLR0913
     return losses.view(targets.shape) if reduction == "none" else losses
 
 
-def check_how(impl: str, skip: float) -> None:
-    """Raises ValueError for an unknown `impl`, or a `skip` outside [0, 1)."""
+def check_how(impl: str, skip: float, precision: str) -> None:
+    """Raises ValueError for an unknown `impl` or `precision`, or a `skip` outside [0, 1)."""
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     if not 0 <= skip < 1:
         raise ValueError(f"skip must be in [0, 1), got {skip}")
 

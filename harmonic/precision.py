@@ -150,11 +150,7 @@ def choose_products(
 
     Slopes are never float16, whose smallest number is 6e-8. They are bfloat16 if the device has it,
     else float32. "split" is float32 on a GPU without bfloat16, or without HAS_OUT_DTYPE.
-
-    Raises: ValueError for an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     if precision == "auto":
         if device.type != "cuda":
             return FLOAT32

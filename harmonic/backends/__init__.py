@@ -9,6 +9,7 @@ A backend is imported when it is first needed. So importing `harmonic` starts ne
 Triton.
 """
 
+import ast
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,54 +48,34 @@ class Spec:
     products: Products
     check_finite: bool
 
-    def encode(self) -> str:
-        """The spec as a line of text. An operator of PyTorch takes text, but no objects."""
-        options = " ".join(f"{key}={value!r}" for key, value in self.options.items())
-        plain = [
-            self.name,
-            options,
-            self.link,
-            " ".join(self.parameters),
-            self.rows,
-            self.ignore_index,
-            self.reduction,
-            self.impl,
-        ]
-        return "|".join(
-            str(part)
-            for part in [*plain, repr(self.skip), self.products.encode(), int(self.check_finite)]
-        )
+    def encode(self) -> tuple[str, int, int, float]:
+        """The spec as arguments of an operator of PyTorch, which takes text and numbers only.
+
+        torch.compile may make these numbers symbolic, so they are not in the text.
+        """
+        fields = {key: value for key, value in vars(self).items() if key not in NUMBERS}
+        # Not repr(value), which torch.compile cannot trace for a symbolic number.
+        fields["options"] = {key: f"{value!r}" for key, value in self.options.items()}
+        fields["products"] = self.products.encode()
+        return repr(fields), self.rows, self.ignore_index, self.skip
 
     @staticmethod
-    def decode(text: str) -> "Spec":
+    def decode(text: str, rows: int, ignore_index: int, skip: float) -> "Spec":
         """The spec that `encode` wrote."""
-        (
-            name,
-            options,
-            link,
-            parameters,
-            rows,
-            ignore_index,
-            reduction,
-            impl,
-            skip,
-            products,
-            check_finite,
-        ) = text.split("|")
-        pairs = (pair.split("=") for pair in options.split())
-        return Spec(
-            name,
-            {key: float(value) for key, value in pairs},
-            link,
-            parameters.split(),
-            int(rows),
-            int(ignore_index),
-            reduction,
-            impl,
-            float(skip),
-            Products.decode(products),
-            bool(int(check_finite)),
-        )
+        fields = _fields(text)
+        options = {key: float(value) for key, value in fields["options"].items()}
+        products = Products.decode(fields["products"])
+        numbers: dict[str, Any] = dict(zip(NUMBERS, (rows, ignore_index, skip), strict=True))
+        return Spec(**(fields | numbers | {"options": options, "products": products}))
+
+
+NUMBERS = ("rows", "ignore_index", "skip")
+
+
+@functools.cache
+def _fields(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = ast.literal_eval(text)
+    return found
 
 
 @dataclass(frozen=True)

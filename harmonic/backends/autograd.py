@@ -51,7 +51,7 @@ def evaluate(problem: Problem) -> Tensor:
         problem.parameters,
         problem.seed,
         None,
-        problem.spec.encode(),
+        *problem.spec.encode(),
         needs_grad and problem.spec.reduction != "none",
     )[0]
     return found
@@ -91,17 +91,20 @@ def _operator(  # noqa: PLR0913
     seed: torch.Tensor | None,
     upstream: torch.Tensor | None,
     spec: str,
+    rows: int,
+    ignore_index: int,
+    skip: float,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Returns the loss and, with needs_grad, its gradients.
+    """Returns the loss and, with needs_grad, its gradients. spec to skip: from `Spec.encode`.
 
     Gradients are in this order: states, prototypes, strength, bias if there is one, parameters.
     upstream: the upstream gradient, () or (N,), which multiplies the weights of the losses.
     """
-    problem = Problem(
-        states, prototypes, targets, strength, bias, list(parameters), seed, Spec.decode(spec)
+    decoded = Spec.decode(spec, rows, ignore_index, skip)
+    problem = _weighed(
+        Problem(states, prototypes, targets, strength, bias, list(parameters), seed, decoded)
     )
-    problem = _weighed(problem)
     if upstream is not None:
         problem = replace(problem, weights=problem.weights * upstream)
     with full_float32(states.device), _recording():
@@ -181,9 +184,13 @@ def _(  # noqa: PLR0913
     seed: Tensor | None,
     upstream: Tensor | None,
     spec: str,
+    rows: int,
+    ignore_index: int,
+    skip: float,
     needs_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    loss = states.new_empty(targets.shape if Spec.decode(spec).reduction == "none" else ())
+    reduction = Spec.decode(spec, rows, ignore_index, skip).reduction
+    loss = states.new_empty(targets.shape if reduction == "none" else ())
     inputs = [states, prototypes, strength, *([] if bias is None else [bias]), *parameters]
     return loss, [t.new_empty(t.shape) for t in inputs] if needs_grad else []
 
@@ -193,8 +200,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
     The gradients are not saved tensors, because the backward pass changes them in place.
     """
-    *tensors, ctx.spec, _ = inputs
-    states, prototypes, targets, strength, bias, parameters, seed, _ = tensors
+    states, prototypes, targets, strength, bias, parameters, seed, _, *ctx.spec, _ = inputs
     ctx.save_for_backward(states, prototypes, targets, strength, bias, seed, *parameters)
     ctx.gradients = output[1] or None
     ctx.mark_non_differentiable(*output[1])
@@ -204,7 +210,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     states, prototypes, targets, strength, bias, seed, *parameters = ctx.saved_tensors
     if upstream is None:
-        return None, None, None, None, None, [None] * len(parameters), None, None, None, None
+        return None, None, None, None, None, [None] * len(parameters), *[None] * 7
     if wants_graph():
         if seed is not None:
             raise RuntimeError(
@@ -214,25 +220,25 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
         dx, dy, dstrength, dbias, *others = _differentiable(
             (states, prototypes, strength, bias, *parameters), targets, seed, ctx.spec, upstream
         )
-        return dx, dy, None, dstrength, dbias, others, None, None, None, None
+        return dx, dy, None, dstrength, dbias, others, *[None] * 7
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         _, gradients = _operator(
-            states, prototypes, targets, strength, bias, parameters, seed, upstream, ctx.spec, True
+            states, prototypes, targets, strength, bias, parameters, seed, upstream, *ctx.spec, True
         )
     else:
         for gradient in gradients:
             gradient.mul_(upstream)  # In place: a copy of the table's gradient would be large.
     dx, dy, dstrength, *others = gradients
     dbias = None if bias is None else others.pop(0)
-    return dx, dy, None, dstrength, dbias, others, None, None, None, None
+    return dx, dy, None, dstrength, dbias, others, *[None] * 7
 
 
 def _differentiable(
     inputs: tuple[Tensor | None, ...],
     targets: Tensor,
     seed: Tensor | None,
-    spec: str,
+    spec: tuple[str, int, int, float],
     upstream: Tensor,
 ) -> list[Tensor | None]:
     """The gradients of the loss from all logits (N, V) at once, for `create_graph=True`."""
@@ -241,7 +247,7 @@ def _differentiable(
         strength, bias, *parameters = others
         return _dense(
             Problem(
-                states, prototypes, targets, strength, bias, parameters, seed, Spec.decode(spec)
+                states, prototypes, targets, strength, bias, parameters, seed, Spec.decode(*spec)
             )
         )
 

@@ -9,6 +9,7 @@ from harmonic import (
     HEADS,
     IGNORE_INDEX,
     HarmonicHead,
+    harmonic_loss,
 )
 
 # The first head of each kernel, map and denominator. The others differ in options: slow tests.
@@ -89,6 +90,31 @@ def test_a_schedule_of_the_strength_does_not_compile_each_value(link):
         setattr(head, head.strength_name, 8 + step / 2)
         torch.testing.assert_close(compiled(h), head.loss(2 * h, y))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_sizes_and_settings_compile(dynamic):
+    """Of the second value of a number, torch.compile makes a symbol."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+
+    def loss(h, w, y, **settings):
+        return harmonic_loss(h, w, y, **settings)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    plain = {"name": "euclidean"}
+    for v, settings in [
+        (V, plain),
+        (V + 1, plain),
+        (V + 3, plain),
+        *((V, plain | {"skip": skip}) for skip in (1e-5, 1e-4)),
+        *((V, plain | {"ignore_index": index}) for index in (3, 4)),
+        *((V, {"name": "minkowski", "p": p}) for p in (3.0, 5.0)),
+    ]:
+        h, w = (torch.randn(size, C, requires_grad=True) for size in (v, v))
+        found, expected = (f(h, w, torch.arange(v), **settings) for f in (compiled, loss))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, w)[0] for x in (found, expected)))
 
 
 @pytest.mark.parametrize("name", ["manhattan", "mahalanobis"])

@@ -194,3 +194,6 @@ def test_precision_auto(capability, autocast, expected, monkeypatch):
             assert chosen.slopes == (torch.bfloat16 if capability >= 8 else torch.float32)
     with pytest.raises(ValueError, match="unknown precision 'half'"):
         HarmonicHead(4, 5, "cosine", precision="half")
+    with pytest.raises(ValueError, match="unknown precision 'half'"):
+        h, w = torch.randn(3, 4), torch.randn(5, 4)
+        harmonic_loss(h, w, torch.arange(3), "cosine", impl="dense", precision="half")
