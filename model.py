@@ -544,9 +544,9 @@ class Attention(nn.Module):
             causal = False
         dropout, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
         on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        if causal and on_cpu and T <= 512 and not (dropout or gqa):
-            if torch.compiler.is_compiling():
-                return causal_attention(q, k, v)
+        small = causal and on_cpu and T <= 512 and not (dropout or gqa)
+        if small and torch.compiler.is_compiling():
+            return causal_attention(q, k, v)
         # Grouped heads with a mask have no fast kernel on GPUs.
         if gqa and mask is not None:
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v))

@@ -37,12 +37,11 @@ from harmonic import HarmonicHead, contributions, paired_distance
 from harmonic.integrations.faiss import NearestHead
 from model import Diverged, Model
 from text.token_files import tokenizer_folder
-from text.tokenizers import Tokenizer, load_tokenizer
+from text.tokenizers import MASK, Tokenizer, load_tokenizer
 from training import checkpoint
 from training.distributed import check_device
 
 MOST_TOKENS = 100_000_000  # Room for all new tokens is reserved at once.
-MASKS = ("[MASK]", "<|mask|>")  # A prompt may write the mask in both ways, for any tokenizer.
 
 
 # Settings that only matter where text is written.
@@ -132,7 +131,7 @@ class SampleConfig:
             if os.path.isfile(os.path.join(text, "config.yaml"))
         ]
         for key in ("ann_candidates", "ann_index"):
-            if not self.ann and getattr(self, key) != type(self).__dict__[key]:
+            if not self.ann and getattr(self, key) != getattr(SampleConfig, key):
                 found.append(f"{key}={getattr(self, key)} does nothing without --ann")
         found += ["stop is empty: name a text, or leave it out"] * (self.stop == "")
         if self.json and self.explain:
@@ -186,14 +185,13 @@ def encode(prompt: str, tokenizer: Tokenizer, masked: bool) -> list[int]:
             "the prompt is empty: give --start=TEXT, or leave --start out to begin a document"
         )
     if masked:
-        for mask in MASKS[1:]:
-            prompt = prompt.replace(mask, MASKS[0])
-        if MASKS[0] not in prompt:
+        prompt = prompt.replace(MASK, "[MASK]")  # Both work, with any tokenizer.
+        if "[MASK]" not in prompt:
             raise UserError(
                 "a bert is a masked language model and does not continue a text: put [MASK] into"
                 " --start, as in --start='The film was [MASK].'"
             )
-        pieces = [tokenizer.encode_prompt(piece) for piece in prompt.split(MASKS[0])]
+        pieces = [tokenizer.encode_prompt(piece) for piece in prompt.split("[MASK]")]
         ids = [i for piece in pieces for i in (*piece, tokenizer.mask_id)][:-1]
     else:
         ids = tokenizer.encode_prompt(prompt)
@@ -302,7 +300,7 @@ def predict_masked(model: Model, tokenizer: Tokenizer, prompts: list[list[int]])
         print("---------------")
 
 
-class Texts:
+class ShownTexts:
     """The texts of all rows while they grow.
 
     eot_id: the token that ends a text; None if none does.
@@ -360,7 +358,7 @@ class Texts:
 
 
 def write(
-    texts: Texts, steps: Iterator[list[int]], explainer: Explainer | None, total: int
+    texts: ShownTexts, steps: Iterator[list[int]], explainer: Explainer | None, total: int
 ) -> None:
     """Prints the texts while `steps` yields the tokens of each step.
 
@@ -379,7 +377,7 @@ def write(
         show(texts.whole(row), texts, row, explainer)
 
 
-def show(text: str, texts: Texts, row: int, explainer: Explainer | None) -> None:
+def show(text: str, texts: ShownTexts, row: int, explainer: Explainer | None) -> None:
     """Prints a text, or the rest of it, and below it a rule or the explanation of its tokens."""
     with tqdm.external_write_mode():
         print(text)
@@ -391,7 +389,7 @@ def show(text: str, texts: Texts, row: int, explainer: Explainer | None) -> None
             print("---------------", flush=True)
 
 
-def write_json(texts: Texts, steps: Iterator[list[int]], total: int) -> None:
+def write_json(texts: ShownTexts, steps: Iterator[list[int]], total: int) -> None:
     """Prints a line of JSON for each text, as soon as it and all texts before it are complete."""
     prompts = list(texts.texts)
     for row in complete(texts, steps, total):
@@ -410,7 +408,7 @@ def is_utf8(stream: Any) -> bool:
     return str(getattr(stream, "encoding", None)).lower().replace("-", "") == "utf8"
 
 
-def complete(texts: Texts, steps: Iterator[list[int]], total: int) -> Iterator[int]:
+def complete(texts: ShownTexts, steps: Iterator[list[int]], total: int) -> Iterator[int]:
     """Adds tokens. Yields the row of each text as soon as it and all before it are complete."""
     row, rows = 0, len(texts.ended)
     for _ in grow(texts, steps, total, progress=True):
@@ -421,7 +419,7 @@ def complete(texts: Texts, steps: Iterator[list[int]], total: int) -> Iterator[i
 
 
 def grow(
-    texts: Texts, steps: Iterator[list[int]], total: int, progress: bool
+    texts: ShownTexts, steps: Iterator[list[int]], total: int, progress: bool
 ) -> Iterator[list[str]]:
     """Adds tokens until all texts are complete. Yields what each text gains in a step."""
     hidden = not progress or not sys.stderr.isatty()
@@ -471,7 +469,7 @@ def refuse_writing(c: SampleConfig) -> None:
         ("stop", c.stop is not None),
         ("json", c.json),
         ("ann", c.ann),
-        *((key, getattr(c, key) != getattr(SampleConfig(), key)) for key in OF_WRITING),
+        *((key, getattr(c, key) != getattr(SampleConfig, key)) for key in OF_WRITING),
     ):
         if asked:
             problems.append(f"--{flag} does nothing with a bert, a masked language model")
@@ -578,7 +576,7 @@ def sample(c: SampleConfig) -> None:
         ready = time.perf_counter()
         steps = itertools.chain(first, steps)
         shown = rows if prompts else [[] for _ in rows]  # The start token is not shown.
-        texts = Texts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None, c.stop)
+        texts = ShownTexts(tokenizer, shown, tokenizer.eot_id if c.stop_at_eot else None, c.stop)
         if c.json:
             write_json(texts, steps, c.max_new_tokens)
         else:

@@ -96,7 +96,7 @@ def main() -> None:
     wrapped = p.wrap(model, c.parallel)
 
     # The optimiser.
-    optimizer = make_optimizer(model, c, p.device.split(":")[0])
+    optimizer = make_optimizer(model, c, p.kind)
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed.folder)
     run = Run(
@@ -198,8 +198,10 @@ def train(run: Run, folder: RunFolder) -> None:
         stopped, at_once = signal.SIGINT, True
     except NotFinite as error:
         diverged = error
-    except UserError as error:  # The data was changed.
-        diverged = save_and_raise(run, folder, log, error)
+    except UserError:  # The data was changed.
+        diverged = save_if_alone(run, folder, log)
+        if diverged is None:
+            raise
     finally:
         try:
             profile.close()
@@ -230,8 +232,8 @@ def iterate(run: Run) -> Step:
     step = Step.begin(p.device)
     step.lr = learning_rate(at.iteration, c)
     set_learning_rate(run.optimizer, step.lr)
-    slots = c.batch_size * c.gradient_accumulation_steps
-    micro = list(run.batches.training(c.seed, at.iteration, p.share(slots), slots, c.batch_size))
+    here = p.share(c.windows)
+    micro = list(run.batches.training(c.seed, at.iteration, here, c.windows, c.batch_size))
     for j, (x, y) in enumerate(micro):
         distributed.synchronise(run.wrapped, j == len(micro) - 1)
         x, y = (to_device(t, p.device) for t in (x, y))
@@ -274,18 +276,19 @@ def save_at_once(run: Run, folder: RunFolder, log: Log) -> None:
         folder.save(run, None)
 
 
-def save_and_raise(run: Run, folder: RunFolder, log: Log, error: UserError) -> NotFinite:
-    """Saves as `save_at_once`, and raises `error`. With several processes it does not save, because
-    the others may be in another iteration.
+def save_if_alone(run: Run, folder: RunFolder, log: Log) -> NotFinite | None:
+    """Saves as `save_at_once`. Does nothing if there are other processes, because these may be in
+    another iteration.
 
-    Returns: what was found if a loss or gradient since the last line is not finite.
+    Returns: the error if a loss or gradient since the last line is not finite, else None.
     """
-    if run.processes.world == 1:
-        try:
-            save_at_once(run, folder, log)
-        except NotFinite as found:
-            return found
-    raise error
+    if run.processes.world > 1:
+        return None
+    try:
+        save_at_once(run, folder, log)
+    except NotFinite as error:
+        return error
+    return None
 
 
 def report(run: Run, folder: RunFolder, log: Log) -> None:
@@ -327,10 +330,8 @@ def evaluate_and_save(run: Run, folder: RunFolder) -> None:
     loss = found["val_loss"]
     if at.iteration == 0:
         found |= run.of_source
-    words = []
-    for key, value in found.items():
-        exact = key == "val_loss"
-        words.append(f"val loss {value:.4f}" if exact else f"{key.replace('_', ' ')} {value:.4g}")
+    words = [f"val loss {loss:.4f}"]
+    words += [f"{k.replace('_', ' ')} {v:.4g}" for k, v in found.items() if k != "val_loss"]
     run.say(f"iter {at.iteration}: " + "  ".join(words))
     folder.write({"iter": at.iteration, **found})
     at.evaluated = at.iteration

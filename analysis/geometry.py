@@ -118,9 +118,9 @@ def mean_cosine(x: torch.Tensor) -> float:
     return ((unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))).item()
 
 
-def matched_null(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def matched_null(x: torch.Tensor) -> torch.Tensor:
     """Rows with the same norms as x (M, C), in random directions."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.normalize(noise, dim=-1) * x.detach().cpu().norm(
         dim=-1, keepdim=True
     )
@@ -156,9 +156,7 @@ def token_pairs(tokenizer: Tokenizer, relation: str) -> list[tuple[int, int]]:
     return kept
 
 
-def parallelogram(
-    x: torch.Tensor, tokenizer: Tokenizer, shuffles: int = 20
-) -> tuple[float, float, dict]:
+def parallelogram(x: torch.Tensor, tokenizer: Tokenizer) -> tuple[float, float, dict]:
     """The parallelogram loss of prototypes x (V, C), as in 2502.01628.
 
     It is |E_i + E_n - E_j - E_m| / sigma on the first 2 principal components, where sigma is the
@@ -181,7 +179,7 @@ def parallelogram(
             return (offset[both[:, 0]] - offset[both[:, 1]]).norm(dim=-1).mean().item()
 
         found[name] = mean(second - first)
-        for _ in range(shuffles):
+        for _ in range(20):
             null.append(mean(second[rng.sample(range(len(second)), len(second))] - first))
     if not found:
         return math.nan, math.nan, found
@@ -293,8 +291,8 @@ def similarity(runs: list[Run], states: list[list[torch.Tensor]]) -> list[dict]:
     return rows
 
 
-def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int = 6) -> str:
-    """A table of the nearest prototypes of each word, by the head's own distance.
+def neighbours(model: Model, tokenizer: Tokenizer, words: list[str]) -> str:
+    """A table of the six nearest prototypes of each word, by the head's own distance.
 
     For a control they are nearest by cosine.
     """
@@ -306,7 +304,7 @@ def neighbours(model: Model, tokenizer: Tokenizer, words: list[str], count: int 
             order = torch.nn.functional.cosine_similarity(w[i : i + 1], w).argsort(descending=True)
         else:
             order = distance(w[i : i + 1], w, model.head.name, **model.head.geometry())[0].argsort()
-        near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:count]
+        near = [tokenizer.decode_token(t) for t in order.tolist() if t != i][:6]
         piece = tokenizer.decode_token(i)
         # A word of several tokens has no prototype of its own, so that of its last token is shown.
         name = repr(piece) if len(tokens) == 1 else f"the end {piece!r} of {word!r}"

@@ -146,13 +146,13 @@ def measure(run: Run) -> list[dict]:
     return rows
 
 
-def smooth(steps: np.ndarray, values: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
-    """Cuts a curve, with (N,) steps and values, into at most `points` pieces.
+def smooth(steps: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Cuts a curve, with (N,) steps and values, into at most 200 pieces.
 
     Returns: arrays with a number for each piece: its mean `step`, its `median`, and the 10 % and
         90 % quantiles `low` and `high`.
     """
-    pieces = np.array_split(np.arange(len(values)), min(points, len(values)))
+    pieces = np.array_split(np.arange(len(values)), min(200, len(values)))
     low, median, high = np.array([np.quantile(values[p], (0.1, 0.5, 0.9)) for p in pieces]).T
     return {
         "step": np.array([steps[p].mean() for p in pieces]),

@@ -70,11 +70,7 @@ class Run:
 
     def tokens_per_iteration(self) -> int:
         """The number of tokens that an iteration trains on."""
-        return (
-            self.config.batch_size
-            * self.config.gradient_accumulation_steps
-            * self.model_config.block_size
-        )
+        return self.config.windows * self.model_config.block_size
 
     def data(self) -> Data:
         """The data that it was trained on.
@@ -235,11 +231,6 @@ def predictions(
         yield model.hidden(x.to(device))[kept.to(device)], y[kept].to(device), kept
 
 
-def texts_differ(data: list[Data], split: str = "val") -> bool:
-    """Whether a split has different texts. Texts with equal numbers of bytes count as the same."""
-    return len({d.splits[split].bytes for d in data}) > 1
-
-
 def lossy(data: list[Data]) -> list[str]:
     """The tokenizers that cannot write every text, if the data has different tokenizers. They lose
     characters, so their bits per byte are too low."""
@@ -271,10 +262,8 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
         raise UserError(
             f"{lacking[0].folder} has no split {split}: it has {', '.join(lacking[0].splits)}"
         )
-    tokens = {
-        (d.tokenizer, d.vocab_size, d.splits[split].tokens, d.splits[split].bytes) for d in data
-    }
-    if texts_differ(data, split):
+    # Texts with equal numbers of bytes count as the same.
+    if len({d.splits[split].bytes for d in data}) > 1:
         return (
             "the runs have different data: only bits/byte may be compared, and a difference may"
             " come from the texts"
@@ -284,7 +273,7 @@ def caution(runs: list[Run], data: list[Data], split: str = "val") -> str | None
             f"the runs have different tokenizers, and {' and '.join(lost)} cannot write every text:"
             " not even bits/byte may be compared"
         )
-    if len(tokens) > 1:
+    if len({(d.tokenizer, d.vocab_size, d.splits[split].tokens) for d in data}) > 1:
         return "the runs have different tokenizers: only bits/byte may be compared"
     return None
 
@@ -361,7 +350,7 @@ def changed(run: Run) -> str | None:
 
 def unequal_windows(runs: list[Run]) -> str | None:
     """A sentence if the runs' validation losses are of different windows, else None."""
-    windows = {(r.model_config.block_size, r.config.eval_iters * r.config.batch_size) for r in runs}
+    windows = {(r.model_config.block_size, r.config.validation_windows) for r in runs}
     if len(windows) < 2:
         return None
     return (

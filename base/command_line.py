@@ -28,6 +28,7 @@ import yaml
 
 from base.errors import UserError, check, nearest
 from base.files import write_whole
+from base.output import tell
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -238,8 +239,7 @@ def known(stored: dict, where: str | Path, *schemas: type) -> dict:
 @functools.cache
 def _note_once(text: str) -> None:
     """Prints a note on stderr, but each text only once: several parts of a program read a file."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # Only one process on each machine.
-        print(f"note: {text}", file=sys.stderr)
+    tell(f"note: {text}")
 
 
 def write_yaml(path: str | Path, *configs: "DataclassInstance") -> None:

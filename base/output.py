@@ -1,5 +1,6 @@
 """Prints messages, and puts lists and durations into words."""
 
+import os
 import sys
 from typing import TextIO
 
@@ -14,6 +15,12 @@ def say(*words: object, file: TextIO | None = None) -> None:
         print(*words, file=file or sys.stdout, flush=True)
     except OSError:
         return  # There is no other place to say it.
+
+
+def tell(sentence: str) -> None:
+    """Prints a sentence on stderr, in one process on each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(sentence, file=sys.stderr)
 
 
 def listed(items: list, most: int = 5) -> str:

@@ -1,7 +1,6 @@
 """The maps of the table. A map changes states and prototypes before a kernel compares them.
 
-A map is a function of vectors (..., C), a random generator or None, and its settings. It returns
-vectors (..., C).
+A map is a function of vectors (..., C) and its settings. It returns vectors (..., C).
 """
 
 import math
@@ -20,14 +19,13 @@ from .precision import FLOAT32, Products, inner_products
 class Map:
     """A map and its trained parameters.
 
-    function: (x, noise, **settings) -> mapped x, (..., C) -> (..., C). noise: a torch.Generator
-        while training, else None. settings: the options of the distance that its kernel does not
-        take, and the result of `prepare`.
+    function: (x, **settings) -> mapped x, (..., C) -> (..., C). settings: the options of the
+        distance that its kernel does not take, and the result of `prepare`.
     parameters: a function from C to {name: initial tensor}.
     prepare: turns trained parameters into settings of the function, once for both operands.
     exported: `prepare` for torch.export of distances and logits, with operators that ONNX knows.
         Mapped vectors may have more coordinates then. None: `prepare`.
-    noisy: whether it draws noise while training.
+    noisy: whether the function also takes `noise`, a torch.Generator, while training.
     cheap: whether it takes only a few operations per coordinate. A cheap map is computed again
         where that saves memory.
     multiplies: whether the function also takes `products`, the way to multiply matrices; see
@@ -58,7 +56,7 @@ def unit(x: Tensor, order: int) -> Tensor:
     return x / torch.where(zero, 1.0, torch.linalg.vector_norm(x, ord=order, dim=-1, keepdim=True))
 
 
-def _normalize(x: Tensor, noise: Generator | None = None) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return unit(x, 2)
     if torch.compiler.is_dynamo_compiling():
@@ -73,15 +71,15 @@ def _fast_unit(x: Tensor) -> Tensor:
     return unit(x, 2) if compiled is None else compiled
 
 
-def _normalize_l1(x: Tensor, noise: Generator | None = None) -> Tensor:
+def _normalize_l1(x: Tensor) -> Tensor:
     return unit(x.abs(), 1)
 
 
-def _soft(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
+def _soft(x: Tensor, t: float = 1.0) -> Tensor:
     return torch.sigmoid(x / t)
 
 
-def _gumbel(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
+def _gumbel(x: Tensor, t: float = 1.0, noise: Generator | None = None) -> Tensor:
     """Binary Gumbel-softmax. Its noise, the difference of two Gumbel variables, is logistic."""
     if noise is not None:
         u = torch.rand(x.shape, generator=noise, dtype=x.dtype, device=x.device)
@@ -89,7 +87,7 @@ def _gumbel(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor
     return torch.sigmoid(x / t)
 
 
-def _hard(x: Tensor, noise: Generator | None = None, t: float = 1.0) -> Tensor:
+def _hard(x: Tensor, t: float = 1.0) -> Tensor:
     """1[x > 0] in the forward pass, and the gradient of sigmoid(x / t) in the backward pass."""
     soft = torch.sigmoid(x / t)
     return (x > 0).to(x.dtype) + (soft - soft.detach())
@@ -122,12 +120,7 @@ def _triangle(factor: Tensor | None = None) -> dict[str, Tensor]:
     return {} if factor is None else {"factor": factor.tril()}
 
 
-def _linear(
-    x: Tensor,
-    noise: Generator | None = None,
-    factor: Tensor | None = None,
-    products: Products = FLOAT32,
-) -> Tensor:
+def _linear(x: Tensor, factor: Tensor | None = None, products: Products = FLOAT32) -> Tensor:
     if factor is None:
         return x
     if products is FLOAT32 or x.dtype != torch.float32:
@@ -135,7 +128,7 @@ def _linear(
     return inner_products(x, factor.to(x.dtype).T, products)
 
 
-def _diagonal(x: Tensor, noise: Generator | None = None, theta: Tensor | None = None) -> Tensor:
+def _diagonal(x: Tensor, theta: Tensor | None = None) -> Tensor:
     return x if theta is None else x * (theta.to(x.dtype) / 2).exp()
 
 

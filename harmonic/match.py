@@ -17,8 +17,8 @@ The logits are then, to first order, for euclidean (and mahalanobis at its start
 They are the logits of the source if `a n = |h|^2 + R^2` (euclidean) or `a n = |h| R` (cosine). The
 norm |h| differs between states, so their temperatures differ. For euclidean a large R hides that.
 
-The higher orders shrink as z^2 / n for a logit z. The default n is so large that they
-cost NEAR nats or less, by this estimate. A larger n matches better, until rounding in float32 costs
+The terms that are left out are about z^2 / n for a logit z. The default n is so large that, by this
+estimate, they cost at most NEAR nats. A larger n matches better, until rounding in float32 costs
 more. A smaller n is less like a softmax, but tolerates larger steps in training.
 
 Other distances get the prototypes `a w_v`, with a and n fitted on some states.

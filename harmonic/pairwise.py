@@ -133,8 +133,9 @@ def mapped(distance: Distance, x: Tensor, seed: int | None, settings: dict[str, 
     """Applies the map of a distance: (..., C) -> (..., C). settings: of the map."""
     if distance.map is None:
         return x
-    noise = None if seed is None else torch.Generator(x.device).manual_seed(seed)
-    return distance.map.function(x, noise, **settings)
+    if seed is not None:
+        settings = settings | {"noise": torch.Generator(x.device).manual_seed(seed)}
+    return distance.map.function(x, **settings)
 
 
 def map_both(

@@ -240,7 +240,7 @@ class Study:
         return found
 
     def finals(self, name: str, iterations: int) -> list[dict]:
-        """The final runs of a head whose sweep is done. None if no setting was finite."""
+        """The final runs of a head whose sweep is done. Empty if no setting was finite."""
         found = self.sweep(name, iterations)
         best = _best(found)
         if found[best] == math.inf:

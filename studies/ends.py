@@ -201,7 +201,7 @@ def table(rows: list[Row], stage: str, heads: list[str], tested: bool, base: str
 
     base: what cross_entropy is called. The other heads' values are of the seeds that it has too.
     tested: whether to show p of a t-test of the differences, with Holm's correction for all of the
-        table. There is none for counts whose difference is the same in every seed, but they count
+        table. There is none if the difference is the same in every seed, but such a row counts
         as a test.
     """
     found = {(m, name): differences(rows, stage, name, m) for m in MEASURES for name in heads}

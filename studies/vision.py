@@ -111,10 +111,10 @@ def _channels_first(images: np.ndarray) -> torch.Tensor:
     return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
 
 
-def apart(x: np.ndarray, y: np.ndarray, share: float = 0.2) -> Arrays:
-    """Splits a dataset without test images. The test part is always the same."""
+def apart(x: np.ndarray, y: np.ndarray) -> Arrays:
+    """Splits a dataset without test images. The test part, a fifth, is always the same."""
     order = np.random.default_rng(1).permutation(len(x))
-    test, train = order[: int(share * len(x))], order[int(share * len(x)) :]
+    test, train = np.split(order, [int(0.2 * len(x))])
     return x[train], y[train], x[test], y[test]
 
 

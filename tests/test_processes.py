@@ -106,7 +106,7 @@ def test_a_run_that_torchrun_goes_on_with_is_named(train, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     assert train(head="cosine")[0] == 0
     _, out, err = train(head="cosine", overwrite=True)
-    assert "a torchrun with the id abc began the run in run, so it goes on" in err
+    assert "a torchrun with the id abc began the run in run, so it is resumed" in err
     assert "run is already trained" in out
 
 

@@ -311,7 +311,7 @@ def test_json_in_a_terminal_without_unicode(monkeypatch):
 
     written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     monkeypatch.setattr(sys, "stdout", written)
-    texts = module.Texts(Emoji(), [[0]], None)
+    texts = module.ShownTexts(Emoji(), [[0]], None)
     module.write_json(texts, iter([[1]]), 1)
     written.flush()
     assert json.loads(written.buffer.getvalue())["text"] == "é😀"

@@ -12,8 +12,7 @@ from test_sample import runs, sample  # noqa: F401
 from harmonic import HEADS, HarmonicHead
 from harmonic.prepared import fingerprint
 from model import ModelConfig, Sampler, Texts
-from sample import Explainer, write, write_json
-from sample import Texts as ShownTexts
+from sample import Explainer, ShownTexts, write, write_json
 
 
 @pytest.mark.parametrize("name", HEADS)

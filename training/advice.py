@@ -20,6 +20,7 @@ from training.config import TrainConfig
 from training.data import split_warnings
 from training.schedule import learning_rate
 
+MANY_EPOCHS = 8  # A run that reads the text so many times gets a note.
 COMPILING = 30  # Seconds to compile a small model on a CPU. Two cores of a Xeon took about 25.
 # The most that compiling saves of an iteration's time. This is assumed, not measured.
 SAVED = 0.2
@@ -216,15 +217,6 @@ def _multiplies_bfloat16() -> bool:
     )
 
 
-MANY_EPOCHS = 8  # A run that reads the text so many times gets a note.
-
-
-def _epochs(model: ModelConfig, c: TrainConfig, data: Data) -> float:
-    """How many times a run reads the training text."""
-    tokens = c.batch_size * c.gradient_accumulation_steps * model.block_size
-    return c.max_iters * tokens / data.splits["train"].tokens
-
-
 def rising_rate(c: TrainConfig, iteration: int, changed: dict) -> str | None:
     """A note if a resumed run continues at a higher learning rate than it had, else None.
 
@@ -238,24 +230,21 @@ def rising_rate(c: TrainConfig, iteration: int, changed: dict) -> str | None:
     rises = f"the learning rate rises from {before:.2g} to {now:.2g}"
     if not {"max_iters", "lr_decay_iters", "decay_iters"} & set(changed):
         return rises
-    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     return (
-        f"{rises}, because its decay now ends at iteration {end}: the loss may rise at first. To"
-        " plan for more iterations, set --lr_decay_iters at the first start"
+        f"{rises}, because its decay now ends at iteration {c.decay_end}: the loss may rise at"
+        " first. To plan for more iterations, set --lr_decay_iters at the first start"
     )
 
 
-def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> list[str]:
+def senseless_settings(model: ModelConfig, c: TrainConfig, data: Data) -> list[str]:
     """Notes about numbers that make no sense with another setting, or with the data."""
-    c, found = config, split_warnings(data, model.block_size)
-    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
-    epochs = _epochs(model, c, data)
+    found, end = split_warnings(data, model.block_size), c.decay_end
+    epochs = c.max_iters * c.windows * model.block_size / data.splits["train"].tokens
     if epochs > MANY_EPOCHS:
         found.append(
             f"max_iters={c.max_iters} reads the training text {epochs:.0f} times: watch whether the"
             " validation loss rises, or lower --max_iters"
         )
-    windows = (data.splits["val"].tokens - 1) // model.block_size
     if 0 < c.max_iters <= 2 * c.warmup_iters and c.warmup_iters > 1:
         half = "all" if c.warmup_iters >= c.max_iters else "half or more"
         found.append(
@@ -291,7 +280,8 @@ def senseless_settings(model: ModelConfig, config: TrainConfig, data: Data) -> l
             f"eot_id={model.eot_id} is another token than the data's end of text, {data.eot_id}:"
             " documents are masked at that token"
         )
-    if c.eval_iters * c.batch_size > windows:
+    windows = (data.splits["val"].tokens - 1) // model.block_size
+    if c.validation_windows > windows:
         found.append(
             f"eval_iters={c.eval_iters} * batch_size={c.batch_size} are more windows than val has:"
             f" all {windows:,} are used"

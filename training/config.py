@@ -118,6 +118,21 @@ class TrainConfig:
     emissions_country: str = "USA"
     """ISO 3166 alpha-3 code of the country whose electricity is used, for kg CO2e"""
 
+    @property
+    def windows(self) -> int:
+        """The windows of an iteration, over all processes."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def validation_windows(self) -> int:
+        """The most windows of an evaluation. A short split has fewer."""
+        return self.eval_iters * self.batch_size
+
+    @property
+    def decay_end(self) -> int:
+        """The iteration at which the decay of the learning rate ends."""
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings, one sentence each."""
         found = self._range_problems()
@@ -138,8 +153,7 @@ class TrainConfig:
         return found + self._schedule_problems()
 
     def _schedule_problems(self) -> list[str]:
-        found = []
-        end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        found, end = [], self.decay_end
         if self.lr_decay_iters is not None and end < self.warmup_iters:
             found.append(f"lr_decay_iters={end} ends before warmup_iters={self.warmup_iters}")
         if self.lr_schedule == "constant":

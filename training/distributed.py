@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from base.command_line import cli, flush
 from base.errors import UserError
-from base.output import say
+from base.output import tell
 from model import Model
 
 T = TypeVar("T")
@@ -82,6 +82,11 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    @property
+    def kind(self) -> str:
+        """cpu, cuda or mps."""
+        return self.device.split(":")[0]
+
     def from_main(self, make: Callable[[], T]) -> T:
         """Calls `make()` in the main process, and returns its result in all processes.
 
@@ -109,7 +114,6 @@ class Processes:
         """
         if self.world == 1:
             return model
-        kind = self.device.split(":")[0]
         if parallel == "ddp":
             # Blocks are compiled one by one, so gradients are exchanged while earlier blocks still
             # compute theirs. By default PyTorch would cut each block in two for that.
@@ -117,12 +121,12 @@ class Processes:
             _KEPT.append(
                 DistributedDataParallel(
                     model,
-                    device_ids=[self.local_rank] if kind == "cuda" else None,
+                    device_ids=[self.local_rank] if self.kind == "cuda" else None,
                     gradient_as_bucket_view=True,  # No second copy of the gradients.
                 )
             )
             return _KEPT[-1]
-        mesh = dist.device_mesh.init_device_mesh(kind, (self.world,))
+        mesh = dist.device_mesh.init_device_mesh(self.kind, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -381,8 +385,8 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.asked or number == signal.SIGINT:
             self.asked = number
-            if number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
-                say("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+            if number == signal.SIGINT:
+                tell("\nstopping after this step; Ctrl-C again stops at once")
 
     def agreed(self) -> int:
         """The signal that stops all processes now, or 0. Call it once per step.
@@ -391,8 +395,7 @@ class StopSignals:
         """
         if self.parent not in (None, os.getppid()) and not self.asked:
             self.asked = signal.SIGTERM
-            if os.environ.get("LOCAL_RANK") == "0":
-                say("torchrun has died; stopping", file=sys.stderr)
+            tell("torchrun has died; stopping")
         if self.group is None:
             return self.asked
         answer = 0

@@ -75,8 +75,10 @@ def starts(out_dir: Path) -> list[dict]:
 
 
 def kept_starts(out_dir: Path, now: dict | None = None) -> list[dict]:
-    """The starts of a run of which something is left. A start that went back to where an earlier
-    one began has replaced it. Then `changed` says how it differs from the one before both.
+    """The starts of a run whose iterations still count.
+
+    A start that resumed at or before the first iteration of an earlier start replaces that one. Its
+    `changed` then compares it with the start before the replaced one.
 
     now: the `iter` and `changed` of a start that environment.json does not have yet.
     """

@@ -38,9 +38,7 @@ class Evaluation:
         self.m, self.processes, self.autocast = m, processes, autocast
         self.batches = batches_of(data, m)
         self.split, self.batch_size = data.splits["val"], c.batch_size
-        self.windows = validation_windows(
-            self.split.tokens, m.block_size, c.eval_iters * c.batch_size
-        )
+        self.windows = validation_windows(self.split.tokens, m.block_size, c.validation_windows)
         # All processes run the same number of batches, because FSDP gathers weights from all.
         self.rounds = math.ceil(math.ceil(len(self.windows) / processes.world) / self.batch_size)
 

@@ -4,8 +4,9 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from base.command_line import write_yaml
 from base.errors import UserError
@@ -84,14 +85,9 @@ class RunFolder:
         settings = {**vars(m), **vars(c)}
         self.metrics = Metrics(self.path, iteration, c.tensorboard, c.wandb, settings)
         copy_tokenizer(data.tokenizer, data.folder, self.path)
-        stored = replace(
-            c,
-            init_from="scratch",
-            overwrite=False,
-            eval_only=False,
-            new_data_order=False,
-            profile=0,
-        )
+        # Settings of one start are not stored, except for these two.
+        once: dict[str, Any] = {f.name: f.default for f in fields(c) if "of_a_start" in f.metadata}
+        stored = replace(c, **(once | {"source": c.source, "out_dir": c.out_dir}))
         write_yaml(self.path / "config.yaml", m, stored)
         write_environment(
             self.path, environment(p.device, p.world, p.torchruns), iteration, changed
@@ -119,7 +115,7 @@ class RunFolder:
         self.metrics.sync()
         counters = {
             "val_loss": loss,
-            "windows": run.c.eval_iters * run.c.batch_size,  # of the validation loss
+            "windows": run.c.validation_windows,  # of the validation loss
             "best_val_loss": at.best_loss,
             "skipped": at.skipped,
             "skipped_in_a_row": at.skipped_in_a_row,

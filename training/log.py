@@ -143,8 +143,7 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     dtype: of the trunk. changed: settings that a resumed run changes, key -> [before, now].
     """
     m, c, p, model, data = run.m, run.c, run.processes, run.model, run.data
-    slots = c.batch_size * c.gradient_accumulation_steps
-    windows = f"{slots} window{'s' * (slots > 1)} of {m.block_size}"
+    windows = f"{c.windows} window{'s' * (c.windows > 1)} of {m.block_size}"
     processes = f"{p.world} process{'es' if p.world > 1 else ''} on {p.device}"
     if p.world > 1:
         processes += f" ({c.parallel})"
@@ -176,8 +175,8 @@ def introduce(run: Run, dtype: str, changed: dict) -> None:
     if not c.eval_only:
         left = c.max_iters - run.progress.iteration
         flops = run.work.flops_per_token * run.work.tokens
-        notes += filter(None, [uneven_shares(slots, p.world), other_gpus(c, p.device)])
-        notes += slow_settings(m, c, p.device.split(":")[0], dtype, flops, left)
+        notes += filter(None, [uneven_shares(c.windows, p.world), other_gpus(c, p.device)])
+        notes += slow_settings(m, c, p.kind, dtype, flops, left)
         notes += senseless_settings(m, c, data)
     if run.progress.iteration == 0 and c.init_from in ("scratch", "auto"):
         notes += small_start(m, c)

@@ -12,8 +12,7 @@ def learning_rate(iteration: int, c: TrainConfig) -> float:
     wsd: constant, then linear down to min_lr over the last decay_iters iterations.
     constant: constant to the end.
     """
-    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
-    low = c.learning_rate / 10 if c.min_lr is None else c.min_lr
+    end, low = c.decay_end, c.learning_rate / 10 if c.min_lr is None else c.min_lr
     if iteration < c.warmup_iters:
         return c.learning_rate * (iteration + 1) / (c.warmup_iters + 1)
     if c.lr_schedule == "constant":
@@ -34,5 +33,4 @@ def decay_iterations(c: TrainConfig) -> int:
     """
     if c.decay_iters is not None:
         return c.decay_iters
-    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
-    return max(1, min(end // 5, end - c.warmup_iters))
+    return max(1, min(c.decay_end // 5, c.decay_end - c.warmup_iters))

@@ -18,7 +18,7 @@ import torch
 from base.command_line import known, parse, read_yaml, split_flags
 from base.errors import UserError, check
 from base.files import json_object
-from base.output import listed, say
+from base.output import listed, tell
 from harmonic import HarmonicHead
 from harmonic.compiled import load
 from model import Model, ModelConfig
@@ -69,7 +69,7 @@ def configure(
         init_from = "auto"
         tell(
             f"note: a torchrun with the id {os.environ['TORCHELASTIC_RUN_ID']} began the run in"
-            f" {out_dir}, so it goes on. To start a new run, use another --rdzv_id or --out_dir"
+            f" {out_dir}, so it is resumed. To start a new run, use another --rdzv_id or --out_dir"
         )
     resume = init_from == "resume" or (init_from == "auto" and bool(checkpoint.folders(out_dir)))
     base: dict | None = None
@@ -177,16 +177,15 @@ def resume_problems(
         )
     if config.new_data_order or config.eval_only:
         return found
-    slots = config.batch_size * config.gradient_accumulation_steps
-    slots_before = base.get("batch_size", slots) * base.get("gradient_accumulation_steps", 1)
-    if slots != slots_before:
+    windows = base.get("batch_size", config.windows) * base.get("gradient_accumulation_steps", 1)
+    if config.windows != windows:
         product = (
             f"batch_size={config.batch_size} *"
             f" gradient_accumulation_steps={config.gradient_accumulation_steps}"
         )
         found.append(
-            f"cannot resume {out_dir} with {product} = {slots} windows an iteration: the run has"
-            f" {slots_before}, and {REORDERED}"
+            f"cannot resume {out_dir} with {product} = {config.windows} windows an iteration: the"
+            f" run has {windows}, and {REORDERED}"
         )
     if config.seed != base.get("seed", config.seed):
         found.append(
@@ -362,12 +361,6 @@ def compile_kernels(m: ModelConfig, device: str) -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def tell(sentence: str) -> None:
-    """Prints a sentence on stderr, in one process on each machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        say(sentence, file=sys.stderr)
-
-
 def check_out_dir(c: TrainConfig) -> None:
     """Raises UserError if out_dir holds another run, or is not a folder."""
     out_dir = Path(c.out_dir)
@@ -423,11 +416,10 @@ def start_processes(
             f"the processes would train with different settings: {listed(different)}. Start all"
             " machines with the same command and the same data"
         )
-    slots = c.batch_size * c.gradient_accumulation_steps
-    if p.world > slots or (c.parallel == "fsdp" and slots % p.world):
+    if p.world > c.windows or (c.parallel == "fsdp" and c.windows % p.world):
         need = f"a multiple of {p.world}" if c.parallel == "fsdp" else f"at least {p.world}"
         raise shared_error(
-            f"{p.world} processes cannot share {slots} windows an iteration (batch_size *"
+            f"{p.world} processes cannot share {c.windows} windows an iteration (batch_size *"
             f" gradient_accumulation_steps): make that product {need}"
         )
     p.torchruns = sorted({torchrun for *_, torchrun in every})
@@ -441,13 +433,13 @@ def precision(
 
     Distances and weights are float32.
     """
-    kind, dtype = p.device.split(":")[0], c.dtype
+    dtype = c.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if kind == "cuda" and gpu_multiplies_bfloat16() else "float32"
+        dtype = "bfloat16" if p.kind == "cuda" and gpu_multiplies_bfloat16() else "float32"
     autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
     if dtype != "float32":
-        autocast = torch.autocast(kind, getattr(torch, dtype))
-    return dtype, autocast, torch.amp.GradScaler(kind, enabled=dtype == "float16")
+        autocast = torch.autocast(p.kind, getattr(torch, dtype))
+    return dtype, autocast, torch.amp.GradScaler(p.kind, enabled=dtype == "float16")
 
 
 @dataclass
@@ -492,20 +484,22 @@ def restore(
         if not split.sha256:
             what += " (and there is no meta.json)"
         raise UserError(f"cannot resume {out_dir}: {split.path} {what}, and {REORDERED}")
-    for key, before, now in (
-        ("text", manifest["data"], split.identity()),
-        ("val_text", manifest.get("val_data"), data.splits["val"].identity()),
-    ):
-        if before not in (None, now):  # Older checkpoints have no val_data.
-            changed[key] = [before, now]
+    texts = {
+        "text": [manifest["data"], split.identity()],
+        "val_text": [manifest.get("val_data"), data.splits["val"].identity()],
+    }
+    # Older checkpoints have no val_data.
+    changed = changed | {k: both for k, both in texts.items() if both[0] not in (None, both[1])}
     this_start = {"iter": manifest["iter"], "changed": changed}
     # A start that was killed or refused may have changed settings, too.
     differs = p.from_main(lambda: kept_starts(out_dir, this_start))[-1]["changed"]
-    windows = c.eval_iters * c.batch_size
-    if other_windows(differs) or manifest.get("windows", windows) != windows:
-        manifest["best_val_loss"] = math.inf
-    iteration = manifest["iter"]
-    evaluated = -1 if manifest["val_loss"] is None else iteration
-    skipped = manifest["skipped"], manifest.get("skipped_in_a_row", 0)
-    progress = Progress(iteration, manifest["best_val_loss"], evaluated, *skipped)
+    windows = manifest.get("windows", c.validation_windows)
+    same_windows = windows == c.validation_windows and not other_windows(differs)
+    progress = Progress(
+        iteration=manifest["iter"],
+        best_loss=manifest["best_val_loss"] if same_windows else math.inf,
+        evaluated=-1 if manifest["val_loss"] is None else manifest["iter"],
+        skipped=manifest["skipped"],
+        skipped_in_a_row=manifest.get("skipped_in_a_row", 0),
+    )
     return Restored(progress, folder, changed, differs)

@@ -88,10 +88,10 @@ class Work:
 
     @staticmethod
     def of(c: TrainConfig, model: Model, batches: Batches) -> "Work":
-        slots, length = c.batch_size * c.gradient_accumulation_steps, batches.block_size
+        length = batches.block_size
         predicted = batches.objective.predicted(length)
         flops = model.flops_per_token(predicted / length)
-        return Work(slots * length, slots * predicted, flops)
+        return Work(c.windows * length, c.windows * predicted, flops)
 
 
 def norms(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -172,18 +172,11 @@ def kill_all(process: subprocess.Popen) -> None:
 
     Killing the process group is not enough, because torchrun starts new sessions.
     """
-    try:
-        family = [
-            process.pid,
-            *(p.pid for p in psutil.Process(process.pid).children(recursive=True)),
-        ]
-    except psutil.NoSuchProcess:
-        family = []  # It has ended, with all that it started.
-    for pid in family:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # It has ended already.
+    with contextlib.suppress(psutil.NoSuchProcess):  # It has ended, with all that it started.
+        root = psutil.Process(process.pid)
+        for each in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
     process.wait()
 
 
