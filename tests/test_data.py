@@ -20,6 +20,7 @@ from text.token_files import Data, Split, data_folder, load_data
 from training.data import (
     hashed,
     index,
+    other_tokenizer,
     permute,
     split_problems,
     split_warnings,
@@ -197,6 +198,10 @@ def test_nanogpt_folder_without_meta(tiny_data, tmp_path):
         and MASKED_LM.rows(data) == 50258
     )
     assert data.splits["val"].bytes == 20 * len("Hello world")
+    assert other_tokenizer(data) == []
+    (np.arange(20_000, dtype=np.uint16) % 4096).tofile(tmp_path / "train.bin")
+    (note,) = other_tokenizer(load_data(tmp_path, "gpt2"))
+    assert "are all below 4,096, but gpt2 has 50,257 tokens: check --tokenizer" in note
 
 
 def test_a_tokenizer_beside_token_files_is_theirs(tiny_data, tmp_path):

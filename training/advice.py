@@ -17,7 +17,7 @@ from harmonic.distances import resolve
 from model import ModelConfig
 from text.token_files import Data
 from training.config import TrainConfig
-from training.data import split_warnings
+from training.data import other_tokenizer, split_warnings
 from training.schedule import learning_rate
 
 MANY_EPOCHS = 8  # A run that reads the text so many times gets a note.
@@ -238,7 +238,7 @@ def rising_rate(c: TrainConfig, iteration: int, changed: dict) -> str | None:
 
 def senseless_settings(model: ModelConfig, c: TrainConfig, data: Data) -> list[str]:
     """Notes about numbers that make no sense with another setting, or with the data."""
-    found, end = split_warnings(data, model.block_size), c.decay_end
+    found, end = split_warnings(data, model.block_size) + other_tokenizer(data), c.decay_end
     epochs = c.max_iters * c.windows * model.block_size / data.splits["train"].tokens
     if epochs > MANY_EPOCHS:
         found.append(

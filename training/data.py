@@ -10,6 +10,8 @@ import hashlib
 
 from text.token_files import FEW_WINDOWS, LONGER, Data, other_kind
 
+ENOUGH_IDS = 10_000  # So many ids of a text include some from the upper part of its vocabulary.
+
 
 def split_problems(data: Data, block_size: int) -> list[str]:
     """An error for each split that is shorter than a window and the last target."""
@@ -42,6 +44,20 @@ def split_warnings(data: Data, block_size: int) -> list[str]:
     if unlike and not warnings:
         warnings.append(f"{data.folder}: {unlike}")
     return warnings
+
+
+def other_tokenizer(data: Data) -> list[str]:
+    """A warning if token files without meta.json seem to have another tokenizer than was named."""
+    split = data.splits["train"]
+    if split.sha256 is not None or split.tokens < ENOUGH_IDS:
+        return []
+    ids = split.read(0, 2**20)
+    if ids.max() >= data.vocab_size / 4:
+        return []
+    return [
+        f"the first {len(ids):,} ids of {split.path} are all below {ids.max() + 1:,}, but"
+        f" {data.tokenizer} has {data.vocab_size:,} tokens: check --tokenizer"
+    ]
 
 
 def hashed(*key: object) -> int:
