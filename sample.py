@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from base.command_line import cli, parse
-from base.errors import UserError, check
+from base.errors import UserError, check, too_small
 from base.files import special_file
 from harmonic import HarmonicHead, contributions, paired_distance
 from harmonic.integrations.faiss import NearestHead
@@ -106,11 +106,7 @@ class SampleConfig:
     """precision of the trunk (autocast)"""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("num_samples", "max_new_tokens", "ann_candidates")
-            if getattr(self, k) < 1
-        ]
+        found = too_small(self, num_samples=1, max_new_tokens=1, ann_candidates=1)
         too_long = f"max_new_tokens={self.max_new_tokens} must be at most {MOST_TOKENS}"
         found += [too_long] * (self.max_new_tokens > MOST_TOKENS)
         if not 0 <= self.seed < 2**31:

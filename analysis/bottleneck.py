@@ -34,6 +34,7 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.errors import too_small
 from harmonic import HarmonicHead, paired_distance
 from model import Model
 from text.token_files import Data
@@ -51,10 +52,7 @@ class BottleneckConfig(ModelAnalysisConfig):
     """how many tokens of the split to measure, spread evenly over it"""
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.tokens < 1:
-            found.append(f"tokens={self.tokens} must be at least 1")
-        return found
+        return super().problems() + too_small(self, tokens=1)
 
 
 def jacobian(head: HarmonicHead, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import UserError, check
+from base.errors import UserError, check, too_small
 from model import Model
 from text.token_files import Data, data_folder, load_data
 from text.tokenizers import Tokenizer, same_tokens
@@ -80,10 +80,7 @@ class ConfidenceConfig(ModelAnalysisConfig):
     own text are held in memory, so use fewer with a large vocabulary"""
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.windows < LEAST:
-            found.append(f"windows={self.windows} must be at least {LEAST}")
-        return found
+        return super().problems() + too_small(self, windows=LEAST)
 
 
 @dataclass

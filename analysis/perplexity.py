@@ -53,7 +53,7 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import UserError, check
+from base.errors import UserError, check, too_small
 from harmonic import IGNORE_INDEX
 from model import Model, ModelConfig
 from text.token_files import Data, data_folder, documents_of, load_data
@@ -86,13 +86,7 @@ class PerplexityConfig(ModelAnalysisConfig):
     """windows computed at once"""
 
     def problems(self) -> list[str]:
-        found = [f"stride={self.stride} must not be negative"] if self.stride < 0 else []
-        found += [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("batch_size", "corpus_bytes")
-            if getattr(self, k) < 1
-        ]
-        return found + super().problems()
+        return too_small(self, stride=0, batch_size=1, corpus_bytes=1) + super().problems()
 
 
 def default_stride(config: ModelConfig, documents: bool = False) -> int:

@@ -40,6 +40,7 @@ from analysis.runs import (
 )
 from analysis.tables import Column
 from base.command_line import cli, parse
+from base.errors import too_small
 from harmonic import HarmonicHead
 from model import Model
 from text.token_files import Data
@@ -62,11 +63,7 @@ class QuantizationConfig(ModelAnalysisConfig):
     def problems(self) -> list[str]:
         found = super().problems()
         found += [f"bits={bits} must be from 2 to 16" for bits in self.bits if not 2 <= bits <= 16]
-        if self.group is not None and self.group < 1:
-            found.append(f"group={self.group} must be at least 1")
-        if self.tokens < 1:
-            found.append(f"tokens={self.tokens} must be at least 1")
-        return found
+        return found + too_small(self, group=1, tokens=1)
 
 
 def rounded(w: Tensor, bits: int, group: int | None = None) -> Tensor:

@@ -34,7 +34,7 @@ from analysis.summary import (
     summary_table,
 )
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from base.files import writable
 from model import Diverged, Model
 from text.token_files import Data
@@ -113,12 +113,7 @@ class ReportConfig:
     """auto, cpu, cuda or mps"""
 
     def problems(self) -> list[str]:
-        least = {"samples": 0, "max_new_tokens": 1, "temperature": 0, "top_k": 1}
-        found = [
-            f"{k}={getattr(self, k)} must be at least {low}"
-            for k, low in least.items()
-            if not getattr(self, k) >= low
-        ]
+        found = too_small(self, samples=0, max_new_tokens=1, temperature=0, top_k=1)
         if not 0 <= self.seed < 2**31:
             found.append(f"seed={self.seed} is not in 0..{2**31 - 1}")
         return found

@@ -24,6 +24,16 @@ def check(problems: list[str]) -> None:
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def too_small(settings: object, **least: float) -> list[str]:
+    """A problem for each setting, by name, that is below its least value. None is allowed."""
+    values = {name: getattr(settings, name) for name in least}
+    return [
+        f"{name}={value} must be at least {least[name]}"
+        for name, value in values.items()
+        if value is not None and not value >= least[name]  # NaN is too small as well.
+    ]
+
+
 def nearest(
     name: object, names: Iterable[object], other_names: Mapping[str, str] = MappingProxyType({})
 ) -> str:

@@ -32,7 +32,7 @@ from analysis import tables
 from analysis.runs import Run, find_runs
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import check
+from base.errors import check, too_small
 from base.files import result_file
 from benchmarks.head import seconds
 from benchmarks.skip import states
@@ -85,11 +85,7 @@ class AnnConfig:
         found = [f"faiss cannot search {name}" for name in unknown]
         if self.vocab_size < TOP or self.candidates < TOP:
             found.append(f"vocab_size and candidates must be at least {TOP}, for recall_{TOP}")
-        if self.N < 8:
-            found.append(f"N={self.N} must be at least 8")
-        if self.rounds < 1:
-            found.append(f"rounds={self.rounds} must be at least 1")
-        return found
+        return found + too_small(self, N=8, rounds=1)
 
 
 @torch.inference_mode()

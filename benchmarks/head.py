@@ -89,9 +89,9 @@ class BenchmarkConfig:
         return Path(self.out or f"results/head_{self.device}.csv")
 
     def problems(self) -> list[str]:
-        from base.errors import nearest
+        from base.errors import nearest, too_small
 
-        found = [] if self.rounds > 0 else [f"rounds={self.rounds} must be at least 1"]
+        found = too_small(self, rounds=1)
         if self.device == "cuda" and not torch.cuda.is_available():
             found.append("device=cuda: PyTorch sees no GPU here")
         if self.device == "cuda" and self.growth:

@@ -20,7 +20,7 @@ from pathlib import Path
 from analysis import tables
 from analysis.runs import find_runs
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from base.files import result_file
 from training.metrics import read_metrics
 
@@ -41,11 +41,7 @@ class PageConfig:
     """the CSV file"""
 
     def problems(self) -> list[str]:
-        return [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("runs", "steps")
-            if getattr(self, k) < 1
-        ]
+        return too_small(self, runs=1, steps=1)
 
 
 def opening(page: Path, width: int) -> float:

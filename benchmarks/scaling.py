@@ -35,7 +35,7 @@ from tqdm import tqdm
 from analysis import figures, tables
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from base.files import result_file
 from model import Model, ModelConfig
 from training.config import TrainConfig
@@ -81,8 +81,7 @@ class ScalingConfig:
     """the table; the figure is written beside it"""
 
     def problems(self) -> list[str]:
-        found = [f"rounds={self.rounds} must be at least 1"] * (self.rounds < 1)
-        return found + [f"iters={self.iters} must be at least 5"] * (self.iters < 5)
+        return too_small(self, rounds=1, iters=5)
 
 
 # Kinds of measured runs: how, scaling and processes.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from analysis import tables
 from analysis.runs import Run, find_runs
 from base.command_line import cli, parse
-from base.errors import check
+from base.errors import check, too_small
 from base.files import result_file
 from benchmarks.head import seconds
 from harmonic import HEADS, IGNORE_INDEX, HarmonicHead
@@ -47,11 +47,7 @@ class SkipConfig:
     """the CSV file"""
 
     def problems(self) -> list[str]:
-        return [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in ("N", "rounds")
-            if getattr(self, k) < 1
-        ]
+        return too_small(self, N=1, rounds=1)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from analysis import tables
 from analysis.tables import Column
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from base.files import result_file
 from model import Model, ModelConfig
 from text.token_files import load_data
@@ -80,8 +80,7 @@ class SpeedConfig:
     """the table; it is written only without --only"""
 
     def problems(self) -> list[str]:
-        found = [f"rounds={self.rounds} must be at least 1"] * (self.rounds < 1)
-        return found + [f"iters={self.iters} must be at least 9"] * (self.iters < 9)
+        return too_small(self, rounds=1, iters=9)
 
 
 PLAIN, COMPILED, OURS = "plain loop", "plain loop, compiled", "train.py"

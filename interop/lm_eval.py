@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from base.files import write_whole
 from text.token_files import data_folder, documents_of, load_data
 
@@ -64,9 +64,7 @@ class HarnessConfig:
             found.append("name one prepared folder, such as wikitext2")
         if not self.to:
             found.append("name the folder to write to with --to=DIR")
-        if self.questions < ENDINGS:
-            found.append(f"questions={self.questions} must be at least {ENDINGS}")
-        return found
+        return found + too_small(self, questions=ENDINGS)
 
 
 def questions(texts: list[str], count: int, seed: int) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from pathlib import Path
 from analysis import figures
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse, write_yaml
-from base.errors import UserError, check, nearest
+from base.errors import UserError, check, nearest, too_small
 from harmonic import HEADS
 from harmonic.distances import OTHER_NAMES
 from harmonic.links import resolve_exponent
@@ -92,10 +92,7 @@ class AdviseConfig:
     """processes of each run, for GPUs"""
 
     def problems(self) -> list[str]:
-        found = []
-        for name, least in {"seeds": 3, "workers": 1, "nproc_per_node": 1}.items():
-            if getattr(self, name) < least:
-                found.append(f"{name}={getattr(self, name)} must be at least {least}")
+        found = too_small(self, seeds=3, workers=1, nproc_per_node=1)
         if not 0 < self.minutes < math.inf:
             found.append(f"minutes={self.minutes} must be positive")
         for name in self.names():

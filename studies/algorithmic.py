@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.geometry import spectrum
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from base.files import write_whole
 from harmonic import CONTROLS, DISTANCES, HarmonicHead, distance
 from model import Model, ModelConfig
@@ -437,10 +437,7 @@ class AlgorithmicConfig:
     """processes, each with one CPU thread"""
 
     def problems(self) -> list[str]:
-        found = []
-        for name in ("seeds", "steps", "workers"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be at least 1")
+        found = too_small(self, seeds=1, steps=1, workers=1)
         for name, known in (("tasks", TASKS), ("models", MODELS)):
             for word in getattr(self, name).split():
                 if word not in known:

@@ -25,7 +25,7 @@ from analysis.quantization import QuantizationConfig, compare
 from analysis.runs import predictions
 from analysis.tables import Column, interval, markdown
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from model import Model
 from studies import budget
 from studies.runner import Job, Row, Table, complete, run_name
@@ -85,7 +85,7 @@ class EndsConfig:
     """runs measured at the same time, each with one CPU thread"""
 
     def problems(self) -> list[str]:
-        return [] if self.workers > 0 else [f"workers={self.workers} must be at least 1"]
+        return too_small(self, workers=1)
 
 
 def python_windows(words: Tokenizer, length: int, most: int) -> Tensor:

@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.tables import append_csv, read_csv
-from base.errors import UserError
+from base.errors import UserError, too_small
 
 Row = dict[str, str]
 # The exit status of train.py if a loss is not finite.
@@ -102,11 +102,7 @@ class TrainingConfig:
     """processes of each run, for GPUs"""
 
     def problems(self) -> list[str]:
-        return [
-            f"{name}={getattr(self, name)} must be at least 1"
-            for name in ("workers", "nproc_per_node")
-            if getattr(self, name) < 1
-        ]
+        return too_small(self, workers=1, nproc_per_node=1)
 
 
 def commit() -> str:

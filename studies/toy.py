@@ -27,6 +27,7 @@ from analysis import figures
 from analysis.tables import Column, cells, markdown, text, write_csv
 from analysis.theory import toy
 from base.command_line import cli, parse
+from base.errors import too_small
 from base.files import result_file, writable
 from harmonic import CONTROLS, DISTANCES
 from studies.algorithmic import OTHERS
@@ -60,7 +61,7 @@ class ToyConfig:
     """steps of Adam"""
 
     def problems(self) -> list[str]:
-        return [] if self.steps >= 4 else [f"steps={self.steps} must be at least 4"]
+        return too_small(self, steps=4)
 
 
 def circle() -> tuple[torch.Tensor, torch.Tensor]:

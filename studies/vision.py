@@ -38,7 +38,7 @@ import torch.nn as nn
 
 from analysis.geometry import spectrum
 from base.command_line import cli, parse
-from base.errors import UserError
+from base.errors import UserError, too_small
 from base.files import write_whole
 from harmonic import HarmonicHead
 from studies.algorithmic import HEADS, choice, match_scale
@@ -387,10 +387,7 @@ class VisionConfig:
     """processes, each with one CPU thread"""
 
     def problems(self) -> list[str]:
-        found = []
-        for name, least in (("seeds", 1), ("epochs", 1), ("workers", 1), ("limit", 0), ("size", 0)):
-            if getattr(self, name) < least:
-                found.append(f"{name}={getattr(self, name)} must be at least {least}")
+        found = too_small(self, seeds=1, epochs=1, workers=1, limit=0, size=0)
         for b in self.backbones.split():
             if b not in BACKBONES:
                 found.append(f"backbones: unknown {b}; choose from {', '.join(BACKBONES)}")

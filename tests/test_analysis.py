@@ -898,7 +898,7 @@ def test_a_result_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
     [
         (["--split=tset"], "unknown split; did you mean test?"),
         (["--stride=17"], "stride=17 is longer than block_size=16"),
-        (["--stride=-1"], "stride=-1 must not be negative"),
+        (["--stride=-1"], "stride=-1 must be at least 0"),
         (["--batch_size=0"], "batch_size=0 must be at least 1"),
         (["--checkpoint=last"], "unknown checkpoint"),
         (["--out={tmp}/p.png"], "p.png must end in .csv"),

@@ -4,6 +4,8 @@ import dataclasses
 import re
 import typing
 
+from base.errors import too_small
+
 # PyTorch counts the timeout of a process group in milliseconds, with 32 bits.
 MOST_SECONDS = 2_000_000
 
@@ -180,11 +182,7 @@ class TrainConfig:
         )
         least |= dict.fromkeys(("max_iters", "warmup_iters", "sample_interval", "profile"), 0)
         least |= {"log_interval": 1, "decay_iters": 1}
-        found = []
-        for key, value in least.items():
-            if getattr(self, key) is not None and getattr(self, key) < value:
-                found.append(f"{key}={getattr(self, key)} must be at least {value}")
-        found += self._sign_problems()
+        found = too_small(self, **least) + self._sign_problems()
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 found.append(f"{key}={getattr(self, key)} is not in [0, 1)")
