@@ -23,7 +23,7 @@ from training.distributed import torchrun_command
 from training.environment import other_windows
 from training.folder import RunFolder
 from training.run import Run
-from training.step import Step
+from training.step import NAMES, Step
 
 # How a note calls what has changed beside settings.
 OTHER = {"text": "another training text", "val_text": "another validation text"}
@@ -62,39 +62,41 @@ class Log:
             return
         rows = torch.stack([step.numbers() for step in self.pending])
         rows = rows.cpu().double() if rows.device.type == "mps" else rows.double()
-        own = rows[:, 0].tolist()  # This waits for the device.
+        columns = dict(zip(NAMES, rows.T.contiguous(), strict=True))
+        own = columns["loss"].tolist()  # This waits for the device.
         now = time.perf_counter()
         p = self.processes
-        sums, least = p.reduce(rows[:, :2].contiguous()), p.reduce(rows[:, 2].contiguous(), "min")
-        table = torch.cat((sums, least[:, None], rows[:, 3:]), 1).tolist()
+        for name, how in (("loss", "sum"), ("distance", "sum"), ("nearest", "min")):
+            columns[name] = p.reduce(columns[name], how)
+        lists = {name: column.tolist() for name, column in columns.items()}
         speed = len(self.pending) * self.work.tokens / (now - self.clock)
         mfu = speed * self.work.flops_per_token / (self.peak * p.world) if self.peak else None
-        for j, (step, numbers) in enumerate(zip(self.pending, table, strict=True)):
-            record = self._record(iteration - len(table) + j, step, numbers)
+        for j, step in enumerate(self.pending):
+            numbers = {name: values[j] for name, values in lists.items()}
+            record = self._record(iteration - len(self.pending) + j, step, numbers)
             record |= {"tokens_per_s": speed, "elapsed_s": now - self.began}
             if mfu is not None:
                 record["mfu"] = mfu
             self.folder.write(record)
             if self.c.on_nan == "stop":
-                self._check(record, step, numbers[0], own[j])
+                self._check(record, step, numbers["loss"], own[j])
         self._print(iteration, record, speed, mfu, now)
         self.pending, self.clock = [], time.perf_counter()
 
-    def _record(self, iteration: int, step: Step, numbers: list[float]) -> dict[str, float]:
-        """The row of a step in metrics.jsonl. numbers: in the order of `step.NAMES`."""
-        loss, distance, nearest, norm, norm_head, norm_trunk, radius = numbers
+    def _record(self, iteration: int, step: Step, numbers: dict[str, float]) -> dict[str, float]:
+        """The row of a step in metrics.jsonl. numbers: of all processes, with the keys NAMES."""
         record = {
             "iter": iteration,
-            "train_loss": loss / self.work.targets,
+            "train_loss": numbers["loss"] / self.work.targets,
             "lr": step.lr,
-            "grad_norm": norm,
-            "grad_norm_head": norm_head,
-            "grad_norm_trunk": norm_trunk,
-            "prototype_radius": radius,
+            "grad_norm": numbers["norm"],
+            "grad_norm_head": numbers["norm_head"],
+            "grad_norm_trunk": numbers["norm_trunk"],
+            "prototype_radius": numbers["radius"],
         }
         if not self.gradients.model.head.is_control:
-            record["target_distance_min"] = nearest
-            record["target_distance_mean"] = distance / self.work.targets
+            record["target_distance_min"] = numbers["nearest"]
+            record["target_distance_mean"] = numbers["distance"] / self.work.targets
         if self.c.on_nan == "skip":
             record["skipped"] = step.skipped
         return record
