@@ -256,7 +256,7 @@ def contributions(h: Tensor, w: Tensor, name: str, **settings: Any) -> Tensor:
         chosen = both.distance
         terms = KERNELS[chosen.kernel].terms(both.x, both.y, **both.options).abs()
         if chosen.map is not None and chosen.map.multiplies:
-            factor = chosen.prepared(resolve(name, **settings)[1]).get("factor")
+            factor = chosen.map_settings(resolve(name, **settings)[1]).get("factor")
             if factor is not None:  # P = factor factor'
                 x, y = same_precision(h, w)
                 terms = ((x - y) * ((both.x - both.y) @ factor.to(x.dtype).T)).abs()

@@ -332,7 +332,7 @@ def run(main: Callable[[], object]) -> None:
         cli(lambda: _explain(main), prints=prints)
         return
 
-    def tell() -> None:
+    def named() -> None:  # Names the rank of an error.
         try:
             _explain(main)
         except UserError as error:
@@ -344,7 +344,7 @@ def run(main: Callable[[], object]) -> None:
 
     status = 0
     try:
-        cli(tell, prints=False)
+        cli(named, prints=False)
     except SystemExit as stop:
         status = int(stop.code or 0)
     except BaseException:

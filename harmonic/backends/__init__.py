@@ -53,26 +53,31 @@ class Spec:
 
         torch.compile may make these numbers symbolic, so they are not in the text.
         """
-        fields = {key: value for key, value in vars(self).items() if key not in NUMBERS}
-        # Not repr(value), which torch.compile cannot trace for a symbolic number.
-        fields["options"] = {key: f"{value!r}" for key, value in self.options.items()}
-        fields["products"] = self.products.encode()
+        # An f-string turns any kind of text into a plain one. And torch.compile can trace it for a
+        # symbolic number, but not repr(value).
+        fields = {
+            "name": f"{self.name}",
+            "options": {key: f"{value!r}" for key, value in self.options.items()},
+            "link": f"{self.link}",
+            "parameters": self.parameters,
+            "reduction": f"{self.reduction}",
+            "impl": f"{self.impl}",
+            "products": self.products.encode(),
+            "check_finite": bool(self.check_finite),
+        }
         return repr(fields), self.rows, self.ignore_index, self.skip
 
     @staticmethod
     def decode(text: str, rows: int, ignore_index: int, skip: float) -> "Spec":
         """The spec that `encode` wrote."""
-        fields = _fields(text)
-        options = {key: float(value) for key, value in fields["options"].items()}
-        products = Products.decode(fields["products"])
-        numbers: dict[str, Any] = dict(zip(NUMBERS, (rows, ignore_index, skip), strict=True))
-        return Spec(**(fields | numbers | {"options": options, "products": products}))
+        fields = dict(_fields(text), rows=rows, ignore_index=ignore_index, skip=skip)
+        fields["options"] = {key: float(value) for key, value in fields["options"].items()}
+        fields["parameters"] = list(fields["parameters"])
+        fields["products"] = Products.decode(fields["products"])
+        return Spec(**fields)
 
 
-NUMBERS = ("rows", "ignore_index", "skip")
-
-
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _fields(text: str) -> dict[str, Any]:
     found: dict[str, Any] = ast.literal_eval(text)
     return found

@@ -9,6 +9,7 @@ from harmonic import (
     HEADS,
     IGNORE_INDEX,
     HarmonicHead,
+    contributions,
     harmonic_loss,
 )
 
@@ -93,26 +94,29 @@ def test_a_schedule_of_the_strength_does_not_compile_each_value(link):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_other_sizes_and_settings_compile(dynamic):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [{}],
+        [{"skip": skip} for skip in (1e-5, 1e-4, 1e-3)],
+        [{"ignore_index": index} for index in (3, 4, 5)],
+        [{"name": "minkowski", "p": p} for p in (3.0, 5.0, 7.0)],
+    ],
+)
+def test_other_sizes_and_settings_compile(settings, dynamic):
     """Of the second value of a number, torch.compile makes a symbol."""
     torch.compiler.reset()
     torch.manual_seed(0)
 
-    def loss(h, w, y, **settings):
-        return harmonic_loss(h, w, y, **settings)
+    def loss(h, w, y, name="euclidean", **settings):
+        return harmonic_loss(h, w, y, name, **settings)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    plain = {"name": "euclidean"}
-    for v, settings in [
-        (V, plain),
-        (V + 1, plain),
-        (V + 3, plain),
-        *((V, plain | {"skip": skip}) for skip in (1e-5, 1e-4)),
-        *((V, plain | {"ignore_index": index}) for index in (3, 4)),
-        *((V, {"name": "minkowski", "p": p}) for p in (3.0, 5.0)),
+    for v, how in [(V, settings[0]), (V + 1, settings[0]), (V + 3, settings[0])] + [
+        (V, how) for how in settings[1:]
     ]:
-        h, w = (torch.randn(size, C, requires_grad=True) for size in (v, v))
-        found, expected = (f(h, w, torch.arange(v), **settings) for f in (compiled, loss))
+        h, w = (torch.randn(v, C, requires_grad=True) for _ in range(2))
+        found, expected = (f(h, w, torch.arange(v), **how) for f in (compiled, loss))
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(*(torch.autograd.grad(x, w)[0] for x in (found, expected)))
 
@@ -133,6 +137,17 @@ def test_a_models_loss_is_exported(name):
     model, x, y = Trained().eval(), torch.randn(N, C), torch.arange(N)
     program = torch.export.export(model, (x, y))
     torch.testing.assert_close(program.module()(x, y), model(x, y))
+
+
+def test_contributions_are_exported():
+    class Shares(torch.nn.Module):
+        def forward(self, h, w, factor):
+            return contributions(h, w, "mahalanobis", factor=factor)
+
+    torch.manual_seed(0)
+    given = torch.randn(N, C), torch.randn(N, C), torch.randn(C, C)
+    program = torch.export.export(Shares(), given)
+    torch.testing.assert_close(program.module()(*given), Shares()(*given), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["euclidean", "manhattan", "cosine"])

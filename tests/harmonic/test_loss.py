@@ -1,8 +1,10 @@
 """What the loss is, for every head: the cross-entropy of its logits, finite, refused where it could
 not be computed."""
 
+import enum
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,6 +203,16 @@ def test_loss_is_cross_entropy_of_logits():
         rtol=1e-10,
         atol=1e-10,
     )
+
+
+def test_any_kind_of_text_names_a_head():
+    """As from a column of NumPy or an enumeration."""
+    Name = enum.StrEnum("Name", {"COSINE": "cosine"})
+    h, w, y = torch.randn(3, C), torch.randn(V, C), torch.arange(3)
+    expected = harmonic_loss(h, w, y, "cosine", reduction="sum")
+    for name in (Name.COSINE, np.array(["cosine"])[0]):
+        found = harmonic_loss(h, w, y, name, reduction=np.str_("sum"), check_finite=np.True_)
+        assert found == expected
 
 
 @pytest.mark.parametrize("name", HEADS)
