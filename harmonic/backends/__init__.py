@@ -93,6 +93,7 @@ class Problem:
     bias: (V,) or None; for controls only.
     parameters: the trained settings of the map, in the order of `spec.parameters`.
     seed: (), for the noise of the map, or None.
+    frozen: whether the gradient of the prototypes is not wanted, nor that of the parameters.
     weights: (N,). The gradients are those of sum(weights * losses). `autograd.py` sets them.
     finite: False if states or prototypes are known not to be finite.
     """
@@ -105,6 +106,7 @@ class Problem:
     parameters: list[Tensor]
     seed: Tensor | None
     spec: Spec
+    frozen: bool = False
     weights: Tensor = None  # type: ignore[assignment]  # `autograd._weighed` sets it
     finite: bool = True
 
@@ -138,11 +140,12 @@ class Problem:
 class Gradients:
     """The gradients of sum(weights * losses) with respect to the tensors of a problem.
 
-    Each has the shape of its tensor. `bias` is None if the problem has none.
+    Each has the shape of its tensor. `bias` is None if the problem has none, and `prototypes` if
+    they are frozen.
     """
 
     states: Tensor
-    prototypes: Tensor
+    prototypes: Tensor | None
     strength: Tensor
     bias: Tensor | None
     parameters: list[Tensor]

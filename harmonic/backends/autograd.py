@@ -52,6 +52,7 @@ def evaluate(problem: Problem) -> Tensor:
         problem.seed,
         None,
         *problem.spec.encode(),
+        not any(t.requires_grad for t in (problem.prototypes, *problem.parameters)),
         needs_grad and problem.spec.reduction != "none",
     )[0]
     return found
@@ -94,17 +95,18 @@ def _operator(  # noqa: PLR0913
     rows: int,
     ignore_index: int,
     skip: float,
+    frozen: bool,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns the loss and, with needs_grad, its gradients. spec to skip: from `Spec.encode`.
 
     Gradients are in this order: states, prototypes, strength, bias if there is one, parameters.
+    That of frozen prototypes is an empty tensor.
     upstream: the upstream gradient, () or (N,), which multiplies the weights of the losses.
     """
     decoded = Spec.decode(spec, rows, ignore_index, skip)
-    problem = _weighed(
-        Problem(states, prototypes, targets, strength, bias, list(parameters), seed, decoded)
-    )
+    tensors = (states, prototypes, targets, strength, bias, list(parameters), seed)
+    problem = _weighed(Problem(*tensors, decoded, frozen))
     if upstream is not None:
         problem = replace(problem, weights=problem.weights * upstream)
     with full_float32(states.device), _recording():
@@ -112,7 +114,8 @@ def _operator(  # noqa: PLR0913
     if gradients is None:
         return found, []
     with_bias = [] if gradients.bias is None else [gradients.bias]
-    every = [gradients.states, gradients.prototypes, gradients.strength, *with_bias]
+    table = states.new_empty(0) if gradients.prototypes is None else gradients.prototypes
+    every = [gradients.states, table, gradients.strength, *with_bias]
     # Contiguous, as they are declared below: that of a Cholesky factor is by columns.
     return found, [gradient.contiguous() for gradient in (*every, *gradients.parameters)]
 
@@ -187,11 +190,13 @@ def _(  # noqa: PLR0913
     rows: int,
     ignore_index: int,
     skip: float,
+    frozen: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     reduction = Spec.decode(spec, rows, ignore_index, skip).reduction
     loss = states.new_empty(targets.shape if reduction == "none" else ())
-    inputs = [states, prototypes, strength, *([] if bias is None else [bias]), *parameters]
+    table = states.new_empty(0) if frozen else prototypes
+    inputs = [states, table, strength, *([] if bias is None else [bias]), *parameters]
     return loss, [t.new_empty(t.shape) for t in inputs] if needs_grad else []
 
 
@@ -200,7 +205,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
     The gradients are not saved tensors, because the backward pass changes them in place.
     """
-    states, prototypes, targets, strength, bias, parameters, seed, _, *ctx.spec, _ = inputs
+    *tensors_and_spec, ctx.frozen, _ = inputs
+    states, prototypes, targets, strength, bias, parameters, seed, _, *ctx.spec = tensors_and_spec
     ctx.save_for_backward(states, prototypes, targets, strength, bias, seed, *parameters)
     ctx.gradients = output[1] or None
     ctx.mark_non_differentiable(*output[1])
@@ -210,7 +216,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     states, prototypes, targets, strength, bias, seed, *parameters = ctx.saved_tensors
     if upstream is None:
-        return None, None, None, None, None, [None] * len(parameters), *[None] * 7
+        return None, None, None, None, None, [None] * len(parameters), *[None] * 8
     if wants_graph():
         if seed is not None:
             raise RuntimeError(
@@ -220,18 +226,18 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
         dx, dy, dstrength, dbias, *others = _differentiable(
             (states, prototypes, strength, bias, *parameters), targets, seed, ctx.spec, upstream
         )
-        return dx, dy, None, dstrength, dbias, others, *[None] * 7
+        return dx, dy, None, dstrength, dbias, others, *[None] * 8
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
-        _, gradients = _operator(
-            states, prototypes, targets, strength, bias, parameters, seed, upstream, *ctx.spec, True
-        )
+        tensors = (states, prototypes, targets, strength, bias, parameters, seed, upstream)
+        _, gradients = _operator(*tensors, *ctx.spec, ctx.frozen, True)
     else:
         for gradient in gradients:
             gradient.mul_(upstream)  # In place: a copy of the table's gradient would be large.
     dx, dy, dstrength, *others = gradients
     dbias = None if bias is None else others.pop(0)
-    return dx, dy, None, dstrength, dbias, others, *[None] * 7
+    dy = None if ctx.frozen else dy
+    return dx, dy, None, dstrength, dbias, others, *[None] * 8
 
 
 def _differentiable(

@@ -1,5 +1,7 @@
 """The loss in plain PyTorch, one chunk of rows at a time. Any device, float32 or float64."""
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,31 +32,41 @@ def token_losses(
     return F.cross_entropy(found, targets, reduction="none")
 
 
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def _leaf(t: T, wanted: bool) -> T:
+    """The same values, to differentiate by them if that is wanted."""
+    return t if t is None else t.detach().requires_grad_(wanted)
+
+
+def _zeros(t: T) -> T:
+    return t if t is None else torch.zeros_like(t)
+
+
 def loss(problem: Problem, needs_grad: bool) -> Result:
     """See `Backend`."""
     sides = Sides(problem)
     x, targets, weights = sides.states.whole(), problem.targets, problem.weights
     losses = x.new_empty(len(x))
 
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_(needs_grad)
-
-    y, strength = leaf(sides.prototypes.whole()), leaf(problem.strength)
-    v = None if sides.v is None else leaf(sides.v)
-    bias = None if problem.bias is None else leaf(problem.bias)
-    dx, dy, dstrength = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(strength)
-    du, dv, dbias = (None if t is None else torch.zeros_like(t) for t in (sides.u, v, bias))
+    table = needs_grad and not problem.frozen  # whether the gradient of the table is wanted
+    y, v = _leaf(sides.prototypes.whole(), table), _leaf(sides.v, table)
+    strength, bias = _leaf(problem.strength, needs_grad), _leaf(problem.bias, needs_grad)
+    dx, du, dstrength = torch.zeros_like(x), _zeros(sides.u), torch.zeros_like(strength)
+    dy, dv = (_zeros(y), _zeros(v)) if table else (None, None)
+    dbias = _zeros(bias)
     rows = max(CHUNK_ROWS, CHUNK // problem.spec.rows)
     for i in range(0, len(x), rows):
         s = slice(i, i + rows)
-        own, u = leaf(x[s]), None if sides.u is None else leaf(sides.u[s])
+        own, u = _leaf(x[s], needs_grad), _leaf(None if sides.u is None else sides.u[s], needs_grad)
         with torch.set_grad_enabled(needs_grad):
             both = Operands(problem.distance, own, y, u, v, problem.kernel_options)
             part = token_losses(problem, both, strength, bias, targets[s])
         losses[s] = part.detach()
         if not needs_grad:
             continue
-        leaves = [t for t in (own, u, y, v, strength, bias) if t is not None]
+        leaves = [t for t in (own, u, y, v, strength, bias) if t is not None and t.requires_grad]
         gradients = iter(torch.autograd.grad(part, leaves, weights[s], allow_unused=True))
         for place in (dx, du):
             if place is not None:

@@ -132,7 +132,7 @@ class Sides:
         self,
         losses: Tensor,
         dx: Tensor,
-        dy: Tensor,
+        dy: Tensor | None,
         du: Tensor | None,
         dv: Tensor | None,
         dstrength: Tensor,
@@ -141,9 +141,12 @@ class Sides:
         """Makes the result of a backend.
 
         losses: (N,). The others are gradients with respect to mapped states, mapped prototypes, u,
-        v, strength and bias.
+        v, strength and bias. dy is None if the prototypes are frozen.
         """
-        through_h, through_w = self.states.pull(dx, du), self.prototypes.pull(dy, dv)
+        through_h = self.states.pull(dx, du)
+        if dy is None:
+            return Result(losses, Gradients(dx, None, dstrength, dbias, through_h))
+        through_w = self.prototypes.pull(dy, dv)
         parameters = [a + b for a, b in zip(through_h, through_w, strict=True)]
         gradients = Gradients(dx, self.prototypes.padded(dy), dstrength, dbias, parameters)
         return Result(losses, gradients)

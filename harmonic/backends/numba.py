@@ -1063,10 +1063,11 @@ class _Work:
         self.is_near = torch.empty(self.rows, V, dtype=torch.bool)  # Used where has_near is set.
         self._measure()
         self.dx = self.x.new_zeros(N, C) if needs_grad else None
-        self.dy = self.y.new_gradient() if needs_grad else None
+        self.dy = self.y.new_gradient() if needs_grad and not problem.frozen else None
         self.shares = None
         if needs_grad and not self.matmul:
-            self.dy.zero_()
+            if self.dy is not None:
+                self.dy.zero_()
             self.shares = self.x.new_empty(self.threads, max(self.rows, 4), C)
 
     def _measure(self):
@@ -1122,7 +1123,7 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
     sums = work.sums.sum(0)
     if work.kernel == "l2":  # So far dx and dy have only the gradient of x.y.
         torch.addcmul(-2 * work.dx, work.x, work.row_sums[:, None], value=2, out=work.dx)
-        for first, block in work.y.blocks():
+        for first, block in work.y.blocks() if work.dy is not None else ():
             into = work.dy[first : first + len(block)]
             into.mul_(-2).addcmul_(block, sums[first : first + len(block), None], value=2)
     work.raw = work.slope = work.shares = None  # Frees their memory for what follows.
@@ -1195,15 +1196,17 @@ def _pull_products(work: _Work, part: slice):
     own, n = work.x[part], part.stop - part.start
     for first, block in work.y.blocks():
         here = slice(first, first + len(block))
-        slope, into = work.slope[:n, here], work.dy[here]
+        slope, into = work.slope[:n, here], None if work.dy is None else work.dy[here]
         near = _take_near(work, slope, first) if work.has_near.any() else None
         if work.products is FLOAT32:
             work.dx[part].addmm_(slope, block)
-            into.addmm_(slope.T, own, beta=float(part.start > 0))
+            if into is not None:
+                into.addmm_(slope.T, own, beta=float(part.start > 0))
         else:
             more_dx, more_dy = work.products.gradients(slope, own, block)
             work.dx[part] += more_dx
-            into.add_(more_dy) if part.start else into.copy_(more_dy)
+            if into is not None:
+                into.add_(more_dy) if part.start else into.copy_(more_dy)
         if near is not None:
             _pull_near(near, own, block, work.dx[part], into)
         block = None
@@ -1225,12 +1228,14 @@ def _take_near(work: _Work, slope: torch.Tensor, first: int):
 def _pull_near(near, x, y, dx, dy):
     """Adds -1/2 times the gradients of near pairs to dx (R, C) and dy (B, C), as `loss` expects.
 
-    They come from the differences of x (R, C) and y (B, C). near: from `_take_near`.
+    They come from the differences of x (R, C) and y (B, C). near: from `_take_near`. dy may be
+    None.
     """
     for i, j, slopes in zip(*(torch.split(t, NEAR_PAIRS) for t in near), strict=True):
         pull = slopes[:, None] * (y[j] - x[i])
         dx.index_add_(0, i, pull)
-        dy.index_add_(0, j, -pull)
+        if dy is not None:
+            dy.index_add_(0, j, -pull)
 
 
 def _pull_elementwise(work: _Work, part: slice):
@@ -1240,13 +1245,15 @@ def _pull_elementwise(work: _Work, part: slice):
     for first, block in work.y.blocks():
         here = slice(first, first + len(block))
         tile = at_least_four(block)
-        into = work.dy[here] if len(tile) == len(block) else torch.zeros_like(tile)
+        own = None if work.dy is None else work.dy[here]
+        direct = own is not None and len(tile) == len(block)
+        into = own if direct else torch.zeros_like(tile)
         work.slope[:, V : work.wide] = 0
         backward = work.found[1]
         arrays = [_array(t) for t in (padded, tile, work.raw, work.slope)]
         backward(*arrays, first, _array(work.shares), _array(into), f32(work.found[2]))
-        if into.data_ptr() != work.dy[here].data_ptr():
-            work.dy[here] += into[: len(block)]
+        if own is not None and not direct:
+            own += into[: len(block)]
         block = tile = None
     work.dx[part] = work.shares.sum(0)[: part.stop - part.start]
 

@@ -329,7 +329,15 @@ def loss(problem: Problem, needs_grad: bool) -> Result:
     x, y = sides.states.whole(), sides.prototypes.whole()
     given = (problem.strength, problem.bias, problem.targets, problem.weights)
     losses, gradients = run(
-        x, y, sides.u, sides.v, *given, _epilogue(problem), needs_grad, problem.spec.products
+        x,
+        y,
+        sides.u,
+        sides.v,
+        *given,
+        _epilogue(problem),
+        needs_grad,
+        problem.spec.products,
+        problem.frozen,
     )
     return sides.result(losses, *gradients) if needs_grad else Result(losses, None)
 
@@ -768,7 +776,20 @@ def launch(kernel, grid: tuple, warps: int, registers: int | None = None, **argu
 
 
 @torch.no_grad()
-def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, products=FLOAT32):
+def run(
+    x,
+    y,
+    u,
+    v,
+    strength,
+    bias,
+    targets,
+    weight,
+    epilogue,
+    needs_grad,
+    products=FLOAT32,
+    frozen=False,
+):
     """Computes the loss of each row, and the gradients of sum(weight * loss).
 
     Args:
@@ -780,18 +801,16 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
         weight: (N,), 0 for ignored rows.
         epilogue: turns raw values into logits. `_find` must have a recipe for it.
         products: how l2 and dot multiply matrices.
+        frozen: whether the gradient of y is not wanted.
     Returns: losses (N,) without weights, and the gradients of (x, y, u, v, strength, bias). A
-        gradient is None if its tensor is None, or without needs_grad.
+        gradient is None if its tensor is None, or without needs_grad; that of y also if frozen.
     """
     recipe = _find(epilogue)
     mode, control = recipe.mode, epilogue.link == "control"
     N, C, V = *x.shape, len(y)
     losses = x.new_empty(N)
-    gradients = (
-        [t if t is None else torch.zeros_like(t) for t in (x, y, u, v, strength, bias)]
-        if needs_grad
-        else [None] * 6
-    )
+    wanted = (x, None if frozen else y, u, v, strength, bias) if needs_grad else [None] * 6
+    gradients = [t if t is None else torch.zeros_like(t) for t in wanted]
     dx, dy, du, dv, dstrength, dbias = gradients
     dterms = dbias if control else dv
     strength = torch.ones_like(strength) if control else strength
@@ -906,15 +925,18 @@ def run(x, y, u, v, strength, bias, targets, weight, epilogue, needs_grad, produ
             _add_elementwise(xs, y, y_c, raw, kept, near, dx[s], dy, recipe)
         if recipe.remainder:
             dx[s].sub_(across[0][:, None])
-            dy.sub_(down[0][:, None])
+            if dy is not None:
+                dy.sub_(down[0][:, None])
         if matmul:
             # For l2, d/dx of sum A (x - y)^2 is 2 (rowsum(A) x - A y).
             factor = 1 if mode == "dot" else -2
             dx[s].add_(products.pull_left(slopes, right.parts)[:R], alpha=factor)
-            dy.add_(products.pull_right(slopes, left.parts)[:V], alpha=factor)
+            if dy is not None:
+                dy.add_(products.pull_right(slopes, left.parts)[:V], alpha=factor)
         if mode == "l2":
             dx[s].addcmul_(across[0][:, None], xs, value=2)
-            dy.addcmul_(down[0][:, None], y, value=2)
+            if dy is not None:
+                dy.addcmul_(down[0][:, None], y, value=2)
     return losses, tuple(gradients)
 
 
@@ -1014,7 +1036,8 @@ def _difference(level, best, epilogue):
 
 
 def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
-    """Adds the gradients of all pairs to dx and dy. If `near` is given, of marked blocks only.
+    """Adds the gradients of all pairs to dx and dy, which may be None. If `near` is given, of
+    marked blocks only.
 
     y_c: the result of `_by_coordinates(y)`.
     """
@@ -1044,6 +1067,8 @@ def _add_elementwise(x, y, y_c, slopes, kept, near, dx, dy, recipe):
         **strides,
         **shared,
     )
+    if dy is None:
+        return
     strides = dict(OWN=1, OTHER=W, near_own=1, near_other=columns)
     p, x_c = recipe.exchanged * recipe.p, _by_coordinates(x)
     launch(

@@ -61,6 +61,30 @@ def test_chunked_equals_dense(name, link, reduction, monkeypatch):
         assert found["dense"][0][4] == 0 and found["dense"][1][4].abs().max() == 0
 
 
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_frozen_head_has_no_gradient_and_changes_no_other(name, reduction, monkeypatch):
+    """As LoRA trains: only the states and what is before them."""
+    monkeypatch.setattr(chunked, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(chunked, "CHUNK", 4 * V)
+    torch.manual_seed(0)
+    y = torch.randint(V, (N,))
+    y[2] = IGNORE_INDEX
+    for impl in ("chunked", "auto"):
+        head = HarmonicHead(C, V + 3, name, real_vocab_size=V, impl=impl).eval()
+        h = torch.cat((torch.randn(N - 1, C), head.weight[5:6].detach()))  # the last one is near
+        found = []
+        for trained in (True, False):
+            x = h.clone().requires_grad_()
+            head.requires_grad_(trained)
+            loss = head.loss(x, y, reduction=reduction)
+            loss.backward(torch.linspace(1, 2, N) if reduction == "none" else None)
+            assert all((p.grad is not None) == trained for p in head.parameters())
+            head.zero_grad()
+            found.append((loss.detach(), x.grad))
+        torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("name", DISTANCES)
 def test_the_loss_is_the_papers(name):
     h, w = vectors()

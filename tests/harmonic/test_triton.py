@@ -167,6 +167,16 @@ def test_losses_and_gradients(epilogue, terms):
 
 
 @runs
+@pytest.mark.parametrize("kernel", ["l2", "lp", "linf", "dot"])
+def test_frozen_prototypes_get_no_gradient(kernel):
+    epilogue = next(e for e in EPILOGUES if e.kernel == kernel)
+    inputs = arguments(epilogue)
+    _, gradients = gpu.run(*inputs, epilogue, True)
+    _, found = gpu.run(*inputs, epilogue, True, frozen=True)
+    assert found[1] is None and torch.equal(found[0], gradients[0])
+
+
+@runs
 @pytest.mark.parametrize(
     "epilogue",
     # The powers differ in their terms only, which test_losses_and_gradients compares.
