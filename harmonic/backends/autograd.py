@@ -228,6 +228,9 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
         )
         return dx, dy, None, dstrength, dbias, others, *[None] * 8
     gradients, ctx.gradients = ctx.gradients, None
+    if ctx.frozen and any(t.requires_grad for t in (prototypes, *parameters)):
+        # An exported program was made with a frozen table, which is trained now.
+        ctx.frozen, gradients = False, None
     if gradients is None:
         tensors = (states, prototypes, targets, strength, bias, parameters, seed, upstream)
         _, gradients = _operator(*tensors, *ctx.spec, ctx.frozen, True)

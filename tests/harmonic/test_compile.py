@@ -137,6 +137,14 @@ def test_a_models_loss_is_exported(name):
     model, x, y = Trained().eval(), torch.randn(N, C), torch.arange(N)
     program = torch.export.export(model, (x, y))
     torch.testing.assert_close(program.module()(x, y), model(x, y))
+    # A table that is frozen at the export can be trained later.
+    model.head.requires_grad_(False)
+    program = torch.export.export(model, (x, y)).module()
+    gradients = {}
+    for trained in (program, model):
+        trained.requires_grad_(True)(x, y).backward()
+        gradients[trained] = {name: p.grad for name, p in trained.named_parameters()}
+    torch.testing.assert_close(gradients[program], gradients[model])
 
 
 def test_contributions_are_exported():
