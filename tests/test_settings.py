@@ -103,7 +103,7 @@ BAD = {
     "batch_size": (dict(batch_size=0), ["batch_size=0 must be at least 1"]),
     "learning_rate": (dict(learning_rate=0), ["learning_rate=0.0 must be positive"]),
     "max_iters": (dict(max_iters=-1), ["max_iters=-1"]),
-    "min_lr": (dict(min_lr=-1), ["min_lr=-1.0 must not be negative"]),
+    "min_lr": (dict(min_lr=-1), ["min_lr=-1.0 must be at least 0"]),
     "seed": (dict(seed=99999999999), ["seed=99999999999 is not in"]),
     "country": (dict(emissions_country="XX"), ["three letters"]),
     "unknown country": (

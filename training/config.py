@@ -195,9 +195,7 @@ class TrainConfig:
         for key in ("learning_rate", "head_learning_rate", "timeout"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 found.append(f"{key}={getattr(self, key)} must be positive")
-        for key in ("weight_decay", "prototype_decay", "grad_clip", "min_lr"):
-            if getattr(self, key) is not None and getattr(self, key) < 0:
-                found.append(f"{key}={getattr(self, key)} must not be negative")
+        found += too_small(self, weight_decay=0, prototype_decay=0, grad_clip=0, min_lr=0)
         if self.timeout > MOST_SECONDS:
             found.append(f"timeout={self.timeout:g} is above {MOST_SECONDS:,} seconds")
         return found

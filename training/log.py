@@ -62,13 +62,13 @@ class Log:
             return
         rows = torch.stack([step.numbers() for step in self.pending])
         rows = rows.cpu().double() if rows.device.type == "mps" else rows.double()
-        columns = dict(zip(NAMES, rows.T.contiguous(), strict=True))
-        own = columns["loss"].tolist()  # This waits for the device.
+        table = dict(zip(NAMES, rows.T.contiguous(), strict=True))
+        own = table["loss"].tolist()  # This waits for the device.
         now = time.perf_counter()
         p = self.processes
         for name, how in (("loss", "sum"), ("distance", "sum"), ("nearest", "min")):
-            columns[name] = p.reduce(columns[name], how)
-        lists = {name: column.tolist() for name, column in columns.items()}
+            p.reduce(table[name], how)
+        lists = dict(zip(NAMES, torch.stack([*table.values()]).tolist(), strict=True))
         speed = len(self.pending) * self.work.tokens / (now - self.clock)
         mfu = speed * self.work.flops_per_token / (self.peak * p.world) if self.peak else None
         for j, step in enumerate(self.pending):

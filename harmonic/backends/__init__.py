@@ -53,15 +53,14 @@ class Spec:
 
         torch.compile may make these numbers symbolic, so they are not in the text.
         """
-        # An f-string turns any kind of text into a plain one. And torch.compile can trace it for a
-        # symbolic number, but not repr(value).
+        # torch.compile cannot trace repr(value) of a symbolic number, but the f-string.
         fields = {
-            "name": f"{self.name}",
+            "name": _plain(self.name),
             "options": {key: f"{value!r}" for key, value in self.options.items()},
-            "link": f"{self.link}",
+            "link": _plain(self.link),
             "parameters": self.parameters,
-            "reduction": f"{self.reduction}",
-            "impl": f"{self.impl}",
+            "reduction": _plain(self.reduction),
+            "impl": _plain(self.impl),
             "products": self.products.encode(),
             "check_finite": bool(self.check_finite),
         }
@@ -75,6 +74,11 @@ class Spec:
         fields["parameters"] = list(fields["parameters"])
         fields["products"] = Products.decode(fields["products"])
         return Spec(**fields)
+
+
+def _plain(text: str) -> str:
+    """The same text as a plain str: it may be a member of an enumeration, or of NumPy."""
+    return "".join([text])
 
 
 @functools.lru_cache(maxsize=256)

@@ -229,14 +229,18 @@ def test_loss_is_cross_entropy_of_logits():
     )
 
 
-def test_any_kind_of_text_names_a_head():
+def test_any_kind_of_text_is_a_setting():
     """As from a column of NumPy or an enumeration."""
-    Name = enum.StrEnum("Name", {"COSINE": "cosine"})
+
+    class Text(str, enum.Enum):  # noqa: UP042 - StrEnum is the third kind
+        COSINE, SOFTMAX, MEAN, CHUNKED = "cosine", "softmax", "mean", "chunked"
+
     h, w, y = torch.randn(3, C), torch.randn(V, C), torch.arange(3)
-    expected = harmonic_loss(h, w, y, "cosine", reduction="sum")
-    for name in (Name.COSINE, np.array(["cosine"])[0]):
-        found = harmonic_loss(h, w, y, name, reduction=np.str_("sum"), check_finite=np.True_)
-        assert found == expected
+    plain = {"name": "cosine", "link": "softmax", "reduction": "mean", "impl": "chunked"}
+    expected = harmonic_loss(h, w, y, **plain)
+    for kind in (Text, np.str_, enum.StrEnum("Same", [v.upper() for v in plain.values()])):
+        settings = {key: kind(value) for key, value in plain.items()}
+        assert harmonic_loss(h, w, y, **settings, check_finite=np.True_) == expected
 
 
 @pytest.mark.parametrize("name", HEADS)
